@@ -1,0 +1,52 @@
+"""qwen_jax: Qwen language models in JAX, for TPU pods and CUDA GPUs.
+
+The names below are loaded on first use, so that `import qwen_jax` starts no backend.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_jax import attention, chat
+    from qwen_jax.config import PRESETS, Config
+    from qwen_jax.language_model import LanguageModel, load
+    from qwen_jax.sampling import Greedy, Nucleus
+    from qwen_jax.tokenizer import TextStream, Tokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "PRESETS": "config",
+    "Greedy": "sampling",
+    "LanguageModel": "language_model",
+    "Nucleus": "sampling",
+    "TextStream": "tokenizer",
+    "Tokenizer": "tokenizer",
+    "load": "language_model",
+}
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Greedy",
+    "LanguageModel",
+    "Nucleus",
+    "TextStream",
+    "Tokenizer",
+    "attention",
+    "chat",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,153 @@
+"""Attention: which keys a query sees, the XLA reference, and the registry of implementations.
+
+The reference is the definition; kernels in `kernels/` must agree with it, and decline what they
+cannot do with NotImplementedError. Nothing here knows of RoPE, layers or caches: positions,
+segments and a scale for each query say everything.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.weights import precision
+
+FULL = 2**30  # a window that no length reaches
+_QUERY_BLOCK = 512  # query rows whose scores the reference holds at once
+
+
+@struct.dataclass
+class Mask:
+    """A key counts iff its segment equals the query's and is not 0 (padding, an empty slot), it is
+    not after the query, and fewer than `window` tokens before it (itself included).
+
+    Positions and segments are int32 [B, T] for queries, [B, S] for keys; window is an int32 scalar.
+    """
+
+    q_positions: jax.Array
+    k_positions: jax.Array
+    q_segments: jax.Array
+    k_segments: jax.Array
+    window: jax.Array
+
+    def visible(self) -> jax.Array:
+        """bool [B, T, S]."""
+        distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
+        same = self.q_segments[:, :, None] == self.k_segments[:, None, :]
+        real = self.k_segments[:, None, :] != 0
+        return same & real & (distance >= 0) & (distance < self.window)
+
+
+def xla(
+    q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """softmax(scale * q k^T) v over the visible keys, in float32 where it matters.
+
+    q [B, T, N, H]; k, v [B, S, K, H], arrays or quantised leaves, N a multiple of K; scale: a float
+    or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for a query that sees nothing. With
+    return_lse: o in float32 and the log-sum-exp of the scores, float32 [B, T, N] (-inf for nothing).
+    """
+    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
+    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
+    length = q.shape[1]
+    if length <= _QUERY_BLOCK:
+        o, lse = _block(q, k, v, mask.visible(), scale)
+    else:
+        blocks = -(-length // _QUERY_BLOCK)
+        padding = blocks * _QUERY_BLOCK - length
+
+        def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, _QUERY_BLOCK, ...]
+            x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(x.shape[0], blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+        def step(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            q, scale, positions, segments = rows
+            part = mask.replace(q_positions=positions, q_segments=segments)
+            return _block(q, k, v, part.visible(), scale)
+
+        rows = (q, scale, mask.q_positions, mask.q_segments)
+        parts = jax.lax.map(jax.checkpoint(step), tuple(split(x) for x in rows))
+        o, lse = (
+            jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length] for x in parts
+        )
+    return (o, lse) if return_lse else o.astype(q.dtype)
+
+
+def _block(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, dim)
+    # Keys are the left operand: XLA's CPU backend reads them about ten times faster so.
+    scores = jnp.einsum(
+        "BSKH,BTKGH->BKSGT",
+        k,
+        grouped,
+        precision=precision(q),
+        preferred_element_type=jnp.float32,
+    )
+    scores = jnp.moveaxis(scores, 2, -1) * scale[:, None, None, :, None]  # [B, K, G, T, S]
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
+    largest = jnp.maximum(jnp.max(scores, -1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, -1)  # [B, K, G, T]
+    o = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        weights.astype(v.dtype),
+        v,
+        precision=precision(q),
+        preferred_element_type=jnp.float32,
+    )
+    divisor = jnp.where(total > 0, total, 1)
+    lse = jnp.where(total > 0, largest[..., 0] + jnp.log(divisor), -jnp.inf)
+    o = o / jnp.moveaxis(divisor, -1, 1)[..., None]
+    return o.reshape(batch, length, heads, dim), jnp.moveaxis(lse, -1, 1).reshape(q.shape[:3])
+
+
+def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """One softmax from several sets of keys: (o, lse) of each, as return_lse gives them."""
+    lse = jnp.stack([lse for _, lse in parts])  # [parts, B, T, N]
+    largest = jnp.maximum(jnp.max(lse, 0), jnp.finfo(jnp.float32).min)
+    shares = jnp.exp(lse - largest)
+    total = jnp.sum(shares, 0)
+    shares = shares / jnp.where(total > 0, total, 1)
+    return sum(o * share[..., None] for (o, _), share in zip(parts, shares, strict=True))
+
+
+# name -> attend(q, k, v, mask, scale, return_lse=False)
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"xla": xla}
+
+
+def get(name: str) -> Callable[..., Any]:
+    """The implementation of that name; "auto" is the fastest measured on this device.
+
+    Raises ValueError for a name that is not in the registry.
+    """
+    if name == "auto":
+        return xla
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise ValueError(f"attention {name!r} is not known: choose one of {known}")
+    return IMPLEMENTATIONS[name]
+
+
+def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation run on each device's heads and rows; takes and returns global arrays."""
+
+    def run(
+        q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+    ) -> Any:
+        rows = jax.typeof(q).sharding.spec
+        out = (rows, P(*rows[:3])) if return_lse else rows
+
+        @jax.shard_map(out_specs=out)
+        def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
+            return attend(q, k, v, mask, scale, return_lse=return_lse)
+
+        return local(q, k, v, mask, scale)
+
+    return run

@@ -1,0 +1,125 @@
+"""The KV cache: keys and values of earlier passes, in the compute dtype or in int8.
+
+Layers are separate leaves [B, K, S, H], so that a decode step reads each where it lies. All rows
+share one write index and end there; `start` says at which index a row began, so left padding, and a
+row that joins late, need no scatter. The slots are a ring: token i lies in slot i mod S.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax import sharding
+from qwen_jax.attention import Mask
+from qwen_jax.config import Config
+
+DTYPES = ("int8", "int8_asymmetric")
+
+
+@struct.dataclass
+class Int8:
+    """x = values * scale + zero, a scale (and zero) for each token and head.
+
+    values int8 [..., H]; scale float32 [..., 1]; zero float32 [..., 1], or None where symmetric.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+
+    def dequantize(self, dtype: Any) -> jax.Array:
+        x = self.values.astype(jnp.float32) * self.scale
+        return (x if self.zero is None else x + self.zero).astype(dtype)
+
+
+def quantize(x: jax.Array, symmetric: bool) -> Int8:
+    """Round x [..., H] to 8 bits: +-127 over the largest magnitude, or 0..255 over the range."""
+    x = x.astype(jnp.float32)
+    tiny = jnp.finfo(jnp.float32).tiny
+    if symmetric:
+        scale = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True) / 127, tiny)
+        return Int8(jnp.round(x / scale).astype(jnp.int8), scale, None)
+    low = jnp.min(x, -1, keepdims=True)
+    scale = jnp.maximum((jnp.max(x, -1, keepdims=True) - low) / 255, tiny)
+    values = jnp.clip(jnp.round((x - low) / scale) - 128, -128, 127)
+    return Int8(values.astype(jnp.int8), scale, low + 128 * scale)
+
+
+@struct.dataclass
+class Layer:
+    """Keys (after RoPE) and values of one layer, [B, K, S, H] each: arrays or Int8."""
+
+    k: Any
+    v: Any
+
+    def extend(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "Layer":
+        """Write k, v [B, T, K, H] at `index`; a pass must not run over the end of the ring."""
+        return Layer(_put(self.k, k, index), _put(self.v, v, index))
+
+    def read(self) -> tuple[Any, Any]:
+        """k, v [B, S, K, H], as attention takes them."""
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (self.k, self.v))
+
+
+@struct.dataclass
+class Cache:
+    """layers: one `Layer` each; start int32 [B]: the index of a row's first token; index int32 []:
+    tokens written so far, padding included. fresh: nothing is written yet (known to the compiler).
+    """
+
+    layers: tuple[Layer, ...]
+    start: jax.Array
+    index: jax.Array
+    fresh: bool = struct.field(pytree_node=False)
+
+    @property
+    def capacity(self) -> int:
+        return jax.tree.leaves(self.layers)[0].shape[2]
+
+    def past_mask(self, positions: jax.Array, segments: jax.Array) -> Mask:
+        """Which slots queries at these positions see: those that earlier passes have written."""
+        slots = jnp.arange(self.capacity, dtype=jnp.int32)
+        token = (slots - self.start[:, None]) % self.capacity  # position of the token in a slot
+        written = (token < self.index - self.start[:, None]).astype(jnp.int32)
+        return Mask(positions, token, segments, written, jnp.int32(0))
+
+    def advanced(self, layers: tuple[Layer, ...], length: int) -> "Cache":
+        return Cache(layers, self.start, self.index + length, fresh=False)
+
+
+def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str | None) -> Cache:
+    """An empty cache of `capacity` slots for the rows that begin at `start`, int32 [B].
+
+    kind: None (arrays of `dtype`), "int8" (symmetric) or "int8_asymmetric".
+    """
+    if kind is not None and kind not in DTYPES:
+        raise ValueError(f"cache_dtype {kind!r}: allowed are {', '.join(DTYPES)} or None")
+
+    def zeros(dim: int, dtype: Any) -> jax.Array:
+        shape = (start.shape[0], config.num_kv_heads, capacity, dim)
+        return jnp.zeros(shape, dtype, out_sharding=sharding.spec("BKSH"))
+
+    def leaf() -> Any:
+        if kind is None:
+            return zeros(config.head_dim, dtype)
+        scale, zero = zeros(1, jnp.float32), None
+        if kind == "int8_asymmetric":
+            zero = zeros(1, jnp.float32)
+        return Int8(zeros(config.head_dim, jnp.int8), scale, zero)
+
+    layers = tuple(Layer(leaf(), leaf()) for _ in range(config.num_layers))
+    return Cache(layers, start, jnp.int32(0), fresh=True)
+
+
+def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:
+    new = jnp.swapaxes(new, 1, 2)  # [B, K, T, H]
+    if isinstance(leaf, Int8):
+        new = quantize(new, symmetric=leaf.zero is None)
+    slot = index % jax.tree.leaves(leaf)[0].shape[2]
+
+    def write(buffer: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), (0, 0, slot, 0))
+
+    return jax.tree.map(write, leaf, new)

@@ -1,0 +1,362 @@
+"""The architecture of a checkpoint: `Config`, the published sizes, and the Hugging Face spelling.
+
+A Config holds what a checkpoint decides and nothing else: no mesh, no storage dtype, no kernel, no
+batch. It is frozen and hashable, so it can be a static argument of `jax.jit`. Keys of a
+config.json that do not change the mathematics stay in that file, which a model directory keeps as
+it was (`checkpoint.py`); here they are only recognised.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """A RoPE scaling variant other than the original's dynamic NTK; formulas in `rope.py`."""
+
+    type: str
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.type not in ("linear", "ntk", "yarn"):
+            raise ValueError(f"rope_scaling type {self.type!r}: allowed are linear, ntk, yarn")
+        if not self.factor >= 1:
+            raise ValueError(f"rope_scaling factor {self.factor}: must be at least 1")
+        if self.original_max_position_embeddings <= 0:
+            raise ValueError("rope_scaling original_max_position_embeddings must be positive")
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ValueError("rope_scaling needs beta_fast > beta_slow > 0")
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_scaling` entry of a config.json, without what does not apply."""
+        entry = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return entry if self.type == "yarn" else {k: entry[k] for k in list(entry)[:3]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The architecture; the letter of each size is the legend of `model.py`.
+
+    `intermediate_size` is the real FFN width F (a Qwen config.json states twice that). `seq_length`
+    is the length the model was trained at: the threshold of dynamic NTK and LogN.
+    `layer_windows[l]` is the number of last tokens layer l sees, itself included; None is all.
+    """
+
+    vocab_size: int  # V, rows of the embedding, padded rows included
+    hidden_size: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    intermediate_size: int  # F
+    norm_eps: float
+    rope_base: float
+    seq_length: int
+    max_position_embeddings: int
+    dynamic_ntk: bool
+    logn: bool
+    qkv_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    initializer_range: float
+    layer_windows: tuple[int | None, ...] | None = None
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name} is {value!r}: must be a positive whole number")
+        for name in ("norm_eps", "rope_base"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{name} is {value!r}: must be a positive number")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: must be true or false")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of dimensions")
+        if self.rope_scaling is not None and self.dynamic_ntk:
+            raise ValueError("rope_scaling and use_dynamic_ntk are two schemes: turn one off")
+        if self.layer_windows is not None:
+            if len(self.layer_windows) != self.num_layers:
+                raise ValueError(
+                    f"layer_windows has {len(self.layer_windows)} entries for "
+                    f"{self.num_layers} layers"
+                )
+            if any(w is not None and (not isinstance(w, int) or w <= 0) for w in self.layer_windows):
+                raise ValueError("layer_windows holds positive whole numbers or null (= full)")
+
+    def num_params(self) -> int:
+        """The number of weights, padded vocabulary rows included."""
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+        bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        layer = attention + bias + norms + 3 * self.hidden_size * self.intermediate_size
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return embeddings + self.num_layers * layer + self.hidden_size
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
+        """This architecture with some values replaced, by their Hugging Face names.
+
+        Raises ValueError for a name that is not part of the architecture.
+        """
+        overrides = _canonical(overrides)
+        unknown = sorted(set(overrides) - set(_KEYS) - set(_OURS))
+        if unknown:
+            raise ValueError(
+                f"unknown config override {', '.join(unknown)}: allowed are "
+                f"{', '.join(sorted([*_KEYS, *_OURS]))}"
+            )
+        return Config.from_hf({**self.to_hf(), **overrides})
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        """Read a first-generation Qwen config.json, in its current or its August-2023 spelling.
+
+        Raises ValueError that names every missing key, and every key or value that this code does
+        not know and that may change the mathematics.
+        """
+        values = _canonical(hf)
+        for key, allowed in _FIXED.items():
+            if key in values and values[key] not in allowed:
+                raise ValueError(
+                    f"config key {key} is {values[key]!r}: only "
+                    f"{' or '.join(map(repr, allowed))} can be computed"
+                )
+        unknown = sorted(set(values) - set(_KEYS) - set(_OURS) - set(_FIXED) - _INERT)
+        if unknown:
+            raise ValueError(
+                f"config key {', '.join(unknown)} is not known and may change what the model "
+                "computes; remove it from config.json if it does not"
+            )
+        missing = sorted(key for key in _KEYS if key not in values and key not in _OPTIONAL)
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        fields = {field: values.get(key, _OPTIONAL.get(key)) for key, field in _KEYS.items()}
+        doubled = fields["intermediate_size"]
+        if not isinstance(doubled, int) or doubled % 2:
+            raise ValueError(f"intermediate_size {doubled!r}: must be even (twice the FFN width)")
+        fields["intermediate_size"] = doubled // 2
+        windows = values.get("layer_windows")
+        scaling = values.get("rope_scaling")
+        return cls(
+            **fields,
+            num_kv_heads=fields["num_heads"],
+            qkv_bias=True,
+            qk_norm=False,
+            layer_windows=None if windows is None else tuple(windows),
+            rope_scaling=None if scaling is None else _rope_scaling(scaling),
+        )
+
+    def to_hf(self, keep: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A config.json that `from_hf` reads back as this Config.
+
+        keep: an earlier config.json; its inert keys are kept as they are, its architecture keys in
+        the spelling they had. Raises ValueError where Qwen's format has no word for the value.
+        """
+        if self.num_kv_heads != self.num_heads or self.qk_norm or not self.qkv_bias:
+            raise ValueError("grouped KV heads, QK-norm and bias-free QKV have no Qwen-1 spelling")
+        values = {key: getattr(self, field) for key, field in _KEYS.items()}
+        values["intermediate_size"] = 2 * self.intermediate_size
+        if self.layer_windows is not None:
+            values["layer_windows"] = list(self.layer_windows)
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_hf()
+        if keep is None:
+            return {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **values}
+        kept = {}
+        for key, old in keep.items():
+            name = _ALIASES.get(key, key)
+            if name not in values:
+                kept.update({} if name in _OURS else {key: old})
+            elif key != "vocab_size" or "padded_vocab_size" not in keep:
+                kept[key] = values[name]
+            else:
+                kept[key] = old
+        spelled = {_ALIASES.get(key, key) for key in kept}
+        new = {k: v for k, v in values.items() if k not in spelled and v != _OPTIONAL.get(k, ())}
+        return {**kept, **new}
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "seq_length",
+    "max_position_embeddings",
+)
+_FLAGS = ("dynamic_ntk", "logn", "qkv_bias", "qk_norm", "tie_embeddings")
+
+# Hugging Face key -> field.
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "kv_channels": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "layer_norm_epsilon": "norm_eps",
+    "rotary_emb_base": "rope_base",
+    "seq_length": "seq_length",
+    "max_position_embeddings": "max_position_embeddings",
+    "use_dynamic_ntk": "dynamic_ntk",
+    "use_logn_attn": "logn",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "initializer_range",
+}
+# The format itself says what an absent one of these means; all others must be there.
+_OPTIONAL = {
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+# Keys of ours, written to a config.json only when they are set.
+_OURS = ("layer_windows", "rope_scaling")
+# Other spellings of the same keys: August 2023, and later duplicates.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "padded_vocab_size": "vocab_size",
+    "rope_theta": "rotary_emb_base",
+}
+# Keys that would change the mathematics: the values that mean what this code computes.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("qwen",),
+    "no_bias": (True,),
+    "rotary_pct": (1.0,),
+    "scale_attn_weights": (True,),
+    "pos_emb": ("rotary",),
+    "activation": ("swiglu",),
+    "apply_residual_connection_post_layernorm": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+# Keys without influence on what the model computes: which class loads it, which kernel or dtype
+# the original picks, dropout (off outside training), bookkeeping of the transformers library.
+_INERT = frozenset(
+    """
+    architectures auto_map _name_or_path _commit_hash transformers_version torch_dtype dtype
+    params_dtype onnx_safe tokenizer_type tokenizer_class bf16 fp16 fp32 use_cache use_flash_attn
+    use_cache_quantization use_cache_kernel softmax_in_fp32 attn_dropout_prob emb_dropout_prob
+    attn_pdrop embd_pdrop resid_pdrop bias_dropout_fusion bos_token_id eos_token_id pad_token_id
+    output_attentions output_hidden_states return_dict torchscript gradient_checkpointing
+    model_max_length chunk_size_feed_forward id2label label2id problem_type task_specific_params
+    """.split()
+)
+
+
+def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys in the current spelling; two spellings of one key must agree.
+
+    `vocab_size` beside `padded_vocab_size` is the number of real tokens, not of rows.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for key, value in hf.items():
+        name = _ALIASES.get(key, key)
+        if key == "vocab_size" and "padded_vocab_size" in hf:
+            continue
+        if name in values and values[name] != value:
+            raise ValueError(f"config keys {origin[name]} and {key} disagree: {values[name]}, {value}")
+        values[name], origin[name] = value, key
+    return values
+
+
+def _rope_scaling(entry: Any) -> RopeScaling:
+    known = {field.name for field in dataclasses.fields(RopeScaling)}
+    if not isinstance(entry, Mapping) or set(entry) - known:
+        raise ValueError(f"rope_scaling {entry!r}: a mapping with keys of {', '.join(sorted(known))}")
+    try:
+        return RopeScaling(**entry)
+    except TypeError:
+        needed = "type, factor, original_max_position_embeddings"
+        raise ValueError(f"rope_scaling {entry!r} lacks one of {needed}, or a type is wrong") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError that names the file when it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def _published(**sizes: Any) -> Config:
+    return Config(
+        **{
+            "num_kv_heads": sizes["num_heads"],
+            "head_dim": 128,
+            "norm_eps": 1e-6,
+            "rope_base": 10000,
+            "seq_length": 8192,
+            "dynamic_ntk": True,
+            "logn": True,
+            "qkv_bias": True,
+            "qk_norm": False,
+            "tie_embeddings": False,
+            "initializer_range": 0.02,
+            **sizes,
+        }
+    )
+
+
+# The published sizes, with the values of their checkpoints' own config.json.
+PRESETS: dict[str, Config] = {
+    "qwen-1.8b": _published(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_layers=24,
+        num_heads=16,
+        intermediate_size=5504,
+        max_position_embeddings=8192,
+    ),
+    "qwen-7b": _published(
+        vocab_size=151936,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        intermediate_size=11008,
+        max_position_embeddings=32768,
+    ),
+    "qwen-14b": _published(
+        vocab_size=152064,
+        hidden_size=5120,
+        num_layers=40,
+        num_heads=40,
+        intermediate_size=13696,
+        seq_length=2048,
+        max_position_embeddings=8192,
+    ),
+    "qwen-72b": _published(
+        vocab_size=152064,
+        hidden_size=8192,
+        num_layers=80,
+        num_heads=64,
+        intermediate_size=24576,
+        max_position_embeddings=8192,
+        rope_base=1000000,
+        dynamic_ntk=False,
+        logn=False,
+    ),
+}

@@ -1,0 +1,193 @@
+"""Learn tokens for words a vocabulary lacks, and write them as an expansion file.
+
+    python -m qwen_jax.expand_vocab VOCAB_FILE WORDS_FILE OUT_FILE [--start-id ID]
+
+The result is what `Tokenizer.from_file(..., extra_vocab_file=OUT_FILE)` reads. The learner goes on
+from the existing merges, so that every word given becomes one token and the encoding of other text
+changes only where the new tokens occur. It knows nothing of the model, whose embedding must have
+rows for the new ids.
+"""
+
+import argparse
+import base64
+import heapq
+import math
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import tiktoken
+
+from qwen_jax.tokenizer import PATTERN, Tokenizer
+
+
+def read_words(path: str | Path) -> dict[str, int]:
+    """Words and their frequencies from lines "word<TAB>frequency", NFC-normalised.
+
+    White space around a word is dropped. A frequency that is missing or not a positive integer
+    counts as 1; those of repeated words add up. ValueError if the file is not UTF-8.
+    """
+    words: Counter[str] = Counter()
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for line in file:
+                word, _, frequency = line.partition("\t")
+                if word := unicodedata.normalize("NFC", word.strip()):
+                    frequency = frequency.strip()
+                    words[word] += max(int(frequency), 1) if frequency.isdecimal() else 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+    return dict(words)
+
+
+def splittable(words: Iterable[str]) -> list[str]:
+    """Those of the words that the pre-tokenizer splits: they can never be one token."""
+    # A piece that is itself a token becomes that token without any merges: where every word is a
+    # token, a word gives more than one id only if it is more than one piece.
+    words = list(words)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for word in words:
+        ranks.setdefault(word.encode(), len(ranks))
+    probe = tiktoken.Encoding("probe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return [word for word in words if len(probe.encode_ordinary(word)) > 1]
+
+
+def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
+    """New tokens, in the order of their ids, with which each word is a single token.
+
+    `words`: NFC text to frequency (positive). Words that are tokens already are skipped; a word
+    that the pre-tokenizer splits is a ValueError. Each step joins the two neighbouring parts that
+    are the most frequent together; ties go to the fewest characters, then the fewest bytes, then
+    the smallest text.
+    """
+    if refused := splittable(words):
+        raise ValueError(f"the pre-tokenizer splits {refused[0]!r}: it cannot be a token")
+    ranks = dict(tokenizer.ranks)
+    table = tokenizer.id_to_bytes
+    new = [word for word in words if word.encode() not in ranks]
+    parts = [[table[i] for i in tokenizer.encode(word)] for word in new]
+    counts: Counter[bytes] = Counter()
+    places: defaultdict[bytes, set[int]] = defaultdict(set)  # candidate -> words that may hold it
+    heap: list[tuple[int, int, int, str, bytes]] = []
+    changed: set[bytes] = set()
+
+    def count(index: int, sign: int) -> None:
+        for left, right in pairwise(parts[index]):
+            counts[left + right] += sign * words[new[index]]
+            places[left + right].add(index)
+            changed.add(left + right)
+
+    for index in range(len(new)):
+        count(index, +1)
+    learned: list[bytes] = []
+    while changed or heap:
+        for token in changed:
+            if counts[token]:
+                text = token.decode("utf-8", "replace")
+                heapq.heappush(heap, (-counts[token], len(text), len(token), text, token))
+        changed.clear()
+        if not heap:
+            break
+        frequency, *_, best = heapq.heappop(heap)
+        if counts[best] != -frequency:  # an entry from before the count changed
+            continue
+        ranks[best] = len(tokenizer) + len(learned)
+        learned.append(best)
+        for index in places.pop(best):
+            count(index, -1)
+            parts[index] = _merge(parts[index], ranks)
+            count(index, +1)
+    return learned
+
+
+def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> None:
+    """Write an expansion file, ids from `start_id`; FileExistsError if there is one already."""
+    lines = [
+        f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens, start_id)
+    ]
+    with open(path, "x", encoding="ascii", newline="\n") as file:
+        file.writelines(lines)
+
+
+def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
+    """Join neighbours, lowest rank first, until no two of them make a token."""
+    merged = list(parts)
+    while len(merged) > 1:
+        rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(pairwise(merged)))
+        if rank == math.inf:
+            break
+        merged[i : i + 2] = [merged[i] + merged[i + 1]]
+    return merged
+
+
+def expand(vocab_file: Path, words_file: Path, out_file: Path, start_id: int | None) -> None:
+    """What the command does; prints a line for each refused word (stderr) and a summary."""
+    if out_file.exists():
+        raise FileExistsError(f"{out_file} exists already; choose another name or remove it")
+    if not out_file.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {out_file.parent}")
+    tokenizer = Tokenizer.from_file(vocab_file)
+    first = len(tokenizer) if start_id is None else start_id
+    if first < len(tokenizer):
+        raise ValueError(f"--start-id {first}: ids below {len(tokenizer)} are taken")
+    words = read_words(words_file)
+    for word in splittable(words):
+        print(f"warning: {word!r} refused: the pre-tokenizer splits it", file=sys.stderr)
+        del words[word]
+    tokens = learn_tokens(tokenizer, words)
+    write_tokens(out_file, tokens, first)
+    known = sum(word.encode() in tokenizer.ranks for word in words)
+    ids = f" (ids {first}..{first + len(tokens) - 1})" if tokens else ""
+    print(
+        f"{out_file}: {len(tokens)} new tokens{ids} for {len(words) - known} words; "
+        f"already tokens: {known}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen_jax.expand_vocab",
+        description="Learn tokens for the words of WORDS_FILE and write them to OUT_FILE, an "
+        "expansion that is loaded beside the vocabulary.",
+        epilog="Words already in the vocabulary are skipped; words that the pre-tokenizer splits "
+        "(with a space or a digit inside, for example) are refused with a warning. The model "
+        "needs a row of its embedding for every new id: checkpoints have some to spare (see "
+        "vocab_size in config.json).",
+    )
+    parser.add_argument(
+        "vocab_file", metavar="VOCAB_FILE", type=Path, help="the vocabulary, qwen.tiktoken"
+    )
+    parser.add_argument(
+        "words_file",
+        metavar="WORDS_FILE",
+        type=Path,
+        help="UTF-8 lines 'word<TAB>frequency'; without a frequency it is 1",
+    )
+    parser.add_argument("out_file", metavar="OUT_FILE", type=Path, help="must not exist yet")
+    parser.add_argument(
+        "--start-id",
+        type=int,
+        metavar="ID",
+        help="id of the first new token (default: the first after the special tokens, "
+        "151851 for qwen.tiktoken)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        expand(args.vocab_file, args.words_file, args.out_file, args.start_id)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""A loaded model directory: weights, tokenizer and defaults, with logits, generation and chat.
+
+This is what users hold. It turns texts and host arrays into what `decode.py` runs, enters the mesh,
+and checks what callers pass; it knows no command line.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax import attention as attention_registry
+from qwen_jax import cache as kv
+from qwen_jax import chat, checkpoint, decode, rope, sampling, sharding
+from qwen_jax.config import Config
+from qwen_jax.model import Decoder
+from qwen_jax.tokenizer import TextStream, Tokenizer
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    attention: str = "auto",
+    cache_dtype: str | None = None,
+    max_length: int | None = None,
+) -> "LanguageModel":
+    """The model in a directory written by `convert/from_hf.py`, on the mesh in force or on (1, 1).
+
+    dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
+    values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
+    `qwen_jax.attention.IMPLEMENTATIONS`. cache_dtype: None (= dtype), "int8" (symmetric) or
+    "int8_asymmetric". max_length: prompt and new tokens of a row together, at most; None is the
+    larger of the config's max_position_embeddings and seq_length.
+
+    Raises ValueError for a directory that is not whole, or an argument that is not allowed.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_DTYPES)} or None")
+    if cache_dtype is not None and cache_dtype not in kv.DTYPES:
+        raise ValueError(f"cache_dtype {cache_dtype!r}: allowed are {', '.join(kv.DTYPES)} or None")
+    attend = attention_registry.get(attention)
+    config = checkpoint.load_config(path).with_overrides(overrides or {})
+    longest = max(config.max_position_embeddings, config.seq_length)
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length {max_length}: must be at least 2")
+    mesh = sharding.current_mesh()
+    decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
+    return LanguageModel(
+        config=config,
+        tokenizer=checkpoint.load_tokenizer(path),
+        generation_config=checkpoint.load_generation_config(path),
+        max_length=max_length or longest,
+        decoder=decoder,
+        mesh=mesh,
+        attend=attend,
+        cache_dtype=cache_dtype,
+    )
+
+
+def default_dtype() -> str:
+    """float32 on CPU, bfloat16 on TPU and on GPUs that have it (compute capability 8), or float16."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "float32"
+    old = device.platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8
+    return "float16" if old else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """See `load`. The decoder is on `mesh`; generation_config is the checkpoint's, {} without one."""
+
+    config: Config
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    max_length: int
+    decoder: Decoder
+    mesh: Mesh
+    attend: Any
+    cache_dtype: str | None
+
+    def logits(self, tokens: Any, mask: Any = None, ntk_alpha: Any = None) -> jax.Array:
+        """float32 [B, T, V]: one full pass over int [B, T].
+
+        mask int [B, T]: 1 = real; rows are left-padded, and logits at padding mean nothing.
+        ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
+        Raises ValueError for ids out of range or a mask that is not left-padded.
+        """
+        tokens, lengths = self._rows(tokens, mask)
+        frequencies = self._frequencies(lengths, ntk_alpha)
+        with sharding.entered(self.mesh):
+            batch, arrays = len(tokens), (tokens, lengths, frequencies)
+            tokens, lengths, frequencies = (self._whole_shards(x) for x in arrays)
+            start = decode.place((tokens.shape[1] - lengths).astype(np.int32), "B")
+            positions, segments = decode.positions(start, jnp.int32(0), tokens.shape[1])
+            x = self.decoder.embed(decode.place(tokens, "BT"))
+            rates = decode.place(frequencies, "BH")
+            output = self.decoder(x, positions, segments, rates, attend=self.attend)
+            return self.decoder.logits(output.last)[:batch]
+
+    def generate(
+        self,
+        tokens: Any,
+        mask: Any = None,
+        max_new_tokens: int = 512,
+        sampler: Any = None,
+        stop: Sequence[Any] = (),
+        seed: int | Sequence[int] = 0,
+        ntk: str = "prompt",
+        ntk_alpha: Any = None,
+    ) -> np.ndarray:
+        """int32 [B, max_new_tokens] after prompts int [B, T]; after a row's stop, the pad id.
+
+        mask: as in `logits`. sampler: None = `Greedy()`. stop: ids, or sequences of ids, that end a
+        row; the stop itself is returned. seed: one for all rows, or one for each; a row's draws
+        depend on its seed alone, so equal prompts with one seed give equal rows. ntk: dynamic NTK's
+        alpha from the "prompt", as the original does, or from the "total" of prompt and new tokens.
+        Raises ValueError for an empty prompt, ids out of range, or more than `max_length` tokens.
+        """
+        parts = list(
+            self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
+        )
+        made = np.concatenate(parts, axis=1)
+        missing = max_new_tokens - made.shape[1]
+        return np.pad(made, ((0, 0), (0, missing)), constant_values=self.pad_id)
+
+    def stream(
+        self,
+        tokens: Any,
+        mask: Any = None,
+        max_new_tokens: int = 512,
+        sampler: Any = None,
+        stop: Sequence[Any] = (),
+        seed: int | Sequence[int] = 0,
+        ntk: str = "prompt",
+        ntk_alpha: Any = None,
+        at_once: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """`generate` while it runs: int32 [B, n], the first token alone, then `at_once` a time.
+
+        Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
+        """
+        tokens, lengths = self._rows(tokens, mask)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        longest = int(lengths.max())
+        if longest + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a cache of "
+                f"max_length {self.max_length}: load with a larger max_length or ask for fewer"
+            )
+        if ntk not in ("prompt", "total"):
+            raise ValueError(f"ntk {ntk!r}: allowed are prompt, total")
+        sampler = sampling.Greedy() if sampler is None else sampler
+        sampler.check()
+        counted = lengths + (max_new_tokens if ntk == "total" else 0)
+        frequencies = self._frequencies(counted, ntk_alpha)
+        seeds = np.broadcast_to(np.asarray(seed, np.int64) % 2**32, lengths.shape)
+        rules = decode.make_rules(self._allowed(), self._stops(stop), self.pad_id)
+        return self._run(
+            tokens, lengths, frequencies, seeds, rules, sampler, max_new_tokens, at_once
+        )
+
+    def _run(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        frequencies: np.ndarray,
+        seeds: np.ndarray,
+        rules: decode.Rules,
+        sampler: Any,
+        new: int,
+        at_once: int | None,
+    ) -> Iterator[np.ndarray]:
+        batch = len(tokens)
+        host = (tokens, lengths, frequencies, seeds)
+        with sharding.entered(self.mesh):
+            state = decode.prefill(
+                self.decoder,
+                *(self._whole_shards(x) for x in host),
+                rules,
+                sampler,
+                new,
+                self.attend,
+                self.cache_dtype,
+            )
+            first = np.asarray(state.token)[:batch, None]
+        yield first
+        at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
+        steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new - 1, at_once)
+        while True:
+            # The mesh is in force while we compute, never while the caller has control.
+            with sharding.entered(self.mesh):
+                part = next(steps, None)
+            if part is None:
+                return
+            yield part[:batch]
+
+    def chat(
+        self,
+        query: str,
+        history: Sequence[tuple[str, str]] = (),
+        system: str = DEFAULT_SYSTEM,
+        sampler: Any = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[Any] | None = None,
+        seed: int = 0,
+        max_window_size: int | None = None,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """(reply, history with this turn). None = what the checkpoint's generation_config says.
+
+        stop: ids or sequences of ids that end the reply.
+        """
+        ids = self._reply(query, history, system, sampler, max_new_tokens, stop, seed, max_window_size)
+        made = [int(i) for part in ids for i in part[0]]
+        ends = self._chat_stops(stop)
+        reply = chat.decode_reply(self._need_tokenizer(), made, "chatml", stop=ends)
+        return reply, [*history, (query, reply)]
+
+    def chat_stream(
+        self,
+        query: str,
+        history: Sequence[tuple[str, str]] = (),
+        system: str = DEFAULT_SYSTEM,
+        sampler: Any = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[Any] | None = None,
+        seed: int = 0,
+        max_window_size: int | None = None,
+    ) -> Iterator[str]:
+        """The reply so far, again and again as it grows; a character is shown when it is whole."""
+        ids = self._reply(query, history, system, sampler, max_new_tokens, stop, seed, max_window_size)
+        text, stream = "", TextStream(self._need_tokenizer(), "ignore", skip_special_tokens=True)
+        for part in ids:
+            text += stream.push(part[0])
+            yield text
+
+    def _reply(
+        self,
+        query: str,
+        history: Sequence[tuple[str, str]],
+        system: str,
+        sampler: Any,
+        max_new_tokens: int | None,
+        stop: Sequence[Any] | None,
+        seed: int,
+        max_window_size: int | None,
+    ) -> Iterator[np.ndarray]:
+        tokenizer = self._need_tokenizer()
+        if self.is_base:
+            warnings.warn(
+                "this is a base checkpoint, not trained for chat: its replies may not stop or make "
+                "sense (its generation_config says chat_format "
+                f"{self.generation_config.get('chat_format')!r})",
+                stacklevel=3,
+            )
+        window = max_window_size or self.generation_config.get("max_window_size", 6144)
+        _, prompt = chat.make_context(tokenizer, query, history, system, window)
+        return self.stream(
+            np.array([prompt]),
+            max_new_tokens=self.room(len(prompt), max_new_tokens),
+            sampler=self.default_sampler() if sampler is None else sampler,
+            stop=self._chat_stops(stop),
+            seed=seed,
+        )
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the checkpoint says of itself that it was not trained for chat."""
+        return self.generation_config.get("chat_format", "raw") != "chatml"
+
+    @property
+    def pad_id(self) -> int:
+        """What follows the end of a row."""
+        default = self.tokenizer.eod_id if self.tokenizer else 0
+        return int(self.generation_config.get("pad_token_id", default))
+
+    def default_sampler(self) -> sampling.Greedy | sampling.Nucleus:
+        """The sampler that generation_config asks for."""
+        return sampling.from_generation_config(self.generation_config)
+
+    def default_stops(self) -> list[tuple[int, ...]]:
+        """What ends a row by generation_config: eos_token_id and stop_words_ids."""
+        eos = self.generation_config.get("eos_token_id", [])
+        stops = [(int(i),) for i in (eos if isinstance(eos, list) else [eos])]
+        words = self.generation_config.get("stop_words_ids", [])
+        return stops + [tuple(int(i) for i in word) for word in words]
+
+    def room(self, prompt: int, asked: int | None = None) -> int:
+        """How many tokens to make after a prompt of that many: `asked`, or generation_config's
+        max_new_tokens (512 without one) as far as the cache has room.
+        """
+        left = self.max_length - prompt
+        if asked is None and left > 0:
+            return min(int(self.generation_config.get("max_new_tokens", 512)), left)
+        if left < (asked or 1):
+            raise ValueError(
+                f"a prompt of {prompt} tokens and {asked or 1} new ones do not fit a cache of "
+                f"max_length {self.max_length}: raise max_length (--max-length)"
+            )
+        return asked or left
+
+    def _chat_stops(self, stop: Sequence[Any] | None) -> list[tuple[int, ...]]:
+        if stop is not None:
+            return self._stops(stop)
+        tokenizer = self._need_tokenizer()
+        return [*self.default_stops(), *chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,)]
+
+    def _stops(self, stop: Sequence[Any]) -> list[tuple[int, ...]]:
+        stops = [(int(s),) if np.ndim(s) == 0 else tuple(int(i) for i in s) for s in stop]
+        for ids in stops:
+            if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
+                raise ValueError(f"stop {ids}: ids from 0 to {self.config.vocab_size - 1}")
+        return stops
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model directory has no qwen.tiktoken: text cannot be encoded")
+        return self.tokenizer
+
+    def _allowed(self) -> np.ndarray:
+        size = self.config.vocab_size
+        return np.ones(size, bool) if self.tokenizer is None else self.tokenizer.known_ids(size)
+
+    def _rows(self, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [B, T] and the number of real tokens of each row, checked."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+        mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+        if mask.shape != tokens.shape:
+            raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
+        lengths = mask.sum(axis=1)
+        if tokens.size == 0 or not lengths.all():
+            raise ValueError("empty prompt: every row needs at least one token")
+        if (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+            raise ValueError("mask: rows must be padded on the left")
+        tokens = np.where(mask, tokens, 0)
+        bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if bad.size:
+            raise ValueError(f"token id {bad[0]} is out of range: 0 to {self.config.vocab_size - 1}")
+        return tokens.astype(np.int32), lengths
+
+    def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
+        """float32 [B, H/2] for rows of these lengths, or for the alpha given."""
+        scheme = rope.from_config(self.config)
+        alpha = scheme.alpha(lengths) if ntk_alpha is None else np.asarray(ntk_alpha, np.float64)
+        return scheme.frequencies(np.broadcast_to(alpha, lengths.shape))
+
+    def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
+        """Rows repeated until the batch divides over the mesh; callers drop them again."""
+        return np.resize(rows, (-(-len(rows) // self.mesh.shape["fsdp"]) * self.mesh.shape["fsdp"], *rows.shape[1:]))

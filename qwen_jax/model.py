@@ -1,0 +1,282 @@
+"""The decoder: the mathematics of Qwen and nothing else.
+
+Axis letters, used in every equation, spec, table and error message:
+
+    B batch   T query tokens   S key tokens   D model width   L layers   V vocabulary
+    N query heads   K key/value heads   G queries per KV head   H head dim   F feed-forward width
+
+A Decoder is an immutable pytree of named leaves. It knows no file, no sampling and no RoPE scheme's
+formula; partitioning comes from the leaves' letters, storage from `weights.py`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from qwen_jax import attention, rope, sharding
+from qwen_jax.attention import Mask
+from qwen_jax.cache import Cache, Layer
+from qwen_jax.config import Config
+from qwen_jax.rope import Rotary
+from qwen_jax.weights import Maker, Weight, contract
+
+
+def rms_norm(x: jax.Array, weight: Any, eps: float) -> jax.Array:
+    """x / rms(x) in float32, cast back, then times the weight: the original's order."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight[...]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: Config, make: Maker):
+        self.config = config
+        std = config.initializer_range
+        self.q = make.normal("NHD", std)
+        self.k = make.normal("KHD", std)
+        self.v = make.normal("KHD", std)
+        self.o = make.normal("DNH", std / math.sqrt(2 * config.num_layers))
+        if config.qkv_bias:
+            self.q_bias = make.full("NH", 0)
+            self.k_bias = make.full("KH", 0)
+            self.v_bias = make.full("KH", 0)
+        if config.qk_norm:
+            self.q_norm = make.full("H", 1)
+            self.k_norm = make.full("H", 1)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: Rotary,
+        own: Mask,
+        past: Mask | None,
+        layer: Layer | None,
+        index: jax.Array | None,
+        attend: Callable[..., Any],
+    ) -> tuple[jax.Array, Layer | None]:
+        """x [B, T, D]; own and past: masks over this pass's keys and over the cache's."""
+        q = contract("BTD,NHD->BTNH", x, self.q)
+        k = contract("BTD,KHD->BTKH", x, self.k)
+        v = contract("BTD,KHD->BTKH", x, self.v)
+        if self.config.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm, self.config.norm_eps)
+            k = rms_norm(k, self.k_norm, self.config.norm_eps)
+        q, k = rotary.rotate(q), rotary.rotate(k)
+        scale = rotary.query_scale * self.config.head_dim**-0.5
+        attend = attention.on_shards(attend)
+        if layer is not None and index is not None:
+            layer = layer.extend(k, v, index)
+        if layer is None or past is None:
+            o = attend(q, k, v, own, scale)
+        else:
+            # The pass's own keys are never read back from the cache: they may be quantised there.
+            parts = [(k, v, own), (*layer.read(), past)]
+            merged = attention.merge([attend(q, *p, scale, return_lse=True) for p in parts])
+            o = merged.astype(q.dtype)
+        return contract("BTNH,DNH->BTD", o, self.o, sharding.spec("BTD")), layer
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(up(x) * silu(gate(x))). In a Qwen checkpoint the gate is w2, up is w1."""
+
+    def __init__(self, config: Config, make: Maker):
+        std = config.initializer_range
+        self.gate = make.normal("FD", std)
+        self.up = make.normal("FD", std)
+        self.down = make.normal("DF", std / math.sqrt(2 * config.num_layers))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = contract("BTD,FD->BTF", x, self.gate)
+        up = contract("BTD,FD->BTF", x, self.up)
+        return contract("BTF,DF->BTD", up * jax.nn.silu(gate), self.down, sharding.spec("BTD"))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Config, make: Maker):
+        self.norm_eps = config.norm_eps
+        self.attn_norm = make.full("D", 1)
+        self.attn = Attention(config, make)
+        self.ffn_norm = make.full("D", 1)
+        self.ffn = FeedForward(config, make)
+
+    def __call__(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Layer | None]:
+        """x [B, T, D] and the context of `Attention` -> the same, and the layer's cache."""
+        with jax.named_scope("attention"):
+            o, layer = self.attn(rms_norm(x, self.attn_norm, self.norm_eps), *context)
+            x = x + o
+        with jax.named_scope("feed_forward"):
+            x = x + self.ffn(rms_norm(x, self.ffn_norm, self.norm_eps))
+        return x, layer
+
+
+@struct.dataclass
+class Output:
+    """last [B, T, D]: after the final norm. hidden_states, where asked for: [B, T, D] each, 0 the
+    embeddings, then after every block, the last one replaced by `last`. cache: None without one.
+    """
+
+    last: jax.Array
+    cache: Cache | None
+    hidden_states: tuple[jax.Array, ...]
+
+
+class Decoder(nnx.Module):
+    """layers: L separate blocks (decoding, conversion), or one Block whose leaves are stacked."""
+
+    def __init__(
+        self, config: Config, embedding: Weight, layers: Any, final_norm: Weight, head: Weight | None
+    ):
+        self.config = config
+        self.embedding = embedding
+        self.layers = layers if isinstance(layers, Block) else nnx.List(layers)
+        self.final_norm = final_norm
+        self.head = head
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int [B, T] -> [B, T, D]."""
+        return _embed(self.embedding, tokens)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] after the final norm -> float32 [B, T, V]."""
+        return _logits(x, self.embedding if self.head is None else self.head)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        frequencies: jax.Array,
+        cache: Cache | None = None,
+        attend: Callable[..., Any] = attention.xla,
+        remat: Callable[..., Any] | None = None,
+        hidden_states: bool = False,
+    ) -> Output:
+        """One pass over x [B, T, D], embeddings of tokens at `positions`, int32 [B, T].
+
+        segments int32 [B, T]: 0 is padding, tokens see their own segment only. frequencies float32
+        [B, H/2]: of `rope.Rope.frequencies`. remat: a policy of `jax.checkpoint_policies`, applied
+        to each block. A stacked decoder is scanned and keeps no cache. Outside `jit`, the blocks
+        run one by one through one compiled program, and the cache passed in is donated.
+        """
+        rotary = rope.rotary(rope.from_config(self.config), positions, frequencies)
+        own = Mask(positions, positions, segments, segments, jnp.int32(0))
+        past = None if cache is None or cache.fresh else cache.past_mask(positions, segments)
+        index = None if cache is None else cache.index
+        states = [x]
+
+        def run(x: jax.Array, block: Block, window: Any, layer: Layer | None) -> tuple[Any, Any]:
+            masks = [m if m is None else m.replace(window=window) for m in (own, past)]
+            return _run_block(x, block, rotary, *masks, layer, index, attend)
+
+        if remat is not None:
+            run = jax.checkpoint(run, policy=remat)
+        windows = [w or attention.FULL for w in self.config.layer_windows or [None] * self.config.num_layers]
+        if isinstance(self.layers, Block):
+            if cache is not None:
+                raise ValueError("a stacked decoder keeps no cache: unstack it first")
+
+            def step(x: jax.Array, scanned: tuple[Block, jax.Array]) -> tuple[Any, Any]:
+                x, _ = run(x, *scanned, None)
+                return x, x if hidden_states else None
+
+            x, stacked = jax.lax.scan(step, x, (self.layers, jnp.array(windows, jnp.int32)))
+            states += list(stacked) if hidden_states else []
+        else:
+            new = []
+            for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
+                layer = None if cache is None else cache.layers[i]
+                x, layer = run(x, block, jnp.int32(window), layer)
+                new.append(layer)
+                states.append(x)
+            cache = None if cache is None else cache.advanced(tuple(new), x.shape[1])
+        x = _final_norm(x, self.final_norm, self.config.norm_eps)
+        return Output(x, cache, (*states[:-1], x) if hidden_states else ())
+
+
+@functools.partial(jax.jit, static_argnames="attend", donate_argnames="layer")
+def _run_block(
+    x: jax.Array,
+    block: Block,
+    rotary: Rotary,
+    own: Mask,
+    past: Mask | None,
+    layer: Layer | None,
+    index: jax.Array | None,
+    attend: Callable[..., Any],
+) -> tuple[jax.Array, Layer | None]:
+    return sharding.unshard(block)(x, rotary, own, past, layer, index, attend)
+
+
+@jax.jit
+def _embed(table: Weight, tokens: jax.Array) -> jax.Array:
+    return sharding.unshard(table)[...].at[tokens].get(out_sharding=sharding.spec("BTD"))
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def _final_norm(x: jax.Array, weight: Weight, eps: float) -> jax.Array:
+    return rms_norm(x, sharding.unshard(weight), eps)
+
+
+@jax.jit
+def _logits(x: jax.Array, head: Weight) -> jax.Array:
+    head = sharding.unshard(head)
+    return contract("BTD,VD->BTV", x, head, preferred_element_type=jnp.float32)
+
+
+def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
+    """A decoder with fresh weights (the original's: N(0, 0.02^2), both projections back into
+    the residual divided by sqrt(2 L), biases 0, norms 1), partitioned over the mesh in force.
+    """
+    make = _maker(config, key, dtype)
+    blocks = [Block(config, make) for _ in range(config.num_layers)]
+    return _assemble(config, make, blocks)
+
+
+def abstract(config: Config, dtype: Any) -> Decoder:
+    """The decoder as shapes and partitionings: no memory is used, whatever the size."""
+    make = _maker(config, jax.random.key(0), dtype)
+    block = jax.eval_shape(lambda: Block(config, make))
+    blocks = [jax.tree.map(lambda leaf: leaf, block) for _ in range(config.num_layers)]
+    outer = jax.eval_shape(lambda: _assemble(config, make, []))
+    return Decoder(config, outer.embedding, blocks, outer.final_norm, outer.head)
+
+
+def stack(decoder: Decoder) -> Decoder:
+    """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth."""
+    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers)
+    return _with_layers(decoder, blocks)
+
+
+def unstack(decoder: Decoder) -> Decoder:
+    """The inverse of `stack`."""
+    depth = range(decoder.config.num_layers)
+    return _with_layers(decoder, [jax.tree.map(lambda x: x[i], decoder.layers) for i in depth])
+
+
+def _with_layers(decoder: Decoder, layers: Any) -> Decoder:
+    return Decoder(decoder.config, decoder.embedding, layers, decoder.final_norm, decoder.head)
+
+
+def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
+    std = config.initializer_range
+    head = None if config.tie_embeddings else make.normal("VD", std)
+    return Decoder(config, make.normal("VD", std), blocks, make.full("D", 1), head)
+
+
+def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.intermediate_size,
+    }
+    return Maker(sizes, key, dtype)

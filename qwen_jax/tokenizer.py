@@ -1,0 +1,223 @@
+"""Qwen's tokenizer: byte-pair encoding over qwen.tiktoken, its 208 special tokens, and expansions.
+
+Text becomes ids with tiktoken; ids become bytes by a table, and text only at the end, because a
+token may hold part of a character. `TextStream` does the same for ids that arrive one by one.
+User text is never parsed for special tokens unless asked. This module knows nothing of chat
+formats, of the model, or of how many rows its embedding has.
+"""
+
+import binascii
+import codecs
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+# A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
+# backtracks through the whole run, and tiktoken panics at a million characters; the alternative
+# before it takes runs of more than 256 by chunks, possessively, and matches exactly the same text.
+PATTERN = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"(?:\s{256}(?=\s))++(?:\s+(?!\S))?",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+)
+# A download cut at a line's end looks like a smaller vocabulary. The published one is recognised
+# by one of its tokens, and then must have all its ranks.
+_PUBLISHED_RANKS = 151_643
+_LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
+_UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    `ranks`: token bytes to id of every regular token, the expansion included. `special_tokens`:
+    text to id. `id_to_bytes`: id to bytes of everything that can be decoded, special tokens too.
+    `extra_ids`: the ids of <|extra_0|>..<|extra_204|>.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int], extra: Mapping[bytes, int] | None = None):
+        """Build from ranks 0..n-1; the special tokens take n..n+207, `extra` any ids still free.
+
+        Tokens of `extra` that already exist are skipped. ValueError if an id is taken.
+        """
+        self.eod_id, self.im_start_id, self.im_end_id = range(len(ranks), len(ranks) + 3)
+        self._special_ids = range(len(ranks), len(ranks) + len(SPECIAL_TOKENS))
+        self.extra_ids = self._special_ids[3:]
+        self.special_tokens = dict(zip(SPECIAL_TOKENS, self._special_ids, strict=True))
+        self.ranks = dict(ranks)
+        self.id_to_bytes = {i: token for token, i in self.ranks.items()}
+        self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        for token, i in (extra or {}).items():
+            if token in self.ranks:
+                continue
+            if i in self.id_to_bytes:
+                raise ValueError(f"id {i} of {token!r} is taken by {self.id_to_bytes[i]!r}")
+            self.ranks[token] = i
+            self.id_to_bytes[i] = token
+        self._size = max(self.id_to_bytes) + 1
+        self._encoding = tiktoken.Encoding(
+            "qwen",
+            pat_str=PATTERN,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special_tokens,
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path, extra_vocab_file: str | Path | None = None) -> "Tokenizer":
+        """Read a vocabulary in qwen.tiktoken's format, and optionally an expansion of it.
+
+        `path`: lines "base64 rank", ranks 0, 1, 2, ... in order, the 256 single bytes among them;
+        it may be smaller than the published one. `extra_vocab_file`: lines "base64 id", any ids
+        that are free. ValueError names the file and what is wrong with it.
+        """
+        ranks: dict[bytes, int] = {}
+        for number, token, rank in _read_lines(path):
+            if rank != len(ranks):
+                raise ValueError(f"{path}:{number}: expected rank {len(ranks)}, found {rank}")
+            if token in ranks:
+                raise ValueError(f"{path}:{number}: {token!r} already has rank {ranks[token]}")
+            ranks[token] = rank
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing:
+            raise ValueError(
+                f"{path}: {len(ranks)} tokens, but none for {len(missing)} of the 256 bytes "
+                f"(the first: 0x{missing[0]:02x}): truncated, or not a vocabulary"
+            )
+        if ranks.get(_LANDMARK) == _LANDMARK_RANK and len(ranks) != _PUBLISHED_RANKS:
+            raise ValueError(
+                f"{path}: begins as the published vocabulary of {_PUBLISHED_RANKS} tokens, but "
+                f"has {len(ranks)}: truncated, or extended (an expansion is a file of its own)"
+            )
+        if extra_vocab_file is None:
+            return cls(ranks)
+        extra: dict[bytes, int] = {}
+        for _, token, i in _read_lines(extra_vocab_file):
+            extra.setdefault(token, i)
+        try:
+            return cls(ranks, extra)
+        except ValueError as error:
+            raise ValueError(f"{extra_vocab_file}: {error}") from None
+
+    def __len__(self) -> int:
+        """One past the largest id; with a sparse expansion not every id below it exists."""
+        return self._size
+
+    def encode(
+        self,
+        text: str,
+        allowed_special: Collection[str] = frozenset(),
+        disallowed_special: Collection[str] = (),
+    ) -> list[int]:
+        """Ids of the text, NFC-normalised first.
+
+        Special tokens spelled out in the text are ordinary text, except those of
+        `allowed_special`; both arguments are a set of special tokens or "all" (for
+        `disallowed_special`: all that are not allowed). ValueError where a name is no special
+        token, or the text holds a disallowed one. Lone surrogates become U+FFFD.
+        """
+        text = unicodedata.normalize("NFC", text)
+        allowed = self._special_set(allowed_special)
+        disallowed = self._special_set(disallowed_special)
+        if disallowed_special == "all":
+            disallowed -= allowed
+        for token in disallowed:
+            if token in text:
+                raise ValueError(f"the text holds the disallowed special token {token!r}")
+        if not allowed:
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+    def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
+        """The bytes of the ids; an id that does not exist gives the byte 0xff.
+
+        `skip_special_tokens` drops the 208 special tokens, not those of an expansion.
+        """
+        skip = self._special_ids if skip_special_tokens else range(0)
+        table = self.id_to_bytes
+        return b"".join([table.get(i, _UNDECODABLE) for i in map(int, ids) if i not in skip])
+
+    def decode(
+        self, ids: Iterable[int], errors: str = "replace", skip_special_tokens: bool = False
+    ) -> str:
+        """Text of the ids.
+
+        Bytes that are not UTF-8, and ids that do not exist, are left to `errors`: "replace"
+        (U+FFFD), "ignore" or "strict" (UnicodeDecodeError).
+        """
+        return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors)
+
+    def known_ids(self, size: int) -> np.ndarray:
+        """bool [size], True where the id decodes: False on rows that pad the vocabulary."""
+        known = np.zeros(size, dtype=bool)
+        known[[i for i in self.id_to_bytes if i < size]] = True
+        return known
+
+    def _special_set(self, names: Collection[str]) -> set[str]:
+        if isinstance(names, str):
+            if names != "all":
+                raise ValueError(f"expected a set of special tokens or 'all', got {names!r}")
+            return set(self.special_tokens)
+        if unknown := set(names) - self.special_tokens.keys():
+            raise ValueError(
+                f"not special tokens: {sorted(unknown)}; known are <|endoftext|>, <|im_start|>, "
+                "<|im_end|> and <|extra_0|>..<|extra_204|>"
+            )
+        return set(names)
+
+
+class TextStream:
+    """Text of ids that arrive in pieces: all pushes and the flush joined equal one `decode`."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, errors: str = "replace", skip_special_tokens: bool = False
+    ):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete; bytes of an unfinished character are held back."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids, self._skip))
+
+    def flush(self) -> str:
+        """What is left of an unfinished character, by `errors`; the stream then starts anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
+    """Line number, token and id of each line "base64 id" that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.split()
+            if not fields:
+                continue
+            try:
+                encoded, digits = fields
+                token = binascii.a2b_base64(encoded, strict_mode=True)
+                # int() alone would take signs and underscores; ids are int32 everywhere else
+                if not token or not digits.isdigit() or int(digits) >= 2**31:
+                    raise ValueError
+            except ValueError:
+                shown = line[:40].decode("utf-8", "replace").strip()
+                raise ValueError(
+                    f"{path}:{number}: expected 'base64 id', found {shown!r}"
+                ) from None
+            yield number, token, int(digits)

@@ -1,0 +1,99 @@
+"""Weights as named leaves: how they are drawn, named and multiplied with. Knows no layer.
+
+Every leaf has its output axes first, as PyTorch stores them, so that a checkpoint converts without
+a transposition and a matrix-vector product on a CPU reads whole rows.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import sharding
+
+
+class Weight(nnx.Param):
+    """A leaf of a decoder; its metadata `letters` names its axes, and so its partitioning."""
+
+
+class Maker:
+    """Draws the leaves of a decoder: sizes by axis letter, storage dtype and PRNG in one place."""
+
+    def __init__(self, sizes: Mapping[str, int], key: jax.Array, dtype: Any):
+        self._sizes, self._key, self._dtype = sizes, key, dtype
+        self._drawn = 0
+
+    def normal(self, letters: str, std: float) -> Weight:
+        """A leaf drawn from N(0, std^2) in float32, then stored as the dtype asked for."""
+        shape, spec = self._place(letters)
+        self._drawn += 1
+        key = jax.random.fold_in(self._key, self._drawn)
+        drawn = jax.random.normal(key, shape, jnp.float32, out_sharding=spec)
+        return Weight((std * drawn).astype(self._dtype), letters=letters)
+
+    def full(self, letters: str, value: float) -> Weight:
+        """A leaf of one value."""
+        shape, spec = self._place(letters)
+        return Weight(jnp.full(shape, value, self._dtype, out_sharding=spec), letters=letters)
+
+    def _place(self, letters: str) -> tuple[tuple[int, ...], P]:
+        return tuple(self._sizes[letter] for letter in letters), sharding.spec(letters)
+
+
+def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs) -> jax.Array:
+    """einsum of an activation with a weight. float32 is computed as float32 on every backend.
+
+    equation: as "BTD,NHD->BTNH", the weight's output axes before those summed over. out: the
+    partitioning of the result, where the operands leave it open (row-parallel products).
+    """
+    rows, axes, result = equation.replace("->", ",").split(",")
+    summed = [letter for letter in axes if letter in rows]
+    made = len(axes) - len(summed)
+    matrix = _flatten(_flatten(weight[...], 0, made), 1, 2 + len(summed) - 1)
+    x = _flatten(x, len(rows) - len(summed), len(rows))
+    # Two axes on either side: with three, XLA's CPU backend writes out a transposed weight.
+    y = jnp.einsum("BTi,oi->BTo", x, matrix, out_sharding=out, precision=precision(x), **kwargs)
+    if made == 1:
+        return y
+    shape = weight[...].shape[:made]
+    return jnp.reshape(y, (*y.shape[:2], *shape), out_sharding=sharding.spec(result))
+
+
+def _flatten(x: jax.Array, start: int, stop: int) -> jax.Array:
+    """Axes start..stop of x as one, partitioned as the first of them."""
+    if stop - start == 1:
+        return x
+    spec = list(jax.typeof(x).sharding.spec)
+    merged = P(*spec[: start + 1], *spec[stop:])
+    shape = (*x.shape[:start], -1, *x.shape[stop:])
+    return jnp.reshape(x, shape, out_sharding=merged)
+
+
+def precision(x: jax.Array) -> jax.lax.Precision | None:
+    """GPUs and TPUs otherwise multiply float32 in TF32 or bfloat16."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def named_leaves(tree: Any) -> dict[str, Weight]:
+    """The leaves of a module by path, `layers.0.attn.q` for instance, in the order of the tree."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Weight))
+    return {".".join(_key(step) for step in path): leaf for path, leaf in found}
+
+
+def replace_leaves(tree: Any, value: Callable[[str, Weight], Any]) -> Any:
+    """The same module with every leaf's array replaced by `value(path, leaf)`."""
+
+    def put(path: Any, leaf: Weight) -> Weight:
+        return leaf.replace(value(".".join(_key(step) for step in path), leaf))
+
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=lambda x: isinstance(x, Weight))
+
+
+def _key(step: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(step, attribute):
+            return str(getattr(step, attribute))
+    return str(step)
