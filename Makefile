@@ -1,0 +1,53 @@
+# Everything is made in .venv from the package index; nothing else is downloaded.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 0
+PYTEST_ARGS ?=
+PROMPT ?= Once upon a time
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export JAX_PLATFORMS ?= cpu
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help venv lint pytest test demo format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "PYTHON=python3.12 chooses the interpreter, WORKERS=2 the test processes."
+
+venv: $(STAMP) ## create or update the environment in .venv
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+lint: venv ## formatting, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+pytest: venv ## the tests alone
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test: lint ## all checks and tests, on eight virtual CPU devices
+	$(MAKE) --no-print-directory pytest
+
+demo: venv ## write a small checkpoint, convert it and generate text from it
+	rm -rf demo
+	$(BIN)/python tests/tools/make_checkpoint.py demo/hf --preset demo
+	$(BIN)/python convert/from_hf.py demo/hf demo/ckpt --verify
+	$(BIN)/python -m qwen_jax.generate --ckpt demo/ckpt --prompt "$(PROMPT)" --max-new-tokens 40
+
+format: venv ## format the code and mend what lint can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove what these targets made
+	rm -rf .venv .venv-newest .cache .hypothesis .pytest_cache .ruff_cache build demo *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

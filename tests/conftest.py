@@ -1,0 +1,39 @@
+"""What every test shares: eight virtual CPU devices and a compilation cache, before jax starts."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+FLAG = "--xla_force_host_platform_device_count"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+
+# Commands that tests start inherit these: they compile what an earlier run compiled once only.
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="session")
+def golden_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original's tiny checkpoint, converted once for all tests; do not change it."""
+    from convert import from_hf
+
+    target = tmp_path_factory.mktemp("golden") / "ckpt"
+    assert from_hf.main([str(Path(__file__).parent / "golden/checkpoint"), str(target)]) == 0
+    return target
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random chat model with the real tokenizer, converted; do not change it."""
+    from convert import from_hf
+    from tests.tools.make_checkpoint import make_checkpoint
+
+    work = tmp_path_factory.mktemp("chat")
+    make_checkpoint(work / "hf", "demo", "float32", tokenizer=True)
+    assert from_hf.main([str(work / "hf"), str(work / "ckpt")]) == 0
+    return work / "ckpt"

@@ -1,0 +1,1 @@
+"""Tools for the tests and the benchmarks; each is a script too, and none needs torch."""
