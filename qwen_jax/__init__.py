@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_jax import attention, chat
-    from qwen_jax.config import PRESETS, Config
+    from qwen_jax.config import Config
     from qwen_jax.language_model import LanguageModel, load
+    from qwen_jax.presets import PRESETS
     from qwen_jax.sampling import Greedy, Nucleus
     from qwen_jax.tokenizer import TextStream, Tokenizer
 
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "PRESETS": "config",
+    "PRESETS": "presets",
     "Greedy": "sampling",
     "LanguageModel": "language_model",
     "Nucleus": "sampling",

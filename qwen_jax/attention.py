@@ -5,6 +5,7 @@ cannot do with NotImplementedError. Nothing here knows of RoPE, layers or caches
 segments and a scale for each query say everything.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,10 @@ def xla(
 ) -> Any:
     """softmax(scale * q k^T) v over the visible keys, in float32 where it matters.
 
-    q [B, T, N, H]; k, v [B, S, K, H], arrays or quantised leaves, N a multiple of K; scale: a float
-    or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for a query that sees nothing. With
-    return_lse: o in float32 and the log-sum-exp of the scores, float32 [B, T, N] (-inf for nothing).
+    q [B, T, N, H]; k, v [B, S, K, H], arrays or quantised leaves, N a multiple of K; scale: a
+    float or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for a query that sees
+    nothing. With return_lse: o in float32 and the log-sum-exp of the scores, float32 [B, T, N],
+    -inf for a query that sees nothing.
     """
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
@@ -65,7 +67,7 @@ def xla(
 
         def step(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             q, scale, positions, segments = rows
-            part = mask.replace(q_positions=positions, q_segments=segments)
+            part = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
             return _block(q, k, v, part.visible(), scale)
 
         rows = (q, scale, mask.q_positions, mask.q_segments)
@@ -115,7 +117,7 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     shares = jnp.exp(lse - largest)
     total = jnp.sum(shares, 0)
     shares = shares / jnp.where(total > 0, total, 1)
-    return sum(o * share[..., None] for (o, _), share in zip(parts, shares, strict=True))
+    return jnp.sum(jnp.stack([o for o, _ in parts]) * shares[..., None], 0)
 
 
 # name -> attend(q, k, v, mask, scale, return_lse=False)

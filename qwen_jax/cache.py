@@ -115,11 +115,10 @@ def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str
 
 def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:
     new = jnp.swapaxes(new, 1, 2)  # [B, K, T, H]
-    if isinstance(leaf, Int8):
-        new = quantize(new, symmetric=leaf.zero is None)
+    written = quantize(new, leaf.zero is None) if isinstance(leaf, Int8) else new
     slot = index % jax.tree.leaves(leaf)[0].shape[2]
 
     def write(buffer: jax.Array, part: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), (0, 0, slot, 0))
 
-    return jax.tree.map(write, leaf, new)
+    return jax.tree.map(write, leaf, written)

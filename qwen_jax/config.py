@@ -93,7 +93,9 @@ class Config:
                     f"layer_windows has {len(self.layer_windows)} entries for "
                     f"{self.num_layers} layers"
                 )
-            if any(w is not None and (not isinstance(w, int) or w <= 0) for w in self.layer_windows):
+            if any(
+                w is not None and (not isinstance(w, int) or w <= 0) for w in self.layer_windows
+            ):
                 raise ValueError("layer_windows holds positive whole numbers or null (= full)")
 
     def num_params(self) -> int:
@@ -142,7 +144,8 @@ class Config:
         missing = sorted(key for key in _KEYS if key not in values and key not in _OPTIONAL)
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        fields = {field: values.get(key, _OPTIONAL.get(key)) for key, field in _KEYS.items()}
+        known = {**_OPTIONAL, **values}
+        fields: dict[str, Any] = {field: known[key] for key, field in _KEYS.items()}
         doubled = fields["intermediate_size"]
         if not isinstance(doubled, int) or doubled % 2:
             raise ValueError(f"intermediate_size {doubled!r}: must be even (twice the FFN width)")
@@ -252,14 +255,47 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # Keys without influence on what the model computes: which class loads it, which kernel or dtype
 # the original picks, dropout (off outside training), bookkeeping of the transformers library.
 _INERT = frozenset(
-    """
-    architectures auto_map _name_or_path _commit_hash transformers_version torch_dtype dtype
-    params_dtype onnx_safe tokenizer_type tokenizer_class bf16 fp16 fp32 use_cache use_flash_attn
-    use_cache_quantization use_cache_kernel softmax_in_fp32 attn_dropout_prob emb_dropout_prob
-    attn_pdrop embd_pdrop resid_pdrop bias_dropout_fusion bos_token_id eos_token_id pad_token_id
-    output_attentions output_hidden_states return_dict torchscript gradient_checkpointing
-    model_max_length chunk_size_feed_forward id2label label2id problem_type task_specific_params
-    """.split()
+    (
+        "architectures",
+        "auto_map",
+        "_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "params_dtype",
+        "onnx_safe",
+        "tokenizer_type",
+        "tokenizer_class",
+        "bf16",
+        "fp16",
+        "fp32",
+        "use_cache",
+        "use_flash_attn",
+        "use_cache_quantization",
+        "use_cache_kernel",
+        "softmax_in_fp32",
+        "attn_dropout_prob",
+        "emb_dropout_prob",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "bias_dropout_fusion",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torchscript",
+        "gradient_checkpointing",
+        "model_max_length",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "task_specific_params",
+    )
 )
 
 
@@ -275,7 +311,9 @@ def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
         if key == "vocab_size" and "padded_vocab_size" in hf:
             continue
         if name in values and values[name] != value:
-            raise ValueError(f"config keys {origin[name]} and {key} disagree: {values[name]}, {value}")
+            raise ValueError(
+                f"config keys {origin[name]} and {key} disagree: {values[name]}, {value}"
+            )
         values[name], origin[name] = value, key
     return values
 
@@ -283,12 +321,16 @@ def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_scaling(entry: Any) -> RopeScaling:
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     if not isinstance(entry, Mapping) or set(entry) - known:
-        raise ValueError(f"rope_scaling {entry!r}: a mapping with keys of {', '.join(sorted(known))}")
+        raise ValueError(
+            f"rope_scaling {entry!r}: a mapping with keys of {', '.join(sorted(known))}"
+        )
     try:
         return RopeScaling(**entry)
     except TypeError:
         needed = "type, factor, original_max_position_embeddings"
-        raise ValueError(f"rope_scaling {entry!r} lacks one of {needed}, or a type is wrong") from None
+        raise ValueError(
+            f"rope_scaling {entry!r} lacks one of {needed}, or a type is wrong"
+        ) from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -300,63 +342,3 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
     return value
-
-
-def _published(**sizes: Any) -> Config:
-    return Config(
-        **{
-            "num_kv_heads": sizes["num_heads"],
-            "head_dim": 128,
-            "norm_eps": 1e-6,
-            "rope_base": 10000,
-            "seq_length": 8192,
-            "dynamic_ntk": True,
-            "logn": True,
-            "qkv_bias": True,
-            "qk_norm": False,
-            "tie_embeddings": False,
-            "initializer_range": 0.02,
-            **sizes,
-        }
-    )
-
-
-# The published sizes, with the values of their checkpoints' own config.json.
-PRESETS: dict[str, Config] = {
-    "qwen-1.8b": _published(
-        vocab_size=151936,
-        hidden_size=2048,
-        num_layers=24,
-        num_heads=16,
-        intermediate_size=5504,
-        max_position_embeddings=8192,
-    ),
-    "qwen-7b": _published(
-        vocab_size=151936,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        intermediate_size=11008,
-        max_position_embeddings=32768,
-    ),
-    "qwen-14b": _published(
-        vocab_size=152064,
-        hidden_size=5120,
-        num_layers=40,
-        num_heads=40,
-        intermediate_size=13696,
-        seq_length=2048,
-        max_position_embeddings=8192,
-    ),
-    "qwen-72b": _published(
-        vocab_size=152064,
-        hidden_size=8192,
-        num_layers=80,
-        num_heads=64,
-        intermediate_size=24576,
-        max_position_embeddings=8192,
-        rope_base=1000000,
-        dynamic_ntk=False,
-        logn=False,
-    ),
-}

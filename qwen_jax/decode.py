@@ -5,6 +5,7 @@ lengths (`buckets`), block by block through one compiled program; decoding is on
 over tokens that stops when every row has, so nothing is traced again as the sequence grows.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -120,13 +121,14 @@ def prefill(
         step=jnp.int32(0),
     )
     last = None
-    for end in np.cumsum(chunks):
-        chunk = place(padded[:, int(cache.index) : end], "BT")
+    for end, length in zip(np.cumsum(chunks), chunks, strict=True):
+        chunk = place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)
         places, segments = positions(cache.start, cache.index, chunk.shape[1])
         output = decoder(x, places, segments, rates, cache, attend)
-        cache, last = output.cache, output.last
-    return _first(decoder, last[:, -1:], state.replace(cache=cache), rules, sampler)
+        cache, last = output.cache or cache, output.last[:, -1:]
+    assert last is not None  # a plan has at least one chunk
+    return _first(decoder, last, dataclasses.replace(state, cache=cache), rules, sampler)
 
 
 def decode(
@@ -172,7 +174,7 @@ def _decode(
         places, segments = positions(cache.start, cache.index, 1)
         x = decoder.embed(state.token[:, None])
         output = decoder(x, places, segments, state.frequencies, cache, attend)
-        state = state.replace(cache=output.cache)
+        state = dataclasses.replace(state, cache=output.cache)
         state = _choose(decoder.logits(output.last)[:, 0], state, rules, sampler)
         tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, written))
         return state, tokens, written + 1
@@ -195,7 +197,8 @@ def _choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> Stat
     recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
     hit = (recent[:, None] == rules.stops) | (rules.stops < 0)  # [B, n, M]
     done = state.done | jnp.any(jnp.all(hit, axis=-1), axis=-1)
-    return state.replace(token=token, seen=seen, recent=recent, done=done, step=state.step + 1)
+    step = state.step + 1
+    return dataclasses.replace(state, token=token, seen=seen, recent=recent, done=done, step=step)
 
 
 @functools.partial(jax.jit, static_argnames="length")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
@@ -68,7 +69,7 @@ def load(
 
 
 def default_dtype() -> str:
-    """float32 on CPU, bfloat16 on TPU and on GPUs that have it (compute capability 8), or float16."""
+    """float32 on CPU; bfloat16 on TPU and on GPUs of compute capability 8 and up, else float16."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "float32"
@@ -78,7 +79,7 @@ def default_dtype() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """See `load`. The decoder is on `mesh`; generation_config is the checkpoint's, {} without one."""
+    """See `load`. generation_config is the checkpoint's own, {} where it has none."""
 
     config: Config
     tokenizer: Tokenizer | None
@@ -106,7 +107,11 @@ class LanguageModel:
             x = self.decoder.embed(decode.place(tokens, "BT"))
             rates = decode.place(frequencies, "BH")
             output = self.decoder(x, positions, segments, rates, attend=self.attend)
-            return self.decoder.logits(output.last)[:batch]
+            logits = self.decoder.logits(output.last)
+            if len(tokens) == batch:
+                return logits
+            # Fewer rows than the mesh splits them into: every device keeps them all.
+            return jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]
 
     def generate(
         self,
@@ -183,11 +188,16 @@ class LanguageModel:
         at_once: int | None,
     ) -> Iterator[np.ndarray]:
         batch = len(tokens)
-        host = (tokens, lengths, frequencies, seeds)
+        tokens, lengths, frequencies, seeds = (
+            self._whole_shards(x) for x in (tokens, lengths, frequencies, seeds)
+        )
         with sharding.entered(self.mesh):
             state = decode.prefill(
                 self.decoder,
-                *(self._whole_shards(x) for x in host),
+                tokens,
+                lengths,
+                frequencies,
+                seeds,
                 rules,
                 sampler,
                 new,
@@ -221,10 +231,12 @@ class LanguageModel:
 
         stop: ids or sequences of ids that end the reply.
         """
-        ids = self._reply(query, history, system, sampler, max_new_tokens, stop, seed, max_window_size)
+        ids = self._reply(
+            query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
+        )
         made = [int(i) for part in ids for i in part[0]]
-        ends = self._chat_stops(stop)
-        reply = chat.decode_reply(self._need_tokenizer(), made, "chatml", stop=ends)
+        ends = self.chat_stops(stop)
+        reply = chat.decode_reply(self.need_tokenizer(), made, "chatml", stop=ends)
         return reply, [*history, (query, reply)]
 
     def chat_stream(
@@ -239,8 +251,10 @@ class LanguageModel:
         max_window_size: int | None = None,
     ) -> Iterator[str]:
         """The reply so far, again and again as it grows; a character is shown when it is whole."""
-        ids = self._reply(query, history, system, sampler, max_new_tokens, stop, seed, max_window_size)
-        text, stream = "", TextStream(self._need_tokenizer(), "ignore", skip_special_tokens=True)
+        ids = self._reply(
+            query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
+        )
+        text, stream = "", TextStream(self.need_tokenizer(), "ignore", skip_special_tokens=True)
         for part in ids:
             text += stream.push(part[0])
             yield text
@@ -256,7 +270,7 @@ class LanguageModel:
         seed: int,
         max_window_size: int | None,
     ) -> Iterator[np.ndarray]:
-        tokenizer = self._need_tokenizer()
+        tokenizer = self.need_tokenizer()
         if self.is_base:
             warnings.warn(
                 "this is a base checkpoint, not trained for chat: its replies may not stop or make "
@@ -270,7 +284,7 @@ class LanguageModel:
             np.array([prompt]),
             max_new_tokens=self.room(len(prompt), max_new_tokens),
             sampler=self.default_sampler() if sampler is None else sampler,
-            stop=self._chat_stops(stop),
+            stop=self.chat_stops(stop),
             seed=seed,
         )
 
@@ -310,11 +324,16 @@ class LanguageModel:
             )
         return asked or left
 
-    def _chat_stops(self, stop: Sequence[Any] | None) -> list[tuple[int, ...]]:
+    def chat_stops(self, stop: Sequence[Any] | None = None) -> list[tuple[int, ...]]:
+        """What ends a reply: `stop`, or generation_config's stops and the ids that end a turn."""
         if stop is not None:
             return self._stops(stop)
-        tokenizer = self._need_tokenizer()
-        return [*self.default_stops(), *chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,)]
+        tokenizer = self.need_tokenizer()
+        return [
+            *self.default_stops(),
+            *chat.stop_sequences(tokenizer, "chatml"),
+            (tokenizer.eod_id,),
+        ]
 
     def _stops(self, stop: Sequence[Any]) -> list[tuple[int, ...]]:
         stops = [(int(s),) if np.ndim(s) == 0 else tuple(int(i) for i in s) for s in stop]
@@ -323,7 +342,8 @@ class LanguageModel:
                 raise ValueError(f"stop {ids}: ids from 0 to {self.config.vocab_size - 1}")
         return stops
 
-    def _need_tokenizer(self) -> Tokenizer:
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError for a directory without one."""
         if self.tokenizer is None:
             raise ValueError("this model directory has no qwen.tiktoken: text cannot be encoded")
         return self.tokenizer
@@ -348,7 +368,9 @@ class LanguageModel:
         tokens = np.where(mask, tokens, 0)
         bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
         if bad.size:
-            raise ValueError(f"token id {bad[0]} is out of range: 0 to {self.config.vocab_size - 1}")
+            raise ValueError(
+                f"token id {bad[0]} is out of range: 0 to {self.config.vocab_size - 1}"
+            )
         return tokens.astype(np.int32), lengths
 
     def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
@@ -359,4 +381,5 @@ class LanguageModel:
 
     def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
         """Rows repeated until the batch divides over the mesh; callers drop them again."""
-        return np.resize(rows, (-(-len(rows) // self.mesh.shape["fsdp"]) * self.mesh.shape["fsdp"], *rows.shape[1:]))
+        shards = self.mesh.shape["fsdp"]
+        return np.resize(rows, (-(-len(rows) // shards) * shards, *rows.shape[1:]))

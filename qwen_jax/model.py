@@ -9,6 +9,7 @@ A Decoder is an immutable pytree of named leaves. It knows no file, no sampling 
 formula; partitioning comes from the leaves' letters, storage from `weights.py`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -131,11 +132,16 @@ class Decoder(nnx.Module):
     """layers: L separate blocks (decoding, conversion), or one Block whose leaves are stacked."""
 
     def __init__(
-        self, config: Config, embedding: Weight, layers: Any, final_norm: Weight, head: Weight | None
+        self,
+        config: Config,
+        embedding: Weight,
+        layers: Any,
+        final_norm: Weight,
+        head: Weight | None,
     ):
         self.config = config
         self.embedding = embedding
-        self.layers = layers if isinstance(layers, Block) else nnx.List(layers)
+        self.layers: Any = layers if isinstance(layers, Block) else nnx.List(layers)
         self.final_norm = final_norm
         self.head = head
 
@@ -172,12 +178,15 @@ class Decoder(nnx.Module):
         states = [x]
 
         def run(x: jax.Array, block: Block, window: Any, layer: Layer | None) -> tuple[Any, Any]:
-            masks = [m if m is None else m.replace(window=window) for m in (own, past)]
+            masks = [m if m is None else dataclasses.replace(m, window=window) for m in (own, past)]
             return _run_block(x, block, rotary, *masks, layer, index, attend)
 
         if remat is not None:
             run = jax.checkpoint(run, policy=remat)
-        windows = [w or attention.FULL for w in self.config.layer_windows or [None] * self.config.num_layers]
+        windows = [
+            w or attention.FULL
+            for w in self.config.layer_windows or [None] * self.config.num_layers
+        ]
         if isinstance(self.layers, Block):
             if cache is not None:
                 raise ValueError("a stacked decoder keeps no cache: unstack it first")
@@ -250,14 +259,17 @@ def abstract(config: Config, dtype: Any) -> Decoder:
 
 def stack(decoder: Decoder) -> Decoder:
     """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth."""
-    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers)
+    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *list(decoder.layers))
     return _with_layers(decoder, blocks)
 
 
 def unstack(decoder: Decoder) -> Decoder:
     """The inverse of `stack`."""
-    depth = range(decoder.config.num_layers)
-    return _with_layers(decoder, [jax.tree.map(lambda x: x[i], decoder.layers) for i in depth])
+
+    def block(i: int) -> Block:
+        return jax.tree.map(lambda leaf: leaf[i], decoder.layers)
+
+    return _with_layers(decoder, [block(i) for i in range(decoder.config.num_layers)])
 
 
 def _with_layers(decoder: Decoder, layers: Any) -> Decoder:

@@ -26,7 +26,9 @@ class Greedy:
         """logits float32 [B, V], seen bool [B, V] -> the penalised logits."""
         return _penalise(logits, seen, self.repetition_penalty)
 
-    def __call__(self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any) -> jax.Array:
+    def __call__(
+        self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
+    ) -> jax.Array:
         """int32 [B]: the token chosen for each row."""
         return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
 
@@ -65,8 +67,10 @@ class Nucleus:
         mass = jnp.where(self.top_p < 1, jnp.maximum(self.top_p, 1e-30), jnp.inf)
         return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), mass)
 
-    def __call__(self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any) -> jax.Array:
-        """int32 [B]: a draw that depends on the row's seed (uint32 [B]), the step and its logits."""
+    def __call__(
+        self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
+    ) -> jax.Array:
+        """int32 [B]: a draw that depends on the row's seed, uint32 [B], the step and its logits."""
 
         def noise(seed: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(seed), step)

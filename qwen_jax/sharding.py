@@ -29,7 +29,7 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 
     Raises ValueError that says what is allowed.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for item in filter(None, (text or "").split(",")):
         name, _, size = item.partition("=")
         if name.strip() not in AXES or not size.strip().isdecimal() or int(size) < 1:
@@ -47,7 +47,9 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
     devices = jax.devices()
     if math.prod(shape) > len(devices):
         wanted = ",".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
-        raise ValueError(f"mesh {wanted} needs {math.prod(shape)} devices, there are {len(devices)}")
+        raise ValueError(
+            f"mesh {wanted} needs {math.prod(shape)} devices, there are {len(devices)}"
+        )
     explicit = (AxisType.Explicit,) * len(AXES)
     return jax.make_mesh(shape, AXES, explicit, devices=devices[: math.prod(shape)])
 
@@ -77,7 +79,7 @@ def check_divides(letters: str, shape: tuple[int, ...], mesh: Mesh, name: str) -
     for letter, size, axis in zip(letters, shape, spec(letters), strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
-                f"{name} has {letter} = {size}, which does not divide over {axis}={mesh.shape[axis]}"
+                f"{name} has {letter} = {size}: it does not divide over {axis}={mesh.shape[axis]}"
             )
 
 

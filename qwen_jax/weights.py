@@ -87,7 +87,7 @@ def replace_leaves(tree: Any, value: Callable[[str, Weight], Any]) -> Any:
     """The same module with every leaf's array replaced by `value(path, leaf)`."""
 
     def put(path: Any, leaf: Weight) -> Weight:
-        return leaf.replace(value(".".join(_key(step) for step in path), leaf))
+        return Weight(value(".".join(_key(step) for step in path), leaf), letters=leaf.letters)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=lambda x: isinstance(x, Weight))
 

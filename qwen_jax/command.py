@@ -1,0 +1,89 @@
+"""What the commands share: exit codes, one-line errors, progress on stderr, common arguments.
+
+Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be; the command exits with 2."""
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    argv: list[str] | None = None,
+) -> int:
+    """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
+    args = parser.parse_args(argv)
+    try:
+        work(args)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        detail = " ".join(str(error).split()) or "no message; --debug shows where"
+        known = isinstance(error, ValueError | OSError | NotImplementedError)
+        say(f"error: {detail if known else f'{type(error).__name__}: {detail}'}")
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal, out of the way of stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`use_dynamic_ntk=true` -> ("use_dynamic_ntk", True); the value is JSON."""
+    key, equals, value = text.partition("=")
+    try:
+        if not (key and equals):
+            raise ValueError
+        return key, json.loads(value)
+    except ValueError:
+        raise UsageError(f"--set {text}: write KEY=VALUE with VALUE in JSON") from None
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs, unless the user has chosen a place already."""
+    import jax
+
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "qwen_jax" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def virtual_cpu_devices(sizes: dict[str, int]) -> None:
+    """On a machine that computes on its CPU, make as many devices as the mesh asks for."""
+    import jax
+
+    wanted = math.prod(sizes.values())
+    on_cpu = (jax.config.values["jax_platforms"] or "").split(",")[0] == "cpu"
+    if wanted > 1 and on_cpu and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", wanted)

@@ -1,0 +1,114 @@
+"""`python -m qwen_jax.generate`: output, defaults, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qwen_jax
+from qwen_jax import generate
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = generate.main(list(argv))
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_json_and_stream_agree(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--ckpt", str(chat_dir), "--prompt", "Once upon a time", "--max-new-tokens", "12"]
+    code, out, err = run(capsys, *common, "--seed", "4", "--json")
+    result = json.loads(out)
+    assert code == 0 and len(result["tokens"]) == result["new_tokens"] <= 12
+    assert result["prompt_tokens"] == 4 and result["finish_reason"] in ("stop", "length")
+    code, out, err = run(capsys, *common, "--seed", "4")
+    assert code == 0 and out == result["text"] + "\n"
+    assert "tokens/s" in err and "first token after" in err
+
+
+def test_greedy_is_the_librarys(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = qwen_jax.load(chat_dir, dtype="float32")
+    ids = model.tokenizer.encode("Once upon a time")
+    expected = model.generate([ids], max_new_tokens=6)[0].tolist()
+    argv = ["--ckpt", str(chat_dir), "--prompt", "Once upon a time", "--max-new-tokens", "6"]
+    settings = ["--temperature", "0", "--repetition-penalty", "1", "--dtype", "float32", "--json"]
+    assert json.loads(run(capsys, *argv, *settings)[1])["tokens"] == expected
+
+
+def test_chat_and_prompt_file(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        capsys, "--ckpt", str(chat_dir), "--chat", "hi", "--max-new-tokens", "3", "--json"
+    )
+    assert code == 0 and json.loads(out)["prompt_tokens"] == 20
+    file = tmp_path / "prompt.txt"
+    file.write_text("你好<|im_end|>", encoding="utf-8")
+    code, out, _ = run(
+        capsys, "--ckpt", str(chat_dir), "--prompt-file", str(file), "--json", "--max-new-tokens=2"
+    )
+    assert code == 0 and json.loads(out)["prompt_tokens"] > 2  # the marker is text, not a control
+
+
+def test_a_base_checkpoint_says_so(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "--ckpt", str(golden_dir), "--chat", "hi")
+    assert code == 1 and "qwen.tiktoken" in err  # it has no tokenizer either
+
+
+def test_bench(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "--ckpt", str(golden_dir), "--bench", "--max-new-tokens", "4", "--json"
+    )
+    result = json.loads(out)
+    assert code == 0 and result["decode_tokens_per_second"] > 0
+    assert result["matvec_gb_per_second"] > 0 and result["share_of_bandwidth"] > 0
+    assert "seconds_to_first_token_cold" in result
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 2, "--ckpt"),
+        (["--ckpt", "{dir}"], 2, "--prompt"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--chat", "b"], 2, "not allowed"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--max-new-tokens", "0"], 2, "positive"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--set", "seq_length"], 2, "KEY=VALUE"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--set", "nope=1"], 1, "nope"),
+        (["--ckpt", "{dir}", "--prompt", ""], 1, "empty prompt"),
+        (["--ckpt", "{dir}", "--chat", " "], 1, "empty prompt"),
+        (["--ckpt", "{dir}", "--prompt-file", "/no/such/file"], 1, "/no/such/file"),
+        (["--ckpt", "{dir}", "--prompt", "a b c", "--max-length", "2"], 1, "max_length 2"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--top-p", "2"], 1, "top_p"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "fsdp=x"], 1, "fsdp=4,tp=2"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "tp=64"], 1, "64 devices"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--attention", "nope"], 1, "nope"),
+        (["--ckpt", "/no/such/dir", "--prompt", "a"], 1, "/no/such/dir"),
+    ],
+)
+def test_bad_input(
+    chat_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    message: str,
+) -> None:
+    result, out, err = run(capsys, *(arg.format(dir=chat_dir) for arg in argv))
+    assert result == code and out == ""
+    assert message in err and "Traceback" not in err
+    if code == 1:
+        assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+def test_real_process(chat_dir: Path) -> None:
+    command = [sys.executable, "-m", "qwen_jax.generate", "--ckpt", str(chat_dir)]
+    done = subprocess.run(
+        [*command, "--prompt", "Hello", "--max-new-tokens", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.endswith("\n") and "tokens/s" in done.stderr
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "examples:" in done.stdout

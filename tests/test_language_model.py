@@ -1,0 +1,242 @@
+"""`qwen_jax.load` and what it returns: arguments, batches, stops, sampling, chat."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qwen_jax
+from qwen_jax import decode
+from qwen_jax.sampling import Greedy, Nucleus
+from tests.golden_figures import arrays, worst
+
+
+@pytest.fixture(scope="module")
+def model(golden_dir: Path) -> qwen_jax.LanguageModel:
+    return qwen_jax.load(golden_dir, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def chat_model(chat_dir: Path) -> qwen_jax.LanguageModel:
+    return qwen_jax.load(chat_dir, dtype="float32")
+
+
+RNG = np.random.default_rng(7)
+PROMPT = RNG.integers(0, 320, (1, 12))
+
+
+def test_import_is_cheap() -> None:
+    code = "import qwen_jax, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"cache_dtype": "int4"}, "int4"),
+        ({"attention": "nope"}, "xla"),
+        ({"overrides": {"no_such_key": 1}}, "no_such_key"),
+        ({"overrides": {"layer_windows": [1]}}, "layer_windows"),
+        ({"max_length": 1}, "max_length"),
+    ],
+)
+def test_load_refuses(golden_dir: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        qwen_jax.load(golden_dir, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_are_near(golden_dir: Path, dtype: str) -> None:
+    model = qwen_jax.load(golden_dir, dtype=dtype)
+    assert str(model.decoder.embedding[...].dtype) == dtype
+    logits = model.logits(arrays()["plain.tokens"])
+    assert logits.dtype == np.float32
+    exact = arrays()["plain.logits"]
+    error = np.sqrt(np.mean(np.square(np.asarray(logits) - exact))) / exact.std()
+    # About a dozen roundings of 2**-9 (bfloat16) or 2**-12 (float16) one after another.
+    unit = {"bfloat16": 2**-9, "float16": 2**-12}[dtype]
+    assert unit < error < 20 * unit
+
+
+def test_rows_are_what_they_would_be_alone(model: qwen_jax.LanguageModel) -> None:
+    """Sampled: equal prompts, seeds and padding must not let rows see each other."""
+    lengths = [3, 12, 40]
+    width = max(lengths)
+    tokens, mask = np.zeros((3, width), int), np.zeros((3, width), int)
+    for row, length in enumerate(lengths):
+        tokens[row, width - length :] = RNG.integers(0, 320, length)
+        mask[row, width - length :] = 1
+    settings = {"max_new_tokens": 10, "sampler": Nucleus(0.9, 50, 0.9, 1.2)}
+    together = model.generate(tokens, mask, seed=[5, 6, 7], **settings)
+    for row, length in enumerate(lengths):
+        alone = model.generate(tokens[row : row + 1, width - length :], seed=5 + row, **settings)
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
+def test_seed(model: qwen_jax.LanguageModel) -> None:
+    draw = {"max_new_tokens": 12, "sampler": Nucleus(2.0)}
+    first = model.generate(PROMPT, seed=1, **draw)
+    np.testing.assert_array_equal(first, model.generate(PROMPT, seed=1, **draw))
+    assert (first != model.generate(PROMPT, seed=2, **draw)).any()
+    rows = model.generate(np.repeat(PROMPT, 3, 0), seed=range(3), **draw)
+    assert len({tuple(row) for row in rows}) == 3
+
+
+def test_stop(model: qwen_jax.LanguageModel) -> None:
+    free = model.generate(PROMPT, max_new_tokens=20)[0]
+    assert free.shape == (20,)
+    where = next(i for i in range(2, 20) if free[i] not in free[:i])
+    one = model.generate(PROMPT, max_new_tokens=20, stop=[int(free[where])])[0]
+    np.testing.assert_array_equal(one[: where + 1], free[: where + 1])
+    assert (one[where + 1 :] == model.pad_id).all()
+    # A sequence stops where its last id comes after its first, not where the last id stands alone.
+    pair = (int(free[where - 1]), int(free[where]))
+    both = model.generate(PROMPT, max_new_tokens=20, stop=[pair, (int(free[where]), 319, 5)])[0]
+    np.testing.assert_array_equal(both, one)
+    swapped = model.generate(PROMPT, max_new_tokens=20, stop=[pair[::-1]])[0]
+    assert swapped[where + 1] == free[where + 1]
+
+
+def test_one_row_stops_before_another(model: qwen_jax.LanguageModel) -> None:
+    prompts = np.concatenate([PROMPT, PROMPT[:, ::-1]])
+    free = model.generate(prompts, max_new_tokens=16)
+    stop = int(free[0, 4])
+    made = model.generate(prompts, max_new_tokens=16, stop=[stop])
+    for row in range(2):
+        ends = np.flatnonzero(free[row] == stop)
+        kept = ends[0] + 1 if ends.size else 16
+        np.testing.assert_array_equal(made[row, :kept], free[row, :kept])
+        assert (made[row, kept:] == model.pad_id).all()
+
+
+def test_stream_is_generate(model: qwen_jax.LanguageModel) -> None:
+    parts = list(model.stream(PROMPT, max_new_tokens=70, at_once=9))
+    assert [p.shape[1] for p in parts] == [1] + [9] * 7 + [6]
+    whole = model.generate(PROMPT, max_new_tokens=70)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_decode_compiles_once(model: qwen_jax.LanguageModel) -> None:
+    """No retrace as the sequence grows, nor for another temperature, stop or seed."""
+    model.generate(PROMPT, max_new_tokens=60, sampler=Nucleus(), stop=[1])
+    before = decode._decode._cache_size()
+    model.generate(PROMPT[:, :7], max_new_tokens=50, sampler=Nucleus(0.5, 9, 0.7), stop=[2], seed=3)
+    list(model.stream(PROMPT, max_new_tokens=60, sampler=Nucleus(0.1), stop=[3], at_once=1))
+    assert decode._decode._cache_size() == before
+
+
+def test_few_prefill_buckets() -> None:
+    plans = [decode.plan(length, 100) for length in range(1, 6000)]
+    assert len({size for chunks, _ in plans for size in chunks}) <= 6
+    for length, (chunks, capacity) in enumerate(plans, 1):
+        assert length <= sum(chunks) < max(2 * length, length + 32)
+        assert capacity >= sum(chunks) + 100
+    assert len({capacity for _, capacity in plans}) < 25
+
+
+def test_chunked_prefill(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of several chunks, the first one padded, past seq_length, with everything on."""
+    settings = {"use_dynamic_ntk": True, "use_logn_attn": True, "layer_windows": [30, None, 90]}
+    model = qwen_jax.load(golden_dir, dtype="float32", overrides=settings)
+    prompt = RNG.integers(0, 320, (2, 203))
+    whole = model.generate(prompt, max_new_tokens=12)
+    monkeypatch.setattr(decode, "buckets", lambda: [32, 64])
+    np.testing.assert_array_equal(model.generate(prompt, max_new_tokens=12), whole)
+
+
+def test_ntk_from_the_total(golden_dir: Path) -> None:
+    model = qwen_jax.load(golden_dir, dtype="float32", overrides={"use_dynamic_ntk": True})
+    prompt = RNG.integers(0, 320, (1, 60))  # alpha 1; with 10 new tokens, past 64: alpha 3
+    total = model.generate(prompt, max_new_tokens=10, ntk="total")
+    np.testing.assert_array_equal(total, model.generate(prompt, max_new_tokens=10, ntk_alpha=3))
+    plain = model.logits(prompt, ntk_alpha=1.0)
+    assert worst(model.logits(prompt, ntk_alpha=3.0), np.asarray(plain)) > 0.01
+    assert worst(model.logits(prompt), np.asarray(plain)) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings", "message"),
+    [
+        (np.zeros((1, 0), int), {}, "empty prompt"),
+        ([[5, 320]], {}, "320"),
+        ([[-1, 3]], {}, "-1"),
+        ([[1.5]], {}, "integers"),
+        ([1, 2], {}, "B, T"),
+        ([[1, 2]], {"mask": [[1, 0]]}, "left"),
+        ([[1, 2]], {"mask": [[0, 0]]}, "empty prompt"),
+        ([[1, 2]], {"mask": [[1]]}, "shape"),
+        ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1] * 50], {"max_new_tokens": 2000}, "max_length 2048"),
+        ([[1, 2]], {"stop": [320]}, "stop"),
+        ([[1, 2]], {"stop": [()]}, "stop"),
+        ([[1, 2]], {"ntk": "both"}, "ntk"),
+        ([[1, 2]], {"ntk_alpha": 0.5}, "ntk_alpha"),
+        ([[1, 2]], {"sampler": Nucleus(temperature=0.0)}, "temperature"),
+        ([[1, 2]], {"sampler": Nucleus(top_p=1.5)}, "top_p"),
+        ([[1, 2]], {"sampler": Greedy(0.0)}, "repetition_penalty"),
+    ],
+)
+def test_generate_refuses(
+    model: qwen_jax.LanguageModel, tokens: object, settings: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(tokens, **settings)
+
+
+def test_padded_ids_are_never_chosen(chat_model: qwen_jax.LanguageModel) -> None:
+    """Flat logits over padded rows: what is drawn exists in the vocabulary."""
+    tokenizer = chat_model.tokenizer
+    assert len(tokenizer) < chat_model.config.vocab_size
+    prompt = np.array([tokenizer.encode("hello there")] * 8)
+    made = chat_model.generate(prompt, max_new_tokens=24, sampler=Nucleus(1e4), seed=range(8))
+    assert made.max() < len(tokenizer) and len(np.unique(made)) > 50
+
+
+def test_chat(chat_model: qwen_jax.LanguageModel) -> None:
+    reply, history = chat_model.chat("hello", max_new_tokens=8, seed=3)
+    assert history == [("hello", reply)]
+    *_, streamed = chat_model.chat_stream("hello", max_new_tokens=8, seed=3)
+    assert streamed.strip() == reply
+    _, longer = chat_model.chat("more", history, max_new_tokens=4)
+    assert longer[:1] == history and len(longer) == 2
+    assert history == [("hello", reply)]
+
+
+def test_chat_takes_its_defaults_from_the_checkpoint(chat_model: qwen_jax.LanguageModel) -> None:
+    sampler = chat_model.default_sampler()
+    assert sampler == Nucleus(1.0, 0, 0.8, 1.1)
+    ends = {stop[0] for stop in chat_model.chat_stops()}
+    tokenizer = chat_model.tokenizer
+    assert {tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id} <= ends
+    assert chat_model.room(10) == 512
+
+
+def test_chat_stops_at_a_stop(chat_model: qwen_jax.LanguageModel) -> None:
+    tokenizer = chat_model.tokenizer
+    free, _ = chat_model.chat("hello", sampler=Greedy(), max_new_tokens=12, stop=())
+    first = tokenizer.encode(free)[0]
+    reply, _ = chat_model.chat("hello", sampler=Greedy(), max_new_tokens=12, stop=[first])
+    assert len(reply) < len(free)
+
+
+def test_a_base_checkpoint_says_so(chat_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "base"
+    shutil.copytree(chat_dir, target)
+    config = json.loads((target / "generation_config.json").read_text())
+    (target / "generation_config.json").write_text(json.dumps({**config, "chat_format": "raw"}))
+    model = qwen_jax.load(target, dtype="float32")
+    with pytest.warns(UserWarning, match="base checkpoint"):
+        model.chat("hello", max_new_tokens=2)
+
+
+def test_without_a_tokenizer(model: qwen_jax.LanguageModel) -> None:
+    assert model.tokenizer is None
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"qwen\.tiktoken"):
+        warnings.simplefilter("ignore")
+        model.chat("hello")
