@@ -82,32 +82,32 @@ def _block(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     batch, length, heads, dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, dim)
-    # Keys are the left operand: XLA's CPU backend reads them about ten times faster so.
-    scores = jnp.einsum(
-        "BSKH,BTKGH->BKSGT",
-        k,
-        grouped,
-        precision=precision(q),
-        preferred_element_type=jnp.float32,
-    )
-    scores = jnp.moveaxis(scores, 2, -1) * scale[:, None, None, :, None]  # [B, K, G, T, S]
-    visible = visible[:, None, None]
-    scores = jnp.where(visible, scores, -jnp.inf)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: as the cache keeps them
+    kv_heads, rows = k.shape[1], heads // k.shape[1] * length
+    settings = {"precision": precision(q), "preferred_element_type": jnp.float32}
+
+    def by_head(x: jax.Array) -> jax.Array:  # [B, T, N, X] -> [B, K, G * T, X]
+        x = x.reshape(batch, length, kv_heads, -1, x.shape[-1])
+        return jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, rows, -1)
+
+    def by_token(x: jax.Array) -> jax.Array:  # the inverse
+        x = x.reshape(batch, kv_heads, -1, length, x.shape[-1])
+        return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(batch, length, heads, -1)
+
+    # Keys are the left operand, and one axis holds all rows of a head: XLA's CPU backend otherwise
+    # copies the keys, or reads them at a tenth of the speed.
+    scores = jnp.einsum("BKSH,BKZH->BKSZ", k, by_head(q), **settings)
+    scores = jnp.swapaxes(scores, 2, 3).reshape(batch, kv_heads, -1, length, k.shape[2])
+    scores = scores * scale[:, None, None, :, None]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    scores = scores.reshape(batch, kv_heads, rows, -1)
     largest = jnp.maximum(jnp.max(scores, -1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, -1)  # [B, K, G, T]
-    o = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        weights.astype(v.dtype),
-        v,
-        precision=precision(q),
-        preferred_element_type=jnp.float32,
-    )
+    total = jnp.sum(weights, -1, keepdims=True)
+    o = jnp.einsum("BKZS,BKSH->BKZH", weights.astype(v.dtype), v, **settings)
     divisor = jnp.where(total > 0, total, 1)
-    lse = jnp.where(total > 0, largest[..., 0] + jnp.log(divisor), -jnp.inf)
-    o = o / jnp.moveaxis(divisor, -1, 1)[..., None]
-    return o.reshape(batch, length, heads, dim), jnp.moveaxis(lse, -1, 1).reshape(q.shape[:3])
+    lse = jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)
+    return by_token(o / divisor), by_token(lse)[..., 0]
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:

@@ -5,6 +5,7 @@ share one write index and end there; `start` says at which index a row began, so
 row that joins late, need no scatter. The slots are a ring: token i lies in slot i mod S.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import sharding
-from qwen_jax.attention import Mask
+from qwen_jax.attention import Mask, merge
 from qwen_jax.config import Config
 
 DTYPES = ("int8", "int8_asymmetric")
@@ -111,6 +112,48 @@ def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str
 
     layers = tuple(Layer(leaf(), leaf()) for _ in range(config.num_layers))
     return Cache(layers, start, jnp.int32(0), fresh=True)
+
+
+def attend(
+    implementation: Callable[..., Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    own: Mask,
+    past: Mask | None,
+    scale: jax.Array,
+    layer: Layer,
+    index: jax.Array,
+) -> tuple[jax.Array, Layer]:
+    """Attention over this pass's k, v and the layer's earlier ones; and the layer with both.
+
+    The pass's own keys are not read back from the cache, where they may be quantised. past: None
+    for an empty cache.
+    """
+    rows = jax.typeof(q).sharding.spec
+    leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, layer)
+
+    @jax.shard_map(out_specs=(rows, leaves))
+    def local(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        own: Mask,
+        past: Mask | None,
+        scale: jax.Array,
+        layer: Layer,
+        index: jax.Array,
+    ) -> tuple[jax.Array, Layer]:
+        parts = [implementation(q, k, v, own, scale, return_lse=True)]
+        if past is not None:
+            parts.append(implementation(q, *layer.read(), past, scale, return_lse=True))
+        o = merge(parts).astype(q.dtype)
+        # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
+        # the leaf. XLA otherwise keeps one for every layer and step.
+        after_reading = jnp.minimum(jnp.abs(jnp.max(o)), 0).astype(jnp.int32)
+        return o, layer.extend(k, v, index + after_reading)
+
+    return local(q, k, v, own, past, scale, layer, index)
 
 
 def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:

@@ -92,8 +92,8 @@ def load(
     manifest = verify_whole(root)
     mesh = mesh or sharding.current_mesh()
     config = config or load_config(root)
-    decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"], mesh)
-    _check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
+    decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
+    check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
     for name, leaf in leaves.items():
         sharding.check_divides(leaf.letters, leaf.shape, mesh, name)
     with _one_line(root), ThreadPoolExecutor(_READERS) as executor:
@@ -128,7 +128,7 @@ def _restore(params: Path, name: str, leaf: "Weight", mesh: "Mesh") -> "jax.Arra
 
     stored = tensorstore.cast(open_leaf(params, name), tensorstore.dtype(leaf.dtype))
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         piece = stored[index]
         memory = _aligned(piece.shape, leaf.dtype)
         tensorstore.array(memory).write(piece[tensorstore.d[:].translate_to[0]]).result()
@@ -146,14 +146,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + count].view(dtype).reshape(shape)
 
 
-def abstract_leaves(
-    config: Config, dtype: str, mesh: "Mesh"
-) -> "tuple[Decoder, dict[str, Weight]]":
-    """The decoder without its values, and its leaves by path."""
+def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
+    """The decoder without its values, and its leaves by path; not yet on the mesh of anyone."""
     from qwen_jax import model, sharding
     from qwen_jax.weights import named_leaves
 
-    with sharding.entered(mesh):
+    with sharding.entered(sharding.make_mesh()):
         decoder = model.abstract(config, dtype)
     return decoder, named_leaves(decoder)
 
@@ -263,9 +261,10 @@ def _directory(path: str | Path) -> Path:
     return root
 
 
-def _check_shapes(
+def check_shapes(
     root: Path, manifest: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
+    """Raise CheckpointError when the stored leaves are not those that config.json speaks of."""
     stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
     if stored == wanted:
         return

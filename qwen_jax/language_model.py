@@ -108,10 +108,9 @@ class LanguageModel:
             rates = decode.place(frequencies, "BH")
             output = self.decoder(x, positions, segments, rates, attend=self.attend)
             logits = self.decoder.logits(output.last)
-            if len(tokens) == batch:
-                return logits
-            # Fewer rows than the mesh splits them into: every device keeps them all.
-            return jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]
+            if len(tokens) != batch:  # rows that the mesh does not divide: every device keeps all
+                logits = jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]
+        return sharding.handed_over(logits)
 
     def generate(
         self,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from qwen_jax import attention, rope, sharding
+from qwen_jax import cache as kv
 from qwen_jax.attention import Mask
 from qwen_jax.cache import Cache, Layer
 from qwen_jax.config import Config
@@ -71,16 +72,10 @@ class Attention(nnx.Module):
             k = rms_norm(k, self.k_norm, self.config.norm_eps)
         q, k = rotary.rotate(q), rotary.rotate(k)
         scale = rotary.query_scale * self.config.head_dim**-0.5
-        attend = attention.on_shards(attend)
-        if layer is not None and index is not None:
-            layer = layer.extend(k, v, index)
-        if layer is None or past is None:
-            o = attend(q, k, v, own, scale)
+        if layer is None or index is None:
+            o = attention.on_shards(attend)(q, k, v, own, scale)
         else:
-            # The pass's own keys are never read back from the cache: they may be quantised there.
-            parts = [(k, v, own), (*layer.read(), past)]
-            merged = attention.merge([attend(q, *p, scale, return_lse=True) for p in parts])
-            o = merged.astype(q.dtype)
+            o, layer = kv.attend(attend, q, k, v, own, past, scale, layer, index)
         return contract("BTNH,DNH->BTD", o, self.o, sharding.spec("BTD")), layer
 
 
