@@ -1,0 +1,390 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen_jax import PRESETS, Config, model
+from qwen_jax.config import RopeScaling, read_json
+from tests.tiny import on_mesh, tiny_config
+
+COUNTS = {
+    "qwen-1.8b": 1_836_828_672,
+    "qwen-7b": 7_721_324_544,
+    "qwen-14b": 14_167_290_880,
+    "qwen-72b": 72_287_920_128,
+}
+# The config.json of Qwen/Qwen-7B, December 2023.
+QWEN_7B = {
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "emb_dropout_prob": 0.0,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "initializer_range": 0.02,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 32768,
+    "model_type": "qwen",
+    "no_bias": True,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 8192,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
+    "transformers_version": "4.32.0",
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 151936,
+}
+# Qwen/Qwen-72B, December 2023: `rope_theta` and `padded_vocab_size` say things twice.
+QWEN_72B = {
+    **{key: value for key, value in QWEN_7B.items() if key != "tokenizer_class"},
+    "hidden_size": 8192,
+    "intermediate_size": 49152,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "padded_vocab_size": 152064,
+    "rope_theta": 1000000,
+    "rotary_emb_base": 1000000,
+    "tokenizer_type": "QWenTokenizer",
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
+    "vocab_size": 152064,
+}
+# The first release spelled its keys differently; vocab_size is the number of real tokens here.
+AUGUST_2023 = {
+    "activation": "swiglu",
+    "apply_residual_connection_post_layernorm": False,
+    "architectures": ["QWenLMHeadModel"],
+    "attn_pdrop": 0.0,
+    "bias_dropout_fusion": True,
+    "bos_token_id": 151643,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 151643,
+    "ffn_hidden_size": 22016,
+    "initializer_range": 0.02,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "qwen",
+    "n_embd": 4096,
+    "n_head": 32,
+    "n_layer": 32,
+    "n_positions": 6144,
+    "no_bias": True,
+    "onnx_safe": None,
+    "padded_vocab_size": 151936,
+    "params_dtype": "torch.bfloat16",
+    "pos_emb": "rotary",
+    "resid_pdrop": 0.1,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "tokenizer_type": "QWenTokenizer",
+    "transformers_version": "4.31.0",
+    "use_cache": True,
+    "use_flash_attn": True,
+    "vocab_size": 151851,
+}
+LINEAR = {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = RopeScaling("yarn", 4.0, 16, beta_fast=8.0, beta_slow=2.0, attention_factor=1.5)
+
+
+def without(config: dict, *keys: str) -> dict:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_exact(name):
+    config = PRESETS[name]
+    assert config.num_params() == COUNTS[name]
+    with on_mesh():
+        leaves = jax.tree.leaves(model.abstract(config, jnp.bfloat16))
+    assert sum(leaf.size for leaf in leaves) == COUNTS[name]
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves), "no memory is used"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_kv_heads": 2},
+        {"qkv_bias": False},
+        {"qk_norm": True},
+        {"tie_embeddings": True},
+        {"num_kv_heads": 1, "qk_norm": True, "qkv_bias": False, "tie_embeddings": True},
+    ],
+)
+def test_parameter_counts_of_later_architectures(changes):
+    config = tiny_config(**changes)
+    with on_mesh():
+        leaves = jax.tree.leaves(model.abstract(config, jnp.float32))
+    assert sum(leaf.size for leaf in leaves) == config.num_params()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "lengths", "long_context"),
+    [
+        ("qwen-1.8b", (151936, 2048, 24, 16, 5504), (8192, 8192), True),
+        ("qwen-7b", (151936, 4096, 32, 32, 11008), (8192, 32768), True),
+        ("qwen-14b", (152064, 5120, 40, 40, 13696), (2048, 8192), True),
+        ("qwen-72b", (152064, 8192, 80, 64, 24576), (8192, 8192), False),
+    ],
+)
+def test_presets_are_the_published_values(name, sizes, lengths, long_context):
+    vocab, hidden, layers, heads, ffn = sizes
+    assert PRESETS[name] == Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=128,
+        intermediate_size=ffn,
+        norm_eps=1e-6,
+        rope_base=10000 if long_context else 1000000,
+        seq_length=lengths[0],
+        max_position_embeddings=lengths[1],
+        dynamic_ntk=long_context,
+        logn=long_context,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embeddings=False,
+        initializer_range=0.02,
+    )
+    assert set(PRESETS) == set(COUNTS)
+
+
+def test_from_hf_reads_the_hub_configs():
+    assert Config.from_hf(QWEN_7B) == PRESETS["qwen-7b"]
+    assert Config.from_hf(QWEN_72B) == PRESETS["qwen-72b"]
+
+
+def test_from_hf_reads_the_spelling_of_august_2023():
+    expected = dataclasses.replace(
+        PRESETS["qwen-7b"],
+        norm_eps=1e-5,
+        seq_length=2048,
+        max_position_embeddings=6144,
+        dynamic_ntk=False,
+        logn=False,
+    )
+    assert Config.from_hf(AUGUST_2023) == expected
+    assert Config.from_hf(without(AUGUST_2023, "vocab_size")) == expected
+
+
+def test_optional_keys_have_the_meaning_of_the_format():
+    optional = ("use_dynamic_ntk", "use_logn_attn", "tie_word_embeddings", "initializer_range")
+    config = Config.from_hf(without(QWEN_7B, *optional))
+    assert config == dataclasses.replace(PRESETS["qwen-7b"], dynamic_ntk=False, logn=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *PRESETS.values(),
+        tiny_config(tie_embeddings=True, initializer_range=0.01, logn=True),
+        tiny_config(layer_windows=(3, None)),
+        tiny_config(rope_scaling=RopeScaling(**LINEAR)),
+        tiny_config(rope_scaling=YARN, layer_windows=(None, 7)),
+    ],
+)
+def test_hf_round_trip(config):
+    written = json.loads(json.dumps(config.to_hf()))
+    assert Config.from_hf(written) == config
+    assert written["intermediate_size"] == 2 * config.intermediate_size
+    assert written["model_type"] == "qwen"
+
+
+@pytest.mark.parametrize("hub", [QWEN_7B, QWEN_72B, AUGUST_2023])
+def test_to_hf_keeps_a_config_as_it_was(hub):
+    assert Config.from_hf(hub).to_hf(keep=hub) == hub
+
+
+def test_to_hf_keeps_the_spelling_and_writes_what_changed():
+    config = Config.from_hf(AUGUST_2023)
+    config = dataclasses.replace(config, vocab_size=152064, hidden_size=8192, logn=True)
+    written = config.to_hf(keep=AUGUST_2023)
+    changed = {"n_embd": 8192, "padded_vocab_size": 152064, "use_logn_attn": True}
+    assert written == {**AUGUST_2023, **changed}
+    assert Config.from_hf(written) == config
+
+    both = dataclasses.replace(PRESETS["qwen-72b"], rope_base=5000).to_hf(keep=QWEN_72B)
+    assert both["rope_theta"] == both["rotary_emb_base"] == 5000
+
+
+def test_our_own_keys_are_written_only_when_set():
+    assert not {"layer_windows", "rope_scaling"} & set(tiny_config().to_hf())
+    config = tiny_config(layer_windows=(3, None), rope_scaling=RopeScaling(**LINEAR))
+    assert config.to_hf()["layer_windows"] == [3, None]
+    assert config.to_hf()["rope_scaling"] == LINEAR
+    assert config.to_hf(keep=QWEN_7B)["rope_scaling"] == LINEAR
+    # An earlier config's long-context keys do not come back once they are switched off.
+    again = tiny_config().to_hf(keep=config.to_hf())
+    assert Config.from_hf(again) == tiny_config()
+    assert not {"layer_windows", "rope_scaling"} & set(again)
+
+
+@pytest.mark.parametrize("change", [{"num_kv_heads": 2}, {"qk_norm": True}, {"qkv_bias": False}])
+def test_to_hf_refuses_what_qwen_cannot_spell(change):
+    with pytest.raises(ValueError, match="no Qwen-1 spelling"):
+        tiny_config(**change).to_hf()
+
+
+def test_unknown_keys_are_refused_and_all_listed():
+    strange = {"sliding_window": 4096, "quantization_config": {"bits": 4}}
+    with pytest.raises(ValueError, match="quantization_config, sliding_window is not known"):
+        Config.from_hf({**QWEN_7B, **strange})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("no_bias", False),
+        ("rotary_pct", 0.5),
+        ("scale_attn_weights", False),
+        ("model_type", "llama"),
+        ("activation", "gelu"),
+        ("pos_emb", "alibi"),
+        ("apply_residual_connection_post_layernorm", True),
+        ("add_cross_attention", True),
+        ("is_encoder_decoder", True),
+        ("hidden_size", 0),
+        ("hidden_size", "4096"),
+        ("hidden_size", 4096.0),
+        ("num_hidden_layers", True),
+        ("intermediate_size", 22017),
+        ("intermediate_size", None),
+        ("kv_channels", 127),
+        ("layer_norm_epsilon", 0),
+        ("layer_norm_epsilon", float("nan")),
+        ("rotary_emb_base", -1),
+        ("use_dynamic_ntk", "true"),
+        ("use_logn_attn", None),
+        ("tie_word_embeddings", 1),
+        ("layer_windows", [3]),
+        ("layer_windows", [0] * 32),
+        ("layer_windows", [2.5] * 32),
+    ],
+)
+def test_wrong_values_are_refused_by_name(key, value):
+    names = {
+        "kv_channels": "head_dim",
+        "layer_norm_epsilon": "norm_eps",
+        "num_hidden_layers": "num_layers",
+        "rotary_emb_base": "rope_base",
+        "tie_word_embeddings": "tie_embeddings",
+        "use_dynamic_ntk": "dynamic_ntk",
+        "use_logn_attn": "logn",
+    }
+    with pytest.raises(ValueError, match=names.get(key, key)):
+        Config.from_hf({**QWEN_7B, key: value})
+
+
+def test_missing_keys_are_all_listed():
+    lacking = without(QWEN_7B, "seq_length", "kv_channels", "vocab_size")
+    with pytest.raises(ValueError, match=r"lacks kv_channels, seq_length, vocab_size$"):
+        Config.from_hf(lacking)
+
+
+@pytest.mark.parametrize(
+    ("key", "alias", "value"),
+    [
+        ("rotary_emb_base", "rope_theta", 500000),
+        ("hidden_size", "n_embd", 2048),
+        ("num_hidden_layers", "n_layer", 31),
+        ("intermediate_size", "ffn_hidden_size", 11008),
+    ],
+)
+def test_duplicates_that_disagree_are_refused(key, alias, value):
+    with pytest.raises(ValueError, match=f"{key} and {alias} disagree: {QWEN_7B[key]}, {value}"):
+        Config.from_hf({**QWEN_7B, alias: value})
+    assert Config.from_hf({**QWEN_7B, alias: QWEN_7B[key]}) == PRESETS["qwen-7b"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        ({}, {}),
+        ({"use_dynamic_ntk": True, "use_logn_attn": True}, {"dynamic_ntk": True, "logn": True}),
+        ({"seq_length": 2048}, {"seq_length": 2048}),
+        ({"intermediate_size": 100}, {"intermediate_size": 50}),
+        ({"rope_theta": 5000}, {"rope_base": 5000}),
+        ({"padded_vocab_size": 128}, {"vocab_size": 128}),
+        ({"layer_windows": [3, None]}, {"layer_windows": (3, None)}),
+        ({"rope_scaling": LINEAR}, {"rope_scaling": RopeScaling(**LINEAR)}),
+    ],
+)
+def test_overrides(overrides, fields):
+    config = tiny_config()
+    assert config.with_overrides(overrides) == dataclasses.replace(config, **fields)
+
+
+def test_overrides_can_switch_our_keys_off():
+    config = tiny_config(layer_windows=(3, None), rope_scaling=YARN)
+    off = config.with_overrides({"layer_windows": None, "rope_scaling": None})
+    assert off == tiny_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"window": 3, "alpha": 1}, "unknown config override alpha, window: allowed are "),
+        ({"no_bias": True}, "unknown config override no_bias"),
+        ({"seq_length": -1}, "seq_length is -1"),
+        ({"layer_windows": [3]}, "layer_windows has 1 entries for 2 layers"),
+        ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
+        ({"rope_scaling": {**LINEAR, "type": "su"}}, "allowed are linear, ntk, yarn"),
+        ({"rope_scaling": {**LINEAR, "factor": 0.5}}, "factor 0.5: must be at least 1"),
+        ({"rope_scaling": {**LINEAR, "factor": float("nan")}}, "factor nan"),
+        ({"rope_scaling": {**LINEAR, "factor": "4"}}, "or a type is wrong"),
+        ({"rope_scaling": {**LINEAR, "mscale": 1}}, "mscale"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 0}}, "positive"),
+        ({"rope_scaling": {**LINEAR, "beta_fast": 1.0}}, "beta_fast > beta_slow"),
+        ({"rope_scaling": LINEAR, "use_dynamic_ntk": True}, "two schemes"),
+    ],
+)
+def test_bad_overrides_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config().with_overrides(overrides)
+
+
+def test_configs_are_values():
+    windowed = tiny_config(layer_windows=(3, None), rope_scaling=YARN)
+    same = Config.from_hf(json.loads(json.dumps(windowed.to_hf())))
+    assert hash(windowed) == hash(same)
+    assert len({windowed, same, tiny_config()}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        windowed.vocab_size = 1  # type: ignore[misc]
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="num_heads 4 is no multiple of 3"):
+        tiny_config(num_kv_heads=3)
+
+
+def test_read_json_names_the_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN_7B))
+    assert read_json(path) == QWEN_7B
+    for broken in (b'{"hidden_size":', b"[1]", b"\xff\xfe"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"config\.json is not"):
+            read_json(path)
