@@ -81,7 +81,7 @@ def xla(
 def _block(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    batch, length, heads, dim = q.shape
+    batch, length, heads, _ = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: as the cache keeps them
     kv_heads, rows = k.shape[1], heads // k.shape[1] * length
     settings = {"precision": precision(q), "preferred_element_type": jnp.float32}

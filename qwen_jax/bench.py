@@ -6,23 +6,28 @@ over the time of a step, over the bandwidth of float32 matrix-vector products: t
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax import cache as kv
 from qwen_jax import sharding
 from qwen_jax.language_model import LanguageModel
 
 PROMPT, ROUNDS = 128, 5
 
 
-def run(model: LanguageModel, new: int, batch: int = 1) -> dict[str, Any]:
-    """Medians over interleaved rounds: rates in tokens/s, sizes in bytes, bandwidth in GB/s."""
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(0, int(0.9 * model.config.vocab_size), (batch, PROMPT))
+def run(model: LanguageModel, new: int, ids: Sequence[int] | None = None) -> dict[str, Any]:
+    """Medians over interleaved rounds: rates in tokens/s, sizes in bytes, bandwidth in GB/s.
+
+    new: tokens to make, at least 2; ids: the prompt, None = `PROMPT` random tokens.
+    """
+    drawn = np.random.default_rng(0).integers(0, int(0.9 * model.config.vocab_size), PROMPT)
+    prompt = np.asarray([drawn if ids is None else ids])
+    length = prompt.shape[1]
     started = time.perf_counter()
     next(model.stream(prompt, max_new_tokens=new))
     cold = time.perf_counter() - started
@@ -38,22 +43,20 @@ def run(model: LanguageModel, new: int, batch: int = 1) -> dict[str, Any]:
         ended = time.perf_counter()
         rate = matvec()
         if timed:
-            prefill.append(batch * PROMPT / (first - started))
-            decode.append(batch * made / (ended - first))
+            prefill.append(length / (first - started))
+            decode.append(made / (ended - first))
             bandwidth.append(rate)
-    leaves = {id(x): x.nbytes for x in jax.tree.leaves(model.decoder)}
-    embedding = 0 if model.decoder.head is None else model.decoder.embedding[...].nbytes
-    token = 2 * model.config.num_layers * model.config.num_kv_heads * model.config.head_dim
-    width = 1 if model.cache_dtype else model.decoder.embedding[...].dtype.itemsize
-    step = sum(leaves.values()) - embedding + batch * (PROMPT + new // 2) * token * width
+    step = sum(x.nbytes for x in jax.tree.leaves(model.decoder))
+    if model.decoder.head is not None:
+        step -= model.decoder.embedding[...].nbytes
+    step += (length + new // 2) * _cache_bytes(model)
     median = statistics.median
-    achieved = [step * rate / batch / 1e9 for rate in decode]
+    achieved = [step * rate / 1e9 for rate in decode]
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "dtype": str(model.decoder.embedding[...].dtype),
-        "batch": batch,
-        "prompt_tokens": PROMPT,
+        "prompt_tokens": length,
         "new_tokens": new,
         "seconds_to_first_token_cold": round(cold, 3),
         "prefill_tokens_per_second": round(median(prefill), 2),
@@ -67,10 +70,21 @@ def run(model: LanguageModel, new: int, batch: int = 1) -> dict[str, Any]:
     }
 
 
+def _cache_bytes(model: LanguageModel) -> int:
+    """Bytes that the cache holds for a token."""
+    dtype = model.decoder.embedding[...].dtype
+    with sharding.entered(model.mesh):
+        start = jax.ShapeDtypeStruct((1,), jnp.int32)
+        cache = jax.eval_shape(
+            lambda start: kv.empty(model.config, start, 256, dtype, model.cache_dtype), start
+        )
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers)) // 256
+
+
 def text(result: dict[str, Any]) -> str:
     """The result as lines for a terminal."""
     return (
-        f"{result['device']}, jax {result['jax']}, {result['dtype']}, batch {result['batch']}\n"
+        f"{result['device']}, jax {result['jax']}, {result['dtype']}\n"
         f"prefill  {result['prefill_tokens_per_second']:10.1f} tokens/s "
         f"({result['prompt_tokens']} tokens; the first one ever took "
         f"{result['seconds_to_first_token_cold']:.1f} s, compilation included)\n"

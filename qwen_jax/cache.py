@@ -150,7 +150,7 @@ def attend(
         o = merge(parts).astype(q.dtype)
         # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
         # the leaf. XLA otherwise keeps one for every layer and step.
-        after_reading = jnp.minimum(jnp.abs(jnp.max(o)), 0).astype(jnp.int32)
+        after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
         return o, layer.extend(k, v, index + after_reading)
 
     return local(q, k, v, own, past, scale, layer, index)

@@ -6,7 +6,7 @@ This module knows nothing of the model or of sampling: it makes the ids that go 
 end a reply, and turns the reply's ids into text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from qwen_jax.tokenizer import Tokenizer
 
@@ -68,6 +68,29 @@ def stop_sequences(tokenizer: Tokenizer, chat_format: str) -> tuple[tuple[int, .
     if chat_format == "raw":
         return tuple(tokenizer.encode("Human:")), (tokenizer.eod_id,)
     return (tokenizer.im_end_id,), (tokenizer.im_start_id,)
+
+
+def until_stop(
+    parts: Iterable[Iterable[int]], stops: Sequence[Sequence[int]]
+) -> Iterator[list[int]]:
+    """Ids as they are made, without the stop that ends them.
+
+    As many ids as a stop may still turn out to begin with are held back.
+    """
+    ends = sorted((tuple(stop) for stop in stops if stop), key=len, reverse=True)
+    longest = len(ends[0]) if ends else 1
+    held: list[int] = []
+    for part in parts:
+        for i in part:
+            held.append(int(i))
+            found = next((end for end in ends if tuple(held[-len(end) :]) == end), None)
+            if found is not None:
+                yield held[: -len(found)]
+                return
+        ready = max(0, len(held) - longest + 1)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
 
 
 def decode_reply(

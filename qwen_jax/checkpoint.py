@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_jax.config import Config, read_json
+from qwen_jax.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
     import jax
@@ -49,10 +50,10 @@ def load_config(path: str | Path) -> Config:
     return Config.from_hf(read_json(_directory(path) / CONFIG))
 
 
-def load_generation_config(path: str | Path) -> dict[str, Any]:
-    """The directory's generation_config.json, {} where it has none."""
+def load_generation_config(path: str | Path) -> GenerationConfig:
+    """The directory's generation_config.json, checked; without one, that of an empty file."""
     file = _directory(path) / GENERATION_CONFIG
-    return read_json(file) if file.exists() else {}
+    return GenerationConfig.from_hf(read_json(file) if file.exists() else {})
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":

@@ -8,6 +8,7 @@ it was (`checkpoint.py`); here they are only recognised.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class RopeScaling:
 
     type: str
     factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: int | None = None  # yarn needs it
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
@@ -27,17 +28,28 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.type not in ("linear", "ntk", "yarn"):
             raise ValueError(f"rope_scaling type {self.type!r}: allowed are linear, ntk, yarn")
-        if not self.factor >= 1:
-            raise ValueError(f"rope_scaling factor {self.factor}: must be at least 1")
-        if self.original_max_position_embeddings <= 0:
-            raise ValueError("rope_scaling original_max_position_embeddings must be positive")
-        if not self.beta_fast > self.beta_slow > 0:
+        if not _is_number(self.factor) or self.factor < 1:
+            raise ValueError(f"rope_scaling factor {self.factor!r}: must be a number of at least 1")
+        trained = self.original_max_position_embeddings
+        if trained is None and self.type == "yarn":
+            raise ValueError("rope_scaling of type yarn needs original_max_position_embeddings")
+        if trained is not None and (type(trained) is not int or trained <= 0):
+            raise ValueError(
+                f"rope_scaling original_max_position_embeddings {trained!r}: must be a positive "
+                "whole number"
+            )
+        betas = (self.beta_fast, self.beta_slow)
+        if not all(map(_is_number, betas)) or not self.beta_fast > self.beta_slow > 0:
             raise ValueError("rope_scaling needs beta_fast > beta_slow > 0")
+        factor = self.attention_factor
+        if factor is not None and (not _is_number(factor) or factor <= 0):
+            raise ValueError(f"rope_scaling attention_factor {factor!r}: must be positive")
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_scaling` entry of a config.json, without what does not apply."""
-        entry = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return entry if self.type == "yarn" else {k: entry[k] for k in list(entry)[:3]}
+        names = ["type", "factor", "original_max_position_embeddings"]
+        names += ["beta_fast", "beta_slow", "attention_factor"] if self.type == "yarn" else []
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +86,9 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"{name} is {value!r}: must be a positive whole number")
-        for name in ("norm_eps", "rope_base"):
+        for name in ("norm_eps", "rope_base", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name} is {value!r}: must be a positive number")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
@@ -87,6 +99,10 @@ class Config:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of dimensions")
         if self.rope_scaling is not None and self.dynamic_ntk:
             raise ValueError("rope_scaling and use_dynamic_ntk are two schemes: turn one off")
+        if self.logn and self.seq_length < 2:
+            raise ValueError(
+                "use_logn_attn needs a seq_length of at least 2: it divides by its log"
+            )
         if self.layer_windows is not None:
             if len(self.layer_windows) != self.num_layers:
                 raise ValueError(
@@ -119,7 +135,10 @@ class Config:
                 f"unknown config override {', '.join(unknown)}: allowed are "
                 f"{', '.join(sorted([*_KEYS, *_OURS]))}"
             )
-        return Config.from_hf({**self.to_hf(), **overrides})
+        fields = _fields(overrides)
+        if self.num_kv_heads == self.num_heads and "num_heads" in fields:
+            fields["num_kv_heads"] = fields["num_heads"]
+        return dataclasses.replace(self, **fields)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
@@ -135,37 +154,31 @@ class Config:
                     f"config key {key} is {values[key]!r}: only "
                     f"{' or '.join(map(repr, allowed))} can be computed"
                 )
-        unknown = sorted(set(values) - set(_KEYS) - set(_OURS) - set(_FIXED) - _INERT)
+        known = {*_KEYS, *_OURS, *_FIXED, *_INERT}
+        unknown = sorted(k for k, v in values.items() if k not in known and v is not None)
         if unknown:
             raise ValueError(
                 f"config key {', '.join(unknown)} is not known and may change what the model "
                 "computes; remove it from config.json if it does not"
             )
-        missing = sorted(key for key in _KEYS if key not in values and key not in _OPTIONAL)
+        # What the format itself means by an absent key: its two spellings differ in the flags.
+        absent = {
+            "use_dynamic_ntk": "n_embd" not in hf,
+            "use_logn_attn": "n_embd" not in hf,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.02,
+        }
+        missing = sorted(key for key in _KEYS if key not in values and key not in absent)
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        known = {**_OPTIONAL, **values}
-        fields: dict[str, Any] = {field: known[key] for key, field in _KEYS.items()}
-        doubled = fields["intermediate_size"]
-        if not isinstance(doubled, int) or doubled % 2:
-            raise ValueError(f"intermediate_size {doubled!r}: must be even (twice the FFN width)")
-        fields["intermediate_size"] = doubled // 2
-        windows = values.get("layer_windows")
-        scaling = values.get("rope_scaling")
-        return cls(
-            **fields,
-            num_kv_heads=fields["num_heads"],
-            qkv_bias=True,
-            qk_norm=False,
-            layer_windows=None if windows is None else tuple(windows),
-            rope_scaling=None if scaling is None else _rope_scaling(scaling),
-        )
+        fields = _fields({**absent, **values})
+        fields["num_kv_heads"] = fields["num_heads"]
+        return cls(**fields, qkv_bias=True, qk_norm=False)
 
-    def to_hf(self, keep: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, Any]:
         """A config.json that `from_hf` reads back as this Config.
 
-        keep: an earlier config.json; its inert keys are kept as they are, its architecture keys in
-        the spelling they had. Raises ValueError where Qwen's format has no word for the value.
+        Raises ValueError where Qwen's format has no word for the value.
         """
         if self.num_kv_heads != self.num_heads or self.qk_norm or not self.qkv_bias:
             raise ValueError("grouped KV heads, QK-norm and bias-free QKV have no Qwen-1 spelling")
@@ -175,20 +188,7 @@ class Config:
             values["layer_windows"] = list(self.layer_windows)
         if self.rope_scaling is not None:
             values["rope_scaling"] = self.rope_scaling.to_hf()
-        if keep is None:
-            return {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **values}
-        kept = {}
-        for key, old in keep.items():
-            name = _ALIASES.get(key, key)
-            if name not in values:
-                kept.update({} if name in _OURS else {key: old})
-            elif key != "vocab_size" or "padded_vocab_size" not in keep:
-                kept[key] = values[name]
-            else:
-                kept[key] = old
-        spelled = {_ALIASES.get(key, key) for key in kept}
-        new = {k: v for k, v in values.items() if k not in spelled and v != _OPTIONAL.get(k, ())}
-        return {**kept, **new}
+        return {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **values}
 
 
 _POSITIVE = (
@@ -220,13 +220,6 @@ _KEYS = {
     "use_logn_attn": "logn",
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "initializer_range",
-}
-# The format itself says what an absent one of these means; all others must be there.
-_OPTIONAL = {
-    "use_dynamic_ntk": False,
-    "use_logn_attn": False,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
 }
 # Keys of ours, written to a config.json only when they are set.
 _OURS = ("layer_windows", "rope_scaling")
@@ -318,19 +311,37 @@ def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _rope_scaling(entry: Any) -> RopeScaling:
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` for the keys among `values` that are part of the architecture."""
+    fields = {field: values[key] for key, field in _KEYS.items() if key in values}
+    doubled = fields.get("intermediate_size", 0)
+    if not isinstance(doubled, int) or doubled % 2:
+        raise ValueError(f"intermediate_size {doubled!r}: must be even (twice the FFN width)")
+    if "intermediate_size" in fields:
+        fields["intermediate_size"] = doubled // 2
+    if "layer_windows" in values:
+        windows = values["layer_windows"]
+        if not isinstance(windows, list | tuple | None):
+            raise ValueError(f"layer_windows {windows!r}: must be a list of widths, null = full")
+        fields["layer_windows"] = None if windows is None else tuple(windows)
+    if "rope_scaling" in values:
+        fields["rope_scaling"] = _rope_scaling(values["rope_scaling"])
+    return fields
+
+
+def _rope_scaling(entry: Any) -> RopeScaling | None:
+    if entry is None or isinstance(entry, RopeScaling):
+        return entry
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     if not isinstance(entry, Mapping) or set(entry) - known:
-        raise ValueError(
-            f"rope_scaling {entry!r}: a mapping with keys of {', '.join(sorted(known))}"
-        )
-    try:
-        return RopeScaling(**entry)
-    except TypeError:
-        needed = "type, factor, original_max_position_embeddings"
-        raise ValueError(
-            f"rope_scaling {entry!r} lacks one of {needed}, or a type is wrong"
-        ) from None
+        raise ValueError(f"rope_scaling {entry!r}: its keys are {', '.join(sorted(known))}")
+    if not {"type", "factor"} <= set(entry):
+        raise ValueError(f"rope_scaling {entry!r} lacks type or factor")
+    return RopeScaling(**entry)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tiktoken
 
+from qwen_jax import command
 from qwen_jax.tokenizer import PATTERN, Tokenizer
 
 
@@ -175,18 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="id of the first new token (default: the first after the special tokens, "
         "151851 for qwen.tiktoken)",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    try:
+    command.add_debug(parser)
+
+    def work(args: argparse.Namespace) -> None:
         expand(args.vocab_file, args.words_file, args.out_file, args.start_id)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+
+    return command.run(parser, work, None if argv is None else list(argv))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +37,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--ckpt", required=True, metavar="DIR", help="model directory")
-    source = result.add_mutually_exclusive_group(required=True)
+    source = result.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="continue this text")
     source.add_argument("--prompt-file", metavar="FILE", help="continue this file's text (UTF-8)")
     source.add_argument("--chat", metavar="TEXT", help="answer this, as a chat model does")
-    source.add_argument(
+    result.add_argument(
         "--bench",
         action="store_true",
-        help="no text: measure prefill and decode rates, and the share of memory bandwidth",
+        help="no text: measure prefill and decode rates, and the share of memory bandwidth, on "
+        "the prompt given or on 128 random tokens",
     )
     sampling = result.add_argument_group("sampling (defaults: the checkpoint's generation_config)")
     add = sampling.add_argument
@@ -80,44 +81,49 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def sampler(args: argparse.Namespace, config: dict[str, Any]) -> Any:
-    """The checkpoint's sampler with what the command line changes."""
-    from qwen_jax.sampling import from_generation_config
+def sampler(args: argparse.Namespace, default: Any) -> Any:
+    """The checkpoint's sampler with what the command line changes, or UsageError."""
+    from qwen_jax.generation_config import make_sampler
 
-    given = {
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "repetition_penalty": args.repetition_penalty,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    if set(given) & {"temperature", "top_p", "top_k"}:
-        given["do_sample"] = given.get("temperature") != 0
-    chosen = from_generation_config({**config, **given})
-    chosen.check()
-    return chosen
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    off = (1.0, 0, 1.0, 1.0)
+    given = [getattr(args, name) for name in names]
+    settings: list[Any] = [
+        getattr(default, name, none) if value is None else value
+        for name, value, none in zip(names, given, off, strict=True)
+    ]
+    draw = hasattr(default, "temperature") or any(value is not None for value in given[:3])
+    try:
+        return make_sampler(draw, *settings)
+    except ValueError as error:
+        raise command.UsageError(str(error)) from None
 
 
-def prompt_ids(args: argparse.Namespace, model: "LanguageModel") -> list[int]:
-    """The prompt's ids; ValueError where there is nothing to continue."""
-    from qwen_jax import chat
-    from qwen_jax.language_model import DEFAULT_SYSTEM
-
-    tokenizer = model.need_tokenizer()
-    if args.chat is not None:
-        if not args.chat.strip():
-            raise ValueError("empty prompt: --chat needs some text")
-        system = DEFAULT_SYSTEM if args.system is None else args.system
-        return chat.make_context(tokenizer, args.chat, (), system)[1]
-    text = args.prompt
+def prompt_text(args: argparse.Namespace) -> str | None:
+    """What to continue or to answer; None with --bench alone."""
+    text = args.prompt if args.chat is None else args.chat
     if args.prompt_file is not None:
         try:
             text = Path(args.prompt_file).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{args.prompt_file} is not UTF-8 text") from None
-    if not text:
-        raise ValueError("empty prompt: give at least one character")
-    return tokenizer.encode(text)
+    if text is None and not args.bench:
+        raise command.UsageError("give one of --prompt, --prompt-file, --chat or --bench")
+    if text is not None and not (text.strip() if args.chat is not None else text):
+        raise command.UsageError("empty prompt: give some text")
+    if args.system is not None and args.chat is None:
+        raise command.UsageError("--system goes with --chat")
+    return text
+
+
+def prompt_ids(args: argparse.Namespace, text: str, model: "LanguageModel") -> list[int]:
+    from qwen_jax import chat
+    from qwen_jax.language_model import DEFAULT_SYSTEM
+
+    if args.chat is None:
+        return model.need_tokenizer().encode(text)
+    system = DEFAULT_SYSTEM if args.system is None else args.system
+    return chat.make_context(model.need_tokenizer(), text, (), system)[1]
 
 
 def load(args: argparse.Namespace) -> "LanguageModel":
@@ -127,7 +133,10 @@ def load(args: argparse.Namespace) -> "LanguageModel":
     import qwen_jax
     from qwen_jax import sharding
 
-    sizes = sharding.parse_mesh(args.mesh)
+    try:
+        sizes = sharding.parse_mesh(args.mesh)
+    except ValueError as error:
+        raise command.UsageError(str(error)) from None
     command.use_compilation_cache()
     command.virtual_cpu_devices(sizes)
     with jax.set_mesh(sharding.make_mesh(sizes)):
@@ -142,80 +151,92 @@ def load(args: argparse.Namespace) -> "LanguageModel":
 
 
 def work(args: argparse.Namespace) -> None:
+    text = prompt_text(args)
+    sampler(args, None)  # settings that cannot be are found before the weights are loaded
     started = time.perf_counter()
     model = load(args)
     loaded = time.perf_counter()
     command.say(f"loaded {model.config.num_params():,} weights in {loaded - started:.1f} s")
-    if args.bench:
+    ids = None if text is None else prompt_ids(args, text, model)
+    if args.bench or ids is None:
         from qwen_jax import bench
 
-        result = bench.run(model, args.max_new_tokens or 32)
+        result = bench.run(model, max(2, args.max_new_tokens or 32), ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
-    ids = prompt_ids(args, model)
     if args.chat is not None and model.is_base:
-        command.say("note: this is a base checkpoint, not trained for chat; it may not stop")
-    stops = model.default_stops() if args.chat is None else model.chat_stops()
-    wanted = model.room(len(ids), args.max_new_tokens)
+        from qwen_jax.language_model import BASE_NOTE
+
+        command.say(f"note: {BASE_NOTE}")
+    stops = model.generation_config.stops if args.chat is None else model.chat_stops()
     parts = model.stream(
         np.array([ids]),
-        max_new_tokens=wanted,
-        sampler=sampler(args, model.generation_config),
+        max_new_tokens=model.room(len(ids), args.max_new_tokens),
+        sampler=sampler(args, model.generation_config.sampler),
         stop=stops,
         seed=args.seed,
         ntk=args.ntk,
     )
-    made, text, times = write(parts, model, quiet=args.json)
+    made, text, times = write(parts, stops, model, quiet=args.json)
     ended = any(made[-len(stop) :] == list(stop) for stop in stops)
-    first = times[0] - loaded
     report = {
         "text": text,
         "tokens": made,
         "prompt_tokens": len(ids),
         "new_tokens": len(made),
         "finish_reason": "stop" if ended else "length",
-        "seconds_to_first_token": round(first, 4),
-        "prefill_tokens_per_second": round(len(ids) / first, 2),
+        "seconds_to_first_token": round(times[0][0] - loaded, 4),
         "decode_tokens_per_second": rate(times),
     }
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
         return
     command.say(
-        f"{len(ids)} prompt tokens, first token after {first:.2f} s (compilation included); "
-        f"{len(made)} new tokens, {report['decode_tokens_per_second'] or '-'} tokens/s; "
-        f"ended by {report['finish_reason']}"
+        f"{len(ids)} prompt tokens, first token after {report['seconds_to_first_token']:.2f} s "
+        f"(compilation included); {len(made)} new tokens, "
+        f"{report['decode_tokens_per_second'] or '-'} tokens/s; ended by {report['finish_reason']}"
     )
 
 
 def write(
-    parts: Iterator[np.ndarray], model: "LanguageModel", quiet: bool
-) -> tuple[list[int], str, list[float]]:
-    """Print text as it comes; the ids, the text, and the time each token came."""
+    parts: Iterator[np.ndarray],
+    stops: Sequence[Sequence[int]],
+    model: "LanguageModel",
+    quiet: bool,
+) -> tuple[list[int], str, list[tuple[float, int]]]:
+    """Print text as it comes. All ids, the text without the stop, and (time, ids) of each part."""
+    from qwen_jax import chat
     from qwen_jax.tokenizer import TextStream
 
-    stream = TextStream(model.need_tokenizer(), skip_special_tokens=True)
     made: list[int] = []
-    text, times = "", []
-    for part in parts:
-        new = [int(i) for i in part[0]]
-        made += new
-        times += [time.perf_counter()] * len(new)
-        piece = stream.push(new)
-        text += piece
+    times: list[tuple[float, int]] = []
+
+    def noted() -> Iterator[list[int]]:
+        for part in parts:
+            made.extend(part[0].tolist())
+            times.append((time.perf_counter(), part.shape[1]))
+            yield part[0].tolist()
+
+    stream, text = TextStream(model.need_tokenizer(), skip_special_tokens=True), ""
+
+    def show(piece: str) -> str:
         if not quiet:
             print(piece, end="", flush=True)
-    piece = stream.flush()
+        return piece
+
+    for ids in chat.until_stop(noted(), stops):
+        text += show(stream.push(ids))
+    text += show(stream.flush())
     if not quiet:
-        print(piece, flush=True)
-    return made, text + piece, times
+        print(flush=True)
+    return made, text, times
 
 
-def rate(times: list[float]) -> float | None:
-    """Tokens per second after the first two, which carry compilation; None for too few."""
-    if len(times) < 3 or times[-1] == times[1]:
+def rate(times: list[tuple[float, int]]) -> float | None:
+    """Tokens per second after the first two parts, which carry compilation; None for too few."""
+    if len(times) < 3 or times[-1][0] == times[1][0]:
         return None
-    return round((len(times) - 2) / (times[-1] - times[1]), 2)
+    return round(sum(count for _, count in times[2:]) / (times[-1][0] - times[1][0]), 2)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,11 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
-from qwen_jax import chat, checkpoint, decode, rope, sampling, sharding
+from qwen_jax import chat, checkpoint, decode, inputs, rope, sampling, sharding
 from qwen_jax.config import Config
+from qwen_jax.generation_config import GenerationConfig
 from qwen_jax.model import Decoder
 from qwen_jax.tokenizer import TextStream, Tokenizer
 
+BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not stop or make sense"
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +52,8 @@ def load(
     if cache_dtype is not None and cache_dtype not in kv.DTYPES:
         raise ValueError(f"cache_dtype {cache_dtype!r}: allowed are {', '.join(kv.DTYPES)} or None")
     attend = attention_registry.get(attention)
+    generation_config = checkpoint.load_generation_config(path)
+    tokenizer = checkpoint.load_tokenizer(path)
     config = checkpoint.load_config(path).with_overrides(overrides or {})
     longest = max(config.max_position_embeddings, config.seq_length)
     if max_length is not None and max_length < 2:
@@ -58,8 +62,8 @@ def load(
     decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
     return LanguageModel(
         config=config,
-        tokenizer=checkpoint.load_tokenizer(path),
-        generation_config=checkpoint.load_generation_config(path),
+        tokenizer=tokenizer,
+        generation_config=generation_config,
         max_length=max_length or longest,
         decoder=decoder,
         mesh=mesh,
@@ -79,11 +83,11 @@ def default_dtype() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """See `load`. generation_config is the checkpoint's own, {} where it has none."""
+    """See `load`."""
 
     config: Config
     tokenizer: Tokenizer | None
-    generation_config: dict[str, Any]
+    generation_config: GenerationConfig
     max_length: int
     decoder: Decoder
     mesh: Mesh
@@ -97,7 +101,7 @@ class LanguageModel:
         ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
         Raises ValueError for ids out of range or a mask that is not left-padded.
         """
-        tokens, lengths = self._rows(tokens, mask)
+        tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
         frequencies = self._frequencies(lengths, ntk_alpha)
         with sharding.entered(self.mesh):
             batch, arrays = len(tokens), (tokens, lengths, frequencies)
@@ -154,9 +158,11 @@ class LanguageModel:
 
         Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
         """
-        tokens, lengths = self._rows(tokens, mask)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens!r}: a whole number of at least 1")
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once {at_once}: must be at least 1")
         longest = int(lengths.max())
         if longest + max_new_tokens > self.max_length:
             raise ValueError(
@@ -166,11 +172,15 @@ class LanguageModel:
         if ntk not in ("prompt", "total"):
             raise ValueError(f"ntk {ntk!r}: allowed are prompt, total")
         sampler = sampling.Greedy() if sampler is None else sampler
+        if not isinstance(sampler, sampling.Greedy | sampling.Nucleus):
+            raise ValueError(f"sampler {sampler!r}: must be a Greedy or a Nucleus")
         sampler.check()
         counted = lengths + (max_new_tokens if ntk == "total" else 0)
         frequencies = self._frequencies(counted, ntk_alpha)
-        seeds = np.broadcast_to(np.asarray(seed, np.int64) % 2**32, lengths.shape)
-        rules = decode.make_rules(self._allowed(), self._stops(stop), self.pad_id)
+        seeds = inputs.seeds(seed, len(tokens))
+        rules = decode.make_rules(
+            self._allowed(), inputs.stops(stop, self.config.vocab_size), self.pad_id
+        )
         return self._run(
             tokens, lengths, frequencies, seeds, rules, sampler, max_new_tokens, at_once
         )
@@ -233,10 +243,9 @@ class LanguageModel:
         ids = self._reply(
             query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
         )
-        made = [int(i) for part in ids for i in part[0]]
-        ends = self.chat_stops(stop)
-        reply = chat.decode_reply(self.need_tokenizer(), made, "chatml", stop=ends)
-        return reply, [*history, (query, reply)]
+        made = [i for part in ids for i in part]
+        reply = chat.decode_reply(self.need_tokenizer(), made, "chatml")
+        return reply, [*(history or ()), (query, reply)]
 
     def chat_stream(
         self,
@@ -253,10 +262,12 @@ class LanguageModel:
         ids = self._reply(
             query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
         )
-        text, stream = "", TextStream(self.need_tokenizer(), "ignore", skip_special_tokens=True)
+        text, stream = "", TextStream(self.need_tokenizer(), skip_special_tokens=True)
         for part in ids:
-            text += stream.push(part[0])
+            text += stream.push(part)
             yield text
+        if rest := stream.flush():
+            yield text + rest
 
     def _reply(
         self,
@@ -268,78 +279,56 @@ class LanguageModel:
         stop: Sequence[Any] | None,
         seed: int,
         max_window_size: int | None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[list[int]]:
+        """The ids of a reply as they are made, without the stop."""
         tokenizer = self.need_tokenizer()
         if self.is_base:
-            warnings.warn(
-                "this is a base checkpoint, not trained for chat: its replies may not stop or make "
-                "sense (its generation_config says chat_format "
-                f"{self.generation_config.get('chat_format')!r})",
-                stacklevel=3,
-            )
-        window = max_window_size or self.generation_config.get("max_window_size", 6144)
-        _, prompt = chat.make_context(tokenizer, query, history, system, window)
-        return self.stream(
+            warnings.warn(BASE_NOTE, stacklevel=3)
+        if max_window_size is None:
+            max_window_size = self.generation_config.max_window_size
+        _, prompt = chat.make_context(tokenizer, query, history, system, max_window_size)
+        stops = self.chat_stops() if stop is None else inputs.stops(stop, self.config.vocab_size)
+        parts = self.stream(
             np.array([prompt]),
             max_new_tokens=self.room(len(prompt), max_new_tokens),
-            sampler=self.default_sampler() if sampler is None else sampler,
-            stop=self.chat_stops(stop),
+            sampler=self.generation_config.sampler if sampler is None else sampler,
+            stop=stops,
             seed=seed,
         )
+        return chat.until_stop((part[0] for part in parts), stops)
 
     @property
     def is_base(self) -> bool:
         """Whether the checkpoint says of itself that it was not trained for chat."""
-        return self.generation_config.get("chat_format", "raw") != "chatml"
+        return self.generation_config.chat_format != "chatml"
 
     @property
     def pad_id(self) -> int:
         """What follows the end of a row."""
-        default = self.tokenizer.eod_id if self.tokenizer else 0
-        return int(self.generation_config.get("pad_token_id", default))
+        if self.generation_config.pad_id is not None:
+            return self.generation_config.pad_id
+        return self.tokenizer.eod_id if self.tokenizer else 0
 
-    def default_sampler(self) -> sampling.Greedy | sampling.Nucleus:
-        """The sampler that generation_config asks for."""
-        return sampling.from_generation_config(self.generation_config)
-
-    def default_stops(self) -> list[tuple[int, ...]]:
-        """What ends a row by generation_config: eos_token_id and stop_words_ids."""
-        eos = self.generation_config.get("eos_token_id", [])
-        stops = [(int(i),) for i in (eos if isinstance(eos, list) else [eos])]
-        words = self.generation_config.get("stop_words_ids", [])
-        return stops + [tuple(int(i) for i in word) for word in words]
+    def chat_stops(self) -> tuple[tuple[int, ...], ...]:
+        """What ends a reply: generation_config's stops, and the ids that end a turn."""
+        tokenizer = self.need_tokenizer()
+        turn = (*chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,))
+        return tuple(dict.fromkeys((*self.generation_config.stops, *turn)))
 
     def room(self, prompt: int, asked: int | None = None) -> int:
         """How many tokens to make after a prompt of that many: `asked`, or generation_config's
-        max_new_tokens (512 without one) as far as the cache has room.
+        max_new_tokens as far as the cache has room. ValueError where it has not.
         """
         left = self.max_length - prompt
-        if asked is None and left > 0:
-            return min(int(self.generation_config.get("max_new_tokens", 512)), left)
-        if left < (asked or 1):
+        new = min(self.generation_config.max_new_tokens, max(left, 1)) if asked is None else asked
+        if new < 1:
+            raise ValueError(f"max_new_tokens {new}: must be at least 1")
+        if new > left:
             raise ValueError(
-                f"a prompt of {prompt} tokens and {asked or 1} new ones do not fit a cache of "
-                f"max_length {self.max_length}: raise max_length (--max-length)"
+                f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "
+                f"max_length {self.max_length}: raise max_length (--max-length) or ask for fewer"
             )
-        return asked or left
-
-    def chat_stops(self, stop: Sequence[Any] | None = None) -> list[tuple[int, ...]]:
-        """What ends a reply: `stop`, or generation_config's stops and the ids that end a turn."""
-        if stop is not None:
-            return self._stops(stop)
-        tokenizer = self.need_tokenizer()
-        return [
-            *self.default_stops(),
-            *chat.stop_sequences(tokenizer, "chatml"),
-            (tokenizer.eod_id,),
-        ]
-
-    def _stops(self, stop: Sequence[Any]) -> list[tuple[int, ...]]:
-        stops = [(int(s),) if np.ndim(s) == 0 else tuple(int(i) for i in s) for s in stop]
-        for ids in stops:
-            if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
-                raise ValueError(f"stop {ids}: ids from 0 to {self.config.vocab_size - 1}")
-        return stops
+        return new
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError for a directory without one."""
@@ -351,31 +340,12 @@ class LanguageModel:
         size = self.config.vocab_size
         return np.ones(size, bool) if self.tokenizer is None else self.tokenizer.known_ids(size)
 
-    def _rows(self, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [B, T] and the number of real tokens of each row, checked."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
-        mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
-        if mask.shape != tokens.shape:
-            raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
-        lengths = mask.sum(axis=1)
-        if tokens.size == 0 or not lengths.all():
-            raise ValueError("empty prompt: every row needs at least one token")
-        if (np.diff(mask.astype(np.int8), axis=1) < 0).any():
-            raise ValueError("mask: rows must be padded on the left")
-        tokens = np.where(mask, tokens, 0)
-        bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if bad.size:
-            raise ValueError(
-                f"token id {bad[0]} is out of range: 0 to {self.config.vocab_size - 1}"
-            )
-        return tokens.astype(np.int32), lengths
-
     def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
         """float32 [B, H/2] for rows of these lengths, or for the alpha given."""
         scheme = rope.from_config(self.config)
         alpha = scheme.alpha(lengths) if ntk_alpha is None else np.asarray(ntk_alpha, np.float64)
+        if alpha.shape not in ((), lengths.shape):
+            raise ValueError(f"ntk_alpha {alpha.tolist()}: a number, or one for each row")
         return scheme.frequencies(np.broadcast_to(alpha, lengths.shape))
 
     def _whole_shards(self, rows: np.ndarray) -> np.ndarray:

@@ -137,6 +137,7 @@ def from_config(config: Config) -> Rope:
     if scaling.type == "ntk":
         return NTKAware(*plain)
     trained = scaling.original_max_position_embeddings
+    assert trained is not None  # RopeScaling sees to it
     betas = (scaling.beta_fast, scaling.beta_slow)
     return Yarn(*plain, trained, *betas, scaling.attention_factor)
 

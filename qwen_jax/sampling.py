@@ -108,14 +108,3 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> j
     ends = [jnp.full_like(order[:, :1], end) for end in (-(2**31), 2**31 - 1)]
     threshold, _ = jax.lax.fori_loop(0, 32, halve, tuple(ends))
     return jnp.where(order >= threshold, logits, -jnp.inf)
-
-
-def from_generation_config(config: dict[str, Any]) -> Greedy | Nucleus:
-    """The sampler that a generation_config.json asks for; its absent keys mean "off"."""
-    penalty = float(config.get("repetition_penalty", 1.0))
-    temperature = float(config.get("temperature", 1.0))
-    if not config.get("do_sample", False) or temperature == 0:
-        return Greedy(penalty)
-    return Nucleus(
-        temperature, int(config.get("top_k", 0)), float(config.get("top_p", 1.0)), penalty
-    )

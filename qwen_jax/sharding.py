@@ -32,7 +32,9 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for item in filter(None, (text or "").split(",")):
         name, _, size = item.partition("=")
-        if name.strip() not in AXES or not size.strip().isdecimal() or int(size) < 1:
+        named = [part.partition("=")[0].strip() for part in (text or "").split(",")]
+        wrong = name.strip() not in AXES or named.count(name.strip()) > 1
+        if wrong or not size.strip().isdecimal() or int(size) < 1:
             raise ValueError(f"mesh {text!r}: write it as fsdp=4,tp=2 (axes: {', '.join(AXES)})")
         sizes[name.strip()] = int(size)
     return sizes
@@ -89,11 +91,11 @@ def named(letters: str, mesh: Mesh) -> NamedSharding:
 
 
 def handed_over(x: jax.Array) -> jax.Array:
-    """The same buffers for callers: where they have entered no mesh, any jax function takes them."""
+    """The same buffers for callers: with no mesh entered, any jax function takes them."""
     if not jax.sharding.get_mesh().empty:
         return x
     sharding = x.sharding
-    assert isinstance(sharding, NamedSharding)
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     free = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
     return jax.device_put(x, NamedSharding(free, sharding.spec))
 

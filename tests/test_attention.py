@@ -11,7 +11,7 @@ from qwen_jax import attention
 from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask, merge
 from qwen_jax.cache import quantize
 from qwen_jax.decode import place
-from tests.tiny import on_mesh
+from tests.tiny import QUICK, on_mesh
 
 every_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 
@@ -84,7 +84,7 @@ def inputs(batch: int, length: int, keys: int, heads: int, kv_heads: int) -> lis
     return [jnp.asarray(x) for x in (*arrays, rng.uniform(0.3, 1.5, (batch, length)))]
 
 
-@functools.partial(jax.jit, static_argnames="name")
+@functools.partial(jax.jit, static_argnames="name", compiler_options=QUICK)
 def run(name: str, q, k, v, scale, mask: Mask, cotangents) -> Any:
     """(o, lse) and the gradients of q, k, v and scale."""
 
@@ -297,7 +297,9 @@ def test_on_shards_is_the_same(name):
             arrays = [
                 place(np.asarray(x), at) for x, at in zip(inputs(*sizes), letters, strict=True)
             ]
-            results.append([np.asarray(x) for x in jax.jit(both)(mask, *arrays)])
+            results.append(
+                [np.asarray(x) for x in jax.jit(both, compiler_options=QUICK)(mask, *arrays)]
+            )
     for alone, sharded in zip(*results, strict=True):
         np.testing.assert_allclose(sharded, alone, atol=1e-5 * np.abs(alone).max())
 

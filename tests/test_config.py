@@ -191,8 +191,9 @@ def test_from_hf_reads_the_spelling_of_august_2023():
 
 def test_optional_keys_have_the_meaning_of_the_format():
     optional = ("use_dynamic_ntk", "use_logn_attn", "tie_word_embeddings", "initializer_range")
-    config = Config.from_hf(without(QWEN_7B, *optional))
-    assert config == dataclasses.replace(PRESETS["qwen-7b"], dynamic_ntk=False, logn=False)
+    assert Config.from_hf(without(QWEN_7B, *optional)) == PRESETS["qwen-7b"]
+    off = Config.from_hf(without(AUGUST_2023, *optional))
+    assert off == Config.from_hf(AUGUST_2023) and not off.dynamic_ntk and not off.logn
 
 
 @pytest.mark.parametrize(
@@ -212,33 +213,13 @@ def test_hf_round_trip(config):
     assert written["model_type"] == "qwen"
 
 
-@pytest.mark.parametrize("hub", [QWEN_7B, QWEN_72B, AUGUST_2023])
-def test_to_hf_keeps_a_config_as_it_was(hub):
-    assert Config.from_hf(hub).to_hf(keep=hub) == hub
-
-
-def test_to_hf_keeps_the_spelling_and_writes_what_changed():
-    config = Config.from_hf(AUGUST_2023)
-    config = dataclasses.replace(config, vocab_size=152064, hidden_size=8192, logn=True)
-    written = config.to_hf(keep=AUGUST_2023)
-    changed = {"n_embd": 8192, "padded_vocab_size": 152064, "use_logn_attn": True}
-    assert written == {**AUGUST_2023, **changed}
-    assert Config.from_hf(written) == config
-
-    both = dataclasses.replace(PRESETS["qwen-72b"], rope_base=5000).to_hf(keep=QWEN_72B)
-    assert both["rope_theta"] == both["rotary_emb_base"] == 5000
-
-
 def test_our_own_keys_are_written_only_when_set():
     assert not {"layer_windows", "rope_scaling"} & set(tiny_config().to_hf())
     config = tiny_config(layer_windows=(3, None), rope_scaling=RopeScaling(**LINEAR))
     assert config.to_hf()["layer_windows"] == [3, None]
     assert config.to_hf()["rope_scaling"] == LINEAR
-    assert config.to_hf(keep=QWEN_7B)["rope_scaling"] == LINEAR
-    # An earlier config's long-context keys do not come back once they are switched off.
-    again = tiny_config().to_hf(keep=config.to_hf())
-    assert Config.from_hf(again) == tiny_config()
-    assert not {"layer_windows", "rope_scaling"} & set(again)
+    short = RopeScaling("ntk", 2.0)
+    assert tiny_config(rope_scaling=short).to_hf()["rope_scaling"] == {"type": "ntk", "factor": 2.0}
 
 
 @pytest.mark.parametrize("change", [{"num_kv_heads": 2}, {"qk_norm": True}, {"qkv_bias": False}])
@@ -251,6 +232,7 @@ def test_unknown_keys_are_refused_and_all_listed():
     strange = {"sliding_window": 4096, "quantization_config": {"bits": 4}}
     with pytest.raises(ValueError, match="quantization_config, sliding_window is not known"):
         Config.from_hf({**QWEN_7B, **strange})
+    assert Config.from_hf({**QWEN_7B, "quantization_config": None}) == PRESETS["qwen-7b"]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +263,10 @@ def test_unknown_keys_are_refused_and_all_listed():
         ("layer_windows", [3]),
         ("layer_windows", [0] * 32),
         ("layer_windows", [2.5] * 32),
+        ("layer_windows", 5),
+        ("rotary_emb_base", float("inf")),
+        ("initializer_range", "0.02"),
+        ("seq_length", 1),
     ],
 )
 def test_wrong_values_are_refused_by_name(key, value):
@@ -336,6 +322,13 @@ def test_overrides(overrides, fields):
     assert config.with_overrides(overrides) == dataclasses.replace(config, **fields)
 
 
+def test_overrides_of_what_qwen_cannot_spell():
+    config = tiny_config(num_kv_heads=2, qk_norm=True)
+    assert config.with_overrides({"seq_length": 8}) == dataclasses.replace(config, seq_length=8)
+    fewer = tiny_config().with_overrides({"num_attention_heads": 2})
+    assert fewer.num_heads == fewer.num_kv_heads == 2
+
+
 def test_overrides_can_switch_our_keys_off():
     config = tiny_config(layer_windows=(3, None), rope_scaling=YARN)
     off = config.with_overrides({"layer_windows": None, "rope_scaling": None})
@@ -351,9 +344,13 @@ def test_overrides_can_switch_our_keys_off():
         ({"layer_windows": [3]}, "layer_windows has 1 entries for 2 layers"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
         ({"rope_scaling": {**LINEAR, "type": "su"}}, "allowed are linear, ntk, yarn"),
-        ({"rope_scaling": {**LINEAR, "factor": 0.5}}, "factor 0.5: must be at least 1"),
+        ({"rope_scaling": {**LINEAR, "factor": 0.5}}, "factor 0.5: must be"),
+        ({"rope_scaling": {**LINEAR, "factor": float("inf")}}, "factor inf"),
         ({"rope_scaling": {**LINEAR, "factor": float("nan")}}, "factor nan"),
-        ({"rope_scaling": {**LINEAR, "factor": "4"}}, "or a type is wrong"),
+        ({"rope_scaling": {**LINEAR, "factor": "4"}}, "factor '4'"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks type or factor"),
+        ({"rope_scaling": {**LINEAR, "attention_factor": -1.0}}, "attention_factor -1.0"),
+        ({"rope_scaling": {**LINEAR, "attention_factor": "x"}}, "attention_factor 'x'"),
         ({"rope_scaling": {**LINEAR, "mscale": 1}}, "mscale"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 0}}, "positive"),

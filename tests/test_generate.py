@@ -1,6 +1,8 @@
 """`python -m qwen_jax.generate`: output, defaults, exit codes, one-line errors."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +57,49 @@ def test_chat_and_prompt_file(
     assert code == 0 and json.loads(out)["prompt_tokens"] > 2  # the marker is text, not a control
 
 
-def test_a_base_checkpoint_says_so(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "--ckpt", str(golden_dir), "--chat", "hi")
-    assert code == 1 and "qwen.tiktoken" in err  # it has no tokenizer either
+def test_a_base_checkpoint_says_so(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(chat_dir, base)
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**config, "chat_format": "raw"}))
+    argv = ["--chat", "hi", "--max-new-tokens", "2"]
+    assert "base checkpoint" in run(capsys, "--ckpt", str(base), *argv)[2]
+    assert "base checkpoint" not in run(capsys, "--ckpt", str(chat_dir), *argv)[2]
+
+
+def test_the_checkpoints_stop_words(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stop of ordinary tokens ends the text and is not shown; tokens hold it."""
+    argv = ["--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "9", "--json"]
+    free = json.loads(run(capsys, "--ckpt", str(chat_dir), *argv)[1])
+    target = tmp_path / "stops"
+    shutil.copytree(chat_dir, target)
+    config = json.loads((target / "generation_config.json").read_text())
+    config["stop_words_ids"] = [free["tokens"][3:5]]
+    (target / "generation_config.json").write_text(json.dumps(config))
+    result = json.loads(run(capsys, "--ckpt", str(target), *argv)[1])
+    assert result["finish_reason"] == "stop" and result["tokens"] == free["tokens"][:5]
+    assert free["text"].startswith(result["text"])
+    model = qwen_jax.load(target)
+    assert result["text"] == model.tokenizer.decode(free["tokens"][:3], skip_special_tokens=True)
+
+
+def test_rate_counts_time_and_tokens_alike() -> None:
+    assert generate.rate([(0.0, 1), (5.0, 8), (6.0, 8), (8.0, 6)]) == round(14 / 3, 2)
+    assert generate.rate([(0.0, 1), (5.0, 8)]) is None
+
+
+def test_interrupted(chat_dir: Path) -> None:
+    command = [sys.executable, "-m", "qwen_jax.generate", "--ckpt", str(chat_dir)]
+    command += ["--prompt", "Hello", "--max-new-tokens", "7000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.read(1)  # it is writing
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
 
 
 def test_bench(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +109,13 @@ def test_bench(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(out)
     assert code == 0 and result["decode_tokens_per_second"] > 0
     assert result["matvec_gb_per_second"] > 0 and result["share_of_bandwidth"] > 0
-    assert "seconds_to_first_token_cold" in result
+    assert "seconds_to_first_token_cold" in result and result["prompt_tokens"] == 128
+
+
+def test_bench_of_a_prompt(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--ckpt", str(chat_dir), "--bench", "--prompt", "Hello there", "--max-new-tokens", "2"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and "(2 tokens" in out and "matrix-vector" in out
 
 
 @pytest.mark.parametrize(
@@ -78,13 +126,17 @@ def test_bench(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--ckpt", "{dir}", "--prompt", "a", "--chat", "b"], 2, "not allowed"),
         (["--ckpt", "{dir}", "--prompt", "a", "--max-new-tokens", "0"], 2, "positive"),
         (["--ckpt", "{dir}", "--prompt", "a", "--set", "seq_length"], 2, "KEY=VALUE"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "fsdp=x"], 2, "fsdp=4,tp=2"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "tp=2,tp=4"], 2, "fsdp=4,tp=2"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--top-p", "2"], 2, "top_p"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--temperature", "nan"], 2, "temperature"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--system", "b"], 2, "--chat"),
+        (["--ckpt", "{dir}", "--prompt", ""], 2, "empty prompt"),
+        (["--ckpt", "{dir}", "--chat", " "], 2, "empty prompt"),
         (["--ckpt", "{dir}", "--prompt", "a", "--set", "nope=1"], 1, "nope"),
-        (["--ckpt", "{dir}", "--prompt", ""], 1, "empty prompt"),
-        (["--ckpt", "{dir}", "--chat", " "], 1, "empty prompt"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--set", "layer_windows=9"], 1, "layer_windows"),
         (["--ckpt", "{dir}", "--prompt-file", "/no/such/file"], 1, "/no/such/file"),
         (["--ckpt", "{dir}", "--prompt", "a b c", "--max-length", "2"], 1, "max_length 2"),
-        (["--ckpt", "{dir}", "--prompt", "a", "--top-p", "2"], 1, "top_p"),
-        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "fsdp=x"], 1, "fsdp=4,tp=2"),
         (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "tp=64"], 1, "64 devices"),
         (["--ckpt", "{dir}", "--prompt", "a", "--attention", "nope"], 1, "nope"),
         (["--ckpt", "/no/such/dir", "--prompt", "a"], 1, "/no/such/dir"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import decode, rope, sharding
+from qwen_jax import cache, decode, rope, sharding
 from tests.golden_figures import arrays, overrides, scalars, worst
 
 # The original's own float32 noise reaches 5e-5 of a standard deviation of its logits.
@@ -56,17 +56,12 @@ def test_ntk_alpha(golden_dir: Path, length: int) -> None:
 
 
 def decoded(model: qwen_jax.LanguageModel, case: str, mask: np.ndarray | None = None) -> None:
-    """Greedy tokens identical; and the logits of every step, from a full pass over the result."""
+    """Greedy tokens identical; and the logits of every step over the cache."""
     prompt, tokens = arrays()[f"{case}.prompt"], arrays()[f"{case}.tokens"]
     made = model.generate(prompt, mask, max_new_tokens=tokens.shape[1])
     np.testing.assert_array_equal(made, tokens)
-    lengths = np.full(len(prompt), prompt.shape[1]) if mask is None else mask.sum(axis=1)
-    alpha = rope.from_config(model.config).alpha(lengths)  # the prompt's own
-    whole = np.concatenate([prompt, tokens[:, :-1]], axis=1)
-    if mask is not None:
-        mask = np.pad(mask, ((0, 0), (0, tokens.shape[1] - 1)), constant_values=1)
-    logits = model.logits(whole, mask, ntk_alpha=alpha)
-    assert worst(logits[:, prompt.shape[1] - 1 :], arrays()[f"{case}.logits"]) < TOLERANCE
+    logits = step_logits(model, prompt, tokens, mask)
+    assert worst(logits, arrays()[f"{case}.logits"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["short", "cross", "long", "crossplain"])
@@ -103,22 +98,31 @@ def test_int8_cache_is_nearer_than_the_originals(golden_dir: Path, cache_dtype: 
 
 
 def step_logits(
-    model: qwen_jax.LanguageModel, prompt: np.ndarray, tokens: np.ndarray
+    model: qwen_jax.LanguageModel,
+    prompt: np.ndarray,
+    tokens: np.ndarray,
+    mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """float32 [B, n, V]: the logits that chose each of `tokens`, one pass each over the cache."""
-    from qwen_jax import cache
-
+    batch, width = prompt.shape
+    lengths = np.full(batch, width) if mask is None else mask.sum(axis=1)
     steps = [prompt, *np.split(tokens[:, :-1], tokens.shape[1] - 1, axis=1)]
-    frequencies = rope.from_config(model.config).frequencies(np.ones(len(prompt)))
+    repeat = -(-batch // model.mesh.shape["fsdp"]) * model.mesh.shape["fsdp"]
+    scheme = rope.from_config(model.config)
+    frequencies = scheme.frequencies(scheme.alpha(lengths))  # fixed by the prompt
     chosen = []
+
+    def whole(rows: np.ndarray) -> np.ndarray:
+        return np.resize(rows, (repeat, *rows.shape[1:]))
+
     with sharding.entered(model.mesh):
-        start = decode.place(np.zeros(len(prompt), np.int32), "B")
-        rates = decode.place(frequencies, "BH")
-        state = cache.empty(model.config, start, 128, np.float32, model.cache_dtype)
+        start = decode.place(whole((width - lengths).astype(np.int32)), "B")
+        rates = decode.place(whole(frequencies), "BH")
+        state = cache.empty(model.config, start, 256, np.float32, model.cache_dtype)
         for step in steps:
             places, segments = decode.positions(start, state.index, step.shape[1])
-            x = model.decoder.embed(decode.place(step, "BT"))
+            x = model.decoder.embed(decode.place(whole(step), "BT"))
             output = model.decoder(x, places, segments, rates, state)
             state = output.cache
-            chosen.append(np.asarray(model.decoder.logits(output.last[:, -1:])))
+            chosen.append(np.asarray(model.decoder.logits(output.last))[:batch, -1:])
     return np.concatenate(chosen, axis=1)

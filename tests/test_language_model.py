@@ -88,6 +88,11 @@ def test_seed(model: qwen_jax.LanguageModel) -> None:
     assert len({tuple(row) for row in rows}) == 3
 
 
+def test_any_whole_number_is_a_seed(model: qwen_jax.LanguageModel) -> None:
+    for seed in (-1, 2**32 - 1, 2**70):
+        assert model.generate(PROMPT, max_new_tokens=2, sampler=Nucleus(), seed=seed).size == 2
+
+
 def test_stop(model: qwen_jax.LanguageModel) -> None:
     free = model.generate(PROMPT, max_new_tokens=20)[0]
     assert free.shape == (20,)
@@ -122,13 +127,15 @@ def test_stream_is_generate(model: qwen_jax.LanguageModel) -> None:
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
-def test_decode_compiles_once(model: qwen_jax.LanguageModel) -> None:
-    """No retrace as the sequence grows, nor for another temperature, stop or seed."""
+def test_decode_compiles_once(golden_dir: Path) -> None:
+    """One program: for every step, and for another temperature, stop, seed or stride."""
+    model = qwen_jax.load(golden_dir, dtype="float32")
+    decode._decode.clear_cache()
     model.generate(PROMPT, max_new_tokens=60, sampler=Nucleus(), stop=[1])
-    before = decode._decode._cache_size()
+    assert decode._decode._cache_size() == 1
     model.generate(PROMPT[:, :7], max_new_tokens=50, sampler=Nucleus(0.5, 9, 0.7), stop=[2], seed=3)
     list(model.stream(PROMPT, max_new_tokens=60, sampler=Nucleus(0.1), stop=[3], at_once=1))
-    assert decode._decode._cache_size() == before
+    assert decode._decode._cache_size() == 1
 
 
 def test_few_prefill_buckets() -> None:
@@ -177,6 +184,15 @@ def test_ntk_from_the_total(golden_dir: Path) -> None:
         ([[1, 2]], {"stop": [()]}, "stop"),
         ([[1, 2]], {"ntk": "both"}, "ntk"),
         ([[1, 2]], {"ntk_alpha": 0.5}, "ntk_alpha"),
+        ([[1, 2]], {"ntk_alpha": [1.0, 3.0]}, "ntk_alpha"),
+        ([[1, 2], [1, 2, 3]], {}, "pad on the left"),
+        ([[1, 2]], {"max_new_tokens": 2.0}, "max_new_tokens"),
+        ([[1, 2]], {"stop": 5}, "stop"),
+        ([[1, 2]], {"stop": [1.5]}, "stop"),
+        ([[1, 2]], {"sampler": 0.7}, "sampler"),
+        ([[1, 2]], {"seed": 1.5}, "seed"),
+        ([[1, 2]], {"seed": None}, "seed"),
+        ([[1, 2]], {"seed": [1, 2]}, "seed"),
         ([[1, 2]], {"sampler": Nucleus(temperature=0.0)}, "temperature"),
         ([[1, 2]], {"sampler": Nucleus(top_p=1.5)}, "top_p"),
         ([[1, 2]], {"sampler": Greedy(0.0)}, "repetition_penalty"),
@@ -209,20 +225,36 @@ def test_chat(chat_model: qwen_jax.LanguageModel) -> None:
 
 
 def test_chat_takes_its_defaults_from_the_checkpoint(chat_model: qwen_jax.LanguageModel) -> None:
-    sampler = chat_model.default_sampler()
-    assert sampler == Nucleus(1.0, 0, 0.8, 1.1)
+    assert chat_model.generation_config.sampler == Nucleus(1.0, 0, 0.8, 1.1)
     ends = {stop[0] for stop in chat_model.chat_stops()}
     tokenizer = chat_model.tokenizer
     assert {tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id} <= ends
     assert chat_model.room(10) == 512
 
 
-def test_chat_stops_at_a_stop(chat_model: qwen_jax.LanguageModel) -> None:
-    tokenizer = chat_model.tokenizer
-    free, _ = chat_model.chat("hello", sampler=Greedy(), max_new_tokens=12, stop=())
-    first = tokenizer.encode(free)[0]
-    reply, _ = chat_model.chat("hello", sampler=Greedy(), max_new_tokens=12, stop=[first])
-    assert len(reply) < len(free)
+def test_chat_stops_before_a_stop(chat_model: qwen_jax.LanguageModel) -> None:
+    """A stop of several ordinary tokens shows in neither the reply nor the stream."""
+    settings = {"sampler": Greedy(1.3), "max_new_tokens": 12}
+    free = [
+        i
+        for part in chat_model._reply("hello", (), "", *settings.values(), (), 0, None)
+        for i in part
+    ]
+    stop = tuple(free[4:7])
+    expected = chat_model.tokenizer.decode(free[:4], skip_special_tokens=True)
+    assert len(set(free[:7])) == 7
+    reply, _ = chat_model.chat("hello", None, "", stop=[stop], **settings)
+    *_, streamed = chat_model.chat_stream("hello", system="", stop=[stop], **settings)
+    assert streamed == expected and reply == expected.strip()
+
+
+def test_chat_takes_zeros_seriously(chat_model: qwen_jax.LanguageModel) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens 0"):
+        chat_model.chat("hello", max_new_tokens=0)
+    short = {"max_new_tokens": 1, "sampler": Greedy()}
+    history = [("hi", "hello"), ("you", "me")]
+    alone, _ = chat_model.chat("a", history, max_window_size=0, **short)
+    assert alone == chat_model.chat("a", **short)[0]
 
 
 def test_a_base_checkpoint_says_so(chat_dir: Path, tmp_path: Path) -> None:

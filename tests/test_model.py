@@ -12,6 +12,7 @@ from qwen_jax.config import RopeScaling
 from qwen_jax.decode import place
 from qwen_jax.model import Decoder, FeedForward, rms_norm
 from tests.tiny import (
+    QUICK,
     cached_logits,
     frequencies,
     full_logits,
@@ -48,7 +49,7 @@ LONG = {
 }
 
 
-stack = jax.jit(model.stack)
+stack = jax.jit(model.stack, compiler_options=QUICK)
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +234,7 @@ def gradients(decoder: Decoder, tokens: np.ndarray, remat=None, stacked=False) -
     rng = np.random.default_rng(3)
     wanted = rng.standard_normal((*tokens.shape, decoder.config.vocab_size)).astype(np.float32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def grad(decoder: Decoder, wanted: jax.Array, *arrays: jax.Array):
         def loss(decoder: Decoder) -> tuple[jax.Array, jax.Array]:
             x, places, segments, rates = arrays
@@ -383,7 +384,7 @@ def spread(leaf: jax.Array) -> tuple[float, float]:
 def test_fresh_weights():
     std = 0.05
     config = tiny_config(qk_norm=True, initializer_range=std)
-    create = jax.jit(model.create, static_argnums=(0, 2))
+    create = jax.jit(model.create, static_argnums=(0, 2), compiler_options=QUICK)
     leaves = weights.named_leaves(create(config, jax.random.key(1), jnp.float32))
     into_residual = std / math.sqrt(2 * config.num_layers)
     for name, leaf in leaves.items():

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from qwen_jax.sampling import Greedy, Nucleus, from_generation_config
+from qwen_jax.sampling import Greedy, Nucleus
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "model.json").read_text())["sample.cases"]
@@ -265,30 +265,3 @@ def test_settings_out_of_range_are_refused(sampler, name):
 def test_settings_in_range_pass():
     for sampler in (Greedy(), Greedy(0.5), Nucleus(), Nucleus(0.1, 3, 0.0, 2.0)):
         sampler.check()
-
-
-@pytest.mark.parametrize(
-    ("config", "sampler"),
-    [
-        ({}, Greedy()),
-        ({"do_sample": False, "top_p": 0.5, "repetition_penalty": 1.2}, Greedy(1.2)),
-        ({"do_sample": True, "temperature": 0}, Greedy()),
-        ({"do_sample": True}, Nucleus()),
-        # The generation_config.json of Qwen-7B-Chat.
-        (
-            {
-                "chat_format": "chatml",
-                "do_sample": True,
-                "eos_token_id": 151643,
-                "max_new_tokens": 512,
-                "pad_token_id": 151643,
-                "repetition_penalty": 1.1,
-                "top_k": 0,
-                "top_p": 0.8,
-            },
-            Nucleus(1.0, 0, 0.8, 1.1),
-        ),
-    ],
-)
-def test_sampler_of_a_generation_config(config, sampler):
-    assert from_generation_config(config) == sampler

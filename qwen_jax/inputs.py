@@ -1,0 +1,57 @@
+"""What callers pass, turned into host arrays and checked: one clear ValueError for each mistake."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, T] and the number of real tokens of each row, checked."""
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(
+            "tokens: rows of one length [B, T]; pad on the left and pass mask"
+        ) from None
+    if tokens.size == 0:
+        raise ValueError("empty prompt: every row needs at least one token")
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
+    lengths = mask.sum(axis=1)
+    if not lengths.all():
+        raise ValueError("empty prompt: every row needs at least one token")
+    if (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+        raise ValueError("mask: rows must be padded on the left")
+    tokens = np.where(mask, tokens, 0)
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if bad.size:
+        raise ValueError(f"token id {bad[0]} is out of range: 0 to {vocab_size - 1}")
+    return tokens.astype(np.int32), lengths
+
+
+def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
+    """Ids, or sequences of ids, as sequences."""
+    if isinstance(stop, str) or not isinstance(stop, Iterable):
+        raise ValueError(f"stop {stop!r}: must be a sequence of ids, or of sequences of ids")
+    sequences = [np.atleast_1d(np.asarray(ids)) for ids in stop]
+    for ids in sequences:
+        whole = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
+        if not whole or not ((ids >= 0) & (ids < vocab_size)).all():
+            raise ValueError(
+                f"stop {ids.tolist()}: ids are whole numbers from 0 to {vocab_size - 1}"
+            )
+    return [tuple(ids.tolist()) for ids in sequences]
+
+
+def seeds(seed: Any, batch: int) -> np.ndarray:
+    """uint32 [batch]; seeds are taken modulo 2**32."""
+    one = isinstance(seed, int | np.integer) or not isinstance(seed, Iterable)
+    given = [seed] if one else list(seed)
+    if len(given) not in (1, batch) or not all(isinstance(s, int | np.integer) for s in given):
+        raise ValueError(f"seed {seed!r}: a whole number, or one for each of {batch} rows")
+    wrapped = np.array([int(s) % 2**32 for s in given], np.uint32)
+    return np.broadcast_to(wrapped, (batch,))
