@@ -1,7 +1,7 @@
 # Everything is made in .venv from the package index; nothing else is downloaded.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 0
+WORKERS ?= 2
 PYTEST_ARGS ?=
 PROMPT ?= Once upon a time
 

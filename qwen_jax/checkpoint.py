@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_jax.config import Config, read_json
-from qwen_jax.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
 
+    from qwen_jax.generation_config import GenerationConfig
     from qwen_jax.model import Decoder
     from qwen_jax.tokenizer import Tokenizer
     from qwen_jax.weights import Weight
@@ -50,8 +50,10 @@ def load_config(path: str | Path) -> Config:
     return Config.from_hf(read_json(_directory(path) / CONFIG))
 
 
-def load_generation_config(path: str | Path) -> GenerationConfig:
+def load_generation_config(path: str | Path) -> "GenerationConfig":
     """The directory's generation_config.json, checked; without one, that of an empty file."""
+    from qwen_jax.generation_config import GenerationConfig
+
     file = _directory(path) / GENERATION_CONFIG
     return GenerationConfig.from_hf(read_json(file) if file.exists() else {})
 

@@ -95,8 +95,8 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: must be true or false")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of dimensions")
+        if self.head_dim % 2 or self.head_dim < 4:
+            raise ValueError(f"head_dim {self.head_dim}: must be even, and at least 4")
         if self.rope_scaling is not None and self.dynamic_ntk:
             raise ValueError("rope_scaling and use_dynamic_ntk are two schemes: turn one off")
         if self.logn and self.seq_length < 2:
@@ -109,9 +109,7 @@ class Config:
                     f"layer_windows has {len(self.layer_windows)} entries for "
                     f"{self.num_layers} layers"
                 )
-            if any(
-                w is not None and (not isinstance(w, int) or w <= 0) for w in self.layer_windows
-            ):
+            if any(w is not None and (type(w) is not int or w <= 0) for w in self.layer_windows):
                 raise ValueError("layer_windows holds positive whole numbers or null (= full)")
 
     def num_params(self) -> int:

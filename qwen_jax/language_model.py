@@ -175,6 +175,7 @@ class LanguageModel:
         if not isinstance(sampler, sampling.Greedy | sampling.Nucleus):
             raise ValueError(f"sampler {sampler!r}: must be a Greedy or a Nucleus")
         sampler.check()
+        sampler = jax.tree.map(jnp.float32, sampler)  # 1 and 1.0 are one program
         counted = lengths + (max_new_tokens if ntk == "total" else 0)
         frequencies = self._frequencies(counted, ntk_alpha)
         seeds = inputs.seeds(seed, len(tokens))

@@ -152,7 +152,8 @@ def rotary(rope: Rope, positions: jax.Array, frequencies: jax.Array) -> Rotary:
     scale = jnp.full_like(angles[:, :, 0], rope.temperature())
     if rope.logn_length is not None:
         place = jnp.maximum(positions + 1, rope.logn_length).astype(jnp.float32)
-        scale = scale * (jnp.log(place) / np.float32(math.log(rope.logn_length)))
+        logn = jnp.log(place) / np.float32(math.log(rope.logn_length))
+        scale = scale * jnp.where(positions < rope.logn_length, 1, logn)
     return Rotary(jnp.cos(angles), jnp.sin(angles), scale)
 
 

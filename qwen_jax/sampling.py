@@ -95,7 +95,7 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> j
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
     instead of a sort of the vocabulary, on any sharding of it. Equal logits are kept together.
     """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0, logits), jnp.int32)  # no -0
     order = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,1 @@
+"""Conversion between Hugging Face checkpoint folders and the model directories of `qwen_jax`."""

@@ -1,0 +1,170 @@
+"""Bytes from a tensor to the chunks of a leaf, and back; several jobs at a time, with progress.
+
+Memory is bounded by a few blocks of `BLOCK_BYTES`, whatever the size of a tensor. Nothing here
+knows of names or of what makes a folder complete.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from convert.folder import ITEM_BYTES
+from convert.store import Band
+
+BLOCK_BYTES = 16 * 2**20
+_stop = threading.Event()
+_NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def import_band(band: Band, params: Path, file: Path, offset: int, dtype: str) -> None:
+    """Write a band's files from a tensor of `dtype` in which its leaf begins at byte `offset`.
+
+    A file has its name only when it is complete: what an interrupted run left can be trusted.
+    """
+    drafts = {f.with_name(f"{f.name}.tmp"): f for f in band.files(params)}
+    row_bytes = band.row_elements * ITEM_BYTES[dtype]
+    offset += band.start * row_bytes
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open(file, "rb", buffering=0)).fileno()
+        targets = [stack.enter_context(open(f, "wb", buffering=0)).fileno() for f in drafts]
+        if len(targets) == 1 and dtype == band.leaf.dtype:
+            _copy(source, targets[0], offset, band.rows * row_bytes)
+        else:
+            for first, rows in blocks(band, dtype):
+                data = read(source, offset + first * row_bytes, rows * row_bytes)
+                array = data.view(numpy_dtype(dtype)).reshape(rows, *band.leaf.shape[1:])
+                array = cast(array, band.leaf.dtype, band.leaf.path)
+                for target, at in zip(targets, band.pieces.values(), strict=True):
+                    write(target, array[(slice(None), *at)])
+    for draft, file in drafts.items():
+        draft.replace(file)
+
+
+def export_band(band: Band, params: Path, target: int, dtype: str) -> None:
+    """Append a band to the open file `target`, as `dtype`."""
+    with contextlib.ExitStack() as stack:
+        files = band.files(params)
+        sources = {stack.enter_context(open(f, "rb", buffering=0)): at for f, at in files.items()}
+        item = ITEM_BYTES[band.leaf.dtype]
+        if len(sources) == 1 and dtype == band.leaf.dtype:
+            _copy(next(iter(sources)).fileno(), target, 0, band.chunk_elements * item)
+            return
+        narrow = band.leaf.chunks[1:]
+        row_bytes = band.chunk_elements // band.rows * item
+        for first, rows in blocks(band, dtype):
+            array = np.empty((rows, *band.leaf.shape[1:]), numpy_dtype(band.leaf.dtype))
+            for source, at in sources.items():
+                data = read(source.fileno(), first * row_bytes, rows * row_bytes)
+                array[(slice(None), *at)] = data.view(array.dtype).reshape(rows, *narrow)
+            write(target, cast(array, dtype, band.leaf.path))
+
+
+def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) that cut a band into blocks of about `BLOCK_BYTES`."""
+    item = max(ITEM_BYTES[dtype], ITEM_BYTES[band.leaf.dtype])
+    step = max(1, BLOCK_BYTES // (band.row_elements * item))
+    for first in range(0, band.rows, step):
+        yield first, min(step, band.rows - first)
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The array as `dtype`, rounded to nearest. ValueError when a value is too large for it."""
+    if array.dtype == numpy_dtype(dtype):
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(numpy_dtype(dtype))
+    if ITEM_BYTES[dtype] == 2 and np.any(np.isinf(result) & np.isfinite(array)):
+        largest = float(np.nanmax(np.abs(array.astype(np.float32))))
+        raise ValueError(f"{name} has values up to {largest:.3g}, which do not fit {dtype}")
+    return result
+
+
+def read(source: int, offset: int, count: int) -> np.ndarray:
+    """Exactly `count` bytes."""
+    data = np.empty(count, np.uint8)
+    done = 0
+    while done < count:
+        _check_stop()
+        got = os.preadv(source, [data.data[done:]], offset + done)
+        if got == 0:
+            raise OSError("a file ended while it was read: it has been changed by someone else")
+        done += got
+    return data
+
+
+def write(target: int, array: np.ndarray) -> None:
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while data:
+        _check_stop()
+        data = data[os.write(target, data) :]
+
+
+def _copy(source: int, target: int, offset: int, count: int) -> None:
+    """Copy bytes within the kernel where it can do that, otherwise through a buffer."""
+    while count:
+        _check_stop()
+        try:
+            done = os.copy_file_range(source, target, min(count, BLOCK_BYTES), offset)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NOT_BY_KERNEL:
+                raise
+            done = 0
+        if done == 0:  # also what some file systems answer instead of an error
+            done = min(count, BLOCK_BYTES)
+            write(target, read(source, offset, done))
+        offset, count = offset + done, count - done
+
+
+def _check_stop() -> None:
+    if _stop.is_set():
+        raise InterruptedError("stopped")
+
+
+def run(
+    what: str, jobs: Iterable[tuple[int, Callable[[], None]]], done: int = 0, workers: int = 2
+) -> None:
+    """Run jobs (bytes, work), showing the bytes of those that have ended; `done`: from before.
+
+    Two workers: one waits for the disk while the other copies. One keeps the order of the jobs.
+
+    The first exception stops all others within a block, and is raised.
+    """
+    jobs = list(jobs)
+    total = done + sum(size for size, _ in jobs)
+    failed: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        _check_stop()
+        try:
+            work()
+        except Exception as error:
+            if not _stop.is_set():
+                failed.append(error)
+            _stop.set()  # before this worker can take the next job
+            raise
+
+    _stop.clear()
+    executor = ThreadPoolExecutor(workers)
+    bar = tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, mininterval=0.5)
+    try:
+        sizes = {executor.submit(guarded, work): size for size, work in jobs}
+        for future in as_completed(sizes):
+            if future.exception() is not None:
+                raise failed[0]
+            bar.update(sizes[future])
+    finally:
+        _stop.set()
+        executor.shutdown(cancel_futures=True)
+        bar.close()

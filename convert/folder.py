@@ -1,0 +1,169 @@
+"""A folder of safetensors files, read from its headers: which tensor is where, byte for byte.
+
+The safetensors library maps whole files, and mapped pages count as resident memory; its writer
+takes whole files as arrays. Here a header is read or written, and the bytes are the callers'.
+Everything that may be wrong with a folder is found here, before anything is written.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.config import read_json
+
+INDEX = "model.safetensors.index.json"
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where the bytes of a tensor are. code: safetensors' name of the dtype."""
+
+    file: Path
+    offset: int
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return _DTYPES[self.code]
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder. ValueError for files that are missing, damaged or in conflict."""
+    tensors: dict[str, Tensor] = {}
+    index = _index(folder)
+    for file in _files(folder, index):
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                both = f"{tensors[name].file.name} and {file.name}"
+                raise ValueError(f"{folder}: tensor {name} is in two files, {both}")
+            tensors[name] = tensor
+    lacking = [
+        f"{name} in {file}"
+        for name, file in index.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
+    if lacking:
+        raise ValueError(f"{folder / INDEX} names tensors that are not there: {', '.join(lacking)}")
+    return tensors
+
+
+def dtype_of(tensors: Mapping[str, Tensor], asked: str | None) -> str:
+    """The dtype to convert to: the one asked for, or else the one that all tensors have."""
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.code, []).append(name)
+    if unsupported := {code: names for code, names in found.items() if code not in _DTYPES}:
+        some = "; ".join(
+            f"{code}: {names[0]} ({len(names)})" for code, names in unsupported.items()
+        )
+        raise ValueError(
+            f"tensors of dtype {some}: only {', '.join(CODES)} can be converted; quantised "
+            "checkpoints are not supported yet, take the one they were made from"
+        )
+    if asked is None and len(found) > 1:
+        counts = ", ".join(f"{len(names)} {_DTYPES[code]}" for code, names in found.items())
+        raise ValueError(f"tensors of different dtypes ({counts}): choose one with --dtype")
+    return asked or _DTYPES[next(iter(found))]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{path}: {name} is in {file!r}, which is no file of this folder")
+    return weight_map
+
+
+def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
+    if index:
+        files = [folder / name for name in dict.fromkeys(index.values())]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(
+                f"{folder} lacks {', '.join(missing)}: download it again to complete it"
+            )
+        return files
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    if [*folder.glob("*.bin"), *folder.glob("*.bin.index.json"), *folder.glob("*.pt")]:
+        raise ValueError(
+            f"{folder} has its weights in PyTorch's own format (.bin), which runs code when read: "
+            "take the safetensors version of the checkpoint, or save it again in PyTorch with "
+            "model.save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    raise ValueError(f"{folder} holds no *.safetensors files")
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, in the order of their bytes."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > _LARGEST_HEADER:
+            raise ValueError(f"{file} is not a safetensors file: its first 8 bytes are no length")
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated within its header: download it again")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        tensors, end = {}, 0
+        for name, entry in entries:
+            tensors[name], end = _entry(file, 8 + length, entry, end)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not a safetensors file: its header is damaged ({error})"
+        ) from None
+    if size != 8 + length + end:
+        what = "is truncated" if size < 8 + length + end else "has bytes that belong to no tensor"
+        raise ValueError(
+            f"{file} {what}: it has {size:,} bytes, its header speaks of {8 + length + end:,}; "
+            "download it again"
+        )
+    return tensors
+
+
+def _entry(file: Path, base: int, entry: Any, start: int) -> tuple[Tensor, int]:
+    """The tensor of a header's entry, and where its bytes end; they must begin at `start`."""
+    shape, code = tuple(entry["shape"]), entry["dtype"]
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("a size is no number")
+    if begin != start:
+        raise ValueError("tensors overlap or leave gaps")
+    if code in _DTYPES and end - begin != math.prod(shape) * ITEM_BYTES[_DTYPES[code]]:
+        raise ValueError(f"{end - begin} bytes for shape {list(shape)}")
+    return Tensor(file, base + begin, code, shape), end
+
+
+def header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    """The bytes before the tensors of a file that holds these, one after another."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

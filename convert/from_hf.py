@@ -1,0 +1,233 @@
+"""Convert a Hugging Face Qwen checkpoint into a model directory of qwen_jax.
+
+SRC is a folder with safetensors files, or the id of a model on the Hugging Face hub. DST is the
+directory to make. Stopped in the middle, the same command continues where it was.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from convert import folder, names, store, target
+from qwen_jax import checkpoint, command
+from qwen_jax.config import Config, read_json
+
+EXAMPLES = """examples:
+  python convert/from_hf.py ~/Qwen-7B models/qwen-7b             a folder
+  python convert/from_hf.py Qwen/Qwen-1_8B-Chat models/chat      from the hub (qwen-jax[hub])
+  python convert/from_hf.py SRC DST --dtype float32 --verify     cast, then compare every tensor
+  python convert/from_hf.py SRC DST --mesh fsdp=4,tp=2           stored in the pieces of this mesh
+
+A directory stored for one mesh loads into any other; files of its own pieces load fastest.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion whose input has been found right."""
+
+    source: Path
+    target: Path
+    tensors: dict[str, folder.Tensor]
+    wanted: dict[str, names.Expected]
+    leaves: dict[str, store.Leaf]
+    facts: dict[str, Any]
+
+    @property
+    def params(self) -> Path:
+        return self.target / checkpoint.PARAMS
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="convert/from_hf.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("src", metavar="SRC", help="a folder, or a model on the hub such as Qwen/Qwen-7B")
+    add("dst", metavar="DST", type=Path, help="the model directory to make")
+    add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's own)")
+    add("--mesh", metavar="AXES", help="store in the pieces of this mesh, such as fsdp=4,tp=2")
+    add("--verify", action="store_true", help="compare every tensor with the source at the end")
+    command.add_debug(result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(parser(), convert, argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
+    plan = make_plan(args)
+    if (plan.target / checkpoint.MANIFEST).exists() and args.verify:
+        verify(_as_stored(plan, args.dtype))
+        return
+    resumed = target.check_usable(plan.target, plan.facts)
+    copy(plan, resumed)
+    if args.verify:
+        verify(plan)
+    shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
+    checkpoint.write_manifest(plan.target, shapes, **plan.facts)
+    target.end(plan.target)
+    command.say(f"{plan.target} is complete")
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Everything that can be found wrong without writing is found here."""
+    from qwen_jax import sharding
+
+    try:
+        mesh = sharding.parse_mesh(args.mesh)
+    except ValueError as error:
+        raise command.UsageError(f"--mesh: {error}") from None
+    source = locate(args.src)
+    target.check_apart(source, args.dst)
+    config = read_config(source)
+    tensors = folder.read(source)
+    inert = [name for name in tensors if names.INERT.fullmatch(name)]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    abstract = checkpoint.abstract_leaves(config, "float32")[1]
+    wanted = names.expected({path: tuple(leaf.shape) for path, leaf in abstract.items()})
+    names.check(shapes, wanted, inert)
+    tensors = {name: tensors[name] for name in wanted}
+    dtype = folder.dtype_of(tensors, args.dtype)
+    files = {tensor.file for tensor in tensors.values()} | {source / checkpoint.CONFIG}
+    facts = {
+        "made_by": "convert/from_hf.py",
+        "dtype": dtype,
+        "mesh": mesh,
+        "source": target.fingerprint(files),
+    }
+    return Plan(source, args.dst, tensors, wanted, _leaves(abstract, dtype, mesh), facts)
+
+
+def locate(src: str) -> Path:
+    """The folder of SRC; a model on the hub is downloaded first, or what is lacking of it."""
+    path = Path(src)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src):
+        raise ValueError(f"{src} is not a folder, nor the id of a model on the hub (OWNER/NAME)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(
+            f"{src} is no folder here; to take it from the hub: pip install 'qwen-jax[hub]'"
+        ) from None
+    patterns = ["*.safetensors", *target.CARRIED]
+    command.say(f"{src}: downloading from the hub what is not here yet")
+    try:
+        # The folders of a repository hold other formats and training state.
+        endpoint = os.environ.get("HF_ENDPOINT")
+        found = snapshot_download(
+            src, allow_patterns=patterns, ignore_patterns="*/*", endpoint=endpoint
+        )
+    except Exception as error:  # of the hub's library, of the network, of its own cache
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{src} is no folder here, and the hub says: {reason}") from error
+    return Path(found)
+
+
+def read_config(source: Path) -> Config:
+    """The architecture of a checkpoint folder."""
+    if (source / checkpoint.MANIFEST).exists() or (source / checkpoint.PARAMS).is_dir():
+        raise ValueError(f"{source} is a model directory already: convert/to_hf.py is the way back")
+    if target.is_unfinished(source):
+        raise ValueError(
+            f"{source} is an unfinished export: give the convert/to_hf.py command again"
+        )
+    if not (source / checkpoint.CONFIG).exists():
+        raise ValueError(f"{source} has no {checkpoint.CONFIG}: it is not a checkpoint folder")
+    values = read_json(source / checkpoint.CONFIG)
+    if (quantisation := values.get("quantization_config")) is not None:
+        method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
+        raise ValueError(
+            f"{source} is quantised ({method or 'quantization_config'}), which is not supported "
+            "yet: take the checkpoint it was made from"
+        )
+    return Config.from_hf(values)
+
+
+def _leaves(abstract: dict[str, Any], dtype: str, sizes: dict[str, int]) -> dict[str, store.Leaf]:
+    """Every leaf cut as the mesh cuts it. ValueError when it does not divide."""
+    from jax.sharding import AbstractMesh, AxisType
+
+    from qwen_jax import sharding
+
+    axes = (AxisType.Explicit,) * len(sizes)
+    mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axes)
+    leaves = {}
+    for path, leaf in abstract.items():
+        shape = tuple(leaf.shape)
+        sharding.check_divides(leaf.letters, shape, mesh, path)
+        cuts = [1 if axis is None else sizes[axis] for axis in sharding.spec(leaf.letters)]
+        shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
+        chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])
+        leaves[path] = store.Leaf(path, shape, chunks, dtype)
+    return leaves
+
+
+def copy(plan: Plan, resumed: bool) -> None:
+    """Write every file of the target but its manifest."""
+    from convert import copying
+
+    done, pending = 0, []
+    for name, expected in plan.wanted.items():
+        tensor = plan.tensors[name]
+        for part in expected.parts:
+            offset = tensor.offset + part.start * folder.ITEM_BYTES[tensor.dtype]
+            for band in plan.leaves[part.path].bands():
+                piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
+                files = band.files(plan.params)
+                if resumed and all(f.is_file() and f.stat().st_size == piece for f in files):
+                    done += piece * len(files)
+                    continue
+                arguments = (band, plan.params, tensor.file, offset, tensor.dtype)
+                job = functools.partial(copying.import_band, *arguments)
+                pending.append((piece * len(files), job))
+    needed = sum(size for size, _ in pending)
+    target.check_space(plan.target, needed)
+    if resumed:
+        command.say(f"continuing: {target.size(done)} of {target.size(done + needed)} are there")
+    with target.explained(plan.target, needed):
+        target.begin(plan.target, plan.facts)
+        target.carry(plan.source, plan.target)
+        shutil.copyfile(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
+        store.write_metadata(plan.params, plan.leaves)
+        copying.run("converting", pending, done)
+
+
+def _as_stored(plan: Plan, dtype: str | None) -> Plan:
+    """The plan for a finished directory, with the dtype and the chunks that it has."""
+    manifest = checkpoint.verify_whole(plan.target)
+    shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
+    checkpoint.check_shapes(plan.target, manifest, shapes)
+    stored = manifest["dtype"]
+    if dtype not in (None, stored):
+        raise ValueError(f"{plan.target} holds {stored}, not {dtype}")
+    return dataclasses.replace(plan, leaves=store.read_leaves(plan.params, stored))
+
+
+def verify(plan: Plan) -> None:
+    from convert.verify import verify as compare
+
+    compare(plan.params, plan.leaves, plan.tensors, plan.wanted, exported=False)
+    command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

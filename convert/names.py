@@ -1,0 +1,128 @@
+"""The names of a Hugging Face checkpoint's tensors and the decoder's leaves: one table, both ways.
+
+A leaf has its output axes first, as PyTorch has them, so every leaf is a contiguous range of one
+tensor's bytes: nothing is ever transposed. This file knows names and shapes, and no file format.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
+
+# tensor: (the leaves stacked on its rows, which of a leaf's axes make up each axis of the tensor).
+# In the order in which the original has its modules. {L} is the number of the layer.
+TABLE: dict[str, tuple[tuple[str, ...], str]] = {
+    "transformer.wte.weight": (("embedding",), "V D"),
+    "transformer.h.{L}.ln_1.weight": (("layers.{L}.attn_norm",), "D"),
+    "transformer.h.{L}.attn.c_attn.weight": (
+        ("layers.{L}.attn.q", "layers.{L}.attn.k", "layers.{L}.attn.v"),
+        "NH D",
+    ),
+    "transformer.h.{L}.attn.c_attn.bias": (
+        ("layers.{L}.attn.q_bias", "layers.{L}.attn.k_bias", "layers.{L}.attn.v_bias"),
+        "NH",
+    ),
+    "transformer.h.{L}.attn.c_proj.weight": (("layers.{L}.attn.o",), "D NH"),
+    "transformer.h.{L}.ln_2.weight": (("layers.{L}.ffn_norm",), "D"),
+    "transformer.h.{L}.mlp.w1.weight": (("layers.{L}.ffn.up",), "F D"),
+    "transformer.h.{L}.mlp.w2.weight": (("layers.{L}.ffn.gate",), "F D"),
+    "transformer.h.{L}.mlp.c_proj.weight": (("layers.{L}.ffn.down",), "D F"),
+    "transformer.ln_f.weight": (("final_norm",), "D"),
+    "lm_head.weight": (("head",), "V D"),
+}
+
+# Buffers that some exports carry; the model computes them from its config.
+INERT = re.compile(
+    r"transformer\.rotary_emb\.inv_freq|transformer\.logn_tensor"
+    r"|transformer\.h\.\d+\.attn\.(rotary_emb\.inv_freq|logn_tensor|bias|masked_bias)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A leaf within a tensor: its elements begin at element `start` of the tensor."""
+
+    path: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """A tensor as the table says it must be."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
+    """The tensors of a decoder with these leaves (path -> shape), in the original's order.
+
+    A tensor is there when its leaves are: a tied decoder has no head, and so no `lm_head.weight`.
+    Raises ValueError when leaves have no name in a checkpoint of this format.
+    """
+    depth = 1 + max((int(p.split(".")[1]) for p in leaves if p.startswith("layers.")), default=-1)
+    tensors = {}
+    for name, paths, axes in _spelled_out(depth):
+        if all(path in leaves for path in paths):
+            tensors[name] = _stacked(paths, axes, leaves)
+    named = {part.path for tensor in tensors.values() for part in tensor.parts}
+    if nameless := [path for path in leaves if path not in named]:
+        raise ValueError(f"no tensor of this format holds {', '.join(nameless)}")
+    return tensors
+
+
+def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...], str]]:
+    """The table with every layer's rows written out, layer by layer."""
+    rows = [(name, *entry) for name, entry in TABLE.items()]
+    inside = [i for i, (name, *_) in enumerate(rows) if "{L}" in name]
+    first, last = inside[0], inside[-1] + 1
+    layers = [
+        (
+            name.replace("{L}", str(layer)),
+            tuple(path.replace("{L}", str(layer)) for path in paths),
+            axes,
+        )
+        for layer in range(depth)
+        for name, paths, axes in rows[first:last]
+    ]
+    return [*rows[:first], *layers, *rows[last:]]
+
+
+def _stacked(paths: tuple[str, ...], axes: str, leaves: Mapping[str, tuple[int, ...]]) -> Expected:
+    parts, start, rows = [], 0, 0
+    shape: list[int] = []
+    for path in paths:
+        sizes = iter(leaves[path])
+        shape = [math.prod(next(sizes) for _ in group) for group in axes.split()]
+        parts.append(Part(path, leaves[path], start))
+        start += math.prod(leaves[path])
+        rows += shape[0]
+    return Expected((rows, *shape[1:]), tuple(parts))
+
+
+def check(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Expected], inert: Collection[str]
+) -> None:
+    """Raise ValueError that lists every tensor missing, unknown or of a wrong shape.
+
+    found: the shape of every tensor of the checkpoint. inert: names to pass over.
+    """
+    problems = []
+    if missing := [name for name in wanted if name not in found]:
+        problems.append(f"missing {_count(missing)}: {', '.join(missing)}")
+    if unknown := [name for name in found if name not in wanted and name not in inert]:
+        problems.append(f"unknown {_count(unknown)}: {', '.join(unknown)}")
+    wrong = [
+        f"{name} is {list(found[name])}, expected {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name] != tensor.shape
+    ]
+    if wrong:
+        problems.append(f"wrong shape: {', '.join(wrong)}")
+    if problems:
+        raise ValueError(f"the tensors do not match config.json: {'; '.join(problems)}")
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"

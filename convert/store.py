@@ -1,0 +1,117 @@
+"""The files of a model directory's params/: where each byte of a leaf is, and what Orbax is told.
+
+The layout is the one of Orbax without OCDBT: a Zarr array for each leaf, and `_METADATA`, the tree.
+A chunk is a file of raw bytes, so a leaf is copied without passing through an array, Orbax or jax,
+by the kernel where neither dtype nor columns change. Chunks follow the mesh; along its first axis a
+shard is cut further, so that reading and writing it never takes much memory.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf as it is stored: its Zarr array is the folder `params/{path}`."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+
+    def bands(self) -> "Iterator[Band]":
+        """The leaf cut along its first axis at the borders of its chunks."""
+        for first in range(self.shape[0] // self.chunks[0]):
+            counts = [n // c for n, c in zip(self.shape[1:], self.chunks[1:], strict=True)]
+            pieces = {}
+            for index in itertools.product(*map(range, counts)):
+                name = ".".join(map(str, (first, *index)))
+                columns = zip(index, self.chunks[1:], strict=True)
+                pieces[name] = tuple(slice(i * c, (i + 1) * c) for i, c in columns)
+            yield Band(self, first * self.chunks[0], pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, in one file for each range of columns."""
+
+    leaf: Leaf
+    start: int
+    pieces: Mapping[str, tuple[slice, ...]]
+
+    @property
+    def rows(self) -> int:
+        return self.leaf.chunks[0]
+
+    @property
+    def row_elements(self) -> int:
+        return math.prod(self.leaf.shape[1:])
+
+    @property
+    def chunk_elements(self) -> int:
+        return math.prod(self.leaf.chunks)
+
+    def files(self, params: Path) -> dict[Path, tuple[slice, ...]]:
+        return {params / self.leaf.path / name: at for name, at in self.pieces.items()}
+
+
+def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    """A shard's shape, its first axis divided until a chunk has at most `CHUNK_BYTES`.
+
+    Only into equal parts: Zarr pads unequal ones. An axis with no fitting divisor stays whole.
+    """
+    wanted = math.ceil(math.prod(shard) * item_bytes / CHUNK_BYTES)
+    parts = next((n for n in range(wanted, 8 * wanted) if shard[0] % n == 0), 1)
+    return (shard[0] // parts, *shard[1:])
+
+
+def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Everything but the chunks: after this the tree exists, and its values are missing."""
+    tree = {}
+    for leaf in leaves.values():
+        folder = params / leaf.path
+        folder.mkdir(parents=True, exist_ok=True)
+        array = {
+            "zarr_format": 2,
+            "shape": leaf.shape,
+            "chunks": leaf.chunks,
+            "dtype": {"float32": "<f4", "float16": "<f2"}.get(leaf.dtype, leaf.dtype),
+            "order": "C",
+            "compressor": None,
+            "fill_value": None,
+            "filters": None,
+            "dimension_separator": ".",
+        }
+        (folder / ".zarray").write_text(json.dumps(array))
+        keys = tuple(leaf.path.split("."))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
+            # As an array of numpy it can be opened on any machine, whatever mesh it was cut for.
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (params / "_METADATA").write_text(json.dumps(metadata))
+
+
+def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
+    """The leaves of a params/ that `write_metadata` wrote."""
+    leaves = {}
+    for file in params.glob("*/.zarray"):
+        array = json.loads(file.read_text())
+        path = file.parent.name
+        if array["zarr_format"] != 2 or array["compressor"] or array["filters"]:
+            raise ValueError(f"{file.parent} is compressed: only plain chunks can be exported")
+        leaves[path] = Leaf(path, tuple(array["shape"]), tuple(array["chunks"]), dtype)
+    return leaves

@@ -1,0 +1,116 @@
+"""What both converters do around the copying: the folder written to, and the files carried along.
+
+A target in work holds `unfinished.json`, which says what is being made of what. The same command
+finds it and continues; another one is refused. It goes when the target is complete.
+"""
+
+import errno
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import command
+from qwen_jax.checkpoint import CONFIG, MANIFEST, UNFINISHED, write_json
+from qwen_jax.config import read_json
+
+# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
+CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+_NOT_CARRIED = (MANIFEST, UNFINISHED)
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raise UsageError when one folder is the other, or is within it."""
+    source, target = source.resolve(), target.resolve()
+    if source == target or source in target.parents:
+        raise command.UsageError(f"DST {target} is within SRC {source}: choose another place")
+
+
+def is_unfinished(target: Path) -> bool:
+    return (target / UNFINISHED).exists()
+
+
+def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether `target` holds unfinished work of the same command; writes nothing.
+
+    Raises ValueError when it holds anything else.
+    """
+    if not target.exists():
+        return False
+    if not target.is_dir():
+        raise ValueError(f"{target} exists and is not a folder")
+    if (target / MANIFEST).exists():
+        raise ValueError(
+            f"{target} is a finished model directory: choose another place, or add --verify to "
+            "compare it with its source"
+        )
+    if not is_unfinished(target):
+        if {file.name for file in target.iterdir()} - {f"{UNFINISHED}.tmp"}:
+            raise ValueError(
+                f"{target} exists and is neither empty nor unfinished work of this command: choose "
+                "another place, or remove it"
+            )
+        return False
+    begun = read_json(target / UNFINISHED)
+    if different := [key for key, value in facts.items() if begun.get(key) != value]:
+        told = [f"{key} was {begun.get(key)!r}" for key in different if key != "source"]
+        told += ["the source was another or has changed"] if "source" in different else []
+        raise ValueError(
+            f"{target} is the unfinished work of another command ({', '.join(told)}): give that "
+            "one again, or remove the folder"
+        )
+    return True
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise ValueError when the disk of `target` has no room for `needed` bytes more."""
+    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"{target} needs {size(needed)} more on a disk that has {size(free)} free: free some "
+            "space or choose another place"
+        )
+
+
+def begin(target: Path, facts: Mapping[str, Any]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / UNFINISHED, facts)
+
+
+def end(target: Path) -> None:
+    (target / UNFINISHED).unlink()
+
+
+@contextmanager
+def explained(target: Path, needed: int) -> Iterator[None]:
+    """Say what to do when the disk fills up after all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"the disk of {target} is full; up to {size(needed)} were needed: free some space and "
+            "give the same command again, it continues"
+        ) from error
+
+
+def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
+    """What tells whether the source is still the same: its files' names, sizes and times."""
+    stats = {file.name: file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy everything but weights and config.json, byte for byte."""
+    for pattern in CARRIED:
+        for file in source.glob(pattern):
+            weights = file.name.endswith(".index.json") or file.name == CONFIG
+            if file.is_file() and not weights and file.name not in _NOT_CARRIED:
+                shutil.copyfile(file, target / file.name)
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

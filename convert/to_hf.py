@@ -1,0 +1,246 @@
+"""Convert a model directory of qwen_jax back into a Hugging Face checkpoint folder.
+
+SRC is a directory that convert/from_hf.py made. DST gets safetensors files with an index, and the
+configuration and tokenizer that SRC carries. Stopped in the middle, the same command continues
+where it was.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from convert import folder, names, store, target
+from qwen_jax import checkpoint, command
+from qwen_jax.config import Config, read_json
+
+EXAMPLES = """examples:
+  python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB
+  python convert/to_hf.py SRC DST --max-shard-size 500MB --verify smaller files, then compare
+  python convert/to_hf.py SRC DST --dtype float16                 cast on the way
+
+For the dtype of the checkpoint that SRC was made of, every tensor comes back byte for byte.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An export whose input has been found right. shards: file -> its tensors, in order."""
+
+    source: Path
+    target: Path
+    wanted: dict[str, names.Expected]
+    leaves: dict[str, store.Leaf]
+    shards: dict[str, list[str]]
+    dtype: str
+    facts: dict[str, Any]
+
+    @property
+    def params(self) -> Path:
+        return self.source / checkpoint.PARAMS
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="convert/to_hf.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("src", metavar="SRC", type=Path, help="a model directory")
+    add("dst", metavar="DST", type=Path, help="the folder to make; it may exist if empty")
+    add("--dtype", choices=folder.CODES, help="dtype to write (default: the directory's own)")
+    add(
+        "--max-shard-size",
+        type=parse_size,
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes of tensors in a file, such as 5GB or 500MB (default: %(default)s)",
+    )
+    add("--verify", action="store_true", help="compare every tensor with the source at the end")
+    command.add_debug(result)
+    return result
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(parser(), convert, argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
+    plan = make_plan(args)
+    resumed = target.check_usable(plan.target, plan.facts)
+    copy(plan, resumed)
+    if args.verify:
+        verify(plan)
+    target.end(plan.target)
+    command.say(f"{plan.target} is complete")
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Everything that can be found wrong without writing is found here."""
+    target.check_apart(args.src, args.dst)
+    manifest = checkpoint.verify_whole(args.src)
+    config = Config.from_hf(read_json(args.src / checkpoint.CONFIG))
+    abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
+    shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
+    checkpoint.check_shapes(args.src, manifest, shapes)
+    wanted = names.expected(shapes)
+    dtype = args.dtype or manifest["dtype"]
+    sizes = {name: math.prod(t.shape) * folder.ITEM_BYTES[dtype] for name, t in wanted.items()}
+    facts = {
+        "made_by": "convert/to_hf.py",
+        "dtype": dtype,
+        "max_shard_size": args.max_shard_size,
+        "source": target.fingerprint(
+            args.src / n for n in (checkpoint.MANIFEST, checkpoint.CONFIG)
+        ),
+    }
+    leaves = store.read_leaves(args.src / checkpoint.PARAMS, manifest["dtype"])
+    shards = split(sizes, args.max_shard_size)
+    return Plan(args.src, args.dst, wanted, leaves, shards, dtype, facts)
+
+
+def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """Tensors in order into files of at most `limit` bytes, or of one tensor."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def copy(plan: Plan, resumed: bool) -> None:
+    """Write every file of the target; the index comes last."""
+    from convert import copying
+
+    done, pending = 0, []
+    for file in plan.shards:
+        there, jobs = _jobs(plan, file, resumed)
+        done += there
+        pending += jobs
+    needed = sum(size for size, _ in pending)
+    target.check_space(plan.target, needed)
+    if resumed:
+        command.say(f"continuing: {target.size(done)} of {target.size(done + needed)} are there")
+    with target.explained(plan.target, needed):
+        target.begin(plan.target, plan.facts)
+        target.carry(plan.source, plan.target)
+        _write_config(plan)
+        # One worker: a file's length tells how far it has come, so it is written front to back.
+        copying.run("converting", pending, done, workers=1)
+        if len(plan.shards) > 1:
+            _write_index(plan)
+
+
+Job = tuple[int, Callable[[], None]]
+
+
+def _jobs(plan: Plan, file: str, resumed: bool) -> tuple[int, list[Job]]:
+    """The bytes of a file that are there already, and what is left to do, in order."""
+    whole = plan.target / file
+    draft = whole.with_name(f"{file}.tmp")
+    shapes = {name: plan.wanted[name].shape for name in plan.shards[file]}
+    head = folder.header(shapes, plan.dtype)
+    bands = [
+        band
+        for name in shapes
+        for part in plan.wanted[name].parts
+        for band in plan.leaves[part.path].bands()
+    ]
+    sizes = [band.rows * band.row_elements * folder.ITEM_BYTES[plan.dtype] for band in bands]
+    if whole.exists():
+        return sum(sizes), []
+    written = draft.stat().st_size if resumed and draft.exists() else 0
+    jobs: list[Job] = []
+    if written < len(head):
+        jobs.append((0, functools.partial(_bytes, draft, head)))
+    done, position = 0, len(head)
+    for band, size in zip(bands, sizes, strict=True):
+        if position + size <= written:
+            done += size
+        else:
+            jobs.append((size, functools.partial(_append, plan, draft, position, band)))
+        position += size
+    jobs.append((0, functools.partial(_rename, draft, whole)))
+    return done, jobs
+
+
+def _bytes(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def _rename(file: Path, name: Path) -> None:
+    file.rename(name)
+
+
+def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
+    from convert import copying
+
+    with open(draft, "r+b", buffering=0) as stream:
+        if stream.seek(0, os.SEEK_END) < position:
+            raise ValueError(f"{draft} has been changed by someone else: remove it")
+        stream.truncate(position)  # a band that was cut short is written again
+        stream.seek(position)
+        copying.export_band(band, plan.params, stream.fileno(), plan.dtype)
+
+
+def _write_config(plan: Plan) -> None:
+    """config.json as it was, but for a key that would misstate the dtype."""
+    source, copied = plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG
+    values = read_json(source)
+    stale = [k for k in ("torch_dtype", "dtype") if values.get(k, plan.dtype) != plan.dtype]
+    if stale:
+        checkpoint.write_json(copied, values | dict.fromkeys(stale, plan.dtype))
+    else:
+        shutil.copyfile(source, copied)
+
+
+def _write_index(plan: Plan) -> None:
+    sizes = [math.prod(tensor.shape) for tensor in plan.wanted.values()]
+    index = {
+        "metadata": {"total_size": sum(sizes) * folder.ITEM_BYTES[plan.dtype]},
+        "weight_map": {name: file for file, held in plan.shards.items() for name in held},
+    }
+    checkpoint.write_json(plan.target / folder.INDEX, index)
+
+
+def verify(plan: Plan) -> None:
+    from convert.verify import verify as compare
+
+    tensors = folder.read(plan.target)
+    compare(plan.params, plan.leaves, tensors, plan.wanted, exported=True)
+    command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Whether a model directory and a safetensors folder hold the same values, bit for bit.
+
+The model directory is read through TensorStore, as Orbax reads it, not through the code that wrote
+it. Where the two differ in dtype, the copy must be the cast of the original.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import copying
+from convert.folder import ITEM_BYTES, Tensor
+from convert.names import Expected, Part
+from convert.store import Band, Leaf
+from qwen_jax import checkpoint
+
+
+def verify(
+    params: Path,
+    leaves: Mapping[str, Leaf],
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Expected],
+    exported: bool,
+) -> None:
+    """Raise ValueError that lists the tensors which differ. exported: the folder is the copy."""
+    different: set[str] = set()
+    jobs = _jobs(params, leaves, tensors, wanted, exported, different)
+    copying.run("verifying", jobs)
+    if different:
+        names = ", ".join(name for name in wanted if name in different)
+        raise ValueError(
+            f"verification failed: source and target differ in {names}; remove the target and "
+            "convert again"
+        )
+
+
+def _jobs(
+    params: Path,
+    leaves: Mapping[str, Leaf],
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Expected],
+    exported: bool,
+    different: set[str],
+) -> Iterator[tuple[int, Any]]:
+    for name, expected in wanted.items():
+        for part in expected.parts:
+            array = _open(params, part)
+            for band in leaves[part.path].bands():
+
+                def work(
+                    name: str = name, part: Part = part, array: Any = array, band: Band = band
+                ) -> None:
+                    if not _equal(array, tensors[name], part, band, exported):
+                        different.add(name)
+
+                yield band.rows * band.row_elements * ITEM_BYTES[band.leaf.dtype], work
+
+
+def _open(params: Path, part: Part) -> Any:
+    array = checkpoint.open_leaf(params, part.path)
+    if tuple(array.shape) != part.shape:
+        raise ValueError(
+            f"{params / part.path} has shape {list(array.shape)}, not {list(part.shape)}"
+        )
+    return array
+
+
+def _equal(array: Any, tensor: Tensor, part: Part, band: Band, exported: bool) -> bool:
+    row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
+    offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes
+    with open(tensor.file, "rb", buffering=0) as file:
+        for first, rows in copying.blocks(band, tensor.dtype):
+            start = band.start + first
+            outer = copying.read(file.fileno(), offset + first * row_bytes, rows * row_bytes)
+            outer = outer.view(copying.numpy_dtype(tensor.dtype))
+            inner = array[start : start + rows].read().result().reshape(-1)
+            if exported:
+                inner = copying.cast(inner, tensor.dtype, part.path)
+            else:
+                outer = copying.cast(outer, band.leaf.dtype, part.path)
+            if not np.array_equal(outer.view(np.uint8), inner.view(np.uint8)):
+                return False
+    return True

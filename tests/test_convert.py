@@ -1,0 +1,299 @@
+"""Both converters: round trips, layout, verification, and continuing what was stopped."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from convert import copying, folder, from_hf, names, store, to_hf
+from qwen_jax import checkpoint
+from qwen_jax.presets import PRESETS
+from tests.conversion import (
+    GOLDEN,
+    INDEX,
+    ROOT,
+    back,
+    contents,
+    flip,
+    last_line,
+    raises,
+    same,
+    tensors,
+    there,
+)
+from tests.tools.make_checkpoint import PRESETS as HF_PRESETS
+from tests.tools.make_checkpoint import make_checkpoint
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy of the golden checkpoint, to be damaged."""
+    return Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "golden"
+    there(GOLDEN, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """330 MB: converting takes long enough to be stopped in the middle."""
+    config = HF_PRESETS["tiny"] | {
+        "hidden_size": 512,
+        "num_attention_heads": 4,
+        "kv_channels": 128,
+        "num_hidden_layers": 6,
+        "intermediate_size": 2752,
+        "vocab_size": 151936,
+    }
+    return make_checkpoint(tmp_path_factory.mktemp("large") / "hf", config)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("mesh", [None, "tp=2", "fsdp=4,tp=2"])
+@pytest.mark.parametrize("size", ["5GB", "200KB", "1KB"])
+def test_every_byte_comes_back(tmp_path, mesh, size):
+    options = ["--mesh", mesh] if mesh else []
+    there(GOLDEN, tmp_path / "model", *options, "--verify")
+    back(tmp_path / "model", tmp_path / "hf", "--max-shard-size", size, "--verify")
+    assert same(tensors(GOLDEN), tensors(tmp_path / "hf"))
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (GOLDEN / name).read_bytes()
+    leftovers = {"unfinished.json", "manifest.json"} & {f.name for f in (tmp_path / "hf").iterdir()}
+    assert not leftovers and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("preset", ["tiny", "demo"])
+def test_generated_checkpoints_of_every_dtype(tmp_path, preset, dtype):
+    make_checkpoint(tmp_path / "hf", preset, dtype, max_shard_size=300_000)
+    there(tmp_path / "hf", tmp_path / "model")
+    assert checkpoint.verify_whole(tmp_path / "model")["dtype"] == dtype
+    back(tmp_path / "model", tmp_path / "back", "--max-shard-size", "300KB")
+    assert same(tensors(tmp_path / "hf"), tensors(tmp_path / "back"))
+    theirs, ours = (json.loads((tmp_path / d / INDEX).read_text()) for d in ("hf", "back"))
+    assert theirs == ours
+    carried = {f.name for f in (tmp_path / "hf").iterdir()} - {
+        f.name for f in (tmp_path / "back").iterdir()
+    }
+    assert not carried
+
+
+def test_layout_of_the_export(tmp_path, model):
+    back(model, tmp_path / "one")
+    assert not (tmp_path / "one" / INDEX).exists()
+    with safe_open(tmp_path / "one" / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    order = list(folder.read_header(tmp_path / "one" / "model.safetensors"))
+    assert order == list(json.loads((GOLDEN / INDEX).read_text())["weight_map"])
+    back(model, tmp_path / "many", "--max-shard-size", "300000")
+    files = sorted(f.name for f in (tmp_path / "many").glob("*.safetensors"))
+    assert files == [
+        f"model-0000{i}-of-0000{len(files)}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == 770048
+    assert set(index["weight_map"].values()) == set(files)
+
+
+def test_spelling_of_august_2023_is_kept(tmp_path, source):
+    values = json.loads((source / "config.json").read_text())
+    for new, old in {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "ffn_hidden_size",
+        "max_position_embeddings": "n_positions",
+        "vocab_size": "padded_vocab_size",
+    }.items():
+        values[old] = values.pop(new)
+    values |= {"vocab_size": 319, "torch_dtype": "float32", "_name_or_path": "x"}
+    (source / "config.json").write_text(json.dumps(values))
+    there(source, tmp_path / "model")
+    assert checkpoint.load_config(tmp_path / "model") == checkpoint.load_config(GOLDEN)
+    back(tmp_path / "model", tmp_path / "same")
+    assert json.loads((tmp_path / "same/config.json").read_text()) == values
+    assert same(tensors(GOLDEN), tensors(tmp_path / "same"))
+    back(tmp_path / "model", tmp_path / "half", "--dtype", "float16")
+    assert json.loads((tmp_path / "half/config.json").read_text()) == values | {
+        "torch_dtype": "float16"
+    }
+
+
+@pytest.mark.parametrize("mesh", [(), ("--mesh", "fsdp=2")])
+def test_casts_on_both_ways(tmp_path, mesh):
+    there(GOLDEN, tmp_path / "model", "--dtype", "bfloat16", "--verify", *mesh)
+    back(tmp_path / "model", tmp_path / "wide", "--dtype", "float32", "--verify")
+    for name, array in tensors(GOLDEN).items():
+        rounded = array.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(tensors(tmp_path / "wide")[name], rounded)
+
+
+def test_what_does_not_fit_float16(tmp_path, source, capfd):
+    file = source / "model-00002-of-00002.safetensors"
+    held = load_file(file)
+    held["lm_head.weight"][3, 4] = 1e6
+    save_file(held, file, {"format": "pt"})
+    assert from_hf.main([str(source), str(tmp_path / "m"), "--dtype", "float16"]) == 1
+    assert "head has values up to 1e+06, which do not fit float16" in last_line(capfd)
+
+
+def test_inert_buffers_are_passed_over(tmp_path, source):
+    file = source / "model-00001-of-00002.safetensors"
+    held = load_file(file) | {"transformer.h.0.attn.masked_bias": np.zeros(1, np.float32)}
+    save_file(held, file, {"format": "pt"})
+    there(source, tmp_path / "model")
+
+
+def test_other_files_are_carried(tmp_path, source):
+    texts = ["qwen.tiktoken", "more.tiktoken", "LICENSE", "modeling_qwen.py"]
+    texts += ["tokenizer_config.json"]
+    for name in (*texts, "model.onnx", "train.bin"):
+        (source / name).write_text(name)
+    there(source, tmp_path / "model")
+    back(tmp_path / "model", tmp_path / "hf")
+    carried = {f.name for f in (tmp_path / "hf").iterdir()} - {"model.safetensors"}
+    assert carried == {*texts, "config.json", "generation_config.json"}
+
+
+def test_names_cover_the_published_sizes():
+    for config in PRESETS.values():
+        _, leaves = checkpoint.abstract_leaves(config, "bfloat16")
+        wanted = names.expected({path: tuple(leaf.shape) for path, leaf in leaves.items()})
+        assert len(wanted) == 3 + 8 * config.num_layers
+        assert sum(int(np.prod(tensor.shape)) for tensor in wanted.values()) == config.num_params()
+
+
+def test_names_of_a_tied_decoder_and_of_unknown_leaves():
+    assert list(names.expected({"embedding": (8, 4)})) == ["transformer.wte.weight"]
+    with pytest.raises(ValueError, match="no tensor of this format holds head_norm"):
+        names.expected({"embedding": (8, 4), "head_norm": (4,)})
+
+
+@pytest.mark.parametrize(
+    ("shard", "chunks"),
+    [
+        ((151936, 4096), (4748, 4096)),  # 1.2 GB: 32 pieces, the first count above 19 that divides
+        ((32, 128, 4096), (32, 128, 4096)),
+        ((151937, 4096), (151937, 4096)),  # a prime
+        ((7,), (7,)),
+    ],
+)
+def test_chunks_divide_a_shard(shard, chunks):
+    assert store.chunk_shape(shard, 2) == chunks
+
+
+# Verification
+
+
+def test_verify_finds_a_flipped_bit(tmp_path, source, capfd):
+    there(source, tmp_path / "model")
+    assert from_hf.main([str(source), str(tmp_path / "model"), "--verify"]) == 0
+    assert "verified: all 27 tensors" in last_line(capfd)
+    file = tmp_path / "model/params/layers.1.attn.k/0.0.0"
+    flip(file, 5)
+    assert from_hf.main([str(source), str(tmp_path / "model"), "--verify"]) == 1
+    assert "differ in transformer.h.1.attn.c_attn.weight" in last_line(capfd)
+
+
+def test_verify_of_an_export_finds_a_flipped_bit(tmp_path, model, monkeypatch, capfd):
+    copy = to_hf.copy
+
+    def copy_and_flip(plan: to_hf.Plan, resumed: bool) -> None:
+        copy(plan, resumed)
+        flip(plan.target / "model.safetensors", -1)
+
+    monkeypatch.setattr(to_hf, "copy", copy_and_flip)
+    assert to_hf.main([str(model), str(tmp_path / "hf"), "--verify"]) == 1
+    assert "differ in lm_head.weight" in last_line(capfd)
+    assert (tmp_path / "hf/unfinished.json").exists()
+
+
+# Stopped and continued
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, f"convert/{script}.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def stop_midway(
+    script: str, source: Path, out: Path, number: signal.Signals, begun: Callable[[], bool]
+) -> tuple[int, str]:
+    """Run a converter and send it a signal once `begun()`; again if it was faster than that."""
+    for _ in range(5):
+        process = start(script, source, out)
+        while process.poll() is None and not begun():
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        if (out / "unfinished.json").exists():
+            return process.returncode, err
+        shutil.rmtree(out)
+    raise AssertionError("the converter was never caught at work")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_conversion_continues(tmp_path, large, number, capfd):
+    out = tmp_path / "model"
+    begun = (out / "params").glob
+    code, err = stop_midway("from_hf", large, out, number, lambda: any(begun("embedding/0.0")))
+    assert code == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in err
+    with pytest.raises(ValueError, match="unfinished conversion"):
+        checkpoint.load(out)
+    assert from_hf.main([str(large), str(out), "--dtype", "float32"]) == 1
+    assert "unfinished work of another command (dtype was 'bfloat16')" in last_line(capfd)
+    first = (out / "params/embedding/0.0").stat().st_mtime_ns
+    there(large, out)
+    assert "continuing: " in capfd.readouterr().err
+    assert (out / "params/embedding/0.0").stat().st_mtime_ns == first
+    there(large, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_export_continues(tmp_path, large, number, capfd):
+    there(large, tmp_path / "model")
+    out = tmp_path / "hf"
+    draft = out / "model.safetensors.tmp"
+    stop_midway(
+        "to_hf",
+        tmp_path / "model",
+        out,
+        number,
+        lambda: draft.exists() and draft.stat().st_size > 1e8,
+    )
+    assert from_hf.main([str(out), str(tmp_path / "other")]) == 1
+    assert "is an unfinished export" in last_line(capfd)
+    back(tmp_path / "model", out, "--verify")
+    assert "continuing: " in capfd.readouterr().err
+    assert same(tensors(large), tensors(out))
+    assert {f.name for f in out.iterdir()} == {f.name for f in large.iterdir()}
+
+
+def test_changed_source_is_not_continued(tmp_path, source, capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "_copy", raises(OSError(errno.EIO, "broken disk")))
+        assert from_hf.main([str(source), str(tmp_path / "m")]) == 1
+    assert "broken disk" in last_line(capfd)
+    os.utime(source / "model-00001-of-00002.safetensors")
+    assert from_hf.main([str(source), str(tmp_path / "m")]) == 1
+    assert "the source was another or has changed" in last_line(capfd)
