@@ -3,8 +3,8 @@
     python benchmarks/convert.py SRC [--work DIR]
 
 Prints a row of a Markdown table: wall time of `cp -r`, and for each way wall time, its ratio to cp,
-rate, and the peak resident memory of the process (ru_maxrss, the kernel's VmHWM). Before each run the page cache is dropped where
-that is permitted. Needs room for two copies of SRC.
+rate, and the peak resident memory of the process (ru_maxrss, the kernel's VmHWM). Before each run
+the page cache is dropped where that is permitted. Needs room for two copies of SRC.
 """
 
 import argparse

@@ -209,8 +209,7 @@ def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
     with open(draft, "r+b", buffering=0) as stream:
         if stream.seek(0, os.SEEK_END) < position:
             raise ValueError(f"{draft} has been changed by someone else: remove it")
-        stream.truncate(position)  # a band that was cut short is written again
-        stream.seek(position)
+        stream.seek(position)  # what is there of a band that was cut short is written again
         copying.export_band(band, plan.params, stream.fileno(), plan.dtype)
 
 
