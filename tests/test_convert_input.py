@@ -108,6 +108,19 @@ def damaged_header(path: Path) -> None:
     flip(path / "model-00001-of-00002.safetensors", 9)
 
 
+def overlapping(path: Path) -> None:
+    """Two norms of one length share their bytes."""
+    file = path / "model-00001-of-00002.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    for number in (1, 2):
+        name = f"transformer.h.0.ln_{number}.weight"
+        header[name]["data_offsets"] = header["transformer.h.0.ln_1.weight"]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    file.write_bytes(file.read_bytes()[:8] + text + file.read_bytes()[8 + length :])
+
+
 def empty_file(path: Path) -> None:
     (path / "model-00001-of-00002.safetensors").write_bytes(b"")
 
@@ -181,6 +194,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (too_long, "has bytes that belong to no tensor"),
     (garbage, "is not a safetensors file"),
     (damaged_header, "is not a safetensors file: its header is damaged"),
+    (overlapping, "tensors overlap or leave gaps"),
     (empty_file, "is not a safetensors file"),
     (wrong_shape, "wrong shape: lm_head.weight is [320, 63], expected [320, 64]"),
     (
