@@ -1,0 +1,67 @@
+"""What a generation_config.json may say, and what it may not."""
+
+import pytest
+
+from qwen_jax.generation_config import GenerationConfig, make_sampler
+from qwen_jax.sampling import Greedy, Nucleus
+
+BASE = {
+    "chat_format": "raw",
+    "do_sample": True,
+    "eos_token_id": 151643,
+    "max_new_tokens": 512,
+    "pad_token_id": 151643,
+    "stop_words_ids": [[151643]],
+    "top_k": 0,
+    "top_p": 0.8,
+    "transformers_version": "4.31.0",
+}
+
+
+def test_published_file() -> None:
+    config = GenerationConfig.from_hf(BASE)
+    assert config.sampler == Nucleus(1.0, 0, 0.8, 1.0)
+    assert config.stops == ((151643,),) and config.pad_id == 151643
+    assert config.max_new_tokens == 512 and config.chat_format == "raw"
+
+
+def test_what_is_absent_or_null_is_off() -> None:
+    for values in ({}, dict.fromkeys(BASE)):
+        config = GenerationConfig.from_hf(values)
+        assert config.sampler == Greedy() and config.stops == () and config.pad_id is None
+        assert config.max_new_tokens == 512 and config.max_window_size == 6144
+
+
+def test_several_stops_keep_their_order() -> None:
+    values = {"eos_token_id": [7, 8], "stop_words_ids": [[1, 2], [7]]}
+    assert GenerationConfig.from_hf(values).stops == ((7,), (8,), (1, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eos_token_id": 1.5},
+        {"eos_token_id": "151643"},
+        {"stop_words_ids": 5},
+        {"stop_words_ids": [[]]},
+        {"stop_words_ids": [[-1]]},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"top_k": 1.5},
+        {"top_p": 1.5},
+        {"temperature": -1},
+        {"temperature": "warm"},
+        {"repetition_penalty": 0},
+        {"do_sample": "yes"},
+        {"pad_token_id": [1]},
+    ],
+)
+def test_refused_by_name(change: dict) -> None:
+    key = next(iter(change))
+    with pytest.raises(ValueError, match="stop" if "id" in key and "pad" not in key else key):
+        GenerationConfig.from_hf({**BASE, **change})
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert make_sampler(True, 0, 5, 0.9, 1.2) == Greedy(1.2)
+    assert make_sampler(False, 1.0, 5, 0.9, 1.2) == Greedy(1.2)
