@@ -49,8 +49,7 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
     """uint32 [batch]; seeds are taken modulo 2**32."""
-    one = isinstance(seed, int | np.integer) or not isinstance(seed, Iterable)
-    given = [seed] if one else list(seed)
+    given: list[Any] = list(seed) if isinstance(seed, Iterable) else [seed]
     if len(given) not in (1, batch) or not all(isinstance(s, int | np.integer) for s in given):
         raise ValueError(f"seed {seed!r}: a whole number, or one for each of {batch} rows")
     wrapped = np.array([int(s) % 2**32 for s in given], np.uint32)
