@@ -189,12 +189,14 @@ def _first(decoder: Decoder, last: jax.Array, state: State, rules: Rules, sample
 
 def _choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
     """Append one token to every row that has not ended; `pad` to those that have."""
-    logits = jax.reshard(logits, P(sharding.spec("B")[0], None))  # the sampler sees whole rows
-    logits = jnp.where(rules.allowed, logits, -jnp.inf)
-    token = sampler(logits, state.seen, state.seeds, state.step)
+    # Samplers see whole rows, on every device: no sharding for their arithmetic to agree on.
+    logits = jnp.where(rules.allowed, jax.reshard(logits, P(None, None)), -jnp.inf)
+    seen, seeds = jax.reshard(state.seen, P(None, None)), jax.reshard(state.seeds, P(None))
+    token = jax.reshard(sampler(logits, seen, seeds, state.step), sharding.spec("B"))
     token = jnp.where(state.done, rules.pad, token)
     seen = state.seen | (jnp.arange(logits.shape[1]) == token[:, None])
-    recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
+    last = [jax.reshard(x, P(None, None)) for x in (state.recent[:, 1:], token[:, None])]
+    recent = jax.reshard(jnp.concatenate(last, axis=1), sharding.spec("BT"))
     hit = (recent[:, None] == rules.stops) | (rules.stops < 0)  # [B, n, M]
     done = state.done | jnp.any(jnp.all(hit, axis=-1), axis=-1)
     step = state.step + 1

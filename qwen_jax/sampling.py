@@ -62,7 +62,7 @@ class Nucleus:
         """logits float32 [B, V], seen bool [B, V] -> logits of the distribution drawn from."""
         logits = _penalise(logits, seen, self.repetition_penalty) / self.temperature
         top_k = jnp.where(self.top_k > 0, jnp.float32(self.top_k), jnp.inf)
-        logits = _keep_largest(logits, jnp.ones_like(logits), top_k)
+        logits = _keep_largest(logits, (logits >= -jnp.inf).astype(jnp.float32), top_k)
         # At top_p = 1 nothing may be cut, though a float32 sum reaches 1 before the last token.
         mass = jnp.where(self.top_p < 1, jnp.maximum(self.top_p, 1e-30), jnp.inf)
         return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), mass)
@@ -95,8 +95,9 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> j
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
     instead of a sort of the vocabulary, on any sharding of it. Equal logits are kept together.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0, logits), jnp.int32)  # no -0
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     order = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+    order = order + (order == -1).astype(jnp.int32)  # -0 is no smaller than 0
 
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # the threshold is at least low, and below high
@@ -105,6 +106,7 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> j
         enough = kept >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    ends = [jnp.full_like(order[:, :1], end) for end in (-(2**31), 2**31 - 1)]
+    # Made of the logits, so as to be partitioned like them.
+    ends = [order[:, :1] * 0 + jnp.int32(end) for end in (-(2**31), 2**31 - 1)]
     threshold, _ = jax.lax.fori_loop(0, 32, halve, tuple(ends))
     return jnp.where(order >= threshold, logits, -jnp.inf)
