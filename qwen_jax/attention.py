@@ -6,18 +6,23 @@ segments and a scale for each query say everything.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.kernels import choice, decode_tpu, flash_tpu
 from qwen_jax.weights import precision
 
 FULL = 2**30  # a window that no length reaches
 _QUERY_BLOCK = 512  # query rows whose scores the reference holds at once
+_FEW = 16  # query tokens that a decode kernel takes at most
 
 
 @struct.dataclass
@@ -120,8 +125,42 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     return jnp.sum(jnp.stack([o for o, _ in parts]) * shares[..., None], 0)
 
 
+def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation run on each device's heads and rows; takes and returns global arrays.
+
+    Where no mesh axis is explicit (none in force, or inside `shard_map`) it is run as it is.
+    """
+
+    @functools.wraps(attend)
+    def run(
+        q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+    ) -> Any:
+        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+            return attend(q, k, v, mask, scale, return_lse=return_lse)
+        rows = jax.typeof(q).sharding.spec
+        out = (rows, P(*rows[:3])) if return_lse else rows
+
+        @jax.shard_map(out_specs=out, check_vma=False)  # kernels say nothing of mesh axes
+        def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
+            return attend(q, k, v, mask, scale, return_lse=return_lse)
+
+        return local(q, k, v, mask, jnp.asarray(scale, jnp.float32))
+
+    return run
+
+
+pallas_tpu = on_shards(flash_tpu.attend)
+
 # name -> attend(q, k, v, mask, scale, return_lse=False)
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"xla": xla}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "xla": xla,
+    flash_tpu.NAME: pallas_tpu,
+}
+# attend -> decode(q, k, v, cache_k, cache_v, start, index, window, scale), for a few queries
+# against a cache; the others attend to the cache and to the new tokens, and merge.
+DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    pallas_tpu: decode_tpu.attend,
+}
 
 
 def get(name: str) -> Callable[..., Any]:
@@ -130,26 +169,55 @@ def get(name: str) -> Callable[..., Any]:
     Raises ValueError for a name that is not in the registry.
     """
     if name == "auto":
-        return xla
+        return auto
     if name not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"attention {name!r} is not known: choose one of {known}")
     return IMPLEMENTATIONS[name]
 
 
-def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation run on each device's heads and rows; takes and returns global arrays."""
+def auto(
+    q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """The fastest implementation measured on this device that takes the call, else the reference.
 
-    def run(
-        q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
-    ) -> Any:
-        rows = jax.typeof(q).sharding.spec
-        out = (rows, P(*rows[:3])) if return_lse else rows
+    Which one it is, and why others are not, is logged once.
+    """
+    measured = choice.lines("forward", q.shape[-1], q.dtype.name, k.shape[1])
+    measured = [line["kernel"] for line in measured if line["kernel"] in IMPLEMENTATIONS]
+    device = choice.device()
+    for name in IMPLEMENTATIONS:
+        if name.startswith("pallas") and name not in measured and device.platform != "cpu":
+            _say(f"attention: not {name}: no run of it on {device.device_kind} was measured")
+    for name in [*measured, "xla"]:
+        try:
+            o = IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
+        except NotImplementedError as error:
+            _say(f"attention: not {name}: {error}")
+        else:
+            _say(f"attention: {name} ({q.dtype.name}, head dim {q.shape[-1]})")
+            return o
+    raise AssertionError("the reference takes every call")
 
-        @jax.shard_map(out_specs=out)
-        def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
-            return attend(q, k, v, mask, scale, return_lse=return_lse)
 
-        return local(q, k, v, mask, scale)
+def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
+    """The decode kernel that goes with an implementation, for queries q against cached keys
+    [B, K, S, H]; None where there is none, or more queries than such a kernel is for.
+    """
+    if q.shape[1] > _FEW:
+        return None
+    if implementation is not auto:
+        return DECODERS.get(implementation)
+    dtype = jax.tree.leaves(keys)[0].dtype.name
+    measured = choice.lines("decode", q.shape[-1], dtype, keys.shape[2])
+    for name in (line["kernel"] for line in measured):
+        if IMPLEMENTATIONS.get(name) in DECODERS:
+            _say(f"attention: {name} decodes ({dtype} cache, head dim {q.shape[-1]})")
+            return DECODERS[IMPLEMENTATIONS[name]]
+    return None
 
-    return run
+
+@functools.cache
+def _say(line: str) -> None:
+    """Log a line, once."""
+    logging.getLogger("qwen_jax").info(line)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from qwen_jax import sharding
-from qwen_jax.attention import Mask, merge
+from qwen_jax import attention, sharding
+from qwen_jax.attention import Mask
 from qwen_jax.config import Config
 
 DTYPES = ("int8", "int8_asymmetric")
@@ -23,16 +23,21 @@ DTYPES = ("int8", "int8_asymmetric")
 class Int8:
     """x = values * scale + zero, a scale (and zero) for each token and head.
 
-    values int8 [..., H]; scale float32 [..., 1]; zero float32 [..., 1], or None where symmetric.
+    values int8 [..., H]; scale float32 [...]; zero float32 [...], or None where symmetric. No axis
+    of length 1: a TPU would pad it to 128 lanes.
     """
 
     values: jax.Array
     scale: jax.Array
     zero: jax.Array | None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
     def dequantize(self, dtype: Any) -> jax.Array:
-        x = self.values.astype(jnp.float32) * self.scale
-        return (x if self.zero is None else x + self.zero).astype(dtype)
+        x = self.values.astype(jnp.float32) * self.scale[..., None]
+        return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
 
 
 def quantize(x: jax.Array, symmetric: bool) -> Int8:
@@ -41,11 +46,11 @@ def quantize(x: jax.Array, symmetric: bool) -> Int8:
     tiny = jnp.finfo(jnp.float32).tiny
     if symmetric:
         scale = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True) / 127, tiny)
-        return Int8(jnp.round(x / scale).astype(jnp.int8), scale, None)
+        return Int8(jnp.round(x / scale).astype(jnp.int8), scale[..., 0], None)
     low = jnp.min(x, -1, keepdims=True)
     scale = jnp.maximum((jnp.max(x, -1, keepdims=True) - low) / 255, tiny)
     values = jnp.clip(jnp.round((x - low) / scale) - 128, -128, 127)
-    return Int8(values.astype(jnp.int8), scale, low + 128 * scale)
+    return Int8(values.astype(jnp.int8), scale[..., 0], (low + 128 * scale)[..., 0])
 
 
 @struct.dataclass
@@ -98,17 +103,17 @@ def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str
     if kind is not None and kind not in DTYPES:
         raise ValueError(f"cache_dtype {kind!r}: allowed are {', '.join(DTYPES)} or None")
 
-    def zeros(dim: int, dtype: Any) -> jax.Array:
-        shape = (start.shape[0], config.num_kv_heads, capacity, dim)
-        return jnp.zeros(shape, dtype, out_sharding=sharding.spec("BKSH"))
+    sizes = {"B": start.shape[0], "K": config.num_kv_heads, "S": capacity, "H": config.head_dim}
+
+    def zeros(letters: str, dtype: Any) -> jax.Array:
+        shape = [sizes[letter] for letter in letters]
+        return jnp.zeros(shape, dtype, out_sharding=sharding.spec(letters))
 
     def leaf() -> Any:
         if kind is None:
-            return zeros(config.head_dim, dtype)
-        scale, zero = zeros(1, jnp.float32), None
-        if kind == "int8_asymmetric":
-            zero = zeros(1, jnp.float32)
-        return Int8(zeros(config.head_dim, jnp.int8), scale, zero)
+            return zeros("BKSH", dtype)
+        zero = zeros("BKS", jnp.float32) if kind == "int8_asymmetric" else None
+        return Int8(zeros("BKSH", jnp.int8), zeros("BKS", jnp.float32), zero)
 
     layers = tuple(Layer(leaf(), leaf()) for _ in range(config.num_layers))
     return Cache(layers, start, jnp.int32(0), fresh=True)
@@ -130,10 +135,11 @@ def attend(
     The pass's own keys are not read back from the cache, where they may be quantised. past: None
     for an empty cache.
     """
+    decode = attention.decoder(implementation, q, layer.k)
     rows = jax.typeof(q).sharding.spec
     leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, layer)
 
-    @jax.shard_map(out_specs=(rows, leaves))
+    @jax.shard_map(out_specs=(rows, leaves), check_vma=False)
     def local(
         q: jax.Array,
         k: jax.Array,
@@ -144,10 +150,15 @@ def attend(
         layer: Layer,
         index: jax.Array,
     ) -> tuple[jax.Array, Layer]:
-        parts = [implementation(q, k, v, own, scale, return_lse=True)]
-        if past is not None:
+        if past is None:
+            o = implementation(q, k, v, own, scale)
+        elif decode is not None:
+            start = index - own.q_positions[:, 0]
+            o = decode(q, k, v, layer.k, layer.v, start, index, own.window, scale)
+        else:
+            parts = [implementation(q, k, v, own, scale, return_lse=True)]
             parts.append(implementation(q, *layer.read(), past, scale, return_lse=True))
-        o = merge(parts).astype(q.dtype)
+            o = attention.merge(parts).astype(q.dtype)
         # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
         # the leaf. XLA otherwise keeps one for every layer and step.
         after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
@@ -162,6 +173,7 @@ def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:
     slot = index % jax.tree.leaves(leaf)[0].shape[2]
 
     def write(buffer: jax.Array, part: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), (0, 0, slot, 0))
+        where = (0, 0, slot, 0)[: buffer.ndim]
+        return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), where)
 
     return jax.tree.map(write, leaf, written)

@@ -5,6 +5,7 @@ Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error.
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ def run(
 ) -> int:
     """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
     args = parser.parse_args(argv)
+    show_log()
     try:
         work(args)
     except KeyboardInterrupt:
@@ -45,6 +47,15 @@ def run(
 def say(line: str) -> None:
     """A line for the person at the terminal, out of the way of stdout."""
     print(line, file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """What the library logs goes the way of `say`."""
+    handler = logging.Handler()
+    handler.emit = lambda record: say(record.getMessage())
+    logger = logging.getLogger("qwen_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

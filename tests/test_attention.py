@@ -77,11 +77,11 @@ def visible_by_rule(mask: Mask) -> np.ndarray:
 
 
 def inputs(batch: int, length: int, keys: int, heads: int, kv_heads: int) -> list[jax.Array]:
-    """q, k, v and a scale for each query, float32, H = 8; scores of a few units."""
+    """q, k, v and a scale for each query, float32, H = 32; scores of a few units."""
     rng = np.random.default_rng(7)
-    shapes = [(batch, length, heads, 8), (batch, keys, kv_heads, 8), (batch, keys, kv_heads, 8)]
+    shapes = [(batch, length, heads, 32), (batch, keys, kv_heads, 32), (batch, keys, kv_heads, 32)]
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    return [jnp.asarray(x) for x in (*arrays, rng.uniform(0.3, 1.5, (batch, length)))]
+    return [jnp.asarray(x) for x in (*arrays, rng.uniform(0.1, 0.6, (batch, length)))]
 
 
 @functools.partial(jax.jit, static_argnames="name", compiler_options=QUICK)
@@ -171,7 +171,7 @@ def test_a_query_that_sees_nothing(name):
     """Zeros, not NaN: padding rows are computed like the others."""
     mask = SQUARE["left padding"]
     arrays = inputs(2, 12, 12, 4, 2)
-    ones = jnp.ones((2, 12, 4, 8)), jnp.ones((2, 12, 4))
+    ones = jnp.ones((2, 12, 4, 32)), jnp.ones((2, 12, 4))
     (o, lse), gradients = run(name, *arrays, mask, ones)
     np.testing.assert_array_equal(o[1, :5], 0)
     np.testing.assert_array_equal(lse[1, :5], -np.inf)
@@ -237,6 +237,7 @@ def test_merge_of_parts_is_the_whole(name):
 @every_implementation
 def test_half_precision(name, dtype):
     arrays = inputs(2, 12, 12, 4, 2)
+    arrays[3] = jnp.full((2, 12), 32**-0.5)  # kernels round a query that LogN scales
     q, k, v = (x.astype(dtype) for x in arrays[:3])
     mask = SQUARE["left padding"]
     assert forward(name, q, k, v, arrays[3], mask).dtype == dtype
@@ -306,6 +307,6 @@ def test_on_shards_is_the_same(name):
 
 def test_names_of_implementations():
     assert attention.get("xla") is attention.xla
-    assert attention.get("auto") in IMPLEMENTATIONS.values()
+    assert attention.get("auto") is attention.auto
     with pytest.raises(ValueError, match="'nope' is not known: choose one of auto, xla"):
         attention.get("nope")

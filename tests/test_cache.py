@@ -50,16 +50,16 @@ def test_error_is_at_most_half_a_step(row, offset, factor):
     rounding = 4 * np.finfo(np.float32).eps * largest
     assert np.abs(near - x).max() <= symmetric.scale.max() / 2 + rounding
     assert np.abs(nearer - x).max() <= asymmetric.scale.max() / 2 + rounding
-    np.testing.assert_allclose(symmetric.scale, [[largest / 127]], rtol=1e-5, atol=1e-37)
+    np.testing.assert_allclose(symmetric.scale, [largest / 127], rtol=1e-5, atol=1e-37)
     step = (np.float64(x.max()) - np.float64(x.min())) / 255
-    np.testing.assert_allclose(asymmetric.scale, [[step]], rtol=1e-5, atol=1e-37)
+    np.testing.assert_allclose(asymmetric.scale, [step], rtol=1e-5, atol=1e-37)
 
 
 def test_a_scale_for_each_token_and_head():
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 16)).astype(np.float32)
     x *= 10.0 ** np.arange(24).reshape(2, 3, 4, 1) / 1e12
     for leaf, back in there_and_back(x):
-        assert leaf.values.shape == x.shape and leaf.scale.shape == (2, 3, 4, 1)
+        assert leaf.values.shape == x.shape and leaf.scale.shape == (2, 3, 4)
         assert leaf.scale.dtype == jnp.float32
         relative = np.abs(back - x).max(-1) / np.abs(x).max(-1)
         assert relative.max() < 1 / 250

@@ -12,6 +12,7 @@ from tests.golden_figures import arrays, overrides, scalars, worst
 
 # The original's own float32 noise reaches 5e-5 of a standard deviation of its logits.
 TOLERANCE = 2e-4
+KERNELS = ["pallas_tpu"]  # those that a CPU can interpret
 LENGTHS = (64, 65, 100, 128, 129, 200)
 
 
@@ -72,6 +73,32 @@ def test_decode(golden_dir: Path, case: str) -> None:
 @pytest.mark.parametrize(("case", "flags"), [("batch", "plain"), ("batchlong", "ntk")])
 def test_left_padded_batch(golden_dir: Path, case: str, flags: str) -> None:
     decoded(load(golden_dir, flags), case, arrays()[f"{case}.mask"])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_through_the_kernels(golden_dir: Path, name: str) -> None:
+    """A long full pass and left-padded rows over two devices; decoding across the NTK boundary."""
+    with sharding.entered(sharding.make_mesh({"tp": 2})):
+        model = load(golden_dir, "ntk_logn", attention=name)
+        logits = model.logits(arrays()["long200.tokens"])
+        assert worst(logits[:, -24:], arrays()["long200.ntk_logn"]) < TOLERANCE
+        decoded(load(golden_dir, "ntk", attention=name), "batchlong", arrays()["batchlong.mask"])
+    flags = scalars()["decode.cross.flags"]
+    decoded(load(golden_dir, flags, attention=name), "decode.cross")
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "int8_asymmetric"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_int8_cache_in_the_kernels(golden_dir: Path, name: str, cache_dtype: str) -> None:
+    """What the reference computes from the same cache, dequantised."""
+    case = "decode.cross"
+    prompt, tokens = arrays()[f"{case}.prompt"], arrays()[f"{case}.tokens"]
+    settings = {"flags": scalars()[f"{case}.flags"], "cache_dtype": cache_dtype}
+    expected, actual = (
+        step_logits(load(golden_dir, attention=each, **settings), prompt, tokens)
+        for each in ("xla", name)
+    )
+    assert worst(actual, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"fsdp": 2}, {"fsdp": 4, "tp": 2}])

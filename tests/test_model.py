@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import Config, cache, model, rope, weights
+from qwen_jax.attention import IMPLEMENTATIONS
 from qwen_jax.config import RopeScaling
 from qwen_jax.decode import place
 from qwen_jax.model import Decoder, FeedForward, rms_norm
@@ -228,8 +229,11 @@ def test_input_embeddings():
     np.testing.assert_array_equal(decoder.logits(output.last), full_logits(decoder, tokens))
 
 
-def gradients(decoder: Decoder, tokens: np.ndarray, remat=None, stacked=False) -> dict:
+def gradients(
+    decoder: Decoder, tokens: np.ndarray, remat=None, stacked=False, attention="xla"
+) -> dict:
     """The logits, and by leaf name the gradients of a loss of them."""
+    attend = IMPLEMENTATIONS[attention]
     rng = np.random.default_rng(3)
     wanted = rng.standard_normal((*tokens.shape, decoder.config.vocab_size)).astype(np.float32)
 
@@ -238,7 +242,7 @@ def gradients(decoder: Decoder, tokens: np.ndarray, remat=None, stacked=False) -
         def loss(decoder: Decoder) -> tuple[jax.Array, jax.Array]:
             x, places, segments, rates = arrays
             one = model.stack(decoder) if stacked else decoder
-            output = one(one.embed(x), places, segments, rates, remat=remat)
+            output = one(one.embed(x), places, segments, rates, None, attend, remat)
             logits = one.logits(output.last)
             return jnp.mean(logits * wanted), logits
 
@@ -277,6 +281,17 @@ def plain_gradients() -> dict:
 def test_remat_and_scan_change_neither_values_nor_gradients(remat, stacked):
     decoder = tiny_decoder(tiny_config(**TRAINED))
     assert_same_gradients(gradients(decoder, tiny_tokens(4, 9), remat, stacked), plain_gradients())
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu"])
+def test_training_through_the_kernels(name):
+    """Scanned layers with a window of their own, rematerialised, on four devices."""
+    config = tiny_config(**TRAINED, head_dim=32, layer_windows=(5, None))
+    expected = gradients(tiny_decoder(config), tiny_tokens(4, 9))
+    with on_mesh(fsdp=2, tp=2):
+        options = {"remat": POLICIES.nothing_saveable, "stacked": True, "attention": name}
+        got = gradients(tiny_decoder(config), tiny_tokens(4, 9), **options)
+    assert_same_gradients(got, expected)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -1,0 +1,61 @@
+"""Which device a kernel is for, whether it may run there, and the blocks it was measured with.
+
+`measured.json` beside this file holds a line for each measured run, which
+`python -m qwen_jax.kernels.tune` writes. A kernel without a line for a device never ran there, and
+"auto" leaves it alone.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+TABLE = Path(__file__).with_name("measured.json")
+KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # what a line is looked up by
+
+
+def device() -> Any:
+    """The device that is compiled for, with `platform` and `device_kind`: of the mesh in force,
+    which may be of devices that are not there, else the first device here.
+    """
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0] if of_mesh is None else of_mesh
+
+
+def interpreted(name: str, platform: str) -> bool:
+    """Whether a kernel for that platform runs interpreted: it does on a CPU, for tests.
+
+    Raises NotImplementedError on any other device.
+    """
+    here = device()
+    if here.platform not in (platform, "cpu"):
+        raise NotImplementedError(f"{name} is for {platform}, this is {here.device_kind}")
+    return here.platform == "cpu"
+
+
+@functools.cache
+def measured() -> list[dict[str, Any]]:
+    """The lines of the table."""
+    return json.loads(TABLE.read_text())
+
+
+def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None) -> Any:
+    """Measured lines for this device, the fastest first, of the measured length that is nearest.
+
+    task: "forward", "backward" or "decode". kernel: lines of that kernel only.
+    """
+    wanted = {"device": device().device_kind, "task": task, "head_dim": head_dim, "dtype": dtype}
+    if kernel is not None:
+        wanted["kernel"] = kernel
+    found = [x for x in measured() if all(x[key] == value for key, value in wanted.items())]
+    nearest = min((abs(x["length"] - length) for x in found), default=0)
+    found = [x for x in found if abs(x["length"] - length) == nearest]
+    return sorted(found, key=lambda x: x["milliseconds"])
+
+
+def blocks(kernel: str, task: str, head_dim: int, dtype: str, length: int) -> dict[str, int]:
+    """The block sizes measured best for this device and the nearest length; {} if none were."""
+    found = lines(task, head_dim, dtype, length, kernel)
+    return found[0]["blocks"] if found else {}

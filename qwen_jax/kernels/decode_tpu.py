@@ -1,0 +1,410 @@
+"""Attention of a few query tokens to a cache, for TPUs (Pallas, Mosaic).
+
+The time of a step is that of reading the cache, so a key or value block goes from HBM to a matrix
+unit as it lies, as the stationary operand, and is read once for all queries of its head. A grid
+step handles one block of slots of several heads; the steps are a list, made beforehand from
+scalars, of the blocks that a row sees, so slots not written or beyond the window are never copied.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen_jax.kernels import choice
+from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline, pad, round_up
+
+NAME = "decode_tpu"
+DTYPES = ("bfloat16", "float32")
+_LANES, _SUBLANES = 128, 8
+_HEADS = 16  # of a grid step: the softmax of some runs while the matrix units load the others
+# Of keys in a grid step. The most that fits; and the least that keeps its bookkeeping behind the
+# copies, where a ring is short and smaller blocks would read less beyond a row's ends.
+_MOST_BYTES, _LEAST_BYTES = 2**21, 2**20
+_SCORES = 2**15  # of a pack: half of the registers
+
+
+class Shape(NamedTuple):
+    """heads: of a grid step; rows: queries of a head, padded; packed: heads whose queries share the
+    sublanes of a register, a pack; packs: of a grid step; block: its slots; slots: S; tokens: T;
+    groups: G.
+    """
+
+    heads: int
+    rows: int
+    packed: int
+    packs: int
+    block: int
+    slots: int
+    tokens: int
+    groups: int
+
+    @property
+    def pack_rows(self) -> int:
+        return max(_SUBLANES, self.packed * self.rows)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache_k: Any,
+    cache_v: Any,
+    start: jax.Array,
+    index: jax.Array,
+    window: jax.Array,
+    scale: jax.Array,
+    *,
+    interpret: bool | None = None,
+    block: int | None = None,
+) -> jax.Array:
+    """Softmax over a ring of earlier keys and this pass's own: o [B, T, N, H] of q's dtype.
+
+    q [B, T, N, H]; k, v [B, T, K, H]: the pass's own; cache_k, cache_v [B, K, S, H]: arrays of q's
+    dtype, or int8 leaves with values, scale and zero (or None). Token p of row b lies in slot
+    (start[b] + p) mod S; `index - start` of them are written and query t is token
+    index - start + t: one before 0 is padding and gets 0. window int32 []; scale float32 [B, T].
+    block: slots of a grid step. Raises NotImplementedError for a dtype, a head dim or a device that
+    it is not for; on a CPU it is interpreted, unless `interpret` says otherwise.
+    """
+    interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
+    values = getattr(cache_k, "values", cache_k)
+    decline(NAME, q, k, DTYPES, HEAD_DIMS)
+    batch, tokens, num_heads, dim = q.shape
+    kv_heads, slots = values.shape[1:3]
+    shape = _shape(tokens, num_heads // kv_heads, kv_heads, slots, dim, values.dtype, block)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    leaves = [_arrays(leaf) for leaf in (cache_k, cache_v)]
+
+    # [B, T, N, H] -> [B, K rows, H]: the rows of a head are its T G queries and padding.
+    queries = jnp.swapaxes(q.reshape(batch, tokens, kv_heads, -1, dim), 1, 2)
+    queries = pad(queries.reshape(batch, kv_heads, -1, dim), 2, shape.rows)
+    blocks = kv_heads // shape.heads
+    block_rows = shape.packs * shape.pack_rows
+    queries = pad(queries.reshape(batch, -1, dim), 1, blocks * block_rows)
+
+    written = (index - start).astype(jnp.int32)
+    first = start.astype(jnp.int32) % slots
+    work, copied, steps = _steps(first, written, window, shape)
+    scalars = [work, copied, first, written, jnp.reshape(window, 1).astype(jnp.int32)]
+    scalars.append(scale.astype(jnp.float32))
+
+    def of_row(group: Any, step: Any, work: Any, *_: Any) -> tuple[Any, ...]:
+        return work[step] >> _bits(shape), group, 0
+
+    def own(group: Any, step: Any, work: Any, *_: Any) -> tuple[Any, ...]:
+        return work[step] >> _bits(shape), 0, group, 0
+
+    def cached(group: Any, step: Any, work: Any, copied: Any, *_: Any) -> tuple[Any, ...]:
+        return copied[step] >> _bits(shape), group, copied[step] & _low(shape)
+
+    def cached_values(*args: Any) -> tuple[Any, ...]:
+        return *cached(*args), 0
+
+    rows_spec = pl.BlockSpec((None, block_rows, dim), of_row)
+    own_spec = pl.BlockSpec((None, tokens, shape.heads, dim), own)
+    values_spec = pl.BlockSpec((None, shape.heads, shape.block, dim), cached_values)
+    scales_spec = pl.BlockSpec((None, shape.heads, shape.block), cached)
+    leaf_specs = [[values_spec] + [scales_spec] * (len(leaf) - 1) for leaf in leaves]
+    state = (shape.packs, shape.pack_rows, _LANES)
+    o = pl.pallas_call(
+        functools.partial(_kernel, shape),
+        out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(blocks, steps),
+            in_specs=[rows_spec, own_spec, own_spec, leaf_specs],
+            out_specs=rows_spec,
+            scratch_shapes=[
+                *[pltpu.VMEM(state, jnp.float32)] * 4,
+                pltpu.VMEM((shape.packs, shape.pack_rows, dim), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name=NAME,
+    )(*scalars, queries, k, v, leaves)
+    o = o[:, : kv_heads * shape.rows].reshape(batch, kv_heads, shape.rows, dim)
+    o = o[:, :, : tokens * shape.groups].reshape(batch, kv_heads, tokens, -1, dim)
+    return jnp.swapaxes(o, 1, 2).reshape(q.shape)
+
+
+def _arrays(leaf: Any) -> list[jax.Array]:
+    """values, and of a quantised leaf its scale and, where it has one, its zero."""
+    if not hasattr(leaf, "values"):
+        return [leaf]
+    return [x for x in (leaf.values, leaf.scale, leaf.zero) if x is not None]
+
+
+def _shape(
+    tokens: int, groups: int, kv_heads: int, slots: int, dim: int, dtype: Any, block: int | None
+) -> Shape:
+    """How much of the cache a grid step handles."""
+    rows = tokens * groups
+    rows = 1 << (rows - 1).bit_length() if rows < _SUBLANES else round_up(rows, _SUBLANES)
+    packed = max(1, _SUBLANES // rows)
+    heads = kv_heads  # or a divisor, so that a chip's two cores share the work
+    if kv_heads % _SUBLANES == 0:
+        heads = _HEADS if kv_heads % _HEADS == 0 and kv_heads > _HEADS else _SUBLANES
+    if block is None:
+        slot_bytes = heads * round_up(dim, _LANES) * dtype.itemsize
+        short = max(slots // 4, _LEAST_BYTES // slot_bytes)
+        room = min(_MOST_BYTES // slot_bytes, short, _SCORES // (packed * rows))
+        block = next((n for n in (1024, 512, 256) if n <= room), _LANES)
+    block = min(block, round_up(slots, _LANES))
+    return Shape(heads, rows, packed, -(-heads // packed), block, slots, tokens, groups)
+
+
+def _bits(shape: Shape) -> int:
+    """A grid step is row << bits | block of slots."""
+    return max(1, (-(-shape.slots // shape.block) - 1).bit_length())
+
+
+def _low(shape: Shape) -> int:
+    return (1 << _bits(shape)) - 1
+
+
+def _steps(
+    first: jax.Array, written: jax.Array, window: jax.Array, shape: Shape
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rows and blocks to visit, in order; those to copy; how many.
+
+    A row that sees no slot has one step too, which copies the block that is there already.
+    """
+    slots, block, bits = shape.slots, shape.block, _bits(shape)
+    blocks = -(-slots // block)
+    low = jnp.maximum(written - window + 1, 0)
+    length = jnp.maximum(written - low, 0)
+    begin = (first + low) % slots
+    end = begin + length - 1  # the last slot, or slots more
+    wrapped = jnp.minimum(blocks - begin // block + (end - slots) // block + 1, blocks)
+    count = jnp.where(end >= slots, wrapped, end // block - begin // block + 1)
+    count = jnp.where(length > 0, count, 0)
+    ends = jnp.cumsum(jnp.maximum(count, 1))
+    step = jnp.arange(first.shape[0] * blocks, dtype=jnp.int32)
+    row = jnp.sum(step[:, None] >= ends, 1, dtype=jnp.int32)
+    row = jnp.minimum(row, first.shape[0] - 1)
+    before = ends[row] - jnp.maximum(count, 1)[row]
+    work = row << bits | (begin[row] // block + step - before) % blocks
+    copied = work[lax.cummax(jnp.where(count[row] > 0, step, 0))]
+    return work, copied, ends[-1]
+
+
+class State(NamedTuple):
+    """Of every query so far: the scale of its scores and the largest score (in all lanes), the sum
+    of exponentials and that of exponentials times zeros of values (spread over the lanes), and the
+    output before it is divided. float32 [packs, pack rows, lanes] each.
+    """
+
+    scale: Any
+    largest: Any
+    total: Any
+    zero: Any
+    out: Any
+
+
+def _kernel(
+    shape: Shape,
+    work: Any,
+    copied: Any,
+    first: Any,
+    written: Any,
+    window: Any,
+    scale: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    leaves: Any,
+    o: Any,
+    *scratch: Any,
+) -> None:
+    """One block of slots of one row and of several heads."""
+    del copied
+    state = State(*scratch)
+    step, steps, bits = pl.program_id(1), pl.num_programs(1), _bits(shape)
+    row = work[step] >> bits
+    tokens = written[row]
+    slots = _Slots((work[step] & _low(shape)) * shape.block, first[row], tokens, window[0])
+
+    @pl.when((step == 0) | (work[jnp.maximum(step - 1, 0)] >> bits != row))
+    def _() -> None:
+        scales = [scale[row, t] for t in range(shape.tokens)]
+        _begin(shape, slots, scales, q, k, v, state)
+
+    seen = (tokens > 0) & (slots.oldest < tokens)
+    full = slots.full(shape)
+
+    @pl.when(seen & full)
+    def _() -> None:
+        _block(shape, None, q, leaves, state)
+
+    @pl.when(seen & jnp.logical_not(full))
+    def _() -> None:
+        _block(shape, slots, q, leaves, state)
+
+    @pl.when((step == steps - 1) | (work[jnp.minimum(step + 1, steps - 1)] >> bits != row))
+    def _() -> None:
+        for pack in range(shape.packs):
+            total = jnp.sum(state.total[pack], -1, keepdims=True)
+            out = state.out[pack] + jnp.sum(state.zero[pack], -1, keepdims=True)
+            o[_rows(shape, pack)] = (out / jnp.where(total > 0, total, 1)).astype(o.dtype)
+
+
+class _Slots(NamedTuple):
+    """A block of slots of a row, from `slot` on. first: the slot of token 0; tokens: written."""
+
+    slot: Any
+    first: Any
+    tokens: Any
+    window: Any
+
+    @property
+    def oldest(self) -> Any:
+        """The first token that query 0 sees, if positive; query t sees those from t later on."""
+        return self.tokens - self.window + 1
+
+    def full(self, shape: Shape) -> Any:
+        """Whether every query sees every slot."""
+        head = self._token(self.slot, shape)
+        tail = head + shape.block - 1  # the last slot's, unless the ring begins anew before it
+        seen = (tail < self.tokens) & (head >= self.oldest + shape.tokens - 1)
+        return seen & (tail < shape.slots) & (self.slot + shape.block <= shape.slots)
+
+    def seen(self, shape: Shape, size: tuple[int, int], axis: int, query: Any) -> jax.Array:
+        """Whether query number `query` sees a slot, for an array with slots along `axis`."""
+        slot = self.slot + lax.broadcasted_iota(jnp.int32, size, axis)
+        token = self._token(slot, shape)
+        return (slot < shape.slots) & (token < self.tokens) & (token >= self.oldest + query)
+
+    def _token(self, slot: Any, shape: Shape) -> Any:
+        return jnp.where(slot < self.first, slot + shape.slots, slot) - self.first
+
+
+def _rows(shape: Shape, pack: int) -> slice:
+    return slice(pack * shape.pack_rows, (pack + 1) * shape.pack_rows)
+
+
+def _row(shape: Shape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Which head of its pack, and which query token, a row of a pack is."""
+    row = lax.broadcasted_iota(jnp.int32, size, 0)
+    return row // shape.rows, row % shape.rows // shape.groups
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
+    """x [rows, X] times y, whose axis `contract` is X."""
+    precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dims = (((1,), (contract,)), ((), ()))
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _begin(
+    shape: Shape, slots: _Slots, scales: list[Any], q: Any, k: Any, v: Any, state: State
+) -> None:
+    """The state of a row after its own tokens."""
+    size = (shape.pack_rows, shape.heads)
+    head, query = _row(shape, size)
+    key_head = lax.broadcasted_iota(jnp.int32, size, 1)
+    lanes = (shape.pack_rows, _LANES)
+    _, token = _row(shape, lanes)
+    scale = jnp.zeros(lanes, jnp.float32)
+    for t, value in enumerate(scales):
+        scale = jnp.where(token == t, value * LOG2E, scale)
+
+    def score(pack: int, u: int) -> jax.Array:
+        s = _dot(q[_rows(shape, pack)], k[u], 1) * scale[:, :1]
+        near = (query >= u) & (query - u < slots.window) & (slots.tokens + u >= 0)
+        return jnp.where(near & (key_head == head + pack * shape.packed), s, MASKED)
+
+    # All packs side by side, a stage after the other: each stage is a wait.
+    own = range(shape.tokens)
+    scores = [[score(pack, u) for u in own] for pack in range(shape.packs)]
+    for pack, parts in enumerate(scores):
+        largest = jnp.max(functools.reduce(jnp.maximum, parts), -1, keepdims=True)
+        largest = jnp.maximum(largest, LOWEST)
+        parts = [jnp.exp2(s - largest) for s in parts]
+        total = jnp.sum(functools.reduce(jnp.add, parts), -1, keepdims=True)
+        out = [_dot(p.astype(q.dtype), v[u], 0) for u, p in enumerate(parts)]
+        state.scale[pack] = scale
+        state.largest[pack] = jnp.broadcast_to(largest, lanes)
+        state.total[pack] = jnp.where(lax.broadcasted_iota(jnp.int32, lanes, 1) == 0, total, 0)
+        state.zero[pack] = jnp.zeros(lanes, jnp.float32)
+        state.out[pack] = functools.reduce(jnp.add, out)
+
+
+def _block(shape: Shape, slots: _Slots | None, q: Any, leaves: Any, state: State) -> None:
+    """Add a block of slots to the state; slots: None if every query sees all of them.
+
+    A head's keys are the stationary operand for all rows of its pack, of which its own are kept:
+    so a pack fills whole registers with scores. Those of the next pack come before the softmax.
+    """
+    (keys, *key_scales), (values, *value_scales) = leaves
+    size = (shape.pack_rows, shape.block)
+    head, _ = _row(shape, (shape.pack_rows, 1))
+    seen = real = None
+    if slots is not None:
+        seen = slots.seen(shape, size, 1, _row(shape, size)[1])
+        real = slots.seen(shape, (shape.block, q.shape[1]), 0, 0)
+
+    def heads(pack: int) -> range:
+        return range(pack * shape.packed, min((pack + 1) * shape.packed, shape.heads))
+
+    def by_row(pack: int, x: Any) -> jax.Array:  # [heads, block] -> [pack rows, block]
+        if len(heads(pack)) == shape.pack_rows:
+            return x[heads(pack).start : heads(pack).stop]
+        return _select(head, [jnp.broadcast_to(x[h : h + 1], size) for h in heads(pack)])
+
+    def score(pack: int) -> jax.Array:
+        rows = q[_rows(shape, pack)]
+        s = _select(head, [_dot(rows, keys[h].astype(q.dtype), 1) for h in heads(pack)])
+        if key_scales:
+            s *= by_row(pack, key_scales[0])
+        if len(key_scales) == 2:
+            total = jnp.sum(rows.astype(jnp.float32), -1, keepdims=True)
+            s += total * by_row(pack, key_scales[1])
+        s *= state.scale[pack][:, :1]
+        return s if seen is None else jnp.where(seen, s, MASKED)
+
+    def real_value(h: int) -> jax.Array:
+        # What no token was written to may be no number, which a weight of 0 does not cancel.
+        value = values[h].astype(q.dtype)
+        return value if real is None or value_scales else jnp.where(real, value, 0)
+
+    def scaled(pack: int, p: jax.Array, factor: Any) -> jax.Array:
+        p = p * by_row(pack, factor)
+        return p if seen is None else jnp.where(seen, p, 0)
+
+    following = score(0)
+    for pack in range(shape.packs):
+        s = following
+        if pack + 1 < shape.packs:
+            following = score(pack + 1)
+        largest = jnp.maximum(state.largest[pack], jnp.max(s, -1, keepdims=True))
+        decay = jnp.exp2(state.largest[pack] - largest)
+        p = jnp.exp2(s - largest[:, :1])
+        state.largest[pack] = largest
+        state.total[pack] = state.total[pack] * decay + _lanes(p)
+        if len(value_scales) == 2:
+            zero = _lanes(scaled(pack, p, value_scales[1]))
+            state.zero[pack] = state.zero[pack] * decay + zero
+        if value_scales:
+            p = scaled(pack, p, value_scales[0])
+        p = p.astype(q.dtype)
+        new = _select(head, [_dot(p, real_value(h), 0) for h in heads(pack)])
+        state.out[pack] = state.out[pack] * decay[:, :1] + new
+
+
+def _select(head: jax.Array, parts: list[jax.Array]) -> jax.Array:
+    """Of every head's part, [pack rows, X] each, the rows of that head."""
+    result = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        result = jnp.where(head == i, part, result)
+    return result
+
+
+def _lanes(x: jax.Array) -> jax.Array:
+    """[rows, n * 128] summed over n."""
+    return functools.reduce(jnp.add, [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)])

@@ -1,0 +1,199 @@
+"""What the flash kernels share: what they decline, which blocks a mask leaves, the derivative.
+
+A `Body` computes one attention, forward and backward, for one kind of hardware. The softmax is kept
+in base 2: a score is q k^T scale log2(e), so that one exponential instruction serves. Nothing here
+or in the bodies holds an array of queries times keys (FlashAttention-2, arXiv 2307.08691).
+
+The scale comes in two parts. H**-0.5 multiplies the float32 scores (`score_factor`); what is left,
+which is 1 unless LogN or YaRN is on, multiplies the query, rounded to its dtype (`factored`): so
+the original rounds a LogN query, and a query without LogN is not rounded at all.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+LOG2E = math.log2(math.e)
+# Scores and running maxima before the first visible key. A masked score is far below the initial
+# maximum, so that its exponential is 0 even in a row that has seen nothing: no NaN, no branch.
+MASKED = -1e30
+LOWEST = -1e20
+_NEVER = 2**30  # beyond every position
+_MASKED_LSE = 1e30  # the log-sum-exp of a query that sees nothing, as backward bodies get it
+
+
+class Body(Protocol):
+    """A forward and a backward kernel. Hashable. Arrays are local to a device.
+
+    q [B, T, N, H]; k, v [B, S, K, H], of one dtype; mask as `attention.Mask`; scale float32 [B, T].
+    """
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """o [B, T, N, H] of `dtype`, zeros for a query that sees nothing; the natural log-sum-exp
+        of the scores, float32 [B, T, N], -inf for such a query.
+        """
+        ...
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Any,
+        scale: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """dq in float32 or of q's dtype, dk, dv of the dtypes of k, v. lse as from forward, but a
+        large number for a query that sees nothing; delta float32 [B, T, N]: sum(do * o) less the
+        cotangent of lse.
+        """
+        ...
+
+
+def attend(
+    body: Body,
+    q: jax.Array,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: jax.Array,
+    return_lse: bool = False,
+) -> Any:
+    """Attention through `body`; arguments and results as `attention.xla`. Differentiable in q, k,
+    v (arrays) and scale; log-sum-exp included.
+    """
+    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
+    dtype = jnp.dtype(jnp.float32 if return_lse else q.dtype)
+    out: tuple[jax.Array, jax.Array] = _flash(body, dtype, q, k, v, mask, scale)
+    return out if return_lse else out[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _flash(body: Body, dtype: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    return body.forward(q, k, v, mask, scale, dtype)
+
+
+def _flash_forward(
+    body: Body, dtype: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any
+) -> tuple[Any, Any]:
+    o, lse = body.forward(q, k, v, mask, scale, dtype)
+    return (o, lse), (q, k, v, mask, scale, o, lse)
+
+
+def _flash_backward(body: Body, dtype: Any, saved: Any, cotangents: Any) -> Any:
+    q, k, v, mask, scale, o, lse = saved
+    do, dlse = cotangents
+    empty = lse == -jnp.inf
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1) - jnp.where(empty, 0, dlse)
+    lse = jnp.where(empty, _MASKED_LSE, lse)
+    dq, dk, dv = body.backward(q, k, v, mask, scale, lse, delta, do.astype(q.dtype))
+    # A score is scale times q k^T, so d/dscale is q dq summed over heads, over scale.
+    dscale = jnp.sum(q.astype(jnp.float32) * dq.astype(jnp.float32), (2, 3))
+    dscale = jnp.where(scale == 0, 0, dscale / jnp.where(scale == 0, 1, scale))
+    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return dq.astype(q.dtype), dk, dv, no_gradient, dscale
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def decline(
+    name: str, q: jax.Array, k: Any, dtypes: Sequence[str], head_dims: Sequence[int]
+) -> None:
+    """Raise NotImplementedError, naming what this kernel does not do."""
+    if q.dtype.name not in dtypes:
+        raise NotImplementedError(f"{name}: dtype {q.dtype.name}, only {', '.join(dtypes)}")
+    if q.shape[-1] not in head_dims:
+        dims = ", ".join(map(str, head_dims))
+        raise NotImplementedError(f"{name}: head dim {q.shape[-1]}, only {dims}")
+    if q.shape[2] % k.shape[2]:
+        raise NotImplementedError(
+            f"{name}: {q.shape[2]} query heads over {k.shape[2]} key heads, only multiples"
+        )
+
+
+def factored(q: jax.Array, scale: jax.Array) -> jax.Array:
+    """q [B, T, N, H] times scale [B, T] without its part `score_factor`, of q's dtype."""
+    own = scale * math.sqrt(q.shape[-1])
+    return (q.astype(jnp.float32) * own[:, :, None, None]).astype(q.dtype)
+
+
+def score_factor(head_dim: int) -> float:
+    """What multiplies the float32 products of `factored` queries and keys: log2(e) / sqrt(H)."""
+    return LOG2E / math.sqrt(head_dim)
+
+
+class Extent(NamedTuple):
+    """What a block of tokens spans. first, last: positions of its real tokens; low, high: their
+    segments; uniform: 1 where all its tokens are real and of one segment. int32 [B, blocks] each.
+    """
+
+    first: Any
+    last: Any
+    low: Any
+    high: Any
+    uniform: Any
+
+
+def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
+    """Positions and segments, int32 [B, n * block], by blocks; segment 0 is no token."""
+    positions, segments = (
+        x.reshape(x.shape[0], -1, block).astype(jnp.int32) for x in (positions, segments)
+    )
+    real = segments != 0
+    low = jnp.min(jnp.where(real, segments, _NEVER), -1)
+    high = jnp.max(jnp.where(real, segments, -_NEVER), -1)
+    first = jnp.min(jnp.where(real, positions, _NEVER), -1)
+    last = jnp.max(jnp.where(real, positions, -_NEVER), -1)
+    uniform = (jnp.all(real, -1) & (low == high)).astype(jnp.int32)
+    return Extent(first, last, low, high, uniform)
+
+
+def visible(q: Extent, k: Extent, window: Any) -> Any:
+    """Whether some query of a block may see some key of another: false only if none does."""
+    near = (q.last >= k.first) & (q.first - k.last < window)
+    return near & (q.low <= k.high) & (k.low <= q.high)
+
+
+def full(q: Extent, k: Extent, window: Any) -> Any:
+    """Whether every query of a block sees every key of another."""
+    near = (q.first >= k.last) & (q.last - k.first < window)
+    return near & (q.low == k.low) & (q.uniform == 1) & (k.uniform == 1)
+
+
+def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """x with zeros behind it along `axis`, up to `length`: segment 0, so padding is no token."""
+    if x.shape[axis] == length:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def padded_mask(mask: Any, queries: int, keys: int) -> Any:
+    """The mask over that many queries and keys."""
+    return dataclasses.replace(
+        mask,
+        q_positions=pad(mask.q_positions, 1, queries),
+        q_segments=pad(mask.q_segments, 1, queries),
+        k_positions=pad(mask.k_positions, 1, keys),
+        k_segments=pad(mask.k_segments, 1, keys),
+    )
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The least multiple that is not less than x."""
+    return -(-x // multiple) * multiple

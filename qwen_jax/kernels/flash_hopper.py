@@ -1,0 +1,700 @@
+"""Flash attention for Hopper GPUs (H100, H200), forward and backward, in Pallas Mosaic GPU.
+
+A thread block is three warpgroups: one issues the TMA copies of the blocks that pass by, two
+compute on 64 rows each. In the forward pass those two take turns, so that the exponentials of one
+run under the matrix products of the other. All three walk the visible blocks by the same rule, read
+from the extents of blocks, so nothing is handed over but filled and emptied buffers. Lengths need
+not be multiples of a block: TMA reads zeros beyond the end and writes nothing there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels import choice, flash
+
+NAME = "pallas_hopper"
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (128,)
+_NAMES = ("H100", "H200", "H800", "H20", "GH200")
+_ROWS = 64  # of a computing warpgroup: the height of a wgmma
+_TILE = 2 * _ROWS  # of a thread block
+_EMPTY, _PARTLY, _FULL = 0, 1, 2
+_SIGN = jnp.iinfo(jnp.int32).min
+_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of a key that is no token: no query's
+_L2 = 2**25  # bytes; the cache has half as many again
+_COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24
+_Sums = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+# Layouts of a value for each column, and for each row, of what a wgmma accumulates.
+_COLUMN, _ROW = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper:
+    """A `flash.Body`. block: keys (in dkv: queries) of a block that passes by; stages: how many of
+    them shared memory holds at once. interpret: parameters of jax's emulation.
+    """
+
+    block: int = 128
+    stages: int = 2
+    dq_block: int = 128
+    dq_stages: int = 2
+    dkv_block: int = 64
+    dkv_stages: int = 3
+    interpret: Any = None
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        length = q.shape[1]
+        q, k, v = (_even(x) for x in (flash.factored(q, scale), k, v))
+        batch, _, heads, dim = q.shape
+        group = heads // k.shape[2]
+        queries = flash.round_up(length, _TILE)
+        mask = flash.padded_mask(mask, queries, flash.round_up(k.shape[1], self.block))
+        blocks = _matrix((self.stages, self.block, dim), q.dtype)
+        o, lse = self._kernel(
+            functools.partial(_forward, group=group),
+            "flash_forward",
+            [
+                jax.ShapeDtypeStruct(q.shape, dtype),
+                jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+            ],
+            (batch, heads, queries // _TILE, group * _together(k)),
+            {
+                "q_tile": _matrix((2, _ROWS, dim), q.dtype),
+                "o_tile": _matrix((2, _ROWS, dim * 2 // jnp.dtype(dtype).itemsize), dtype),
+                "lse_tile": plgpu.SMEM((2, _ROWS), jnp.float32),
+                "q_places": plgpu.SMEM((2, 2, _ROWS), jnp.int32),
+                "k_blocks": blocks,
+                "v_blocks": blocks,
+                "k_places": plgpu.SMEM((self.stages, 2, self.block), jnp.int32),
+                "q_filled": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+                "k_filled": plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+                "v_filled": plgpu.Barrier(num_barriers=self.stages),
+                "k_emptied": plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+                "v_emptied": plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+                "turn": plgpu.Barrier(num_arrivals=2),
+            },
+        )(_plan(mask, self.block), q, k, v, *_places(mask))
+        return o[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Any,
+        scale: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        length, keys = q.shape[1], k.shape[1]
+        q, k, v, do = (_even(x) for x in (flash.factored(q, scale), k, v, do))
+        queries = flash.round_up(length, _TILE)
+        mask = flash.padded_mask(mask, queries, flash.round_up(keys, _TILE))
+        stats = jnp.transpose(jnp.stack([lse * flash.LOG2E, delta]), (1, 3, 0, 2))  # [B, N, 2, T]
+        stats, scales = flash.pad(stats, 3, queries), flash.pad(scale, 1, queries)
+        operands = q, k, v, *_places(mask), do, stats
+        dq = self._backward_queries(mask, *operands, scales)
+        dk, dv = self._backward_keys(mask, *operands)
+        return dq[:, :length], dk[:, :keys], dv[:, :keys]
+
+    def _backward_queries(self, mask: Any, *operands: jax.Array) -> jax.Array:
+        q, k = operands[:2]
+        batch, _, heads, dim = q.shape
+        group = heads // k.shape[2]
+        block, stages = self.dq_block, self.dq_stages
+        tile = _matrix((2, _ROWS, dim), q.dtype)
+        blocks = _matrix((stages, block, dim), q.dtype)
+        return self._kernel(
+            functools.partial(_backward_queries, group=group),
+            "flash_backward_queries",
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            (batch, heads, mask.q_positions.shape[1] // _TILE, group * _together(k)),
+            {
+                "q_tile": tile,
+                "do_tile": tile,
+                "stats_tile": plgpu.SMEM((2, 2, _ROWS), jnp.float32),
+                "scale_tile": plgpu.SMEM((2, _ROWS), jnp.float32),
+                "q_places": plgpu.SMEM((2, 2, _ROWS), jnp.int32),
+                "k_blocks": blocks,
+                "v_blocks": blocks,
+                "k_places": plgpu.SMEM((stages, 2, block), jnp.int32),
+                "q_filled": plgpu.Barrier(num_arrivals=5, num_barriers=2),
+                "filled": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+                "emptied": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            },
+        )(_plan(mask, block), *operands)
+
+    def _backward_keys(self, mask: Any, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, k = operands[:2]
+        batch, _, heads, dim = k.shape
+        group = q.shape[2] // heads
+        block, stages = self.dkv_block, self.dkv_stages
+        tile = _matrix((2, _ROWS, dim), q.dtype)
+        blocks = _matrix((stages, block, dim), q.dtype)
+        return self._kernel(
+            functools.partial(_backward_keys, group=group),
+            "flash_backward_keys",
+            [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+            (batch, heads, mask.k_positions.shape[1] // _TILE, _together(q, group)),
+            {
+                "k_tile": tile,
+                "v_tile": tile,
+                "k_places": plgpu.SMEM((2, 2, _ROWS), jnp.int32),
+                "q_blocks": blocks,
+                "do_blocks": blocks,
+                "stats_blocks": plgpu.SMEM((stages, 2, block), jnp.float32),
+                "q_places": plgpu.SMEM((stages, 2, block), jnp.int32),
+                "k_filled": plgpu.Barrier(num_arrivals=3, num_barriers=2),
+                "filled": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+                "emptied": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            },
+        )(_plan(mask, block, over_queries=True), *operands)
+
+    def _kernel(
+        self,
+        body: Callable[..., None],
+        name: str,
+        out_type: Any,
+        size: tuple[int, int, int, int],
+        scratch: dict[str, Any],
+    ) -> Callable[..., Any]:
+        """size: batch, heads, tiles, and the heads that run side by side: the last axis of a grid
+        is the one that goes round first.
+        """
+        batch, heads, tiles, together = size
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch,
+            grid=(batch, heads // together, tiles, together),
+            grid_names=("batch", "parts", "tiles", "heads"),
+            num_threads=3,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            ),
+            interpret=self.interpret,
+            kernel_name=name,
+        )
+
+
+def attend(
+    q: jax.Array,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: jax.Array,
+    return_lse: bool = False,
+) -> Any:
+    """Attention on a Hopper GPU; arguments and results as `attention.xla`.
+
+    Raises NotImplementedError, naming what it is, for what the kernel does not do.
+    """
+    here = choice.device()
+    if here.platform != "gpu" or not _is_hopper(here):
+        raise NotImplementedError(f"{NAME} is for Hopper GPUs, this is {here.device_kind}")
+    flash.decline(NAME, q, k, DTYPES, HEAD_DIMS)
+    what = (q.shape[-1], q.dtype.name, k.shape[1])
+    sizes = choice.blocks(NAME, "forward", *what) | choice.blocks(NAME, "backward", *what)
+    return flash.attend(Hopper(**sizes), q, k, v, mask, scale, return_lse)
+
+
+def _is_hopper(device: Any) -> bool:
+    """By compute capability, or by name where the device is one that is only compiled for."""
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        return any(name in device.device_kind for name in _NAMES)
+    return str(capability).startswith("9.")
+
+
+class _Plan(NamedTuple):
+    """What decides which blocks a tile of rows visits. tiles, blocks: the fields of a
+    `flash.Extent`, int32 [B, 5, n]; bounds: the first block, one past the last, int32 [B, 2,
+    tiles]; window: int32 [1].
+    """
+
+    tiles: Any
+    blocks: Any
+    bounds: Any
+    window: Any
+
+
+def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
+    """Of tiles of queries that visit blocks of keys, or the other way round."""
+    q = flash.extent(mask.q_positions, mask.q_segments, block if over_queries else _TILE)
+    k = flash.extent(mask.k_positions, mask.k_segments, _TILE if over_queries else block)
+    window = jnp.maximum(jnp.asarray(mask.window, jnp.int32), 0)
+    tiles, blocks = (k, q) if over_queries else (q, k)
+    along = flash.Extent(*(x[:, :, None] for x in tiles))
+    across = flash.Extent(*(x[:, None, :] for x in blocks))
+    # XLA makes these pairs inside the two reductions and holds none of them.
+    seen = flash.visible(*((across, along) if over_queries else (along, across)), window)
+    index = lax.broadcasted_iota(jnp.int32, seen.shape, 2)
+    first = jnp.min(jnp.where(seen, index, seen.shape[2]), 2)
+    beyond = jnp.max(jnp.where(seen, index + 1, 0), 2)
+    return _Plan(
+        jnp.stack(tiles, 1), jnp.stack(blocks, 1), jnp.stack([first, beyond], 1), window.reshape(1)
+    )
+
+
+def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments of queries, of keys, int32 [B, 2, n] each, as `_masked` takes them."""
+    segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
+    return (
+        jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
+        jnp.stack([mask.k_positions, segments], 1).astype(jnp.int32),
+    )
+
+
+def _together(x: jax.Array, group: int = 1) -> int:
+    """How many heads of x [B, S, heads, H], in groups, may run at once so that the two arrays of
+    this size that their tiles walk over stay in the L2 cache; as many groups, of those that divide.
+    """
+    groups = x.shape[2] // group
+    most = max(1, _L2 // (2 * x.shape[1] * group * x.shape[3] * x.dtype.itemsize))
+    return max(n for n in range(1, groups + 1) if groups % n == 0 and n <= most)
+
+
+def _even(x: jax.Array) -> jax.Array:
+    """x [B, T, heads, H] with zeros behind it, so that 8 rows make a tile of shared memory."""
+    return flash.pad(x, 1, flash.round_up(x.shape[1], 8))
+
+
+def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for matrices in the order that TMA and wgmma read without bank conflicts."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A tile's way over the blocks that it visits, the same in each warpgroup."""
+
+    plan: _Plan
+    batch: Any
+    tile: Any
+    over_queries: bool = False
+
+    def run(self, visit: Callable[..., Any], state: Any) -> Any:
+        """state = visit(block, full, state) for the visible blocks in order; full: nothing of this
+        block is masked.
+        """
+        first, beyond = (self.plan.bounds[self.batch, i, self.tile] for i in range(2))
+        last = self.plan.blocks.shape[2] - 1
+
+        def kind(block: Any) -> Any:
+            # All read again for each block: registers are what a computing warpgroup lacks.
+            window = self.plan.window[0]
+            mine = self._extent(self.plan.tiles, self.tile)
+            other = self._extent(self.plan.blocks, jnp.minimum(block, last))
+            q, k = (other, mine) if self.over_queries else (mine, other)
+            part = jnp.where(flash.full(q, k, window), _FULL, _PARTLY)
+            return jnp.where(flash.visible(q, k, window), part, _EMPTY)
+
+        def after(block: Any) -> tuple[Any, Any]:
+            block += 1
+            return lax.while_loop(
+                lambda x: (x[0] < beyond) & (x[1] == _EMPTY),
+                lambda x: (x[0] + 1, kind(x[0] + 1)),
+                (block, kind(block)),
+            )
+
+        def step(x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            block, which, state = x
+            following = after(block)  # its loads are under way while this block is computed
+            return (*following, visit(block, which == _FULL, state))
+
+        start = first, kind(first), state
+        return lax.while_loop(lambda x: x[0] < beyond, step, start)[2]
+
+    def _extent(self, fields: Any, index: Any) -> flash.Extent:
+        return flash.Extent(*(fields[self.batch, i, index] for i in range(5)))
+
+
+def _forward(
+    plan: _Plan,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_positions: Any,
+    k_positions: Any,
+    o: Any,
+    lse: Any,
+    *,
+    group: int,
+    q_tile: Any,
+    o_tile: Any,
+    lse_tile: Any,
+    q_places: Any,
+    k_blocks: Any,
+    v_blocks: Any,
+    k_places: Any,
+    q_filled: Any,
+    k_filled: Any,
+    v_filled: Any,
+    k_emptied: Any,
+    v_emptied: Any,
+    turn: Any,
+) -> None:
+    stages, block_k, dim = k_blocks.shape
+    batch, head = lax.axis_index("batch"), _head()
+    tile = plan.tiles.shape[2] - 1 - lax.axis_index("tiles")  # the longest of a causal mask first
+    warpgroup = lax.axis_index("warpgroup")
+    walk = _Walk(plan, batch, tile)
+    factor = flash.score_factor(dim)
+
+    @pl.when(warpgroup == 2)
+    def _() -> None:
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        key_head = lax.div(head, jnp.int32(group))
+
+        def visit(block: Any, _: Any, count: Any) -> Any:
+            slot, again = _slot(count, stages)
+            keys = pl.ds(block * block_k, block_k)
+            pl.when(again)(lambda: plgpu.barrier_wait(k_emptied.at[slot]))
+            filled = k_filled.at[slot]
+            plgpu.copy_gmem_to_smem(k.at[batch, keys, key_head], k_blocks.at[slot], filled)
+            plgpu.copy_gmem_to_smem(k_positions.at[batch, :, keys], k_places.at[slot], filled)
+            pl.when(again)(lambda: plgpu.barrier_wait(v_emptied.at[slot]))
+            filled = v_filled.at[slot]
+            plgpu.copy_gmem_to_smem(v.at[batch, keys, key_head], v_blocks.at[slot], filled)
+            return count + 1
+
+        walk.run(visit, jnp.int32(0))
+
+    @pl.when(warpgroup < 2)
+    def _() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        rows = pl.ds(tile * _TILE + warpgroup * _ROWS, _ROWS)
+        filled = q_filled.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile.at[warpgroup], filled)
+        plgpu.copy_gmem_to_smem(q_positions.at[batch, :, rows], q_places.at[warpgroup], filled)
+        plgpu.barrier_wait(filled)
+
+        # The warpgroups meet at `turn` twice a block: when the scores are in the making, and when
+        # the exponentials are done. The second one starts a meeting late, so that each of its
+        # halves of a step falls together with the other half of the first one's.
+        def take_turn() -> None:
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        pl.when(warpgroup == 1)(take_turn)
+
+        def visit(block: Any, full: Any, state: Any) -> Any:
+            count, largest, total, sums = state
+            slot, _ = _slot(count, stages)
+            plgpu.barrier_wait(k_filled.at[slot])
+            (scores,) = _products((q_tile.at[warpgroup], k_blocks.at[slot].T), issued=take_turn)
+            scores = _masked(scores, full, q_places.at[warpgroup], k_places.at[slot], plan.window)
+            plgpu.barrier_arrive(k_emptied.at[slot])
+            now = jnp.maximum(largest, jnp.max(scores, 1) * factor)
+            weights = jnp.exp2(scores * factor - _along_rows(now, block_k))
+            fading = jnp.exp2(largest - now)
+            total = total * fading + jnp.sum(weights, 1)
+            sums *= _along_rows(fading, dim)
+            weights = weights.astype(v.dtype)
+            # All of this belongs before the turn passes.
+            now, total, sums, weights = lax.optimization_barrier((now, total, sums, weights))
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(v_filled.at[slot])
+            plgpu.barrier_wait(turn)
+            (sums,) = _accumulate((sums, weights, v_blocks.at[slot]))
+            plgpu.barrier_arrive(v_emptied.at[slot])
+            return count + 1, now, total, sums
+
+        nothing = jnp.int32(0), _full_rows(flash.LOWEST), _full_rows(0), _zeros(dim)
+        _, largest, total, sums = walk.run(visit, nothing)
+        pl.when(warpgroup == 0)(take_turn)
+
+        seen = total > 0
+        divisor = jnp.where(seen, total, 1)
+        value = largest / flash.LOG2E + jnp.log(divisor)
+        lse_tile[warpgroup] = jnp.where(seen, value, -jnp.inf)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(lse_tile.at[warpgroup], lse.at[batch, head, rows])
+        result = (sums * _along_rows(1 / divisor, dim)).astype(o.dtype)
+        width = o_tile.shape[2]  # float32 goes out in halves: there is no room for more
+        for at in range(0, dim, width):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            o_tile[warpgroup] = result[:, at : at + width]
+            plgpu.commit_smem()
+            target = o.at[batch, rows, head, pl.ds(at, width)]
+            plgpu.copy_smem_to_gmem(o_tile.at[warpgroup], target)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _backward_queries(
+    plan: _Plan,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_positions: Any,
+    k_positions: Any,
+    do: Any,
+    stats: Any,
+    scale: Any,
+    dq: Any,
+    *,
+    group: int,
+    q_tile: Any,
+    do_tile: Any,
+    stats_tile: Any,
+    scale_tile: Any,
+    q_places: Any,
+    k_blocks: Any,
+    v_blocks: Any,
+    k_places: Any,
+    q_filled: Any,
+    filled: Any,
+    emptied: Any,
+) -> None:
+    stages, block_k, dim = k_blocks.shape
+    batch, head = lax.axis_index("batch"), _head()
+    tile = plan.tiles.shape[2] - 1 - lax.axis_index("tiles")
+    warpgroup = lax.axis_index("warpgroup")
+    walk = _Walk(plan, batch, tile)
+    factor = flash.score_factor(dim)
+
+    @pl.when(warpgroup == 2)
+    def _() -> None:
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        key_head = lax.div(head, jnp.int32(group))
+
+        def visit(block: Any, _: Any, count: Any) -> Any:
+            slot, again = _slot(count, stages)
+            keys = pl.ds(block * block_k, block_k)
+            pl.when(again)(lambda: plgpu.barrier_wait(emptied.at[slot]))
+            full = filled.at[slot]
+            plgpu.copy_gmem_to_smem(k.at[batch, keys, key_head], k_blocks.at[slot], full)
+            plgpu.copy_gmem_to_smem(k_positions.at[batch, :, keys], k_places.at[slot], full)
+            plgpu.copy_gmem_to_smem(v.at[batch, keys, key_head], v_blocks.at[slot], full)
+            return count + 1
+
+        walk.run(visit, jnp.int32(0))
+
+    @pl.when(warpgroup < 2)
+    def _() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        rows = pl.ds(tile * _TILE + warpgroup * _ROWS, _ROWS)
+        for source, target in (
+            (q.at[batch, rows, head], q_tile),
+            (do.at[batch, rows, head], do_tile),
+            (stats.at[batch, head, :, rows], stats_tile),
+            (scale.at[batch, rows], scale_tile),
+            (q_positions.at[batch, :, rows], q_places),
+        ):
+            plgpu.copy_gmem_to_smem(source, target.at[warpgroup], q_filled.at[warpgroup])
+        plgpu.barrier_wait(q_filled.at[warpgroup])
+        lse = _load(stats_tile.at[warpgroup, 0], _ROW)
+        delta = _load(stats_tile.at[warpgroup, 1], _ROW)
+
+        def visit(block: Any, full: Any, state: Any) -> Any:
+            count, sums = state
+            slot, _ = _slot(count, stages)
+            plgpu.barrier_wait(filled.at[slot])
+            scores, slopes = _products(
+                (q_tile.at[warpgroup], k_blocks.at[slot].T),
+                (do_tile.at[warpgroup], v_blocks.at[slot].T),
+            )
+            scores = _masked(scores, full, q_places.at[warpgroup], k_places.at[slot], plan.window)
+            weights = jnp.exp2(scores * factor - _along_rows(lse, block_k))
+            slopes = weights * (slopes - _along_rows(delta, block_k))
+            (sums,) = _accumulate((sums, slopes.astype(k.dtype), k_blocks.at[slot]))
+            plgpu.barrier_arrive(emptied.at[slot])
+            return count + 1, sums
+
+        _, sums = walk.run(visit, (jnp.int32(0), _zeros(dim)))
+        sums *= _along_rows(_load(scale_tile.at[warpgroup], _ROW), dim)
+        q_tile[warpgroup] = sums.astype(dq.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile.at[warpgroup], dq.at[batch, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _backward_keys(
+    plan: _Plan,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_positions: Any,
+    k_positions: Any,
+    do: Any,
+    stats: Any,
+    dk: Any,
+    dv: Any,
+    *,
+    group: int,
+    k_tile: Any,
+    v_tile: Any,
+    k_places: Any,
+    q_blocks: Any,
+    do_blocks: Any,
+    stats_blocks: Any,
+    q_places: Any,
+    k_filled: Any,
+    filled: Any,
+    emptied: Any,
+) -> None:
+    """Scores lie [keys, queries] here, so that they are what dk and dv are sums of."""
+    stages, block_q, dim = q_blocks.shape
+    batch, head = lax.axis_index("batch"), _head()
+    tile = lax.axis_index("tiles")
+    warpgroup = lax.axis_index("warpgroup")
+    walk = _Walk(plan, batch, tile, over_queries=True)
+    factor = flash.score_factor(dim)
+
+    @pl.when(warpgroup == 2)
+    def _() -> None:
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+
+        def over(member: Any, count: Any) -> Any:
+            query_head = head * group + member
+
+            def visit(block: Any, _: Any, count: Any) -> Any:
+                slot, again = _slot(count, stages)
+                rows = pl.ds(block * block_q, block_q)
+                pl.when(again)(lambda: plgpu.barrier_wait(emptied.at[slot]))
+                for source, target in (
+                    (q.at[batch, rows, query_head], q_blocks),
+                    (do.at[batch, rows, query_head], do_blocks),
+                    (stats.at[batch, query_head, :, rows], stats_blocks),
+                    (q_positions.at[batch, :, rows], q_places),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], filled.at[slot])
+                return count + 1
+
+            return walk.run(visit, count)
+
+        lax.fori_loop(0, group, over, jnp.int32(0))
+
+    @pl.when(warpgroup < 2)
+    def _() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        keys = pl.ds(tile * _TILE + warpgroup * _ROWS, _ROWS)
+        for source, target in (
+            (k.at[batch, keys, head], k_tile),
+            (v.at[batch, keys, head], v_tile),
+            (k_positions.at[batch, :, keys], k_places),
+        ):
+            plgpu.copy_gmem_to_smem(source, target.at[warpgroup], k_filled.at[warpgroup])
+        plgpu.barrier_wait(k_filled.at[warpgroup])
+
+        def visit(block: Any, full: Any, state: Any) -> Any:
+            count, dk_sums, dv_sums = state
+            slot, _ = _slot(count, stages)
+            plgpu.barrier_wait(filled.at[slot])
+            (scores,) = _products((k_tile.at[warpgroup], q_blocks.at[slot].T))
+            scores = _masked(
+                scores, full, q_places.at[slot], k_places.at[warpgroup], plan.window, turned=True
+            )
+            lse = _load(stats_blocks.at[slot, 0], _COLUMN)
+            weights = jnp.exp2(scores * factor - _along_columns(lse))
+            dv_sums, slopes = _accumulate(
+                (dv_sums, weights.astype(do.dtype), do_blocks.at[slot]),
+                (_zeros(block_q), v_tile.at[warpgroup], do_blocks.at[slot].T),
+            )
+            delta = _load(stats_blocks.at[slot, 1], _COLUMN)
+            slopes = weights * (slopes - _along_columns(delta))
+            (dk_sums,) = _accumulate((dk_sums, slopes.astype(q.dtype), q_blocks.at[slot]))
+            plgpu.barrier_arrive(emptied.at[slot])
+            return count + 1, dk_sums, dv_sums
+
+        nothing = jnp.int32(0), _zeros(dim), _zeros(dim)
+        _, dk_sums, dv_sums = lax.fori_loop(
+            0, group, lambda _, state: walk.run(visit, state), nothing
+        )
+        k_tile[warpgroup] = (dk_sums * (factor / flash.LOG2E)).astype(dk.dtype)
+        v_tile[warpgroup] = dv_sums.astype(dv.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_tile.at[warpgroup], dk.at[batch, keys, head])
+        plgpu.copy_smem_to_gmem(v_tile.at[warpgroup], dv.at[batch, keys, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _head() -> Any:
+    return lax.axis_index("parts") * lax.axis_size("heads") + lax.axis_index("heads")
+
+
+def _slot(count: Any, stages: int) -> tuple[Any, Any]:
+    """The buffer of the count-th block, and whether another block was in it before."""
+    return lax.rem(count, jnp.int32(stages)), count >= stages
+
+
+def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None) -> list[Any]:
+    """a b for each pair, float32; issued: what to do while they are in the making."""
+
+    def body(*sums: Any) -> list[Any]:
+        for ref, (a, b) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(ref, a, b)
+        if issued is not None:
+            issued()
+        return [ref[...] for ref in sums]
+
+    shapes = [(a.shape[0], b.shape[1]) for a, b in pairs]
+    return pl.run_scoped(body, *(_Sums(shape, jnp.float32) for shape in shapes))
+
+
+def _accumulate(*parts: tuple[Any, Any, Any]) -> list[Any]:
+    """sums + a b for each (sums, a, b)."""
+
+    def body(refs: list[Any]) -> None:
+        for ref, (_, a, b) in zip(refs, parts, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(body)([_Sums.init(sums) for sums, _, _ in parts])
+
+
+def _masked(
+    scores: Any, full: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False
+) -> Any:
+    """Scores [queries, keys], or turned round, `flash.MASKED` where the mask hides a key."""
+
+    def masked(scores: Any) -> Any:
+        q_layout, q_axis, k_layout, k_axis = (
+            (_COLUMN, 1, _ROW, 0) if turned else (_ROW, 0, _COLUMN, 1)
+        )
+
+        def of(places: Any, i: int, layout: Any, axis: int, shift: int = 0) -> Any:
+            return lax.broadcast_in_dim(_load(places.at[i], layout) + shift, scores.shape, (axis,))
+
+        same = of(q_places, 1, q_layout, q_axis) == of(k_places, 1, k_layout, k_axis)
+        # 0 <= distance < window by one comparison: as unsigned numbers, moved down by 2**31.
+        distance = of(q_places, 0, q_layout, q_axis, _SIGN) - of(k_places, 0, k_layout, k_axis)
+        return jnp.where(same & (distance < window[0] + _SIGN), scores, flash.MASKED)
+
+    return lax.cond(full, lambda x: x, masked, scores)
+
+
+def _load(ref: Any, layout: Any) -> Any:
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def _along_rows(x: Any, columns: int) -> Any:
+    """[64] -> [64, columns]."""
+    return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))
+
+
+def _along_columns(x: Any) -> Any:
+    """[columns] -> [64, columns]."""
+    return lax.broadcast_in_dim(x, (_ROWS, x.shape[0]), (1,))
+
+
+def _full_rows(value: float) -> Any:
+    return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _ROW)
+
+
+def _zeros(columns: int) -> Any:
+    zeros = jnp.zeros((_ROWS, columns), jnp.float32)
+    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)

@@ -1,0 +1,530 @@
+"""Flash attention for TPU, forward and backward, in Pallas Mosaic.
+
+The grid walks a list of (query block, key block) pairs made from the mask before the kernel starts:
+pairs that the mask empties are not in it. A block pair is one straight run of instructions, cut
+along the keys into pieces small enough that the next piece's scores are computed while the last
+one's exponentials are; that, and not the order of the source, is what fills the matrix units.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen_jax.kernels import choice, flash
+
+NAME = "pallas_tpu"
+DTYPES = ("bfloat16", "float32", "float16")
+_LANES = 128
+_NT = (((1,), (1,)), ((), ()))  # rows of both operands
+_NN = (((1,), (0,)), ((), ()))
+_TN = (((0,), (0,)), ((), ()))  # columns of both
+# A step of the grid, packed in an int32: query block, key block, and what to do there.
+_INDEX_BITS = 13
+_FIRST, _LAST = 4, 8  # the first, the last step of an output block
+_EMPTY, _FULL, _NEAR, _MIXED = 0, 1, 2, 3  # _NEAR: of one segment, positions decide
+_SIGN = jnp.iinfo(jnp.int32).min
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tokens of a query block and a key block; keys whose scores are computed at once."""
+
+    q: int
+    k: int
+    compute: int
+
+    def fitted(self, queries: int, keys: int) -> "Blocks":
+        """Blocks no larger that cut these lengths evenly; multiples of a register's lanes."""
+        q = _even(queries, self.q)
+        k = _even(keys, self.k)
+        compute = _even(k, self.compute)
+        return Blocks(q, flash.round_up(k, compute), compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """A `flash.Body`. resident: queries whose dq is held in VMEM at once; vmem: its bytes."""
+
+    forward_blocks: Blocks
+    backward_blocks: Blocks
+    resident: int
+    vmem: int
+    interpret: bool = False
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        (_, length, heads, dim), keys = q.shape, k.shape[1]
+        blocks = self.forward_blocks.fitted(length, keys)
+        padded = flash.round_up(length, blocks.q), flash.round_up(keys, blocks.k)
+        mask = flash.padded_mask(mask, *padded)
+        q = _heads_first(flash.factored(q, scale), padded[0])
+        k, v = _heads_first(k, padded[1]), _heads_first(v, padded[1])
+        steps, count = _steps(_kinds(mask, blocks))
+        group = heads // k.shape[1]
+        by_query, by_key = _index(_query_block), _index(_key_block)
+        q_block = pl.BlockSpec((None, None, blocks.q, dim), by_query(lambda h: h))
+        k_block = pl.BlockSpec((None, None, blocks.k, dim), by_key(lambda h: h // group))
+        o, lse = pl.pallas_call(
+            functools.partial(_forward_kernel, compute=blocks.compute),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(q.shape[0], heads, count),
+                in_specs=[
+                    q_block,
+                    k_block,
+                    k_block,
+                    *[_row_block(blocks.q, _query_block)] * 2,
+                    *[_row_block(blocks.k, _key_block)] * 2,
+                ],
+                out_specs=[q_block, _stat_block(blocks.q)],
+                scratch_shapes=[
+                    *[pltpu.VMEM((blocks.q, _LANES), jnp.float32)] * 2,
+                    pltpu.VMEM((blocks.q, dim), jnp.float32),
+                    pltpu.VMEM((blocks.q, _LANES), jnp.int32),
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct(q.shape, dtype),
+                jax.ShapeDtypeStruct((*q.shape[:2], 1, padded[0]), jnp.float32),
+            ],
+            compiler_params=self._parameters(),
+            interpret=self.interpret,
+            name="flash_forward",
+        )(
+            steps,
+            _one(mask.window),
+            q,
+            k,
+            v,
+            *_rows(mask.q_positions, mask.q_segments),
+            *_rows(mask.k_positions, _key_segments(mask)),
+        )
+        return jnp.swapaxes(o, 1, 2)[:, :length], jnp.swapaxes(lse[:, :, 0], 1, 2)[:, :length]
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Any,
+        scale: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        length, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+        parts = -(-length // self.resident)
+        blocks = self.backward_blocks.fitted(-(-length // parts), keys)
+        part = flash.round_up(-(-length // parts), blocks.q)
+        mask = flash.padded_mask(mask, parts * part, flash.round_up(keys, blocks.k))
+        scaled = flash.factored(q, scale)
+        queries = (scaled, do, lse, delta, mask.q_positions, mask.q_segments)
+
+        def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [parts, B, part, ...]
+            x = flash.pad(x, 1, parts * part)
+            return jnp.moveaxis(x.reshape(x.shape[0], parts, part, *x.shape[2:]), 1, 0)
+
+        k, v = (_heads_first(x, mask.k_positions.shape[1]) for x in (k, v))
+        one = functools.partial(self._backward_part, k=k, v=v, mask=mask, blocks=blocks)
+        if parts == 1:
+            dq, dk, dv = one(tuple(flash.pad(x, 1, part) for x in queries))
+        else:
+
+            def step(sums: tuple[Any, Any], rows: tuple[Any, ...]) -> tuple[Any, Any]:
+                dq, dk, dv = one(rows)
+                return (sums[0] + dk, sums[1] + dv), dq
+
+            zero = jnp.zeros((*scaled.shape[:1], scaled.shape[2], *k.shape[2:]), jnp.float32)
+            (dk, dv), dq = jax.lax.scan(step, (zero, zero), tuple(cut(x) for x in queries))
+            dq = jnp.moveaxis(dq, 0, 2)
+            dq = dq.reshape(*dq.shape[:2], -1, dq.shape[-1])
+        dq = jnp.swapaxes(dq, 1, 2)[:, :length] * scale[:, :, None, None]
+        dk, dv = (
+            jnp.swapaxes(jnp.sum(x.reshape(x.shape[0], -1, group, *x.shape[2:]), 2), 1, 2)
+            for x in (dk, dv)
+        )
+        return dq, dk[:, :keys].astype(q.dtype), dv[:, :keys].astype(q.dtype)
+
+    def _backward_part(
+        self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: Blocks
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """dq (not yet times scale), dk, dv of some queries, float32 [B, N, T or S, H]."""
+        q, do, lse, delta, positions, segments = rows
+        mask = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
+        q, do = (jnp.swapaxes(x, 1, 2) for x in (q, do))
+        lse, delta = (jnp.swapaxes(x, 1, 2)[:, :, None] for x in (lse * flash.LOG2E, delta))
+        batch, heads, length, dim = q.shape
+        group = heads // k.shape[1]
+        steps, count = _steps(jnp.swapaxes(_kinds(mask, blocks), 1, 2))
+        by_query, by_key = _index(_key_block), _index(_query_block)  # the list is turned round
+        q_block = pl.BlockSpec((None, None, blocks.q, dim), by_query(lambda h: h))
+        k_block = pl.BlockSpec((None, None, blocks.k, dim), by_key(lambda h: h // group))
+        dk_block = pl.BlockSpec((None, None, blocks.k, dim), by_key(lambda h: h))
+        whole = pl.BlockSpec((None, None, length, dim), lambda b, h, s, *_: (b, h, 0, 0))
+        stat = pl.BlockSpec(
+            (None, None, 1, blocks.q), lambda b, h, s, steps, _: (b, h, 0, _key_block(steps[b, s]))
+        )
+        wide = (batch, heads, k.shape[2], dim)
+        return pl.pallas_call(
+            functools.partial(_backward_kernel, compute=blocks.compute),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(batch, heads, count),
+                in_specs=[
+                    q_block,
+                    q_block,
+                    stat,
+                    stat,
+                    k_block,
+                    k_block,
+                    *[_row_block(blocks.q, _key_block)] * 2,
+                    *[_row_block(blocks.k, _query_block)] * 2,
+                ],
+                out_specs=[whole, dk_block, dk_block],
+                scratch_shapes=[pltpu.VMEM((blocks.k, dim), jnp.float32)] * 2,
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct(q.shape, jnp.float32),
+                *[jax.ShapeDtypeStruct(wide, jnp.float32)] * 2,
+            ],
+            compiler_params=self._parameters(),
+            interpret=self.interpret,
+            name="flash_backward",
+        )(
+            steps,
+            _one(mask.window),
+            q,
+            do,
+            lse,
+            delta,
+            k,
+            v,
+            *_rows(mask.q_positions, mask.q_segments),
+            *_rows(mask.k_positions, _key_segments(mask)),
+        )
+
+    def _parameters(self) -> pltpu.CompilerParams:
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=self.vmem
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a generation has: the blocks that cost least in its compiler's own program."""
+
+    forward: Blocks
+    backward: Blocks
+    resident: int
+    vmem: int  # bytes of a core
+
+
+_MIB = 2**20
+_ROOMY = Chip(Blocks(1024, 1024, 512), Blocks(1024, 1024, 512), 32768, 100 * _MIB)
+# By device_kind. Chosen by `benchmarks/kernel_cost.py`, not measured: no such chip was at hand.
+CHIPS = {
+    "TPU v4": Chip(Blocks(512, 1024, 512), Blocks(512, 512, 512), 2048, 15 * _MIB),
+    "TPU v5 lite": _ROOMY,
+    "TPU v5": Chip(Blocks(1024, 1024, 512), Blocks(1024, 1024, 512), 16384, 60 * _MIB),
+    "TPU v6 lite": _ROOMY,
+}
+_SMALL = Chip(Blocks(128, 256, 128), Blocks(128, 256, 128), 256, 15 * _MIB)  # interpreted
+
+
+def attend(
+    q: jax.Array,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: jax.Array,
+    return_lse: bool = False,
+) -> Any:
+    """Attention on a TPU; arguments and results as `attention.xla`.
+
+    Raises NotImplementedError, naming what it is, for what the kernel does not do.
+    """
+    interpret = choice.interpreted(NAME, "tpu")
+    flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
+    if q.dtype == jnp.float16 and not interpret:  # no unit of a TPU takes it: exact in float32
+        o = attend(q.astype(jnp.float32), _float32(k), _float32(v), mask, scale, return_lse)
+        return o if return_lse else o.astype(q.dtype)
+    chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
+    if chip is None:
+        raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")
+    what = (q.shape[-1], q.dtype.name, k.shape[1])
+    body = Tpu(
+        dataclasses.replace(chip.forward, **choice.blocks(NAME, "forward", *what)),
+        dataclasses.replace(chip.backward, **choice.blocks(NAME, "backward", *what)),
+        chip.resident,
+        chip.vmem,
+        interpret,
+    )
+    return flash.attend(body, q, k, v, mask, scale, return_lse)
+
+
+def _float32(x: Any) -> Any:
+    return x if hasattr(x, "dequantize") else x.astype(jnp.float32)
+
+
+def _forward_kernel(
+    steps: Any,
+    window: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_positions: Any,
+    q_segments: Any,
+    k_positions: Any,
+    k_segments: Any,
+    o: Any,
+    lse: Any,
+    largest: Any,
+    total: Any,
+    sums: Any,
+    q_places: Any,
+    *,
+    compute: int,
+) -> None:
+    """q is factored. largest, total: [q, 128], the running maximum of a row in every lane, and its
+    sum of exponentials spread over the lanes; sums [q, H]: the output, not divided by the total.
+    """
+    rows, dim = q.shape
+    factor = flash.score_factor(dim)
+    step = steps[pl.program_id(0), pl.program_id(2)]
+    kind = step & 3
+
+    @pl.when(step & _FIRST != 0)
+    def _() -> None:
+        largest[...] = jnp.full_like(largest, flash.LOWEST)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+        q_places[...] = _column(q_positions[...])
+
+    def block(kind: int) -> None:
+        groups = _column(q_segments[...]) if kind == _MIXED else None
+        for at in range(0, k.shape[0], compute):
+            keys = slice(at, at + compute)
+            scores = _dot(q[...], k[keys, :], _NT)
+            if kind != _FULL:
+                places = _lanes(q_places[...], compute)
+                seen = _within(places, k_positions[:, keys], window[0])
+                if groups is not None:
+                    seen &= _lanes(groups, compute) == k_segments[:, keys]
+                scores = jnp.where(seen, scores, flash.MASKED)
+            before = largest[...]
+            now = jnp.maximum(before, jnp.max(scores, -1)[:, None])
+            weights = jnp.exp2((scores - _lanes(now, compute)) * factor)
+            fading = jnp.exp2((before - now) * factor)
+            parts = [weights[:, i : i + _LANES] for i in range(0, compute, _LANES)]
+            total[...] = total[...] * fading + functools.reduce(jnp.add, parts)
+            largest[...] = now
+            added = _dot(weights.astype(v.dtype), v[keys, :], _NN)
+            sums[...] = sums[...] * _lanes(fading, dim) + added
+
+    for each in (_FULL, _NEAR, _MIXED):
+        pl.when(kind == each)(functools.partial(block, each))
+
+    @pl.when(step & _LAST != 0)
+    def _() -> None:
+        whole = jnp.broadcast_to(jnp.sum(total[...], -1)[:, None], (rows, _LANES))
+        # A row that has seen a key has exp2(0) in its sum, so 1 only stands in for nothing.
+        o[...] = (sums[...] / _lanes(jnp.maximum(whole, 1), dim)).astype(o.dtype)
+        whole, peak = _row(whole), _row(largest[...])
+        value = (peak * factor + jnp.log2(jnp.maximum(whole, 1))) / flash.LOG2E
+        lse[...] = jnp.where(whole > 0, value, -jnp.inf)
+
+
+def _backward_kernel(
+    steps: Any,
+    window: Any,
+    q: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    k: Any,
+    v: Any,
+    q_positions: Any,
+    q_segments: Any,
+    k_positions: Any,
+    k_segments: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    dk_sum: Any,
+    dv_sum: Any,
+    *,
+    compute: int,
+) -> None:
+    """Scores lie [keys, queries] here: the statistics of a query are then rows, as they come, and
+    four of the five products need no transposition. q is factored; lse is in base 2.
+    """
+    factor = flash.score_factor(q.shape[1])
+    step = steps[pl.program_id(0), pl.program_id(2)]
+    kind = step & 3
+    size = q.shape[0]
+    rows = pl.ds(pl.multiple_of(_key_block(step) * size, size), size)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        dq[...] = jnp.zeros_like(dq)
+
+    @pl.when(step & _FIRST != 0)
+    def _() -> None:
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def block(kind: int) -> None:
+        for at in range(0, k.shape[0], compute):
+            keys = slice(at, at + compute)
+            scores = _dot(k[keys, :], q[...], _NT)
+            if kind != _FULL:
+                places = _lanes(_column(k_positions[:, keys]), size)
+                seen = _within(q_positions[...], places, window[0])
+                if kind == _MIXED:
+                    seen &= q_segments[...] == _lanes(_column(k_segments[:, keys]), size)
+                scores = jnp.where(seen, scores, flash.MASKED)
+            weights = jnp.exp2(scores * factor - lse[...])
+            dv_sum[keys, :] += _dot(weights.astype(do.dtype), do[...], _NN)
+            slopes = weights * (_dot(v[keys, :], do[...], _NT) - delta[...])
+            slopes = slopes.astype(q.dtype)
+            dk_sum[keys, :] += _dot(slopes, q[...], _NN)
+            dq[rows, :] += _dot(slopes, k[keys, :], _TN)
+
+    for each in (_FULL, _NEAR, _MIXED):
+        pl.when(kind == each)(functools.partial(block, each))
+
+    @pl.when(step & _LAST != 0)
+    def _() -> None:
+        dk[...] = dk_sum[...] * (factor / flash.LOG2E)
+        dv[...] = dv_sum[...]
+
+
+def _kinds(mask: Any, blocks: Blocks) -> jax.Array:
+    """What there is to do for each pair of blocks, int32 [B, query blocks, key blocks]."""
+    q = flash.extent(mask.q_positions, mask.q_segments, blocks.q)
+    k = flash.extent(mask.k_positions, mask.k_segments, blocks.k)
+    q = flash.Extent(*(x[:, :, None] for x in q))
+    k = flash.Extent(*(x[:, None, :] for x in k))
+    one_segment = (q.uniform == 1) & (k.uniform == 1) & (q.low == k.low)
+    partly = jnp.where(one_segment, _NEAR, _MIXED)
+    kinds = jnp.where(flash.visible(q, k, mask.window), partly, _EMPTY)
+    return jnp.where(flash.full(q, k, mask.window), _FULL, kinds)
+
+
+def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pairs to visit of kinds [B, R, C], row by row, packed, int32 [B, R * C]; and how many
+    steps the longest list has. A row without pairs gets one empty step, which writes its output;
+    shorter lists go on with steps that do nothing.
+    """
+    batch, rows, columns = kinds.shape
+    if max(rows, columns) >= 2**_INDEX_BITS:
+        raise NotImplementedError(f"flash_tpu: {rows} x {columns} blocks are too many for a list")
+    row = jax.lax.broadcasted_iota(jnp.int32, kinds.shape, 1)
+    column = jax.lax.broadcasted_iota(jnp.int32, kinds.shape, 2)
+    visited = kinds != _EMPTY
+    visited |= (column == 0) & ~jnp.any(visited, 2, keepdims=True)
+    ordinal = jnp.cumsum(visited, 2)
+    steps = (row << (_INDEX_BITS + 4)) | (column << 4) | kinds
+    steps |= jnp.where(ordinal == 1, _FIRST, 0)
+    steps |= jnp.where(ordinal == ordinal[:, :, -1:], _LAST, 0)
+    beyond = jnp.iinfo(jnp.int32).max
+    steps = jnp.sort(jnp.where(visited, steps, beyond).reshape(batch, rows * columns), 1)
+    counts = jnp.sum(steps != beyond, 1)
+    final = jnp.take_along_axis(steps, counts[:, None] - 1, 1)
+    return jnp.where(steps == beyond, final & ~15, steps), jnp.max(counts)
+
+
+def _query_block(step: Any) -> Any:
+    return step >> (_INDEX_BITS + 4)
+
+
+def _key_block(step: Any) -> Any:
+    return (step >> 4) & (2**_INDEX_BITS - 1)
+
+
+def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Index maps of [B, heads, tokens, H]: the block of a step, and the head of a grid's head."""
+    return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
+
+
+def _row_block(size: int, block: Callable[[Any], Any]) -> pl.BlockSpec:
+    return pl.BlockSpec((None, 1, size), lambda b, h, s, steps, _: (b, 0, block(steps[b, s])))
+
+
+def _stat_block(size: int) -> pl.BlockSpec:
+    index = lambda b, h, s, steps, _: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
+    return pl.BlockSpec((None, None, 1, size), index)
+
+
+def _rows(*arrays: jax.Array) -> list[jax.Array]:
+    """[B, T] as [B, 1, T]: a row of a block lies along the lanes."""
+    return [x[:, None] for x in arrays]
+
+
+def _one(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.int32).reshape(1)
+
+
+def _key_segments(mask: Any) -> jax.Array:
+    """Segments of keys, those that are no token never equal to a query's."""
+    return jnp.where(mask.k_segments == 0, -1, mask.k_segments)
+
+
+def _heads_first(x: jax.Array, length: int) -> jax.Array:
+    """[B, S, K, H] -> [B, K, length, H]."""
+    return flash.pad(jnp.swapaxes(x, 1, 2), 2, length)
+
+
+def _even(length: int, most: int) -> int:
+    """The size of a block when `length` is cut into as few of at most `most` as will do."""
+    return flash.round_up(-(-length // -(-length // most)), _LANES)
+
+
+def _diagonal(x: jax.Array) -> jax.Array:
+    """[128, 128] with all but the diagonal zero."""
+    across, down = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    return jnp.where(across == down, x, 0)
+
+
+def _column(row: jax.Array) -> jax.Array:
+    """[1, n] -> [n, 128], the value of a token in every lane. Sums of one term in float32, exact
+    for integers below 2**24: a transposition, and a sum of integers, cost several times as much.
+    """
+    parts = []
+    for at in range(0, row.shape[1], _LANES):
+        part = row[:, at : at + _LANES].astype(jnp.float32)
+        part = jnp.sum(_diagonal(jnp.broadcast_to(part, (_LANES, _LANES))), 1, keepdims=True)
+        parts.append(jnp.broadcast_to(part.astype(row.dtype), (_LANES, _LANES)))
+    return jnp.concatenate(parts, 0)
+
+
+def _row(column: jax.Array) -> jax.Array:
+    """[n, 128] with equal lanes -> [1, n]."""
+    squares = [column[at : at + _LANES] for at in range(0, column.shape[0], _LANES)]
+    return jnp.concatenate([jnp.sum(_diagonal(x), 0, keepdims=True) for x in squares], 1)
+
+
+def _within(q: jax.Array, k: jax.Array, window: jax.Array) -> jax.Array:
+    """0 <= q - k < window by one comparison: both sides moved down by 2**31, as if unsigned."""
+    return (q + _SIGN) - k < window + _SIGN
+
+
+def _lanes(x: jax.Array, width: int) -> jax.Array:
+    """[n, 128] with equal lanes -> [n, width]."""
+    if width <= _LANES:
+        return x[:, :width]
+    return jnp.tile(x, (1, -(-width // _LANES)))[:, :width]
+
+
+def _dot(x: jax.Array, y: jax.Array, dimensions: Any) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,148 @@
+"""The decode kernel for TPUs, interpreted on the CPU, against softmax attention in NumPy."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax.cache import quantize
+from qwen_jax.kernels import decode_tpu
+from tests.tiny import QUICK
+
+FULL = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """starts: `index - start` is a row's number of tokens. kind: of the cache's leaves."""
+
+    tokens: int
+    heads: int
+    groups: int
+    slots: int
+    dim: int
+    index: int
+    starts: tuple[int, ...]
+    window: int = FULL
+    dtype: str = "float32"
+    kind: str | None = None
+    block: int | None = None
+
+
+CASES = {
+    "one token": Case(1, 8, 1, 256, 64, 200, (0, 72, 199), block=128),
+    "full ring": Case(1, 8, 1, 256, 32, 256, (0, 1, 17), block=128),
+    "wrapped": Case(1, 4, 1, 384, 64, 1000, (616, 650, 990), block=128),
+    "wrapped in one block": Case(1, 2, 1, 300, 64, 1000, (700, 701, 999), block=128),
+    "not begun": Case(2, 8, 1, 256, 64, 10, (11, 12, 300, 10, 5), block=128),
+    "nothing begun": Case(1, 8, 1, 256, 64, 10, (12, 300), block=128),
+    "empty": Case(1, 8, 1, 256, 64, 0, (0, 0), block=128),
+    "first rows not begun": Case(1, 8, 1, 256, 64, 200, (300, 201, 7, 300, 8), block=128),
+    "window": Case(1, 8, 1, 1024, 64, 900, (0, 500, 890), window=130, block=128),
+    "window wraps": Case(3, 8, 1, 512, 64, 1100, (600, 700, 1099), window=100, block=128),
+    "window of own": Case(4, 8, 1, 256, 64, 200, (0, 199, 201), window=2, block=128),
+    "window of one": Case(2, 8, 1, 256, 64, 200, (0, 199), window=1, block=128),
+    "odd ring": Case(2, 3, 2, 333, 80, 500, (168, 200, 450), block=128),
+    "ring of seven": Case(1, 5, 1, 7, 64, 9, (2, 5)),
+    "groups": Case(1, 4, 8, 256, 128, 250, (0, 100), block=128),
+    "groups of three": Case(3, 4, 3, 256, 96, 250, (0, 100, 249), window=60, block=128),
+    "many rows": Case(16, 2, 5, 256, 64, 230, (0, 229, 240), window=20, block=128),
+    "many heads": Case(1, 40, 1, 256, 128, 250, (0, 100), block=128),
+    "odd heads": Case(2, 20, 1, 256, 128, 250, (0, 100), block=256),
+    "wide": Case(2, 2, 4, 256, 256, 250, (0, 100), block=128),
+    "bfloat16": Case(1, 16, 1, 512, 128, 600, (100, 400), dtype="bfloat16", block=256),
+    "bfloat16 groups": Case(4, 4, 2, 512, 128, 600, (100, 400), 90, "bfloat16", block=128),
+}
+QUANTISED = {
+    "int8": Case(1, 8, 1, 384, 64, 500, (120, 400, 500), kind="int8", block=128),
+    "int8 asymmetric": Case(1, 8, 1, 384, 64, 500, (120, 400, 501), kind="asymmetric", block=128),
+    "int8 groups": Case(2, 3, 2, 333, 80, 500, (168, 400), 70, kind="asymmetric", block=128),
+    "int8 rows": Case(4, 2, 4, 256, 128, 300, (50, 290), kind="int8", block=128),
+    "int8 bfloat16": Case(1, 16, 1, 512, 128, 600, (100, 400), FULL, "bfloat16", "int8", 256),
+    "int8 asymmetric bfloat16": Case(
+        3, 4, 2, 512, 128, 600, (100, 400), 300, "bfloat16", "asymmetric", 128
+    ),
+}
+
+
+def draw(case: Case, seed: int) -> dict[str, Any]:
+    """Arguments of `attend`; slots that hold no visible token are not finite."""
+    random = np.random.default_rng(seed)
+    batch, dim, start = len(case.starts), case.dim, np.array(case.starts, np.int32)
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(random.standard_normal(shape, np.float32), case.dtype)
+
+    token = (np.arange(case.slots) - start[:, None]) % case.slots
+    count = case.index - start[:, None]
+    held = (token < count) & (token > count - case.window)
+
+    def leaf() -> Any:
+        array = normal(batch, case.heads, case.slots, dim)
+        nan = jnp.asarray(~held)[:, None]
+        if case.kind is None:
+            return jnp.where(nan[..., None], jnp.nan, array)
+        leaf = quantize(array + 0.5, symmetric=case.kind == "int8")
+        zero = None if leaf.zero is None else jnp.where(nan, jnp.nan, leaf.zero)
+        return dataclasses.replace(leaf, scale=jnp.where(nan, jnp.nan, leaf.scale), zero=zero)
+
+    return {
+        "q": normal(batch, case.tokens, case.heads * case.groups, dim),
+        "k": normal(batch, case.tokens, case.heads, dim),
+        "v": normal(batch, case.tokens, case.heads, dim),
+        "cache_k": leaf(),
+        "cache_v": leaf(),
+        "start": jnp.asarray(start),
+        "index": jnp.int32(case.index),
+        "window": jnp.int32(case.window),
+        "scale": jnp.asarray(random.uniform(0.1, 0.4, (batch, case.tokens)), jnp.float32),
+    }
+
+
+def reference(case: Case, drawn: dict[str, Any]) -> np.ndarray:
+    def plain(x: Any) -> np.ndarray:
+        x = x.dequantize(jnp.float32) if hasattr(x, "dequantize") else x
+        return np.asarray(x, np.float64)
+
+    q, own_k, own_v, cache_k, cache_v, scale = (
+        plain(drawn[name]) for name in ("q", "k", "v", "cache_k", "cache_v", "scale")
+    )
+    o = np.zeros(q.shape)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        head, count = n // case.groups, case.index - case.starts[b]
+        seen = range(max(0, count + t - case.window + 1), count + t + 1)
+        past = [(case.starts[b] + p) % case.slots for p in seen if p < count]
+        own = [p - count for p in seen if p >= count]
+        if not seen:
+            continue
+        keys, values = (
+            np.concatenate([cache[b, head, past], new[b, own, head]])
+            for cache, new in ((cache_k, own_k), (cache_v, own_v))
+        )
+        scores = scale[b, t] * keys @ q[b, t, n]
+        shares = np.exp(scores - scores.max())
+        o[b, t, n] = shares @ values / shares.sum()
+    return o
+
+
+@pytest.mark.parametrize("name", CASES | QUANTISED)
+def test_agrees_with_softmax(name: str) -> None:
+    case = (CASES | QUANTISED)[name]
+    drawn = draw(case, sum(map(ord, name)))
+    attend = functools.partial(decode_tpu.attend, interpret=True, block=case.block)
+    o = jax.jit(attend, compiler_options=QUICK)(**drawn)
+    expected = reference(case, drawn)
+    assert o.dtype == case.dtype and o.shape == drawn["q"].shape
+    error = np.max(np.abs(np.asarray(o, np.float64) - expected))
+    tolerance = 1e-5 if case.dtype == "float32" else 1e-2
+    assert error <= tolerance * np.max(np.abs(expected)), error
+
+
+def test_declines_float16() -> None:
+    drawn = draw(dataclasses.replace(CASES["one token"], dtype="float16"), 0)
+    with pytest.raises(NotImplementedError, match="decode_tpu: dtype float16"):
+        decode_tpu.attend(**drawn, interpret=True)
