@@ -17,7 +17,15 @@ from flax import struct
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.kernels import choice, decode_tpu, flash_tpu
+from qwen_jax.kernels import (
+    choice,
+    decode_tpu,
+    decode_triton,
+    flash_hopper,
+    flash_tpu,
+    flash_triton,
+    others,
+)
 from qwen_jax.weights import precision
 
 FULL = 2**30  # a window that no length reaches
@@ -150,16 +158,26 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 pallas_tpu = on_shards(flash_tpu.attend)
+pallas_triton = on_shards(flash_triton.attend)
+pallas_hopper = on_shards(flash_hopper.attend)
 
 # name -> attend(q, k, v, mask, scale, return_lse=False)
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "xla": xla,
     flash_tpu.NAME: pallas_tpu,
+    flash_triton.NAME: pallas_triton,
+    flash_hopper.NAME: pallas_hopper,
+    "dot_product": on_shards(others.dot_product),
+    "splash": on_shards(others.splash),
+    "flash": on_shards(others.tpu_flash),
+    "tokamax": on_shards(others.tokamax),
 }
 # attend -> decode(q, k, v, cache_k, cache_v, start, index, window, scale), for a few queries
 # against a cache; the others attend to the cache and to the new tokens, and merge.
 DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
     pallas_tpu: decode_tpu.attend,
+    pallas_triton: decode_triton.attend,
+    pallas_hopper: decode_triton.attend,
 }
 
 

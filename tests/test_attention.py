@@ -11,9 +11,9 @@ from qwen_jax import attention
 from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask, merge
 from qwen_jax.cache import quantize
 from qwen_jax.decode import place
-from tests.tiny import QUICK, on_mesh
+from tests.tiny import KERNELS, QUICK, on_mesh
 
-every_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize("name", ["xla", *KERNELS])
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import qwen_jax
 from qwen_jax import cache, decode, rope, sharding
 from tests.golden_figures import arrays, overrides, scalars, worst
+from tests.tiny import KERNELS
 
 # The original's own float32 noise reaches 5e-5 of a standard deviation of its logits.
 TOLERANCE = 2e-4
-KERNELS = ["pallas_tpu"]  # those that a CPU can interpret
 LENGTHS = (64, 65, 100, 128, 129, 200)
 
 

@@ -13,6 +13,7 @@ from qwen_jax.config import RopeScaling
 from qwen_jax.decode import place
 from qwen_jax.model import Decoder, FeedForward, rms_norm
 from tests.tiny import (
+    KERNELS,
     QUICK,
     cached_logits,
     frequencies,
@@ -283,7 +284,7 @@ def test_remat_and_scan_change_neither_values_nor_gradients(remat, stacked):
     assert_same_gradients(gradients(decoder, tiny_tokens(4, 9), remat, stacked), plain_gradients())
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_training_through_the_kernels(name):
     """Scanned layers with a window of their own, rematerialised, on four devices."""
     config = tiny_config(**TRAINED, head_dim=32, layer_windows=(5, None))

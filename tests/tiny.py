@@ -11,6 +11,7 @@ from qwen_jax.decode import place, positions
 from qwen_jax.model import Decoder, Output
 
 # For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
+KERNELS = ("pallas_tpu", "pallas_triton")  # attention that a CPU interprets
 QUICK = {"xla_backend_optimization_level": 0}
 
 

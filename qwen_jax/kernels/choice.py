@@ -35,6 +35,15 @@ def interpreted(name: str, platform: str) -> bool:
     return here.platform == "cpu"
 
 
+def need_gpu(name: str, newest_refused: float) -> None:
+    """Raise NotImplementedError on a GPU of that compute capability or less, where it is known."""
+    kind = device().device_kind
+    for here in jax.devices():
+        capability = getattr(here, "compute_capability", None)
+        if here.device_kind == kind and capability and float(capability) <= newest_refused:
+            raise NotImplementedError(f"{name}: {kind}, only A100 and newer")
+
+
 @functools.cache
 def measured() -> list[dict[str, Any]]:
     """The lines of the table."""

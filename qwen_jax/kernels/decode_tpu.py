@@ -19,6 +19,7 @@ from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline, pad, round_up
 
 NAME = "decode_tpu"
+FAMILY = "pallas_tpu"  # as which it is measured
 DTYPES = ("bfloat16", "float32")
 _LANES, _SUBLANES = 128, 8
 _HEADS = 16  # of a grid step: the softmax of some runs while the matrix units load the others
@@ -76,6 +77,8 @@ def attend(
     decline(NAME, q, k, DTYPES, HEAD_DIMS)
     batch, tokens, num_heads, dim = q.shape
     kv_heads, slots = values.shape[1:3]
+    sizes = choice.blocks(FAMILY, "decode", dim, values.dtype.name, slots)
+    block = block or sizes.get("block")
     shape = _shape(tokens, num_heads // kv_heads, kv_heads, slots, dim, values.dtype, block)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     leaves = [_arrays(leaf) for leaf in (cache_k, cache_v)]

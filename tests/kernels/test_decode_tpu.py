@@ -1,37 +1,14 @@
-"""The decode kernel for TPUs, interpreted on the CPU, against softmax attention in NumPy."""
+"""The decode kernel for TPUs, interpreted on the CPU, against softmax in float64."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from qwen_jax.cache import quantize
 from qwen_jax.kernels import decode_tpu
+from tests.kernels.decode_cases import FULL, Case, check, draw
 from tests.tiny import QUICK
-
-FULL = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """starts: `index - start` is a row's number of tokens. kind: of the cache's leaves."""
-
-    tokens: int
-    heads: int
-    groups: int
-    slots: int
-    dim: int
-    index: int
-    starts: tuple[int, ...]
-    window: int = FULL
-    dtype: str = "float32"
-    kind: str | None = None
-    block: int | None = None
-
 
 CASES = {
     "one token": Case(1, 8, 1, 256, 64, 200, (0, 72, 199), block=128),
@@ -69,77 +46,12 @@ QUANTISED = {
 }
 
 
-def draw(case: Case, seed: int) -> dict[str, Any]:
-    """Arguments of `attend`; slots that hold no visible token are not finite."""
-    random = np.random.default_rng(seed)
-    batch, dim, start = len(case.starts), case.dim, np.array(case.starts, np.int32)
-
-    def normal(*shape: int) -> Any:
-        return jnp.asarray(random.standard_normal(shape, np.float32), case.dtype)
-
-    token = (np.arange(case.slots) - start[:, None]) % case.slots
-    count = case.index - start[:, None]
-    held = (token < count) & (token > count - case.window)
-
-    def leaf() -> Any:
-        array = normal(batch, case.heads, case.slots, dim)
-        nan = jnp.asarray(~held)[:, None]
-        if case.kind is None:
-            return jnp.where(nan[..., None], jnp.nan, array)
-        leaf = quantize(array + 0.5, symmetric=case.kind == "int8")
-        zero = None if leaf.zero is None else jnp.where(nan, jnp.nan, leaf.zero)
-        return dataclasses.replace(leaf, scale=jnp.where(nan, jnp.nan, leaf.scale), zero=zero)
-
-    return {
-        "q": normal(batch, case.tokens, case.heads * case.groups, dim),
-        "k": normal(batch, case.tokens, case.heads, dim),
-        "v": normal(batch, case.tokens, case.heads, dim),
-        "cache_k": leaf(),
-        "cache_v": leaf(),
-        "start": jnp.asarray(start),
-        "index": jnp.int32(case.index),
-        "window": jnp.int32(case.window),
-        "scale": jnp.asarray(random.uniform(0.1, 0.4, (batch, case.tokens)), jnp.float32),
-    }
-
-
-def reference(case: Case, drawn: dict[str, Any]) -> np.ndarray:
-    def plain(x: Any) -> np.ndarray:
-        x = x.dequantize(jnp.float32) if hasattr(x, "dequantize") else x
-        return np.asarray(x, np.float64)
-
-    q, own_k, own_v, cache_k, cache_v, scale = (
-        plain(drawn[name]) for name in ("q", "k", "v", "cache_k", "cache_v", "scale")
-    )
-    o = np.zeros(q.shape)
-    for b, t, n in np.ndindex(*q.shape[:3]):
-        head, count = n // case.groups, case.index - case.starts[b]
-        seen = range(max(0, count + t - case.window + 1), count + t + 1)
-        past = [(case.starts[b] + p) % case.slots for p in seen if p < count]
-        own = [p - count for p in seen if p >= count]
-        if not seen:
-            continue
-        keys, values = (
-            np.concatenate([cache[b, head, past], new[b, own, head]])
-            for cache, new in ((cache_k, own_k), (cache_v, own_v))
-        )
-        scores = scale[b, t] * keys @ q[b, t, n]
-        shares = np.exp(scores - scores.max())
-        o[b, t, n] = shares @ values / shares.sum()
-    return o
-
-
 @pytest.mark.parametrize("name", CASES | QUANTISED)
 def test_agrees_with_softmax(name: str) -> None:
     case = (CASES | QUANTISED)[name]
     drawn = draw(case, sum(map(ord, name)))
     attend = functools.partial(decode_tpu.attend, interpret=True, block=case.block)
-    o = jax.jit(attend, compiler_options=QUICK)(**drawn)
-    expected = reference(case, drawn)
-    assert o.dtype == case.dtype and o.shape == drawn["q"].shape
-    error = np.max(np.abs(np.asarray(o, np.float64) - expected))
-    tolerance = 1e-5 if case.dtype == "float32" else 1e-2
-    assert error <= tolerance * np.max(np.abs(expected)), error
+    check(jax.jit(attend, compiler_options=QUICK), case, drawn)
 
 
 def test_declines_float16() -> None:

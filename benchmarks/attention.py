@@ -1,0 +1,230 @@
+"""Attention on the device here: every implementation that it has, in turn, at the models' shapes.
+
+    python benchmarks/attention.py [--quick] [--shapes '7b-*' ...] [--markdown FILE]
+
+A line for each implementation and shape: milliseconds of a layer; TFLOP/s (causal pairs counted as
+half, nothing as computed twice) and their share of a large matrix product, or for decoding the GB/s
+at which the cache is read and their share of a large copy (bytes read and written); how many times
+as fast as the best rival, which is whatever is not ours (`pallas_*`); and what LogN, a window and
+packing cost: the time of a visible pair with all three over that of plain causal attention.
+
+`NAME*` is another implementation as it does best, without our mask: plain causal with a mask of its
+own, or a cache in its own layout. Product and copy are timed in the same run, and all medians are
+over rounds in which everything has its turn. An implementation that differs from the reference is
+named and left out. Nothing else should run on the device.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import fnmatch
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+from tqdm import tqdm
+
+from qwen_jax import attention, command
+from qwen_jax.kernels import choice, others, timing
+from qwen_jax.kernels.timing import Case
+
+HEADS = {"1.8b": 16, "7b": 32, "14b": 40, "72b": 64}
+LENGTHS = {512: 64, 2048: 16, 8192: 4, 32768: 1}  # tokens of a row, and rows
+CACHES = {32768: (1,), 8192: (8,), 2048: (1, 64)}  # slots of a row, and rows
+QUICK = ("7b-*-b16-t2048", "7b-*-b4-t8192", "7b-decode-*-s32768*", "7b-decode-b64-*")
+COLUMNS = ("shape", "implementation", "ms", "rate", "share", "to best rival", "LogN etc.")
+
+
+def shapes(dtype: str) -> dict[str, Case]:
+    """The named shapes; those of `tiny` are for trying this out."""
+    result = {}
+
+    def add(size: str, task: str, batch: int, length: int, cache: str | None = None) -> None:
+        heads, dim = (2, 32) if size == "tiny" else (HEADS[size], 128)
+        letter = "s" if task == "decode" else "t"
+        name = f"{size}-{task}-b{batch}-{letter}{length}" + (f"-{cache}" if cache else "")
+        result[name] = Case(task, batch, length, heads, dim, dtype, cache=cache)
+
+    for size in HEADS:
+        for length, batch in LENGTHS.items():
+            add(size, "forward", batch, length)
+            add(size, "backward", batch, length)
+        for length, batches in CACHES.items():
+            for batch in batches:
+                add(size, "decode", batch, length)
+                add(size, "decode", batch, length, "int8")
+    add("tiny", "forward", 2, 64)
+    add("tiny", "backward", 2, 64)
+    add("tiny", "decode", 2, 64, "int8")
+    return result
+
+
+class Row(NamedTuple):
+    """Cells of a line, under COLUMNS."""
+
+    shape: str
+    implementation: str
+    milliseconds: str
+    rate: str
+    share: str
+    ratio: str
+    features: str
+
+
+@functools.cache
+def right(case: Case, name: str) -> bool:
+    """Whether an implementation agrees with the reference; says so where it does not."""
+    worst = timing.error(case, name)
+    if not worst <= timing.TOLERANCE[case.dtype]:
+        command.say(f"{name}, {case.task}: WRONG, by {worst:.1e}; left out")
+    return worst <= timing.TOLERANCE[case.dtype]
+
+
+def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dict[str, Any]:
+    """What is timed at a shape: implementations, ours with LogN etc. too, and rivals at best."""
+    made: dict[str, timing.Program] = {}
+
+    def attempt(label: str, make: Callable[[], timing.Program]) -> None:
+        try:
+            made[label] = make()
+        except Exception as error:  # compilers and allocators fail in ways of their own
+            command.say(f"{shape}: not {label}: {' '.join(str(error).split())[:200]}")
+
+    def checked(case: Case, name: str) -> timing.Program:
+        if not right(dataclasses.replace(case, batch=1, length=min(case.length, 1024)), name):
+            raise ValueError("its results are wrong")
+        return timing.program(case, name)
+
+    for name in names:
+        attempt(name, lambda name=name: checked(case, name))
+        if name.startswith("pallas") and name in made and case.task != "decode":
+            full = dataclasses.replace(case, features=True)
+            attempt(f"{name}+", lambda name=name, full=full: timing.program(full, name))
+    own = others.CACHED if case.task == "decode" else others.CAUSAL
+    for name in timing.available(own, interpreted):
+        attempt(f"{name}*", lambda name=name: timing.rival(case, name))
+    return made
+
+
+def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]:
+    """Time the programs of a shape, together with what they are measured against."""
+    limit, amount = timing.copy() if case.task == "decode" else timing.product(case.dtype)
+    seconds = timing.medians({**made, "limit": limit}, rounds)
+    peak = amount / seconds.pop("limit")
+    seconds = {name: x / case.layers() for name, x in seconds.items()}
+    rivals = [x for name, x in seconds.items() if not name.startswith("pallas")]
+    work, unit, scale = (
+        (case.bytes(), "GB/s", 1e9) if case.task == "decode" else (case.flops(), "TFLOP/s", 1e12)
+    )
+    result = []
+    for name, x in sorted(seconds.items(), key=lambda item: item[1]):
+        if name.endswith("+"):
+            continue
+        cost = seconds.get(f"{name}+")
+        if cost is not None:
+            cost *= case.pairs() / dataclasses.replace(case, features=True).pairs() / x
+        result.append(
+            Row(
+                shape,
+                name,
+                f"{1e3 * x:.4g}",
+                f"{work / x / scale:.4g} {unit}",
+                f"{100 * work / x / peak:.0f} %",
+                f"{min(rivals) / x:.2f}" if rivals else "",
+                "" if cost is None else f"{cost:.2f}",
+            )
+        )
+    what = "a copy" if case.task == "decode" else "a product"
+    result.append(Row(shape, what, "", f"{peak / scale:.4g} {unit}", "100 %", "", ""))
+    return result
+
+
+def markdown(lines: list[Row], argv: list[str]) -> str:
+    """A section for docs/benchmarks.md."""
+    here = choice.device()
+    head = [
+        f"{here.device_kind} ({here.platform}), jax {jax.__version__}, jaxlib "
+        f"{metadata.version('jaxlib')}, Python {sys.version.split()[0]}, {datetime.date.today()}; "
+        f"`{shlex.join(['python', 'benchmarks/attention.py', *argv])}`:",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    body = [f"| {' | '.join(x.replace('*', chr(92) + '*') for x in row)} |" for row in lines]
+    return "\n".join([*head, *body]) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    summary, _, detail = (__doc__ or "").partition("\n\n")
+    result = argparse.ArgumentParser(
+        description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--shapes", nargs="+", metavar="PATTERN", help="default: all but tiny; --list shows them")
+    add("--list", action="store_true", help="print the names of shapes and implementations")
+    add("--quick", action="store_true", help="a few shapes of the 7B, fewer rounds, 7 minutes")
+    add("--only", nargs="+", metavar="NAME", help="of the registry, beside all NAME*")
+    add("--dtype", choices=list(timing.TOLERANCE), help="default: bfloat16, on a CPU float32")
+    add("--rounds", type=command.positive, metavar="N", help="default: 15, --quick 7")
+    add("--minutes", type=command.positive, metavar="N", help="begin no new shape after that long")
+    add("--interpreted", action="store_true", help="on a CPU run kernels too, interpreted")
+    add("--markdown", type=Path, metavar="FILE", help="write a section for docs/benchmarks.md")
+    command.add_debug(result)
+    return result
+
+
+def chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]:
+    """The shapes that were asked for."""
+    patterns = args.shapes or (QUICK if args.quick else [f"{size}-*" for size in HEADS])
+    patterns = ["tiny-*" if x == "tiny" else x for x in patterns]
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise command.UsageError(f"--shapes {pattern}: no such shape; --list shows them")
+    return {k: x for k, x in known.items() if any(fnmatch.fnmatch(k, p) for p in patterns)}
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    on_cpu = choice.device().platform == "cpu"
+    known = shapes(args.dtype or ("float32" if on_cpu else "bfloat16"))
+    names = timing.available(attention.IMPLEMENTATIONS, args.interpreted)
+    if args.list:
+        print("\n".join(known), "\n".join(attention.IMPLEMENTATIONS), sep="\n\n")
+        return
+    if args.only:
+        names = args.only
+        for name in names:
+            attention.get(name)
+    cases = chosen(args, known)
+    rounds = args.rounds or (7 if args.quick else 15)
+    limit = 60 * (args.minutes or (7 if args.quick else 10**6))
+    command.use_compilation_cache()
+    started, lines = time.monotonic(), []
+    print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)
+    for shape, case in tqdm(cases.items(), unit="shape", smoothing=0):
+        if time.monotonic() - started > limit:
+            command.say(f"{shape}: left out, {limit // 60} minutes are over")
+            continue
+        new = rows(shape, case, programs(shape, case, names, args.interpreted), rounds)
+        timing.forget()
+        lines += new
+        for row in new:
+            print(f"{row[0]:26} {row[1]:16} {row[2]:>9} {row[3]:>15} ", *row[4:], flush=True)
+        if args.markdown:
+            args.markdown.write_text(markdown(lines, argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    return command.run(parser(), functools.partial(work, argv=given), given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

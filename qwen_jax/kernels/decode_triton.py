@@ -1,0 +1,444 @@
+"""Attention of a few query tokens to a cache, for NVIDIA GPUs (Pallas, Triton).
+
+The time of a step is that of reading the cache. Its visible blocks of slots are dealt out to
+`splits` programs for each head, so that one long row fills the chip; each writes a partial output
+and its log-sum-exp, and a small second kernel makes one softmax of them (flash-decoding). All
+queries of a head share each read: they are the rows of one matrix product. Softmax in base 2.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from qwen_jax.kernels import choice
+from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline
+
+NAME = "decode_triton"
+FAMILY = "pallas_triton"  # as which it is measured
+DTYPES = ("float16", "bfloat16", "float32")
+_ROWS = (16, 32)  # the least rows of a tensor core's product, and the most of a program
+_PROGRAMS = 1024  # several for each multiprocessor of any chip, so that none waits for long
+_SPLIT_SLOTS = (256, 4096)  # the least and the most slots of a split where the cache is full
+_BLOCK_BYTES = 2**14  # of the keys that are read at once, as the tensor cores take them
+_MERGED = 2**13  # partial numbers that a program of the second kernel holds
+
+
+class Shape(NamedTuple):
+    """rows: of a program's matrix product; row_blocks: programs for the queries of a head; block:
+    slots read at once. A head dim is `planes` interleaved parts of `width` columns each.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    slots: int
+    rows: int
+    row_blocks: int
+    planes: int
+    width: int
+    block: int
+    splits: int
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.kv_heads
+
+
+class Rows(NamedTuple):
+    """The queries of a program, [rows] each. place: of a query among T N; t: its token; real: it is
+    no padding of the matrix product; factor: of its scores, in base 2; skip: how many of the
+    tokens that query 0 sees are beyond its window.
+    """
+
+    place: jax.Array
+    t: jax.Array
+    real: jax.Array
+    factor: jax.Array
+    skip: jax.Array
+
+
+class State(NamedTuple):
+    """Of every query: the largest score, [rows]; the sum of exponentials and that of exponentials
+    times zeros of values, [rows, block], to be added up; the planes of the output, undivided.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    zeros: jax.Array
+    o: tuple[jax.Array, ...]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache_k: Any,
+    cache_v: Any,
+    start: jax.Array,
+    index: jax.Array,
+    window: jax.Array,
+    scale: jax.Array,
+    *,
+    interpret: bool | None = None,
+    block: int | None = None,
+    splits: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
+) -> jax.Array:
+    """Softmax over a ring of earlier keys and this pass's own: o [B, T, N, H] of q's dtype.
+
+    q [B, T, N, H]; k, v [B, T, K, H]: the pass's own; cache_k, cache_v [B, K, S, H]: arrays of q's
+    dtype, or int8 leaves with values, scale and zero (or None). Token p of row b lies in slot
+    (start[b] + p) mod S; `index - start` of them are written and query t is token
+    index - start + t: one before 0 is padding and gets 0. window int32 []; scale float32 [B, T].
+    block: slots read at once, a power of 2 from 16; splits: programs that share a head's slots;
+    warps, stages: of a program, Triton's (stages - 1 blocks are on their way at a time).
+    Raises NotImplementedError for what it does not do.
+    """
+    interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
+    choice.need_gpu(NAME, 7.5)
+    decline(NAME, q, k, DTYPES, HEAD_DIMS)
+    leaves = [_arrays(leaf, q.dtype) for leaf in (cache_k, cache_v)]
+    batch, tokens, heads, dim = q.shape
+    cached = getattr(cache_k, "values", cache_k)
+    sizes = choice.blocks(FAMILY, "decode", dim, cached.dtype.name, cached.shape[2])
+    warps, stages = warps or sizes.get("warps", 4), stages or sizes.get("stages", 3)
+    shape = _shape(q, leaves[0][0], block or sizes.get("block"), splits)
+    rows = tokens * heads
+    whole = jax.ShapeDtypeStruct((batch, rows, dim), q.dtype)
+    parts = [
+        jax.ShapeDtypeStruct((batch, rows, shape.splits, dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, rows, shape.splits), jnp.float32),
+    ]
+    scalars = [x.astype(jnp.int32) for x in (start, index, window)]
+    outs = pl.pallas_call(
+        functools.partial(_kernel, shape, interpret),
+        out_shape=[whole] if shape.splits == 1 else parts,
+        grid=(shape.splits * shape.row_blocks, shape.kv_heads, batch),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=NAME,
+    )(
+        *scalars,
+        scale.astype(jnp.float32),
+        q.reshape(batch, rows, dim),
+        k.astype(q.dtype),
+        v.astype(q.dtype),
+        *leaves,
+    )
+    if shape.splits > 1:
+        columns = max(16, min(128, _MERGED // pl.next_power_of_2(shape.splits)))
+        outs = pl.pallas_call(
+            functools.partial(_merge, shape, columns),
+            out_shape=[whole],
+            grid=(pl.cdiv(dim, columns), rows, batch),
+            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+            name=f"{NAME}_merge",
+        )(*outs)
+    return outs[0].reshape(q.shape)
+
+
+def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
+    """values, and of a quantised leaf its scale and, where it has one, its zero.
+
+    Two int8 numbers are seen as one of 16 bits: tensor cores want values in an order that only
+    numbers of 16 bits can be loaded in. XLA makes no copy of it.
+    """
+    if hasattr(leaf, "values"):
+        pairs = leaf.values.reshape(*leaf.values.shape[:-1], -1, 2)
+        arrays = [lax.bitcast_convert_type(pairs, jnp.int16), leaf.scale, leaf.zero]
+        return [x for x in arrays if x is not None]
+    if leaf.dtype != dtype:
+        raise NotImplementedError(f"{NAME}: a cache of {leaf.dtype}, only {dtype} or int8")
+    return [leaf]
+
+
+def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | None) -> Shape:
+    """How the work is cut. The splits follow from S, not from what is written: that is dealt out
+    evenly to them when the kernel runs.
+    """
+    batch, tokens, heads, dim = q.shape
+    kv_heads, slots = values.shape[1:3]
+    queries = tokens * heads // kv_heads
+    rows = min(max(pl.next_power_of_2(queries), _ROWS[0]), _ROWS[1])
+    row_blocks = pl.cdiv(queries, rows)
+    planes = dim // values.shape[3]
+    width = pl.next_power_of_2(values.shape[3])
+    if block is None:
+        block = min(64, _BLOCK_BYTES // (planes * width * q.dtype.itemsize))
+    if splits is None:
+        programs = batch * kv_heads * row_blocks
+        least, most = _SPLIT_SLOTS
+        wanted = max(pl.cdiv(_PROGRAMS, programs), pl.cdiv(slots, most))
+        splits = max(1, min(wanted, slots // least))
+    return Shape(
+        tokens, heads, kv_heads, dim, slots, rows, row_blocks, planes, width, block, splits
+    )
+
+
+def _kernel(shape: Shape, interpret: bool, *refs: Any) -> None:
+    """One split of one row's slots, for the queries of one head."""
+    start_ref, index_ref, window_ref, scale_ref, q_ref, k_ref, v_ref, keys, values, *outs = refs
+    # Row blocks of the same slots are neighbours: all but one of them read from the L2 cache.
+    split, row_block = pl.program_id(0) // shape.row_blocks, pl.program_id(0) % shape.row_blocks
+    head, b = pl.program_id(1), pl.program_id(2)
+    window = window_ref[...]
+    # A row that has not begun may lie arbitrarily far ahead; the bound keeps what follows in range.
+    written = jnp.maximum(index_ref[...] - start_ref[b], -shape.tokens)
+    low = jnp.maximum(written - window + 1, 0)  # the first token that query 0 sees
+    length = jnp.maximum(written - low, 0)
+    begin = lax.rem(lax.rem(start_ref[b], shape.slots) + lax.rem(low, shape.slots), shape.slots)
+    begin = jnp.where(begin < 0, begin + shape.slots, begin)
+
+    row = row_block * shape.rows + jnp.arange(shape.rows)
+    t = row // shape.groups
+    place = t * shape.heads + head * shape.groups + row % shape.groups
+    real = t < shape.tokens
+    factor = plt.load(scale_ref.at[b, t], mask=real, other=0) * LOG2E
+    rows = Rows(place, t, real, factor, written + t - window + 1 - low)
+    q = [plt.load(q_ref.at[b, *at], mask=m, other=0) for at, m in _plane_places(shape, rows)]
+    total_q = _sum([jnp.sum(x.astype(jnp.float32), 1) for x in q])
+
+    dot = functools.partial(_dot, interpret)
+
+    def step(i: Any, state: State, masked: bool) -> State:
+        """Add block i of slots, some of which a query may not see."""
+        slot = i * shape.block + jnp.arange(shape.block)
+        mask = seen = None
+        if masked:
+            rank = _rank(slot, begin, shape)
+            mask = rank < length
+            seen = mask[None, :] & (rank[None, :] >= rows.skip[:, None])
+        key, *key_scales = _load(shape, keys, (b, head), slot, mask)
+        value, *value_scales = _load(shape, values, (b, head), slot, mask)
+        parts = [_plane(shape, key, c, x.dtype, interpret) for c, x in enumerate(q)]
+        s = _sum([dot(x, part.T) for x, part in zip(q, parts, strict=True)])
+        if key_scales:
+            s *= key_scales[0][None, :]
+        if len(key_scales) == 2:
+            s += total_q[:, None] * key_scales[1][None, :]
+        s *= rows.factor[:, None]
+        s = s if seen is None else jnp.where(seen, s, MASKED)
+        largest = jnp.maximum(state.largest, jnp.max(s, 1))
+        decay = jnp.exp2(state.largest - largest)[:, None]
+        p = jnp.exp2(s - largest[:, None])
+        total, zeros = state.total * decay + p, state.zeros
+        if len(value_scales) == 2:
+            zeros = zeros * decay + p * value_scales[1][None, :]
+        if value_scales:
+            p *= value_scales[0][None, :]
+        # A share times the scale of a token may be too small for float16.
+        p = p.astype(jnp.bfloat16 if value_scales and q[0].dtype == jnp.float16 else q[0].dtype)
+        parts = [_plane(shape, value, c, p.dtype, interpret) for c in range(shape.planes)]
+        o = [x * decay + dot(p, part) for x, part in zip(state.o, parts, strict=True)]
+        return State(largest, total, zeros, tuple(o))
+
+    state = _own(shape, dot, split, (b, head), written, window, q, rows, k_ref, v_ref)
+    state = _blocks(shape, split, begin, length, window, written - low, step, state)
+    total = jnp.sum(state.total, 1)
+    empty = total == 0
+    zeros = jnp.sum(state.zeros, 1)[:, None]
+    for (at, mask), o in zip(_plane_places(shape, rows), state.o, strict=True):
+        o = (o + zeros) / jnp.where(empty, 1, total)[:, None]
+        where = (b, *at) if shape.splits == 1 else (b, at[0], split, at[1])
+        plt.store(outs[0].at[where], o.astype(outs[0].dtype), mask=mask)
+    if shape.splits > 1:
+        lse = jnp.where(empty, LOWEST, state.largest + jnp.log2(jnp.where(empty, 1, total)))
+        plt.store(outs[1].at[b, rows.place, split], lse, mask=real)
+
+
+def _plane_places(shape: Shape, rows: Rows) -> list[tuple[tuple[jax.Array, jax.Array], jax.Array]]:
+    """Of every plane: which queries and columns it is, and which of them there are."""
+    places = []
+    for plane in range(shape.planes):
+        column = jnp.arange(shape.width) * shape.planes + plane
+        mask = rows.real[:, None] & (column < shape.dim)[None, :]
+        places.append((_area(rows.place, column), mask))
+    return places
+
+
+def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The indices of a block of an array's last two axes: unlike slices they may be out of it."""
+    area = (row.size, column.size)
+    return jnp.broadcast_to(row[:, None], area), jnp.broadcast_to(column[None, :], area)
+
+
+def _rank(slot: jax.Array, begin: Any, shape: Shape) -> jax.Array:
+    """How far round the ring a slot lies behind `begin`; beyond the last slot: far."""
+    rank = jnp.where(slot < begin, slot - begin + shape.slots, slot - begin)
+    if shape.slots % shape.block:
+        rank = jnp.where(slot < shape.slots, rank, shape.slots)
+    return rank
+
+
+def _blocks(
+    shape: Shape,
+    split: Any,
+    begin: Any,
+    length: Any,
+    window: Any,
+    seen: Any,
+    step: Any,
+    state: State,
+) -> State:
+    """The state after this split's share of the blocks that hold `length` slots from `begin`.
+
+    Blocks are numbered as the ring is walked. All queries see all of some of them, a run, which
+    take a path without a mask.
+    """
+    block, slots = shape.block, shape.slots
+    ring = pl.cdiv(slots, block)
+    head = begin // block
+    last = begin + length - 1  # a slot, or slots more
+    wrapped = jnp.minimum(ring - head + (last - slots) // block + 1, ring)
+    count = jnp.where(last < slots, last // block - head + 1, wrapped)
+    count = jnp.where(length > 0, count, 0)
+    low, high = split * count // shape.splits, (split + 1) * count // shape.splits
+
+    def walk(first: Any, after: Any, number: Any, masked: bool, state: State) -> State:
+        def body(j: Any, state: State) -> State:
+            i = head + number(j)
+            return step(jnp.where(i >= ring, i - ring, i), state, masked)
+
+        return lax.fori_loop(first, after, body, state)
+
+    if slots % block:  # a block in the middle of the walk is not full, and the next ones shift
+        return walk(low, high, lambda j: j, True, state)
+    skip = jnp.maximum(seen + shape.tokens - window, 0)  # tokens that the last query does not see
+    offset = begin - head * block
+    first = jnp.clip(pl.cdiv(skip + offset, block), low, high)
+    after = jnp.clip((length + offset) // block, first, high)
+    state = walk(first, after, lambda j: j, False, state)
+    edges = high - after + first
+    return walk(low, edges, lambda j: jnp.where(j < first, j, j - first + after), True, state)
+
+
+def _load(
+    shape: Shape, leaf: Any, where: Any, slot: jax.Array, mask: jax.Array | None
+) -> list[jax.Array]:
+    """A block of values, [block, width], and of a quantised leaf what goes with each slot; zeros
+    outside the mask: what lies there may not be finite.
+    """
+    column = jnp.arange(shape.width)
+    tile_mask = None if mask is None else mask[:, None]
+    if shape.width * shape.planes != shape.dim:
+        inside = (column < shape.dim // shape.planes)[None, :]
+        tile_mask = inside if tile_mask is None else tile_mask & inside
+    if tile_mask is not None:
+        tile_mask = jnp.broadcast_to(tile_mask, (shape.block, shape.width))
+    tile = _read(leaf[0].at[*where, *_area(slot, column)], tile_mask)
+    return [tile, *(_read(x.at[*where, slot], mask) for x in leaf[1:])]
+
+
+def _read(ref: Any, mask: jax.Array | None) -> jax.Array:
+    return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0)
+
+
+def _plane(shape: Shape, tile: jax.Array, plane: int, dtype: Any, interpret: bool) -> jax.Array:
+    """A plane of a tile of values as `dtype`: the tile itself, or one of the int8 of each pair."""
+    if shape.planes == 1:
+        return tile
+    if interpret or dtype == jnp.float32:
+        byte = (tile if plane else tile << 8) >> 8
+        return byte.astype(dtype)
+    [wide] = plt.elementwise_inline_asm(
+        _asm(plane, dtype),
+        args=[tile],
+        constraints="=r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(tile.shape, dtype)],
+    )
+    return wide
+
+
+def _asm(plane: int, dtype: Any) -> str:
+    """PTX that makes two numbers of 16 bits of the int8 in byte `plane` of two pairs.
+
+    The bits of an int8 become the mantissa of a large number, from which another is subtracted:
+    much faster than the instruction that converts. float16: 1024 + (x + 128) less 1152. A mantissa
+    of bfloat16 has 7 bits: 128 + (x mod 128), less 128, or less 256 where x is negative.
+    """
+    source = "shr.u32 x, $1, 8;" if plane else "mov.b32 x, $1;"
+    if dtype == jnp.float16:
+        rest = (
+            "lop3.b32 y, x, 0x00ff00ff, 0x64806480, 0x6a; mov.b32 z, 0x64806480;"
+            "sub.rn.f16x2 $0, y, z;"
+        )
+    else:
+        rest = (
+            "lop3.b32 y, x, 0x007f007f, 0x43004300, 0xea;"
+            "lop3.b32 z, x, 0x00800080, 0x43004300, 0xea;"
+            "mov.b32 x, 0xbf80bf80; fma.rn.bf16x2 $0, z, x, y;"
+        )
+    return f"{{ .reg .b32 x, y, z; {source} {rest} }}"
+
+
+def _sum(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _dot(interpret: bool, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y in float32. float32 takes three products of tensor cores, which a CPU has none of."""
+    precision: Any = lax.Precision.DEFAULT
+    if x.dtype == jnp.float32:
+        precise = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = lax.Precision.HIGHEST if interpret else precise
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _own(
+    shape: Shape,
+    dot: Any,
+    split: Any,
+    where: Any,
+    written: Any,
+    window: Any,
+    q: list[jax.Array],
+    rows: Rows,
+    k_ref: Any,
+    v_ref: Any,
+) -> State:
+    """The state that the blocks are added to: in the first split, of the pass's own tokens."""
+    b, head = where
+    count = max(pl.next_power_of_2(shape.tokens), _ROWS[0])
+    u = jnp.arange(count)
+    held = (u < shape.tokens) & (written + u >= 0) & (split == 0)
+    distance = rows.t[:, None] - u[None, :]
+    seen = held[None, :] & (distance >= 0) & (distance < window)
+
+    def read(ref: Any, plane: int) -> jax.Array:
+        column = jnp.arange(shape.width) * shape.planes + plane
+        token, column_of = _area(u, column)
+        mask = held[:, None] & (column < shape.dim)[None, :]
+        return plt.load(ref.at[b, token, head, column_of], mask=mask, other=0)
+
+    s = _sum([dot(x, read(k_ref, plane).T) for plane, x in enumerate(q)])
+    s = jnp.where(seen, s * rows.factor[:, None], MASKED)
+    largest = jnp.maximum(jnp.max(s, 1), LOWEST)
+    p = jnp.exp2(s - largest[:, None])
+    first = jnp.arange(shape.block)[None, :] == 0
+    total = jnp.where(first, jnp.sum(p, 1)[:, None], 0)
+    o = [dot(p.astype(q[0].dtype), read(v_ref, plane)) for plane in range(shape.planes)]
+    return State(largest, total, jnp.zeros_like(total), tuple(o))
+
+
+def _merge(shape: Shape, columns: int, o_ref: Any, lse_ref: Any, out_ref: Any) -> None:
+    """One softmax from the splits of one query, for some columns of its output."""
+    b, place = pl.program_id(2), pl.program_id(1)
+    column = pl.program_id(0) * columns + jnp.arange(columns)
+    split = jnp.arange(pl.next_power_of_2(shape.splits))
+    real, inside = split < shape.splits, column < shape.dim
+    lse = plt.load(lse_ref.at[b, place, split], mask=real, other=LOWEST)
+    at = (b, place, *_area(split, column))
+    parts = plt.load(o_ref.at[at], mask=real[:, None] & inside[None, :], other=0)
+    # Where no split has seen anything the shares are arbitrary, and all parts 0.
+    shares = jnp.exp2(lse - jnp.max(lse, 0))
+    o = jnp.sum(parts * shares[:, None], 0) / jnp.sum(shares, 0)
+    plt.store(out_ref.at[b, place, column], o.astype(out_ref.dtype), mask=inside)

@@ -1,0 +1,563 @@
+"""Flash attention for NVIDIA GPUs from A100 on, forward and backward, in Pallas Triton.
+
+A program keeps a tile of rows and walks the blocks of the other side that its mask leaves: a run of
+blocks that are wholly visible, without mask arithmetic, and before and behind it the others, each
+looked at first. The bounds of the walk are made from extents of blocks before the kernel starts.
+The backward pass is two kernels, one over tiles of keys and one over tiles of queries, so that
+every sum has one owner: no atomics, the same bits each time.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from qwen_jax.kernels import choice, flash
+
+NAME = "pallas_triton"
+DTYPES = ("bfloat16", "float16", "float32")
+# Triton's arrays are powers of two long. Other head dims are cut into such parts, not padded up to
+# one: a product over all lanes is a sum of products over the parts, and no lane is wasted.
+_PARTS = {80: (64, 16), 96: (64, 32)}
+_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of a key that is no token: no query's
+_ALL = slice(None)
+_NN = (((1,), (0,)), ((), ()))
+_NT = (((1,), (1,)), ((), ()))  # rows of both operands
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tokens of the tile that a program keeps and of the blocks that pass by, powers of two; warps
+    of a program; blocks on their way from memory at once.
+    """
+
+    tile: int
+    block: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Triton:
+    """A `flash.Body`. Blocks of its three kernels: in dkv a tile is of keys, else of queries."""
+
+    forward_blocks: Blocks
+    dkv_blocks: Blocks
+    dq_blocks: Blocks
+    interpret: bool = False
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        (batch, length, heads, dim), keys, sizes = q.shape, k.shape[1], self.forward_blocks
+        queries = flash.round_up(length, sizes.tile)
+        q, scale = flash.pad(q, 1, queries), flash.pad(scale * math.sqrt(dim), 1, queries)
+        k, v = (flash.pad(x, 1, flash.round_up(keys, sizes.block)) for x in (k, v))
+        mask = flash.padded_mask(mask, queries, k.shape[1])
+        plan, specs = _plan(mask, sizes), _QuerySpecs(q, k, sizes.tile)
+        o, lse = self._call(
+            functools.partial(_forward, block=sizes.block),
+            "flash_forward",
+            sizes,
+            specs.grid,
+            [
+                *_plan_specs(specs.program, plan),
+                specs.scale,
+                specs.q,
+                specs.k,
+                specs.k,
+                *specs.places,
+            ],
+            [specs.q, specs.stat],
+            [
+                jax.ShapeDtypeStruct(q.shape, dtype),
+                jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+            ],
+        )(*plan, scale, q, k, v, *_places(mask))
+        return o[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Any,
+        scale: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q = flash.factored(q, scale)  # both kernels read it so
+        lse, delta = (jnp.swapaxes(x, 1, 2) for x in (lse * flash.LOG2E, delta))  # [B, N, T]
+        dq = self._dq(q, k, v, mask, scale, lse, delta, do)
+        dk, dv = self._dkv(q, k, v, mask, lse, delta, do)
+        return dq, dk, dv
+
+    def _dq(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Any,
+        scale: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> jax.Array:
+        length, sizes = q.shape[1], self.dq_blocks
+        queries, keys = (
+            flash.round_up(x.shape[1], size) for x, size in ((q, sizes.tile), (k, sizes.block))
+        )
+        q, do, scale = (flash.pad(x, 1, queries) for x in (q, do, scale))
+        lse, delta = (flash.pad(x, 2, queries) for x in (lse, delta))
+        k, v = (flash.pad(x, 1, keys) for x in (k, v))
+        mask = flash.padded_mask(mask, queries, keys)
+        plan, specs = _plan(mask, sizes), _QuerySpecs(q, k, sizes.tile)
+        (dq,) = self._call(
+            functools.partial(_backward_queries, block=sizes.block),
+            "flash_backward_queries",
+            sizes,
+            specs.grid,
+            [
+                *_plan_specs(specs.program, plan),
+                *[specs.scale, specs.q, specs.k, specs.k, *specs.places],
+                *[specs.q, specs.stat, specs.stat],
+            ],
+            [specs.q],
+            [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        )(*plan, scale, q, k, v, *_places(mask), do, lse, delta)
+        return dq[:, :length]
+
+    def _dkv(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Any,
+        lse: jax.Array,
+        delta: jax.Array,
+        do: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        length, sizes = k.shape[1], self.dkv_blocks
+        queries, keys = (
+            flash.round_up(x.shape[1], size) for x, size in ((q, sizes.block), (k, sizes.tile))
+        )
+        q, do = (flash.pad(x, 1, queries) for x in (q, do))
+        lse, delta = (flash.pad(x, 2, queries) for x in (lse, delta))
+        k, v = (flash.pad(x, 1, keys) for x in (k, v))
+        mask = flash.padded_mask(mask, queries, keys)
+        plan, specs = _plan(mask, sizes, of_keys=True), _KeySpecs(q, k, sizes.tile)
+        dk, dv = self._call(
+            functools.partial(_backward_keys, block=sizes.block),
+            "flash_backward_keys",
+            sizes,
+            specs.grid,
+            [
+                *_plan_specs(specs.program, plan),
+                *[specs.q, specs.k, specs.k, *specs.places],
+                *[specs.q, specs.stat, specs.stat],
+            ],
+            [specs.k, specs.k],
+            [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        )(*plan, q, k, v, *_places(mask), do, lse, delta)
+        return dk[:, :length], dv[:, :length]
+
+    def _call(
+        self,
+        kernel: Callable[..., None],
+        name: str,
+        sizes: Blocks,
+        grid: tuple[int, int, int],
+        in_specs: list[pl.BlockSpec],
+        out_specs: list[pl.BlockSpec],
+        out_shape: list[jax.ShapeDtypeStruct],
+    ) -> Callable[..., Any]:
+        return pl.pallas_call(
+            kernel,
+            out_shape=out_shape,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            compiler_params=pltriton.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
+            interpret=self.interpret,
+            name=name,
+        )
+
+
+_HOPPERS = ("H100", "H20", "H800")  # H200 and GH200 too
+# Blocks of forward, dkv and dq by head dim, up to it. Chosen by what ptxas says (the largest that
+# spill no register and fit in shared memory), not measured: no such GPU was at hand. Those of
+# _AMPERE fit in 99 KiB, all that lesser GPUs of compute capability 8 have.
+_HOPPER = {
+    64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 128, 8, 2)),
+    128: (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
+    256: (Blocks(64, 64, 8, 2), Blocks(32, 32, 8, 2), Blocks(64, 32, 8, 2)),
+}
+_AMPERE = {
+    64: (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
+    96: (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2)),
+    128: (Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2)),
+    256: (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
+}
+# Full precision is no work for tensor cores: the products are written out in registers.
+_FLOAT32 = {
+    128: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 2)),
+    256: (Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 2)),
+}
+
+
+def attend(
+    q: jax.Array,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: jax.Array,
+    return_lse: bool = False,
+    *,
+    forward_blocks: Blocks | None = None,
+    dkv_blocks: Blocks | None = None,
+    dq_blocks: Blocks | None = None,
+    interpret: bool | None = None,
+) -> Any:
+    """Attention on an NVIDIA GPU; arguments and results as `attention.xla`. Blocks that are not
+    given are the measured ones, or this device's defaults. Interpreted on a CPU, unless `interpret`
+    says otherwise.
+
+    Raises NotImplementedError, naming what it is, for what the kernel does not do.
+    """
+    interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
+    choice.need_gpu(NAME, 7.5)
+    flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
+    forward, dkv, dq = _default_blocks(q.shape[-1], q.dtype)
+    what = (q.shape[-1], q.dtype.name, k.shape[1])
+    forward = dataclasses.replace(forward, **choice.blocks(NAME, "forward", *what))
+    backward = choice.blocks(NAME, "backward", *what)
+    dkv, dq = _replaced(dkv, "dkv_", backward), _replaced(dq, "dq_", backward)
+    body = Triton(forward_blocks or forward, dkv_blocks or dkv, dq_blocks or dq, interpret)
+    return flash.attend(body, q, k, v, mask, scale, return_lse)
+
+
+def _replaced(blocks: Blocks, part: str, sizes: dict[str, int]) -> Blocks:
+    """The blocks with those sizes whose names begin with `part`."""
+    own = {key.removeprefix(part): size for key, size in sizes.items() if key.startswith(part)}
+    return dataclasses.replace(blocks, **own)
+
+
+def _default_blocks(dim: int, dtype: Any) -> tuple[Blocks, Blocks, Blocks]:
+    kind = choice.device().device_kind
+    if jnp.dtype(dtype).itemsize == 4:
+        table = _FLOAT32
+    else:
+        table = _HOPPER if any(name in kind for name in _HOPPERS) else _AMPERE
+    return table[min(size for size in table if size >= dim)]
+
+
+class _QuerySpecs:
+    """What a program of a kernel over tiles of queries gets of each array."""
+
+    def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
+        batch, queries, heads, dim = q.shape
+        tiles, group = queries // tile, heads // k.shape[2]
+
+        def at(t: Any) -> Any:
+            return tiles - 1 - t  # the longest of a causal mask start first
+
+        self.grid = (tiles, heads, batch)
+        self.program = pl.BlockSpec((None, None, 8), lambda t, n, b: (b, at(t), 0))
+        self.q = pl.BlockSpec((None, tile, None, dim), lambda t, n, b: (b, at(t), n, 0))
+        self.k = pl.BlockSpec((None, k.shape[1], None, dim), lambda t, n, b: (b, 0, n // group, 0))
+        self.stat = pl.BlockSpec((None, None, tile), lambda t, n, b: (b, n, at(t)))
+        self.scale = pl.BlockSpec((None, tile), lambda t, n, b: (b, at(t)))
+        self.places = [
+            pl.BlockSpec((None, 2, tile), lambda t, n, b: (b, 0, at(t))),
+            pl.BlockSpec((None, 2, k.shape[1]), lambda t, n, b: (b, 0, 0)),
+        ]
+
+
+class _KeySpecs:
+    """The same of a kernel over tiles of keys, whose q and stat hold the heads of a group."""
+
+    def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
+        batch, keys, heads, dim = k.shape
+        queries, group = q.shape[1], q.shape[2] // heads
+        self.grid = (keys // tile, heads, batch)
+        self.program = pl.BlockSpec((None, None, 8), lambda t, n, b: (b, t, 0))
+        self.q = pl.BlockSpec((None, queries, group, dim), lambda t, n, b: (b, 0, n, 0))
+        self.k = pl.BlockSpec((None, tile, None, dim), lambda t, n, b: (b, t, n, 0))
+        self.stat = pl.BlockSpec((None, group, queries), lambda t, n, b: (b, n, 0))
+        self.places = [
+            pl.BlockSpec((None, 2, queries), lambda t, n, b: (b, 0, 0)),
+            pl.BlockSpec((None, 2, tile), lambda t, n, b: (b, 0, t)),
+        ]
+
+
+def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.BlockSpec]:
+    return [
+        program,
+        pl.BlockSpec((None, *plan[1].shape[1:]), lambda t, n, b: (b, 0, 0)),
+        pl.BlockSpec((1,), lambda t, n, b: (0,)),
+    ]
+
+
+def _plan(mask: Any, sizes: Blocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
+    """What a program's walk is made of: for each tile, int32 [B, tiles, 8], the first block that is
+    visible, the first and one past the last of a run of full ones, one past the last visible, and
+    its extent; for each block its extent, int32 [B, blocks, 4]; the window, int32 [1].
+    """
+    q = flash.extent(mask.q_positions, mask.q_segments, sizes.block if of_keys else sizes.tile)
+    k = flash.extent(mask.k_positions, mask.k_segments, sizes.tile if of_keys else sizes.block)
+    window = jnp.maximum(jnp.asarray(mask.window, jnp.int32), 0)
+    tiles, blocks = (k, q) if of_keys else (q, k)
+    along = flash.Extent(*(x[:, :, None] for x in tiles))
+    across = flash.Extent(*(x[:, None, :] for x in blocks))
+    pair = (across, along) if of_keys else (along, across)
+    # XLA makes these pairs inside the reductions and holds none of them.
+    seen, full = flash.visible(*pair, window), flash.full(*pair, window)
+    index = lax.broadcasted_iota(jnp.int32, seen.shape, 2)
+
+    def least(chosen: jax.Array, otherwise: Any) -> jax.Array:
+        return jnp.min(jnp.where(chosen, index, otherwise), 2, keepdims=True)
+
+    def beyond(chosen: jax.Array, otherwise: Any) -> jax.Array:
+        return jnp.max(jnp.where(chosen, index + 1, otherwise), 2, keepdims=True)
+
+    first, last = least(seen, seen.shape[2]), beyond(seen, 0)
+    # The full blocks of most masks are one run. Of a ring that has wrapped they are two: the first
+    # and the last are looked for, and the longer one taken.
+    head = least(full, last)
+    head_end = least(~full & (index >= head), last)
+    tail_end = beyond(full, first)
+    tail = beyond(~full & (index < tail_end), first)
+    longer = head_end - head >= tail_end - tail
+    bounds = first, jnp.where(longer, head, tail), jnp.where(longer, head_end, tail_end), last
+    program = jnp.concatenate([*bounds, jnp.stack(tiles[:4], 2)], 2)
+    return program, jnp.stack(blocks[:4], 2), window.reshape(1)
+
+
+def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments of queries and of keys, int32 [B, 2, n] each."""
+    segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
+    return (
+        jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
+        jnp.stack([mask.k_positions, segments], 1).astype(jnp.int32),
+    )
+
+
+def _walk(
+    program: Any,
+    blocks: Any,
+    window: Any,
+    visit: Callable[[Any, bool, Any], Any],
+    state: Any,
+    of_keys: bool = False,
+) -> Any:
+    """state = visit(block, masked, state) for the visible blocks, those of the full run first."""
+    first, full, full_end, last = (program[i] for i in range(4))
+    before = full - first
+
+    def careful(index: Any, state: Any) -> Any:
+        block = jnp.where(index < before, first + index, full_end + index - before)
+        mine = flash.Extent(*(program[4 + i] for i in range(4)), uniform=None)
+        other = flash.Extent(*(blocks[block, i] for i in range(4)), uniform=None)
+        pair = (other, mine) if of_keys else (mine, other)
+        # A loop of no or one step, not a branch: Triton copies ahead, and keeps fewer registers.
+        end = block + flash.visible(*pair, window[0]).astype(jnp.int32)
+        return lax.fori_loop(block, end, lambda i, x: visit(i, True, x), state)
+
+    state = lax.fori_loop(full, full_end, lambda i, x: visit(i, False, x), state)
+    return lax.fori_loop(0, before + last - full_end, careful, state)
+
+
+def _forward(
+    program: Any,
+    blocks: Any,
+    window: Any,
+    scale: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_places: Any,
+    k_places: Any,
+    o: Any,
+    lse: Any,
+    *,
+    block: int,
+) -> None:
+    """scale: without `flash.score_factor`."""
+    tile, dim = q.shape
+    factor = flash.score_factor(dim)
+    rows = [_scaled(q[:, part], scale[...][:, None]) for part in _parts(dim)]
+
+    def visit(index: Any, masked: bool, state: Any) -> Any:
+        largest, total, sums = state
+        keys = pl.ds(index * block, block)
+        scores = _product(rows, _load(k, keys))
+        if masked:
+            scores = _masked(scores, _at(q_places, _ALL), _at(k_places, keys), window[0])
+        now = jnp.maximum(largest, jnp.max(scores, 1))
+        weights = jnp.exp2((scores - now[:, None]) * factor)
+        fading = jnp.exp2((largest - now) * factor)
+        total = total * fading + jnp.sum(weights, 1)
+        sums = _add([x * fading[:, None] for x in sums], weights, _load(v, keys))
+        return now, total, sums
+
+    nothing = (
+        jnp.full((tile,), flash.LOWEST, jnp.float32),
+        jnp.zeros((tile,), jnp.float32),
+        _zeros(tile, dim),
+    )
+    largest, total, sums = _walk(program, blocks, window, visit, nothing)
+    divisor = jnp.where(total > 0, total, 1)
+    for part, x in zip(_parts(dim), sums, strict=True):
+        o[:, part] = (x / divisor[:, None]).astype(o.dtype)
+    lse[...] = jnp.where(total > 0, (largest * factor + jnp.log2(divisor)) / flash.LOG2E, -jnp.inf)
+
+
+def _backward_queries(
+    program: Any,
+    blocks: Any,
+    window: Any,
+    scale: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_places: Any,
+    k_places: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    dq: Any,
+    *,
+    block: int,
+) -> None:
+    """q is factored; lse is in base 2."""
+    tile, dim = q.shape
+    factor = flash.score_factor(dim)
+    rows, slopes_in = _load(q, _ALL), _load(do, _ALL)
+    row_lse, row_delta = lse[...][:, None], delta[...][:, None]
+
+    def visit(index: Any, masked: bool, sums: Any) -> Any:
+        keys = pl.ds(index * block, block)
+        columns = _load(k, keys)
+        scores = _product(rows, columns)
+        if masked:
+            scores = _masked(scores, _at(q_places, _ALL), _at(k_places, keys), window[0])
+        weights = jnp.exp2(scores * factor - row_lse)
+        slopes = weights * (_product(slopes_in, _load(v, keys)) - row_delta)
+        return _add(sums, slopes, columns)
+
+    sums = _walk(program, blocks, window, visit, _zeros(tile, dim))
+    for part, x in zip(_parts(dim), sums, strict=True):
+        dq[:, part] = (x * scale[...][:, None]).astype(dq.dtype)
+
+
+def _backward_keys(
+    program: Any,
+    blocks: Any,
+    window: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_places: Any,
+    k_places: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    dk: Any,
+    dv: Any,
+    *,
+    block: int,
+) -> None:
+    """Scores lie [keys, queries] here, so that they are what dk and dv are sums of."""
+    tile, dim = k.shape
+    factor = flash.score_factor(dim)
+    keys, values = _load(k, _ALL), _load(v, _ALL)
+
+    def over(member: Any, state: Any) -> Any:
+        def visit(index: Any, masked: bool, state: Any) -> Any:
+            dk_sums, dv_sums = state
+            rows = pl.ds(index * block, block)
+            columns = _load(q, rows, member)
+            scores = _product(keys, columns)
+            if masked:
+                places = _at(q_places, rows), _at(k_places, _ALL)
+                scores = _masked(scores, *places, window[0], turned=True)
+            weights = jnp.exp2(scores * factor - lse[member, rows][None, :])
+            slopes_in = _load(do, rows, member)
+            dv_sums = _add(dv_sums, weights, slopes_in)
+            slopes = weights * (_product(values, slopes_in) - delta[member, rows][None, :])
+            return _add(dk_sums, slopes, columns), dv_sums
+
+        return _walk(program, blocks, window, visit, state, of_keys=True)
+
+    nothing = _zeros(tile, dim), _zeros(tile, dim)
+    dk_sums, dv_sums = lax.fori_loop(0, q.shape[1], over, nothing)
+    for part, x, y in zip(_parts(dim), dk_sums, dv_sums, strict=True):
+        dk[:, part] = (x * (factor / flash.LOG2E)).astype(dk.dtype)
+        dv[:, part] = y.astype(dv.dtype)
+
+
+def _parts(dim: int) -> list[slice]:
+    """The head dim in powers of two."""
+    sizes = _PARTS.get(dim, (dim,))
+    return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+def _load(ref: Any, rows: Any, *head: Any) -> list[Any]:
+    """Rows of an array, in parts."""
+    return [ref[rows, *head, part] for part in _parts(ref.shape[-1])]
+
+
+def _at(places: Any, rows: Any) -> tuple[Any, Any]:
+    return places[0, rows], places[1, rows]
+
+
+def _zeros(rows: int, dim: int) -> list[Any]:
+    sizes = _PARTS.get(dim, (dim,))
+    return [jnp.zeros((rows, size), jnp.float32) for size in sizes]
+
+
+def _dot(a: Any, b: Any, dimensions: Any) -> Any:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _product(a: list[Any], b: list[Any]) -> Any:
+    """Rows of a times rows of b."""
+    return functools.reduce(jnp.add, (_dot(x, y, _NT) for x, y in zip(a, b, strict=True)))
+
+
+def _add(sums: list[Any], weights: Any, b: list[Any]) -> list[Any]:
+    """sums + weights b."""
+    weights = weights.astype(b[0].dtype)
+    return [x + _dot(weights, y, _NN) for x, y in zip(sums, b, strict=True)]
+
+
+def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
+    """Rounded to q's dtype: in both passes the same, or the weights would not sum to one."""
+    return (q.astype(jnp.float32) * scale).astype(q.dtype)
+
+
+def _masked(scores: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False) -> Any:
+    """Scores [queries, keys], or turned round, `flash.MASKED` where the mask hides a key."""
+
+    def query(x: Any) -> Any:
+        return x[None, :] if turned else x[:, None]
+
+    def key(x: Any) -> Any:
+        return x[:, None] if turned else x[None, :]
+
+    distance = query(q_places[0]) - key(k_places[0])
+    same = query(q_places[1]) == key(k_places[1])
+    # 0 <= distance < window by one comparison
+    near = distance.astype(jnp.uint32) < window.astype(jnp.uint32)
+    return jnp.where(same & near, scores, flash.MASKED)

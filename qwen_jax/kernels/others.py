@@ -1,0 +1,295 @@
+"""Attention by other hands, under its own names and behind the arguments of `attention.xla`.
+
+It is here to be compared with. None of it takes positions and segments as they are, so `attend`
+functions hand over a dense mask [B, T, S], or biases of that size: right for any mask, and no way
+to run a long sequence. `CAUSAL` and `CACHED` have what each does best without one: plain causal
+attention, and a token's attention to a cache in a layout of its own.
+What cannot be done here raises NotImplementedError with the implementation's name, whatever the
+library underneath raises. Libraries are imported when called.
+"""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.kernels import choice, flash
+
+_PAGE = 256  # tokens of a page
+_TPU_BLOCK = 128  # lengths are padded to multiples of it
+# A bias that leaves nothing of a score, and where it hides a whole row is added to about the same
+# number forward and backward: from -1e30 the two differ by more than an exponential can take.
+_HIDDEN = -1e7
+
+
+def dot_product(
+    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """`jax.nn.dot_product_attention`, through cuDNN on CUDA and through XLA elsewhere."""
+    name, on_cuda = "dot_product", _on_cuda()
+    q, k, v, visible = _dense(name, q, k, v, mask, scale)
+    dtype = q.dtype
+    if return_lse:
+        _need_residual(name)
+        if on_cuda and dtype != jnp.float32:
+            raise NotImplementedError(f"{name}: the log-sum-exp, which jax rounds to {dtype.name}")
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    settings: dict[str, Any] = {"implementation": "cudnn" if on_cuda else None}
+    if return_lse:
+        settings["return_residual"] = True
+    with _declining(name, q):
+        o = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], **settings)
+    return _seen(visible, *o) if return_lse else _seen(visible, o.astype(dtype))
+
+
+def splash(
+    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """jax's splash attention for TPU, with a mask that is known only when it runs. With return_lse
+    it has no derivative.
+    """
+    name = "splash"
+    interpret = choice.interpreted(name, "tpu")
+    length, keys = q.shape[1], k.shape[1]
+    q, k, v, visible = _dense(name, q, k, v, mask, scale)
+    q = q * q.shape[-1] ** -0.5
+    dense = flash.pad(flash.pad(visible, 1, _padded(length)), 2, _padded(keys))
+
+    def row(x: tuple[jax.Array, ...]) -> Any:
+        q, k, v, visible = x
+        kernel = _splash_kernel(visible[None], interpret=interpret, save_residuals=return_lse)
+        return jax.vmap(kernel)(q[:, None], k[:, None], v[:, None])  # a head is a mapped row
+
+    with _declining(name, q):
+        o = jax.lax.map(row, (*_tpu_layout(q, k, v), dense))
+    if not return_lse:
+        return _seen(visible, jnp.swapaxes(o[:, :, 0], 1, 2)[:, :length])
+    o, (lse,) = o
+    o = jnp.swapaxes(o[:, :, 0], 1, 2)[:, :length]
+    return _seen(visible, o.astype(jnp.float32), jnp.swapaxes(lse[:, :, 0], 1, 2)[:, :length])
+
+
+def tpu_flash(
+    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """jax's flash attention for TPU, with a bias [B, N, T, S]. It gives no log-sum-exp."""
+    name = "flash"
+    interpret = choice.interpreted(name, "tpu")
+    if return_lse:
+        raise NotImplementedError(f"{name}: the log-sum-exp")
+    length = q.shape[1]
+    q, k, v, visible = _dense(name, q, k, v, mask, scale)
+    q, k, v = _tpu_layout(q, k, v)
+    bias = jnp.where(visible, 0, _HIDDEN).astype(jnp.float32)
+    widths = [(0, 0), (0, q.shape[2] - length), (0, k.shape[2] - bias.shape[2])]
+    bias = jnp.pad(bias, widths, constant_values=_HIDDEN)
+    bias = jnp.broadcast_to(bias[:, None], (*q.shape[:3], k.shape[2]))
+    with _declining(name, q), _interpreting(interpret):
+        o = _flash_module().flash_attention(q, k, v, bias, sm_scale=q.shape[-1] ** -0.5)
+    return _seen(visible, jnp.swapaxes(o, 1, 2)[:, :length])
+
+
+def tokamax(
+    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """The package tokamax, with the best it has for the device. It gives no log-sum-exp."""
+    name = "tokamax"
+    if return_lse:
+        raise NotImplementedError(f"{name}: the log-sum-exp")
+    q, k, v, visible = _dense(name, q, k, v, mask, scale)
+    with _declining(name, q):
+        o = _tokamax(q, k, v, mask=visible[:, None])
+    return _seen(visible, o)
+
+
+def _causal_dot_product(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    implementation = "cudnn" if _on_cuda() else None
+    with _declining("dot_product", q):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+
+def _causal_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    interpret, length = choice.interpreted("splash", "tpu"), q.shape[1]
+    with _declining("splash", q):
+        masks = importlib.import_module(f"{_SPLASH}.splash_attention_mask")
+        q, k, v = _tpu_layout(q * q.shape[-1] ** -0.5, k, v)
+        mask = masks.MultiHeadMask([masks.CausalMask((q.shape[2], k.shape[2]))] * q.shape[1])
+        o = jax.vmap(_splash_kernel(mask, interpret=interpret))(q, k, v)
+    return jnp.swapaxes(o, 1, 2)[:, :length]
+
+
+def _causal_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    interpret, length = choice.interpreted("flash", "tpu"), q.shape[1]
+    with _declining("flash", q), _interpreting(interpret):
+        q, k, v = _tpu_layout(q, k, v)
+        size = _even_block(512, q.shape[2], k.shape[2])
+        module = _flash_module()
+        fields = [x for x in module.BlockSizes.__dataclass_fields__ if x != "block_b"]
+        blocks = module.BlockSizes(block_b=1, **dict.fromkeys(fields, size))
+        scale = q.shape[-1] ** -0.5
+        o = module.flash_attention(q, k, v, causal=True, sm_scale=scale, block_sizes=blocks)
+    return jnp.swapaxes(o, 1, 2)[:, :length]
+
+
+def _causal_tokamax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    with _declining("tokamax", q):
+        return _tokamax(q, k, v, is_causal=True)
+
+
+class Cached(NamedTuple):
+    """layout: a cache leaf [B, K, S, H] as the other implementation keeps it; attend: o [B, 1, N,
+    H] of q [B, 1, N, H], such k and v, and how many tokens of each row are written, int32 [B].
+    """
+
+    layout: Callable[[jax.Array], jax.Array]
+    attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _cached_dot_product(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+    implementation = "cudnn" if _on_cuda() else None
+    with _declining("dot_product", q):
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=length, implementation=implementation
+        )
+
+
+def _pages(x: jax.Array) -> jax.Array:
+    x = flash.pad(x, 2, flash.round_up(x.shape[2], _PAGE))
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, _PAGE, x.shape[3])
+
+
+def _cached_paged(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+    interpret, batch = choice.interpreted("paged", "tpu"), q.shape[0]
+    table = jnp.arange(k.shape[1], dtype=jnp.int32).reshape(batch, -1)
+    most = _even_block(8, table.shape[1])
+    with _declining("paged", q), _interpreting(interpret):
+        module = importlib.import_module("jax.experimental.pallas.ops.tpu.paged_attention")
+        o = module.paged_attention(
+            q[:, 0] * q.shape[-1] ** -0.5, k, v, length, table, pages_per_compute_block=most
+        )
+    return o[:, None].astype(q.dtype)
+
+
+ATTEND: dict[str, Callable[..., Any]] = {
+    "dot_product": dot_product,
+    "splash": splash,
+    "flash": tpu_flash,
+    "tokamax": tokamax,
+}
+# name -> o [B, T, N, H] of q [B, T, N, H] and k, v [B, T, K, H], scaled by H**-0.5, plain causal
+CAUSAL: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "dot_product": _causal_dot_product,
+    "splash": _causal_splash,
+    "flash": _causal_flash,
+    "tokamax": _causal_tokamax,
+}
+CACHED: dict[str, Cached] = {
+    "dot_product": Cached(lambda x: jnp.swapaxes(x, 1, 2), _cached_dot_product),
+    "paged": Cached(_pages, _cached_paged),  # jax's paged attention for TPU
+}
+
+_SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
+
+
+def _on_cuda() -> bool:
+    return choice.device().platform in ("cuda", "gpu")
+
+
+@contextlib.contextmanager
+def _declining(name: str, q: jax.Array) -> Iterator[None]:
+    """Name what goes wrong in a library; its products of float32 operands are float32's."""
+    precision = "highest" if q.dtype == jnp.float32 else None
+    try:
+        with jax.default_matmul_precision(precision):
+            yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise NotImplementedError(f"{name}: {reason}") from error
+
+
+def _dense(
+    name: str, q: jax.Array, k: Any, v: Any, mask: Any, scale: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """q times what the scale has beyond H**-0.5; k, v as arrays of its dtype; the dense mask."""
+    flash.decline(name, q, k, ("bfloat16", "float16", "float32"), (q.shape[-1],))
+    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
+    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
+    return flash.factored(q, scale), k.astype(q.dtype), v.astype(q.dtype), mask.visible()
+
+
+def _seen(visible: jax.Array, o: jax.Array, lse: jax.Array | None = None) -> Any:
+    """The results, with 0 and -inf for a query that sees nothing."""
+    some = jnp.any(visible, -1)[:, :, None]
+    o = jnp.where(some[..., None], o, 0)
+    return o if lse is None else (o, jnp.where(some, lse.astype(jnp.float32), -jnp.inf))
+
+
+def _need_residual(name: str) -> None:
+    parameters = jax.nn.dot_product_attention.__kwdefaults__ or {}
+    if "return_residual" not in parameters:
+        raise NotImplementedError(f"{name}: the log-sum-exp, in jax {jax.__version__}")
+
+
+def _padded(length: int) -> int:
+    return flash.round_up(length, _TPU_BLOCK)
+
+
+def _tpu_layout(*arrays: jax.Array) -> list[jax.Array]:
+    """q [B, T, N, H], and k, v [B, S, K, H], as [B, N, padded length, H]."""
+    heads = arrays[0].shape[2]
+    arrays_ = [jnp.repeat(x, heads // x.shape[2], 2) for x in arrays]
+    return [jnp.swapaxes(flash.pad(x, 1, _padded(x.shape[1])), 1, 2) for x in arrays_]
+
+
+def _even_block(most: int, *lengths: int) -> int:
+    """The largest power of two, at most `most`, that divides the lengths."""
+    return min(most, math.gcd(*lengths) & -math.gcd(*lengths))
+
+
+def _splash_kernel(mask: Any, **settings: Any) -> Callable[..., Any]:
+    """The kernel for a mask [heads, T, S] of its own kind, or an array."""
+    module = importlib.import_module(f"{_SPLASH}.splash_attention_kernel")
+    dense = isinstance(mask, jax.Array)
+    size = _even_block(512 if dense else 1024, *mask.shape[1:])
+    compute = min(size, 512)
+    blocks = module.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=compute,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )
+    kernel = module.make_splash_mha(
+        mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, **settings
+    )
+    # jax makes an array of this flag, and branches on it: a traced one, where all of this is.
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
+    return kernel
+
+
+def _flash_module() -> Any:
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention")
+
+
+def _interpreting(interpret: bool) -> contextlib.AbstractContextManager[Any]:
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext()
+
+
+def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, **settings: Any) -> jax.Array:
+    try:
+        module = importlib.import_module("tokamax")
+    except ImportError as error:
+        raise NotImplementedError("the package is not installed") from error
+    flags = importlib.import_module("absl.flags").FLAGS
+    if not flags.is_parsed():
+        flags.mark_as_parsed()  # it would read the command line of whoever imports this
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    return module.dot_product_attention(q, k, v, precision=precision, **settings)

@@ -1,0 +1,143 @@
+"""The tuner: what it writes and refuses to write, on a CPU and with stand-ins for kernels."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import attention
+from qwen_jax.kernels import choice, flash_hopper, flash_tpu, timing, tune
+from qwen_jax.kernels.timing import Case
+
+SMALL = ["--length", "32", "--heads", "2", "--batch", "1", "--head-dim", "32", "--rounds", "1"]
+TINY = Case("forward", 1, 32, 2, 32, "float32")
+
+
+def line(kernel: str, length: int, milliseconds: float = 1.0) -> dict[str, Any]:
+    values = ("a chip", kernel, "forward", 128, "bfloat16", length)
+    return dict(zip(choice.KEYS, values, strict=True)) | {"milliseconds": milliseconds}
+
+
+def test_writes_lines_that_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "lines.json"
+    args = ["--dtype", "float32", "--kernel", "xla", "--task", "forward", "decode"]
+    assert tune.main([*SMALL, *args, "--out", str(out)]) == 0
+    lines = json.loads(out.read_text())
+    assert [(x["task"], x["dtype"]) for x in lines] == [
+        ("decode", "float32"),
+        ("decode", "int8"),
+        ("forward", "float32"),
+    ]
+    for each in lines:
+        assert each["milliseconds"] > 0 and each["blocks"] == {}
+        assert ("gbytes_per_second" in each) == (each["task"] == "decode")
+        assert {*choice.KEYS, "jax", "date"} <= set(each)
+    monkeypatch.setattr(choice, "measured", lambda: lines)
+    assert choice.lines("decode", 32, "int8", 100)[0]["kernel"] == "xla"
+
+
+def test_a_cpu_writes_no_measured_table(capsys: pytest.CaptureFixture[str]):
+    before = choice.TABLE.read_text()
+    for out in ([], ["--out", str(choice.TABLE)]):
+        assert tune.main([*SMALL, *out]) == 2
+        assert "interpreted" in capsys.readouterr().err
+    assert choice.TABLE.read_text() == before
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]):
+    assert tune.main(["--kernel", "nope"]) == 2
+    assert "--kernel nope: choose from xla" in capsys.readouterr().err
+
+
+def test_writing_replaces_and_sorts(tmp_path: Path):
+    path = tmp_path / "table.json"
+    tune.write(path, [line("b", 2048), line("a", 8192), line("a", 512)])
+    tune.write(path, [line("a", 8192, 0.5)])
+    table = json.loads(path.read_text())
+    assert [(x["kernel"], x["length"]) for x in table] == [("a", 512), ("a", 8192), ("b", 2048)]
+    assert table[1]["milliseconds"] == 0.5
+    assert list(tmp_path.iterdir()) == [path]
+    tune.write(path, [])
+    assert json.loads(path.read_text()) == table
+
+
+def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch):
+    bodies = []
+
+    def forward(body: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, lse: bool) -> Any:
+        bodies.append(body)
+        return attention.xla(q, k, v, mask, scale, lse)
+
+    monkeypatch.setattr(flash_tpu.flash, "attend", forward)
+    with tune.trying(TINY, "pallas_tpu", {"q": 256, "k": 512, "compute": 256}):
+        timing.program(TINY, "pallas_tpu")
+    timing.program(TINY, "pallas_tpu")
+    assert bodies[0].forward_blocks == flash_tpu.Blocks(256, 512, 256)
+    assert bodies[-1].forward_blocks != bodies[0].forward_blocks
+    assert bodies[-1].backward_blocks == bodies[0].backward_blocks
+
+
+def test_candidates_are_what_kernels_take():
+    for task in ("forward", "backward"):
+        for grid in tune.CANDIDATES["pallas_tpu"][task]:
+            assert all(flash_tpu.Blocks(**blocks) for blocks in grid)
+        for grid in tune.CANDIDATES["pallas_hopper"][task]:
+            assert all(flash_hopper.Hopper(**blocks) for blocks in grid)
+
+
+def test_a_wrong_kernel_is_not_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def wrong(q: Any, *rest: Any, **named: Any) -> Any:
+        return attention.xla(q, *rest, **named) + 0.1
+
+    def broken(q: Any, *rest: Any, **named: Any) -> Any:
+        return attention.xla(q, *rest, **named) * jnp.nan
+
+    for name, attend in {"wrong": wrong, "broken": broken}.items():
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, attend)
+    out = tmp_path / "lines.json"
+    names = ["--kernel", "wrong", "broken", "xla", "--task", "forward", "--dtype", "float32"]
+    assert tune.main([*SMALL, *names, "--out", str(out)]) == 0
+    assert [x["kernel"] for x in json.loads(out.read_text())] == ["xla"]
+    said = capsys.readouterr().err
+    assert "wrong : WRONG, by" in said and "broken : WRONG" in said
+
+
+def test_the_best_blocks_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each grid is searched with what was best before; a refused candidate does no harm."""
+    slow = {1: 3.0, 2: 1.0, 3: 2.0, 10: 0.2, 20: 0.1}
+    grids = [[{"a": 1}, {"a": 2}, {"a": 3}, {"a": 99}], [{"b": 10}, {"b": 20}]]
+    monkeypatch.setitem(tune.CANDIDATES, "xla", {"forward": grids})
+
+    def program(case: Case, name: str) -> Any:
+        blocks = choice.measured()[0]["blocks"] if choice.measured() else {"a": 1}
+        if 99 in blocks.values():
+            raise RuntimeError("RESOURCE_EXHAUSTED: shared memory")
+        return lambda: sum(slow[x] for x in blocks.values()) + (0 if "b" in blocks else 10)
+
+    monkeypatch.setattr(choice, "measured", lambda: [])
+    monkeypatch.setattr(timing, "program", program)
+    monkeypatch.setattr(timing, "medians", lambda made, _: {k: x() for k, x in made.items()})
+    out = tmp_path / "lines.json"
+    args = [*SMALL, "--kernel", "xla", "--task", "forward", "--dtype", "float32"]
+    assert tune.main([*args, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())[0]["blocks"] == {"a": 2, "b": 20}
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_pairs_are_counted_as_the_mask_has_them(features: bool):
+    case = dataclasses.replace(TINY, length=131, features=features)
+    assert case.pairs() == int(np.asarray(timing._mask(case).visible())[0].sum())
+
+
+def test_programs_take_turns():
+    order: list[str] = []
+    programs = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert set(timing.medians(programs, 3)) == {"a", "b"}
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["a", "b"] * 4
