@@ -60,7 +60,13 @@ def parser() -> argparse.ArgumentParser:
     add = model.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
     add("--cache-dtype", choices=("int8", "int8_asymmetric"), help="KV cache (default: --dtype)")
-    add("--attention", default="auto", metavar="NAME", help="attention implementation")
+    add(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="auto (the fastest measured on this device), xla, pallas_tpu, pallas_triton, "
+        "pallas_hopper and others: docs/attention.md",
+    )
     add("--max-length", type=command.positive, metavar="N", help="slots of the cache for a row")
     add("--mesh", metavar="SPEC", help="e.g. fsdp=1,tp=4 (default: one device)")
     add(

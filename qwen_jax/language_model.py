@@ -45,7 +45,8 @@ def load(
     "int8_asymmetric". max_length: prompt and new tokens of a row together, at most; None is the
     larger of the config's max_position_embeddings and seq_length.
 
-    Raises ValueError for a directory that is not whole, or an argument that is not allowed.
+    Raises ValueError for a directory that is not whole, or an argument that is not allowed;
+    NotImplementedError where that attention cannot do this model on this device.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_DTYPES)} or None")
@@ -59,6 +60,7 @@ def load(
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length {max_length}: must be at least 2")
     mesh = sharding.current_mesh()
+    _check_attention(attend, config, dtype or default_dtype(), mesh)
     decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
     return LanguageModel(
         config=config,
@@ -70,6 +72,21 @@ def load(
         attend=attend,
         cache_dtype=cache_dtype,
     )
+
+
+def _check_attention(attend: Any, config: Config, dtype: str, mesh: Mesh) -> None:
+    """Trace one token, so that attention that declines does so before the weights are read."""
+    rows = mesh.shape[sharding.AXES[0]]
+
+    def abstract(letters: str, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(letters, mesh))
+
+    q = abstract("BTNH", dtype, rows, 1, config.num_heads, config.head_dim)
+    k = abstract("BTKH", dtype, rows, 1, config.num_kv_heads, config.head_dim)
+    ids, scale = abstract("BT", jnp.int32, rows, 1), abstract("BT", jnp.float32, rows, 1)
+    mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
+    with sharding.entered(mesh):
+        jax.eval_shape(attend, q, k, k, mask, scale)
 
 
 def default_dtype() -> str:

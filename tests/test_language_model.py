@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import decode
+from qwen_jax import checkpoint, decode
 from qwen_jax.sampling import Greedy, Nucleus
 from tests.golden_figures import arrays, worst
 
@@ -49,6 +49,12 @@ def test_import_is_cheap() -> None:
 def test_load_refuses(golden_dir: Path, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         qwen_jax.load(golden_dir, **settings)
+
+
+def test_attention_that_cannot_declines_before_weights_are_read(golden_dir, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(NotImplementedError, match="pallas_hopper is for Hopper GPUs, this is cpu"):
+        qwen_jax.load(golden_dir, attention="pallas_hopper")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
