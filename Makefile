@@ -1,12 +1,15 @@
-# Everything is made in .venv from the package index; nothing else is downloaded.
+# Everything is made in .venv from the package index; nothing else is downloaded. What compiles for
+# accelerators that are not there has an environment of its own, .venv-aot.
 PYTHON ?= python3
 VENV ?= .venv
+AOT_VENV ?= .venv-aot
 WORKERS ?= 2
 PYTEST_ARGS ?=
 PROMPT ?= Once upon a time
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AOT_STAMP := $(AOT_VENV)/.installed
 
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -14,10 +17,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv lint pytest test demo format clean
+.PHONY: help venv lint pytest test test-aot aot-smoke demo format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 chooses the interpreter, WORKERS=2 the test processes."
 
 venv: $(STAMP) ## create or update the environment in .venv
@@ -25,6 +28,11 @@ venv: $(STAMP) ## create or update the environment in .venv
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(AOT_STAMP): pyproject.toml
+	test -x $(AOT_VENV)/bin/python || $(PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[aot]'
 	touch $@
 
 lint: venv ## formatting, lint and types
@@ -35,8 +43,15 @@ lint: venv ## formatting, lint and types
 pytest: venv ## the tests alone
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-test: lint ## all checks and tests, on eight virtual CPU devices
+test: lint ## all checks and tests, on eight virtual CPU devices; kernels compiled for each target
 	$(MAKE) --no-print-directory pytest
+	$(MAKE) --no-print-directory aot-smoke
+
+test-aot: $(AOT_STAMP) ## kernels compiled for all targets, sizes and lengths, and what they cost
+	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/aot
+
+aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target
+	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke $(PYTEST_ARGS) tests/aot
 
 demo: venv ## write a small checkpoint, convert it and generate text from it
 	rm -rf demo
@@ -49,5 +64,5 @@ format: venv ## format the code and mend what lint can mend
 	$(BIN)/ruff format
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-newest .cache .hypothesis .pytest_cache .ruff_cache build demo *.egg-info
+	rm -rf .venv .venv-newest .venv-aot .cache .hypothesis .pytest_cache .ruff_cache build demo *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,7 +87,6 @@ class Tpu:
                 scratch_shapes=[
                     *[pltpu.VMEM((blocks.q, _LANES), jnp.float32)] * 2,
                     pltpu.VMEM((blocks.q, dim), jnp.float32),
-                    pltpu.VMEM((blocks.q, _LANES), jnp.int32),
                 ],
             ),
             out_shape=[
@@ -218,24 +217,35 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a generation has: the blocks that cost least in its compiler's own program."""
+    """What a generation has. forward, backward: the blocks from a number of keys on; small ones
+    waste less beyond the diagonal, large ones start less often. resident: see `Tpu`. vmem: bytes
+    of a core.
+    """
 
-    forward: Blocks
-    backward: Blocks
+    forward: dict[int, Blocks]
+    backward: dict[int, Blocks]
     resident: int
-    vmem: int  # bytes of a core
+    vmem: int
+
+
+def blocks_for(sizes: dict[int, Blocks], keys: int) -> Blocks:
+    """Those of the largest number that `keys` reaches."""
+    return sizes[max(least for least in sizes if least <= keys)]
 
 
 _MIB = 2**20
-_ROOMY = Chip(Blocks(1024, 1024, 512), Blocks(1024, 1024, 512), 32768, 100 * _MIB)
+_MIDDLE, _LARGE = Blocks(1024, 1024, 512), Blocks(2048, 2048, 256)
+_V5 = {0: _MIDDLE, 16384: _LARGE}, {0: Blocks(512, 512, 512), 4096: _MIDDLE}
+_V6 = {0: _MIDDLE, 16384: Blocks(2048, 1024, 512)}, {0: _MIDDLE}
 # By device_kind. Chosen by `benchmarks/kernel_cost.py`, not measured: no such chip was at hand.
 CHIPS = {
-    "TPU v4": Chip(Blocks(512, 1024, 512), Blocks(512, 512, 512), 2048, 15 * _MIB),
-    "TPU v5 lite": _ROOMY,
-    "TPU v5": Chip(Blocks(1024, 1024, 512), Blocks(1024, 1024, 512), 16384, 60 * _MIB),
-    "TPU v6 lite": _ROOMY,
+    "TPU v4": Chip({0: Blocks(512, 1024, 512)}, {0: Blocks(512, 512, 512)}, 2048, 15 * _MIB),
+    "TPU v5 lite": Chip(*_V5, 32768, 100 * _MIB),
+    "TPU v5": Chip(*_V5, 16384, 60 * _MIB),
+    "TPU v6 lite": Chip(*_V6, 32768, 100 * _MIB),
 }
-_SMALL = Chip(Blocks(128, 256, 128), Blocks(128, 256, 128), 256, 15 * _MIB)  # interpreted
+_TINY = {0: Blocks(128, 256, 128)}
+_SMALL = Chip(_TINY, _TINY, 256, 15 * _MIB)  # interpreted
 
 
 def attend(
@@ -259,9 +269,10 @@ def attend(
     if chip is None:
         raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")
     what = (q.shape[-1], q.dtype.name, k.shape[1])
+    forward, backward = (blocks_for(x, k.shape[1]) for x in (chip.forward, chip.backward))
     body = Tpu(
-        dataclasses.replace(chip.forward, **choice.blocks(NAME, "forward", *what)),
-        dataclasses.replace(chip.backward, **choice.blocks(NAME, "backward", *what)),
+        dataclasses.replace(forward, **choice.blocks(NAME, "forward", *what)),
+        dataclasses.replace(backward, **choice.blocks(NAME, "backward", *what)),
         chip.resident,
         chip.vmem,
         interpret,
@@ -288,7 +299,6 @@ def _forward_kernel(
     largest: Any,
     total: Any,
     sums: Any,
-    q_places: Any,
     *,
     compute: int,
 ) -> None:
@@ -305,18 +315,18 @@ def _forward_kernel(
         largest[...] = jnp.full_like(largest, flash.LOWEST)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
-        q_places[...] = _column(q_positions[...])
 
     def block(kind: int) -> None:
-        groups = _column(q_segments[...]) if kind == _MIXED else None
+        # Made where they are needed, behind the products, and not at the start of a row.
+        places = None if kind == _FULL else _lanes(_column(q_positions[...]), compute)
+        groups = _lanes(_column(q_segments[...]), compute) if kind == _MIXED else None
         for at in range(0, k.shape[0], compute):
             keys = slice(at, at + compute)
             scores = _dot(q[...], k[keys, :], _NT)
-            if kind != _FULL:
-                places = _lanes(q_places[...], compute)
+            if places is not None:
                 seen = _within(places, k_positions[:, keys], window[0])
                 if groups is not None:
-                    seen &= _lanes(groups, compute) == k_segments[:, keys]
+                    seen &= groups == k_segments[:, keys]
                 scores = jnp.where(seen, scores, flash.MASKED)
             before = largest[...]
             now = jnp.maximum(before, jnp.max(scores, -1)[:, None])

@@ -1,0 +1,573 @@
+"""Compile for accelerators that are not there, and read what a kernel costs in their programs.
+
+    JAX_PLATFORMS=cpu python benchmarks/aot.py FILE.py --target v5e v6e [--pairs N] [--regions]
+
+FILE.py defines `fn` and `args` (arrays or ShapeDtypeStructs) or `build(target) -> (fn, args)`, and
+may define `pairs`, the (query, key) pairs that a computing step handles. Needs the `aot` extra.
+
+**How the numbers of a TPU kernel are derived.** libtpu's compiler leaves, for each kernel, the
+program of its VLIW core after register allocation: a tree of regions with the range of bundles of
+each, the branches, the bundle that each jumps to, and the trip counts of loops
+(`*-post-bundle-packing-post-ra.txt`); and the slots that each of those bundles uses, over the
+capacity of the core (`*-pre-delay_hlo-static-per-bundle-utilization.txt`). A bundle is one cycle.
+Empty bundles stand for waits on a result (of the matrix unit, say). The later `*-final_bundles.txt`
+leaves many of them out, because the hardware makes the wait itself: it is a count of instructions
+and not of cycles, and is reported only as `final`.
+
+A branch takes effect after a few delay bundles, at the end of the region that holds it. From the
+branches alone follow the loops (a jump back: target to branch are the body) and the predicated
+regions (a jump forward: they are what is skipped). Then:
+
+* *step*: a run through the loop at the root, by default the outermost loop with matrix work, which
+  is the grid's, or the innermost with matrix work and an unknown trip count, which is a loop over
+  blocks inside a grid step. It holds all bundles outside predicated regions, inner loops times
+  their trips, and the predicated regions with matrix work, or with no vector work at all (these
+  start and await copies). Where several regions with matrix work exclude each other, as a masked
+  and an unmasked one may, each is a step of its own kind;
+* *edges*: predicated regions with vector work and no matrix work, such as the start and finish of
+  a query block. Reported and not part of a step.
+
+MATMUL and MATPUSH count the cycles during which matrix units are busy, not instructions.
+
+Left out: copies between HBM and VMEM that arrive late, bank conflicts, the fetching of
+instructions, everything outside the kernel. A predicated instruction counts whether it acts or not.
+"""
+
+import argparse
+import atexit
+import dataclasses
+import functools
+import itertools
+import os
+import re
+import runpy
+import shutil
+import site
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+SLOTS: tuple[str, ...] = (
+    "MATMUL",
+    "MATPUSH",
+    "XLU",
+    "VALU",
+    "VPOP",
+    "EUP",
+    "VLOAD",
+    "FILL",
+    "VSTORE",
+    "SPILL",
+)
+VECTOR = ("XLU", "VALU", "EUP", "VLOAD", "VSTORE")  # a region with none of these is bookkeeping
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU: a topology that has it, jax's name for it; all figures are of one core.
+
+    rows: of bf16 activations that a matrix unit multiplies by its square of weights in a cycle.
+    """
+
+    topology: str
+    version: pltpu.ChipVersion
+    rows: int
+
+    @property
+    def info(self) -> pltpu.TpuInfo:
+        return pltpu.get_tpu_info_for_chip(self.version, 1)
+
+    @property
+    def kind(self) -> str:
+        """jax's name of such a device."""
+        return _devices(self.topology).flat[0].device_kind
+
+    @property
+    def flops(self) -> int:
+        """bf16 FLOPs of all matrix units of a core in a cycle."""
+        return 2 * self.info.num_mxus * self.info.mxu_column_size**2 * self.rows
+
+    @property
+    def clock(self) -> float:
+        """Cycles/s that follow from the published peak (jax's table of chips)."""
+        return self.info.bf16_ops_per_second / self.flops
+
+    @property
+    def hbm(self) -> float:
+        """HBM bytes that arrive in a cycle of a core, at the published bandwidth."""
+        return self.info.mem_bw_bytes_per_second / self.clock
+
+
+TPUS = {
+    "v4": Chip("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1),
+    "v5e": Chip("v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1),
+    "v5p": Chip("v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 1),
+    "v6e": Chip("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 2),
+    "v7x": Chip("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Bundles [first, last) of a program: a loop's body, or what a predicate may skip.
+
+    kind: "program", "loop" or "predicated"; trips: of a loop, where the compiler knows them.
+    """
+
+    kind: str
+    first: int
+    last: int
+    trips: int | None = None
+    children: tuple["Region", ...] = ()
+
+    def walk(self) -> Iterator["Region"]:
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A kernel's schedule. slots[b] are the slots that bundle b uses, in the order of `SLOTS`."""
+
+    name: str
+    root: Region
+    slots: np.ndarray
+    capacity: np.ndarray
+    final: int
+
+    def used(self, region: Region) -> np.ndarray:
+        return self.slots[region.first : region.last].sum(0)
+
+    def hot(self, region: Region) -> bool:
+        return bool(self.used(region)[SLOTS.index("MATMUL")])
+
+    def scalar(self, region: Region) -> bool:
+        return not any(self.used(region)[SLOTS.index(slot)] for slot in VECTOR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one computing step executes. used: slots over all its cycles, by name.
+
+    idle: the cycles of a step that reaches the last of its predicated regions and skips it.
+    """
+
+    label: str
+    cycles: int
+    idle: int
+    used: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of a kernel. edges: cycles of the regions that no computing step executes.
+
+    capacity: slots of a bundle, by name; bundles: of the whole program; final: its instructions.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    edges: tuple[int, ...]
+    capacity: dict[str, int]
+    bundles: int
+    final: int
+
+    @property
+    def step(self) -> Step:
+        """The cheapest kind of computing step: of a kernel that masks where it must, the others."""
+        return min(self.steps, key=lambda step: step.cycles)
+
+    def share(self, slot: str) -> float:
+        """Of the slots of this kind in all of a step's cycles, the part in use."""
+        return self.step.used[slot] / (self.step.cycles * self.capacity[slot])
+
+    @property
+    def spills(self) -> int:
+        """Vector registers that a step stores for want of room, and loads again."""
+        return self.step.used["SPILL"] + self.step.used["FILL"]
+
+
+_RANGE = re.compile(r"// region range: \[(\d+), (\d+)\)")
+_REGION = re.compile(r"\s*\$region(\d+): ")
+_BRANCH = re.compile(r"= sbr\.rel (\(.*?\) )?target bundleno = (\d+)")
+_LIMIT = re.compile(r"loop: start=(-?\d+), step=(-?\d+), limit=(-?\d+)")
+
+
+def regions(text: str) -> Region:
+    """The tree of loops and predicated regions of a `*-post-bundle-packing-post-ra.txt`."""
+    end, size, trips, body = 0, 0, None, False
+    limits: dict[int, int | None] = {}
+    branches: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if found := _LIMIT.search(line):
+            start, step, limit = map(int, found.groups())
+            trips = -(-(limit - start) // step)
+        elif found := _RANGE.search(line):
+            first, end = map(int, found.groups())
+            size = max(size, end)
+            if body:
+                limits[first], trips = trips, None
+        elif _REGION.match(line):
+            body = line.endswith("// loop_body")
+        elif found := _BRANCH.search(line):
+            branches.append((end, int(found.group(2))))
+    spans = [
+        Region("loop", target, end, limits[target])
+        if target < end
+        else Region("predicated", end, target)
+        for end, target in branches
+    ]
+    return _nest(Region("program", 0, size), spans)
+
+
+def _nest(outer: Region, spans: Sequence[Region]) -> Region:
+    """outer with the spans inside it as its children, each with its own."""
+    spans = sorted((s for s in spans if s.last > s.first), key=lambda s: (s.first, -s.last))
+    children = []
+    while spans:
+        head, *rest = spans
+        inside = [s for s in rest if s.last <= head.last]
+        if crossing := [s for s in rest if s.first < head.last < s.last]:
+            raise ValueError(f"regions {head} and {crossing[0]} overlap: this flow is not a tree")
+        children.append(_nest(head, inside))
+        spans = [s for s in rest if s.first >= head.last]
+    return dataclasses.replace(outer, children=tuple(children))
+
+
+def utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Slots used, [bundles, len(SLOTS)], and their capacity, of a `*per-bundle-utilization.txt`."""
+    head, rows = text.split("== UTILIZATION:\n")
+    names, capacity = head.splitlines()[1:3]
+    order = [name.strip().rpartition(":")[2] for name in names.split(",")]
+    columns = [order.index(slot) for slot in SLOTS]
+    table = np.array([line.split() for line in rows.splitlines() if line], int)
+    return table[:, columns], np.array(capacity.split(), int)[columns]
+
+
+def programs(folder: Path) -> list[Program]:
+    """The Pallas kernels whose dumps are in folder, in the order of compilation."""
+    found = []
+    for path in sorted(folder.glob("*-post-bundle-packing-post-ra.txt")):
+        stem = re.fullmatch(r"(\d+-(.*))-\d+-post-bundle-packing-post-ra.txt", path.name)
+        assert stem
+        prefix, name = stem.groups()
+        read = functools.partial(_only, folder, prefix)
+        analysis = read("schedule-analysis_final_bundles")
+        if not re.search(rf"\(100\.00%\): %{re.escape(name)} = .* custom-call\(", analysis):
+            continue  # XLA's own
+        slots, capacity = utilization(read("pre-delay_hlo-static-per-bundle-utilization"))
+        total = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
+        assert total
+        root = regions(path.read_text())
+        if len(slots) - root.last not in (
+            0,
+            1,
+        ):  # one more where the program ends in a fall-through
+            raise ValueError(f"{name}: {root.last} bundles scheduled, slots of {len(slots)} listed")
+        found.append(Program(name, root, slots, capacity, int(total.group(1))))
+    return found
+
+
+def _only(folder: Path, prefix: str, what: str) -> str:
+    (path,) = [
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(prefix)
+        and re.fullmatch(rf"-\d+-{what}\.txt", path.name[len(prefix) :])
+    ]
+    return path.read_text()
+
+
+def steady(program: Program, trips: int = 1) -> Cost:
+    """What a computing step costs (the module's docstring says what that is).
+
+    trips: of loops inside the step whose trip count the compiler does not know.
+    """
+    loops = [r for r in program.root.walk() if r.kind == "loop" and program.hot(r)]
+    unknown = [r for r in loops if r.trips is None]
+    roots = [r for r in unknown if not any(s in r.walk() for s in unknown if s is not r)]
+    roots = roots or loops[:1] or [program.root]
+    steps, edges = [], []
+    for root in roots:
+        for path in _paths(program, root):
+            total, idle = (_total(program, root, p, trips) for p in (path, path[:-1]))
+            used = dict(zip(SLOTS, total[1:].tolist(), strict=True))
+            steps.append(Step(_label(path), int(total[0]), int(idle[0]), used))
+        edges += [
+            int(_total(program, region, (), trips)[0])
+            for region in root.walk()
+            if region.kind == "predicated" and not (program.hot(region) or program.scalar(region))
+        ]
+    capacity = dict(zip(SLOTS, program.capacity.tolist(), strict=True))
+    return Cost(
+        program.name, tuple(steps), tuple(edges), capacity, len(program.slots), program.final
+    )
+
+
+def _label(path: Sequence[Region]) -> str:
+    return " ".join(f"{region.first:#x}" for region in path)
+
+
+def _paths(program: Program, region: Region) -> list[tuple[Region, ...]]:
+    """The ways through region to matrix work: the predicated regions that each goes through."""
+    hot = [child for child in region.children if program.hot(child)]
+    ways = itertools.product(*(_paths(program, child) for child in hot if child.kind == "loop"))
+    through = [sum(way, ()) for way in ways]
+    inner = [(r, *path) for r in hot if r.kind == "predicated" for path in _paths(program, r)]
+    return [path + way for path in inner or [()] for way in through]
+
+
+def _total(program: Program, region: Region, path: Sequence[Region], trips: int) -> np.ndarray:
+    """[cycles, slots used...] of one run through region, of predicated ones those on the path."""
+    own = np.concatenate([[region.last - region.first], program.used(region)])
+    for child in region.children:
+        own -= np.concatenate([[child.last - child.first], program.used(child)])
+        if child.kind == "loop":
+            count = trips if child.trips is None else child.trips
+            own += count * _total(program, child, path, trips)
+        elif child in path or program.scalar(child):
+            own += _total(program, child, path, trips)
+    return own
+
+
+def compile_tpu(
+    fn: Callable[..., Any], args: Sequence[Any], target: str
+) -> tuple[jax.stages.Compiled, list[Program]]:
+    """fn compiled for one chip of `TPUS`, and the programs of its Pallas kernels.
+
+    args: trees of arrays or ShapeDtypeStructs; they are placed whole on the chip. libtpu must not
+    have been loaded before by anyone else: it reads where to dump when it starts.
+    """
+    folder = _dumps()
+    mesh = Mesh(_devices(TPUS[target].topology)[:1], ("x",), axis_types=(AxisType.Explicit,))
+    for path in folder.iterdir():
+        path.unlink()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile()
+    return compiled, programs(folder)
+
+
+def _placed(args: Sequence[Any], mesh: Mesh) -> Any:
+    whole = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
+
+
+@functools.cache
+def _dumps() -> Path:
+    """The folder of libtpu's dumps, and the settings without which it would look for a TPU."""
+    folder = Path(tempfile.mkdtemp(prefix="libtpu-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: it would complain of none
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # libtpu locks the whole machine otherwise
+    passes = "post-bundle-packing-post-ra|pre-delay|final"  # the others take most of the time
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+        f"--xla_jf_dump_llo_pass_label_regex={passes}"
+    )
+    return folder
+
+
+@functools.cache
+def _devices(topology: str) -> np.ndarray:
+    _dumps()
+    return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU as XLA's `GpuTargetConfigProto` describes it: sizes in bytes, bandwidth in bytes/s."""
+
+    name: str
+    capability: int
+    cores: int
+    fpus: int
+    shared: int
+    l2: int
+    bandwidth: int
+    memory: int
+    clock: float
+
+    @property
+    def config(self) -> str:
+        """The description, as text. A block may use 1 KiB less than a core's shared memory."""
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+              shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
+              shared_memory_per_block_optin: {self.shared - 1024}
+              core_count: {self.cores}  fpus_per_core: {self.fpus}  clock_rate_ghz: {self.clock}
+              block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+              memory_bandwidth: {self.bandwidth}  device_memory_size: {self.memory}
+              l2_cache_size: {self.l2}  cuda_compute_capability {{ major: {self.capability} }}
+              registers_per_core_limit: 65536  registers_per_block_limit: 65536
+            }}
+            platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{self.name}"
+        """
+
+
+GPUS = {
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 40 << 20, 2039 * 10**9, 85 * 10**9, 1.41
+    ),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 50 << 20, 3350 * 10**9, 85 * 10**9, 1.98
+    ),
+    "h200": Gpu("NVIDIA H200", 9, 132, 128, 233472, 50 << 20, 4800 * 10**9, 150 * 10**9, 1.98),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuKernel:
+    """What ptxas says of a kernel. registers: of a thread; shared, spilled (stores + loads): bytes.
+
+    threads: of a block; shared: of a block, what is asked for at the launch included.
+    """
+
+    name: str
+    threads: int
+    registers: int
+    shared: int
+    spilled: int
+
+
+def compile_gpu(
+    fn: Callable[..., Any], args: Sequence[Any], target: str
+) -> tuple[jax.stages.Compiled, list[GpuKernel]]:
+    """fn compiled for one GPU of `GPUS`, and its kernels: Triton's (XLA's own too), then Mosaic's.
+
+    args as for `compile_tpu`. The CUDA plugin must not have been loaded before by anyone else: it
+    reads where to dump when it starts. Of a Mosaic kernel nothing is known when it is compiled
+    again in the same process, since it is not.
+    """
+    folder = _gpu_dumps()
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=GPUS[target].name,
+        target_config=GPUS[target].config,
+        topology="1x1x1",
+    )
+    mesh = Mesh(np.array(topology.devices), ("x",), axis_types=(AxisType.Explicit,))
+    for path in folder.iterdir():
+        path.unlink()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile()
+    arch = f"sm_{GPUS[target].capability}0" + "a" * (GPUS[target].capability >= 9)
+    return compiled, [*_triton(folder, arch), *_mosaic(folder)]
+
+
+@functools.cache
+def _gpu_dumps() -> Path:
+    """The folder of the dumps of XLA and of Mosaic; ptxas on the path."""
+    folder = Path(tempfile.mkdtemp(prefix="cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ["PATH"] = f"{site.getsitepackages()[0]}/nvidia/cu13/bin:{os.environ['PATH']}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    return folder
+
+
+def _triton(folder: Path, arch: str) -> Iterator[GpuKernel]:
+    launches = re.compile(r"\] (\S+) grid: .* threads: \[(\d+), .* shared_memory: (\d+) bytes")
+    thunks = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
+    launched = {name: sizes for name, *sizes in launches.findall(thunks)}
+    for path in sorted(folder.glob("*.ptx")):
+        names = re.findall(r"\.entry (\w+)\(", path.read_text())
+        if not set(names) & set(launched):
+            continue
+        command = ["ptxas", "-v", f"-arch={arch}", str(path), "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        for name in names:
+            threads, shared = map(int, launched[name])
+            yield ptxas(report, name, threads, shared)
+
+
+def _mosaic(folder: Path) -> Iterator[GpuKernel]:
+    launch = re.compile(r"threads\(.*?\) in \(.* = %c(\d+), .* dynamic_shared_memory_size %c(\d+)")
+    for path in sorted(folder.glob("*.ptxas")):
+        passes = path.with_name(f"{path.stem}.mlir-passes.log").read_text()
+        found = launch.search(passes)
+        assert found
+        threads, shared = map(int, found.groups())
+        report = path.read_text()
+        for name in re.findall(r"entry function '(\w+)'", report):
+            yield ptxas(report, name, threads, shared)
+
+
+def ptxas(report: str, name: str, threads: int, shared: int) -> GpuKernel:
+    """The kernel of this name in a report of `ptxas -v`; shared: bytes asked for at the launch."""
+    part = report.split(f"entry function '{name}'")[1].split("entry function")[0]
+    registers, *_ = map(int, re.findall(r"Used (\d+) registers", part))
+    static = sum(map(int, re.findall(r"(\d+) bytes smem", part)))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", part)))
+    return GpuKernel(name, threads, registers, shared + static, spilled)
+
+
+HEADER = (
+    f"{'kernel':40} {'chip':4} {'cycles':>8} {'idle':>6} {'/1000':>7} {'matrix':>6} {'VALU':>6} "
+    f"{'EUP':>6} {'XLU':>6} {'VLOAD':>6} {'VSTORE':>6} {'spills':>6} {'final':>6}  edges"
+)
+
+
+def row(name: str, target: str, cost: Cost, pairs: int | None = None) -> str:
+    """A line under `HEADER`: shares of capacity in a computing step, its cycles for 1000 pairs."""
+    per = f"{1000 * cost.step.cycles / pairs:7.3f}" if pairs else " " * 7
+    slots = ("MATMUL", "VALU", "EUP", "XLU", "VLOAD", "VSTORE")
+    shares = " ".join(f"{cost.share(slot):6.1%}" for slot in slots)
+    edges = "+".join(map(str, cost.edges))
+    return (
+        f"{name:40} {target:4} {cost.step.cycles:8} {cost.step.idle:6} {per} {shares} "
+        f"{cost.spills:6} {cost.final:6}  {edges}"
+    )
+
+
+def _show(program: Program, region: Region, depth: int = 0) -> None:
+    trips = "" if region.kind != "loop" else f" x {region.trips or '?'}"
+    used = dict(zip(SLOTS, program.used(region).tolist(), strict=True))
+    slots = " ".join(f"{slot} {count}" for slot, count in used.items() if count)
+    size = region.last - region.first
+    print(f"{'  ' * depth}{region.kind}@{region.first:#x}{trips}: {size} cycles; {slots}")
+    for child in region.children:
+        _show(program, child, depth + 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the TPU kernels of a function cost.")
+    parser.add_argument("file", help="python file that defines fn and args, or build(target)")
+    parser.add_argument("--target", nargs="+", choices=[*TPUS, *GPUS], default=["v5e", "v6e"])
+    parser.add_argument("--pairs", type=int, help="(query, key) pairs of a computing step")
+    parser.add_argument("--trips", type=int, default=1, help="of loops whose trips are not known")
+    parser.add_argument("--regions", action="store_true", help="print each program's regions too")
+    args = parser.parse_args()
+    names = runpy.run_path(args.file)
+    print(HEADER)
+    for target in args.target:
+        fn, given = names["build"](target) if "build" in names else (names["fn"], names["args"])
+        if target in GPUS:
+            print("\n".join(map(str, compile_gpu(fn, given, target)[1])))
+            continue
+        for program in compile_tpu(fn, given, target)[1]:
+            cost = steady(program, args.trips)
+            pairs = args.pairs or names.get("pairs")
+            for step in sorted(cost.steps, key=lambda step: step.cycles):
+                kind = dataclasses.replace(cost, steps=(step,))
+                print(row(f"{cost.name} {step.label}", target, kind, pairs))
+            if args.regions:
+                _show(program, program.root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,603 @@
+"""Cycles of attention kernels on TPUs, ours and jax's, from their compiled programs.
+
+    JAX_PLATFORMS=cpu python benchmarks/kernel_cost.py flash masks decode gpu [--target v5e ...]
+
+No accelerator is needed: `aot.py` says what is counted and what is left out. Prints Markdown. bf16,
+head dim 128, as many key/value heads as query heads; one core.
+
+* flash: causal attention against jax's splash attention with its best blocks. Cycles for each 1000
+  (query, key) pairs: `block`, those of a computing step in a block that is wholly visible, with the
+  bookkeeping of the step; `whole`, those that the mask lets through, over a whole sequence: blocks
+  that cross the diagonal, steps skipped above it, the start and finish of each row of blocks are in
+  it. Copies that arrive late are not. `ideal` is the share of the FLOPs of a pair (512 forward,
+  1280 backward: nothing computed twice) over the peak of a core.
+* masks: what windows and packed documents cost over that. The scale of a query (LogN) is an
+  argument of every call, so it costs what a plain one does.
+* decode: a token against a cache, and jax's two kernels for it; `limit` is the time that the bytes
+  of the cache take to arrive, as a share of the time of the kernel's program: over 100 % it waits.
+* gpu: what ptxas says of the kernels for GPUs.
+
+`--sweep` compiles all block sizes of `flash` and prints the best for each length, to be put into
+`BEST` (ours: `flash_tpu.CHIPS`); otherwise only those are compiled.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import paged_attention, ragged_paged_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import aot
+from qwen_jax import attention
+from qwen_jax.cache import Int8
+from qwen_jax.kernels import (
+    choice,
+    decode_tpu,
+    decode_triton,
+    flash_hopper,
+    flash_tpu,
+    flash_triton,
+)
+from qwen_jax.kernels.flash_tpu import Blocks
+
+HEADS, DIM = 4, 128
+FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs of a pair: 2 and 5 products
+DECODE_HEADS = 32
+LENGTHS = (2048, 8192, 32768)
+Built = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How often one head over a sequence runs what of a kernel. steps: each kind of computing step,
+    in the order of the program (one number: the cheapest kind); skipped: steps that compute
+    nothing; edges: each start or finish (one number: all of them).
+    """
+
+    steps: tuple[int, ...]
+    skipped: int
+    edges: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """A kernel, or several that do one thing. flops: of a pair.
+
+    build: what to compile for a length and blocks. kernels: the part of its name that tells each
+    kernel that counts, and its counts for a target, length and blocks.
+    """
+
+    name: str
+    flops: int
+    build: Callable[[int, Blocks], Built]
+    kernels: dict[str, Callable[[str, int, Blocks], Counts]]
+    sizes: tuple[Blocks, ...]
+
+
+def array(shape: Sequence[int], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
+def causal(length: int) -> attention.Mask:
+    return packed(length, length)
+
+
+def packed(length: int, document: int, first: int = 0, window: int = attention.FULL) -> Any:
+    """Documents one behind the other, of that many tokens, before them `first` tokens of another;
+    each has its own positions.
+    """
+    token = np.arange(length)
+    since = np.where(token < first, token, (token - first) % document)
+    segment = 1 + np.where(token < first, 0, 1 + (token - first) // document)
+    positions, segments = (jnp.asarray(x[None], jnp.int32) for x in (since, segment))
+    return attention.Mask(positions, positions, segments, segments, jnp.int32(window))
+
+
+def visible(mask: attention.Mask) -> int:
+    """The (query, key) pairs that a mask of `packed` lets through."""
+    return int(np.minimum(np.asarray(mask.q_positions) + 1, int(mask.window)).sum())
+
+
+def our_counts(
+    target: str, length: int, blocks: Blocks, *, backward: bool, mask: Any = None
+) -> Counts:
+    """Of the list of steps that flash_tpu makes for a mask; without one, for causal attention."""
+    mask = causal(length) if mask is None else mask
+    parts = -(-length // flash_tpu.CHIPS[aot.TPUS[target].kind].resident) if backward else 1
+    part = length // parts
+    blocks = blocks.fitted(part, length)
+    kinds = np.concatenate(
+        [
+            np.asarray(flash_tpu._kinds(_queries(mask, slice(at, at + part)), blocks))
+            for at in range(0, length, part)
+        ],
+        2 if backward else 1,
+    )
+    _, full, near, mixed = np.bincount(kinds.ravel(), minlength=4)
+    rows = parts * length // blocks.k if backward else kinds.shape[1]
+    empty = int((kinds == 0).all(1 if backward else 2).sum())
+    edges = (parts, rows, rows) if backward else (rows, rows)
+    return Counts((int(full), int(near), int(mixed)), empty, edges)
+
+
+def _queries(mask: attention.Mask, rows: slice) -> attention.Mask:
+    return dataclasses.replace(
+        mask, q_positions=mask.q_positions[:, rows], q_segments=mask.q_segments[:, rows]
+    )
+
+
+def our_body(blocks: Blocks) -> flash_tpu.Tpu:
+    chip = flash_tpu.CHIPS[choice.device().device_kind]
+    return flash_tpu.Tpu(blocks, blocks, chip.resident, chip.vmem)
+
+
+def our_forward(length: int, blocks: Blocks) -> Built:
+    def run(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+        return our_body(blocks).forward(q, k, v, mask, scale, q.dtype)
+
+    return run, (*_inputs(length, 3), *mask_and_scale(1, length, length))
+
+
+def our_backward(length: int, blocks: Blocks) -> Built:
+    def run(q: Any, k: Any, v: Any, mask: Any, scale: Any, lse: Any, delta: Any, do: Any) -> Any:
+        return our_body(blocks).backward(q, k, v, mask, scale, lse, delta, do)
+
+    q, k, v, do = _inputs(length, 4)
+    stat = array((1, length, HEADS), jnp.float32)
+    return run, (q, k, v, *mask_and_scale(1, length, length), stat, stat, do)
+
+
+def mask_and_scale(batch: int, queries: int, keys: int) -> tuple[Any, Any]:
+    """The shapes of a mask and of the scale."""
+    q, k = (array((batch, length), jnp.int32) for length in (queries, keys))
+    scale = array((batch, queries), jnp.float32)
+    return attention.Mask(q, k, q, k, array((), jnp.int32)), scale  # type: ignore[arg-type]
+
+
+def both_passes(
+    attend: Callable[..., Any], batch: int, length: int, heads: int, dim: int = DIM
+) -> Built:
+    """o and the gradients of q, k, v."""
+
+    def run(q: Any, k: Any, v: Any, mask: Any, scale: Any, do: Any) -> Any:
+        o, pull = jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)
+        return o, pull(do)
+
+    x = array((batch, length, heads, dim))
+    return run, (x, x, x, *mask_and_scale(batch, length, length), x)
+
+
+def splash_counts(target: str, length: int, blocks: Blocks, *, by_key: bool) -> Counts:
+    """A grid over all blocks, of which those above the diagonal are skipped."""
+    del target
+    rows, columns = length // blocks.q, length // blocks.k
+    computing = sum(-(-(row + 1) * blocks.q // blocks.k) for row in range(rows))
+    edges = columns if by_key else rows
+    return Counts((computing,), rows * columns - computing, (edges,))
+
+
+def splash_forward(length: int, blocks: Blocks) -> Built:
+    sizes = splash.BlockSizes(block_q=blocks.q, block_kv=blocks.k, block_kv_compute=blocks.compute)
+    return _splash(length, sizes, 3)
+
+
+def splash_backward(length: int, blocks: Blocks, *, fused: bool) -> Built:
+    sizes = splash.BlockSizes(
+        block_q=min(512, length),
+        block_kv=min(512, length),
+        block_q_dkv=blocks.q,
+        block_kv_dkv=blocks.k,
+        block_kv_dkv_compute=blocks.compute,
+        block_q_dq=None if fused else blocks.q,
+        block_kv_dq=None if fused else blocks.k,
+        use_fused_bwd_kernel=fused,
+    )
+    forward, inputs = _splash(length, sizes, 4)
+    return lambda q, k, v, do: jax.vjp(forward, q, k, v)[1](do), inputs
+
+
+def _splash(length: int, sizes: splash.BlockSizes, inputs: int) -> Built:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * HEADS)
+        return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)(
+            q, k, v
+        )
+
+    return attend, (array((HEADS, length, DIM)),) * inputs
+
+
+def _inputs(length: int, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (array((1, length, HEADS, DIM)),) * count
+
+
+SIZES = tuple(
+    Blocks(q, k, compute)
+    for q, k, compute in itertools.product((512, 1024, 2048), (512, 1024, 2048), (256, 512, 1024))
+    if compute <= k
+)
+# A block is one straight run of instructions: larger ones make programs of a hundred thousand.
+OUR_SIZES = tuple(x for x in SIZES if x.q * x.k <= 2**21 and x.compute <= 512)
+BY_ROW = functools.partial(splash_counts, by_key=False)
+BY_COLUMN = functools.partial(splash_counts, by_key=True)
+OURS = {
+    "forward": Entry(
+        "flash_tpu forward",
+        FORWARD,
+        our_forward,
+        {"flash_forward": functools.partial(our_counts, backward=False)},
+        OUR_SIZES,
+    ),
+    "backward": Entry(
+        "flash_tpu backward",
+        BACKWARD,
+        our_backward,
+        {"flash_backward": functools.partial(our_counts, backward=True)},
+        OUR_SIZES,
+    ),
+}
+RIVALS = {
+    "forward": (Entry("splash forward", FORWARD, splash_forward, {"mha_fwd": BY_ROW}, SIZES),),
+    "backward": (
+        Entry(
+            "splash backward",
+            BACKWARD,
+            functools.partial(splash_backward, fused=True),
+            {"mha_dkv": BY_COLUMN},
+            SIZES,
+        ),
+        Entry(
+            "splash backward, 2 kernels",
+            BACKWARD,
+            functools.partial(splash_backward, fused=False),
+            {"mha_dq": BY_ROW, "mha_dkv": BY_COLUMN},
+            SIZES,
+        ),
+    ),
+}
+
+# Of the `sizes` of an entry, those with the least `whole`: by entry, target and length.
+BEST: dict[tuple[str, str, int], Blocks] = {
+    ("splash forward", "v5e", 2048): Blocks(1024, 1024, 512),
+    ("splash forward", "v5e", 8192): Blocks(2048, 2048, 256),
+    ("splash forward", "v5e", 32768): Blocks(2048, 2048, 256),
+    ("splash backward", "v5e", 2048): Blocks(512, 512, 512),
+    ("splash backward", "v5e", 8192): Blocks(1024, 1024, 1024),
+    ("splash backward", "v5e", 32768): Blocks(1024, 2048, 512),
+    ("splash backward, 2 kernels", "v5e", 2048): Blocks(512, 512, 256),
+    ("splash backward, 2 kernels", "v5e", 8192): Blocks(1024, 1024, 1024),
+    ("splash backward, 2 kernels", "v5e", 32768): Blocks(1024, 2048, 1024),
+    ("splash forward", "v5p", 2048): Blocks(1024, 1024, 512),
+    ("splash forward", "v5p", 8192): Blocks(2048, 2048, 256),
+    ("splash forward", "v5p", 32768): Blocks(2048, 2048, 256),
+    ("splash backward", "v5p", 2048): Blocks(512, 512, 512),
+    ("splash backward", "v5p", 8192): Blocks(1024, 1024, 1024),
+    ("splash backward", "v5p", 32768): Blocks(1024, 2048, 512),
+    ("splash backward, 2 kernels", "v5p", 2048): Blocks(512, 512, 256),
+    ("splash backward, 2 kernels", "v5p", 8192): Blocks(1024, 1024, 1024),
+    ("splash backward, 2 kernels", "v5p", 32768): Blocks(1024, 2048, 1024),
+    ("splash forward", "v6e", 2048): Blocks(1024, 1024, 512),
+    ("splash forward", "v6e", 8192): Blocks(2048, 2048, 1024),
+    ("splash forward", "v6e", 32768): Blocks(2048, 2048, 1024),
+    ("splash backward", "v6e", 2048): Blocks(1024, 1024, 1024),
+    ("splash backward", "v6e", 8192): Blocks(1024, 1024, 1024),
+    ("splash backward", "v6e", 32768): Blocks(1024, 2048, 256),
+    ("splash backward, 2 kernels", "v6e", 2048): Blocks(1024, 1024, 512),
+    ("splash backward, 2 kernels", "v6e", 8192): Blocks(1024, 1024, 512),
+    ("splash backward, 2 kernels", "v6e", 32768): Blocks(1024, 2048, 256),
+}
+
+
+def best(entry: Entry, target: str, length: int) -> Blocks:
+    chip = flash_tpu.CHIPS[aot.TPUS[target].kind]
+    ours = {OURS["forward"].name: chip.forward, OURS["backward"].name: chip.backward}
+    if entry.name in ours:
+        return flash_tpu.blocks_for(ours[entry.name], length)
+    return BEST[entry.name, target, length]
+
+
+@functools.cache
+def measure(entry: Entry, target: str, length: int, blocks: Blocks) -> dict[str, aot.Cost]:
+    """Of each kernel that counts, what it costs, compiled for a length: others differ by little."""
+    programs = aot.compile_tpu(*entry.build(length, blocks), target)[1]
+    return {
+        kernel: aot.steady(program)
+        for kernel in entry.kernels
+        for program in programs
+        if kernel in program.name
+    }
+
+
+def cycles(cost: aot.Cost, counts: Counts) -> int:
+    """Of a head over a whole sequence."""
+    steps = cost.steps if len(counts.steps) > 1 else (cost.step,)
+    edges = cost.edges if len(counts.edges) > 1 else (sum(cost.edges),)
+    total = sum(n * x.cycles for n, x in zip(counts.steps, steps, strict=True))
+    total += sum(n * x for n, x in zip(counts.edges, edges, strict=True))
+    return total + counts.skipped * cost.step.idle
+
+
+def whole(
+    entry: Entry, costs: dict[str, aot.Cost], target: str, length: int, blocks: Blocks
+) -> float:
+    """Cycles for each 1000 pairs of causal attention over a whole sequence."""
+    counted = {kernel: count(target, length, blocks) for kernel, count in entry.kernels.items()}
+    total = sum(cycles(costs[kernel], counts) for kernel, counts in counted.items())
+    return 1000 * total / (length * (length + 1) / 2)
+
+
+def sweep(entry: Entry, target: str, lengths: list[int]) -> None:
+    """Print the best blocks of an entry."""
+    tried = {}
+    for blocks in entry.sizes:
+        try:
+            tried[blocks] = measure(entry, target, max(lengths), blocks)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):  # that is: too large for VMEM
+                raise
+    for length in lengths:
+        fitting = (blocks for blocks in tried if max(blocks.q, blocks.k) <= length)
+        found = {blocks: whole(entry, tried[blocks], target, length, blocks) for blocks in fitting}
+        for blocks in sorted(found, key=found.__getitem__)[:3]:
+            sizes = f"Blocks({blocks.q}, {blocks.k}, {blocks.compute})"
+            print(f'    ("{entry.name}", "{target}", {length}): {sizes},  # {found[blocks]:.2f}')
+    sys.stdout.flush()
+
+
+def line(*cells: Any) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def header(*cells: str) -> None:
+    line(*cells)
+    print("|---" * len(cells) + "|")
+
+
+def flash_table(targets: list[str], lengths: list[int]) -> None:
+    slots = ("MATMUL", "VALU", "EUP")
+    header(
+        "kernel", "chip", "T", "blocks", "block", "ideal", "whole", "ideal", "ours / best", *slots
+    )
+    for target, task, length in itertools.product(targets, OURS, lengths):
+        measured = []
+        for entry in (OURS[task], *RIVALS[task]):
+            blocks = best(entry, target, length)
+            costs = measure(entry, target, length, blocks)
+            measured.append((entry, blocks, costs, whole(entry, costs, target, length, blocks)))
+        rival = min(value for *_, value in measured[1:])
+        for entry, blocks, costs, value in measured:
+            ideal = 1000 * entry.flops / aot.TPUS[target].flops
+            step = sum(1000 * x.step.cycles / (blocks.q * blocks.k) for x in costs.values())
+            shares = [" + ".join(f"{x.share(s):.0%}" for x in costs.values()) for s in slots]
+            line(
+                *(entry.name, target, length, f"{blocks.q}/{blocks.k}/{blocks.compute}"),
+                *(f"{step:.2f}", f"{ideal / step:.0%}", f"{value:.2f}", f"{ideal / value:.0%}"),
+                f"**{value / rival:.3f}**" if entry is OURS[task] else "",
+                *shares,
+            )
+
+
+MASKS: dict[str, Callable[[int], Any]] = {
+    "causal": causal,
+    "window 4096": lambda length: packed(length, length, window=4096),
+    "documents of 2048": lambda length: packed(length, 2048),
+    "documents of 2048, not on blocks": lambda length: packed(length, 2048, first=700),
+}
+
+
+def masks_table(targets: list[str], lengths: list[int]) -> None:
+    header(
+        *("kernel", "chip", "T", "mask", "blocks: full", "positions", "segments"),
+        *("cycles / causal: of a block", "of a visible pair"),
+    )
+    for target, task, length in itertools.product(targets, OURS, lengths):
+        blocks = best(OURS[task], target, length)
+        (cost,) = measure(OURS[task], target, length, blocks).values()
+        base = None
+        for name, make in MASKS.items():
+            mask = make(length)
+            counts = our_counts(target, length, blocks, backward=task == "backward", mask=mask)
+            total = cycles(cost, counts)
+            value = np.array([total / sum(counts.steps), total / visible(mask)])
+            base = value if base is None else base
+            of_block, of_pair = value / base
+            line(
+                *(OURS[task].name, target, length, name, *counts.steps),
+                *(f"{of_block:.2f}", f"{of_pair:.2f}"),
+            )
+
+
+def our_decode(
+    attend: Callable[..., Any],
+    batch: int,
+    slots: int,
+    kind: str | None,
+    heads: int = DECODE_HEADS,
+    dim: int = DIM,
+) -> Built:
+    """A token of each row against a cache."""
+    own = array((batch, 1, heads, dim))
+    row, one = array((batch,), jnp.int32), array((), jnp.int32)
+    shape = (batch, heads, slots)
+    cache = array((*shape, dim))
+    if kind is not None:
+        cache = Int8(array((*shape, dim), jnp.int8), array(shape, jnp.float32), None)  # type: ignore[arg-type]
+    scale = array((batch, 1), jnp.float32)
+    return attend, (own, own, own, cache, cache, row, one, one, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A rival of decode_tpu. build: for batch, slots, the cache's kind, and the slots of a step.
+
+    size: such slots, beyond which the cost changes by little; heads: of a step, by the kind.
+    """
+
+    name: str
+    build: Callable[[int, int, str | None, int], Built]
+    size: int
+    heads: dict[str | None, int]
+
+
+def paged(batch: int, slots: int, kind: str | None, size: int) -> Built:
+    page, heads = 128, DECODE_HEADS
+    assert kind is None
+    run = functools.partial(paged_attention.paged_attention, pages_per_compute_block=size // page)
+    pages = array((heads, batch * slots // page, page, DIM))
+    table = array((batch, slots // page), jnp.int32)
+    return run, (array((batch, heads, DIM)), pages, pages, array((batch,), jnp.int32), table)
+
+
+def ragged(batch: int, slots: int, kind: str | None, size: int) -> Built:
+    """One scale for the whole cache where it is int8, which costs least."""
+    page, heads = 128, DECODE_HEADS
+    scale = None if kind is None else 0.1
+    run = functools.partial(
+        ragged_paged_attention.ragged_paged_attention,
+        num_kv_pages_per_block=size // page,
+        num_queries_per_block=1 if batch == 1 else 8,
+        vmem_limit_bytes=64 * 2**20,
+        k_scale=scale,
+        v_scale=scale,
+    )
+    pages = (batch * slots // page, page, 2 * heads, DIM)
+    cache = array(pages, jnp.bfloat16 if kind is None else jnp.int8)
+    table = array((batch, slots // page), jnp.int32)
+    lengths, starts = array((batch,), jnp.int32), array((batch + 1,), jnp.int32)
+    one = array((1,), jnp.int32)
+    return run, (array((batch, heads, DIM)), cache, lengths, table, starts, one)
+
+
+DECODERS = (
+    Decoder("paged_attention", paged, 4096, {None: 1}),
+    Decoder("ragged_paged_attention", ragged, 2048, {None: 8, "int8": 16}),
+)
+CACHES = ((1, 32768), (64, 2048))
+
+
+def our_decode_cycles(cost: aot.Cost, batch: int, slots: int, kind: str | None) -> float:
+    """Cycles of the whole call. The program's kinds of steps: a row's beginning, a block of slots
+    that all are seen, one where some are.
+    """
+    dtype = jnp.dtype(jnp.bfloat16 if kind is None else jnp.int8)
+    shape = decode_tpu._shape(1, 1, DECODE_HEADS, slots, DIM, dtype, None)
+    begin, full, _ = cost.steps
+    blocks = -(-slots // shape.block)
+    row = begin.cycles - begin.idle + blocks * full.cycles + sum(cost.edges)
+    return batch * DECODE_HEADS / shape.heads * row
+
+
+def rival_cycles(rival: Decoder, cost: aot.Cost, batch: int, slots: int, kind: str | None) -> float:
+    """The start of each row outside the loop over its blocks is left out."""
+    steps = batch * slots // min(rival.size, slots) * DECODE_HEADS // rival.heads[kind]
+    rows = batch * DECODE_HEADS // rival.heads[kind]
+    return steps * cost.step.cycles + rows * sum(cost.edges)
+
+
+def decode_table(targets: list[str]) -> None:
+    header("kernel", "chip", "batch x slots", "cache", "cycles / 1000", "HBM limit", "ours / best")
+    for target, (batch, slots), kind in itertools.product(targets, CACHES, (None, "int8")):
+        built = our_decode(decode_tpu.attend, batch, slots, kind)
+        cost = decode_cost(built, target, decode_tpu.NAME)
+        found = {decode_tpu.NAME: our_decode_cycles(cost, batch, slots, kind)}
+        for rival in DECODERS:
+            if kind in rival.heads:
+                built = rival.build(batch, slots, kind, min(rival.size, slots))
+                cost = decode_cost(built, target, "paged")
+                found[rival.name] = rival_cycles(rival, cost, batch, slots, kind)
+        best = min(list(found.values())[1:])
+        for name, cycles in found.items():
+            value = 1000 * cycles / (batch * slots * DECODE_HEADS)
+            limit = 1000 * cache_bytes(name, kind) / aot.TPUS[target].hbm
+            ratio = f"**{cycles / best:.3f}**" if name == decode_tpu.NAME else ""
+            shape = f"{batch} x {slots}", kind or "bf16"
+            line(name, target, *shape, f"{value:.0f}", f"{limit / value:.0%}", ratio)
+
+
+def cache_bytes(name: str, kind: str | None) -> int:
+    """Of a key and a value; ours have a scale each."""
+    if kind is None:
+        return 2 * DIM * 2
+    return 2 * (DIM + 4 * (name == decode_tpu.NAME))
+
+
+def decode_cost(built: Built, target: str, name: str) -> aot.Cost:
+    (program,) = (x for x in aot.compile_tpu(*built, target)[1] if name in x.name)
+    return aot.steady(program)
+
+
+def gpu_table() -> None:
+    header("kernel", "chip", "shape", "registers", "threads", "shared memory", "bytes spilled")
+    for target, (name, shape, built) in itertools.product(("h200", "a100"), gpu_kernels()):
+        if target == "a100" and name == flash_hopper.NAME:
+            continue
+        for kernel in pallas(aot.compile_gpu(*built, target)[1]):
+            short = kernel.name.removesuffix("_mosaic_gpu_kernel")
+            line(
+                *(f"{name}: {short}", target, shape, kernel.registers, kernel.threads),
+                *(f"{kernel.shared / 1024:.0f} KiB", kernel.spilled),
+            )
+
+
+def pallas(kernels: list[aot.GpuKernel]) -> list[aot.GpuKernel]:
+    """Without XLA's own."""
+    return sorted((x for x in kernels if "fusion" not in x.name), key=lambda x: x.name)
+
+
+def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
+    """Name, shape, and what to compile."""
+    for module, dim in ((flash_hopper, 128), (flash_triton, 128), (flash_triton, 64)):
+        built = both_passes(module.attend, 1, 8192, HEADS, dim)
+        yield module.NAME, f"T 8192, H {dim}", built
+    for kind in (None, "int8"):
+        yield (
+            decode_triton.NAME,
+            f"S 8192, cache {kind or 'bf16'}",
+            our_decode(decode_triton.attend, 1, 8192, kind),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cycles of attention kernels.")
+    tables = ("flash", "masks", "decode", "gpu")
+    parser.add_argument("table", nargs="*", help=", ".join(tables))
+    parser.add_argument("--target", nargs="+", choices=aot.TPUS, default=["v5e", "v5p", "v6e"])
+    parser.add_argument("--length", nargs="+", type=int, choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--only", default="", help="of a sweep: entries whose name holds this")
+    parser.add_argument("--sweep", action="store_true", help="find the best blocks again")
+    args = parser.parse_args()
+    if args.sweep:
+        entries = [*OURS.values(), *itertools.chain(*RIVALS.values())]
+        for target, entry in itertools.product(args.target, entries):
+            if args.only in entry.name:
+                sweep(entry, target, args.length)
+        return
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+    print(f"{versions}, {datetime.date.today()}: `python {' '.join(sys.argv)}`\n")
+    for table in args.table or tables:
+        if table == "flash":
+            flash_table(args.target, args.length)
+        elif table == "masks":
+            masks_table(args.target, args.length)
+        elif table == "decode":
+            decode_table(args.target)
+        else:
+            gpu_table()
+        print()
+
+
+if __name__ == "__main__":
+    main()
