@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks import aot
-
 PACKAGES = ("libtpu", "jax_plugins.xla_cuda13")
 
 
@@ -24,10 +22,7 @@ def _there(package: str) -> bool:
 
 
 COMPILED = ["test_cost.py", "test_cuda.py", "test_tpu.py"]
-collect_ignore = COMPILED
-if all(map(_there, PACKAGES)):
-    aot.prepare()
-    collect_ignore = []
+collect_ignore = [] if all(map(_there, PACKAGES)) else COMPILED
 
 
 @pytest.fixture(autouse=True, scope="session")
