@@ -448,8 +448,9 @@ def compile_gpu(
 ) -> tuple[jax.stages.Compiled, list[GpuKernel]]:
     """fn compiled for one GPU of `GPUS`, and its kernels: Triton's (XLA's own too), then Mosaic's.
 
-    args as for `compile_tpu`. Of a Mosaic kernel nothing is known when it is compiled again in the
-    same process, since it is not.
+    args as for `compile_tpu`. The CUDA plugin must not have been loaded before by anyone else: it
+    reads where to dump when it starts. Of a Mosaic kernel nothing is known when it is compiled
+    again in the same process, since it is not.
     """
     folder = _gpu_dumps()
     topology = topologies.get_topology_desc(
@@ -459,13 +460,20 @@ def compile_gpu(
         topology="1x1x1",
     )
     mesh = Mesh(np.array(topology.devices), ("x",), axis_types=(AxisType.Explicit,))
-    for path in folder.iterdir():
-        path.unlink()
+    for path in folder.iterdir():  # a CPU's programs are folders
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with jax.set_mesh(mesh):
-        options = {"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"}
-        compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile(options)
+        compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile()
     arch = f"sm_{GPUS[target].capability}0" + "a" * (GPUS[target].capability >= 9)
     return compiled, [*_triton(folder, arch), *_mosaic(folder)]
+
+
+def prepare() -> None:
+    """Say where to dump, before any backend starts: each reads it once. For processes that do
+    something else with jax before they compile here.
+    """
+    _dumps()
+    _gpu_dumps()
 
 
 @functools.cache
@@ -475,6 +483,7 @@ def _gpu_dumps() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["PATH"] = f"{site.getsitepackages()[0]}/nvidia/cu13/bin:{os.environ['PATH']}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     return folder
 

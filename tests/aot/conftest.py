@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import pytest
 
+from benchmarks import aot
+
 PACKAGES = ("libtpu", "jax_plugins.xla_cuda13")
 
 
@@ -22,7 +24,10 @@ def _there(package: str) -> bool:
 
 
 COMPILED = ["test_cost.py", "test_cuda.py", "test_tpu.py"]
-collect_ignore = [] if all(map(_there, PACKAGES)) else COMPILED
+collect_ignore = COMPILED
+if all(map(_there, PACKAGES)):
+    aot.prepare()
+    collect_ignore = []
 
 
 @pytest.fixture(autouse=True, scope="session")
