@@ -86,7 +86,7 @@ def _check_attention(attend: Any, config: Config, dtype: str, mesh: Mesh) -> Non
     ids, scale = abstract("BT", jnp.int32, rows, 1), abstract("BT", jnp.float32, rows, 1)
     mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
     with sharding.entered(mesh):
-        jax.eval_shape(attend, q, k, k, mask, scale)
+        jax.eval_shape(attention_registry.on_shards(attend), q, k, k, mask, scale)
 
 
 def default_dtype() -> str:
