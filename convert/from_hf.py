@@ -7,6 +7,7 @@ directory to make. Stopped in the middle, the same command continues where it wa
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import re
 import shutil
@@ -97,6 +98,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = locate(args.src)
     target.check_apart(source, args.dst)
     config = read_config(source)
+    sharding.check(config.sizes, mesh)
     tensors = folder.read(source)
     inert = [name for name in tensors if names.INERT.fullmatch(name)]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -163,18 +165,14 @@ def read_config(source: Path) -> Config:
 
 
 def _leaves(abstract: dict[str, Any], dtype: str, sizes: dict[str, int]) -> dict[str, store.Leaf]:
-    """Every leaf cut as the mesh cuts it. ValueError when it does not divide."""
-    from jax.sharding import AbstractMesh, AxisType
-
+    """Every leaf cut as the mesh cuts it."""
     from qwen_jax import sharding
 
-    axes = (AxisType.Explicit,) * len(sizes)
-    mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axes)
     leaves = {}
     for path, leaf in abstract.items():
         shape = tuple(leaf.shape)
-        sharding.check_divides(leaf.letters, shape, mesh, path)
-        cuts = [1 if axis is None else sizes[axis] for axis in sharding.spec(leaf.letters)]
+        partition = sharding.spec(leaf.letters, shape, sizes)
+        cuts = [math.prod(sizes[axis] for axis in sharding.entries(e)) for e in partition]
         shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
         chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])
         leaves[path] = store.Leaf(path, shape, chunks, dtype)

@@ -103,7 +103,8 @@ def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str
     if kind is not None and kind not in DTYPES:
         raise ValueError(f"cache_dtype {kind!r}: allowed are {', '.join(DTYPES)} or None")
 
-    sizes = {"B": start.shape[0], "K": config.num_kv_heads, "S": capacity, "H": config.head_dim}
+    heads = sharding.held_heads(config.num_kv_heads)
+    sizes = {"B": start.shape[0], "K": heads, "S": capacity, "H": config.head_dim}
 
     def zeros(letters: str, dtype: Any) -> jax.Array:
         shape = [sizes[letter] for letter in letters]

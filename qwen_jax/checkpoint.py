@@ -97,8 +97,7 @@ def load(
     config = config or load_config(root)
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
     check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
-    for name, leaf in leaves.items():
-        sharding.check_divides(leaf.letters, leaf.shape, mesh, name)
+    sharding.check(config.sizes, mesh)
     with _one_line(root), ThreadPoolExecutor(_READERS) as executor:
         restored = {
             name: executor.submit(_restore, root / PARAMS, name, leaf, mesh)
@@ -137,7 +136,7 @@ def _restore(params: Path, name: str, leaf: "Weight", mesh: "Mesh") -> "jax.Arra
         tensorstore.array(memory).write(piece[tensorstore.d[:].translate_to[0]]).result()
         return memory
 
-    place = sharding.named(leaf.letters, mesh)
+    place = sharding.named(leaf.letters, mesh, leaf.shape)
     return jax.make_array_from_callback(tuple(leaf.shape), place, shard)
 
 

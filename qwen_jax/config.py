@@ -112,6 +112,18 @@ class Config:
             if any(w is not None and (type(w) is not int or w <= 0) for w in self.layer_windows):
                 raise ValueError("layer_windows holds positive whole numbers or null (= full)")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The lengths of the axes of weights, by the letters of `model.py`."""
+        return {
+            "V": self.vocab_size,
+            "D": self.hidden_size,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_dim,
+            "F": self.intermediate_size,
+        }
+
     def num_params(self) -> int:
         """The number of weights, padded vocabulary rows included."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size

@@ -106,23 +106,23 @@ def prefill(
     padded = np.zeros((batch, total), np.int32)
     kept = min(width, total)
     padded[:, total - kept :] = tokens[:, width - kept :]
-    start = place((total - lengths).astype(np.int32), "B")
-    rates = place(frequencies.astype(np.float32), "BH")
+    start = sharding.place((total - lengths).astype(np.int32), "B")
+    rates = sharding.place(frequencies.astype(np.float32), "BH")
     dtype = decoder.embedding[...].dtype
     cache = kv.empty(decoder.config, start, capacity, dtype, cache_dtype)
     state = State(
         cache=cache,
         frequencies=rates,
-        token=place(np.zeros(batch, np.int32), "B"),
-        seen=place(_seen(padded, total - lengths, decoder.config.vocab_size), "BT"),
-        recent=place(np.full((batch, rules.stops.shape[1]), -1, np.int32), "BT"),
-        done=place(np.zeros(batch, bool), "B"),
-        seeds=place(seeds.astype(np.uint32), "B"),
+        token=sharding.place(np.zeros(batch, np.int32), "B"),
+        seen=sharding.place(_seen(padded, total - lengths, decoder.config.vocab_size), "BT"),
+        recent=sharding.place(np.full((batch, rules.stops.shape[1]), -1, np.int32), "BT"),
+        done=sharding.place(np.zeros(batch, bool), "B"),
+        seeds=sharding.place(seeds.astype(np.uint32), "B"),
         step=jnp.int32(0),
     )
     last = None
     for end, length in zip(np.cumsum(chunks), chunks, strict=True):
-        chunk = place(padded[:, end - length : end], "BT")
+        chunk = sharding.place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)
         places, segments = positions(cache.start, cache.index, chunk.shape[1])
         output = decoder(x, places, segments, rates, cache, attend)
@@ -216,8 +216,3 @@ def _seen(tokens: np.ndarray, start: np.ndarray, vocab_size: int) -> np.ndarray:
     for row, ids, first in zip(seen, tokens, start, strict=True):
         row[ids[first:]] = True
     return seen
-
-
-def place(value: np.ndarray, letters: str) -> jax.Array:
-    """A host array on the mesh in force, partitioned by its axis letters."""
-    return jax.device_put(value, sharding.named(letters, jax.sharding.get_mesh()))

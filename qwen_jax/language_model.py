@@ -5,6 +5,7 @@ and checks what callers pass; it knows no command line.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ def load(
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length {max_length}: must be at least 2")
     mesh = sharding.current_mesh()
+    if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
+        raise ValueError("a context axis is for training: decode with tp and fsdp")
     _check_attention(attend, config, dtype or default_dtype(), mesh)
     decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
     return LanguageModel(
@@ -76,7 +79,7 @@ def load(
 
 def _check_attention(attend: Any, config: Config, dtype: str, mesh: Mesh) -> None:
     """Trace one token, so that attention that declines does so before the weights are read."""
-    rows = mesh.shape[sharding.AXES[0]]
+    rows = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)
 
     def abstract(letters: str, dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(letters, mesh))
@@ -123,10 +126,10 @@ class LanguageModel:
         with sharding.entered(self.mesh):
             batch, arrays = len(tokens), (tokens, lengths, frequencies)
             tokens, lengths, frequencies = (self._whole_shards(x) for x in arrays)
-            start = decode.place((tokens.shape[1] - lengths).astype(np.int32), "B")
+            start = sharding.place((tokens.shape[1] - lengths).astype(np.int32), "B")
             positions, segments = decode.positions(start, jnp.int32(0), tokens.shape[1])
-            x = self.decoder.embed(decode.place(tokens, "BT"))
-            rates = decode.place(frequencies, "BH")
+            x = self.decoder.embed(sharding.place(tokens, "BT"))
+            rates = sharding.place(frequencies, "BH")
             output = self.decoder(x, positions, segments, rates, attend=self.attend)
             logits = self.decoder.logits(output.last)
             if len(tokens) != batch:  # rows that the mesh does not divide: every device keeps all
@@ -368,5 +371,5 @@ class LanguageModel:
 
     def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
         """Rows repeated until the batch divides over the mesh; callers drop them again."""
-        shards = self.mesh.shape["fsdp"]
+        shards = math.prod(sharding.axis_sizes(self.mesh)[axis] for axis in sharding.BATCH)
         return np.resize(rows, (-(-len(rows) // shards) * shards, *rows.shape[1:]))

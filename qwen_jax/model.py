@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from qwen_jax import attention, rope, sharding
+from qwen_jax import attention, rope, sharding, vocabulary
 from qwen_jax import cache as kv
 from qwen_jax.attention import Mask
 from qwen_jax.cache import Cache, Layer
@@ -62,6 +62,8 @@ class Attention(nnx.Module):
         attend: Callable[..., Any],
     ) -> tuple[jax.Array, Layer | None]:
         """x [B, T, D]; own and past: masks over this pass's keys and over the cache's."""
+        residual = jax.typeof(x).sharding.spec
+        x = sharding.whole_sequence(x)
         q = contract("BTD,NHD->BTNH", x, self.q)
         k = contract("BTD,KHD->BTKH", x, self.k)
         v = contract("BTD,KHD->BTKH", x, self.v)
@@ -71,12 +73,13 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm, self.config.norm_eps)
             k = rms_norm(k, self.k_norm, self.config.norm_eps)
         q, k = rotary.rotate(q), rotary.rotate(k)
+        k, v = sharding.spread_heads(k), sharding.spread_heads(v)
         scale = rotary.query_scale * self.config.head_dim**-0.5
         if layer is None or index is None:
             o = attention.on_shards(attend)(q, k, v, own, scale)
         else:
             o, layer = kv.attend(attend, q, k, v, own, past, scale, layer, index)
-        return contract("BTNH,DNH->BTD", o, self.o, sharding.spec("BTD")), layer
+        return contract("BTNH,DNH->BTD", o, self.o, residual), layer
 
 
 class FeedForward(nnx.Module):
@@ -89,9 +92,11 @@ class FeedForward(nnx.Module):
         self.down = make.normal("DF", std / math.sqrt(2 * config.num_layers))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        residual = jax.typeof(x).sharding.spec
+        x = sharding.whole_sequence(x)
         gate = contract("BTD,FD->BTF", x, self.gate)
         up = contract("BTD,FD->BTF", x, self.up)
-        return contract("BTF,DF->BTD", up * jax.nn.silu(gate), self.down, sharding.spec("BTD"))
+        return contract("BTF,DF->BTD", up * jax.nn.silu(gate), self.down, residual)
 
 
 class Block(nnx.Module):
@@ -140,13 +145,18 @@ class Decoder(nnx.Module):
         self.final_norm = final_norm
         self.head = head
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int [B, T] -> [B, T, D]."""
-        return _embed(self.embedding, tokens)
+    def embed(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+        """int [B, T] -> [B, T, D] of `dtype` (None: the weights'), in which the blocks compute."""
+        return _embed(self.embedding, tokens, dtype or self.embedding.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, T, D] after the final norm -> float32 [B, T, V]."""
-        return _logits(x, self.embedding if self.head is None else self.head)
+        return _logits(x, self.output)
+
+    @property
+    def output(self) -> Weight:
+        """The head, [V, D]."""
+        return self.embedding if self.head is None else self.head
 
     def __call__(
         self,
@@ -215,22 +225,22 @@ def _run_block(
     index: jax.Array | None,
     attend: Callable[..., Any],
 ) -> tuple[jax.Array, Layer | None]:
-    return sharding.unshard(block)(x, rotary, own, past, layer, index, attend)
+    return sharding.unshard(block, x.dtype)(x, rotary, own, past, layer, index, attend)
 
 
-@jax.jit
-def _embed(table: Weight, tokens: jax.Array) -> jax.Array:
-    return sharding.unshard(table)[...].at[tokens].get(out_sharding=sharding.spec("BTD"))
+@functools.partial(jax.jit, static_argnames="dtype")
+def _embed(table: Weight, tokens: jax.Array, dtype: Any) -> jax.Array:
+    return vocabulary.look_up(table[...], tokens, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="eps")
 def _final_norm(x: jax.Array, weight: Weight, eps: float) -> jax.Array:
-    return rms_norm(x, sharding.unshard(weight), eps)
+    return rms_norm(x, sharding.unshard(weight, x.dtype), eps)
 
 
 @jax.jit
 def _logits(x: jax.Array, head: Weight) -> jax.Array:
-    head = sharding.unshard(head)
+    head = sharding.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, head, preferred_element_type=jnp.float32)
 
 
@@ -254,7 +264,11 @@ def abstract(config: Config, dtype: Any) -> Decoder:
 
 def stack(decoder: Decoder) -> Decoder:
     """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth."""
-    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *list(decoder.layers))
+
+    def stacked(*leaves: Weight) -> Weight:
+        return Weight(jnp.stack([leaf[...] for leaf in leaves]), letters=f"L{leaves[0].letters}")
+
+    blocks = jax.tree.map(stacked, *decoder.layers, is_leaf=lambda x: isinstance(x, Weight))
     return _with_layers(decoder, blocks)
 
 
@@ -262,7 +276,10 @@ def unstack(decoder: Decoder) -> Decoder:
     """The inverse of `stack`."""
 
     def block(i: int) -> Block:
-        return jax.tree.map(lambda leaf: leaf[i], decoder.layers)
+        def one(leaf: Weight) -> Weight:
+            return Weight(leaf[i], letters=leaf.letters.removeprefix("L"))
+
+        return jax.tree.map(one, decoder.layers, is_leaf=lambda x: isinstance(x, Weight))
 
     return _with_layers(decoder, [block(i) for i in range(decoder.config.num_layers)])
 
@@ -278,12 +295,4 @@ def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
 
 
 def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
-    sizes = {
-        "V": config.vocab_size,
-        "D": config.hidden_size,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
-        "H": config.head_dim,
-        "F": config.intermediate_size,
-    }
-    return Maker(sizes, key, dtype)
+    return Maker(config.sizes, key, dtype)

@@ -1,71 +1,120 @@
 """Mesh axes and how arrays are partitioned over them. The only file that names mesh axes.
 
 A partitioning is named by the axis letters of an array (legend in `model.py`): `spec("BTD")` is an
-activation, `spec("FD")` a weight. `fsdp` splits the batch of activations and the model dimension of
-weights; `tp` splits heads, FFN width and vocabulary. Nothing here knows of modules or files.
+activation, `spec("FD")` a weight.
+
+    data      copies of the model: splits the batch; for slices that a slow network connects
+    fsdp      splits the batch of activations, and the model dimension of weights
+    context   splits the tokens of a sequence (ring attention), and weights as fsdp does
+    tp        splits heads, FFN width and vocabulary
+
+Axes of size 1 appear in no partitioning. Nothing here knows of modules or files.
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("fsdp", "tp")
+AXES = ("data", "fsdp", "context", "tp")
+BATCH = ("data", "fsdp")  # what splits the rows of a batch
+WEIGHTS = ("fsdp", "context")  # what splits weights until just before their use
+CONTEXT = "context"
+TENSOR = "tp"
 _TENSOR_PARALLEL = frozenset("NKFV")
 
 
-def spec(letters: str) -> P:
-    """The partitioning of an array by its axis letters; one with a batch axis is an activation."""
-    fsdp = "B" if "B" in letters else "D"
-    return P(*(("fsdp" if x == fsdp else "tp" if x in _TENSOR_PARALLEL else None) for x in letters))
+def spec(letters: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> P:
+    """The partitioning of an array by its axis letters; one with a batch axis is an activation.
+
+    shape: where known, key/value heads that `tp` does not divide stay whole. mesh: None is the one
+    in force.
+    """
+    sizes = axis_sizes(mesh)
+    activation = "B" in letters
+
+    def over(letter: str, size: int | None) -> Any:
+        axes: tuple[str, ...] = ()
+        if letter == "B":
+            axes = BATCH
+        elif letter == "T":
+            axes = (CONTEXT,)
+        elif letter == "D" and not activation:
+            axes = WEIGHTS
+        elif letter in _TENSOR_PARALLEL and not (letter == "K" and size and size % sizes[TENSOR]):
+            axes = (TENSOR,)
+        axes = tuple(axis for axis in axes if sizes[axis] > 1)
+        return axes if len(axes) > 1 else axes[0] if axes else None
+
+    return P(*map(over, letters, shape or [None] * len(letters)))
+
+
+def axis_sizes(mesh: Any = None) -> dict[str, int]:
+    """The size of each of `AXES` in a mesh, or in sizes by axis; None is the mesh in force. An
+    axis that is lacking has size 1.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    shape = getattr(mesh, "shape", mesh)
+    return {axis: shape.get(axis, 1) for axis in AXES}
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
-    """`"fsdp=4,tp=2"` -> {"fsdp": 4, "tp": 2}; axes not named are 1.
+    """`"fsdp=4,tp=2"` -> {"data": 1, "fsdp": 4, ...}; axes not named are 1.
 
     Raises ValueError that says what is allowed.
     """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    named = [item.partition("=")[0].strip() for item in (text or "").split(",")]
     for item in filter(None, (text or "").split(",")):
-        name, _, size = item.partition("=")
-        named = [part.partition("=")[0].strip() for part in (text or "").split(",")]
-        wrong = name.strip() not in AXES or named.count(name.strip()) > 1
-        if wrong or not size.strip().isdecimal() or int(size) < 1:
+        name, size = (part.strip() for part in item.partition("=")[::2])
+        wrong = name not in AXES or named.count(name) > 1
+        if wrong or not size.isdecimal() or int(size) < 1:
             raise ValueError(f"mesh {text!r}: write it as fsdp=4,tp=2 (axes: {', '.join(AXES)})")
-        sizes[name.strip()] = int(size)
+        sizes[name] = int(size)
     return sizes
 
 
-def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
-    """A mesh with explicit axes over the first devices; (1, 1) by default.
+def describe(sizes: Mapping[str, int]) -> str:
+    """The inverse of `parse_mesh`: axes of size 1 are left out."""
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "fsdp=1"
 
-    Raises ValueError when there are fewer devices than the mesh asks for.
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
+    """A mesh with explicit axes over the first devices, all axes 1 by default.
+
+    devices: None is all of this run's, over all processes. Raises ValueError when there are fewer
+    devices than the mesh asks for.
     """
     shape = tuple((sizes or {}).get(axis, 1) for axis in AXES)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if math.prod(shape) > len(devices):
-        wanted = ",".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
         raise ValueError(
-            f"mesh {wanted} needs {math.prod(shape)} devices, there are {len(devices)}"
+            f"mesh {describe(sizes or {})} needs {math.prod(shape)} devices, "
+            f"there are {len(devices)}"
         )
     explicit = (AxisType.Explicit,) * len(AXES)
     return jax.make_mesh(shape, AXES, explicit, devices=devices[: math.prod(shape)])
 
 
 def current_mesh() -> Mesh:
-    """The mesh entered with `jax.set_mesh`, or a (1, 1) one.
+    """The mesh entered with `jax.set_mesh`, or one of a single device.
 
-    Raises ValueError when the mesh in force lacks one of `AXES` or has axes that are not explicit.
+    Raises ValueError when the mesh in force has other axes than `AXES`, or some not explicit.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return make_mesh()
-    if not set(AXES) <= set(mesh.axis_names) or set(mesh.axis_types) != {AxisType.Explicit}:
-        raise ValueError(f"the mesh in force is {mesh}: it needs explicit axes {', '.join(AXES)}")
+    if not set(mesh.axis_names) <= set(AXES) or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise ValueError(
+            f"the mesh in force is {mesh}: it needs explicit axes out of {', '.join(AXES)}"
+        )
     return mesh
 
 
@@ -76,18 +125,98 @@ def entered(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
-def check_divides(letters: str, shape: tuple[int, ...], mesh: Mesh, name: str) -> None:
-    """Raise ValueError, naming the array, when an axis does not divide over the mesh."""
-    for letter, size, axis in zip(letters, shape, spec(letters), strict=True):
-        if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(
-                f"{name} has {letter} = {size}: it does not divide over {axis}={mesh.shape[axis]}"
-            )
+def check(lengths: Mapping[str, int], mesh: Any) -> None:
+    """Raise ValueError when an axis does not divide over the mesh, naming the nearest that works.
+
+    lengths: of axes by letter: V, D, N, K, F, and B (rows of a batch) and T where they are known.
+    mesh: a mesh, or sizes by axis.
+    """
+    sizes = axis_sizes(mesh)
+    problem = _problem(lengths, sizes)
+    if problem is None:
+        return
+    nearest = _nearest(lengths, sizes)
+    advice = f"; the nearest mesh that works is {describe(nearest)}" if nearest else ""
+    raise ValueError(f"mesh {describe(sizes)}: {problem}{advice}")
 
 
-def named(letters: str, mesh: Mesh) -> NamedSharding:
+_NAMES = {
+    "V": "vocabulary",
+    "D": "model width",
+    "N": "query heads",
+    "K": "key/value heads",
+    "F": "feed-forward width",
+    "B": "batch",
+    "T": "length",
+}
+
+
+def _problem(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> str | None:
+    over = {"B": BATCH, "D": WEIGHTS, "T": (CONTEXT,)} | dict.fromkeys("NFVK", (TENSOR,))
+    for letter, axes in over.items():
+        parts = math.prod(sizes[axis] for axis in axes)
+        length = lengths.get(letter)
+        if letter == "T" and parts > 1:
+            parts *= 2  # a device holds one piece from the front and one from the back
+        if length is None or length % parts == 0:
+            continue
+        if letter == "K" and parts % length == 0:
+            continue  # fewer heads than devices: each is held by several
+        named = " x ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+        twice = " (in two pieces each)" if letter == "T" else ""
+        return f"{_NAMES[letter]} {letter} = {length} does not divide over {named}{twice}"
+    return None
+
+
+def _nearest(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """The mesh of as many devices, or of the most below, whose axes are changed least."""
+    for total in range(math.prod(sizes.values()), 0, -1):
+        fitting = [m for m in meshes(total) if _problem(lengths, m) is None]
+        if fitting:
+            return min(fitting, key=lambda m: sum(abs(math.log2(m[a] / sizes[a])) for a in AXES))
+    return None
+
+
+def meshes(total: int) -> Iterator[dict[str, int]]:
+    """Every mesh of that many devices."""
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    for some in itertools.product(divisors, repeat=len(AXES) - 1):
+        rest, left = divmod(total, math.prod(some))
+        if left == 0 and rest > 0:
+            yield dict(zip(AXES, (*some, rest), strict=True))
+
+
+def default(lengths: Mapping[str, int], devices: int, training: bool = False) -> dict[str, int]:
+    """The mesh to use when none is asked for: the most devices that divide.
+
+    Decoding reads every weight for each token, so `tp` takes as many as it can, and rows the rest.
+    Training splits rows and weights (`fsdp`), and heads only where the model width is too narrow.
+    """
+    least = (TENSOR, CONTEXT, "data") if training else ("data", CONTEXT, "fsdp")
+    for total in range(devices, 0, -1):
+        fitting = [m for m in meshes(total) if _problem(lengths, m) is None and m[CONTEXT] == 1]
+        if fitting:
+            return min(fitting, key=lambda m: tuple(m[axis] for axis in least))
+    raise AssertionError("one device holds everything")
+
+
+def named(letters: str, mesh: Any, shape: tuple[int, ...] | None = None) -> NamedSharding:
     """The sharding on real devices of an array with these axes."""
-    return NamedSharding(mesh, spec(letters))
+    return NamedSharding(mesh, spec(letters, shape, mesh))
+
+
+def place(value: np.ndarray, letters: str) -> jax.Array:
+    """A host array on the mesh in force. With several processes, all have the same array."""
+    sharding = named(letters, jax.sharding.get_mesh(), value.shape)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process; all of them must call it."""
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        mesh = jax.sharding.get_mesh()
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(x)
+    return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
@@ -100,13 +229,57 @@ def handed_over(x: jax.Array) -> jax.Array:
     return jax.device_put(x, NamedSharding(free, sharding.spec))
 
 
-def unshard(tree: Any) -> Any:
-    """Gather a tree of weights over `fsdp`, just before use; its gradient scatters back."""
+def unshard(tree: Any, dtype: Any = None) -> Any:
+    """Weights just before their use: cast, then gathered over the axes that split weights.
+
+    The gradient scatters back. dtype: None keeps each leaf's own.
+    """
 
     def gather(leaf: jax.Array) -> jax.Array:
-        partition = jax.typeof(leaf).sharding.spec
-        if "fsdp" not in partition:
-            return leaf
-        return jax.reshard(leaf, P(*(None if axis == "fsdp" else axis for axis in partition)))
+        leaf = leaf if dtype is None else leaf.astype(dtype)
+        return _without(leaf, WEIGHTS)
 
     return jax.tree.map(gather, tree)
+
+
+def sequence_parallel(x: jax.Array) -> jax.Array:
+    """An activation [B, T, D] with its tokens split over `tp` too, as a residual may be kept."""
+    rows, tokens, *rest = jax.typeof(x).sharding.spec
+    return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
+
+
+def whole_sequence(x: jax.Array) -> jax.Array:
+    """The inverse of `sequence_parallel`; nothing where tokens are not split over `tp`."""
+    return _without(x, (TENSOR,))
+
+
+def held_heads(heads: int) -> int:
+    """How many key/value heads there are once each device of `tp` has those of its queries."""
+    return math.lcm(heads, axis_sizes()[TENSOR])
+
+
+def spread_heads(x: jax.Array) -> jax.Array:
+    """Keys or values [B, T, K, H]: heads fewer than `tp` repeated, one for each device."""
+    batch, length, heads, dim = x.shape
+    held = held_heads(heads)
+    if held == heads:
+        return x
+    x = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, held // heads, dim))
+    return jax.reshard(x.reshape(batch, length, held, dim), spec("BTKH"))
+
+
+def _with(entry: Any, axis: str) -> Any:
+    axes = (*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ()))
+    return axes if len(axes) > 1 else axes[0] if axes else None
+
+
+def _without(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    partition = jax.typeof(x).sharding.spec
+    kept = [tuple(a for a in entries(entry) if a not in axes) for entry in partition]
+    wanted = P(*(k if len(k) > 1 else k[0] if k else None for k in kept))
+    return x if wanted == partition else jax.reshard(x, wanted)
+
+
+def entries(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

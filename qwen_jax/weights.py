@@ -40,7 +40,8 @@ class Maker:
         return Weight(jnp.full(shape, value, self._dtype, out_sharding=spec), letters=letters)
 
     def _place(self, letters: str) -> tuple[tuple[int, ...], P]:
-        return tuple(self._sizes[letter] for letter in letters), sharding.spec(letters)
+        shape = tuple(self._sizes[letter] for letter in letters)
+        return shape, sharding.spec(letters, shape)
 
 
 def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs) -> jax.Array:
@@ -49,7 +50,7 @@ def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **k
     equation: as "BTD,NHD->BTNH", the weight's output axes before those summed over. out: the
     partitioning of the result, where the operands leave it open (row-parallel products).
     """
-    rows, axes, result = equation.replace("->", ",").split(",")
+    rows, axes, _ = equation.replace("->", ",").split(",")
     summed = [letter for letter in axes if letter in rows]
     made = len(axes) - len(summed)
     matrix = _flatten(_flatten(weight[...], 0, made), 1, 2 + len(summed) - 1)
@@ -59,7 +60,8 @@ def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **k
     if made == 1:
         return y
     shape = weight[...].shape[:made]
-    return jnp.reshape(y, (*y.shape[:2], *shape), out_sharding=sharding.spec(result))
+    apart = P(*jax.typeof(y).sharding.spec, *[None] * (made - 1))
+    return jnp.reshape(y, (*y.shape[:2], *shape), out_sharding=apart)
 
 
 def _flatten(x: jax.Array, start: int, stop: int) -> jax.Array:

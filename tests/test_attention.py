@@ -10,7 +10,7 @@ import pytest
 from qwen_jax import attention
 from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask, merge
 from qwen_jax.cache import quantize
-from qwen_jax.decode import place
+from qwen_jax.sharding import place
 from tests.tiny import KERNELS, QUICK, on_mesh
 
 every_implementation = pytest.mark.parametrize("name", ["xla", *KERNELS])

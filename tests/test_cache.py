@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qwen_jax import cache
 from qwen_jax.attention import FULL
 from qwen_jax.cache import Cache, Int8, Layer, quantize
-from qwen_jax.decode import place, positions
+from qwen_jax.decode import positions
+from qwen_jax.sharding import place
 from tests.tiny import cached_logits, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
 
 KINDS = [None, *cache.DTYPES]

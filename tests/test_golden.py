@@ -31,12 +31,12 @@ def test_hidden_states(golden_dir: Path) -> None:
     model = load(golden_dir)
     tokens = arrays()["plain.tokens"]
     with sharding.entered(model.mesh):
-        start = decode.place(np.zeros(len(tokens), np.int32), "B")
+        start = sharding.place(np.zeros(len(tokens), np.int32), "B")
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = np.stack([rope.from_config(model.config).frequencies()] * 2)
-        embeddings = model.decoder.embed(decode.place(tokens, "BT"))
+        embeddings = model.decoder.embed(sharding.place(tokens, "BT"))
         states = model.decoder(
-            embeddings, places, segments, decode.place(frequencies, "BH"), hidden_states=True
+            embeddings, places, segments, sharding.place(frequencies, "BH"), hidden_states=True
         ).hidden_states
     assert len(states) == model.config.num_layers + 1
     for i, state in enumerate(states):
@@ -143,12 +143,12 @@ def step_logits(
         return np.resize(rows, (repeat, *rows.shape[1:]))
 
     with sharding.entered(model.mesh):
-        start = decode.place(whole((width - lengths).astype(np.int32)), "B")
-        rates = decode.place(whole(frequencies), "BH")
+        start = sharding.place(whole((width - lengths).astype(np.int32)), "B")
+        rates = sharding.place(whole(frequencies), "BH")
         state = cache.empty(model.config, start, 256, np.float32, model.cache_dtype)
         for step in steps:
             places, segments = decode.positions(start, state.index, step.shape[1])
-            x = model.decoder.embed(decode.place(whole(step), "BT"))
+            x = model.decoder.embed(sharding.place(whole(step), "BT"))
             output = model.decoder(x, places, segments, rates, state)
             state = output.cache
             chosen.append(np.asarray(model.decoder.logits(output.last))[:batch, -1:])

@@ -10,8 +10,8 @@ import pytest
 from qwen_jax import Config, cache, model, rope, weights
 from qwen_jax.attention import IMPLEMENTATIONS
 from qwen_jax.config import RopeScaling
-from qwen_jax.decode import place
 from qwen_jax.model import Decoder, FeedForward, rms_norm
+from qwen_jax.sharding import place
 from tests.tiny import (
     KERNELS,
     QUICK,

@@ -21,11 +21,11 @@ def wide() -> model.Decoder:
 
 def log_probabilities(decoder: model.Decoder, tokens: np.ndarray) -> np.ndarray:
     with jax.set_mesh(sharding.make_mesh()):
-        start = decode.place(np.zeros(len(tokens), np.int32), "B")
+        start = sharding.place(np.zeros(len(tokens), np.int32), "B")
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = rope.from_config(CONFIG).frequencies(np.ones(len(tokens)))
-        x = decoder.embed(decode.place(tokens, "BT"))
-        output = decoder(x, places, segments, decode.place(frequencies, "BH"))
+        x = decoder.embed(sharding.place(tokens, "BT"))
+        output = decoder(x, places, segments, sharding.place(frequencies, "BH"))
         return np.asarray(jax.nn.log_softmax(decoder.logits(output.last)), np.float64)
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import Config, cache, model, rope, sharding, weights
-from qwen_jax.decode import place, positions
+from qwen_jax.decode import positions
 from qwen_jax.model import Decoder, Output
+from qwen_jax.sharding import place
 
 # For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
 KERNELS = ("pallas_tpu", "pallas_triton")  # attention that a CPU interprets
