@@ -17,6 +17,7 @@ from flax import struct
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax import ring, sharding
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -135,6 +136,7 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
 
 def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation run on each device's heads and rows; takes and returns global arrays.
+    Tokens that are split over `context` are attended to by a ring.
 
     Where no mesh axis is explicit (none in force, or inside `shard_map`) it is run as it is.
     """
@@ -147,9 +149,12 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
             return attend(q, k, v, mask, scale, return_lse=return_lse)
         rows = jax.typeof(q).sharding.spec
         out = (rows, P(*rows[:3])) if return_lse else rows
+        shared = sharding.CONTEXT in sharding.entries(rows[1])
 
         @jax.shard_map(out_specs=out, check_vma=False)  # kernels say nothing of mesh axes
         def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
+            if shared:
+                return ring.attend(attend, q, k, v, mask, scale, return_lse)
             return attend(q, k, v, mask, scale, return_lse=return_lse)
 
         return local(q, k, v, mask, jnp.asarray(scale, jnp.float32))

@@ -133,6 +133,11 @@ class Config:
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
         return embeddings + self.num_layers * layer + self.hidden_size
 
+    @property
+    def in_training(self) -> "Config":
+        """This architecture as the original trains it: nothing scales with the length."""
+        return dataclasses.replace(self, dynamic_ntk=False, logn=False)
+
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
         """This architecture with some values replaced, by their Hugging Face names.
 

@@ -145,6 +145,10 @@ class Decoder(nnx.Module):
         self.final_norm = final_norm
         self.head = head
 
+    def with_config(self, config: Config) -> "Decoder":
+        """The same weights, under a config of the same sizes."""
+        return Decoder(config, self.embedding, self.layers, self.final_norm, self.head)
+
     def embed(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
         """int [B, T] -> [B, T, D] of `dtype` (None: the weights'), in which the blocks compute."""
         return _embed(self.embedding, tokens, dtype or self.embedding.dtype)

@@ -1,0 +1,127 @@
+"""Ring attention: queries stay, keys and values go round the devices that share a sequence.
+
+Ring Attention (arXiv 2310.01889) over any implementation of `attention.IMPLEMENTATIONS`: each part
+of the keys gives an output and a log-sum-exp, and the parts merge into one softmax. No device holds
+the keys of the others for longer than a step. Runs within `jax.shard_map`.
+
+Positions and segments travel with the keys, so causality, windows, packing and LogN need no rule of
+their own, and tokens may be in any order. `zigzag` is the one in which causal work is equal: device
+i of n holds piece i and piece 2n - 1 - i of 2n.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import sharding
+
+
+def zigzag(x: jax.Array) -> jax.Array:
+    """[B, T] in the order of a sequence -> the same tokens, in the order of the devices."""
+    devices = sharding.axis_sizes()[sharding.CONTEXT]
+    if devices == 1:
+        return x
+    batch, length = x.shape
+    if length % (2 * devices):
+        raise ValueError(f"length T = {length} does not divide into two pieces a device")
+    pieces = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
+    rows = jax.typeof(x).sharding.spec[0]
+    x = jax.reshard(x, P(rows, None)).reshape(batch, 2 * devices, -1)
+    return jax.reshard(x[:, np.array(pieces)].reshape(batch, length), sharding.spec("BT"))
+
+
+def attend(
+    implementation: Callable[..., Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Any,
+    scale: jax.Array,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over the keys of all devices; arguments and results as `attention.xla`, each the
+    part of this device.
+    """
+    o, lse = _ring(implementation, q, k, v, mask, scale)
+    return (o, lse) if return_lse else o.astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    keys = (k, v, mask.k_positions, mask.k_segments)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        o, lse, keys = carry
+        following = _pass_on(keys)  # travels while this part is computed
+        part = implementation(*_arguments(q, keys, mask, scale), return_lse=True)
+        return (*_merged((o, lse), part), following), None
+
+    o = jnp.zeros(q.shape, jnp.float32)
+    lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    (o, lse, _), _ = jax.lax.scan(step, (o, lse, keys), length=jax.lax.axis_size(sharding.CONTEXT))
+    return o, lse
+
+
+def _forward(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    o, lse = _ring(implementation, q, k, v, mask, scale)
+    return (o, lse), (q, k, v, mask, scale, o, lse)
+
+
+def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
+    """Keys go round once more, and their gradients with them until both are home again."""
+    q, k, v, mask, scale, o, lse = saved
+    do, dlse = cotangents
+    keys = (k, v, mask.k_positions, mask.k_segments)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        dq, dscale, dk, dv, keys = carry
+        following = _pass_on(keys)
+
+        def part(q: Any, k: Any, v: Any, scale: Any) -> Any:
+            return implementation(*_arguments(q, (k, v, *keys[2:]), mask, scale), return_lse=True)
+
+        (own, own_lse), gradient = jax.vjp(part, q, *keys[:2], scale)
+        # o = sum of share * own, with share = exp(own_lse - lse), and lse their log-sum-exp.
+        share = jnp.where(own_lse > -jnp.inf, jnp.exp(own_lse - lse), 0)
+        inner = jnp.sum(do * (own - o), -1)
+        gradients = gradient((share[..., None] * do, share * (inner + dlse)))
+        dq, dk, dv, dscale = (
+            old + new.astype(jnp.float32)
+            for old, new in zip((dq, dk, dv, dscale), gradients, strict=True)
+        )
+        return (dq, dscale, *_pass_on((dk, dv)), following), None
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, scale, k, v)]
+    length = jax.lax.axis_size(sharding.CONTEXT)
+    (dq, dscale, dk, dv, _), _ = jax.lax.scan(step, (*zeros, keys), length=length)
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none, dscale
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _arguments(q: Any, keys: Any, mask: Any, scale: Any) -> tuple[Any, ...]:
+    k, v, positions, segments = keys
+    return q, k, v, dataclasses.replace(mask, k_positions=positions, k_segments=segments), scale
+
+
+def _pass_on(x: Any) -> Any:
+    """To the next device of the ring."""
+    size = jax.lax.axis_size(sharding.CONTEXT)
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, sharding.CONTEXT, ring), x)
+
+
+def _merged(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
+    """One softmax from two sets of keys, as (o, lse) each; -inf where a query has seen nothing."""
+    lse = jnp.logaddexp(one[1], other[1])
+    shares = [jnp.where(part[1] > -jnp.inf, jnp.exp(part[1] - lse), 0) for part in (one, other)]
+    o = sum(share[..., None] * part[0] for share, part in zip(shares, (one, other), strict=True))
+    return o, lse

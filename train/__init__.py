@@ -1,0 +1,1 @@
+"""Training of the decoders of `qwen_jax`."""

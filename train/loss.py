@@ -1,0 +1,102 @@
+"""The loss of a batch: cross-entropy of the next token, in float32, over the whole mesh.
+
+Knows no optimiser and no data format. The logits of a batch never exist whole (`vocabulary.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from qwen_jax import ring, rope, sharding, vocabulary
+from qwen_jax.model import Decoder
+
+IGNORED = -100  # a label that is not trained on
+
+
+@struct.dataclass
+class Batch:
+    """What a step trains on, [B, T] each; tokens of one row attend to their own segment only.
+
+    tokens, targets int32: the ids, and the id after each. positions int32: within the segment, from
+    0. segments int32: 0 is padding. weights float32: of each target in the loss, 0 for none.
+    """
+
+    tokens: Any
+    targets: Any
+    positions: Any
+    segments: Any
+    weights: Any
+
+
+def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
+    """A batch of the host from int [B, T] tokens and labels, one document a row.
+
+    labels are not shifted: the label of a token is learned from the tokens before it. `IGNORED`
+    ones have no weight.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    after = np.pad(np.asarray(labels)[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    return Batch(
+        tokens=tokens,
+        targets=np.where(after == IGNORED, 0, after).astype(np.int32),
+        positions=np.arange(tokens.shape[1], dtype=np.int32) + 0 * tokens,
+        segments=np.ones_like(tokens),
+        weights=(after != IGNORED).astype(np.float32),
+    )
+
+
+def place(batch: Batch) -> Batch:
+    """A batch of the host on the mesh in force."""
+    return jax.tree.map(lambda x: sharding.place(x, "BT"), batch)
+
+
+@struct.dataclass
+class Metrics:
+    """float32 scalars. loss: mean over the weighted targets; accuracy: of their most likely token;
+    targets: the sum of the weights.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    targets: jax.Array
+
+
+def loss(
+    decoder: Decoder,
+    batch: Batch,
+    attend: Callable[..., Any],
+    dtype: Any,
+    remat: Callable[..., Any] | None = None,
+    sequence_parallel: bool = False,
+) -> tuple[jax.Array, Metrics]:
+    """The mean cross-entropy of a batch, and its metrics.
+
+    decoder: stacked or not, of any storage dtype; `dtype` is what it computes in. As the original
+    in training, RoPE scaling by length and LogN are off. remat: as `Decoder.__call__`.
+    sequence_parallel: keep the residual split over `tp` by tokens.
+    """
+    batch = jax.tree.map(ring.zigzag, batch)
+    decoder = decoder.with_config(decoder.config.in_training)
+    rates = jnp.asarray(rope.from_config(decoder.config).frequencies())
+    rates = jnp.broadcast_to(rates, (batch.tokens.shape[0], *rates.shape))
+    x = decoder.embed(batch.tokens, dtype)
+    if sequence_parallel:
+        x = sharding.sequence_parallel(x)
+    x = decoder(
+        x,
+        batch.positions,
+        batch.segments,
+        jax.reshard(rates, sharding.spec("BH")),
+        attend=attend,
+        remat=remat,
+    ).last
+    scores = vocabulary.token_scores(sharding.whole_sequence(x), decoder.output[...], batch.targets)
+    targets = jnp.sum(batch.weights)
+    share = batch.weights / jnp.maximum(targets, 1)
+    mean = jnp.sum(share * (scores.lse - scores.logit))
+    right = (scores.logit >= scores.largest).astype(jnp.float32)
+    return mean, Metrics(mean, jnp.sum(share * right), targets)
