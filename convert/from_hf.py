@@ -114,7 +114,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "mesh": mesh,
         "source": target.fingerprint(files),
     }
-    return Plan(source, args.dst, tensors, wanted, _leaves(abstract, dtype, mesh), facts)
+    return Plan(source, args.dst, tensors, wanted, _leaves(abstract, config, dtype, mesh), facts)
 
 
 def locate(src: str) -> Path:
@@ -164,14 +164,16 @@ def read_config(source: Path) -> Config:
     return Config.from_hf(values)
 
 
-def _leaves(abstract: dict[str, Any], dtype: str, sizes: dict[str, int]) -> dict[str, store.Leaf]:
+def _leaves(
+    abstract: dict[str, Any], config: Config, dtype: str, sizes: dict[str, int]
+) -> dict[str, store.Leaf]:
     """Every leaf cut as the mesh cuts it."""
     from qwen_jax import sharding
 
-    leaves = {}
+    lengths, leaves = config.sizes, {}
     for path, leaf in abstract.items():
         shape = tuple(leaf.shape)
-        partition = sharding.spec(leaf.letters, shape, sizes)
+        partition = sharding.spec(leaf.letters, lengths, sizes)
         cuts = [math.prod(sizes[axis] for axis in sharding.entries(e)) for e in partition]
         shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
         chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])

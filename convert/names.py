@@ -9,26 +9,28 @@ import math
 import re
 from collections.abc import Collection, Mapping
 
-# tensor: (the leaves stacked on its rows, which of a leaf's axes make up each axis of the tensor).
-# In the order in which the original has its modules. {L} is the number of the layer.
-TABLE: dict[str, tuple[tuple[str, ...], str]] = {
-    "transformer.wte.weight": (("embedding",), "V D"),
-    "transformer.h.{L}.ln_1.weight": (("layers.{L}.attn_norm",), "D"),
+# tensor: the leaves stacked on its rows. In the order in which the original has its modules. {L} is
+# the number of the layer.
+TABLE: dict[str, tuple[str, ...]] = {
+    "transformer.wte.weight": ("embedding",),
+    "transformer.h.{L}.ln_1.weight": ("layers.{L}.attn_norm",),
     "transformer.h.{L}.attn.c_attn.weight": (
-        ("layers.{L}.attn.q", "layers.{L}.attn.k", "layers.{L}.attn.v"),
-        "NH D",
+        "layers.{L}.attn.q",
+        "layers.{L}.attn.k",
+        "layers.{L}.attn.v",
     ),
     "transformer.h.{L}.attn.c_attn.bias": (
-        ("layers.{L}.attn.q_bias", "layers.{L}.attn.k_bias", "layers.{L}.attn.v_bias"),
-        "NH",
+        "layers.{L}.attn.q_bias",
+        "layers.{L}.attn.k_bias",
+        "layers.{L}.attn.v_bias",
     ),
-    "transformer.h.{L}.attn.c_proj.weight": (("layers.{L}.attn.o",), "D NH"),
-    "transformer.h.{L}.ln_2.weight": (("layers.{L}.ffn_norm",), "D"),
-    "transformer.h.{L}.mlp.w1.weight": (("layers.{L}.ffn.up",), "F D"),
-    "transformer.h.{L}.mlp.w2.weight": (("layers.{L}.ffn.gate",), "F D"),
-    "transformer.h.{L}.mlp.c_proj.weight": (("layers.{L}.ffn.down",), "D F"),
-    "transformer.ln_f.weight": (("final_norm",), "D"),
-    "lm_head.weight": (("head",), "V D"),
+    "transformer.h.{L}.attn.c_proj.weight": ("layers.{L}.attn.o",),
+    "transformer.h.{L}.ln_2.weight": ("layers.{L}.ffn_norm",),
+    "transformer.h.{L}.mlp.w1.weight": ("layers.{L}.ffn.up",),
+    "transformer.h.{L}.mlp.w2.weight": ("layers.{L}.ffn.gate",),
+    "transformer.h.{L}.mlp.c_proj.weight": ("layers.{L}.ffn.down",),
+    "transformer.ln_f.weight": ("final_norm",),
+    "lm_head.weight": ("head",),
 }
 
 # Buffers that some exports carry; the model computes them from its config.
@@ -63,42 +65,35 @@ def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
     """
     depth = 1 + max((int(p.split(".")[1]) for p in leaves if p.startswith("layers.")), default=-1)
     tensors = {}
-    for name, paths, axes in _spelled_out(depth):
+    for name, paths in _spelled_out(depth):
         if all(path in leaves for path in paths):
-            tensors[name] = _stacked(paths, axes, leaves)
+            tensors[name] = _stacked(paths, leaves)
     named = {part.path for tensor in tensors.values() for part in tensor.parts}
     if nameless := [path for path in leaves if path not in named]:
         raise ValueError(f"no tensor of this format holds {', '.join(nameless)}")
     return tensors
 
 
-def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...], str]]:
+def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
     """The table with every layer's rows written out, layer by layer."""
-    rows = [(name, *entry) for name, entry in TABLE.items()]
-    inside = [i for i, (name, *_) in enumerate(rows) if "{L}" in name]
+    rows = list(TABLE.items())
+    inside = [i for i, (name, _) in enumerate(rows) if "{L}" in name]
     first, last = inside[0], inside[-1] + 1
     layers = [
-        (
-            name.replace("{L}", str(layer)),
-            tuple(path.replace("{L}", str(layer)) for path in paths),
-            axes,
-        )
+        (name.replace("{L}", str(layer)), tuple(p.replace("{L}", str(layer)) for p in paths))
         for layer in range(depth)
-        for name, paths, axes in rows[first:last]
+        for name, paths in rows[first:last]
     ]
     return [*rows[:first], *layers, *rows[last:]]
 
 
-def _stacked(paths: tuple[str, ...], axes: str, leaves: Mapping[str, tuple[int, ...]]) -> Expected:
-    parts, start, rows = [], 0, 0
-    shape: list[int] = []
+def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> Expected:
+    parts, start = [], 0
     for path in paths:
-        sizes = iter(leaves[path])
-        shape = [math.prod(next(sizes) for _ in group) for group in axes.split()]
         parts.append(Part(path, leaves[path], start))
         start += math.prod(leaves[path])
-        rows += shape[0]
-    return Expected((rows, *shape[1:]), tuple(parts))
+    rows = sum(leaves[path][0] for path in paths)
+    return Expected((rows, *leaves[paths[0]][1:]), tuple(parts))
 
 
 def check(

@@ -23,7 +23,7 @@ from qwen_jax.config import Config, read_json
 
 if TYPE_CHECKING:
     import jax
-    from jax.sharding import Mesh
+    from jax.sharding import Mesh, NamedSharding
 
     from qwen_jax.generation_config import GenerationConfig
     from qwen_jax.model import Decoder
@@ -35,7 +35,7 @@ GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 PARAMS = "params"
 UNFINISHED = "unfinished.json"  # there while a conversion is under way
-FORMAT = 1
+FORMAT = 2  # 1 had a leaf axis for heads
 _TOKENIZER = "qwen.tiktoken"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _READERS = 2  # leaves that are read at the same time
@@ -100,7 +100,13 @@ def load(
     sharding.check(config.sizes, mesh)
     with _one_line(root), ThreadPoolExecutor(_READERS) as executor:
         restored = {
-            name: executor.submit(_restore, root / PARAMS, name, leaf, mesh)
+            name: executor.submit(
+                _restore,
+                root / PARAMS,
+                name,
+                leaf,
+                sharding.named(leaf.letters, mesh, config.sizes),
+            )
             for name, leaf in leaves.items()
         }
         return replace_leaves(decoder, lambda name, leaf: restored[name].result())
@@ -117,7 +123,7 @@ def open_leaf(params: Path, name: str) -> Any:
     return tensorstore.open(spec, open=True, read=True, context=context).result()
 
 
-def _restore(params: Path, name: str, leaf: "Weight", mesh: "Mesh") -> "jax.Array":
+def _restore(params: Path, name: str, leaf: "Weight", place: "NamedSharding") -> "jax.Array":
     """One leaf on the mesh.
 
     Orbax's own restore holds about 1.5 times the weights; here they are read into the memory that
@@ -125,8 +131,6 @@ def _restore(params: Path, name: str, leaf: "Weight", mesh: "Mesh") -> "jax.Arra
     """
     import jax
     import tensorstore
-
-    from qwen_jax import sharding
 
     stored = tensorstore.cast(open_leaf(params, name), tensorstore.dtype(leaf.dtype))
 
@@ -136,7 +140,6 @@ def _restore(params: Path, name: str, leaf: "Weight", mesh: "Mesh") -> "jax.Arra
         tensorstore.array(memory).write(piece[tensorstore.d[:].translate_to[0]]).result()
         return memory
 
-    place = sharding.named(leaf.letters, mesh, leaf.shape)
     return jax.make_array_from_callback(tuple(leaf.shape), place, shard)
 
 

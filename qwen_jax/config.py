@@ -121,6 +121,8 @@ class Config:
             "N": self.num_heads,
             "K": self.num_kv_heads,
             "H": self.head_dim,
+            "Q": self.num_heads * self.head_dim,
+            "U": self.num_kv_heads * self.head_dim,
             "F": self.intermediate_size,
         }
 

@@ -4,6 +4,7 @@ Axis letters, used in every equation, spec, table and error message:
 
     B batch   T query tokens   S key tokens   D model width   L layers   V vocabulary
     N query heads   K key/value heads   G queries per KV head   H head dim   F feed-forward width
+    Q = N H and U = K H, the widths of queries and of keys
 
 A Decoder is an immutable pytree of named leaves. It knows no file, no sampling and no RoPE scheme's
 formula; partitioning comes from the leaves' letters, storage from `weights.py`.
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention, rope, sharding, vocabulary
 from qwen_jax import cache as kv
@@ -39,14 +41,14 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, make: Maker):
         self.config = config
         std = config.initializer_range
-        self.q = make.normal("NHD", std)
-        self.k = make.normal("KHD", std)
-        self.v = make.normal("KHD", std)
-        self.o = make.normal("DNH", std / math.sqrt(2 * config.num_layers))
+        self.q = make.normal("QD", std)
+        self.k = make.normal("UD", std)
+        self.v = make.normal("UD", std)
+        self.o = make.normal("DQ", std / math.sqrt(2 * config.num_layers))
         if config.qkv_bias:
-            self.q_bias = make.full("NH", 0)
-            self.k_bias = make.full("KH", 0)
-            self.v_bias = make.full("KH", 0)
+            self.q_bias = make.full("Q", 0)
+            self.k_bias = make.full("U", 0)
+            self.v_bias = make.full("U", 0)
         if config.qk_norm:
             self.q_norm = make.full("H", 1)
             self.k_norm = make.full("H", 1)
@@ -63,12 +65,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Layer | None]:
         """x [B, T, D]; own and past: masks over this pass's keys and over the cache's."""
         residual = jax.typeof(x).sharding.spec
-        x = sharding.whole_sequence(x)
-        q = contract("BTD,NHD->BTNH", x, self.q)
-        k = contract("BTD,KHD->BTKH", x, self.k)
-        v = contract("BTD,KHD->BTKH", x, self.v)
+        x = sharding.to_columns(x)
+        q = contract("BTD,QD->BTQ", x, self.q)
+        k = contract("BTD,UD->BTU", x, self.k)
+        v = contract("BTD,UD->BTU", x, self.v)
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        q, k, v = (self._by_head(x) for x in (q, k, v))
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm, self.config.norm_eps)
             k = rms_norm(k, self.k_norm, self.config.norm_eps)
@@ -79,7 +82,13 @@ class Attention(nnx.Module):
             o = attention.on_shards(attend)(q, k, v, own, scale)
         else:
             o, layer = kv.attend(attend, q, k, v, own, past, scale, layer, index)
-        return contract("BTNH,DNH->BTD", o, self.o, residual), layer
+        o = jnp.reshape(o, (*o.shape[:2], -1), out_sharding=P(*jax.typeof(o).sharding.spec[:3]))
+        return contract("BTQ,DQ->BTD", o, self.o, residual), layer
+
+    def _by_head(self, x: jax.Array) -> jax.Array:
+        """[B, T, Q] -> [B, T, N, H], and so keys."""
+        shape = (*x.shape[:2], -1, self.config.head_dim)
+        return jnp.reshape(x, shape, out_sharding=P(*jax.typeof(x).sharding.spec, None))
 
 
 class FeedForward(nnx.Module):
@@ -93,7 +102,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         residual = jax.typeof(x).sharding.spec
-        x = sharding.whole_sequence(x)
+        x = sharding.to_columns(x)
         gate = contract("BTD,FD->BTF", x, self.gate)
         up = contract("BTD,FD->BTF", x, self.up)
         return contract("BTF,DF->BTD", up * jax.nn.silu(gate), self.down, residual)
@@ -259,10 +268,13 @@ def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
 
 def abstract(config: Config, dtype: Any) -> Decoder:
     """The decoder as shapes and partitionings: no memory is used, whatever the size."""
-    make = _maker(config, jax.random.key(0), dtype)
-    block = jax.eval_shape(lambda: Block(config, make))
+
+    def make() -> Maker:  # a key too is made as a shape: the devices may not be there
+        return _maker(config, jax.random.key(0), dtype)
+
+    block = jax.eval_shape(lambda: Block(config, make()))
     blocks = [jax.tree.map(lambda leaf: leaf, block) for _ in range(config.num_layers)]
-    outer = jax.eval_shape(lambda: _assemble(config, make, []))
+    outer = jax.eval_shape(lambda: _assemble(config, make(), []))
     return Decoder(config, outer.embedding, blocks, outer.final_norm, outer.head)
 
 

@@ -3,10 +3,11 @@
 A partitioning is named by the axis letters of an array (legend in `model.py`): `spec("BTD")` is an
 activation, `spec("FD")` a weight.
 
-    data      copies of the model: splits the batch; for slices that a slow network connects
-    fsdp      splits the batch of activations, and the model dimension of weights
-    context   splits the tokens of a sequence (ring attention), and weights as fsdp does
-    tp        splits heads, FFN width and vocabulary
+    data         copies of the model: splits the batch; for slices that a slow network connects
+    fsdp         splits the batch of activations, and the model dimension of weights
+    fsdp_outer   the same, in a step of its own; `make_mesh` splits it off where it is faster
+    context      splits the tokens of a sequence (ring attention), and weights as fsdp does
+    tp           splits heads, FFN width and vocabulary
 
 Axes of size 1 appear in no partitioning. Nothing here knows of modules or files.
 """
@@ -23,24 +24,26 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "context", "tp")
-BATCH = ("data", "fsdp")  # what splits the rows of a batch
-WEIGHTS = ("fsdp", "context")  # what splits weights until just before their use
+AXES = ("data", "fsdp_outer", "fsdp", "context", "tp")
+BATCH = ("data", "fsdp_outer", "fsdp")  # what splits the rows of a batch
+WEIGHTS = ("fsdp_outer", "fsdp", "context")  # what splits weights until just before their use
+COPIES = "data"  # whose devices hold equal weights
 CONTEXT = "context"
 TENSOR = "tp"
-_TENSOR_PARALLEL = frozenset("NKFV")
+_TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
-def spec(letters: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> P:
+def spec(letters: str, lengths: Mapping[str, int] | None = None, mesh: Any = None) -> P:
     """The partitioning of an array by its axis letters; one with a batch axis is an activation.
 
-    shape: where known, key/value heads that `tp` does not divide stay whole. mesh: None is the one
-    in force.
+    lengths: of axes by letter, where they are known: key/value heads fewer than `tp` stay whole.
+    mesh: None is the one in force.
     """
     sizes = axis_sizes(mesh)
     activation = "B" in letters
+    heads = (lengths or {}).get("K", sizes[TENSOR])
 
-    def over(letter: str, size: int | None) -> Any:
+    def over(letter: str) -> Any:
         axes: tuple[str, ...] = ()
         if letter == "B":
             axes = BATCH
@@ -48,12 +51,11 @@ def spec(letters: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -
             axes = (CONTEXT,)
         elif letter == "D" and not activation:
             axes = WEIGHTS
-        elif letter in _TENSOR_PARALLEL and not (letter == "K" and size and size % sizes[TENSOR]):
+        elif letter in _TENSOR_PARALLEL and not (letter in "KU" and heads % sizes[TENSOR]):
             axes = (TENSOR,)
-        axes = tuple(axis for axis in axes if sizes[axis] > 1)
-        return axes if len(axes) > 1 else axes[0] if axes else None
+        return _entry(tuple(axis for axis in axes if sizes[axis] > 1))
 
-    return P(*map(over, letters, shape or [None] * len(letters)))
+    return P(*map(over, letters))
 
 
 def axis_sizes(mesh: Any = None) -> dict[str, int]:
@@ -100,7 +102,31 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Me
             f"there are {len(devices)}"
         )
     explicit = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(shape, AXES, explicit, devices=devices[: math.prod(shape)])
+    mesh = jax.make_mesh(shape, AXES, explicit, devices=devices[: math.prod(shape)])
+    outer = _planes(mesh)
+    if outer == 1:
+        return mesh
+    split = dict(zip(AXES, shape, strict=True))
+    split = {**split, "fsdp_outer": outer, "fsdp": split["fsdp"] // outer}
+    return Mesh(mesh.devices.reshape(tuple(split.values())), AXES, axis_types=explicit)
+
+
+def _planes(mesh: Mesh) -> int:
+    """Into how many equal parts `fsdp` falls, each in a plane of a 3-D torus; 1 where it is flat.
+
+    XLA gathers over one or two dimensions of a torus; over three it adds up arrays of zeros, which
+    sends twice the bytes and holds two copies of the result.
+    """
+    line = np.moveaxis(mesh.devices, AXES.index("fsdp"), -1).reshape(-1, mesh.shape["fsdp"])[0]
+    if mesh.shape["fsdp_outer"] > 1 or not hasattr(line[0], "coords"):
+        return 1
+    places = np.array([device.coords for device in line])
+    moving = [axis for axis in range(places.shape[1]) if len(set(places[:, axis])) > 1]
+    if len(moving) < 3:
+        return 1
+    outer = min(moving, key=lambda axis: int(np.sum(np.diff(places[:, axis]) != 0)))
+    planes = places[:, outer].reshape(len(set(places[:, outer])), -1)
+    return len(planes) if np.all(planes == planes[:, :1]) else 1
 
 
 def current_mesh() -> Mesh:
@@ -200,14 +226,14 @@ def default(lengths: Mapping[str, int], devices: int, training: bool = False) ->
     raise AssertionError("one device holds everything")
 
 
-def named(letters: str, mesh: Any, shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """The sharding on real devices of an array with these axes."""
-    return NamedSharding(mesh, spec(letters, shape, mesh))
+def named(letters: str, mesh: Any, lengths: Mapping[str, int] | None = None) -> NamedSharding:
+    """The sharding on real devices of an array with these axes; arguments as `spec`."""
+    return NamedSharding(mesh, spec(letters, lengths, mesh))
 
 
-def place(value: np.ndarray, letters: str) -> jax.Array:
+def place(value: np.ndarray, letters: str, lengths: Mapping[str, int] | None = None) -> jax.Array:
     """A host array on the mesh in force. With several processes, all have the same array."""
-    sharding = named(letters, jax.sharding.get_mesh(), value.shape)
+    sharding = named(letters, jax.sharding.get_mesh(), lengths)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
@@ -237,7 +263,25 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
 
     def gather(leaf: jax.Array) -> jax.Array:
         leaf = leaf if dtype is None else leaf.astype(dtype)
-        return _without(leaf, WEIGHTS)
+        partition = [entries(entry) for entry in jax.typeof(leaf).sharding.spec.partitions]
+        split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
+        if not split:
+            return leaf
+        if leaf.ndim == 1:
+            return jax.reshard(leaf, P(None))
+        # Along the first axis, where the parts lie one behind the other.
+        leaf = jnp.moveaxis(leaf, split[0], 0)
+        partition.insert(0, partition.pop(split[0]))
+        # `reduced` says of a copy that its gradient is still to be summed: each step back sums over
+        # one mesh axis and scatters, and the copies of `data` add up what is left.
+        summed = [COPIES] if axis_sizes()[COPIES] > 1 else []
+        for axis in (None, *reversed(WEIGHTS)):
+            if axis in partition[0]:
+                summed.append(axis)
+            partition = [tuple(a for a in axes if a != axis) for axes in partition]
+            if summed:
+                leaf = jax.reshard(leaf, P(*map(_entry, partition), reduced=frozenset(summed)))
+        return jnp.moveaxis(leaf, 0, split[0])
 
     return jax.tree.map(gather, tree)
 
@@ -248,9 +292,15 @@ def sequence_parallel(x: jax.Array) -> jax.Array:
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
-def whole_sequence(x: jax.Array) -> jax.Array:
-    """The inverse of `sequence_parallel`; nothing where tokens are not split over `tp`."""
-    return _without(x, (TENSOR,))
+def to_columns(x: jax.Array) -> jax.Array:
+    """An activation [B, T, D] as column-parallel products take it: all tokens on each device of
+    `tp`. The gradients of those products are summed over `tp` once, whatever their number.
+    """
+    if axis_sizes()[TENSOR] == 1:
+        return x
+    rows, tokens, *rest = jax.typeof(x).sharding.spec
+    kept = _entry(tuple(axis for axis in entries(tokens) if axis != TENSOR))
+    return jax.reshard(x, P(rows, kept, *rest, reduced=frozenset([TENSOR])))
 
 
 def held_heads(heads: int) -> int:
@@ -269,17 +319,14 @@ def spread_heads(x: jax.Array) -> jax.Array:
 
 
 def _with(entry: Any, axis: str) -> Any:
-    axes = (*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ()))
-    return axes if len(axes) > 1 else axes[0] if axes else None
-
-
-def _without(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    partition = jax.typeof(x).sharding.spec
-    kept = [tuple(a for a in entries(entry) if a not in axes) for entry in partition]
-    wanted = P(*(k if len(k) > 1 else k[0] if k else None for k in kept))
-    return x if wanted == partition else jax.reshard(x, wanted)
+    return _entry((*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ())))
 
 
 def entries(entry: Any) -> tuple[str, ...]:
     """The mesh axes that one entry of a PartitionSpec names."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _entry(axes: tuple[str, ...]) -> Any:
+    """The inverse of `entries`."""
+    return axes if len(axes) > 1 else axes[0] if axes else None

@@ -36,7 +36,9 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
         x = jnp.where(found[..., None], table.at[rows].get(mode="clip"), 0)
         # Summed in the table's dtype: the gradient of a frequent token adds up many rows.
         x = jax.lax.psum(x.astype(dtype), over_rows) if over_rows else x.astype(dtype)
-        return jax.lax.all_to_all(x, split, 0, 3, tiled=True)[0] if split else x[0]
+        if split:  # [devices, B, T, D of this one] -> [devices, B, T of this one, D of each]
+            x = jax.lax.all_to_all(x, split, 0, 0, tiled=True)
+        return jnp.moveaxis(x, 0, 2).reshape(*tokens.shape, -1)
 
     return local(table, tokens)
 
@@ -65,6 +67,7 @@ class TokenScores(NamedTuple):
 
 def token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
     """What the logits x head^T say of int [B, T] targets. x [B, T, D]; head [V, D], of any dtype.
+    The tokens of x may be split over `tp`, those of targets and results are not.
 
     Products take the dtype of x and add up in float32, as does the softmax.
     """
@@ -77,7 +80,7 @@ def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenSco
 
     @jax.shard_map(out_specs=TokenScores(*[plan.rows] * 3), check_vma=False)
     def local(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = plan.tokens(x)
         rows, found = _own_rows(head, targets.reshape(-1), plan.tensor)
 
         def step(carry: TokenScores, chunk: Any) -> tuple[TokenScores, None]:
@@ -123,7 +126,7 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
         dlogit: jax.Array,
         dlse: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = plan.tokens(x)
         rows, _ = _own_rows(head, targets.reshape(-1), plan.tensor)
         lse, dlogit, dlse = (a.reshape(-1, 1) for a in (lse, dlogit, dlse))
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
@@ -135,15 +138,13 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
             dlogits = dlse * jnp.exp(logits - lse)
             dlogits = dlogits + jnp.where(plan.is_target(rows, first), dlogit, 0)
             dlogits = dlogits.astype(x.dtype)
-            dx = dx + jnp.einsum("tv,vd->td", dlogits, part, **settings)
-            dpart = jnp.einsum("tv,td->vd", dlogits, flat, **settings).astype(x.dtype)
+            dx = dx + jnp.einsum("tv,dv->td", dlogits, part, **settings)
+            dpart = jnp.einsum("tv,td->dv", dlogits, flat, **settings).astype(x.dtype)
             return dx, plan.summed(dpart, head.dtype)
 
         dx, dhead = jax.lax.scan(step, jnp.zeros(flat.shape, jnp.float32), plan.chunks(head))
         dhead = dhead.reshape(-1, dhead.shape[-1])[: head.shape[0]]
-        dx = dx.astype(x.dtype)
-        dx = jax.lax.psum(dx, plan.tensor) if plan.tensor else dx
-        return dx.reshape(x.shape), dhead
+        return plan.own_tokens(dx.astype(x.dtype), x), dhead
 
     dx, dhead = local(x, head, targets, lse, cotangents.logit, cotangents.lse)
     return dx, dhead, np.zeros(targets.shape, jax.dtypes.float0)
@@ -155,7 +156,8 @@ _token_scores.defvjp(_forward, _backward)
 class _Plan(NamedTuple):
     """How a head is cut: `size` rows at a time, of those that a device of `tensor` has.
 
-    split: mesh axes over which D is cut; copies: those that hold equal heads; rows: of [B, T].
+    split: mesh axes over which D is cut; copies: those that hold equal heads; rows: of [B, T];
+    parted: whether the tokens of x are split over `tensor`.
     """
 
     size: int
@@ -163,11 +165,12 @@ class _Plan(NamedTuple):
     split: tuple[str, ...]
     copies: tuple[str, ...]
     rows: P
+    parted: bool
 
     @staticmethod
     def of(x: jax.Array, head: jax.Array) -> "_Plan":
-        rows = P(*jax.typeof(x).sharding.spec[:2])
         tensor, split = _split(head, 0), _split(head, 1)
+        rows = sharding.spec("BT")
         axes = [axis for entry in rows for axis in sharding.entries(entry)]
         sizes = sharding.axis_sizes()
         tokens = x.shape[0] * x.shape[1] // math.prod(sizes[axis] for axis in axes)
@@ -178,7 +181,20 @@ class _Plan(NamedTuple):
         if chunks > 1:
             size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         copies = tuple(axis for axis in axes if axis not in split)
-        return _Plan(size, tensor, split, copies, rows)
+        parted = jax.typeof(x).sharding.spec[1] != rows[1]
+        return _Plan(size, tensor, split, copies, rows, parted)
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """[B, T of this device, D] -> [tokens of all devices of `tensor`, D]."""
+        x = jax.lax.all_gather(x, self.tensor, axis=1, tiled=True) if self.parted else x
+        return x.reshape(-1, x.shape[-1])
+
+    def own_tokens(self, dx: jax.Array, x: jax.Array) -> jax.Array:
+        """The gradient of `tokens`, each device's being a part of the sum -> of the shape of x."""
+        dx = dx.reshape(x.shape[0], -1, x.shape[2])
+        if self.parted:
+            return jax.lax.psum_scatter(dx, self.tensor, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(dx, self.tensor) if self.tensor else dx
 
     def chunks(self, head: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[chunks, size, D of this device], zeros behind the last row; and their first rows."""
@@ -188,8 +204,9 @@ class _Plan(NamedTuple):
         return padded.reshape(count, self.size, head.shape[1]), firsts
 
     def gathered(self, part: jax.Array, dtype: Any) -> jax.Array:
-        part = part.astype(dtype)
-        return jax.lax.all_gather(part, self.split, axis=1, tiled=True) if self.split else part
+        """[size, D of this device] -> [D, size]: gathered along the first axis, as `unshard`."""
+        part = part.astype(dtype).T
+        return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
 
     def logits(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
         return self.product(x, self.gathered(part, x.dtype), first, rows)
@@ -197,7 +214,7 @@ class _Plan(NamedTuple):
     def product(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
         """float32 [tokens, size]; -inf for rows that are not there."""
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        logits = jnp.einsum("td,vd->tv", x, part, **settings)
+        logits = jnp.einsum("td,dv->tv", x, part, **settings)
         return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
 
     def is_target(self, rows: jax.Array, first: jax.Array) -> jax.Array:
@@ -205,8 +222,8 @@ class _Plan(NamedTuple):
         return (rows - first)[:, None] == jnp.arange(self.size)
 
     def summed(self, dpart: jax.Array, dtype: Any) -> jax.Array:
-        """The gradient of a chunk over all tokens, this device's columns of it."""
+        """The gradient [D, size] of a chunk over all tokens -> [size, D of this device]."""
         if self.split:
-            dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=1, tiled=True)
+            dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=0, tiled=True)
         dpart = jax.lax.psum(dpart, self.copies) if self.copies else dpart
-        return dpart.astype(dtype)
+        return dpart.T.astype(dtype)

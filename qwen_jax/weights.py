@@ -4,6 +4,7 @@ Every leaf has its output axes first, as PyTorch stores them, so that a checkpoi
 a transposition and a matrix-vector product on a CPU reads whole rows.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,37 +42,25 @@ class Maker:
 
     def _place(self, letters: str) -> tuple[tuple[int, ...], P]:
         shape = tuple(self._sizes[letter] for letter in letters)
-        return shape, sharding.spec(letters, shape)
+        return shape, sharding.spec(letters, self._sizes)
 
 
 def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs) -> jax.Array:
     """einsum of an activation with a weight. float32 is computed as float32 on every backend.
 
-    equation: as "BTD,NHD->BTNH", the weight's output axes before those summed over. out: the
-    partitioning of the result, where the operands leave it open (row-parallel products).
+    equation: as "BTD,FD->BTF". out: the partitioning of the result of a row-parallel product, whose
+    operands leave it open.
     """
-    rows, axes, _ = equation.replace("->", ",").split(",")
-    summed = [letter for letter in axes if letter in rows]
-    made = len(axes) - len(summed)
-    matrix = _flatten(_flatten(weight[...], 0, made), 1, 2 + len(summed) - 1)
-    x = _flatten(x, len(rows) - len(summed), len(rows))
-    # Two axes on either side: with three, XLA's CPU backend writes out a transposed weight.
-    y = jnp.einsum("BTi,oi->BTo", x, matrix, out_sharding=out, precision=precision(x), **kwargs)
-    if made == 1:
-        return y
-    shape = weight[...].shape[:made]
-    apart = P(*jax.typeof(y).sharding.spec, *[None] * (made - 1))
-    return jnp.reshape(y, (*y.shape[:2], *shape), out_sharding=apart)
-
-
-def _flatten(x: jax.Array, start: int, stop: int) -> jax.Array:
-    """Axes start..stop of x as one, partitioned as the first of them."""
-    if stop - start == 1:
-        return x
-    spec = list(jax.typeof(x).sharding.spec)
-    merged = P(*spec[: start + 1], *spec[stop:])
-    shape = (*x.shape[:start], -1, *x.shape[stop:])
-    return jnp.reshape(x, shape, out_sharding=merged)
+    product = functools.partial(
+        jnp.einsum, equation, x, weight[...], precision=precision(x), **kwargs
+    )
+    *kept, summed = jax.typeof(x).sharding.spec.partitions
+    apart = frozenset(sharding.entries(summed))
+    if out is None or not apart:
+        return product(out_sharding=out)
+    # Each device has a part of the sum; that the parts are still to be added is said, so that the
+    # gradient is gathered before it is multiplied.
+    return jax.reshard(product(out_sharding=P(*kept, None, unreduced=apart)), out)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:

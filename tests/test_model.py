@@ -82,9 +82,10 @@ def reference_logits(decoder: Decoder, tokens: np.ndarray, alpha: float) -> np.n
         return np.concatenate([pairs.real, pairs.imag], -1)
 
     def attention(x: np.ndarray, at: str, window: int) -> np.ndarray:
-        q, k, v = (np.einsum("TD,NHD->TNH", x, w[f"{at}.{name}"]) for name in "qkv")
+        q, k, v = (x @ w[f"{at}.{name}"].T for name in "qkv")
         if c.qkv_bias:
             q, k, v = q + w[f"{at}.q_bias"], k + w[f"{at}.k_bias"], v + w[f"{at}.v_bias"]
+        q, k, v = (x.reshape(len(x), -1, c.head_dim) for x in (q, k, v))
         if c.qk_norm:
             q, k = norm(q, w[f"{at}.q_norm"]), norm(k, w[f"{at}.k_norm"])
         q, k, o = rotated(q), rotated(k), np.zeros(q.shape)
@@ -95,7 +96,7 @@ def reference_logits(decoder: Decoder, tokens: np.ndarray, alpha: float) -> np.n
             scores = scale * k[seen, head] @ q[t, n] / math.sqrt(c.head_dim)
             probs = np.exp(scores - scores.max())
             o[t, n] = probs / probs.sum() @ v[seen, head]
-        return np.einsum("TNH,DNH->TD", o, w[f"{at}.o"])
+        return o.reshape(len(o), -1) @ w[f"{at}.o"].T
 
     def feed_forward(x: np.ndarray, at: str) -> np.ndarray:
         gate, up = x @ w[f"{at}.gate"].T, x @ w[f"{at}.up"].T

@@ -94,7 +94,7 @@ def loss(
         attend=attend,
         remat=remat,
     ).last
-    scores = vocabulary.token_scores(sharding.whole_sequence(x), decoder.output[...], batch.targets)
+    scores = vocabulary.token_scores(x, decoder.output[...], batch.targets)
     targets = jnp.sum(batch.weights)
     share = batch.weights / jnp.maximum(targets, 1)
     mean = jnp.sum(share * (scores.lse - scores.logit))
