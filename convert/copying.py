@@ -6,6 +6,7 @@ knows of names or of what makes a folder complete.
 
 import contextlib
 import errno
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from convert.folder import ITEM_BYTES
 from convert.store import Band
+from qwen_jax import processes
 
 BLOCK_BYTES = 16 * 2**20
 _stop = threading.Event()
@@ -39,17 +41,42 @@ def import_band(band: Band, params: Path, file: Path, offset: int, dtype: str) -
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open(file, "rb", buffering=0)).fileno()
         targets = [stack.enter_context(open(f, "wb", buffering=0)).fileno() for f in drafts]
-        if len(targets) == 1 and dtype == band.leaf.dtype:
+        if len(targets) == 1 and band.whole and dtype == band.leaf.dtype:
             _copy(source, targets[0], offset, band.rows * row_bytes)
         else:
             for first, rows in blocks(band, dtype):
-                data = read(source, offset + first * row_bytes, rows * row_bytes)
-                array = data.view(numpy_dtype(dtype)).reshape(rows, *band.leaf.shape[1:])
-                array = cast(array, band.leaf.dtype, band.leaf.path)
-                for target, at in zip(targets, band.pieces.values(), strict=True):
-                    write(target, array[(slice(None), *at)])
+                parts = _columns(source, offset + first * row_bytes, rows, band, dtype)
+                for target, part in zip(targets, parts, strict=True):
+                    write(target, cast(part, band.leaf.dtype, band.leaf.path))
     for draft, file in drafts.items():
         draft.replace(file)
+
+
+def _columns(source: int, offset: int, rows: int, band: Band, dtype: str) -> Iterator[np.ndarray]:
+    """Each piece's columns of some rows. Of rows that are not all ours, only our bytes are read."""
+    kind, columns = numpy_dtype(dtype), band.leaf.shape[1:]
+    if band.whole:
+        data = read(source, offset, rows * band.row_elements * kind.itemsize)
+        array = data.view(kind).reshape(rows, *columns)
+        yield from (array[(slice(None), *at)] for at in band.pieces.values())
+        return
+    for at in band.pieces.values():
+        # Bytes lie together from the last axis that is cut on.
+        cut = max(i for i, (s, n) in enumerate(zip(at, columns, strict=True)) if s != slice(0, n))
+        starts = np.arange(rows) * band.row_elements
+        for axis, (s, stride) in enumerate(zip(at, _strides(columns), strict=True)):
+            if axis <= cut:
+                numbers = np.arange(s.start, s.stop if axis < cut else s.start + 1)
+                starts = (starts[:, None] + numbers * stride).reshape(-1)
+        data = np.empty((rows, *(s.stop - s.start for s in at)), kind)
+        for start, run in zip(starts.tolist(), data.reshape(len(starts), -1), strict=True):
+            _fill(source, offset + start * kind.itemsize, run.view(np.uint8).data)
+        yield data
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """How many elements one step along each axis passes over."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def export_band(band: Band, params: Path, target: int, dtype: str) -> None:
@@ -94,14 +121,17 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def read(source: int, offset: int, count: int) -> np.ndarray:
     """Exactly `count` bytes."""
     data = np.empty(count, np.uint8)
-    done = 0
-    while done < count:
+    _fill(source, offset, data.data)
+    return data
+
+
+def _fill(source: int, offset: int, memory: memoryview) -> None:
+    while memory:
         _check_stop()
-        got = os.preadv(source, [data.data[done:]], offset + done)
+        got = os.preadv(source, [memory], offset)
         if got == 0:
             raise OSError("a file ended while it was read: it has been changed by someone else")
-        done += got
-    return data
+        memory, offset = memory[got:], offset + got
 
 
 def write(target: int, array: np.ndarray) -> None:
@@ -157,7 +187,17 @@ def run(
 
     _stop.clear()
     executor = ThreadPoolExecutor(workers)
-    bar = tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, mininterval=0.5)
+    if processes.count() > 1:
+        what = f"{what} (share of process 0)"
+    bar = tqdm(
+        desc=what,
+        total=total,
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        mininterval=0.5,
+        disable=processes.index() > 0,
+    )
     try:
         sizes = {executor.submit(guarded, work): size for size, work in jobs}
         for future in as_completed(sizes):

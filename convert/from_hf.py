@@ -1,7 +1,8 @@
 """Convert a Hugging Face Qwen checkpoint into a model directory of qwen_jax.
 
 SRC is a folder with safetensors files, or the id of a model on the Hugging Face hub. DST is the
-directory to make. Stopped in the middle, the same command continues where it was.
+directory to make. Stopped in the middle, the same command continues where it was. Several processes
+share the work when each is given the same command; DST must then be on a disk that all of them see.
 """
 
 import argparse
@@ -12,14 +13,15 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, store, target
-from qwen_jax import checkpoint, command
+from convert import folder, names, shares, store, target
+from qwen_jax import checkpoint, command, processes
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -32,6 +34,9 @@ A directory stored for one mesh loads into any other; files of its own pieces lo
 """
 
 
+Job = tuple[int, Callable[[], None]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A conversion whose input has been found right."""
@@ -41,6 +46,7 @@ class Plan:
     tensors: dict[str, folder.Tensor]
     wanted: dict[str, names.Expected]
     leaves: dict[str, store.Leaf]
+    partitions: dict[str, shares.Partition]
     facts: dict[str, Any]
 
     @property
@@ -61,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's own)")
     add("--mesh", metavar="AXES", help="store in the pieces of this mesh, such as fsdp=4,tp=2")
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
+    command.add_processes(result)
     command.add_debug(result)
     return result
 
@@ -70,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
+    command.join(args)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
@@ -77,13 +85,14 @@ def convert(args: argparse.Namespace) -> None:
     if (plan.target / checkpoint.MANIFEST).exists() and args.verify:
         verify(_as_stored(plan, args.dtype))
         return
-    resumed = target.check_usable(plan.target, plan.facts)
-    copy(plan, resumed)
+    copy(plan)
     if args.verify:
         verify(plan)
-    shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
-    checkpoint.write_manifest(plan.target, shapes, **plan.facts)
-    target.end(plan.target)
+    if processes.index() == 0:
+        shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
+        checkpoint.write_manifest(plan.target, shapes, **plan.facts)
+        target.end(plan.target)
+    processes.barrier()
     command.say(f"{plan.target} is complete")
 
 
@@ -95,7 +104,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         mesh = sharding.parse_mesh(args.mesh)
     except ValueError as error:
         raise command.UsageError(f"--mesh: {error}") from None
-    source = locate(args.src)
+    source = processes.first(lambda: locate(args.src))
     target.check_apart(source, args.dst)
     config = read_config(source)
     sharding.check(config.sizes, mesh)
@@ -103,7 +112,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     inert = [name for name in tensors if names.INERT.fullmatch(name)]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     abstract = checkpoint.abstract_leaves(config, "float32")[1]
-    wanted = names.expected({path: tuple(leaf.shape) for path, leaf in abstract.items()})
+    shapes_of = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
+    wanted = names.expected(shapes_of)
     names.check(shapes, wanted, inert)
     tensors = {name: tensors[name] for name in wanted}
     dtype = folder.dtype_of(tensors, args.dtype)
@@ -114,7 +124,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "mesh": mesh,
         "source": target.fingerprint(files),
     }
-    return Plan(source, args.dst, tensors, wanted, _leaves(abstract, config, dtype, mesh), facts)
+    partitions = {
+        path: tuple(map(sharding.entries, sharding.spec(leaf.letters, config.sizes, mesh)))
+        for path, leaf in abstract.items()
+    }
+    leaves = _leaves(shapes_of, partitions, dtype, mesh)
+    return Plan(source, args.dst, tensors, wanted, leaves, partitions, facts)
 
 
 def locate(src: str) -> Path:
@@ -165,50 +180,78 @@ def read_config(source: Path) -> Config:
 
 
 def _leaves(
-    abstract: dict[str, Any], config: Config, dtype: str, sizes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]],
+    partitions: dict[str, shares.Partition],
+    dtype: str,
+    sizes: dict[str, int],
 ) -> dict[str, store.Leaf]:
     """Every leaf cut as the mesh cuts it."""
-    from qwen_jax import sharding
-
-    lengths, leaves = config.sizes, {}
-    for path, leaf in abstract.items():
-        shape = tuple(leaf.shape)
-        partition = sharding.spec(leaf.letters, lengths, sizes)
-        cuts = [math.prod(sizes[axis] for axis in sharding.entries(e)) for e in partition]
+    leaves = {}
+    for path, shape in shapes.items():
+        cuts = [math.prod(sizes[axis] for axis in axes) for axes in partitions[path]]
         shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
         chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])
         leaves[path] = store.Leaf(path, shape, chunks, dtype)
     return leaves
 
 
-def copy(plan: Plan, resumed: bool) -> None:
-    """Write every file of the target but its manifest."""
+def copy(plan: Plan) -> None:
+    """Write every file of the target but its manifest; of the chunks, this process's share."""
     from convert import copying
 
-    done, pending = 0, []
-    for name, expected in plan.wanted.items():
-        tensor = plan.tensors[name]
+    if processes.index() == 0:
+        resumed = target.check_usable(plan.target, plan.facts)
+        done, needed, jobs = _jobs(plan, resumed)
+        target.check_space(plan.target, needed)
+        if resumed:
+            command.say(
+                f"continuing: {target.size(done)} of {target.size(done + needed)} are there"
+            )
+        with target.explained(plan.target, needed):
+            target.begin(plan.target, plan.facts)
+            target.carry(plan.source, plan.target)
+            shutil.copyfile(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
+            store.write_metadata(plan.params, plan.leaves)
+    processes.barrier()
+    if processes.index() > 0:
+        target.check_shared(plan.target, plan.facts)
+        done, needed, jobs = _jobs(plan, True)
+    with target.explained(plan.target, needed):
+        copying.run("converting", jobs, done if processes.count() == 1 else 0)
+    processes.barrier()
+
+
+def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
+    """The bytes of all processes that are there and that are needed; this one's work."""
+    from convert import copying
+
+    done = needed = 0
+    jobs: list[Job] = []
+    here, count = processes.index(), processes.count()
+    share = shares.Shares(plan.facts["mesh"], plan.partitions, here, count)
+    for tensor, expected in zip(plan.tensors.values(), plan.wanted.values(), strict=True):
         for part in expected.parts:
             offset = tensor.offset + part.start * folder.ITEM_BYTES[tensor.dtype]
             for band in plan.leaves[part.path].bands():
+                mine = share.of(band)
                 piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
-                files = band.files(plan.params)
-                if resumed and all(f.is_file() and f.stat().st_size == piece for f in files):
-                    done += piece * len(files)
-                    continue
-                arguments = (band, plan.params, tensor.file, offset, tensor.dtype)
-                job = functools.partial(copying.import_band, *arguments)
-                pending.append((piece * len(files), job))
-    needed = sum(size for size, _ in pending)
-    target.check_space(plan.target, needed)
-    if resumed:
-        command.say(f"continuing: {target.size(done)} of {target.size(done + needed)} are there")
-    with target.explained(plan.target, needed):
-        target.begin(plan.target, plan.facts)
-        target.carry(plan.source, plan.target)
-        shutil.copyfile(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
-        store.write_metadata(plan.params, plan.leaves)
-        copying.run("converting", pending, done)
+                lacking = band.pieces.keys() - _there(plan, band, piece if resumed else None)
+                needed += piece * len(lacking)
+                done += piece * (len(band.pieces) - len(lacking))
+                if todo := {name: at for name, at in mine.items() if name in lacking}:
+                    rest = dataclasses.replace(band, pieces=todo)
+                    arguments = (rest, plan.params, tensor.file, offset, tensor.dtype)
+                    job = functools.partial(copying.import_band, *arguments)
+                    jobs.append((piece * len(todo), job))
+    return done, needed, jobs
+
+
+def _there(plan: Plan, band: store.Band, size: int | None) -> set[str]:
+    """The chunks of a band that have been written, each of `size` bytes; None: do not look."""
+    files = zip(band.pieces, band.files(plan.params), strict=True)
+    return {
+        name for name, f in files if size is not None and f.is_file() and f.stat().st_size == size
+    }
 
 
 def _as_stored(plan: Plan, dtype: str | None) -> Plan:
@@ -226,6 +269,7 @@ def verify(plan: Plan) -> None:
     from convert.verify import verify as compare
 
     compare(plan.params, plan.leaves, plan.tensors, plan.wanted, exported=False)
+    processes.barrier()
     command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
 
 

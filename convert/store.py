@@ -39,7 +39,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, in one file for each range of columns."""
+    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, in one file for each range of columns.
+
+    It may be a part of them: the columns that one of several processes writes.
+    """
 
     leaf: Leaf
     start: int
@@ -56,6 +59,11 @@ class Band:
     @property
     def chunk_elements(self) -> int:
         return math.prod(self.leaf.chunks)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all columns are there."""
+        return len(self.pieces) * self.chunk_elements == self.rows * self.row_elements
 
     def files(self, params: Path) -> dict[Path, tuple[slice, ...]]:
         return {params / self.leaf.path / name: at for name, at in self.pieces.items()}

@@ -63,6 +63,15 @@ def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
     return True
 
 
+def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this is the folder that process 0 has begun."""
+    if not is_unfinished(target):
+        raise ValueError(
+            f"{target} is not the folder that process 0 writes to: all hosts need one disk"
+        )
+    check_usable(target, facts)
+
+
 def check_space(target: Path, needed: int) -> None:
     """Raise ValueError when the disk of `target` has no room for `needed` bytes more."""
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())

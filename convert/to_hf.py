@@ -2,7 +2,8 @@
 
 SRC is a directory that convert/from_hf.py made. DST gets safetensors files with an index, and the
 configuration and tokenizer that SRC carries. Stopped in the middle, the same command continues
-where it was.
+where it was. Several processes share the files when each is given the same command; DST must then
+be on a disk that all of them see.
 """
 
 import argparse
@@ -21,7 +22,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, store, target
-from qwen_jax import checkpoint, command
+from qwen_jax import checkpoint, command, processes
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         help="most bytes of tensors in a file, such as 5GB or 500MB (default: %(default)s)",
     )
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
+    command.add_processes(result)
     command.add_debug(result)
     return result
 
@@ -87,15 +89,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
+    command.join(args)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
-    resumed = target.check_usable(plan.target, plan.facts)
-    copy(plan, resumed)
+    copy(plan)
     if args.verify:
         verify(plan)
-    target.end(plan.target)
+    if processes.index() == 0:
+        target.end(plan.target)
+    processes.barrier()
     command.say(f"{plan.target} is complete")
 
 
@@ -139,27 +143,45 @@ def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
-def copy(plan: Plan, resumed: bool) -> None:
-    """Write every file of the target; the index comes last."""
+def copy(plan: Plan) -> None:
+    """Write every file of the target; the index comes last. Processes take files in turn."""
     from convert import copying
 
+    if processes.index() == 0:
+        resumed = target.check_usable(plan.target, plan.facts)
+        done, needed, _ = _all_jobs(plan, list(plan.shards), resumed)
+        target.check_space(plan.target, needed)
+        if resumed:
+            command.say(
+                f"continuing: {target.size(done)} of {target.size(done + needed)} are there"
+            )
+        with target.explained(plan.target, needed):
+            target.begin(plan.target, plan.facts)
+            target.carry(plan.source, plan.target)
+            _write_config(plan)
+    processes.barrier()
+    if processes.index() > 0:
+        target.check_shared(plan.target, plan.facts)
+        resumed = True
+    files = list(plan.shards)[processes.index() :: processes.count()]
+    done, needed, pending = _all_jobs(plan, files, resumed)
+    with target.explained(plan.target, needed):
+        # One worker: a file's length tells how far it has come, so it is written front to back.
+        copying.run("converting", pending, done, workers=1)
+    processes.barrier()
+    if processes.index() == 0 and len(plan.shards) > 1:
+        _write_index(plan)
+    processes.barrier()
+
+
+def _all_jobs(plan: Plan, files: list[str], resumed: bool) -> tuple[int, int, "list[Job]"]:
+    """The bytes of these files that are there and that are needed, and what is left to do."""
     done, pending = 0, []
-    for file in plan.shards:
+    for file in files:
         there, jobs = _jobs(plan, file, resumed)
         done += there
         pending += jobs
-    needed = sum(size for size, _ in pending)
-    target.check_space(plan.target, needed)
-    if resumed:
-        command.say(f"continuing: {target.size(done)} of {target.size(done + needed)} are there")
-    with target.explained(plan.target, needed):
-        target.begin(plan.target, plan.facts)
-        target.carry(plan.source, plan.target)
-        _write_config(plan)
-        # One worker: a file's length tells how far it has come, so it is written front to back.
-        copying.run("converting", pending, done, workers=1)
-        if len(plan.shards) > 1:
-            _write_index(plan)
+    return done, sum(size for size, _ in pending), pending
 
 
 Job = tuple[int, Callable[[], None]]
@@ -238,6 +260,7 @@ def verify(plan: Plan) -> None:
 
     tensors = folder.read(plan.target)
     compare(plan.params, plan.leaves, tensors, plan.wanted, exported=True)
+    processes.barrier()
     command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
 
 

@@ -4,6 +4,7 @@ The model directory is read through TensorStore, as Orbax reads it, not through 
 it. Where the two differ in dtype, the copy must be the cast of the original.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from convert import copying
 from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, Part
 from convert.store import Band, Leaf
-from qwen_jax import checkpoint
+from qwen_jax import checkpoint, processes
 
 
 def verify(
@@ -24,10 +25,13 @@ def verify(
     wanted: Mapping[str, Expected],
     exported: bool,
 ) -> None:
-    """Raise ValueError that lists the tensors which differ. exported: the folder is the copy."""
+    """Raise ValueError that lists the tensors which differ. exported: the folder is the copy.
+
+    Of several processes each compares a part, and speaks of what it has found.
+    """
     different: set[str] = set()
     jobs = _jobs(params, leaves, tensors, wanted, exported, different)
-    copying.run("verifying", jobs)
+    copying.run("verifying", itertools.islice(jobs, processes.index(), None, processes.count()))
     if different:
         names = ", ".join(name for name in wanted if name in different)
         raise ValueError(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qwen_jax.config import Config
     from qwen_jax.language_model import LanguageModel, load
     from qwen_jax.presets import PRESETS
+    from qwen_jax.processes import initialize
     from qwen_jax.sampling import Greedy, Nucleus
     from qwen_jax.tokenizer import TextStream, Tokenizer
 
@@ -24,6 +25,7 @@ _HOME = {
     "Nucleus": "sampling",
     "TextStream": "tokenizer",
     "Tokenizer": "tokenizer",
+    "initialize": "processes",
     "load": "language_model",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "Tokenizer",
     "attention",
     "chat",
+    "initialize",
     "load",
 ]
 

@@ -1,6 +1,7 @@
 """What the commands share: exit codes, one-line errors, progress on stderr, common arguments.
 
-Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error.
+Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error. Of several processes
+the first one alone speaks, but for errors.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from qwen_jax import processes
 
 
 class UsageError(ValueError):
@@ -29,7 +32,8 @@ def run(
     try:
         work(args)
     except KeyboardInterrupt:
-        say("interrupted")
+        complain("interrupted")
+        processes.failed("interrupted")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,15 +41,24 @@ def run(
     except Exception as error:
         if args.debug:
             raise
+        processes.await_verdict(error)
         detail = " ".join(str(error).split()) or "no message; --debug shows where"
         known = isinstance(error, ValueError | OSError | NotImplementedError)
-        say(f"error: {detail if known else f'{type(error).__name__}: {detail}'}")
+        detail = detail if known else f"{type(error).__name__}: {detail}"
+        complain(f"error: {detail}")
+        processes.failed(detail)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal, out of the way of stdout."""
+    """A line for the person at the terminal, out of the way of stdout, from process 0."""
+    if processes.index() == 0:
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """A line from whichever process has something to say that the others may not know."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -60,6 +73,52 @@ def show_log() -> None:
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes, on one host or many (docs/hosts.md)")
+    add = group.add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="join the processes of this TPU pod, Slurm job or other cluster that jax recognises",
+    )
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, at a port that is free")
+    add("--processes", type=positive, metavar="N", help="how many processes there are")
+    add("--process", type=int, metavar="I", help="the number of this one, from 0")
+    add(
+        "--start-timeout",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for all to start (default: %(default)s)",
+    )
+    add(
+        "--heartbeat-timeout",
+        type=positive,
+        default=30,
+        metavar="SECONDS",
+        help="a process without a sign of life for so long counts as dead (default: %(default)s)",
+    )
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the processes that `add_processes` speaks of, if any, before jax is used."""
+    named = (args.coordinator, args.processes, args.process)
+    if not args.distributed and named == (None, None, None):
+        return
+    if not args.distributed and None in named:
+        raise UsageError(
+            "give all of --coordinator, --processes and --process, or --distributed to have them "
+            "found"
+        )
+    processes.initialize(*named, args.start_timeout, args.heartbeat_timeout)
+    if processes.count() > 1:
+        # What native code prints, such as how its sockets fare, goes to stderr.
+        sys.stdout.flush()
+        kept = os.dup(1) if processes.index() == 0 else os.open(os.devnull, os.O_WRONLY)
+        os.dup2(2, 1)
+        sys.stdout = open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
 
 
 def positive(text: str) -> int:

@@ -217,8 +217,8 @@ def test_verify_finds_a_flipped_bit(tmp_path, source, capfd):
 def test_verify_of_an_export_finds_a_flipped_bit(tmp_path, model, monkeypatch, capfd):
     copy = to_hf.copy
 
-    def copy_and_flip(plan: to_hf.Plan, resumed: bool) -> None:
-        copy(plan, resumed)
+    def copy_and_flip(plan: to_hf.Plan) -> None:
+        copy(plan)
         flip(plan.target / "model.safetensors", -1)
 
     monkeypatch.setattr(to_hf, "copy", copy_and_flip)

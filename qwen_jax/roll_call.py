@@ -1,0 +1,181 @@
+"""Who is there, before jax joins the processes: process 0 listens, the others report to it.
+
+jax's own start aborts after its timeout without saying who is missing, and its coordination service
+answers nobody before all have come. So the processes meet at the coordinator's address first: every
+one learns the host of each, or which have not come. A line of JSON each way, then the port is free
+for jax. Nothing here knows of jax.
+"""
+
+import json
+import socket
+import time
+from typing import Any
+
+_RETRY = 0.2  # seconds between two attempts
+_LONGEST = 65536  # bytes of a line
+
+
+class Missing(ValueError):
+    """Processes have not come in time, or do not belong together; the message says which."""
+
+
+def hold(coordinator: str, processes: int, process: int, timeout: float) -> tuple[str, ...]:
+    """The host name of every process, once all are there. Raises `Missing` after `timeout` s.
+
+    coordinator: HOST:PORT, where process 0 listens.
+    """
+    host, port = address(coordinator)
+    deadline = time.monotonic() + timeout
+    mine = {"process": process, "processes": processes, "host": socket.gethostname()}
+    if process == 0:
+        answer = _listen(port, mine, deadline, timeout)
+    else:
+        answer = _report(host, port, mine, deadline, timeout)
+    if "error" in answer:
+        raise Missing(answer["error"])
+    return tuple(answer["hosts"])
+
+
+def address(coordinator: str) -> tuple[str, int]:
+    """HOST:PORT, or [IPV6]:PORT, in its parts; ValueError for anything else."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"coordinator {coordinator!r}: write it as HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def answers(coordinator: str, timeout: float = 3.0) -> bool:
+    """Whether anything listens at the coordinator's address."""
+    try:
+        socket.create_connection(address(coordinator), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def _listen(port: int, mine: dict[str, Any], deadline: float, timeout: float) -> dict[str, Any]:
+    """Process 0: take reports until all have come, then give everyone the same answer."""
+    hosts, lines = {0: mine["host"]}, dict[int, socket.socket]()
+    problem = None
+    try:
+        server = _server(port)
+    except OSError as error:
+        raise Missing(
+            f"process 0 cannot listen on port {port} ({error.strerror}): choose another one"
+        ) from None
+    with server:
+        while len(hosts) < mine["processes"] and problem is None and time.monotonic() < deadline:
+            for gone in [i for i, line in lines.items() if not _connected(line)]:
+                lines.pop(gone).close()
+                del hosts[gone]
+            server.settimeout(_RETRY)
+            try:
+                line, _ = server.accept()
+            except TimeoutError:
+                continue
+            report = _receive(line, time.monotonic() + 5)
+            number = report.get("process")
+            if not isinstance(number, int):  # not one of ours
+                line.close()
+                continue
+            problem = _conflict(report, mine, hosts)
+            hosts.setdefault(number, str(report.get("host")))
+            lines[-1 if number in lines else number] = line  # -1: a second one of that number
+        answer = {"error": problem or _missing(hosts, mine["processes"], timeout)}
+        if problem is None and len(hosts) == mine["processes"]:
+            answer = {"hosts": [hosts[i] for i in range(mine["processes"])]}
+        for line in lines.values():
+            _send(line, answer)
+    for line in lines.values():
+        _receive(line, time.monotonic() + 1)  # they hang up first, which leaves the port free
+        line.close()
+    return answer
+
+
+def _server(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _report(
+    host: str, port: int, mine: dict[str, Any], deadline: float, timeout: float
+) -> dict[str, Any]:
+    """Any other process: report until process 0 answers, and give up a little after it does."""
+    why = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            line = socket.create_connection((host, port), max(left, 0.1))
+        except OSError as error:
+            why = error.strerror or str(error)
+            time.sleep(_RETRY)
+            continue
+        with line:
+            _send(line, mine)
+            if answer := _receive(line, deadline + 5):
+                return answer
+        why = f"not process 0, or process {mine['process']} is there already"
+        time.sleep(_RETRY)
+    return {"error": f"process 0 has not started within {timeout:g} s at {host}:{port} ({why})"}
+
+
+def _conflict(report: dict[str, Any], mine: dict[str, Any], hosts: dict[int, str]) -> str | None:
+    """What is wrong with a report, None if nothing."""
+    number, host, count = report["process"], report.get("host"), mine["processes"]
+    if report.get("processes") != count:
+        return (
+            f"process {number} ({host}) was started as one of {report.get('processes')}, "
+            f"process 0 ({mine['host']}) as one of {count}: give all the same number"
+        )
+    if not 0 <= number < count:
+        return f"process {number} ({host}): with {count} processes the last one is {count - 1}"
+    if number in hosts:
+        return (
+            f"process {number} was started twice, on {hosts[number]} and on {host}: give each "
+            "process a number of its own"
+        )
+    return None
+
+
+def _missing(hosts: dict[int, str], count: int, timeout: float) -> str:
+    missing = [str(i) for i in range(count) if i not in hosts]
+    there = ", ".join(f"{i} ({host})" for i, host in sorted(hosts.items()))
+    verb = "process {} has" if len(missing) == 1 else "processes {} have"
+    return (
+        f"{verb.format(', '.join(missing))} not started within {timeout:g} s; "
+        f"of {count} there are {there}"
+    )
+
+
+def _connected(line: socket.socket) -> bool:
+    """Whether the other end still waits: it sends nothing more, so reading finds its end only."""
+    line.setblocking(False)
+    try:
+        return line.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _send(line: socket.socket, value: dict[str, Any]) -> None:
+    try:
+        line.settimeout(5)
+        line.sendall(json.dumps(value).encode() + b"\n")
+    except OSError:
+        pass  # whoever has gone is missed at the next step
+
+
+def _receive(line: socket.socket, deadline: float) -> dict[str, Any]:
+    """One line of JSON; {} when the other end hangs up, is too slow or says something else."""
+    data = b""
+    try:
+        while not data.endswith(b"\n") and len(data) < _LONGEST:
+            line.settimeout(max(deadline - time.monotonic(), 0.01))
+            if not (part := line.recv(4096)):
+                return {}
+            data += part
+        value = json.loads(data)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
