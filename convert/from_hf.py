@@ -227,13 +227,12 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
 
     done = needed = 0
     jobs: list[Job] = []
-    here, count = processes.index(), processes.count()
-    share = shares.Shares(plan.facts["mesh"], plan.partitions, here, count)
+    share = shares.Shares(plan.leaves, plan.partitions, plan.facts["mesh"], processes.count())
     for tensor, expected in zip(plan.tensors.values(), plan.wanted.values(), strict=True):
         for part in expected.parts:
             offset = tensor.offset + part.start * folder.ITEM_BYTES[tensor.dtype]
             for band in plan.leaves[part.path].bands():
-                mine = share.of(band)
+                mine = share.of(processes.index(), band)
                 piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
                 lacking = band.pieces.keys() - _there(plan, band, piece if resumed else None)
                 needed += piece * len(lacking)

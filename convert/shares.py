@@ -10,38 +10,46 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from convert.store import Band
+from convert.store import Band, Leaf
 
 Partition = tuple[tuple[str, ...], ...]  # for each axis of a leaf, the mesh axes that cut it
 
 
 class Shares:
-    """Hands out the chunks of a tree, band by band; every process must ask in the same order."""
+    """What each of `count` processes writes of a tree."""
 
     def __init__(
-        self, sizes: Mapping[str, int], partitions: Mapping[str, Partition], index: int, count: int
+        self,
+        leaves: Mapping[str, Leaf],
+        partitions: Mapping[str, Partition],
+        sizes: Mapping[str, int],
+        count: int,
     ):
-        """sizes: of the mesh axes; partitions: by leaf; index: this process, of `count`."""
+        """partitions: by leaf; sizes: of the mesh axes."""
         devices = math.prod(sizes.values())
         self._axes = tuple(sizes)
         # jax numbers devices process by process, and a mesh takes them in this order.
         self._process = (np.arange(devices) * count // devices).reshape(tuple(sizes.values()))
-        self._partitions, self._index = partitions, index
-        self._bytes = [0] * count
+        self._partitions, self._count = partitions, count
+        self._writer: dict[tuple[str, str], int] = {}
+        held = [0] * count
+        bands = [band for leaf in leaves.values() for band in leaf.bands()]
+        # The largest first, so that the small ones fill up what is uneven.
+        for band in sorted(bands, key=lambda band: -band.chunk_elements):
+            for name in band.pieces:
+                writer = min(self._holders(band, name), key=held.__getitem__)
+                held[writer] += band.chunk_elements
+                self._writer[band.leaf.path, name] = writer
 
-    def of(self, band: Band) -> dict[str, tuple[slice, ...]]:
-        """Those of the band's pieces that this process writes."""
-        return {name: at for name, at in band.pieces.items() if self._mine(band, name)}
-
-    def _mine(self, band: Band, name: str) -> bool:
-        owner = min(self._holders(band, name), key=self._bytes.__getitem__)
-        self._bytes[owner] += band.chunk_elements
-        return owner == self._index
+    def of(self, process: int, band: Band) -> dict[str, tuple[slice, ...]]:
+        """Those of the band's pieces that a process writes."""
+        path = band.leaf.path
+        return {n: at for n, at in band.pieces.items() if self._writer[path, n] == process}
 
     def _holders(self, band: Band, name: str) -> list[int]:
         """The processes with a device that holds this chunk."""
         if self._process.size == 1:
-            return list(range(len(self._bytes)))
+            return list(range(self._count))
         sizes = dict(zip(self._axes, self._process.shape, strict=True))
         where = dict.fromkeys(self._axes, slice(None))
         partition, leaf = self._partitions[band.leaf.path], band.leaf

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ def run(
     try:
         work(args)
     except KeyboardInterrupt:
-        complain("interrupted")
-        processes.failed("interrupted")
+        if processes.count() > 1:
+            processes.failed("interrupted", 130)
+        say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,21 +46,18 @@ def run(
         detail = " ".join(str(error).split()) or "no message; --debug shows where"
         known = isinstance(error, ValueError | OSError | NotImplementedError)
         detail = detail if known else f"{type(error).__name__}: {detail}"
-        complain(f"error: {detail}")
-        processes.failed(detail)
-        return 2 if isinstance(error, UsageError) else 1
+        code = 2 if isinstance(error, UsageError) else 1
+        if processes.count() > 1:
+            processes.failed(detail, code)
+        say(f"error: {detail}")
+        return code
     return 0
 
 
 def say(line: str) -> None:
     """A line for the person at the terminal, out of the way of stdout, from process 0."""
     if processes.index() == 0:
-        complain(line)
-
-
-def complain(line: str) -> None:
-    """A line from whichever process has something to say that the others may not know."""
-    print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def show_log() -> None:
@@ -114,11 +112,20 @@ def join(args: argparse.Namespace) -> None:
         )
     processes.initialize(*named, args.start_timeout, args.heartbeat_timeout)
     if processes.count() > 1:
-        # What native code prints, such as how its sockets fare, goes to stderr.
-        sys.stdout.flush()
-        kept = os.dup(1) if processes.index() == 0 else os.open(os.devnull, os.O_WRONLY)
-        os.dup2(2, 1)
-        sys.stdout = open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+        _keep_stdout(processes.index() == 0)
+
+
+def _keep_stdout(shown: bool) -> None:
+    """stdout for what Python prints, if it is to be shown; native code says there how sockets fare.
+
+    NVIDIA's NCCL, when asked to, speaks there too: that goes to stderr.
+    """
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(1) if shown else nowhere
+    os.dup2(2 if "NCCL_DEBUG" in os.environ else nowhere, 1)
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    sys.stdout = os.fdopen(kept, "w", encoding=encoding, errors=errors)
 
 
 def positive(text: str) -> int:
@@ -149,9 +156,10 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def virtual_cpu_devices(sizes: dict[str, int]) -> None:
+def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
     """Make as many CPU devices as the mesh asks for; an accelerator's are what they are."""
     import jax
 
-    if math.prod(sizes.values()) > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
+    own = -(-math.prod(sizes.values()) // processes.count())
+    if own > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", own)

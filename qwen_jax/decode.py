@@ -144,11 +144,11 @@ def decode(
 
     Ends early when every row has met a stop. The state passed in is consumed.
     """
-    while new > 0 and not bool(jnp.all(state.done)):
+    while new > 0 and not sharding.fetch(jnp.all(state.done)):
         limit = min(new, at_once, STRIDE)
         state, tokens, written = _decode(decoder, state, sampler, rules, jnp.int32(limit), attend)
         new -= limit
-        yield np.asarray(tokens)[:, : int(written)]
+        yield sharding.fetch(tokens)[:, : int(sharding.fetch(written))]
 
 
 @functools.partial(jax.jit, static_argnames="attend", donate_argnames="state")

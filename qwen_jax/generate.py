@@ -17,6 +17,8 @@ import numpy as np
 from qwen_jax import command
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from qwen_jax.language_model import LanguageModel
 
 _EXAMPLES = """examples:
@@ -68,7 +70,11 @@ def parser() -> argparse.ArgumentParser:
         "pallas_hopper and others: docs/attention.md",
     )
     add("--max-length", type=command.positive, metavar="N", help="slots of the cache for a row")
-    add("--mesh", metavar="SPEC", help="e.g. fsdp=1,tp=4 (default: one device)")
+    add(
+        "--mesh",
+        metavar="SPEC",
+        help="e.g. fsdp=1,tp=4 (default: one device; the devices of all processes, where several)",
+    )
     add(
         "--set",
         action="append",
@@ -83,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
         help="what fixes dynamic NTK's alpha",
     )
     result.add_argument("--json", action="store_true", help="print one JSON object, no stream")
+    command.add_processes(result)
     command.add_debug(result)
     return result
 
@@ -137,15 +144,9 @@ def load(args: argparse.Namespace) -> "LanguageModel":
     import jax
 
     import qwen_jax
-    from qwen_jax import sharding
 
-    try:
-        sizes = sharding.parse_mesh(args.mesh)
-    except ValueError as error:
-        raise command.UsageError(str(error)) from None
     command.use_compilation_cache()
-    command.virtual_cpu_devices(sizes)
-    with jax.set_mesh(sharding.make_mesh(sizes)):
+    with jax.set_mesh(mesh(args)):
         return qwen_jax.load(
             args.ckpt,
             dtype=args.dtype,
@@ -156,7 +157,31 @@ def load(args: argparse.Namespace) -> "LanguageModel":
         )
 
 
+def mesh(args: argparse.Namespace) -> "Mesh":
+    """The mesh asked for, in which every process must have a device."""
+    import jax
+
+    from qwen_jax import checkpoint, processes, sharding
+
+    try:
+        sizes = sharding.parse_mesh(args.mesh)
+    except ValueError as error:
+        raise command.UsageError(str(error)) from None
+    command.virtual_cpu_devices(sizes)
+    if args.mesh is None and processes.count() > 1:
+        sizes = sharding.default(checkpoint.load_config(args.ckpt).sizes, jax.device_count())
+    made = sharding.make_mesh(sizes)
+    used = {device.process_index for device in made.devices.flat}
+    if idle := [str(i) for i in range(processes.count()) if i not in used]:
+        raise command.UsageError(
+            f"mesh {sharding.describe(sizes)} has no device of process {', '.join(idle)}: take "
+            f"one of {jax.device_count()} devices"
+        )
+    return made
+
+
 def work(args: argparse.Namespace) -> None:
+    command.join(args)
     text = prompt_text(args)
     sampler(args, None)  # settings that cannot be are found before the weights are loaded
     started = time.perf_counter()

@@ -234,7 +234,7 @@ class LanguageModel:
                 self.attend,
                 self.cache_dtype,
             )
-            first = np.asarray(state.token)[:batch, None]
+            first = sharding.fetch(state.token)[:batch, None]
         yield first
         at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
         steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new - 1, at_once)

@@ -37,7 +37,8 @@ class _Joined:
     coordinator: str
     heartbeat_timeout: float
     client: Any = None
-    ending: int | None = None  # the exit code of a process that has said all it has to
+    ending: int | None = None  # the exit code, once this process is about to end
+    reason: str = ""  # why, while that has not been said
     barriers: int = 0
 
     def name(self, process: int) -> str:
@@ -92,9 +93,12 @@ def initialize(
     _joined = _Joined(process, hosts, coordinator, heartbeat_timeout)
     _catch_abort(_joined)
     _start_jax(_joined, devices, timeout)
-    threading.Thread(target=_watch, args=(_joined,), daemon=True, name="watch").start()
+    watch = threading.Thread(target=_watch, args=(_joined,), daemon=True, name="watch")
+    watch.start()
     sys.excepthook = _excepthook(sys.excepthook)
-    atexit.register(_leave)  # runs before jax's own, which leaves without waiting for the others
+    atexit.register(
+        _leave, _joined, watch
+    )  # runs before jax's own, which leaves without waiting for the others
 
 
 def _find(
@@ -161,16 +165,24 @@ def first(work: Callable[[], Any]) -> Any:
     return result
 
 
-def failed(reason: str) -> None:
-    """Tell the others that this process ends with an error, and stay until they have heard it."""
-    if (me := _joined) is None or me.ending is not None:
-        return
-    me.ending = 1
+def failed(reason: str, code: int = 1) -> NoReturn:
+    """Say why this process ends, to the others too, and end it with an exit code.
+
+    What process 0 says already, such as an error in the command's arguments, is said once.
+    """
+    me = _joined
+    assert me is not None
+    me.ending, me.reason = code, reason if me.index == 0 else f"{me.name(me.index)}: {reason}"
+    reasons: dict[str, str] = {}
     try:
         me.client.key_value_set(f"{_FAILED}{me.index}", reason, allow_overwrite=True)
-        me.client.wait_at_barrier("qwen_jax/failed", 3000)
+        reasons = dict(me.client.key_value_dir_get(_FAILED)) if _meet(me) else {}
     except Exception:
-        pass  # those who have gone already, or are busy, learn it from the missing heartbeat
+        pass  # who cannot be told learns it from the missing heartbeat
+    if me.index == 0 or reasons.get(f"{_FAILED}0") != reason:
+        _say(me, me.reason)
+    sys.stdout.flush()
+    os._exit(code)  # what else happens at the end of a process would wait for the others
 
 
 def await_verdict(error: BaseException) -> None:
@@ -185,10 +197,10 @@ def await_verdict(error: BaseException) -> None:
 def _watch(me: _Joined) -> None:
     """Look after the others until the end. A thread of its own, as the program waits in jax."""
     everyone = list(range(len(me.hosts)))
-    while True:
+    while me.ending != 0:
         try:
             # jax knows by heartbeats who lives, and answers when all who do have asked: so even a
-            # process that is ending goes on asking.
+            # process that has failed goes on asking, until the others know.
             living = me.client.get_live_nodes(everyone)
             failures = dict(me.client.key_value_dir_get(_FAILED))
         except Exception as error:
@@ -199,8 +211,10 @@ def _watch(me: _Joined) -> None:
             _end(me, f"jax's coordination service does not answer: {error}")
         failures.pop(f"{_FAILED}{me.index}", None)
         lost = [i for i in everyone if i not in living]
-        if me.ending is None and (failures or lost):
-            _end(me, _reason(me, failures) if failures else _lost(me, lost))
+        if me.ending is None and failures:
+            _end(me, _reason(me, failures), together=True)
+        if me.ending is None and lost:
+            _end(me, _lost(me, lost))
         time.sleep(_SECOND)
 
 
@@ -228,15 +242,36 @@ def _coordinator_gone(me: _Joined) -> bool:
     return False
 
 
-def _end(me: _Joined, line: str) -> NoReturn:
-    """End this process at once: its main thread may wait for ever in a collective."""
+def _end(me: _Joined, line: str, together: bool = False) -> NoReturn:
+    """End this process at once: its main thread may wait for ever in a collective.
+
+    together: all live, and wait until every one has heard.
+    """
     if not _last_words.acquire(blocking=False):
-        time.sleep(60)  # another thread is at it
-    start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # off the line of a bar
-    os.write(2, f"{start}error: {' '.join(line.split())}\n".encode())
-    if me.index == 0:
+        time.sleep(5)  # another thread is at it
+        os._exit(1)
+    _say(me, line)
+    if together:
+        _meet(me)
+    elif me.index == 0:
         time.sleep(2 * _SECOND)  # the others hear through the service, which lives here
     os._exit(1)
+
+
+def _meet(me: _Joined) -> bool:
+    """Wait a little for all to know of a failure; whether they do."""
+    try:
+        me.client.wait_at_barrier("qwen_jax/failed", 3000)
+    except Exception:
+        return False
+    if me.index == 0:
+        time.sleep(_SECOND)  # the others have their answer from the service, which lives here
+    return True
+
+
+def _say(me: _Joined, line: str) -> None:
+    start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # off the line of a bar
+    os.write(2, f"{start}error: {' '.join(line.split())}\n".encode())
 
 
 def _catch_abort(me: _Joined) -> None:
@@ -248,6 +283,8 @@ def _catch_abort(me: _Joined) -> None:
 
     def aborted(number: int) -> None:
         if me.ending is not None:
+            if me.reason:
+                _say(me, me.reason)
             os._exit(me.ending)
         if _coordinator_gone(me):
             _end(me, _lost(me, [0]))
@@ -280,21 +317,18 @@ def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _leave() -> None:
+def _leave(me: _Joined, watch: threading.Thread) -> None:
     """End in step: jax's service lives in process 0, which therefore goes last."""
-    if (me := _joined) is None:
-        return
     import jax
 
     try:
-        if me.ending is None:
-            me.client.wait_at_barrier("qwen_jax/end", 300_000)
-            me.ending = 0
-        deadline = time.monotonic() + 10
-        while me.index == 0 and time.monotonic() < deadline:
-            if set(me.client.get_live_nodes(list(range(len(me.hosts))))) == {0}:
-                break
-            time.sleep(0.1)
+        me.client.wait_at_barrier("qwen_jax/end", 300_000)
+        me.ending = 0
+        if me.index == 0:
+            # Each of the others leaves as soon as its thread has this answer.
+            while set(me.client.get_live_nodes(list(range(len(me.hosts))))) != {0}:
+                time.sleep(0.05)
+        watch.join()
         jax.distributed.shutdown()
     except Exception as error:
         _end(me, f"{me.name(me.index)} could not end with the others: {error}")

@@ -1,0 +1,127 @@
+"""Real processes for tests: one command started n times on this machine, watched and cleaned up.
+
+    with launch.group(["convert/from_hf.py", src, dst], 4) as group:
+        results = group.wait()
+
+Every process gets the arguments of `command.add_processes` after its own, and one CPU device unless
+it asks for more.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Short, so that tests are: a process that is lost is missed after so many seconds.
+HEARTBEAT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+    seconds: float  # since the start, or since `kill`
+
+
+class Group:
+    """The processes, by their number; those not started are not there."""
+
+    def __init__(self, processes: dict[int, subprocess.Popen[bytes]], folder: Path):
+        self._processes, self._folder = processes, folder
+        self._since = time.monotonic()
+
+    def kill(self, number: int) -> None:
+        """As the kernel does when memory runs out."""
+        self._since = time.monotonic()
+        self._processes[number].send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float = 120) -> dict[int, Result]:
+        """Everyone's result. AssertionError, with what they said, when one does not end in time."""
+        ended: dict[int, float] = {}
+        while len(ended) < len(self._processes):
+            for number, process in self._processes.items():
+                if number not in ended and process.poll() is not None:
+                    ended[number] = time.monotonic() - self._since
+            if time.monotonic() - self._since > timeout:
+                missing = sorted(self._processes.keys() - ended.keys())
+                said = {i: self.read(i, "err")[-2000:] for i in self._processes}
+                raise AssertionError(f"{missing} still run after {timeout} s: {said}")
+            time.sleep(0.02)
+        return {
+            i: Result(self._processes[i].returncode, self.read(i, "out"), self.read(i, "err"), end)
+            for i, end in sorted(ended.items())
+        }
+
+    def until(self, begun: Callable[[], bool], timeout: float = 60) -> None:
+        """Wait for something that the processes do."""
+        deadline = time.monotonic() + timeout
+        while not begun():
+            over = [i for i, process in self._processes.items() if process.poll() is not None]
+            if over or time.monotonic() > deadline:
+                raise AssertionError(f"not begun, {over} ended: {self.read(0, 'err')[-2000:]}")
+            time.sleep(0.001)
+
+    def read(self, number: int, kind: str) -> str:
+        file = self._folder / f"{number}.{kind}"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+
+@contextlib.contextmanager
+def group(
+    arguments: Sequence[object],
+    count: int,
+    present: Collection[int] | None = None,
+    start_timeout: int = 60,
+    heartbeat: int = HEARTBEAT,
+) -> Iterator[Group]:
+    """Start `python *arguments` count times, or as the processes `present` alone."""
+    common = [sys.executable, *map(str, arguments), "--coordinator", f"127.0.0.1:{free_port()}"]
+    common += ["--processes", str(count), "--start-timeout", str(start_timeout)]
+    common += ["--heartbeat-timeout", str(heartbeat)]
+    processes: dict[int, subprocess.Popen[bytes]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            for i in range(count) if present is None else present:
+                with open(folder / f"{i}.out", "wb") as out, open(folder / f"{i}.err", "wb") as err:
+                    processes[i] = subprocess.Popen(
+                        [*common, "--process", str(i)],
+                        cwd=ROOT,
+                        env=environment(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=err,
+                    )
+            yield Group(processes, folder)
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+
+
+def environment() -> dict[str, str]:
+    """This process's, but for the eight devices of the tests, and what importing jax has added.
+
+    Programs are compiled without much optimisation: every process compiles, all at the same time.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    flags += " --xla_backend_optimization_level=0"
+    result = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    result.pop("TF_CPP_MIN_LOG_LEVEL", None)
+    return result
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

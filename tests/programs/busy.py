@@ -1,0 +1,45 @@
+"""Processes that add up for ever, as a training run does, or until `--steps`.
+
+--fail I: process I raises an error after ten steps.
+"""
+
+import argparse
+import sys
+import time
+
+from qwen_jax import command, processes
+
+
+def work(args: argparse.Namespace) -> None:
+    command.join(args)
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((jax.device_count(),), ("x",))
+    x = jax.make_array_from_callback(
+        (jax.device_count(),),
+        NamedSharding(mesh, PartitionSpec("x")),
+        lambda index: np.ones(1, np.float32),
+    )
+    add = jax.jit(lambda x: x.sum())
+    for step in range(args.steps):
+        total = float(add(x))
+        if step == 10:
+            print(f"the sum is {total}", flush=True)
+            if args.fail == processes.index():
+                raise ValueError("this is the end")
+        time.sleep(0.01)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser()
+    result.add_argument("--steps", type=int, default=10**9)
+    result.add_argument("--fail", type=int)
+    command.add_processes(result)
+    command.add_debug(result)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(parser(), work))

@@ -1,0 +1,48 @@
+"""Restore a model directory on a mesh; process 0 prints a digest of all leaves, and new tokens."""
+
+import argparse
+import hashlib
+import json
+import sys
+
+from qwen_jax import command
+
+
+def work(args: argparse.Namespace) -> None:
+    command.join(args)
+    import jax
+
+    import qwen_jax
+    from qwen_jax import sharding
+    from qwen_jax.weights import named_leaves
+
+    sizes = sharding.parse_mesh(args.mesh)
+    command.virtual_cpu_devices(sizes)
+    mesh = sharding.make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        model = qwen_jax.load(args.ckpt, dtype=args.dtype)
+        digest = hashlib.sha256()
+        for name, leaf in named_leaves(model.decoder).items():
+            digest.update(name.encode() + sharding.fetch(leaf[...]).tobytes())
+    result = {"leaves": digest.hexdigest()}
+    if args.generate:
+        prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
+        sampler = qwen_jax.Nucleus(temperature=0.8, top_p=0.9)
+        made = model.generate(prompts, max_new_tokens=6, sampler=sampler, seed=[1, 2])
+        result["tokens"] = made.tolist()
+    print(json.dumps(result))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("ckpt")
+    parser.add_argument("--mesh")
+    parser.add_argument("--dtype")
+    parser.add_argument("--generate", action="store_true")
+    command.add_processes(parser)
+    command.add_debug(parser)
+    return command.run(parser, work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
