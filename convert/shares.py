@@ -28,7 +28,8 @@ class Shares:
         """partitions: by leaf; sizes: of the mesh axes."""
         devices = math.prod(sizes.values())
         self._axes = tuple(sizes)
-        # jax numbers devices process by process, and a mesh takes them in this order.
+        # jax numbers devices process by process, and a mesh takes them in this order, but on some
+        # TPU slices, where the way of the wires decides; then another process writes a chunk.
         self._process = (np.arange(devices) * count // devices).reshape(tuple(sizes.values()))
         self._partitions, self._count = partitions, count
         self._writer: dict[tuple[str, str], int] = {}

@@ -244,7 +244,7 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_chunk_has_one_writer_that_holds_it(mesh, count):
     sizes = sharding.parse_mesh(mesh)
-    partition = tuple(map(sharding.entries, sharding.spec("FD", (64, 32), sizes)))
+    partition = tuple(map(sharding.entries, sharding.spec("FD", None, sizes)))
     cut = [64 // 2 // sizes["tp"], 32 // sizes["fsdp"]]  # two chunks of rows in a shard
     leaf = store.Leaf("up", (64, 32), (cut[0], cut[1]), "float32")
     writers: dict[str, list[int]] = {}
