@@ -138,7 +138,7 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
         )
     within = (shape[0] // topology.slices, *shape[1:])
     by_slice = [
-        mesh_utils.create_device_mesh(within, part, allow_split_physical_axes=True)
+        mesh_utils.create_device_mesh(within, list(part), allow_split_physical_axes=True)
         for part in np.split(np.array(there), topology.slices)
     ]
     return Mesh(np.concatenate(by_slice), sharding.AXES, axis_types=explicit)
@@ -149,15 +149,16 @@ class Path:
     """What a collective goes through. name: of the kind of link.
 
     bandwidth: bytes/s with which each device takes in what a ring (or a switch) brings it. one_way:
-    bytes/s from a device to one other. size: parties that the ring connects. span: the longest
-    stretch, in hops, that an all-to-all crosses; 0 behind a switch.
+    bytes/s from a device to one other. size: parties that the ring connects. crossing: of a torus,
+    the most hops along a dimension, times the share of `bandwidth` that other dimensions have; an
+    all-to-all is limited by the middle of that one. 0 behind a switch.
     """
 
     name: str
     bandwidth: float
     one_way: float
     size: int
-    span: int = 0
+    crossing: float = 0
 
 
 def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
@@ -193,7 +194,8 @@ def _torus(topology: Topology, chip: Tpu, group: Sequence[Any]) -> list[Path]:
     wrapped = lengths % chip.wraps == 0
     if chip.torus == 3:
         wrapped = np.full(3, wrapped.all())
-    total, span, one_way = 0.0, 0, 0.0
+    rates: list[tuple[float, int]] = []  # of each dimension that it extends over, and its length
+    one_way = 0.0
     for places_along, length, wraps in zip(places.T, lengths, wrapped, strict=True):
         along = np.unique(places_along)
         if len(along) == 1:
@@ -201,9 +203,10 @@ def _torus(topology: Topology, chip: Tpu, group: Sequence[Any]) -> list[Path]:
         # Groups that lie between each other share the links.
         stride = int(np.min(np.diff(along)))
         ring = wraps and len(along) * stride == length
-        total += (2 if ring else 1) * link / stride
+        rates.append(((2 if ring else 1) * link / stride, len(along)))
         one_way = max(one_way, link / stride)
-        span = max(span, len(along))
-    if total:
-        found.append(Path("ICI", total, one_way, len(group) // cores, span))
+    if rates:
+        total = sum(rate for rate, _ in rates)
+        crossing = max(hops * total / rate for rate, hops in rates)
+        found.append(Path("ICI", total, one_way, len(group) // cores, crossing))
     return found
