@@ -154,7 +154,7 @@ def decoding(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
 
 
 def prefill(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
-    """Prompts of `length` tokens in chunks: weights are read for each, on average half the cache."""
+    """Prompts of `length` tokens in chunks: for each, all weights are read, and half the cache."""
     mesh = topologies.mesh(topology, sizes)
     chunk = min(CHUNK, setting.length)
     program = programs.prefill(setting, mesh, chunk)

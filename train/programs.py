@@ -213,20 +213,17 @@ def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
-# How libtpu says that a program does not fit: all of it, or its temporaries beside the arguments.
-_ALL = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
-_TEMPORARIES = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+# The two ways in which libtpu says that a program does not fit. It calls what it needs temporaries
+# where it has not scheduled the program; arguments and results are in that number too.
+_NEEDED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
 
 def _refused(message: str, held: dict[str, int]) -> Memory | None:
     """What a compiler that ran out of memory says it needs, and has; None for another error."""
-    if "RESOURCE_EXHAUSTED" not in message:
+    found = _NEEDED.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
-    for pattern in (_ALL, _TEMPORARIES):
-        if found := pattern.search(message):
-            needed, unit, available, other = found.groups()
-            needed, available = float(needed) * _UNITS[unit], float(available) * _UNITS[other]
-            known = sum(held.values())
-            rest = needed - known if pattern is _ALL else needed
-            return Memory({**held, "temporaries": max(0, round(rest))}, available)
-    return None
+    needed, unit, available, other = (x for x in found.groups() if x is not None)
+    total = float(needed) * _UNITS[unit]
+    rest = max(0, round(total) - sum(held.values()))
+    return Memory({**held, "temporaries": rest}, float(available) * _UNITS[other])
