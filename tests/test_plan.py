@@ -218,13 +218,22 @@ def test_a_search_tries_what_may_fit() -> None:
 
 
 def test_a_search_for_decoding_knows_the_cache() -> None:
-    # 80 GiB of cache for a row of 32k, as the 145 GB of weights, on 8 GPUs of 85 GB.
+    # 8 GPUs of 80 GB hold the 145 GB of weights, and 80 GiB of cache for each row of 32k.
     setting = Setting(PRESETS["qwen-72b"], 64, 32768, "pallas_triton")
     chips = topology.parse("h100:8")
-    rows = {x.setting.batch for x in search.candidates(setting, chips, decode=True)}
-    assert rows == set()
-    few = Setting(PRESETS["qwen-72b"], 4, 32768, "pallas_triton", cache_dtype="int8")
-    assert {x.setting.batch for x in search.candidates(few, chips, decode=True)} == {1, 2, 4}
+    found = search.candidates(setting, chips, decode=True)
+    assert {x.setting.batch for x in found} == {4, 2}
+    int8 = dataclasses.replace(setting, cache_dtype="int8")
+    found = search.candidates(int8, chips, decode=True)
+    assert {x.setting.batch for x in found} == {8, 4}
+    assert all(x.mesh["context"] == 1 for x in found)
+
+
+def test_a_search_splits_tokens_only_without_rows() -> None:
+    setting = Setting(PRESETS["qwen-7b"], 4, 32768, "pallas_tpu")
+    found = search.candidates(setting, topology.parse("v5p:2x2x4"))
+    assert any(x.mesh["context"] > 1 for x in found)
+    assert all(x.mesh["context"] == 1 or x.setting.batch == x.mesh["fsdp"] for x in found)
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:

@@ -20,6 +20,7 @@ _STATE = 16
 # the feed-forward's width counted in D; and the forward passes that are computed.
 _KEPT = {"full": (1, 0), "projections": (5, 2), "none": (9, 4)}
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
+_HALVINGS = 10
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
 
 
@@ -35,29 +36,40 @@ class Candidate:
 
 def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
     """What may fit, the fastest first: meshes of all devices, for training remat policies, the
-    batch asked for and halves of it.
+    batch asked for and halves of it, of which the two largest that may fit.
     """
-    batches = [setting.batch // 2**i for i in range(3) if setting.batch % 2**i == 0]
+    batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
     policies = ["full"] if decode else list(_KEPT)
     found = []
-    for sizes, batch, remat in itertools.product(_meshes(topology), batches, policies):
-        one = dataclasses.replace(setting, batch=batch, remat=remat)
-        try:
-            one.check(sizes)
-        except ValueError:
-            continue
-        rough = _rough_decode if decode else _rough
-        found.append(Candidate(one, sizes, *rough(one, topology, sizes)))
-    fitting = [x for x in found if x.bytes < 1.1 * topology.chip.usable]
-    return sorted(fitting, key=lambda x: x.seconds)
+    for sizes, remat in itertools.product(_meshes(topology), policies):
+        fitting: list[Candidate] = []
+        for batch in batches:
+            one = dataclasses.replace(setting, batch=batch, remat=remat)
+            if len(fitting) < 2 and _divides(one, sizes, decode):
+                rough = _rough_decode if decode else _rough
+                fitting.append(Candidate(one, sizes, *rough(one, topology, sizes)))
+                if fitting[-1].bytes > 1.05 * topology.chip.usable:
+                    fitting.pop()
+        found += fitting
+    return sorted(found, key=lambda x: x.seconds)
+
+
+def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
+    """Whether a setting runs on a mesh, and splits tokens only where it has no more rows."""
+    alone = setting.batch == math.prod(sizes[axis] for axis in sharding.BATCH)
+    if sizes[sharding.CONTEXT] > 1 and (decode or not alone):
+        return False
+    try:
+        setting.check(sizes)
+    except ValueError:
+        return False
+    return True
 
 
 def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Meshes of all devices: slices are copies, `tp` stays within a host of GPUs, tokens of a
-    sequence are split only where rows are too few.
-    """
+    """Meshes of all devices: slices are copies of the model, `tp` stays within a host of GPUs."""
     chip = topology.chip
-    most = chip.node if isinstance(chip, Gpu) else _MOST_TENSOR
+    most = min(chip.node, topology.lengths[1]) if isinstance(chip, Gpu) else _MOST_TENSOR
     for sizes in sharding.meshes(topology.devices):
         copies = sizes[sharding.BATCH[0]]
         if copies == topology.slices and sizes[sharding.TENSOR] <= most:
