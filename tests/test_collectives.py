@@ -49,6 +49,17 @@ def test_a_gpu_program() -> None:
     }
 
 
+def test_collectives_across_slices() -> None:
+    """A program of one slice of four devices; the mesh has two slices."""
+    text = (PROGRAMS / "slices.txt").read_text()
+    sizes = {"data": 2, "fsdp": 2, "tp": 2}
+    assert rows(collectives.of(text, sizes)) == {
+        ("all-reduce", ("data",), 2, 1, 64 * 8 * 128 * 2, False),
+        ("all-gather", ("data",), 2, 1, 2 * 32 * 4, False),
+        ("all-reduce", ("tp",), 2, 1, 16 * 4, False),
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

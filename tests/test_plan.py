@@ -195,6 +195,14 @@ def test_a_program_that_is_refused_is_reported(
     assert x.to_json()["seconds"] is None
 
 
+def test_a_program_that_cannot_be_printed_is_reported(trained: estimate.Estimate) -> None:
+    program = dataclasses.replace(trained.program, collectives=None)
+    x = dataclasses.replace(trained, program=program)
+    assert x.fits
+    assert "collectives: not known" in report.text(x, "tiny")
+    assert x.to_json()["collectives"] is None
+
+
 def test_what_is_too_large_for_the_chip_does_not_fit(trained: estimate.Estimate) -> None:
     assert trained.fits and "fits" in report.text(trained, "tiny")
     chip = dataclasses.replace(trained.topology.chip, usable=1000)

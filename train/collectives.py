@@ -6,6 +6,7 @@ loops as often as the loop runs. Knows no hardware and no model; `bounds.py` mak
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -72,11 +73,12 @@ def each(program: Any, mesh: Any) -> Iterator[Collective]:
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
     parsed = hlo.parse(text)
     fused = _fused(parsed)
+    across = _across_slices(text, sizes)
     for computation, times, looped in parsed.runs():
         if computation.name in fused:
             continue  # read where it is called
         for place, instruction in _in(parsed, computation):
-            one = _collective(place, instruction, sizes)
+            one = _collective(place, instruction, sizes, across)
             if one is not None:
                 yield dataclasses.replace(one, count=times, bytes=times * one.bytes, looped=looped)
 
@@ -131,17 +133,47 @@ def _through_fusions(
                 yield from _through_fusions(program, program.computations[name])
 
 
+def _across_slices(text: str, sizes: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes that go over slices: a TPU program is that of one slice, on whose devices the
+    other axes lie.
+    """
+    partitions = re.search(r"\bnum_partitions=(\d+)", text)
+    slices = math.prod(sizes.values()) // int(partitions.group(1)) if partitions else 1
+    axes = []
+    for axis, size in sizes.items():
+        if slices > 1 and size > 1:
+            axes.append(axis)
+            slices //= size
+    return tuple(axes)
+
+
+# What a TPU program hands to its runtime, as a send to the host, to be done across slices.
+_HANDED_OVER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
 def _kind(instruction: Instruction) -> str | None:
     kind = instruction.opcode.removesuffix("-start")
+    if kind == "send" and (handed := _HANDED_OVER.search(instruction.rest)):
+        kind = handed.group(1).lower().replace("_", "-")
+        return kind if kind in KINDS else "collective-permute"
     return kind if kind in KINDS else None
 
 
 def _collective(
-    computation: Computation, instruction: Instruction, sizes: dict[str, int]
+    computation: Computation,
+    instruction: Instruction,
+    sizes: dict[str, int],
+    across: tuple[str, ...],
 ) -> Collective | None:
     """One run of an instruction; None where nothing moves."""
     kind = _kind(instruction)
     assert kind
+    if instruction.opcode == "send":
+        sent = computation.by_name.get(instruction.operands[0])
+        size = hlo.nbytes(sent.shape) if sent else 0
+        slices = math.prod(sizes[axis] for axis in across)
+        total = size * slices if kind == "all-gather" else size
+        return Collective(kind, across, slices, 1, total) if across else None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # as a TPU program spells it
     made = [computation.by_name[x] for x in instruction.operands if x in computation.by_name]

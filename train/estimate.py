@@ -26,8 +26,8 @@ CHUNK = 2048  # tokens of a prompt that a pass takes at most
 class Estimate:
     """task: "training", "decoding" or "prefill". tokens: of all rows that the time is for: a step's
     (decoding: one for each row; prefill: the whole prompts). model_flops: those that it needs,
-    hardware_flops: those that are done, of all devices. bound: None where it was not compiled to
-    the end.
+    hardware_flops: those that are done, of all devices. bound: None of a program that the compiler
+    refused; without links where its collectives are not known.
     """
 
     task: str
@@ -189,9 +189,9 @@ def _bound(
     moved: float,
     found: list[Collective] | None,
 ) -> Bound | None:
-    if program.collectives is None or found is None:
+    if program.refused:
         return None
-    chip = topology.chip
+    chip, found = topology.chip, found or []
     links = {x.axes: topologies.paths(topology, mesh, x.axes) for x in found}
     return bounds.bound(flops, chip.flops, moved, chip.bandwidth, found, links)
 

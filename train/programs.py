@@ -62,8 +62,9 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, or one that the compiler refused for want of memory: then collectives is
-    None. runs: how often it is run (prefill: once for each layer). seconds: to compile.
+    """A compiled program, or one that the compiler refused for want of memory. collectives: None
+    where the program is not there to be read. runs: how often it is run (prefill: once for each
+    layer). seconds: to compile.
     """
 
     memory: Memory
@@ -71,6 +72,10 @@ class Program:
     collectives: list[Collective] | None
     seconds: float
     runs: int = 1
+
+    @property
+    def refused(self) -> bool:
+        return self.memory.available is not None
 
 
 def training(setting: Setting, mesh: Mesh) -> Program:
@@ -191,7 +196,10 @@ def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers
             if memory is None:
                 raise
             return Program(memory, work, None, time.perf_counter() - started)
-    found = collectives.of(compiled, mesh)
+    try:
+        found = collectives.of(compiled, mesh)
+    except jax.errors.JaxRuntimeError:  # of a TPU7x: jaxlib cannot take some instructions back
+        found = None
     memory = _memory(compiled.memory_analysis(), held, work.kept)
     return Program(memory, work, found, time.perf_counter() - started)
 

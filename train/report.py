@@ -32,11 +32,15 @@ def text(x: Estimate, model: str) -> str:
     )
     done = x.hardware_flops / x.model_flops
     lines += ["", f"FLOPs of {_UNIT[x.task]}: {x.model_flops:.4g}; done {done:.3f} times that"]
-    if x.bound is None or x.program.collectives is None:
+    if x.bound is None:
         return "\n".join(lines)
-    lines += ["", collectives.table(x.program.collectives)]
-    if any(row.looped for row in x.program.collectives):
-        lines.append("  * in the decode loop: for one token")
+    found = x.program.collectives
+    if found is None:
+        lines += ["", "collectives: not known, jaxlib cannot print this program; nor is their time"]
+    else:
+        lines += ["", collectives.table(found)]
+        if any(row.looped for row in found):
+            lines.append("  * in the decode loop: for one token")
     lines += ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
     lines += [f"  {term.name:<22} {1e3 * term.seconds:12.3f}" for term in x.bound.terms]
     lines += [

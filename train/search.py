@@ -18,7 +18,7 @@ from train.topology import Topology
 _STATE = 16
 # Of an activation [B, T, D] in bfloat16, what a layer keeps under each policy, in multiples, with
 # the feed-forward's width counted in D; and the forward passes that are computed.
-_KEPT = {"full": (1, 0), "projections": (5, 2), "none": (9, 4)}
+_KEPT = {"full": (1, 0), "projections": (5, 2), "none": (22, 4.5)}
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
