@@ -48,14 +48,21 @@ def work(traced: Any, layers: int) -> Work:
         elif equation.primitive.name == "dot_general":
             dots += times * _dot(equation)
         elif _is_forward_loop(equation, layers):
-            stacked = equation.outvars[equation.params["num_carry"] :]
-            kept += sum(nbytes(x.aval) for x in stacked)
+            kept += sum(nbytes(x) for x in _stacked(equation))
     return Work(dots, kernels, kept)
 
 
 def _is_forward_loop(equation: Any, layers: int) -> bool:
     of_layers = equation.primitive.name == "scan" and equation.params["length"] == layers
     return of_layers and not equation.params["reverse"]
+
+
+def _stacked(loop: Any) -> list[Any]:
+    """The types of what a scan stacks: an axis more than a pass returns."""
+    inner = loop.params["jaxpr"]
+    passed = [x.aval for x in getattr(inner, "jaxpr", inner).outvars]
+    made = [x.aval for x in loop.outvars]
+    return [x for x, one in zip(made, passed, strict=True) if len(x.shape) > len(one.shape)]
 
 
 def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
