@@ -149,13 +149,13 @@ def test_a_topology_that_is_not(text: str, message: str) -> None:
 
 
 def mesh_of(places: Any, shape: tuple[int, ...], slices: int = 1) -> Any:
-    """A mesh of devices at these places, in that order, as far as links go."""
+    """A mesh of data, fsdp, context, tp over devices at these places, as far as links go."""
     devices = [
         SimpleNamespace(coords=list(place), core_on_chip=0, slice_index=number)
         for number in range(slices)
         for place in places
     ]
-    array = np.array(devices, object).reshape(shape)
+    array = np.array(devices, object).reshape(shape[0], 1, *shape[1:])
     return SimpleNamespace(devices=array, axis_names=sharding.AXES)
 
 

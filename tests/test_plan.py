@@ -16,7 +16,7 @@ from train import estimate, flops, plan, programs, report, search, topology
 from train.programs import Setting
 from train.topology import Path
 
-SIZES = {"data": 1, "fsdp": 2, "context": 1, "tp": 2}
+SIZES = sharding.parse_mesh("fsdp=2,tp=2")
 CONFIG = tiny_config()
 SETTING = Setting(CONFIG, batch=4, length=16, attention="xla")
 

@@ -91,7 +91,8 @@ def local_shape(x: Any) -> tuple[int, ...]:
     place = getattr(x, "sharding", None)
     if place is None:
         return tuple(x.shape)
-    entries = (*place.spec, *[None] * (len(x.shape) - len(place.spec)))
+    named = place.spec.partitions
+    entries = (*named, *[None] * (len(x.shape) - len(named)))
     parts = [math.prod(place.mesh.shape[a] for a in sharding.entries(e)) for e in entries]
     return tuple(size // n for size, n in zip(x.shape, parts, strict=True))
 

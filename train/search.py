@@ -67,12 +67,14 @@ def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
 
 
 def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Meshes of all devices: slices are copies of the model, `tp` stays within a host of GPUs."""
+    """Meshes of all devices: slices are copies of the model, `tp` stays within a host of GPUs. What
+    is split off the axis of weights for speed is not asked for (`sharding.in_planes`).
+    """
     chip = topology.chip
     most = min(chip.node, topology.lengths[1]) if isinstance(chip, Gpu) else _MOST_TENSOR
     for sizes in sharding.meshes(topology.devices):
-        copies = sizes[sharding.BATCH[0]]
-        if copies == topology.slices and sizes[sharding.TENSOR] <= most:
+        asked = sizes[sharding.COPIES] == topology.slices and sizes[sharding.WEIGHTS[0]] == 1
+        if asked and sizes[sharding.TENSOR] <= most:
             yield sizes
 
 

@@ -133,7 +133,7 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
         return Mesh(np.array(there).reshape(shape), sharding.AXES, axis_types=explicit)
     if shape[0] % topology.slices:
         raise ValueError(
-            f"mesh {sharding.describe(sizes)}: {sharding.AXES[0]} must be a multiple of the "
+            f"mesh {sharding.describe(sizes)}: {sharding.COPIES} must be a multiple of the "
             f"{topology.slices} slices of {topology}"
         )
     within = (shape[0] // topology.slices, *shape[1:])
@@ -141,7 +141,8 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
         mesh_utils.create_device_mesh(within, list(part), allow_split_physical_axes=True)
         for part in np.split(np.array(there), topology.slices)
     ]
-    return Mesh(np.concatenate(by_slice), sharding.AXES, axis_types=explicit)
+    whole = Mesh(np.concatenate(by_slice), sharding.AXES, axis_types=explicit)
+    return sharding.in_planes(whole)
 
 
 @dataclasses.dataclass(frozen=True)
