@@ -42,7 +42,6 @@ import os
 import re
 import runpy
 import shutil
-import site
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +54,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from train import topology
+from train.hardware import GPUS
 
 SLOTS: tuple[str, ...] = (
     "MATMUL",
@@ -364,13 +366,10 @@ def _placed(args: Sequence[Any], mesh: Mesh) -> Any:
 
 @functools.cache
 def _dumps() -> Path:
-    """The folder of libtpu's dumps, and the settings without which it would look for a TPU."""
+    """The folder of libtpu's dumps."""
     folder = Path(tempfile.mkdtemp(prefix="libtpu-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: it would complain of none
-    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # libtpu locks the whole machine otherwise
+    topology.prepare("tpu")
     passes = "post-bundle-packing-post-ra|pre-delay|final"  # the others take most of the time
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
@@ -383,50 +382,6 @@ def _dumps() -> Path:
 def _devices(topology: str) -> np.ndarray:
     _dumps()
     return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A GPU as XLA's `GpuTargetConfigProto` describes it: sizes in bytes, bandwidth in bytes/s."""
-
-    name: str
-    capability: int
-    cores: int
-    fpus: int
-    shared: int
-    l2: int
-    bandwidth: int
-    memory: int
-    clock: float
-
-    @property
-    def config(self) -> str:
-        """The description, as text. A block may use 1 KiB less than a core's shared memory."""
-        return f"""
-            gpu_device_info {{
-              threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-              shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
-              shared_memory_per_block_optin: {self.shared - 1024}
-              core_count: {self.cores}  fpus_per_core: {self.fpus}  clock_rate_ghz: {self.clock}
-              block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-              memory_bandwidth: {self.bandwidth}  device_memory_size: {self.memory}
-              l2_cache_size: {self.l2}  cuda_compute_capability {{ major: {self.capability} }}
-              registers_per_core_limit: 65536  registers_per_block_limit: 65536
-            }}
-            platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-            device_description_str: "{self.name}"
-        """
-
-
-GPUS = {
-    "a100": Gpu(
-        "NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 40 << 20, 2039 * 10**9, 85 * 10**9, 1.41
-    ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 50 << 20, 3350 * 10**9, 85 * 10**9, 1.98
-    ),
-    "h200": Gpu("NVIDIA H200", 9, 132, 128, 233472, 50 << 20, 4800 * 10**9, 150 * 10**9, 1.98),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,13 +408,8 @@ def compile_gpu(
     again in the same process, since it is not.
     """
     folder = _gpu_dumps()
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=GPUS[target].name,
-        target_config=GPUS[target].config,
-        topology="1x1x1",
-    )
-    mesh = Mesh(np.array(topology.devices), ("x",), axis_types=(AxisType.Explicit,))
+    one = topology.devices(topology.Topology(GPUS[target], (1, 1)))
+    mesh = Mesh(np.array(one), ("x",), axis_types=(AxisType.Explicit,))
     for path in folder.iterdir():  # a CPU's programs are folders
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with jax.set_mesh(mesh):
@@ -478,11 +428,10 @@ def prepare() -> None:
 
 @functools.cache
 def _gpu_dumps() -> Path:
-    """The folder of the dumps of XLA and of Mosaic; ptxas on the path."""
+    """The folder of the dumps of XLA and of Mosaic."""
     folder = Path(tempfile.mkdtemp(prefix="cuda-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ["PATH"] = f"{site.getsitepackages()[0]}/nvidia/cu13/bin:{os.environ['PATH']}"
+    topology.prepare("cuda")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     return folder

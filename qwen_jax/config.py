@@ -135,6 +135,39 @@ class Config:
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
         return embeddings + self.num_layers * layer + self.hidden_size
 
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs that the model needs for a token of a training step, at that sequence length.
+
+        6 for each weight that is multiplied with, and causal attention: a token's scores and
+        weighted values, forward and twice that backward. Recomputation does not count; a forward
+        pass alone is a third.
+        """
+        keys = sum(self.mean_keys(length, window) for window in self.windows)
+        return 6 * self.num_multiplied() + 12 * self.num_heads * self.head_dim * keys
+
+    def num_multiplied(self) -> int:
+        """The number of weights that a token is multiplied with: the table is looked up."""
+        table = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        return self.num_params() - table
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None for all tokens."""
+        return self.layer_windows or (None,) * self.num_layers
+
+    @staticmethod
+    def mean_keys(length: int, window: int | None) -> float:
+        """Keys that a token sees, over a sequence: half of them, the diagonal's half left out."""
+        seen = length if window is None else min(window, length)
+        return seen - seen * seen / (2 * length)
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of the KV cache for a token: of a float dtype, or "int8" or "int8_asymmetric"."""
+        if dtype not in _CACHE_BYTES:
+            raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_CACHE_BYTES)}")
+        each, scales = _CACHE_BYTES[dtype]
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * each + 4 * scales)
+
     @property
     def in_training(self) -> "Config":
         """This architecture as the original trains it: nothing scales with the length."""
@@ -207,6 +240,15 @@ class Config:
             values["rope_scaling"] = self.rope_scaling.to_hf()
         return {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **values}
 
+
+# Bytes of a value in the KV cache, and float32 numbers that go with a token and head.
+_CACHE_BYTES = {
+    "float32": (4, 0),
+    "bfloat16": (2, 0),
+    "float16": (2, 0),
+    "int8": (1, 1),
+    "int8_asymmetric": (1, 2),
+}
 
 _POSITIVE = (
     "vocab_size",

@@ -144,7 +144,7 @@ def make_step(
 
         gradients, metrics = jax.grad(of, has_aux=True)(state.decoder)
         with jax.named_scope("optimizer"):
-            report = Report(metrics, optax.global_norm(gradients))
+            report = Report(metrics, optax.tree.norm(gradients))
             updates, moments = transform.update(gradients, state.moments, state.decoder)
             decoder = optax.apply_updates(state.decoder, updates)
         return State(decoder, moments, state.step + 1), report

@@ -1,0 +1,134 @@
+"""Tables of what each published model needs and can reach on each size of machine.
+
+    JAX_PLATFORMS=cpu python benchmarks/scaling.py > docs/scaling.md [--only qwen-7b v5e:16x16]
+
+For pretraining at 2k and 8k, fine-tuning at 2k and decoding at 32k it compiles the most promising
+settings that `train.search` finds, and prints the best one that fits. Each compilation has a
+process of its own, so one that dies loses a row only; rows are kept in `--cache` and not made
+again. Needs the `aot` extra.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MODELS = ("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b")
+TOPOLOGIES = (
+    "v5e:4x4",
+    "v5e:16x16",
+    "v6e:8x8",
+    "v5p:4x4x8",
+    "v5p:8x8x8",
+    "h100:8",
+    "h100:8x8",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """rows: of a step at most; a search halves them until it fits, for a step to add up several.
+    Pretraining takes 4 M tokens, fine-tuning 128 rows of 2048, as the report does.
+    """
+
+    title: str
+    length: int
+    rows: int
+    decode: bool = False
+
+
+TASKS = (
+    Task("Pretraining, 2048 tokens", 2048, 2048),
+    Task("Pretraining, 8192 tokens", 8192, 512),
+    Task("Fine-tuning, 2048 tokens", 2048, 128),
+    Task("Decoding, 32768 tokens of context", 32768, 512, decode=True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables of models and machines.")
+    parser.add_argument("--only", nargs="*", default=[], help="models and topologies to make")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/scaling.jsonl"))
+    parser.add_argument("--tries", type=int, default=3, help="programs compiled for a row")
+    args = parser.parse_args()
+    models = [x for x in MODELS if x in args.only] or MODELS
+    topologies = [x for x in TOPOLOGIES if x in args.only] or TOPOLOGIES
+    print(_head())
+    for task in TASKS:
+        print(f"\n## {task.title}\n\n{_columns(task)}")
+        for model in models:
+            for topology in topologies:
+                plan = _best(task, model, topology, args.tries, args.cache)
+                print(_row(model, topology, plan), flush=True)
+
+
+def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any:
+    """The best setting that fits; None where none does."""
+    options = ["--model", model, "--topology", topology, "--length", str(task.length)]
+    options += ["--batch", str(task.rows), "--tries", str(tries), "--search", "--json"]
+    options += ["--decode"] if task.decode else []
+    wanted = [x for x in _plans(options, cache) if x["fits"] and x["task"] != "prefill"]
+    return wanted[0] if wanted else None
+
+
+def _plans(options: Sequence[str], cache: Path) -> list[Any]:
+    """What `train.plan` prints for these options, or has printed before."""
+    key = " ".join((*options, *_versions().values()))
+    known = cache.read_text().splitlines() if cache.exists() else []
+    for line in map(json.loads, known):
+        if line["key"] == key:
+            return line["plans"]
+    command = [sys.executable, "-m", "train.plan", *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        print(f"{' '.join(options)}: {ran.stderr.strip()[-300:]}", file=sys.stderr)
+        return []
+    plans = json.loads(ran.stdout)["plans"]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.open("a") as file:
+        file.write(json.dumps({"key": key, "plans": plans}) + "\n")
+    return plans
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def _head() -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return f"""# Scaling
+
+What each model needs and can reach on machines that were not there: the real programs, compiled by
+the real compilers, and bounds from published rates ({versions}, {today};
+`python benchmarks/scaling.py`). A bound is not a measurement: it is what no run exceeds. *MFU* has
+all terms overlap, *serial* none. Memory is of a device, in GB."""
+
+
+def _columns(task: Task) -> str:
+    names = ["model", "devices", "mesh", "rows"]
+    names += [] if task.decode else ["remat"]
+    names += ["needed", "available", "tokens/s", "a device", "MFU", "serial", "limit"]
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
+def _row(model: str, topology: str, x: Any) -> str:
+    if x is None:
+        return f"| {model} | {topology} | nothing that was tried fits |"
+    overlap = x["seconds"] / x["serial_seconds"]
+    cells = [model, topology, x["mesh"], x["batch"]]
+    cells += [x["remat"]] if x["remat"] else []
+    cells += [f"{x['memory']['needed'] / 1e9:.1f}", f"{x['available'] / 1e9:.1f}"]
+    cells += [f"{x['tokens_per_second']:,.0f}", f"{x['tokens_per_second'] / x['devices']:,.0f}"]
+    cells += [f"{x['mfu']:.1%}", f"{x['mfu'] * overlap:.1%}", x["limit"]]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Plans for a TPU slice and for GPUs of two hosts: the real compilers, on a small model."""
+
+from typing import Any
+
+import pytest
+
+from qwen_jax import sharding
+from qwen_jax.config import Config
+from tests.tiny import tiny_config
+from train import estimate, topology
+from train.estimate import Estimate
+from train.programs import Setting
+
+
+def small() -> Config:
+    """Heads as wide as the published models', so that the kernels take them."""
+    return tiny_config(
+        vocab_size=1024, hidden_size=512, num_heads=4, num_kv_heads=4, head_dim=128,
+        intermediate_size=1024, num_layers=3,
+    )  # fmt: skip
+
+
+def plan(task: Any, where: str, mesh: str, batch: int, length: int, kernel: str) -> Estimate:
+    setting = Setting(small(), batch, length, kernel)
+    return task(setting, topology.parse(where), sharding.parse_mesh(mesh))
+
+
+CASES = [
+    pytest.param("v5e:2x2", "fsdp=2,tp=2", "pallas_tpu", marks=pytest.mark.smoke, id="v5e"),
+    pytest.param("v4:2x2x1", "fsdp=4", "pallas_tpu", id="v4"),
+    pytest.param("v5p:2x2x1*2", "data=2,fsdp=2,tp=2", "pallas_tpu", id="v5p-slices"),
+    pytest.param("tpu7x:2x2x1", "fsdp=4,tp=2", "xla", id="tpu7x"),
+    pytest.param("h100:2x2", "fsdp=2,tp=2", "pallas_hopper", marks=pytest.mark.smoke, id="h100"),
+    pytest.param("h200:4", "context=2,tp=2", "pallas_triton", id="h200"),
+    pytest.param("a100:4", "fsdp=4", "pallas_triton", id="a100"),
+]
+
+
+@pytest.mark.parametrize(("where", "mesh", "kernel"), CASES)
+def test_training(where: str, mesh: str, kernel: str) -> None:
+    x = plan(estimate.training, where, mesh, 8, 512, kernel)
+    parts = x.program.memory.parts
+    assert x.fits and x.bound is not None
+    # What is known of the arguments is what the compiler says, within 1 %.
+    assert abs(parts["padding"]) < 0.01 * x.program.memory.needed
+    assert parts["optimiser"] == pytest.approx(2 * parts["weights"], rel=0.001)
+    rows = 8 // (x.mesh["data"] * x.mesh["fsdp"])
+    residual = rows * 512 // x.mesh["context"] * 512 * 2
+    assert 3 * residual <= parts["residuals"] < 3.2 * residual
+    assert 1 < x.hardware_flops / x.model_flops < (2 if kernel == "xla" else 1.6)
+    assert 0 < x.mfu < 1
+    # A layer's weights are gathered for the forward pass and again for the backward pass, and its
+    # rows are summed over tp three times or more.
+    found = x.program.collectives
+    if found is None:
+        assert where.startswith("tpu7x")
+        return
+    split = [axis for axis in ("fsdp", "context") if x.mesh[axis] > 1]
+    if split and "*" not in where:
+        layer = small().num_params() / 3  # roughly: the tables are a tenth
+        gathered = sum(c.bytes for c in found if c.kind == "all-gather" and c.axes == (split[0],))
+        assert gathered > 2 * 2 * 0.8 * 3 * layer / x.mesh["tp"]
+    if x.mesh["tp"] > 1:
+        reduced = sum(c.bytes for c in found if c.kind == "all-reduce" and c.axes == ("tp",))
+        assert reduced > 3 * 3 * residual
+    assert ("DCN data" in {term.name for term in x.bound.terms}) == ("*" in where)
+
+
+@pytest.mark.parametrize(
+    ("where", "mesh", "kernel"),
+    [
+        pytest.param("v5e:2x2", "fsdp=2,tp=2", "pallas_tpu", id="v5e"),
+        pytest.param("h100:4", "fsdp=2,tp=2", "pallas_hopper", id="h100"),
+    ],
+)
+def test_decoding(where: str, mesh: str, kernel: str) -> None:
+    x = plan(estimate.decoding, where, mesh, 4, 1024, kernel)
+    parts = x.program.memory.parts
+    assert x.fits and x.bound is not None
+    assert parts["cache"] == 4 * 1024 * small().kv_bytes_per_token("bfloat16") // 4
+    assert parts["temporaries"] < parts["cache"] + 2**24  # it is not copied
+    prompt = plan(estimate.prefill, where, mesh, 4, 1024, kernel)
+    assert prompt.program.memory.parts["cache"] == parts["cache"]
+
+
+def test_what_does_not_fit_is_reported() -> None:
+    x = plan(estimate.training, "v5e:2x2", "fsdp=4", 4096, 4096, "pallas_tpu")
+    assert not x.fits and x.bound is None
+    assert x.available == 15.75 * 2**30
+    assert x.over > 2**30

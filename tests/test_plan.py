@@ -1,0 +1,306 @@
+"""Plans on eight virtual CPU devices: programs are read as those of absent accelerators are."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import PRESETS, cache, sharding
+from tests.tiny import tiny_config
+from train import estimate, flops, plan, programs, report, search, topology
+from train.programs import Setting
+from train.topology import Path
+
+SIZES = sharding.parse_mesh("fsdp=2,tp=2")
+CONFIG = tiny_config()
+SETTING = Setting(CONFIG, batch=4, length=16, attention="xla")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `v5e:2x2` whose four devices are CPUs, on links of 1 GB/s."""
+    monkeypatch.setattr(topology, "mesh", lambda _, sizes: sharding.make_mesh(sizes))
+    monkeypatch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
+    monkeypatch.setattr(topology, "prepare", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def trained() -> estimate.Estimate:
+    """The plan of a step, compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topology, "mesh", lambda _, sizes: sharding.make_mesh(sizes))
+        patch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
+        return estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
+
+
+def total(program: programs.Program, compiled: Any) -> None:
+    """The parts are what the compiler says, within 1 %."""
+    said = compiled.memory_analysis()
+    expected = said.argument_size_in_bytes + said.temp_size_in_bytes
+    expected += said.output_size_in_bytes - said.alias_size_in_bytes
+    expected += said.generated_code_size_in_bytes
+    assert program.memory.needed == pytest.approx(expected, rel=0.01)
+
+
+def test_memory_of_training_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = sharding.make_mesh(SIZES)
+    seen = []
+    compile_it = jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda x: seen.append(compile_it(x)) or seen[-1]
+    )
+    program = programs.training(SETTING, mesh)
+    total(program, seen[-1])
+    parts = program.memory.parts
+    # All weights divide over the four devices but norms and biases, which are split over one axis.
+    least = 4 * CONFIG.num_params() // 4
+    assert least <= parts["weights"] < 1.1 * least
+    assert parts["optimiser"] == 2 * parts["weights"] + 2 * 4  # and two counts of steps
+    assert parts["batch"] == 5 * (4 // 2) * 16 * 4
+    # Of each of 2 layers, the residual [2, 16, 32] in bfloat16.
+    assert parts["residuals"] == 2 * 2 * 16 * 32 * 2
+    assert abs(parts["padding"]) < 0.01 * program.memory.needed
+
+
+def test_flops_of_training_by_hand(on_cpu: None, trained: estimate.Estimate) -> None:
+    setting = Setting(CONFIG, 4, 16, "xla", remat="none")
+    x = estimate.training(setting, topology.parse("v5e:2x2"), SIZES)
+    # Weights without norms and biases; the reference attends to all 16 keys where the model needs
+    # half; logits are made twice.
+    tokens = 4 * 16
+    blocks = 2 * (4 * 32 * 64 + 3 * 32 * 44)
+    attention = 2 * 12 * 4 * 16 * 16
+    assert x.hardware_flops == tokens * (6 * blocks + 8 * 68 * 32 + attention)
+    assert x.model_flops == tokens * CONFIG.flops_per_token(16)
+    # Recomputing everything: each block's products once more, but the last, whose result it has.
+    again = 2 * blocks + attention / 3 - 2 * 2 * 32 * 44
+    assert trained.hardware_flops == x.hardware_flops + tokens * again
+    assert trained.program.work.kept < x.program.work.kept
+
+
+def test_products_count_by_device_and_by_loop() -> None:
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), (AxisType.Explicit,) * 2)
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = jnp.einsum("bd,df->bf", x, w)  # [4, 8] x [8, 4] on each device
+
+            @jax.shard_map(out_specs=P("fsdp", "tp"))
+            def local(y: jax.Array) -> jax.Array:
+                return y @ jnp.ones((4, 4))
+
+            y = local(y)
+            return jnp.einsum("bf,df->bd", y, w, out_sharding=P("fsdp", None)), y
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
+    w = jax.ShapeDtypeStruct(
+        (3, 8, 16), jnp.float32, sharding=NamedSharding(mesh, P(None, None, "tp"))
+    )
+    with jax.set_mesh(mesh):
+        found = flops.work(jax.jit(run).trace(x, w), layers=3)
+    assert found.dots == 3 * 2 * (4 * 8 * 4 + 4 * 4 * 4 + 4 * 4 * 8)
+    assert found.kept == 3 * 4 * 4 * 4
+    assert flops.nbytes((x, w)) == 4 * 8 * 4 + 3 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_decoding(on_cpu: None, kind: str | None) -> None:
+    setting = Setting(CONFIG, 4, 256, "xla", cache_dtype=kind)
+    x = estimate.decoding(setting, topology.parse("v5e:2x2"), SIZES)
+    parts = x.program.memory.parts
+    each = CONFIG.kv_bytes_per_token(kind or "bfloat16")
+    assert parts["cache"] == 4 * 256 * each // 4  # rows over fsdp, heads over tp
+    least = 2 * CONFIG.num_params() // 4
+    assert least <= parts["weights"] < 1.1 * least
+    assert x.tokens == 4
+    assert x.bound is not None and {"compute", "HBM"} <= {term.name for term in x.bound.terms}
+    # A token: every weight but the table twice, and two products with 256 keys.
+    attention = 2 * 2 * 2 * 256 * 4 * 16
+    assert x.model_flops == 4 * (2 * CONFIG.num_multiplied() + attention)
+
+
+def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "CHUNK", 32)
+    x = estimate.prefill(Setting(CONFIG, 4, 256, "xla"), topology.parse("v5e:2x2"), SIZES)
+    parts = x.program.memory.parts
+    assert parts["cache"] == 4 * 256 * CONFIG.kv_bytes_per_token("bfloat16") // 4
+    assert parts["weights"] >= 2 * CONFIG.num_params() // 4
+    assert x.tokens == 4 * 256
+    assert x.bound is not None
+    (reduced,) = (c for c in x.program.collectives or [] if c.kind == "all-reduce")
+    # For each of 8 chunks and 2 layers, two all-reduces of [2, 32, 32] over tp, at 1 GB/s; a CPU
+    # sums bfloat16 in float32.
+    term = next(term for term in x.bound.terms if term.name == "ICI tp")
+    assert reduced.bytes == 2 * 2 * 32 * 32 * 4
+    assert term.seconds == pytest.approx(8 * 2 * reduced.bytes / 1e9)
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    mesh = sharding.make_mesh({"fsdp": 8})
+    with pytest.raises(ValueError, match="batch B = 4"):
+        programs.training(SETTING, mesh)
+
+
+HELD = {"weights": 2 * 2**30, "batch": 2**20}
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "available"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5,
+            15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (448.00G) exceeds available HBM (15.25G). HLO",
+            448,
+            15.25,
+        ),
+    ],
+)
+def test_what_a_compiler_refuses_is_read(message: str, needed: float, available: float) -> None:
+    memory = programs._refused(message, HELD)
+    assert memory is not None
+    assert memory.needed == pytest.approx(needed * 2**30)
+    assert memory.available == available * 2**30
+    assert memory.parts["weights"] == 2 * 2**30
+
+
+def test_other_errors_stay_errors() -> None:
+    assert programs._refused("INTERNAL: Mosaic failed to compile", HELD) is None
+
+
+def test_a_program_that_is_refused_is_reported(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    x = estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
+    assert not x.fits
+    assert x.over == pytest.approx(4.75 * 2**30)
+    assert "does not fit, 5.100 GB over (the compiler refused it)" in report.text(x, "tiny")
+    assert "does not fit: 5.10 GB over" in report.ranking([x])
+    assert x.to_json()["seconds"] is None
+
+
+def test_a_program_that_cannot_be_printed_is_reported(trained: estimate.Estimate) -> None:
+    program = dataclasses.replace(trained.program, collectives=None)
+    x = dataclasses.replace(trained, program=program)
+    assert x.fits
+    assert "collectives: not known" in report.text(x, "tiny")
+    assert x.to_json()["collectives"] is None
+
+
+def test_what_is_too_large_for_the_chip_does_not_fit(trained: estimate.Estimate) -> None:
+    assert trained.fits and "fits" in report.text(trained, "tiny")
+    chip = dataclasses.replace(trained.topology.chip, usable=1000)
+    x = dataclasses.replace(trained, topology=dataclasses.replace(trained.topology, chip=chip))
+    assert not x.fits and x.over == x.program.memory.needed - 1000
+    assert "GB over" in report.text(x, "tiny")
+    assert "(the compiler refused it)" not in report.text(x, "tiny")
+
+
+def test_a_search_tries_what_may_fit() -> None:
+    # 72B in float32 with two moments and a gradient is 1.2 TB: 16 chips of a v5p have 1.6.
+    setting = Setting(PRESETS["qwen-72b"], 16, 2048, "pallas_tpu")
+    found = search.candidates(setting, topology.parse("v5p:2x2x4"))
+    assert found and all(x.mesh["fsdp"] * x.mesh["context"] * x.mesh["tp"] == 16 for x in found)
+    assert found == sorted(found, key=lambda x: x.seconds)
+    assert search.candidates(setting, topology.parse("v5e:4x4")) == []
+    slices = search.candidates(setting, topology.parse("v5p:4x4x4*2"))
+    assert slices and all(x.mesh["data"] == 2 for x in slices)
+    hosts = search.candidates(setting, topology.parse("h200:8x8"))
+    assert hosts and all(x.mesh["tp"] <= 8 for x in hosts)
+
+
+def test_a_search_for_decoding_knows_the_cache() -> None:
+    # 8 GPUs of 80 GB hold the 145 GB of weights, and 80 GiB of cache for each row of 32k.
+    setting = Setting(PRESETS["qwen-72b"], 64, 32768, "pallas_triton")
+    chips = topology.parse("h100:8")
+    found = search.candidates(setting, chips, decode=True)
+    assert {x.setting.batch for x in found} == {4, 2}
+    int8 = dataclasses.replace(setting, cache_dtype="int8")
+    found = search.candidates(int8, chips, decode=True)
+    assert {x.setting.batch for x in found} == {8, 4}
+    assert all(x.mesh["context"] == 1 for x in found)
+
+
+def test_a_search_splits_tokens_only_without_rows() -> None:
+    setting = Setting(PRESETS["qwen-7b"], 4, 32768, "pallas_tpu")
+    found = search.candidates(setting, topology.parse("v5p:2x2x4"))
+    assert any(x.mesh["context"] > 1 for x in found)
+    assert all(x.mesh["context"] == 1 or x.setting.batch == x.mesh["fsdp"] for x in found)
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
+    code = plan.main([*options])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command(
+    on_cpu: None,
+    trained: estimate.Estimate,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def training(setting: Setting, where: Any, sizes: Any) -> estimate.Estimate:
+        return dataclasses.replace(trained, setting=setting, topology=where, mesh=sizes)
+
+    monkeypatch.setattr(estimate, "training", training)
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    options = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla"]
+    options += ["--batch", "4", "--length", "16"]
+    code, out, _ = run(capsys, *options, "--mesh", "fsdp=2,tp=2")
+    assert code == 0
+    assert "mesh fsdp=2,tp=2" in out and "bound" in out and "residuals" in out
+    code, out, _ = run(capsys, *options, "--json")
+    (found,) = json.loads(out)["plans"]
+    assert found["mesh"] == "fsdp=4" and found["fits"] and found["memory"]["needed"] > 0
+    code, out, _ = run(capsys, *options, "--search", "--tries", "2")
+    assert code == 0 and len(out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "qwen-1b", "--topology", "v5e:2x2"], "qwen-1.8b, qwen-7b"),
+        (["--model", "qwen-7b", "--topology", "v5e"], "CHIP:SIZE"),
+        (["--model", "qwen-7b", "--topology", "v5e:2x2", "--remat", "some"], "full, projections"),
+        (["--model", "qwen-7b", "--topology", "v5e:2x2", "--attention", "best"], "pallas_tpu"),
+        (["--model", "qwen-7b", "--topology", "v5e:2x2", "--cache-dtype", "int4"], cache.DTYPES[0]),
+    ],
+)
+def test_usage_errors(
+    on_cpu: None, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    code, _, error = run(capsys, *options)
+    assert code == 2
+    assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "package"), [("v5e:2x2", "libtpu"), ("h100:8", "jax-cuda13-plugin")]
+)
+def test_a_missing_compiler_says_what_to_install(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    package: str,
+) -> None:
+    monkeypatch.setattr(topology, "_there", lambda _: False)
+    code, _, error = run(capsys, "--model", "qwen-7b", "--topology", where)
+    assert code == 1
+    assert package in error and "qwen-jax[aot]" in error and len(error.splitlines()) == 1

@@ -1,0 +1,139 @@
+"""What is published of the accelerators that a plan is made for: peak, memory, links.
+
+Figures are of one device as jax sees it, in bytes and seconds, each with its source. TPU pages are
+those of docs.cloud.google.com/tpu/docs (read in November 2026). Knows no model and no program.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as jax sees it: a TPU chip (of a TPU7x, one of its two cores), or a GPU.
+
+    kernel: the attention that a plan takes. flops: peak, bf16, dense. hbm: published bytes.
+    usable: bytes that a program may take. bandwidth: of the HBM. link: bytes/s one way, of one ICI
+    link of a chip, or of all NVLinks of a GPU together. network: bytes/s one way, of a device to
+    other slices (DCN) or other hosts (InfiniBand).
+    """
+
+    name: str
+    platform: str
+    kernel: str
+    flops: float
+    hbm: float
+    usable: float
+    bandwidth: float
+    link: float
+    network: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu(Chip):
+    """torus: dimensions. wraps: a dimension has its wrap-around links where its length, or in three
+    dimensions every length, is a multiple of this. cores: devices on a chip, which share its links.
+    on_chip: bytes/s one way between those. config: what libtpu is told to make a chip one device.
+    """
+
+    torus: int
+    wraps: int
+    cores: int = 1
+    on_chip: float = 0
+    config: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(Chip):
+    """node: GPUs that NVSwitches connect. The rest is what the compiler is told, in bytes: compute
+    capability, multiprocessors and their FP32 units, their shared memory, L2, clock in GHz.
+    """
+
+    kind: str
+    capability: int
+    cores: int
+    fpus: int
+    shared: int
+    l2: int
+    clock: float
+    node: int = 8
+
+    @property
+    def config(self) -> str:
+        """XLA's `GpuTargetConfigProto`, as text. A block may use 1 KiB less than a core has."""
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+              shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
+              shared_memory_per_block_optin: {self.shared - 1024}
+              core_count: {self.cores}  fpus_per_core: {self.fpus}  clock_rate_ghz: {self.clock}
+              block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+              memory_bandwidth: {self.bandwidth:.0f}  device_memory_size: {self.hbm:.0f}
+              l2_cache_size: {self.l2}  cuda_compute_capability {{ major: {self.capability} }}
+              registers_per_core_limit: 65536  registers_per_block_limit: 65536
+            }}
+            platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{self.kind}"
+        """
+
+
+# `usable`: what libtpu 0.0.51 says is available when it refuses a program that does not fit.
+# `link`: the published "bidirectional ICI bandwidth per chip", over its links, over two directions.
+TPUS = {
+    # /v4: 275 TFLOPS, 32 GiB, 1200 GB/s. Six links of 50 GB/s: arXiv 2304.01433, table 4. DCN: not
+    # published for the chip; that of the v5p, whose hosts have 4 chips too.
+    "v4": Tpu(
+        "v4", "tpu", "pallas_tpu", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 50e9, 6.25e9,
+        torus=3, wraps=4, config="megacore",
+    ),
+    # /v5e: 197 TFLOPS, 16 GB, 819 GB/s, ICI 400 GB/s over 4 ports, 2 x 100 Gb/s for 8 chips.
+    "v5e": Tpu(
+        "v5e", "tpu", "pallas_tpu", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 50e9, 3.125e9,
+        torus=2, wraps=16,
+    ),
+    # /v5p: 459 TFLOPS, 95 GiB (libtpu finds 95.73 available), 2765 GB/s, ICI 1200 GB/s
+    # over 6 links, DCN 50 Gb/s for a chip.
+    "v5p": Tpu(
+        "v5p", "tpu", "pallas_tpu", 459e12, 96 * GIB, 95.73 * GIB, 2765e9, 100e9, 6.25e9,
+        torus=3, wraps=4,
+    ),
+    # /v6e: 918 TFLOPS, 32 GB, 1640 GB/s, ICI 800 GB/s over 4 ports, 4 x 200 Gb/s for 8 chips.
+    "v6e": Tpu(
+        "v6e", "tpu", "pallas_tpu", 918e12, 32 * GIB, 31.24 * GIB, 1640e9, 100e9, 12.5e9,
+        torus=2, wraps=16,
+    ),
+    # /tpu7x, halved, as a core is a device: 2307 TFLOPS, 192 GiB, 7380 GB/s; ICI 1200 GB/s over 6
+    # links; DCN 100 Gb/s for a chip; between the cores six times a link.
+    "tpu7x": Tpu(
+        "tpu7x", "tpu", "pallas_tpu", 1153.5e12, 96 * GIB, 94.74 * GIB, 3690e9, 100e9, 6.25e9,
+        torus=3, wraps=4, cores=2, on_chip=600e9,
+    ),
+}  # fmt: skip
+
+# Of the memory that a driver shows, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax takes 0.75 if
+# not told); CUDA's and NCCL's own buffers need the rest.
+_SHARE = 0.95
+# NVIDIA's data sheets: dense bf16 (half the figure "with sparsity"), HBM, NVLink in both directions
+# (halved here). Networks as in a DGX: A100 one 200 Gb/s port a GPU, H100 and H200 one of 400 Gb/s.
+GPUS = {
+    # A100 80GB SXM: 312 TFLOPS, 2039 GB/s, NVLink 600 GB/s.
+    "a100": Gpu(
+        "a100", "cuda", "pallas_triton", 312e12, 85e9, 85e9 * _SHARE, 2039e9, 300e9, 25e9,
+        kind="NVIDIA A100-SXM4-80GB", capability=8, cores=108, fpus=64, shared=167936,
+        l2=40 << 20, clock=1.41,
+    ),
+    # H100 SXM: 989 TFLOPS, 3.35 TB/s, NVLink 900 GB/s.
+    "h100": Gpu(
+        "h100", "cuda", "pallas_hopper", 989e12, 85e9, 85e9 * _SHARE, 3350e9, 450e9, 50e9,
+        kind="NVIDIA H100 80GB HBM3", capability=9, cores=132, fpus=128, shared=233472,
+        l2=50 << 20, clock=1.98,
+    ),
+    # H200 SXM: 989 TFLOPS, 4.8 TB/s, NVLink 900 GB/s.
+    "h200": Gpu(
+        "h200", "cuda", "pallas_hopper", 989e12, 150e9, 150e9 * _SHARE, 4800e9, 450e9, 50e9,
+        kind="NVIDIA H200", capability=9, cores=132, fpus=128, shared=233472,
+        l2=50 << 20, clock=1.98,
+    ),
+}  # fmt: skip
+CHIPS: dict[str, Tpu | Gpu] = {**TPUS, **GPUS}

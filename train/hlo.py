@@ -1,0 +1,235 @@
+"""The text of a compiled program as computations of instructions, and how often each one runs.
+
+Only what a reader of costs needs: names, opcodes, shapes, operands, attributes and called
+computations; loops with their trip counts. Knows nothing of collectives, meshes or hardware.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_OPCODE = re.compile(r" ([a-z][a-z0-9-]*)\(")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)"
+    r"|\bbranch_computations=\{([^}]*)\}"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# What hands the same value on, as far as a counter is concerned.
+_SAME = ("copy", "convert", "bitcast", "copy-start", "copy-done", "optimization-barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a computation. shape: its type as text; rest: everything behind the operands."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    rest: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The computation that an attribute names, `body=%region_0` for instance."""
+        found = re.search(rf"\b{name}=%([\w.-]+)", self.rest)
+        return found.group(1) if found else None
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that this instruction runs, a loop's body among them."""
+        if self.opcode.endswith(("-done", "-update")):
+            return []  # names once more what its start has run
+        names = []
+        for one, several in _CALLED.findall(self.rest):
+            names += [one] if one else re.findall(r"%([\w.-]+)", several)
+        return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {x.name: x for x in self.instructions}
+
+    @property
+    def root(self) -> Instruction:
+        return next(x for x in self.instructions if x.root)
+
+    def parameter(self, index: int) -> Instruction | None:
+        """The parameter of that number."""
+        found = (x for x in self.instructions if x.opcode == "parameter")
+        return next((x for x in found if x.arguments == str(index)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """entry: the name of the computation that runs first."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def runs(self) -> Iterator[tuple[Computation, int, bool]]:
+        """Every computation that runs, for each place that calls it: how often, and whether that
+        is for one pass of a loop whose trip count is not known.
+
+        All branches of a conditional count.
+        """
+        stack = [(self.entry, 1, False)]
+        while stack:
+            name, times, looped = stack.pop()
+            computation = self.computations[name]
+            yield computation, times, looped
+            for instruction in computation.instructions:
+                trips = self.trips(computation, instruction)
+                open_ended = looped or trips is None
+                stack += [
+                    (called, times * (1 if trips is None else trips), open_ended)
+                    for called in instruction.called
+                    if called in self.computations
+                ]
+
+    def trips(self, computation: Computation, loop: Instruction) -> int | None:
+        """How often a loop's body runs, 1 for any other instruction, None where it is open.
+
+        The compiler says so (CPU, GPU), or it follows from a counter that is compared with a
+        constant (TPU).
+        """
+        if loop.opcode != "while":
+            return 1
+        if known := _TRIPS.search(loop.rest):
+            return int(known.group(1))
+        condition, body = loop.attribute("condition"), loop.attribute("body")
+        if condition is None or body is None:
+            return None
+        test = self.computations[condition]
+        compare = test.root
+        if compare.opcode != "compare" or "direction=LT" not in compare.rest:
+            return None
+        counter, limit = (test.by_name.get(x) for x in compare.operands)
+        index = _index(counter)
+        if counter is None or limit is None or index is None:
+            return None
+        start = self._element(computation, loop.operands[0], index)
+        if (place := _index(limit)) is not None:
+            stop = self._element(computation, loop.operands[0], place)
+        else:
+            stop = _constant(limit)
+        step = self._step(self.computations[body], index)
+        if start is None or stop is None or not step:
+            return None
+        return max(0, -(-(stop - start) // step))
+
+    def _element(self, computation: Computation, name: str, index: int) -> int | None:
+        """The integer at one place of the tuple that a loop starts from."""
+        made = computation.by_name.get(name)
+        if made is None or made.opcode != "tuple":
+            return None
+        value = computation.by_name.get(made.operands[index])
+        while value is not None and value.opcode in _SAME:
+            value = computation.by_name.get(value.operands[0])
+        return None if value is None else _constant(value)
+
+    def _step(self, body: Computation, index: int) -> int | None:
+        """What a pass adds to the counter."""
+        if body.root.opcode != "tuple":
+            return None
+        value = body.by_name.get(body.root.operands[index])
+        while value is not None and value.opcode in _SAME:
+            value = body.by_name.get(value.operands[0])
+        if value is None:
+            return None
+        if value.opcode == "fusion":  # of the addition alone, or with what else uses the counter
+            inner = self.computations.get(value.called[0]) if value.called else None
+            value, body = (None, body) if inner is None else (inner.root, inner)
+        if value is None or value.opcode != "add":
+            return None
+        steps = [_constant(x) for x in map(body.by_name.get, value.operands) if x is not None]
+        steps = [x for x in steps if x is not None]
+        return steps[0] if len(steps) == 1 else None
+
+
+def parse(text: str) -> Program:
+    """The program of `compiled.as_text()`.
+
+    Raises ValueError where the text has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry, name, lines = None, None, []
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
+            found = re.match(r"(ENTRY )?%?([\w.-]+)", line)
+            assert found
+            name, lines = found.group(2), []
+            entry = name if found.group(1) else entry
+        elif line.startswith("}") and name is not None:
+            computations[name] = Computation(name, tuple(lines))
+            name = None
+        elif name is not None and (instruction := _instruction(line)):
+            lines.append(instruction)
+    if entry is None:
+        raise ValueError("this text is no compiled program: it has no ENTRY computation")
+    return Program(computations, entry)
+
+
+def nbytes(shape: str) -> int:
+    """Bytes of an array type as text, or of all arrays of a tuple: "(bf16[8,128]{1,0}, f32[])"."""
+    total = 0
+    for dtype, dims in _SHAPE.findall(shape):
+        size = 1
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim.removeprefix("<="))
+        width = re.match(r"[a-z]+(\d+)", dtype)
+        bits = _BITS.get(dtype, int(width.group(1)) if width else 0)
+        total += -(-size * bits // 8)
+    return total
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
+    if not found:
+        return None
+    opcode = _OPCODE.search(line, found.end() - 1)
+    if not opcode:
+        return None
+    end = _closing(line, opcode.end())
+    arguments = line[opcode.end() : end]
+    return Instruction(
+        found.group(2),
+        line[found.end() : opcode.start()],
+        opcode.group(1),
+        tuple(re.findall(r"%([\w.-]+)", arguments)),
+        arguments,
+        line[end:],
+        bool(found.group(1)),
+    )
+
+
+def _closing(line: str, start: int) -> int:
+    """Where the parenthesis that was opened before `start` ends."""
+    depth = 1
+    for i in range(start, len(line)):
+        depth += (line[i] == "(") - (line[i] == ")")
+        if not depth:
+            return i
+    return len(line)
+
+
+def _index(value: Instruction | None) -> int | None:
+    """Which element of a tuple an instruction takes out."""
+    if value is None or value.opcode != "get-tuple-element":
+        return None
+    found = re.search(r"index=(\d+)", value.rest)
+    return int(found.group(1)) if found else None
+
+
+def _constant(value: Instruction) -> int | None:
+    number = value.arguments.strip()
+    is_integer = value.opcode == "constant" and re.fullmatch(r"-?\d+", number)
+    return int(number) if is_integer else None

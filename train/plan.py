@@ -1,0 +1,128 @@
+"""The plan before the bill: what a run needs and can reach on accelerators that are not there.
+
+    python -m train.plan --model qwen-72b --topology v5p:8x8x8 --mesh fsdp=64,tp=8 \\
+        --length 4096 --batch 512
+
+compiles the real training step (with --decode: prefill and the decode loop) on any machine, and
+prints the memory of a device, FLOPs, collectives, and a bound on time. Needs the `aot` extra.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qwen_jax import command
+from qwen_jax.command import UsageError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.plan",
+        description="What a run needs and can reach on accelerators that are not there.",
+    )
+    parser.add_argument("--model", required=True, help="a preset, or a folder with a config.json")
+    parser.add_argument("--topology", required=True, help="v5p:8x8x8, v5e:16x16*2, h100:8x8, ...")
+    parser.add_argument("--mesh", help="as fsdp=64,tp=8; default: all devices")
+    parser.add_argument("--length", type=command.positive, default=2048, help="tokens of a row")
+    parser.add_argument("--batch", type=command.positive, default=256, help="rows, of all devices")
+    parser.add_argument("--decode", action="store_true", help="prefill and decoding, not training")
+    parser.add_argument("--attention", help="implementation; default: ours for the chip")
+    parser.add_argument("--remat", default="full", help="full, projections or none")
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--cache-dtype", help="int8 or int8_asymmetric; default: bfloat16")
+    parser.add_argument("--search", action="store_true", help="try meshes, remat and batch sizes")
+    parser.add_argument("--tries", type=command.positive, default=6, help="programs of a search")
+    parser.add_argument("--json", action="store_true", help="one object for programs")
+    command.add_debug(parser)
+    return command.run(parser, _work, argv)
+
+
+def _work(args: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing of this machine is used
+    from train import topology as topologies
+
+    try:
+        topology = topologies.parse(args.topology)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    topologies.prepare(topology.chip.platform)
+    from qwen_jax import sharding
+    from train import report, search
+
+    setting = _setting(args, topology)
+    if args.search:
+        tried = search.candidates(setting, topology, args.decode)[: args.tries]
+        found = [x for c in tried for x in estimates(c.setting, topology, c.mesh, args.decode)]
+        found.sort(key=rank)
+    else:
+        sizes = sharding.parse_mesh(args.mesh)
+        if args.mesh is None:
+            lengths = {**setting.config.sizes, "B": setting.batch}
+            sizes = sharding.default(lengths, topology.devices, training=not args.decode)
+        found = list(estimates(setting, topology, sizes, args.decode))
+    if args.json:
+        print(json.dumps({"model": args.model, "plans": [x.to_json() for x in found]}))
+    elif args.search:
+        print(report.ranking(found))
+    else:
+        print("\n\n".join(report.text(x, args.model) for x in found))
+
+
+def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool) -> Iterator[Any]:
+    """The estimates of a setting: of training, or of prefill and decoding."""
+    from train import estimate
+
+    tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
+    for task in tasks:
+        yield task(setting, topology, sizes)
+
+
+def rank(x: Any) -> tuple[Any, ...]:
+    """What fits before what does not; then the best tokens/s, and where that is equal the one that
+    loses least when nothing overlaps.
+    """
+    serial = x.tokens / x.bound.serial if x.bound else 0.0
+    return x.task, not x.fits, -round(x.tokens_per_second, -1), -serial
+
+
+def _setting(args: argparse.Namespace, topology: Any) -> Any:
+    from qwen_jax import attention, presets
+    from qwen_jax import cache as kv
+    from qwen_jax.config import Config, read_json
+    from train import step
+    from train.programs import Setting
+
+    if args.model in presets.PRESETS:
+        config = presets.PRESETS[args.model]
+    elif os.path.isfile(os.path.join(args.model, "config.json")):
+        config = Config.from_hf(read_json(os.path.join(args.model, "config.json")))
+    else:
+        raise UsageError(
+            f"--model {args.model}: no folder with a config.json, and no preset; these are "
+            f"{', '.join(presets.PRESETS)}"
+        )
+    _choice("--remat", args.remat, step.REMAT)
+    _choice("--cache-dtype", args.cache_dtype, (None, *kv.DTYPES))
+    name = args.attention or topology.chip.kernel
+    _choice("--attention", name, attention.IMPLEMENTATIONS)
+    return Setting(
+        config,
+        args.batch,
+        args.length,
+        name,
+        args.remat,
+        args.sequence_parallel,
+        args.cache_dtype,
+    )
+
+
+def _choice(name: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        names = ", ".join(str(x) for x in allowed if x is not None)
+        raise UsageError(f"{name} {value}: allowed are {names}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

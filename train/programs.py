@@ -1,0 +1,237 @@
+"""The programs that a plan is about, compiled for devices that need not be there.
+
+A training step, a decode step, and prefill of a chunk: lowered from shapes alone, as the library
+runs them. What each device holds of their arguments is known by name; the rest is the compiler's
+to say. Knows no rates and prints nothing.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import attention, decode, model, rope, sampling, sharding
+from qwen_jax import cache as kv
+from qwen_jax.config import Config
+from train import collectives, flops, step
+from train.collectives import Collective
+from train.flops import Work, nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a program is compiled for; sizes by axis letter are checked against the mesh.
+
+    batch: rows; length: tokens of a row, for decoding those in the cache. remat and
+    sequence_parallel are of training, cache_dtype (None: that of the weights) of decoding.
+    """
+
+    config: Config
+    batch: int
+    length: int
+    attention: str
+    remat: str = "full"
+    sequence_parallel: bool = False
+    cache_dtype: str | None = None
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError where an axis does not divide over the mesh."""
+        sharding.check({**self.config.sizes, "B": self.batch, "T": self.length}, sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of each device. parts: named, and adding up to what the compiler says; needed: that.
+
+    available: what the compiler found too little, where it refused the program; None otherwise.
+    """
+
+    parts: dict[str, int]
+    available: float | None = None
+
+    @property
+    def needed(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, or one that the compiler refused for want of memory. collectives: None
+    where the program is not there to be read. runs: how often it is run (prefill: once for each
+    layer). seconds: to compile.
+    """
+
+    memory: Memory
+    work: Work
+    collectives: list[Collective] | None
+    seconds: float
+    runs: int = 1
+
+    @property
+    def refused(self) -> bool:
+        return self.memory.available is not None
+
+
+def training(setting: Setting, mesh: Mesh) -> Program:
+    """The training step of `train.step`."""
+    setting.check(mesh.shape)
+    optimizer = step.Optimizer()
+    state = step.abstract_state(setting.config, optimizer, mesh)
+    batch = step.abstract_batch(setting.batch, setting.length, mesh)
+    run = step.make_step(
+        optimizer,
+        attention.get(setting.attention),
+        remat=setting.remat,
+        sequence_parallel=setting.sequence_parallel,
+    )
+    held = {"weights": nbytes(state.decoder), "optimiser": nbytes((state.moments, state.step))}
+    held["batch"] = nbytes(batch)
+    return _compiled(lambda: run.trace(state, batch), mesh, held, setting.config.num_layers)
+
+
+def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
+    """The decode loop of `qwen_jax.decode`, with a cache of `length` slots."""
+    sharding.check({**setting.config.sizes, "B": setting.batch}, mesh)
+    config = setting.config
+    with jax.set_mesh(mesh):
+        decoder = model.abstract(config, dtype)
+        rules, state = jax.eval_shape(lambda: _state(setting, dtype))
+    decoder, rules, state = (_on(mesh, tree) for tree in (decoder, rules, state))
+    limit = _on(mesh, jax.ShapeDtypeStruct((), jnp.int32))
+    held = {"weights": nbytes(decoder), "cache": nbytes(state.cache.layers)}
+    held["batch"] = nbytes(state) - held["cache"] + nbytes((rules, limit))
+    attend = attention.get(setting.attention)
+    arguments = decoder, state, sampling.Greedy(), rules, limit, attend
+    return _compiled(lambda: decode._decode.trace(*arguments), mesh, held, config.num_layers)
+
+
+def _state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
+    """A batch between two tokens, its cache in use."""
+    config, batch = setting.config, setting.batch
+
+    def zeros(letters: str, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros(shape, dtype, out_sharding=sharding.spec(letters))
+
+    rules = decode.Rules(
+        jnp.ones(config.vocab_size, bool), jnp.zeros((1, 1), jnp.int32), jnp.int32(0)
+    )
+    start = zeros("B", batch)
+    cache = kv.empty(config, start, setting.length, dtype, setting.cache_dtype)
+    state = decode.State(
+        cache=dataclasses.replace(cache, fresh=False),
+        frequencies=zeros("BH", batch, config.head_dim // 2, dtype=jnp.float32),
+        token=zeros("B", batch),
+        seen=zeros("BT", batch, config.vocab_size, dtype=bool),
+        recent=zeros("BT", batch, 1),
+        done=zeros("B", batch, dtype=bool),
+        seeds=zeros("B", batch, dtype=jnp.uint32),
+        step=jnp.int32(0),
+    )
+    return rules, state
+
+
+def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
+    """A block of the decoder over a chunk of the prompt, with a cache of `length` slots behind it:
+    the program that prefill runs for each layer. Its memory is that of all layers.
+    """
+    config = setting.config
+    sharding.check({**config.sizes, "B": setting.batch}, mesh)
+
+    def arguments(decoder: Any) -> Any:
+        _, state = _state(setting, dtype)
+        cache = state.cache
+        tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
+        places, segments = decode.positions(cache.start, cache.index, chunk)
+        rotary = rope.rotary(rope.from_config(config), places, state.frequencies)
+        window = jnp.int32(attention.FULL)
+        own = attention.Mask(places, places, segments, segments, window)
+        past = dataclasses.replace(cache.past_mask(places, segments), window=window)
+        x = decoder.embed(tokens)
+        return x, decoder.layers[0], rotary, own, past, cache.layers[0], cache.index
+
+    with jax.set_mesh(mesh):
+        decoder = model.abstract(config, dtype)
+        given = jax.eval_shape(arguments, decoder)
+    given, decoder = _on(mesh, given), _on(mesh, decoder)
+    layer = {"weights": nbytes(given[1]), "cache": nbytes(given[5])}
+    layer["batch"] = nbytes(given) - sum(layer.values())
+    attend = attention.get(setting.attention)
+    one = _compiled(lambda: model._run_block.trace(*given, attend), mesh, layer, 0)
+    parts = {
+        **one.memory.parts,
+        "weights": nbytes(decoder),
+        "cache": config.num_layers * layer["cache"],
+    }
+    memory = dataclasses.replace(one.memory, parts=parts)
+    return dataclasses.replace(one, memory=memory, runs=config.num_layers)
+
+
+def _on(mesh: Mesh, tree: Any) -> Any:
+    """Shapes with partitionings -> with shardings on the devices of a mesh."""
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
+def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:
+    """held: bytes of the arguments by name."""
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        traced = trace()
+        work = flops.work(traced, layers)
+        lowered = traced.lower()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            memory = _refused(str(error), held)
+            if memory is None:
+                raise
+            return Program(memory, work, None, time.perf_counter() - started)
+    try:
+        found = collectives.of(compiled, mesh)
+    except jax.errors.JaxRuntimeError:  # of a TPU7x: jaxlib cannot take some instructions back
+        found = None
+    memory = _memory(compiled.memory_analysis(), held, work.kept)
+    return Program(memory, work, found, time.perf_counter() - started)
+
+
+def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:
+    """The compiler's totals, split by what is known of them."""
+    kept = min(kept, said.temp_size_in_bytes)
+    parts = {
+        **held,
+        # Arguments take more than their elements where the hardware pads them.
+        "padding": said.argument_size_in_bytes - sum(held.values()),
+        "residuals": kept,
+        "temporaries": said.temp_size_in_bytes - kept,
+        "outputs": said.output_size_in_bytes - said.alias_size_in_bytes,
+        "program": said.generated_code_size_in_bytes,
+    }
+    return Memory(parts)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+# The two ways in which libtpu says that a program does not fit. It calls what it needs temporaries
+# where it has not scheduled the program; arguments and results are in that number too.
+_NEEDED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+
+
+def _refused(message: str, held: dict[str, int]) -> Memory | None:
+    """What a compiler that ran out of memory says it needs, and has; None for another error."""
+    found = _NEEDED.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    needed, unit, available, other = (x for x in found.groups() if x is not None)
+    total = float(needed) * _UNITS[unit]
+    rest = max(0, round(total) - sum(held.values()))
+    return Memory({**held, "temporaries": rest}, float(available) * _UNITS[other])

@@ -1,0 +1,82 @@
+"""Estimates as text for a terminal."""
+
+from collections.abc import Sequence
+
+from qwen_jax import sharding
+from train import collectives
+from train.estimate import Estimate
+
+_UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "the prompts"}
+
+
+def text(x: Estimate, model: str) -> str:
+    """One estimate, over some 30 lines."""
+    memory, setting = x.program.memory, x.setting
+    options = [setting.attention]
+    if x.task == "training":
+        options.append(f"remat {setting.remat}")
+        options += ["sequence parallel"] if setting.sequence_parallel else []
+    elif setting.cache_dtype:
+        options.append(f"{setting.cache_dtype} cache")
+    lines = [
+        f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
+        f"mesh {sharding.describe(x.mesh)}",
+        f"{setting.batch} rows of {setting.length} tokens, {', '.join(options)}; compiled in "
+        f"{x.program.seconds:.0f} s",
+        "",
+        "memory of a device, GB",
+    ]
+    lines += [f"  {name:<12} {size / 1e9:9.3f}" for name, size in memory.parts.items() if size]
+    lines.append(
+        f"  {'needed':<12} {memory.needed / 1e9:9.3f} of {x.available / 1e9:.3f}: {_fits(x)}"
+    )
+    done = x.hardware_flops / x.model_flops
+    lines += ["", f"FLOPs of {_UNIT[x.task]}: {x.model_flops:.4g}; done {done:.3f} times that"]
+    if x.bound is None:
+        return "\n".join(lines)
+    found = x.program.collectives
+    if found is None:
+        lines += ["", "collectives: not known, jaxlib cannot print this program; nor is their time"]
+    else:
+        lines += ["", collectives.table(found)]
+        if any(row.looped for row in found):
+            lines.append("  * in the decode loop: for one token")
+    lines += ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
+    lines += [f"  {term.name:<22} {1e3 * term.seconds:12.3f}" for term in x.bound.terms]
+    lines += [
+        f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once",
+        f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other",
+        f"at most {x.tokens_per_second:.4g} tokens/s, "
+        f"{x.tokens_per_second / x.topology.devices:.4g} a device, MFU {100 * x.mfu:.1f} % "
+        f"({100 * x.mfu * x.bound.seconds / x.bound.serial:.1f} % where nothing overlaps)",
+    ]
+    return "\n".join(lines)
+
+
+def ranking(found: Sequence[Estimate]) -> str:
+    """A line for each estimate."""
+    head = (
+        f"{'task':<9} {'mesh':<26} {'batch':>6} {'remat':<11} {'GB':>7} {'of':>6} "
+        f"{'tokens/s':>10} {'MFU':>6} {'serial':>6}  limit"
+    )
+    lines = [head]
+    for x in found:
+        serial = x.mfu * x.bound.seconds / x.bound.serial if x.bound else 0
+        rate = (
+            f"{x.tokens_per_second:>10.4g} {x.mfu:>6.1%} {serial:>6.1%}  {x.bound.limit}"
+            if x.bound and x.fits
+            else f"does not fit: {x.over / 1e9:.2f} GB over"
+        )
+        lines.append(
+            f"{x.task:<9} {sharding.describe(x.mesh):<26} {x.setting.batch:>6} "
+            f"{x.setting.remat:<11} {x.program.memory.needed / 1e9:>7.2f} "
+            f"{x.available / 1e9:>6.1f} {rate}"
+        )
+    return "\n".join(lines)
+
+
+def _fits(x: Estimate) -> str:
+    if not x.fits:
+        refused = " (the compiler refused it)" if x.bound is None else ""
+        return f"does not fit, {x.over / 1e9:.3f} GB over{refused}"
+    return f"fits, {(x.available - x.program.memory.needed) / 1e9:.3f} GB left"

@@ -1,0 +1,125 @@
+"""Which meshes, remat policies and batch sizes are worth compiling, by a rough closed form.
+
+Compiling says what fits and what it costs; this says in which order to try. Knows no compiler.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qwen_jax import sharding
+from train.hardware import Gpu
+from train.programs import Setting
+from train.topology import Topology
+
+# Bytes of a weight with two moments and a gradient, float32 each.
+_STATE = 16
+# Of an activation [B, T, D] in bfloat16, what a layer keeps under each policy, in multiples, with
+# the feed-forward's width counted in D; and the forward passes that are computed.
+_KEPT = {"full": (1, 0), "projections": (5, 2), "none": (22, 4.5)}
+_PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
+_HALVINGS = 10
+_MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """bytes: of a device; seconds: for a token, all devices together; both rough."""
+
+    setting: Setting
+    mesh: Mapping[str, int]
+    bytes: float
+    seconds: float
+
+
+def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
+    """What may fit, the fastest first: meshes of all devices, for training remat policies, the
+    batch asked for and halves of it, of which the two largest that may fit.
+    """
+    batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
+    policies = ["full"] if decode else list(_KEPT)
+    found = []
+    for sizes, remat in itertools.product(_meshes(topology), policies):
+        fitting: list[Candidate] = []
+        for batch in batches:
+            one = dataclasses.replace(setting, batch=batch, remat=remat)
+            if len(fitting) < 2 and _divides(one, sizes, decode):
+                rough = _rough_decode if decode else _rough
+                fitting.append(Candidate(one, sizes, *rough(one, topology, sizes)))
+                if fitting[-1].bytes > 1.05 * topology.chip.usable:
+                    fitting.pop()
+        found += fitting
+    return sorted(found, key=lambda x: x.seconds)
+
+
+def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
+    """Whether a setting runs on a mesh, and splits tokens only where it has no more rows."""
+    alone = setting.batch == math.prod(sizes[axis] for axis in sharding.BATCH)
+    if sizes[sharding.CONTEXT] > 1 and (decode or not alone):
+        return False
+    try:
+        setting.check(sizes)
+    except ValueError:
+        return False
+    return True
+
+
+def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
+    """Meshes of all devices: slices are copies of the model, `tp` stays within a host of GPUs. What
+    is split off the axis of weights for speed is not asked for (`sharding.in_planes`).
+    """
+    chip = topology.chip
+    most = min(chip.node, topology.lengths[1]) if isinstance(chip, Gpu) else _MOST_TENSOR
+    for sizes in sharding.meshes(topology.devices):
+        asked = sizes[sharding.COPIES] == topology.slices and sizes[sharding.WEIGHTS[0]] == 1
+        if asked and sizes[sharding.TENSOR] <= most:
+            yield sizes
+
+
+def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tuple[float, float]:
+    config, chip = setting.config, topology.chip
+    tp, context = sizes[sharding.TENSOR], sizes[sharding.CONTEXT]
+    rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
+    tokens = rows * setting.length / context
+    shards = tp * math.prod(sizes[axis] for axis in sharding.WEIGHTS)
+    width = 2 * tokens * config.hidden_size
+    whole, split = _KEPT[setting.remat]
+    wide = split * config.intermediate_size / config.hidden_size
+    residual = 1 / tp if setting.sequence_parallel else 1
+    kept = config.num_layers * width * (residual + (whole - 1 + wide) / tp)
+    block = (config.num_params() / config.num_layers) * 4 / tp
+    held = _STATE * config.num_params() / shards + kept + 6 * width + block
+    compute = tokens * config.flops_per_token(setting.length) / tp * _PASSES[setting.remat]
+    passes = 3 if setting.remat == "full" else 2
+    gathered = 2 * config.num_params() / tp * passes * (shards > tp)
+    reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
+    ring = 4 * config.num_layers * width / tp * (context - 1)
+    across = gathered / _links(topology, shards // tp) + ring / chip.link
+    seconds = max(compute / chip.flops, across) + reduced / _links(topology, tp)
+    return held, seconds / (setting.batch * setting.length)
+
+
+def _rough_decode(
+    setting: Setting, topology: Topology, sizes: Mapping[str, int]
+) -> tuple[float, float]:
+    config, chip = setting.config, topology.chip
+    tp = sizes[sharding.TENSOR]
+    rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
+    shards = tp * math.prod(sizes[axis] for axis in sharding.WEIGHTS)
+    weights = 2 * config.num_params()
+    kind = setting.cache_dtype or "bfloat16"
+    cache = rows * setting.length * config.kv_bytes_per_token(kind) / tp
+    gathered = weights / tp * (shards > tp)
+    read = (weights / tp + cache + gathered) / chip.bandwidth
+    seconds = read + gathered / _links(topology, shards // tp)
+    return weights / shards + cache, seconds / setting.batch
+
+
+def _links(topology: Topology, size: int) -> float:
+    """Bytes/s of a device's collectives over so many neighbours."""
+    chip: Any = topology.chip
+    if isinstance(chip, Gpu):
+        return chip.link if size <= topology.lengths[1] else chip.network * topology.lengths[1]
+    return 2 * chip.link
