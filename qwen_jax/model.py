@@ -108,6 +108,19 @@ class FeedForward(nnx.Module):
         return contract("BTF,DF->BTD", up * jax.nn.silu(gate), self.down, residual)
 
 
+@jax.custom_vjp
+def _settled(x: Any) -> Any:
+    """x; backward, its gradients are all there before any is used.
+
+    XLA otherwise puts off the products that make the gradients of weights, and keeps their operands
+    until the other half of the block is done: 1 GB of 11 a device (72B, fsdp 64 x tp 8, v5p).
+    """
+    return x
+
+
+_settled.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+
+
 class Block(nnx.Module):
     def __init__(self, config: Config, make: Maker):
         self.norm_eps = config.norm_eps
@@ -122,7 +135,8 @@ class Block(nnx.Module):
             o, layer = self.attn(rms_norm(x, self.attn_norm, self.norm_eps), *context)
             x = x + o
         with jax.named_scope("feed_forward"):
-            x = x + self.ffn(rms_norm(x, self.ffn_norm, self.norm_eps))
+            x, ffn = _settled((x, self.ffn))
+            x = x + ffn(rms_norm(x, self.ffn_norm, self.norm_eps))
         return x, layer
 
 

@@ -48,12 +48,13 @@ def attend(
     """Attention over the keys of all devices; arguments and results as `attention.xla`, each the
     part of this device.
     """
-    o, lse = _ring(implementation, q, k, v, mask, scale)
-    return (o, lse) if return_lse else o.astype(q.dtype)
+    out: Any = _ring(implementation, q, k, v, mask, scale)
+    return out if return_lse else out[0].astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    """o and its log-sum-exp, in float32."""
     keys = (k, v, mask.k_positions, mask.k_segments)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -69,8 +70,8 @@ def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) ->
 
 
 def _forward(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
-    o, lse = _ring(implementation, q, k, v, mask, scale)
-    return (o, lse), (q, k, v, mask, scale, o, lse)
+    out: Any = _ring(implementation, q, k, v, mask, scale)
+    return out, (q, k, v, mask, scale, *out)
 
 
 def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
@@ -122,6 +123,9 @@ def _pass_on(x: Any) -> Any:
 def _merged(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
     """One softmax from two sets of keys, as (o, lse) each; -inf where a query has seen nothing."""
     lse = jnp.logaddexp(one[1], other[1])
-    shares = [jnp.where(part[1] > -jnp.inf, jnp.exp(part[1] - lse), 0) for part in (one, other)]
-    o = sum(share[..., None] * part[0] for share, part in zip(shares, (one, other), strict=True))
-    return o, lse
+
+    def share(part: Any) -> jax.Array:
+        weight = jnp.where(part[1] > -jnp.inf, jnp.exp(part[1] - lse), 0)
+        return weight[..., None] * part[0]
+
+    return share(one) + share(other), lse

@@ -60,9 +60,9 @@ class TokenScores(NamedTuple):
     The log-probability is `logit - lse`. The gradient of `largest` is not defined: it is 0.
     """
 
-    logit: jax.Array
-    lse: jax.Array
-    largest: jax.Array
+    logit: Any
+    lse: Any
+    largest: Any
 
 
 def token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:

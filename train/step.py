@@ -145,8 +145,9 @@ def make_step(
         gradients, metrics = jax.grad(of, has_aux=True)(state.decoder)
         with jax.named_scope("optimizer"):
             report = Report(metrics, optax.tree.norm(gradients))
-            updates, moments = transform.update(gradients, state.moments, state.decoder)
-            decoder = optax.apply_updates(state.decoder, updates)
+            decoder: Any = state.decoder  # optax names its trees by the types of their nodes
+            updates, moments = transform.update(gradients, state.moments, decoder)
+            decoder = optax.apply_updates(decoder, updates)
         return State(decoder, moments, state.step + 1), report
 
     return step
