@@ -235,6 +235,18 @@ def named(letters: str, mesh: Any, lengths: Mapping[str, int] | None = None) -> 
     return NamedSharding(mesh, spec(letters, lengths, mesh))
 
 
+def on_devices(mesh: Mesh, tree: Any) -> Any:
+    """Shapes with partitionings, as `jax.eval_shape` gives them -> with shardings on the devices
+    of a mesh, which need not be there.
+    """
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
 def place(value: np.ndarray, letters: str, lengths: Mapping[str, int] | None = None) -> jax.Array:
     """A host array on the mesh in force. With several processes, all have the same array."""
     sharding = named(letters, jax.sharding.get_mesh(), lengths)

@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from qwen_jax import attention, decode, model, rope, sampling, sharding
 from qwen_jax import cache as kv
@@ -102,8 +101,8 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
         rules, state = jax.eval_shape(lambda: _state(setting, dtype))
-    decoder, rules, state = (_on(mesh, tree) for tree in (decoder, rules, state))
-    limit = _on(mesh, jax.ShapeDtypeStruct((), jnp.int32))
+    decoder, rules, state = (sharding.on_devices(mesh, tree) for tree in (decoder, rules, state))
+    limit = sharding.on_devices(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     held = {"weights": nbytes(decoder), "cache": nbytes(state.cache.layers)}
     held["batch"] = nbytes(state) - held["cache"] + nbytes((rules, limit))
     attend = attention.get(setting.attention)
@@ -158,7 +157,7 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
         given = jax.eval_shape(arguments, decoder)
-    given, decoder = _on(mesh, given), _on(mesh, decoder)
+    given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
     layer = {"weights": nbytes(given[1]), "cache": nbytes(given[5])}
     layer["batch"] = nbytes(given) - sum(layer.values())
     attend = attention.get(setting.attention)
@@ -170,16 +169,6 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     }
     memory = dataclasses.replace(one.memory, parts=parts)
     return dataclasses.replace(one, memory=memory, runs=config.num_layers)
-
-
-def _on(mesh: Mesh, tree: Any) -> Any:
-    """Shapes with partitionings -> with shardings on the devices of a mesh."""
-
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-    return jax.tree.map(one, tree)
 
 
 def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:

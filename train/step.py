@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from qwen_jax import model, sharding
 from qwen_jax.config import Config
@@ -93,7 +91,7 @@ def abstract_state(config: Config, optimizer: Optimizer, mesh: Any) -> State:
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, jnp.float32)
         state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), decoder)
-    return _on(mesh, state)
+    return sharding.on_devices(mesh, state)
 
 
 def abstract_batch(batch: int, length: int, mesh: Any) -> Batch:
@@ -102,16 +100,6 @@ def abstract_batch(batch: int, length: int, mesh: Any) -> Batch:
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct((batch, length), jnp.float32, sharding=rows)
     return Batch(ids, ids, ids, ids, weights)
-
-
-def _on(mesh: Any, tree: Any) -> Any:
-    """Shapes with partitionings -> with shardings on the devices of a mesh."""
-
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-    return jax.tree.map(one, tree)
 
 
 @struct.dataclass
