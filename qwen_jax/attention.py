@@ -143,10 +143,16 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(attend)
     def run(
-        q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+        q: jax.Array,
+        k: Any,
+        v: Any,
+        mask: Mask,
+        scale: jax.Array,
+        return_lse: bool = False,
+        **local_options: Any,
     ) -> Any:
         if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-            return attend(q, k, v, mask, scale, return_lse=return_lse)
+            return attend(q, k, v, mask, scale, return_lse=return_lse, **local_options)
         rows = jax.typeof(q).sharding.spec
         out = (rows, P(*rows[:3])) if return_lse else rows
         shared = sharding.CONTEXT in sharding.entries(rows[1])

@@ -11,6 +11,7 @@ i of n holds piece i and piece 2n - 1 - i of 2n.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -80,18 +81,25 @@ def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
     do, dlse = cotangents
     keys = (k, v, mask.k_positions, mask.k_segments)
 
+    # A kernel takes the whole's o and lse, and need not compute those of a part again.
+    options = {"known": (o, lse)} if "known" in inspect.signature(implementation).parameters else {}
+
     def step(carry: Any, _: None) -> tuple[Any, None]:
         dq, dscale, dk, dv, keys = carry
         following = _pass_on(keys)
 
         def part(q: Any, k: Any, v: Any, scale: Any) -> Any:
-            return implementation(*_arguments(q, (k, v, *keys[2:]), mask, scale), return_lse=True)
+            arguments = _arguments(q, (k, v, *keys[2:]), mask, scale)
+            return implementation(*arguments, return_lse=True, **options)
 
         (own, own_lse), gradient = jax.vjp(part, q, *keys[:2], scale)
-        # o = sum of share * own, with share = exp(own_lse - lse), and lse their log-sum-exp.
-        share = jnp.where(own_lse > -jnp.inf, jnp.exp(own_lse - lse), 0)
-        inner = jnp.sum(do * (own - o), -1)
-        gradients = gradient((share[..., None] * do, share * (inner + dlse)))
+        if options:
+            gradients = gradient((do, dlse))
+        else:
+            # o = sum of share * own, share = exp(own_lse - lse), and lse is their log-sum-exp.
+            share = jnp.where(own_lse > -jnp.inf, jnp.exp(own_lse - lse), 0)
+            inner = jnp.sum(do * (own - o), -1)
+            gradients = gradient((share[..., None] * do, share * (inner + dlse)))
         dq, dk, dv, dscale = (
             old + new.astype(jnp.float32)
             for old, new in zip((dq, dk, dv, dscale), gradients, strict=True)

@@ -69,15 +69,23 @@ def attend(
     mask: Any,
     scale: jax.Array,
     return_lse: bool = False,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
     """Attention through `body`; arguments and results as `attention.xla`. Differentiable in q, k,
     v (arrays) and scale; log-sum-exp included.
+
+    known: o in float32 and the log-sum-exp of these queries over more keys than k and v, which are
+    a part of them. They are returned as they are, and the gradients are this part's own.
     """
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
     dtype = jnp.dtype(jnp.float32 if return_lse else q.dtype)
-    out: tuple[jax.Array, jax.Array] = _flash(body, dtype, q, k, v, mask, scale)
+    out: Any
+    if known is None:
+        out = _flash(body, dtype, q, k, v, mask, scale)
+    else:
+        out = _part(body, q, k, v, mask, scale, *known)
     return out if return_lse else out[0]
 
 
@@ -108,6 +116,24 @@ def _flash_backward(body: Body, dtype: Any, saved: Any, cotangents: Any) -> Any:
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(body: Body, q: Any, k: Any, v: Any, mask: Any, scale: Any, o: Any, lse: Any) -> Any:
+    return o, lse
+
+
+def _part_forward(body: Body, *saved: Any) -> tuple[Any, Any]:
+    return saved[-2:], saved
+
+
+def _part_backward(body: Body, saved: Any, cotangents: Any) -> Any:
+    o, lse = saved[-2:]
+    gradients = _flash_backward(body, None, saved, cotangents)
+    return *gradients, jnp.zeros_like(o), jnp.zeros_like(lse)
+
+
+_part.defvjp(_part_forward, _part_backward)
 
 
 def decline(

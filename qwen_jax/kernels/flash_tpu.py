@@ -255,15 +255,17 @@ def attend(
     mask: Any,
     scale: jax.Array,
     return_lse: bool = False,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attention on a TPU; arguments and results as `attention.xla`.
+    """Attention on a TPU; arguments and results as `flash.attend`.
 
     Raises NotImplementedError, naming what it is, for what the kernel does not do.
     """
     interpret = choice.interpreted(NAME, "tpu")
     flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
     if q.dtype == jnp.float16 and not interpret:  # no unit of a TPU takes it: exact in float32
-        o = attend(q.astype(jnp.float32), _float32(k), _float32(v), mask, scale, return_lse)
+        wide = q.astype(jnp.float32), _float32(k), _float32(v)
+        o = attend(*wide, mask, scale, return_lse, known)
         return o if return_lse else o.astype(q.dtype)
     chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
     if chip is None:
@@ -277,7 +279,7 @@ def attend(
         chip.vmem,
         interpret,
     )
-    return flash.attend(body, q, k, v, mask, scale, return_lse)
+    return flash.attend(body, q, k, v, mask, scale, return_lse, known)
 
 
 def _float32(x: Any) -> Any:

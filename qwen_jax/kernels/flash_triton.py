@@ -220,13 +220,14 @@ def attend(
     mask: Any,
     scale: jax.Array,
     return_lse: bool = False,
+    known: tuple[jax.Array, jax.Array] | None = None,
     *,
     forward_blocks: Blocks | None = None,
     dkv_blocks: Blocks | None = None,
     dq_blocks: Blocks | None = None,
     interpret: bool | None = None,
 ) -> Any:
-    """Attention on an NVIDIA GPU; arguments and results as `attention.xla`. Blocks that are not
+    """Attention on an NVIDIA GPU; arguments and results as `flash.attend`. Blocks that are not
     given are the measured ones, or this device's defaults. Interpreted on a CPU, unless `interpret`
     says otherwise.
 
@@ -241,7 +242,7 @@ def attend(
     backward = choice.blocks(NAME, "backward", *what)
     dkv, dq = _replaced(dkv, "dkv_", backward), _replaced(dq, "dq_", backward)
     body = Triton(forward_blocks or forward, dkv_blocks or dkv, dq_blocks or dq, interpret)
-    return flash.attend(body, q, k, v, mask, scale, return_lse)
+    return flash.attend(body, q, k, v, mask, scale, return_lse, known)
 
 
 def _replaced(blocks: Blocks, part: str, sizes: dict[str, int]) -> Blocks:
