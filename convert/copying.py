@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.folder import ITEM_BYTES
-from convert.store import Band
 from qwen_jax import processes
+from qwen_jax.store import Band
 
 BLOCK_BYTES = 16 * 2**20
 _stop = threading.Event()

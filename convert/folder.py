@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import read_json
+from qwen_jax.store import ITEM_BYTES
 
 INDEX = "model.safetensors.index.json"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit

@@ -20,8 +20,8 @@ from typing import Any
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, shares, store, target
-from qwen_jax import checkpoint, command, processes
+from convert import folder, names, shares, target
+from qwen_jax import checkpoint, command, directory, processes, store
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -145,7 +145,7 @@ def locate(src: str) -> Path:
         raise ValueError(
             f"{src} is no folder here; to take it from the hub: pip install 'qwen-jax[hub]'"
         ) from None
-    patterns = ["*.safetensors", *target.CARRIED]
+    patterns = ["*.safetensors", *directory.CARRIED]
     command.say(f"{src}: downloading from the hub what is not here yet")
     try:
         # The folders of a repository hold other formats and training state.
@@ -209,7 +209,7 @@ def copy(plan: Plan) -> None:
             )
         with target.explained(plan.target, needed):
             target.begin(plan.target, plan.facts)
-            target.carry(plan.source, plan.target)
+            directory.carry(plan.source, plan.target)
             shutil.copyfile(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
             store.write_metadata(plan.params, plan.leaves)
     processes.barrier()

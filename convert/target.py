@@ -1,4 +1,4 @@
-"""What both converters do around the copying: the folder written to, and the files carried along.
+"""What both converters do around the copying: the folder written to.
 
 A target in work holds `unfinished.json`, which says what is being made of what. The same command
 finds it and continues; another one is refused. It goes when the target is complete.
@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import command
-from qwen_jax.checkpoint import CONFIG, MANIFEST, UNFINISHED, write_json
+from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
 from qwen_jax.config import read_json
-
-# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
-CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-_NOT_CARRIED = (MANIFEST, UNFINISHED)
 
 
 def check_apart(source: Path, target: Path) -> None:
@@ -110,15 +106,6 @@ def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
     """What tells whether the source is still the same: its files' names, sizes and times."""
     stats = {file.name: file.stat() for file in files}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
-
-
-def carry(source: Path, target: Path) -> None:
-    """Copy everything but weights and config.json, byte for byte."""
-    for pattern in CARRIED:
-        for file in source.glob(pattern):
-            weights = file.name.endswith(".index.json") or file.name == CONFIG
-            if file.is_file() and not weights and file.name not in _NOT_CARRIED:
-                shutil.copyfile(file, target / file.name)
 
 
 def size(count: int) -> str:

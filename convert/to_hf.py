@@ -21,8 +21,8 @@ from typing import Any
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, store, target
-from qwen_jax import checkpoint, command, processes
+from convert import folder, names, target
+from qwen_jax import checkpoint, command, directory, processes, store
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -157,7 +157,7 @@ def copy(plan: Plan) -> None:
             )
         with target.explained(plan.target, needed):
             target.begin(plan.target, plan.facts)
-            target.carry(plan.source, plan.target)
+            directory.carry(plan.source, plan.target)
             _write_config(plan)
     processes.barrier()
     if processes.index() > 0:

@@ -14,8 +14,8 @@ import numpy as np
 from convert import copying
 from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, Part
-from convert.store import Band, Leaf
-from qwen_jax import checkpoint, processes
+from qwen_jax import processes, store
+from qwen_jax.store import Band, Leaf
 
 
 def verify(
@@ -63,7 +63,7 @@ def _jobs(
 
 
 def _open(params: Path, part: Part) -> Any:
-    array = checkpoint.open_leaf(params, part.path)
+    array = store.open_leaf(params, part.path)
     if tuple(array.shape) != part.shape:
         raise ValueError(
             f"{params / part.path} has shape {list(array.shape)}, not {list(part.shape)}"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def copied(converted, tmp_path) -> Path:
 
 def leaves(decoder: Any) -> dict[str, jax.Array]:
     return {path: leaf.get_value() for path, leaf in named_leaves(decoder).items()}
+
+
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def check_values(found: dict[str, Any], original: dict[str, np.ndarray]) -> None:
@@ -83,7 +92,7 @@ def test_restored_into_any_mesh_from_any_mesh(tmp_path, original, stored, mesh):
 def test_plain_orbax_opens_the_params(converted, original):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(converted / "params")
-    check_values(dict(checkpoint.flat(tree)), original)
+    check_values(dict(flat(tree)), original)
 
 
 def test_a_mesh_in_the_files_is_a_grid_of_raw_chunks(tmp_path, original):

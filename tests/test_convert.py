@@ -18,8 +18,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import copying, folder, from_hf, names, store, to_hf
-from qwen_jax import checkpoint
+from convert import copying, folder, from_hf, names, to_hf
+from qwen_jax import checkpoint, store
 from qwen_jax.presets import PRESETS
 from tests.conversion import (
     GOLDEN,
