@@ -65,7 +65,7 @@ __all__ = [
 ]
 _TOKENIZER = "qwen.tiktoken"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_AT_ONCE = 2  # leaves that are read or written at the same time
+_READERS, _WRITERS = 2, 4  # leaves at the same time
 
 
 def load_config(path: str | Path) -> Config:
@@ -121,7 +121,7 @@ def load(
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
     check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
     sharding.check(config.sizes, mesh)
-    with _one_line(root, "read"), ThreadPoolExecutor(_AT_ONCE) as executor:
+    with _one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
         restored = {}
         for name, leaf in leaves.items():
             shape = tuple(leaf.shape)
@@ -176,7 +176,7 @@ def save(
         store.write_metadata(root / PARAMS, leaves)
 
     def write() -> None:
-        with ThreadPoolExecutor(_AT_ONCE) as executor:
+        with ThreadPoolExecutor(_WRITERS) as executor:
             jobs = [executor.submit(store.write_shards, root / PARAMS, *p) for p in pieces.values()]
             for job in jobs:
                 job.result()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 CHUNK_BYTES = 64 * 2**20
+_WRITES = 8  # at the same time; each waits until its chunk is on the disk
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -150,7 +151,7 @@ def open_leaf(params: Path, name: str, write: bool = False) -> Any:
     import tensorstore
 
     # The default number of reads at a time would keep gigabytes of chunks in memory.
-    context = tensorstore.Context({"file_io_concurrency": {"limit": 2}})
+    context = tensorstore.Context({"file_io_concurrency": {"limit": _WRITES if write else 2}})
     kvstore = {"driver": "file", "path": f"{params / name}{os.sep}"}
     spec = {
         "driver": "zarr",
