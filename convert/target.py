@@ -74,8 +74,8 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"{target} needs {size(needed)} more on a disk that has {size(free)} free: free some "
-            "space or choose another place"
+            f"{target} needs {command.size(needed)} more on a disk that has {command.size(free)} "
+            "free: free some space or choose another place"
         )
 
 
@@ -97,8 +97,8 @@ def explained(target: Path, needed: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(
-            f"the disk of {target} is full; up to {size(needed)} were needed: free some space and "
-            "give the same command again, it continues"
+            f"the disk of {target} is full; up to {command.size(needed)} were needed: free some "
+            "space and give the same command again, it continues"
         ) from error
 
 
@@ -106,7 +106,3 @@ def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
     """What tells whether the source is still the same: its files' names, sizes and times."""
     stats = {file.name: file.stat() for file in files}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
-
-
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

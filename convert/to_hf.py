@@ -153,7 +153,7 @@ def copy(plan: Plan) -> None:
         target.check_space(plan.target, needed)
         if resumed:
             command.say(
-                f"continuing: {target.size(done)} of {target.size(done + needed)} are there"
+                f"continuing: {command.size(done)} of {command.size(done + needed)} are there"
             )
         with target.explained(plan.target, needed):
             target.begin(plan.target, plan.facts)

@@ -25,6 +25,7 @@ from qwen_jax.directory import (
     MANIFEST,
     PARAMS,
     SAVED_BY,
+    TOKENIZER,
     UNFINISHED,
     CheckpointError,
     carry,
@@ -63,7 +64,6 @@ __all__ = [
     "write_json",
     "write_manifest",
 ]
-_TOKENIZER = "qwen.tiktoken"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _READERS, _WRITERS = 2, 4  # leaves at the same time
 
@@ -90,11 +90,11 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     from qwen_jax.tokenizer import Tokenizer
 
     root = existing(path)
-    if not (root / _TOKENIZER).exists():
+    if not (root / TOKENIZER).exists():
         return None
     settings = root / _TOKENIZER_CONFIG
     extra = read_json(settings).get("extra_vocab_file") if settings.exists() else None
-    return Tokenizer.from_file(root / _TOKENIZER, root / extra if extra else None)
+    return Tokenizer.from_file(root / TOKENIZER, root / extra if extra else None)
 
 
 def load(
@@ -298,3 +298,9 @@ def _one_line(root: Path, what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{root / PARAMS} cannot be {what}: {detail}") from error
+
+
+if __name__ == "__main__":
+    from qwen_jax.inspect_checkpoint import main
+
+    raise SystemExit(main())

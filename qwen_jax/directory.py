@@ -19,6 +19,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 PARAMS = "params"
+TOKENIZER = "qwen.tiktoken"
 UNFINISHED = "unfinished.json"  # there while a conversion or a save is under way
 FORMAT = 2  # 1 had a leaf axis for heads
 # Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
