@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import command
+from qwen_jax import command, paths
 from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
 from qwen_jax.config import read_json
 
 
 def check_apart(source: Path, target: Path) -> None:
     """Raise UsageError when one folder is the other, or is within it."""
-    source, target = source.resolve(), target.resolve()
+    source, target = (p if paths.is_remote(p) else p.resolve() for p in (source, target))
     if source == target or source in target.parents:
         raise command.UsageError(f"DST {target} is within SRC {source}: choose another place")
 
@@ -70,6 +70,8 @@ def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
 
 def check_space(target: Path, needed: int) -> None:
     """Raise ValueError when the disk of `target` has no room for `needed` bytes more."""
+    if paths.is_remote(target):
+        return
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -80,7 +82,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def begin(target: Path, facts: Mapping[str, Any]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(target)
     write_json(target / UNFINISHED, facts)
 
 
@@ -104,5 +106,4 @@ def explained(target: Path, needed: int) -> Iterator[None]:
 
 def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
     """What tells whether the source is still the same: its files' names, sizes and times."""
-    stats = {file.name: file.stat() for file in files}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
+    return {name: paths.stamp(file) for name, file in sorted((f.name, f) for f in files)}

@@ -9,7 +9,6 @@ cut, and nothing else: what was saved on one is restored on any other, by any nu
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import store
+from qwen_jax import paths, store
 from qwen_jax.config import Config, read_json
 from qwen_jax.directory import (
     CONFIG,
@@ -156,7 +155,7 @@ def save(
     was stopped are never read, and are removed by the next one. Raises CheckpointError where `path`
     holds anything else: an earlier directory is never touched.
     """
-    root = Path(path).absolute()
+    root = paths.absolute(path)
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
@@ -241,14 +240,15 @@ def _clear(root: Path) -> None:
         raise CheckpointError(
             f"{root} is a whole model directory already: save to another place, or remove it first"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    names = {file.name for file in root.iterdir()} - {f"{UNFINISHED}.tmp"}
+    paths.make_folder(root)
+    names = {file.name for file in root.iterdir()} if root.exists() else set()
+    names -= {f"{UNFINISHED}.tmp"}
     if UNFINISHED in names and read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
         # Its mark goes last, so that a kill here leaves what can be removed again.
         for name in names - {UNFINISHED, PARAMS}:
             (root / name).unlink()
         if PARAMS in names:
-            shutil.rmtree(root / PARAMS)
+            paths.remove_tree(root / PARAMS)
     elif names:
         raise CheckpointError(
             f"{root} holds {sorted(names)[0]}, which no save left there: save to an empty place"

@@ -7,12 +7,11 @@ is unfinished, whatever is in it. Nothing here knows jax, or what is in a leaf.
 import importlib.metadata
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import paths
 from qwen_jax.config import read_json
 
 CONFIG = "config.json"
@@ -34,7 +33,7 @@ class CheckpointError(ValueError):
 
 def existing(path: str | Path) -> Path:
     """The folder at `path`, which has a config.json. Raises CheckpointError."""
-    root = Path(path).absolute()
+    root = paths.absolute(path)
     if not root.is_dir():
         raise CheckpointError(f"{path} is not a directory")
     if not (root / CONFIG).is_file():
@@ -118,12 +117,7 @@ def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: A
 
 def file_sizes(root: Path) -> dict[str, int]:
     """The size of every file under params/, by its path within the directory."""
-    sizes = {}
-    for folder, _, names in os.walk(root / PARAMS):
-        for name in names:
-            file = Path(folder, name)
-            sizes[file.relative_to(root).as_posix()] = file.stat().st_size
-    return dict(sorted(sizes.items()))
+    return {f"{PARAMS}/{name}": size for name, size in paths.sizes(root / PARAMS).items()}
 
 
 def check_shapes(
@@ -153,14 +147,12 @@ def carry(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             index = file.name.endswith(".index.json")
             if file.is_file() and not index and file.name not in _NOT_CARRIED:
-                shutil.copyfile(file, target / file.name)
+                paths.copy(file, target / file.name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    paths.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _version(library: str) -> str:

@@ -11,18 +11,21 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from qwen_jax import paths
 
 if TYPE_CHECKING:
     import jax
     from jax.sharding import Sharding
 
 CHUNK_BYTES = 64 * 2**20
+_SMALL_FILES = 16  # read or written at the same time: a remote one takes long to answer
 _WRITES = 8  # at the same time; each waits until its chunk is on the disk
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -103,9 +106,8 @@ def chunk_files(leaves: Mapping[str, Leaf]) -> dict[str, int]:
 def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
     """Everything but the chunks: after this the tree exists, and its values are missing."""
     tree = {}
+    arrays: dict[Path, bytes] = {}
     for leaf in leaves.values():
-        folder = params / leaf.path
-        folder.mkdir(parents=True, exist_ok=True)
         array = {
             "zarr_format": 2,
             "shape": leaf.shape,
@@ -117,7 +119,7 @@ def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
             "filters": None,
             "dimension_separator": ".",
         }
-        (folder / ".zarray").write_text(json.dumps(array))
+        arrays[params / leaf.path / ".zarray"] = json.dumps(array).encode()
         keys = tuple(leaf.path.split("."))
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
@@ -131,14 +133,21 @@ def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (params / "_METADATA").write_text(json.dumps(metadata))
+    for file in arrays:
+        paths.make_folder(file.parent)
+    with ThreadPoolExecutor(_SMALL_FILES) as executor:
+        list(executor.map(paths.write, arrays.keys(), arrays.values()))
+    paths.write(params / "_METADATA", json.dumps(metadata).encode())
 
 
 def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
     """The leaves of a params/ that `write_metadata` wrote."""
     leaves = {}
-    for file in params.glob("*/.zarray"):
-        array = json.loads(file.read_text())
+    files = list(params.glob("*/.zarray"))
+    with ThreadPoolExecutor(_SMALL_FILES) as executor:
+        texts = list(executor.map(lambda file: file.read_text(), files))
+    for file, text in zip(files, texts, strict=True):
+        array = json.loads(text)
         path = file.parent.name
         if array["zarr_format"] != 2 or array["compressor"] or array["filters"]:
             raise ValueError(f"{file.parent} is compressed: only plain chunks can be exported")
@@ -151,11 +160,11 @@ def open_leaf(params: Path, name: str, write: bool = False) -> Any:
     import tensorstore
 
     # The default number of reads at a time would keep gigabytes of chunks in memory.
-    context = tensorstore.Context({"file_io_concurrency": {"limit": _WRITES if write else 2}})
-    kvstore = {"driver": "file", "path": f"{params / name}{os.sep}"}
+    limits = {"file_io_concurrency": _WRITES if write else 2, "gcs_request_concurrency": _WRITES}
+    context = tensorstore.Context({key: {"limit": limit} for key, limit in limits.items()})
     spec = {
         "driver": "zarr",
-        "kvstore": kvstore,
+        "kvstore": paths.kvstore(params / name),
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from qwen_jax import paths
+
 # A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
 # backtracks through the whole run, and tiktoken panics at a million characters; the alternative
 # before it takes runs of more than 256 by chunks, possessively, and matches exactly the same text.
@@ -204,7 +206,7 @@ class TextStream:
 
 def _read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
     """Line number, token and id of each line "base64 id" that is not blank."""
-    with open(path, "rb") as file:
+    with paths.parse(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             fields = line.split()
             if not fields:

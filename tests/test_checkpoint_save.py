@@ -39,7 +39,7 @@ def made(mesh: Any, dtype: Any = jnp.float32) -> Any:
         return tiny_decoder(CONFIG, dtype)
 
 
-def save_on(path: Path, mesh: Any, dtype: Any = jnp.float32, stacked: bool = False) -> Any:
+def save_on(path: Path | str, mesh: Any, dtype: Any = jnp.float32, stacked: bool = False) -> Any:
     """The decoder that was saved, with a leaf for each layer."""
     with sharding.entered(mesh):
         decoder = tiny_decoder(CONFIG, dtype)
@@ -211,7 +211,7 @@ def stopping(function):
     return stop
 home, name = where.split(".")
 setattr(globals()[home], name, stopping(getattr(globals()[home], name)))
-save_on(__import__("pathlib").Path(sys.argv[1]), mesh_of(4, 2))
+save_on(sys.argv[1], mesh_of(4, 2))
 """
 MOMENTS = [
     ("checkpoint.write_json", 1),
