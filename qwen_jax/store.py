@@ -115,7 +115,7 @@ def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
             "dtype": {"float32": "<f4", "float16": "<f2"}.get(leaf.dtype, leaf.dtype),
             "order": "C",
             "compressor": None,
-            "fill_value": None,
+            "fill_value": None,  # of any other, chunks that hold nothing else would be left out
             "filters": None,
             "dimension_separator": ".",
         }
@@ -162,12 +162,8 @@ def open_leaf(params: Path, name: str, write: bool = False) -> Any:
     # The default number of reads at a time would keep gigabytes of chunks in memory.
     limits = {"file_io_concurrency": _WRITES if write else 2, "gcs_request_concurrency": _WRITES}
     context = tensorstore.Context({key: {"limit": limit} for key, limit in limits.items()})
-    spec = {
-        "driver": "zarr",
-        "kvstore": paths.kvstore(params / name),
-        "fill_missing_data_reads": False,
-        "store_data_equal_to_fill_value": True,
-    }
+    kvstore = paths.kvstore(params / name)
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
     return tensorstore.open(spec, open=True, read=True, write=write, context=context).result()
 
 

@@ -95,7 +95,7 @@ def test_an_array_is_never_whole_on_the_host(tmp_path, monkeypatch):
 
 
 def test_a_leaf_of_zeros_is_written(tmp_path):
-    """TensorStore leaves out chunks of its fill value unless told otherwise."""
+    """A chunk of the fill value alone, if there were one, would be left out."""
     with sharding.entered(mesh_of(4, 2)):
         decoder = model.create(CONFIG, jax.random.key(0), jnp.float32)
         checkpoint.save(tmp_path / "m", CONFIG, decoder)
