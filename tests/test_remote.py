@@ -132,11 +132,13 @@ def upload():
         for _ in range(5):
             target.write(bytes(8 * 2**20))
         {end}
+code = 0
 try:
     upload()
 except OSError:
-    gc.collect()  # what gcsfs is not told of, it completes here
-    sys.exit(3)
+    code = 3
+gc.collect()  # what gcsfs is not told of, it completes here
+sys.exit(code)
 """
 
 
