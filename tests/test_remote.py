@@ -125,7 +125,7 @@ def test_killed_while_saving(bucket, where, count):
 
 
 UPLOAD = """
-import gc, os, sys
+import gc, os, sys, time
 from qwen_jax import paths
 def upload():
     with paths.writer(paths.parse(sys.argv[1])) as target:
@@ -137,7 +137,8 @@ try:
     upload()
 except OSError:
     code = 3
-gc.collect()  # what gcsfs is not told of, it completes here
+gc.collect()
+time.sleep(1)  # what is left open, gcsfs would complete here, in a thread of its own
 sys.exit(code)
 """
 
