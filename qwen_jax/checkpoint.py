@@ -40,7 +40,7 @@ from qwen_jax.directory import (
 
 if TYPE_CHECKING:
     import jax
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import Mesh
 
     from qwen_jax.generation_config import GenerationConfig
     from qwen_jax.model import Decoder

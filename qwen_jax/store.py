@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 CHUNK_BYTES = 64 * 2**20
-_SMALL_FILES = 16  # read or written at the same time: a remote one takes long to answer
 _WRITES = 8  # at the same time; each waits until its chunk is on the disk
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -135,16 +134,21 @@ def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
     }
     for file in arrays:
         paths.make_folder(file.parent)
-    with ThreadPoolExecutor(_SMALL_FILES) as executor:
+    with _small_files(params) as executor:
         list(executor.map(paths.write, arrays.keys(), arrays.values()))
     paths.write(params / "_METADATA", json.dumps(metadata).encode())
+
+
+def _small_files(params: Path) -> ThreadPoolExecutor:
+    """For files that are remote, and take long to answer; elsewhere threads cost memory."""
+    return ThreadPoolExecutor(16 if paths.is_remote(params) else 1)
 
 
 def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
     """The leaves of a params/ that `write_metadata` wrote."""
     leaves = {}
     files = list(params.glob("*/.zarray"))
-    with ThreadPoolExecutor(_SMALL_FILES) as executor:
+    with _small_files(params) as executor:
         texts = list(executor.map(lambda file: file.read_text(), files))
     for file, text in zip(files, texts, strict=True):
         array = json.loads(text)
