@@ -18,10 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.folder import ITEM_BYTES
-from convert.store import Band
-from qwen_jax import processes
+from qwen_jax import paths, processes
+from qwen_jax.store import Band
 
 BLOCK_BYTES = 16 * 2**20
+Source = int | paths.Object  # an int is a file's descriptor
+Target = int | paths.Upload
 _stop = threading.Event()
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -35,12 +37,11 @@ def import_band(band: Band, params: Path, file: Path, offset: int, dtype: str) -
 
     A file has its name only when it is complete: what an interrupted run left can be trusted.
     """
-    drafts = {f.with_name(f"{f.name}.tmp"): f for f in band.files(params)}
     row_bytes = band.row_elements * ITEM_BYTES[dtype]
     offset += band.start * row_bytes
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open(file, "rb", buffering=0)).fileno()
-        targets = [stack.enter_context(open(f, "wb", buffering=0)).fileno() for f in drafts]
+        source = stack.enter_context(paths.reader(file))
+        targets = [stack.enter_context(paths.writer(f)) for f in band.files(params)]
         if len(targets) == 1 and band.whole and dtype == band.leaf.dtype:
             _copy(source, targets[0], offset, band.rows * row_bytes)
         else:
@@ -48,14 +49,16 @@ def import_band(band: Band, params: Path, file: Path, offset: int, dtype: str) -
                 parts = _columns(source, offset + first * row_bytes, rows, band, dtype)
                 for target, part in zip(targets, parts, strict=True):
                     write(target, cast(part, band.leaf.dtype, band.leaf.path))
-    for draft, file in drafts.items():
-        draft.replace(file)
 
 
-def _columns(source: int, offset: int, rows: int, band: Band, dtype: str) -> Iterator[np.ndarray]:
-    """Each piece's columns of some rows. Of rows that are not all ours, only our bytes are read."""
+def _columns(
+    source: Source, offset: int, rows: int, band: Band, dtype: str
+) -> Iterator[np.ndarray]:
+    """Each piece's columns of some rows. Of rows that are not all ours, only our bytes are read,
+    unless each run of them would be a request.
+    """
     kind, columns = numpy_dtype(dtype), band.leaf.shape[1:]
-    if band.whole:
+    if band.whole or isinstance(source, paths.Object):
         data = read(source, offset, rows * band.row_elements * kind.itemsize)
         array = data.view(kind).reshape(rows, *columns)
         yield from (array[(slice(None), *at)] for at in band.pieces.values())
@@ -79,21 +82,21 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def export_band(band: Band, params: Path, target: int, dtype: str) -> None:
+def export_band(band: Band, params: Path, target: Target, dtype: str) -> None:
     """Append a band to the open file `target`, as `dtype`."""
     with contextlib.ExitStack() as stack:
         files = band.files(params)
-        sources = {stack.enter_context(open(f, "rb", buffering=0)): at for f, at in files.items()}
+        sources = {stack.enter_context(paths.reader(f)): at for f, at in files.items()}
         item = ITEM_BYTES[band.leaf.dtype]
         if len(sources) == 1 and dtype == band.leaf.dtype:
-            _copy(next(iter(sources)).fileno(), target, 0, band.chunk_elements * item)
+            _copy(next(iter(sources)), target, 0, band.chunk_elements * item)
             return
         narrow = band.leaf.chunks[1:]
         row_bytes = band.chunk_elements // band.rows * item
         for first, rows in blocks(band, dtype):
             array = np.empty((rows, *band.leaf.shape[1:]), numpy_dtype(band.leaf.dtype))
             for source, at in sources.items():
-                data = read(source.fileno(), first * row_bytes, rows * row_bytes)
+                data = read(source, first * row_bytes, rows * row_bytes)
                 array[(slice(None), *at)] = data.view(array.dtype).reshape(rows, *narrow)
             write(target, cast(array, dtype, band.leaf.path))
 
@@ -118,39 +121,46 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return result
 
 
-def read(source: int, offset: int, count: int) -> np.ndarray:
+def read(source: Source, offset: int, count: int) -> np.ndarray:
     """Exactly `count` bytes."""
     data = np.empty(count, np.uint8)
     _fill(source, offset, data.data)
     return data
 
 
-def _fill(source: int, offset: int, memory: memoryview) -> None:
+def _fill(source: Source, offset: int, memory: memoryview) -> None:
     while memory:
         _check_stop()
-        got = os.preadv(source, [memory], offset)
+        if isinstance(source, paths.Object):
+            data = source.read(offset, min(len(memory), BLOCK_BYTES))
+            got = len(data)
+            memory[:got] = data
+        else:
+            got = os.preadv(source, [memory], offset)
         if got == 0:
             raise OSError("a file ended while it was read: it has been changed by someone else")
         memory, offset = memory[got:], offset + got
 
 
-def write(target: int, array: np.ndarray) -> None:
+def write(target: Target, array: np.ndarray) -> None:
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while data:
         _check_stop()
-        data = data[os.write(target, data) :]
+        done = target.write(data) if isinstance(target, paths.Upload) else os.write(target, data)
+        data = data[done:]
 
 
-def _copy(source: int, target: int, offset: int, count: int) -> None:
+def _copy(source: Source, target: Target, offset: int, count: int) -> None:
     """Copy bytes within the kernel where it can do that, otherwise through a buffer."""
     while count:
         _check_stop()
-        try:
-            done = os.copy_file_range(source, target, min(count, BLOCK_BYTES), offset)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NOT_BY_KERNEL:
-                raise
-            done = 0
+        done = 0
+        if isinstance(source, int) and isinstance(target, int):
+            try:
+                done = os.copy_file_range(source, target, min(count, BLOCK_BYTES), offset)
+            except (AttributeError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _NOT_BY_KERNEL:
+                    raise
         if done == 0:  # also what some file systems answer instead of an error
             done = min(count, BLOCK_BYTES)
             write(target, read(source, offset, done))

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import paths
 from qwen_jax.config import read_json
+from qwen_jax.store import ITEM_BYTES
 
 INDEX = "model.safetensors.index.json"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -111,14 +112,13 @@ def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, in the order of their bytes."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > _LARGEST_HEADER:
-            raise ValueError(f"{file} is not a safetensors file: its first 8 bytes are no length")
-        if 8 + length > size:
-            raise ValueError(f"{file} is truncated within its header: download it again")
-        text = stream.read(length)
+    size = paths.size(file)
+    length = int.from_bytes(paths.read(file, 0, 8), "little") if size >= 8 else 0
+    if size < 8 or length > _LARGEST_HEADER:
+        raise ValueError(f"{file} is not a safetensors file: its first 8 bytes are no length")
+    if 8 + length > size:
+        raise ValueError(f"{file} is truncated within its header: download it again")
+    text = paths.read(file, 8, length)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)

@@ -11,7 +11,6 @@ import functools
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, shares, store, target
-from qwen_jax import checkpoint, command, processes
+from convert import folder, names, shares, target
+from qwen_jax import checkpoint, command, directory, paths, processes, store
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -30,7 +29,8 @@ EXAMPLES = """examples:
   python convert/from_hf.py SRC DST --dtype float32 --verify     cast, then compare every tensor
   python convert/from_hf.py SRC DST --mesh fsdp=4,tp=2           stored in the pieces of this mesh
 
-A directory stored for one mesh loads into any other; files of its own pieces load fastest.
+A directory stored for one mesh loads into any other; files of its own pieces load fastest. SRC and
+DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
 
 
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("src", metavar="SRC", help="a folder, or a model on the hub such as Qwen/Qwen-7B")
-    add("dst", metavar="DST", type=Path, help="the model directory to make")
+    add("dst", metavar="DST", help="the model directory to make")
     add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's own)")
     add("--mesh", metavar="AXES", help="store in the pieces of this mesh, such as fsdp=4,tp=2")
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
@@ -104,8 +104,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         mesh = sharding.parse_mesh(args.mesh)
     except ValueError as error:
         raise command.UsageError(f"--mesh: {error}") from None
+    dst = paths.parse(args.dst)
     source = processes.first(lambda: locate(args.src))
-    target.check_apart(source, args.dst)
+    target.check_apart(source, dst)
     config = read_config(source)
     sharding.check(config.sizes, mesh)
     tensors = folder.read(source)
@@ -129,12 +130,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         for path, leaf in abstract.items()
     }
     leaves = _leaves(shapes_of, partitions, dtype, mesh)
-    return Plan(source, args.dst, tensors, wanted, leaves, partitions, facts)
+    return Plan(source, dst, tensors, wanted, leaves, partitions, facts)
 
 
 def locate(src: str) -> Path:
     """The folder of SRC; a model on the hub is downloaded first, or what is lacking of it."""
-    path = Path(src)
+    path = paths.parse(src)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src):
@@ -145,7 +146,7 @@ def locate(src: str) -> Path:
         raise ValueError(
             f"{src} is no folder here; to take it from the hub: pip install 'qwen-jax[hub]'"
         ) from None
-    patterns = ["*.safetensors", *target.CARRIED]
+    patterns = ["*.safetensors", *directory.CARRIED]
     command.say(f"{src}: downloading from the hub what is not here yet")
     try:
         # The folders of a repository hold other formats and training state.
@@ -205,12 +206,12 @@ def copy(plan: Plan) -> None:
         target.check_space(plan.target, needed)
         if resumed:
             command.say(
-                f"continuing: {target.size(done)} of {target.size(done + needed)} are there"
+                f"continuing: {command.size(done)} of {command.size(done + needed)} are there"
             )
         with target.explained(plan.target, needed):
             target.begin(plan.target, plan.facts)
-            target.carry(plan.source, plan.target)
-            shutil.copyfile(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
+            directory.carry(plan.source, plan.target)
+            paths.copy(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
             store.write_metadata(plan.params, plan.leaves)
     processes.barrier()
     if processes.index() > 0:
@@ -227,6 +228,7 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
 
     done = needed = 0
     jobs: list[Job] = []
+    found = directory.file_sizes(plan.target) if resumed else {}
     share = shares.Shares(plan.leaves, plan.partitions, plan.facts["mesh"], processes.count())
     for tensor, expected in zip(plan.tensors.values(), plan.wanted.values(), strict=True):
         for part in expected.parts:
@@ -234,23 +236,17 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
             for band in plan.leaves[part.path].bands():
                 mine = share.of(processes.index(), band)
                 piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
-                lacking = band.pieces.keys() - _there(plan, band, piece if resumed else None)
+                where = f"{checkpoint.PARAMS}/{part.path}"
+                there = {name for name in band.pieces if found.get(f"{where}/{name}") == piece}
+                lacking = band.pieces.keys() - there
                 needed += piece * len(lacking)
-                done += piece * (len(band.pieces) - len(lacking))
+                done += piece * len(there)
                 if todo := {name: at for name, at in mine.items() if name in lacking}:
                     rest = dataclasses.replace(band, pieces=todo)
                     arguments = (rest, plan.params, tensor.file, offset, tensor.dtype)
                     job = functools.partial(copying.import_band, *arguments)
                     jobs.append((piece * len(todo), job))
     return done, needed, jobs
-
-
-def _there(plan: Plan, band: store.Band, size: int | None) -> set[str]:
-    """The chunks of a band that have been written, each of `size` bytes; None: do not look."""
-    files = zip(band.pieces, band.files(plan.params), strict=True)
-    return {
-        name for name, f in files if size is not None and f.is_file() and f.stat().st_size == size
-    }
 
 
 def _as_stored(plan: Plan, dtype: str | None) -> Plan:

@@ -1,4 +1,4 @@
-"""What both converters do around the copying: the folder written to, and the files carried along.
+"""What both converters do around the copying: the folder written to.
 
 A target in work holds `unfinished.json`, which says what is being made of what. The same command
 finds it and continues; another one is refused. It goes when the target is complete.
@@ -11,18 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import command
-from qwen_jax.checkpoint import CONFIG, MANIFEST, UNFINISHED, write_json
+from qwen_jax import command, paths
+from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
 from qwen_jax.config import read_json
-
-# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
-CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-_NOT_CARRIED = (MANIFEST, UNFINISHED)
 
 
 def check_apart(source: Path, target: Path) -> None:
     """Raise UsageError when one folder is the other, or is within it."""
-    source, target = source.resolve(), target.resolve()
+    source, target = (p if paths.is_remote(p) else p.resolve() for p in (source, target))
     if source == target or source in target.parents:
         raise command.UsageError(f"DST {target} is within SRC {source}: choose another place")
 
@@ -74,17 +70,19 @@ def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
 
 def check_space(target: Path, needed: int) -> None:
     """Raise ValueError when the disk of `target` has no room for `needed` bytes more."""
+    if paths.is_remote(target):
+        return
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"{target} needs {size(needed)} more on a disk that has {size(free)} free: free some "
-            "space or choose another place"
+            f"{target} needs {command.size(needed)} more on a disk that has {command.size(free)} "
+            "free: free some space or choose another place"
         )
 
 
 def begin(target: Path, facts: Mapping[str, Any]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(target)
     write_json(target / UNFINISHED, facts)
 
 
@@ -101,25 +99,11 @@ def explained(target: Path, needed: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(
-            f"the disk of {target} is full; up to {size(needed)} were needed: free some space and "
-            "give the same command again, it continues"
+            f"the disk of {target} is full; up to {command.size(needed)} were needed: free some "
+            "space and give the same command again, it continues"
         ) from error
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
     """What tells whether the source is still the same: its files' names, sizes and times."""
-    stats = {file.name: file.stat() for file in files}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
-
-
-def carry(source: Path, target: Path) -> None:
-    """Copy everything but weights and config.json, byte for byte."""
-    for pattern in CARRIED:
-        for file in source.glob(pattern):
-            weights = file.name.endswith(".index.json") or file.name == CONFIG
-            if file.is_file() and not weights and file.name not in _NOT_CARRIED:
-                shutil.copyfile(file, target / file.name)
-
-
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+    return {name: paths.stamp(file) for name, file in sorted((f.name, f) for f in files)}

@@ -12,17 +12,18 @@ import functools
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, store, target
-from qwen_jax import checkpoint, command, processes
+from convert import folder, names, target
+from qwen_jax import checkpoint, command, directory, paths, processes, store
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -30,7 +31,8 @@ EXAMPLES = """examples:
   python convert/to_hf.py SRC DST --max-shard-size 500MB --verify smaller files, then compare
   python convert/to_hf.py SRC DST --dtype float16                 cast on the way
 
-For the dtype of the checkpoint that SRC was made of, every tensor comes back byte for byte.
+For the dtype of the checkpoint that SRC was made of, every tensor comes back byte for byte. SRC and
+DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
 
 
@@ -59,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("src", metavar="SRC", type=Path, help="a model directory")
-    add("dst", metavar="DST", type=Path, help="the folder to make; it may exist if empty")
+    add("src", metavar="SRC", help="a model directory")
+    add("dst", metavar="DST", help="the folder to make; it may exist if empty")
     add("--dtype", choices=folder.CODES, help="dtype to write (default: the directory's own)")
     add(
         "--max-shard-size",
@@ -105,12 +107,13 @@ def convert(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be found wrong without writing is found here."""
-    target.check_apart(args.src, args.dst)
-    manifest = checkpoint.verify_whole(args.src)
-    config = Config.from_hf(read_json(args.src / checkpoint.CONFIG))
+    src, dst = paths.parse(args.src), paths.parse(args.dst)
+    target.check_apart(src, dst)
+    manifest = checkpoint.verify_whole(src)
+    config = Config.from_hf(read_json(src / checkpoint.CONFIG))
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    checkpoint.check_shapes(args.src, manifest, shapes)
+    checkpoint.check_shapes(src, manifest, shapes)
     wanted = names.expected(shapes)
     dtype = args.dtype or manifest["dtype"]
     sizes = {name: math.prod(t.shape) * folder.ITEM_BYTES[dtype] for name, t in wanted.items()}
@@ -118,13 +121,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "made_by": "convert/to_hf.py",
         "dtype": dtype,
         "max_shard_size": args.max_shard_size,
-        "source": target.fingerprint(
-            args.src / n for n in (checkpoint.MANIFEST, checkpoint.CONFIG)
-        ),
+        "source": target.fingerprint(src / n for n in (checkpoint.MANIFEST, checkpoint.CONFIG)),
     }
-    leaves = store.read_leaves(args.src / checkpoint.PARAMS, manifest["dtype"])
+    leaves = store.read_leaves(src / checkpoint.PARAMS, manifest["dtype"])
     shards = split(sizes, args.max_shard_size)
-    return Plan(args.src, args.dst, wanted, leaves, shards, dtype, facts)
+    return Plan(src, dst, wanted, leaves, shards, dtype, facts)
 
 
 def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -153,11 +154,11 @@ def copy(plan: Plan) -> None:
         target.check_space(plan.target, needed)
         if resumed:
             command.say(
-                f"continuing: {target.size(done)} of {target.size(done + needed)} are there"
+                f"continuing: {command.size(done)} of {command.size(done + needed)} are there"
             )
         with target.explained(plan.target, needed):
             target.begin(plan.target, plan.facts)
-            target.carry(plan.source, plan.target)
+            directory.carry(plan.source, plan.target)
             _write_config(plan)
     processes.barrier()
     if processes.index() > 0:
@@ -202,6 +203,8 @@ def _jobs(plan: Plan, file: str, resumed: bool) -> tuple[int, list[Job]]:
     sizes = [band.rows * band.row_elements * folder.ITEM_BYTES[plan.dtype] for band in bands]
     if whole.exists():
         return sum(sizes), []
+    if paths.is_remote(whole):  # cannot be appended to: a file is one piece of work
+        return 0, [(sum(sizes), functools.partial(_upload, plan, whole, head, bands))]
     written = draft.stat().st_size if resumed and draft.exists() else 0
     jobs: list[Job] = []
     if written < len(head):
@@ -225,6 +228,15 @@ def _rename(file: Path, name: Path) -> None:
     file.rename(name)
 
 
+def _upload(plan: Plan, file: Path, head: bytes, bands: list[store.Band]) -> None:
+    from convert import copying
+
+    with paths.writer(file) as stream:
+        copying.write(stream, np.frombuffer(head, np.uint8))
+        for band in bands:
+            copying.export_band(band, plan.params, stream, plan.dtype)
+
+
 def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
     from convert import copying
 
@@ -243,7 +255,7 @@ def _write_config(plan: Plan) -> None:
     if stale:
         checkpoint.write_json(copied, values | dict.fromkeys(stale, plan.dtype))
     else:
-        shutil.copyfile(source, copied)
+        paths.copy(source, copied)
 
 
 def _write_index(plan: Plan) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from convert import copying
 from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, Part
-from convert.store import Band, Leaf
-from qwen_jax import checkpoint, processes
+from qwen_jax import paths, processes, store
+from qwen_jax.store import Band, Leaf
 
 
 def verify(
@@ -63,7 +63,7 @@ def _jobs(
 
 
 def _open(params: Path, part: Part) -> Any:
-    array = checkpoint.open_leaf(params, part.path)
+    array = store.open_leaf(params, part.path)
     if tuple(array.shape) != part.shape:
         raise ValueError(
             f"{params / part.path} has shape {list(array.shape)}, not {list(part.shape)}"
@@ -74,10 +74,10 @@ def _open(params: Path, part: Part) -> Any:
 def _equal(array: Any, tensor: Tensor, part: Part, band: Band, exported: bool) -> bool:
     row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
     offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes
-    with open(tensor.file, "rb", buffering=0) as file:
+    with paths.reader(tensor.file) as file:
         for first, rows in copying.blocks(band, tensor.dtype):
             start = band.start + first
-            outer = copying.read(file.fileno(), offset + first * row_bytes, rows * row_bytes)
+            outer = copying.read(file, offset + first * row_bytes, rows * row_bytes)
             outer = outer.view(copying.numpy_dtype(tensor.dtype))
             inner = array[start : start + rows].read().result().reshape(-1)
             if exported:

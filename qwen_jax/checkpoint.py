@@ -1,60 +1,82 @@
-"""A model directory: what is in it, whether it is whole, and its decoder restored into any mesh.
+"""A model directory: its config, tokenizer and decoder read, and a decoder written, on any mesh.
 
     config.json, generation_config.json, tokenizer files    as the checkpoint's author wrote them
     params/          an Orbax tree with a leaf for each layer, `layers` -> `0` -> `attn` -> `q`
     manifest.json    written last: the size of every file of params/, shapes, dtype, versions
 
-A directory without its manifest is unfinished and is never read. Writing is `convert/from_hf.py`.
+A directory without its manifest is unfinished and is never read. A mesh decides how the files are
+cut, and nothing else: what was saved on one is restored on any other, by any number of processes.
 """
 
 import contextlib
-import importlib.metadata
-import json
-import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_jax import paths, store
 from qwen_jax.config import Config, read_json
+from qwen_jax.directory import (
+    CONFIG,
+    GENERATION_CONFIG,
+    MANIFEST,
+    PARAMS,
+    SAVED_BY,
+    TOKENIZER,
+    UNFINISHED,
+    CheckpointError,
+    carry,
+    check_shapes,
+    differences,
+    existing,
+    file_sizes,
+    mismatch,
+    verify_whole,
+    write_json,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     import jax
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import Mesh
 
     from qwen_jax.generation_config import GenerationConfig
     from qwen_jax.model import Decoder
     from qwen_jax.tokenizer import Tokenizer
     from qwen_jax.weights import Weight
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-MANIFEST = "manifest.json"
-PARAMS = "params"
-UNFINISHED = "unfinished.json"  # there while a conversion is under way
-FORMAT = 2  # 1 had a leaf axis for heads
-_TOKENIZER = "qwen.tiktoken"
+__all__ = [
+    "CONFIG",
+    "MANIFEST",
+    "PARAMS",
+    "UNFINISHED",
+    "CheckpointError",
+    "check_shapes",
+    "load",
+    "load_config",
+    "load_generation_config",
+    "load_tokenizer",
+    "save",
+    "verify_whole",
+    "write_json",
+    "write_manifest",
+]
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_READERS = 2  # leaves that are read at the same time
-
-
-class CheckpointError(ValueError):
-    """A model directory that cannot be used; the message says what to do."""
+_READERS, _WRITERS = 2, 4  # leaves at the same time
 
 
 def load_config(path: str | Path) -> Config:
     """The architecture of a model directory. Raises CheckpointError or ValueError."""
-    return Config.from_hf(read_json(_directory(path) / CONFIG))
+    return Config.from_hf(read_json(existing(path) / CONFIG))
 
 
 def load_generation_config(path: str | Path) -> "GenerationConfig":
     """The directory's generation_config.json, checked; without one, that of an empty file."""
     from qwen_jax.generation_config import GenerationConfig
 
-    file = _directory(path) / GENERATION_CONFIG
+    file = existing(path) / GENERATION_CONFIG
     return GenerationConfig.from_hf(read_json(file) if file.exists() else {})
 
 
@@ -66,12 +88,12 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     """
     from qwen_jax.tokenizer import Tokenizer
 
-    root = _directory(path)
-    if not (root / _TOKENIZER).exists():
+    root = existing(path)
+    if not (root / TOKENIZER).exists():
         return None
     settings = root / _TOKENIZER_CONFIG
     extra = read_json(settings).get("extra_vocab_file") if settings.exists() else None
-    return Tokenizer.from_file(root / _TOKENIZER, root / extra if extra else None)
+    return Tokenizer.from_file(root / TOKENIZER, root / extra if extra else None)
 
 
 def load(
@@ -91,64 +113,21 @@ def load(
     from qwen_jax import sharding
     from qwen_jax.weights import replace_leaves
 
-    root = _directory(path)
+    root = existing(path)
     manifest = verify_whole(root)
     mesh = mesh or sharding.current_mesh()
     config = config or load_config(root)
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
     check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
     sharding.check(config.sizes, mesh)
-    with _one_line(root), ThreadPoolExecutor(_READERS) as executor:
-        restored = {
-            name: executor.submit(
-                _restore,
-                root / PARAMS,
-                name,
-                leaf,
-                sharding.named(leaf.letters, mesh, config.sizes),
-            )
-            for name, leaf in leaves.items()
-        }
+    with _one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
+        restored = {}
+        for name, leaf in leaves.items():
+            shape = tuple(leaf.shape)
+            place = sharding.named(leaf.letters, mesh, config.sizes)
+            wanted = (root / PARAMS, name, shape, leaf.dtype, place)
+            restored[name] = executor.submit(store.restore, *wanted)
         return replace_leaves(decoder, lambda name, leaf: restored[name].result())
-
-
-def open_leaf(params: Path, name: str) -> Any:
-    """The TensorStore of a leaf; a file that is missing is an error, never zeros."""
-    import tensorstore
-
-    # The default number of reads at a time would keep gigabytes of chunks in memory.
-    context = tensorstore.Context({"file_io_concurrency": {"limit": 2}})
-    kvstore = {"driver": "file", "path": f"{params / name}{os.sep}"}
-    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-    return tensorstore.open(spec, open=True, read=True, context=context).result()
-
-
-def _restore(params: Path, name: str, leaf: "Weight", place: "NamedSharding") -> "jax.Array":
-    """One leaf on the mesh.
-
-    Orbax's own restore holds about 1.5 times the weights; here they are read into the memory that
-    jax then takes over.
-    """
-    import jax
-    import tensorstore
-
-    stored = tensorstore.cast(open_leaf(params, name), tensorstore.dtype(leaf.dtype))
-
-    def shard(index: Any) -> np.ndarray:
-        piece = stored[index]
-        memory = _aligned(piece.shape, leaf.dtype)
-        tensorstore.array(memory).write(piece[tensorstore.d[:].translate_to[0]]).result()
-        return memory
-
-    return jax.make_array_from_callback(tuple(leaf.shape), place, shard)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; jax copies what begins elsewhere."""
-    count = math.prod(shape) * dtype.itemsize
-    memory = np.empty(count + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + count].view(dtype).reshape(shape)
 
 
 def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
@@ -161,143 +140,167 @@ def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Wei
     return decoder, named_leaves(decoder)
 
 
-def verify_whole(path: str | Path) -> dict[str, Any]:
-    """The manifest of a model directory all of whose files are there, each with its full size.
-
-    Raises CheckpointError otherwise. The contents are not read: `--verify` of the converters does.
-    """
-    root = _directory(path)
-    if not (root / MANIFEST).exists():
-        if (root / UNFINISHED).exists():
-            raise CheckpointError(
-                f"{root} is an unfinished conversion: give the same convert/ command again, it "
-                "continues where it stopped"
-            )
-        if any(root.glob("*.safetensors")):
-            raise CheckpointError(
-                f"{root} is a Hugging Face checkpoint: convert it with "
-                f"`python convert/from_hf.py {root} DIR` and use DIR"
-            )
-        raise CheckpointError(f"{root} is not a model directory: it has no {MANIFEST}")
-    manifest = read_json(root / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{root / MANIFEST} has format {manifest.get('format')!r}, this version of qwen_jax "
-            f"reads {FORMAT}: update qwen_jax or convert again"
-        )
-    found, listed = file_sizes(root), manifest.get("files")
-    if not isinstance(listed, dict) or not {"dtype", "shapes"} <= manifest.keys():
-        raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
-    problems = [f"{name} is missing" for name in listed if name not in found]
-    problems += [f"{name} does not belong there" for name in found if name not in listed]
-    problems += [
-        f"{name} has {found[name]:,} bytes instead of {size:,}"
-        for name, size in listed.items()
-        if found.get(name, size) != size
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"{root} is damaged: {', '.join(problems[:5])}{more}; convert or copy it again"
-        )
-    return manifest
-
-
-def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> None:
-    """Declare a directory whole: its leaves are there. `facts`: dtype, mesh, source."""
-    libraries = ("qwen-jax", "jax", "flax", "orbax-checkpoint")
-    write_json(
-        path / MANIFEST,
-        {
-            "format": FORMAT,
-            **facts,
-            "num_params": sum(math.prod(shape) for shape in shapes.values()),
-            "versions": {name: _version(name) for name in libraries},
-            "shapes": {name: list(shape) for name, shape in shapes.items()},
-            "files": file_sizes(path),
-        },
-    )
-
-
-def file_sizes(root: Path) -> dict[str, int]:
-    """The size of every file under params/, by its path within the directory."""
-    sizes = {}
-    for folder, _, names in os.walk(root / PARAMS):
-        for name in names:
-            file = Path(folder, name)
-            sizes[file.relative_to(root).as_posix()] = file.stat().st_size
-    return dict(sorted(sizes.items()))
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"layers.0.attn.q": x} -> {"layers": {"0": {"attn": {"q": x}}}}"""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *steps, last = path.split(".")
-        node = tree
-        for step in steps:
-            node = node.setdefault(step, {})
-        node[last] = value
-    return tree
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The inverse of `nested`, as pairs."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def _directory(path: str | Path) -> Path:
-    root = Path(path).absolute()
-    if not root.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
-    if not (root / CONFIG).is_file():
-        raise CheckpointError(f"{path} is not a model directory: it has no {CONFIG}")
-    return root
-
-
-def check_shapes(
-    root: Path, manifest: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+def save(
+    path: str | Path, config: Config, decoder: "Decoder", like: str | Path | None = None
 ) -> None:
-    """Raise CheckpointError when the stored leaves are not those that config.json speaks of."""
-    stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-    if stored == wanted:
-        return
-    problems = [f"no {name}" for name in wanted if name not in stored]
-    problems += [f"{name} is not in the model" for name in stored if name not in wanted]
-    problems += [
-        f"{name} is {list(stored[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if stored.get(name, shape) != shape
-    ]
-    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    raise CheckpointError(
-        f"the weights in {root} do not match {CONFIG}: {', '.join(problems[:5])}{more}"
-    )
+    """Write a decoder, from whatever mesh it lives on, as the model directory `path`.
+
+    decoder: with a leaf for each layer, or stacked. like: a model directory or checkpoint folder
+    whose tokenizer, generation_config and other small files come along, and its config.json where
+    that says the same as `config`. Every process of a run calls this with the same arguments; each
+    writes its own shards, into a file system they share, and returns when all is written. Beside
+    the weights, a process holds a few chunks of the files.
+
+    Without its manifest, which comes last, nothing that was written counts: remains of a save that
+    was stopped are never read, and are removed by the next one. Raises CheckpointError where `path`
+    holds anything else: an earlier directory is never touched.
+    """
+    root = paths.absolute(path)
+    settings = _settings(config, like)
+    pieces = _pieces(config, decoder)
+    leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    facts = {
+        "made_by": SAVED_BY,
+        "dtype": next(iter(leaves.values())).dtype,
+        "mesh": _mesh_sizes(decoder),
+    }
+
+    def begin() -> None:
+        _clear(root)
+        write_json(root / UNFINISHED, facts)
+        if like is not None:
+            carry(existing(like), root)
+        write_json(root / CONFIG, settings)
+        store.write_metadata(root / PARAMS, leaves)
+
+    def write() -> None:
+        with ThreadPoolExecutor(_WRITERS) as executor:
+            jobs = [executor.submit(store.write_shards, root / PARAMS, *p) for p in pieces.values()]
+            for job in jobs:
+                job.result()
+
+    def end() -> None:
+        wanted = store.chunk_files(leaves)
+        found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
+        if problems := differences(found, {f"{PARAMS}/{n}": wanted[n] for n in wanted}):
+            raise CheckpointError(f"{root} was not written as it should be: {problems}")
+        write_manifest(root, shapes, **facts)
+        (root / UNFINISHED).unlink()
+
+    with _one_line(root, "written"):
+        _together(begin, alone=True)
+        _together(write)
+        _together(end, alone=True)
+
+
+def _pieces(
+    config: Config, decoder: "Decoder"
+) -> "dict[str, tuple[store.Leaf, jax.Array, int | None]]":
+    """What is stored of a decoder, by path: the leaf, the array that holds it, and its layer there.
+
+    Raises CheckpointError when the decoder is not of this config.
+    """
+    from qwen_jax.weights import named_leaves
+
+    pieces: dict[str, tuple[store.Leaf, jax.Array, int | None]] = {}
+    for path, weight in named_leaves(decoder).items():
+        array = weight.get_value()
+        shape, shard = array.shape, array.sharding.shard_shape(array.shape)
+        names: dict[str, int | None] = {path: None}
+        step, _, rest = path.partition(".")
+        if step == "layers" and not rest.split(".")[0].isdecimal():
+            names = {f"layers.{i}.{rest}": i for i in range(shape[0])}
+            shape, shard = shape[1:], shard[1:]
+        chunks = store.chunk_shape(shard, array.dtype.itemsize)
+        for name, layer in names.items():
+            pieces[name] = (store.Leaf(name, shape, chunks, str(array.dtype)), array, layer)
+    dtypes = {leaf.dtype for leaf, _, _ in pieces.values()}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16", "float16"}:
+        raise CheckpointError(
+            f"the decoder has leaves of dtype {', '.join(sorted(dtypes))}: a directory holds one, "
+            "float32, bfloat16 or float16; cast the decoder first"
+        )
+    wanted = {n: tuple(leaf.shape) for n, leaf in abstract_leaves(config, "float32")[1].items()}
+    if problems := mismatch({name: leaf.shape for name, (leaf, _, _) in pieces.items()}, wanted):
+        raise CheckpointError(f"the decoder is not one of the config given: {problems}")
+    return {name: pieces[name] for name in wanted}
+
+
+def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:
+    from jax.sharding import NamedSharding
+
+    place = decoder.embedding.get_value().sharding
+    return dict(place.mesh.shape) if isinstance(place, NamedSharding) else {}
+
+
+def _clear(root: Path) -> None:
+    """An empty folder; what a save left that was stopped is removed, and nothing else."""
+    if (root / MANIFEST).exists():
+        raise CheckpointError(
+            f"{root} is a whole model directory already: save to another place, or remove it first"
+        )
+    paths.make_folder(root)
+    names = {file.name for file in root.iterdir()} if root.exists() else set()
+    names -= {f"{UNFINISHED}.tmp"}
+    if UNFINISHED in names and read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
+        # Its mark goes last, so that a kill here leaves what can be removed again.
+        for name in names - {UNFINISHED, PARAMS}:
+            (root / name).unlink()
+        if PARAMS in names:
+            paths.remove_tree(root / PARAMS)
+    elif names:
+        raise CheckpointError(
+            f"{root} holds {sorted(names)[0]}, which no save left there: save to an empty place"
+        )
+
+
+def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
+    """The config.json to write: that of `like`, as it is, where it says what `config` says."""
+    if like is not None:
+        values = read_json(existing(like) / CONFIG)
+        if Config.from_hf(values) == config:
+            return values
+    return config.to_hf()
+
+
+def _together(work: Callable[[], None], alone: bool = False) -> None:
+    """Every process does its part (alone: the first one only), and goes on when all have.
+
+    An error anywhere is one everywhere: nobody waits for a process that has gone.
+    """
+    import jax
+
+    error: Exception | None = None
+    try:
+        if not alone or jax.process_index() == 0:
+            work()
+    except Exception as caught:
+        error = caught
+    failed = np.array([error is not None])
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = multihost_utils.process_allgather(failed)
+    if error is not None:
+        raise error
+    if np.any(failed):
+        raise CheckpointError(f"process {int(np.argmax(failed))} could not write: see its error")
 
 
 @contextlib.contextmanager
-def _one_line(root: Path) -> Iterator[None]:
-    """TensorStore reports damage in many ways; here it is one."""
+def _one_line(root: Path, what: str) -> Iterator[None]:
+    """TensorStore reports trouble in many ways; here it is one."""
     try:
         yield
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{root / PARAMS} cannot be read: {detail}") from error
+        raise CheckpointError(f"{root / PARAMS} cannot be {what}: {detail}") from error
 
 
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+if __name__ == "__main__":
+    from qwen_jax.inspect_checkpoint import main
+
+    raise SystemExit(main())

@@ -135,6 +135,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def key_value(text: str) -> tuple[str, Any]:
     """`use_dynamic_ntk=true` -> ("use_dynamic_ntk", True); the value is JSON."""
     key, equals, value = text.partition("=")

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import paths
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -406,7 +408,7 @@ def _is_number(value: Any) -> bool:
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError that names the file when it is not one."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(paths.parse(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -8,12 +8,15 @@ formats, of the model, or of how many rows its embedding has.
 
 import binascii
 import codecs
+import io
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+from qwen_jax import paths
 
 # A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
 # backtracks through the whole run, and tiktoken panics at a million characters; the alternative
@@ -204,7 +207,8 @@ class TextStream:
 
 def _read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
     """Line number, token and id of each line "base64 id" that is not blank."""
-    with open(path, "rb") as file:
+    # At once: the file object of a remote file takes a minute for the lines of a vocabulary.
+    with io.BytesIO(paths.parse(path).read_bytes()) as file:
         for number, line in enumerate(file, start=1):
             fields = line.split()
             if not fields:

@@ -36,11 +36,11 @@ def contents(path: Path) -> dict[str, str]:
     }
 
 
-def there(source: Path, path: Path, *options: str) -> None:
+def there(source: Path | str, path: Path | str, *options: str) -> None:
     assert from_hf.main([str(source), str(path), *options]) == 0
 
 
-def back(model: Path, path: Path, *options: str) -> None:
+def back(model: Path | str, path: Path | str, *options: str) -> None:
     assert to_hf.main([str(model), str(path), *options]) == 0
 
 

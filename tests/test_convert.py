@@ -18,8 +18,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import copying, folder, from_hf, names, store, to_hf
-from qwen_jax import checkpoint
+from convert import copying, folder, from_hf, names, to_hf
+from qwen_jax import checkpoint, store
 from qwen_jax.presets import PRESETS
 from tests.conversion import (
     GOLDEN,
@@ -208,7 +208,7 @@ def test_verify_finds_a_flipped_bit(tmp_path, source, capfd):
     there(source, tmp_path / "model")
     assert from_hf.main([str(source), str(tmp_path / "model"), "--verify"]) == 0
     assert "verified: all 27 tensors" in last_line(capfd)
-    file = tmp_path / "model/params/layers.1.attn.k/0.0.0"
+    file = tmp_path / "model/params/layers.1.attn.k/0.0"
     flip(file, 5)
     assert from_hf.main([str(source), str(tmp_path / "model"), "--verify"]) == 1
     assert "differ in transformer.h.1.attn.c_attn.weight" in last_line(capfd)

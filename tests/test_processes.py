@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from convert import shares, store, target
-from qwen_jax import checkpoint, processes, roll_call, sharding
+from convert import shares, target
+from qwen_jax import checkpoint, processes, roll_call, sharding, store
 from tests import launch
 from tests.conversion import GOLDEN, contents, same, tensors, there
 from tests.tools.make_checkpoint import PRESETS as HF_PRESETS

@@ -1,0 +1,190 @@
+"""Files by path, on a disk or in Google Cloud Storage: the only file that knows the difference.
+
+A local path is a `pathlib.Path`, and what is done with it is done as directly as the system allows.
+`gs://...` is an `etils.epath.Path`, which has the same methods: names, `exists`, `is_dir`, `glob`,
+`iterdir`, `read_text`, `read_bytes`, `unlink`. For the rest there are functions here. An object
+appears whole or not at all, so it needs no draft that is renamed; it cannot be appended to.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+_PART = 16 * 2**20  # bytes of an upload that are sent at a time
+
+
+def parse(text: "str | os.PathLike[str]") -> Path:
+    """The path of that name. ValueError for an address that cannot be used, or not yet."""
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", os.fspath(text))
+    if scheme is None:
+        return Path(text)
+    if scheme[1] != "gs":
+        raise ValueError(f"{os.fspath(text)}: only local paths and gs://BUCKET/... can be used")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{os.fspath(text)} needs gcsfs: pip install 'qwen-jax[gcs]'")
+    from etils import epath
+
+    return cast(Path, epath.Path(text))
+
+
+def is_remote(path: Path) -> bool:
+    return not isinstance(path, Path)
+
+
+def absolute(path: "str | os.PathLike[str]") -> Path:
+    path = parse(path)
+    return path if is_remote(path) else path.absolute()
+
+
+def make_folder(path: Path) -> None:
+    """Folders exist on disks only."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    if is_remote(path):
+        _objects().rm(str(path), recursive=True)
+    else:
+        shutil.rmtree(path)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file. FileNotFoundError where there is none."""
+    return _objects().info(str(path))["size"] if is_remote(path) else path.stat().st_size
+
+
+def stamp(path: Path) -> list[int]:
+    """What changes when a file is written again: its size, and its time or generation."""
+    if is_remote(path):
+        found = _objects().info(str(path))
+        return [found["size"], int(found["generation"])]
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def sizes(root: Path) -> dict[str, int]:
+    """The size of every file under `root`, by its path within it. One listing when remote."""
+    if is_remote(root):
+        top = str(root).removeprefix("gs://") + "/"
+        found = _objects().find(str(root), detail=True)
+        return {name.removeprefix(top): entry["size"] for name, entry in sorted(found.items())}
+    local = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            file = Path(folder, name)
+            local[file.relative_to(root).as_posix()] = file.stat().st_size
+    return dict(sorted(local.items()))
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    if is_remote(path):
+        _objects().pipe_file(str(path), data)
+        return
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_bytes(data)
+    draft.replace(path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a small file."""
+    if is_remote(source) or is_remote(target):
+        write(target, source.read_bytes())
+    else:
+        shutil.copyfile(source, target)
+
+
+class Object:
+    """A remote file that is read in ranges."""
+
+    def __init__(self, path: Path):
+        self._path = str(path)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """The bytes that are there, at most `count`."""
+        return _objects().cat_file(self._path, start=offset, end=offset + count)
+
+
+class Upload:
+    """A remote file that is written from front to back, and appears when it is complete."""
+
+    def __init__(self, path: Path):
+        self._file: Any = _objects().open(str(path), "wb", block_size=_PART)
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+    def finish(self) -> None:
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Leave it unfinished, to expire; the file would otherwise complete itself when it goes."""
+        self._file.closed = True
+
+
+@contextlib.contextmanager
+def reader(path: Path) -> Iterator[int | Object]:
+    """To read ranges of bytes: the descriptor of a local file, or an Object."""
+    if is_remote(path):
+        yield Object(path)
+        return
+    with open(path, "rb", buffering=0) as file:
+        yield file.fileno()
+
+
+@contextlib.contextmanager
+def writer(path: Path) -> Iterator[int | Upload]:
+    """To write from front to back: the descriptor of a local draft, or an Upload.
+
+    The file has its name when this ends without an exception: what has its name is complete.
+    """
+    if is_remote(path):
+        upload = Upload(path)
+        try:
+            yield upload
+        except BaseException:
+            upload.abandon()
+            raise
+        upload.finish()
+        return
+    draft = path.with_name(f"{path.name}.tmp")
+    with open(draft, "wb", buffering=0) as file:
+        yield file.fileno()
+    draft.replace(path)
+
+
+def read(path: Path, offset: int, count: int) -> bytes:
+    """A range of bytes, as many as are there."""
+    if is_remote(path):
+        return Object(path).read(offset, count)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(count)
+
+
+def kvstore(folder: Path) -> dict[str, Any]:
+    """A folder as TensorStore is told of it."""
+    if is_remote(folder):
+        bucket, _, path = str(folder).removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    return {"driver": "file", "path": f"{folder}{os.sep}"}
+
+
+@functools.cache
+def _objects() -> Any:
+    """The file system behind epath, which must not remember what was there.
+
+    Other processes write, and TensorStore writes past it: a listing that it kept would be wrong.
+    """
+    from etils.epath import backend
+
+    system = backend.fsspec_backend.fs("gs://")
+    system.dircache.use_listings_cache = False
+    return system

@@ -1,0 +1,197 @@
+"""gs:// wherever a local path may be, with the real clients, against a stand-in of the service."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qwen_jax
+from qwen_jax import checkpoint, generate, inspect_checkpoint, paths, sharding
+from qwen_jax.checkpoint import CheckpointError
+from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, there
+from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
+from tests.tools import object_store
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[None]:
+    with object_store.running(tmp_path_factory.mktemp("server") / "log") as environment:
+        before = dict(os.environ)
+        os.environ.update(environment)
+        yield
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def bucket(server, request) -> str:
+    """A place of its own in the bucket."""
+    return f"gs://{object_store.BUCKET}/{zlib.crc32(request.node.name.encode())}"
+
+
+def downloaded(address: str, folder: Path) -> Path:
+    root = paths.parse(address)
+    for name in paths.sizes(root):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((root / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("mesh", [(), ("--mesh", "fsdp=2,tp=2")])
+def test_converted_there_and_back(bucket, tmp_path, mesh):
+    there(GOLDEN, tmp_path / "model", *mesh)
+    there(GOLDEN, f"{bucket}/model", *mesh, "--verify")
+    remote = contents(downloaded(f"{bucket}/model", tmp_path / "fetched"))
+    assert remote == contents(tmp_path / "model")
+    back(f"{bucket}/model", f"{bucket}/hf", "--max-shard-size", "200KB", "--verify")
+    back(tmp_path / "model", tmp_path / "hf", "--max-shard-size", "200KB")
+    assert contents(downloaded(f"{bucket}/hf", tmp_path / "hf2")) == contents(tmp_path / "hf")
+    there(f"{bucket}/hf", tmp_path / "again", "--verify", *mesh)
+    assert contents(tmp_path / "again" / "params") == contents(tmp_path / "model" / "params")
+    back(f"{bucket}/model", tmp_path / "half", "--dtype", "bfloat16", "--verify")
+
+
+def test_saved_and_restored(bucket):
+    decoder = arrays(save_on(f"{bucket}/m", mesh_of(4, 2), stacked=True))
+    for mesh in ((1, 1), (2, 4)):
+        assert same(arrays(checkpoint.load(f"{bucket}/m", mesh=mesh_of(*mesh))), decoder)
+    with pytest.raises(CheckpointError, match="is a whole model directory already"):
+        save_on(f"{bucket}/m", mesh_of(1, 1))
+
+
+def test_text_from_a_remote_directory(bucket, tmp_path, chat_dir, capsys):
+    back(chat_dir, f"{bucket}/hf")
+    there(f"{bucket}/hf", f"{bucket}/chat")
+    local, remote = qwen_jax.load(chat_dir), qwen_jax.load(f"{bucket}/chat")
+    assert remote.tokenizer is not None and remote.generation_config == local.generation_config
+    ids = remote.tokenizer.encode("Der Mond ist aufgegangen")
+    np.testing.assert_array_equal(remote.logits([ids]), local.logits([ids]))
+    options = ["--prompt", "a", "--max-new-tokens", "3", "--temperature", "0", "--json"]
+    texts = []
+    for path in (chat_dir, f"{bucket}/chat"):
+        capsys.readouterr()
+        assert generate.main(["--ckpt", str(path), *options]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1]
+
+
+def test_inspected(bucket, capfd):
+    assert inspect_checkpoint.main(["inspect", f"{bucket}/m"]) == 1
+    assert "is not a directory" in last_line(capfd)
+    save_on(f"{bucket}/m", mesh_of(2, 2))
+    assert inspect_checkpoint.main(["inspect", f"{bucket}/m", "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["whole"] and facts["mesh"]["fsdp"] == 2
+    (paths.parse(f"{bucket}/m") / "params" / "head" / "0.0").unlink()
+    assert inspect_checkpoint.main(["inspect", f"{bucket}/m"]) == 1
+    assert "params/head/0.0 is missing" in last_line(capfd)
+
+
+def test_a_conversion_continues(bucket, tmp_path, capfd):
+    there(GOLDEN, f"{bucket}/m")
+    root = paths.parse(f"{bucket}/m")
+    before = contents(downloaded(f"{bucket}/m", tmp_path / "before"))
+    manifest = json.loads((root / "manifest.json").read_text())
+    facts = {key: manifest[key] for key in ("made_by", "dtype", "mesh", "source")}
+    paths.write(root / "unfinished.json", json.dumps(facts).encode())
+    (root / "manifest.json").unlink()
+    lost = root / "params" / "head" / "0.0"
+    kept, missing = paths.stamp(root / "params" / "embedding" / "0.0"), paths.size(lost)
+    lost.unlink()
+    with pytest.raises(CheckpointError, match="unfinished conversion"):
+        checkpoint.load(f"{bucket}/m")
+    capfd.readouterr()
+    there(GOLDEN, f"{bucket}/m")
+    assert f"continuing: {(770048 - missing) / 1e6:.2f} MB of 0.77 MB" in capfd.readouterr().err
+    assert contents(downloaded(f"{bucket}/m", tmp_path / "after")) == before
+    assert paths.stamp(root / "params" / "embedding" / "0.0") == kept
+
+
+@pytest.mark.parametrize(("where", "count"), [("store.write_shards", 9), ("store.write_shards", 1)])
+def test_killed_while_saving(bucket, where, count):
+    command = [sys.executable, "-c", STOPPED, f"{bucket}/m", where, str(count)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    with pytest.raises(CheckpointError, match="a save that was stopped before its end"):
+        checkpoint.load(f"{bucket}/m")
+    decoder = save_on(f"{bucket}/m", mesh_of(2, 2))
+    assert same(arrays(checkpoint.load(f"{bucket}/m")), arrays(decoder))
+
+
+UPLOAD = """
+import gc, os, sys, time
+from qwen_jax import paths
+def upload():
+    with paths.writer(paths.parse(sys.argv[1])) as target:
+        for _ in range(5):
+            target.write(bytes(8 * 2**20))
+        {end}
+code = 0
+try:
+    upload()
+except OSError:
+    code = 3
+gc.collect()
+time.sleep(1)  # what is left open, gcsfs would complete here, in a thread of its own
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "raise OSError", "target.write(b'x')"])
+def test_an_object_is_whole_or_not_there(bucket, end):
+    """Also one larger than what is sent at a time."""
+    command = [sys.executable, "-c", UPLOAD.format(end=end), f"{bucket}/large"]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    file = paths.parse(f"{bucket}/large")
+    assert file.exists() == (code == 0) == end.startswith("target")
+    assert code or paths.size(file) == 5 * 8 * 2**20 + 1
+
+
+def test_what_others_write_is_seen(bucket):
+    """A listing that was kept would tell of what was there before."""
+    root = paths.parse(f"{bucket}/m")
+    paths.write(root / "params" / "a", b"1")
+    assert list(paths.sizes(root)) == ["params/a"] and root.exists()
+    assert [file.name for file in (root / "params").iterdir()] == ["a"]
+    write = "import sys; from qwen_jax import paths; p = paths.parse(sys.argv[1]);"
+    write += "paths.write(p / 'b', b'22'); paths.write(p / 'a', b'333')"
+    subprocess.run([sys.executable, "-c", write, f"{bucket}/m/params"], cwd=ROOT, check=True)
+    assert paths.size(root / "params" / "a") == 3
+    assert paths.size(root / "params" / "b") == 2 and (root / "params" / "b").is_file()
+    assert sorted(f.name for f in (root / "params").iterdir()) == ["a", "b"]
+    assert paths.sizes(root) == {"params/a": 3, "params/b": 2}
+
+
+def test_arguments_that_cannot_be(tmp_path, capfd, monkeypatch):
+    from convert import from_hf, to_hf
+
+    assert from_hf.main([str(GOLDEN), "s3://bucket/m"]) == 1
+    assert "s3://bucket/m: only local paths and gs://BUCKET/... can be used" in last_line(capfd)
+    found = paths.importlib.util.find_spec
+    lacking = lambda name: None if name == "gcsfs" else found(name)  # noqa: E731
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lacking)
+    for main, arguments in (
+        (from_hf.main, [str(GOLDEN), "gs://models/m"]),
+        (from_hf.main, ["gs://models/m", str(tmp_path / "m")]),
+        (to_hf.main, ["gs://models/m", str(tmp_path / "m")]),
+        (inspect_checkpoint.main, ["inspect", "gs://models/m"]),
+        (generate.main, ["--ckpt", "gs://models/m", "--prompt", "a"]),
+    ):
+        assert main(arguments) == 1
+        assert last_line(capfd).endswith("gs://models/m needs gcsfs: pip install 'qwen-jax[gcs]'")
+
+
+def test_local_paths_are_plain(tmp_path):
+    """What is fast about them depends on it."""
+    assert type(paths.parse("some/where")) is type(tmp_path)
+    (tmp_path / "file").write_bytes(b"0123")
+    with paths.reader(tmp_path / "file") as source, paths.writer(tmp_path / "copy") as target:
+        assert isinstance(source, int) and isinstance(target, int)
+        assert not (tmp_path / "copy").exists()
+    assert (tmp_path / "copy").exists() and sharding.AXES
