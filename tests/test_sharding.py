@@ -199,7 +199,7 @@ def test_devices_without_coordinates_are_left_as_they_are():
             "batch B = 2 does not divide over data=2 x fsdp=2",
             "fsdp=2,tp=2",
         ),
-        ({"T": 20}, "context=4", "length T = 20 does not divide over context=4", "context=2"),
+        ({"T": 20}, "context=4", "length T = 20 does not divide over context=4", "context=2,tp=2"),
     ],
 )
 def test_what_does_not_divide_is_named_with_the_nearest_mesh(changes, mesh, problem, nearest):
