@@ -199,11 +199,18 @@ def _problem(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> str | None
 
 
 def _nearest(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """The mesh of as many devices, or of the most below, whose axes are changed least."""
+    """The mesh of as many devices, or of the most below, whose axes are changed least; of several
+    the one that takes devices into `fsdp`, which every program can use.
+    """
+
+    def changed(mesh: dict[str, int]) -> tuple[float, ...]:
+        moved = sum(abs(math.log2(mesh[axis] / sizes[axis])) for axis in AXES)
+        return moved, mesh[CONTEXT], mesh["fsdp_outer"], mesh[COPIES]
+
     for total in range(math.prod(sizes.values()), 0, -1):
         fitting = [m for m in meshes(total) if _problem(lengths, m) is None]
         if fitting:
-            return min(fitting, key=lambda m: sum(abs(math.log2(m[a] / sizes[a])) for a in AXES))
+            return min(fitting, key=changed)
     return None
 
 
@@ -220,11 +227,13 @@ def default(lengths: Mapping[str, int], devices: int, training: bool = False) ->
     """The mesh to use when none is asked for: the most devices that divide.
 
     Decoding reads every weight for each token, so `tp` takes as many as it can, and rows the rest.
-    Training splits rows and weights (`fsdp`), and heads only where the model width is too narrow.
+    Training splits rows and weights (`fsdp`); what the model width does not divide over holds
+    copies (`data`), and only what rows do not divide over splits heads.
     """
     least = (TENSOR, CONTEXT, "data") if training else ("data", CONTEXT, "fsdp")
     for total in range(devices, 0, -1):
-        fitting = [m for m in meshes(total) if _problem(lengths, m) is None and m[CONTEXT] == 1]
+        fitting = [m for m in meshes(total) if _problem(lengths, m) is None]
+        fitting = [m for m in fitting if m[CONTEXT] == m["fsdp_outer"] == 1]
         if fitting:
             return min(fitting, key=lambda m: tuple(m[axis] for axis in least))
     raise AssertionError("one device holds everything")

@@ -11,8 +11,8 @@ from qwen_jax.decode import positions
 from qwen_jax.model import Decoder, Output
 from qwen_jax.sharding import place
 
-# For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
 KERNELS = ("pallas_tpu", "pallas_triton")  # attention that a CPU interprets
+# For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -52,7 +52,7 @@ def tiny_decoder(config: Config, dtype: Any = jnp.float32) -> Decoder:
             noise = 1 + 0.3 * noise
         elif "bias" not in name:
             noise *= 1.5 / np.sqrt(config.hidden_size)
-        return place(np.asarray(jnp.asarray(noise, dtype)), leaf.letters)
+        return place(np.asarray(jnp.asarray(noise, dtype)), leaf.letters, config.sizes)
 
     return weights.replace_leaves(model.abstract(config, dtype), draw)
 

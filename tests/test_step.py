@@ -1,0 +1,234 @@
+"""A training step on meshes against one device, against the original's optimizer, and options."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qwen_jax import Config, checkpoint, model, sharding
+from qwen_jax.attention import xla
+from qwen_jax.weights import named_leaves
+from tests.golden_figures import arrays
+from tests.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
+from train import loss as losses
+from train import step
+from train.loss import Batch
+from train.step import Optimizer, State
+
+# Key/value heads fewer than tp=8, and every axis divides by 8 or is fewer heads.
+CONFIG = tiny_config(
+    vocab_size=72,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    intermediate_size=48,
+    layer_windows=(9, None),
+)
+# Gradients are not clipped, so that the first moment after a step is a tenth of them; updates are
+# smooth in them.
+PLAIN = Optimizer(learning_rate=1e-2, b1=0.9, eps=1e-2, clip_norm=1e9)
+SEQUENCE = {"sequence_parallel": True}
+MESHES = [
+    ({"fsdp": 8}, {}),
+    ({"fsdp": 4, "tp": 2}, {}),
+    ({"fsdp": 2, "tp": 4}, {}),
+    ({"tp": 8}, {}),
+    ({"fsdp": 4, "tp": 2}, SEQUENCE),
+    ({"tp": 8}, SEQUENCE),
+    ({"context": 2}, {}),
+    ({"context": 4}, {}),
+    ({"context": 8}, {}),
+    ({"fsdp": 2, "context": 2, "tp": 2}, SEQUENCE),
+    ({"data": 2, "fsdp": 2, "tp": 2}, {}),
+    ({"data": 2, "fsdp": 2, "tp": 2}, SEQUENCE),
+    ({"fsdp_outer": 2, "fsdp": 2}, {}),
+]
+
+
+def packed_batch() -> Batch:
+    """8 rows of 16 tokens: documents, padding, weights that are no whole numbers."""
+    rng = np.random.default_rng(9)
+    tokens = tiny_tokens(8, 16)
+    batch = losses.batch_of(tokens, tokens)
+    cuts = rng.integers(3, 13, 8)
+    for row, cut in enumerate(cuts):
+        batch.positions[row, cut:] -= batch.positions[row, cut]
+        batch.segments[row, cut:] = 2 if row % 2 else 0
+    batch.weights[:] = rng.uniform(0.5, 2, (8, 16)) * (batch.segments > 0)
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """What one step says and leaves, on the host. leaves: by "mu", "nu", "weights" and path."""
+
+    loss: float
+    accuracy: float
+    norm: float
+    leaves: dict[tuple[str, str], np.ndarray]
+
+
+def adam(state: State) -> Any:
+    """The moments within the optimizer's state."""
+    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+    (found,) = filter(is_adam, jax.tree.leaves(state.moments, is_leaf=is_adam))
+    return found
+
+
+def take(sizes: dict[str, int], config: Config = CONFIG, **options: Any) -> Taken:
+    """One step from the tiny decoder; every leaf of the new state lies where it belongs."""
+    batch = packed_batch()
+    with on_mesh(**sizes) as mesh:
+        state = step.create_state(tiny_decoder(config), PLAIN)
+        placed = losses.place(batch)
+        options = {"dtype": jnp.float32, **options}
+        lowered = step.make_step(PLAIN, xla, **options).lower(state, placed)
+        state, report = lowered.compile(compiler_options=QUICK)(state, placed)
+        leaves = {}
+        for kind, tree in {
+            "weights": state.decoder,
+            "mu": adam(state).mu,
+            "nu": adam(state).nu,
+        }.items():
+            for name, leaf in named_leaves(tree).items():
+                place = sharding.named(leaf.letters, mesh, config.sizes)
+                assert leaf[...].sharding.is_equivalent_to(place, leaf.ndim), (kind, name)
+                assert leaf.dtype == jnp.float32
+                leaves[kind, name] = np.asarray(leaf[...])
+        assert int(state.step) == int(adam(state).count) == 1
+    metrics = report.metrics
+    return Taken(float(metrics.loss), float(metrics.accuracy), float(report.gradient_norm), leaves)
+
+
+@functools.cache
+def one_device() -> Taken:
+    return take({}, remat="none")
+
+
+def assert_same(got: Taken, expected: Taken, bound: float = 2e-5) -> None:
+    """Leaves within `bound` of the largest of each."""
+    np.testing.assert_allclose(got.loss, expected.loss, rtol=bound)
+    np.testing.assert_allclose(got.norm, expected.norm, rtol=bound)
+    np.testing.assert_allclose(got.accuracy, expected.accuracy, rtol=bound)
+    assert got.leaves.keys() == expected.leaves.keys()
+    for key, wanted in expected.leaves.items():
+        most = np.abs(wanted).max()
+        assert most > 0, key
+        atol = (2 if key[0] == "nu" else 1) * bound * most  # nu: squares
+        np.testing.assert_allclose(got.leaves[key], wanted, rtol=0, atol=atol, err_msg=str(key))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    MESHES,
+    ids=[f"{sharding.describe(sizes)}{' sequence' * bool(o)}" for sizes, o in MESHES],
+)
+def test_a_step_on_a_mesh_is_that_of_one_device(sizes, options):
+    """Its loss, and by the moments and new weights its gradients."""
+    assert_same(take(sizes, **options), one_device())
+
+
+def test_the_first_moment_is_a_tenth_of_the_gradient():
+    """What the tests above rest on."""
+    moments = [leaf for (kind, _), leaf in one_device().leaves.items() if kind == "mu"]
+    norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in moments))
+    np.testing.assert_allclose(norm, 0.1 * one_device().norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "projections"])
+def test_what_is_recomputed_changes_nothing(remat):
+    assert_same(take({}, remat=remat), one_device())
+
+
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {"qk_norm": True}], ids=str)
+def test_other_architectures_on_a_mesh(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    got = take({"data": 2, "fsdp": 2, "tp": 2}, config)
+    assert_same(got, take({}, config))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tp": 8}, {"fsdp_outer": 2, "fsdp": 2, "tp": 2}])
+def test_logits_on_a_mesh(sizes):
+    with on_mesh():
+        expected = full_logits(tiny_decoder(CONFIG), tiny_tokens(8, 16))
+    with on_mesh(**sizes):
+        got = full_logits(tiny_decoder(CONFIG), tiny_tokens(8, 16))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * expected.std())
+
+
+@pytest.mark.parametrize("remat", step.REMAT)
+def test_bfloat16(remat):
+    """The loss and the gradients' norm are float32's to a few roundings; state stays float32."""
+    got = take({"fsdp": 2, "context": 2, "tp": 2}, dtype=jnp.bfloat16, remat=remat, **SEQUENCE)
+    np.testing.assert_allclose(got.loss, one_device().loss, rtol=0.01)
+    np.testing.assert_allclose(got.norm, one_device().norm, rtol=0.03)
+    assert got.loss != pytest.approx(one_device().loss, rel=1e-6), "this is not bfloat16"
+
+
+def test_a_remat_that_is_not_known():
+    with pytest.raises(ValueError, match="remat 'some': allowed are full, projections, none"):
+        step.make_step(PLAIN, xla, remat="some")
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tp": 2}], ids=sharding.describe)
+def test_ten_steps_of_the_original(golden_dir: Path, sizes):
+    """Losses, norms before the clip, and two tensors: one that decays, one that does not."""
+    rates = jnp.asarray(arrays()["adamw.lrs"])
+    optimizer = Optimizer(lambda count: rates[count], 0.9, 0.95, 1e-6, 0.1, 1.0)
+    got, norms = [], []
+    with on_mesh(**sizes):
+        state = step.create_state(checkpoint.load(golden_dir, dtype="float32"), optimizer)
+        batches = [losses.place(losses.batch_of(x, x)) for x in arrays()["adamw.batches"]]
+        run = step.make_step(optimizer, xla, jnp.float32).lower(state, batches[0])
+        run = run.compile(compiler_options=QUICK)
+        for batch in batches:
+            state, report = run(state, batch)
+            got.append(float(report.metrics.loss))
+            norms.append(float(report.gradient_norm))
+        assert int(state.step) == 10
+        block = model.unstack(state.decoder).layers[0]
+        attention = [np.asarray(w[...]) for w in (block.attn.q, block.attn.k, block.attn.v)]
+        final_norm = np.asarray(state.decoder.final_norm[...])
+    np.testing.assert_allclose(got, arrays()["adamw.losses"], rtol=1e-4)
+    np.testing.assert_allclose(norms, arrays()["adamw.grad_norms"], rtol=1e-4)
+    # Where a gradient is near 0, noise of 1e-6 of it becomes some hundredths of an update, and
+    # ten updates have moved a weight by 0.017 at most.
+    for ours, name in ((np.concatenate(attention), "c_attn0"), (final_norm, "ln_f")):
+        wanted = arrays()[f"adamw.final.{name}"]
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4, err_msg=name)
+        assert np.abs(ours - wanted).mean() < 1e-6
+
+
+def test_what_decays():
+    """Matrices, the embedding and the head among them; norms and biases do not."""
+    config = dataclasses.replace(CONFIG, qk_norm=True)
+    with on_mesh():
+        decoder = jax.eval_shape(model.stack, model.abstract(config, jnp.float32))
+    marked = named_leaves(step._is_matrix(decoder))
+    matrices = {"attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"}
+    wanted = {"embedding", "head", *(f"layers.{name}" for name in matrices)}
+    assert {name for name, leaf in marked.items() if leaf.get_value() is True} == wanted
+    assert all(leaf.get_value() in (True, False) for leaf in marked.values())
+
+
+def test_abstract_state_is_that_of_a_real_one():
+    with on_mesh(fsdp=2, tp=4) as mesh:
+        real = step.create_state(tiny_decoder(CONFIG), PLAIN)
+        batch = losses.place(packed_batch())
+    for one, other in (
+        (step.abstract_state(CONFIG, PLAIN, mesh), real),
+        (step.abstract_batch(8, 16, mesh), batch),
+    ):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for shape, leaf in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+            assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
