@@ -166,8 +166,13 @@ def open_leaf(params: Path, name: str, write: bool = False) -> Any:
     # The default number of reads at a time would keep gigabytes of chunks in memory.
     limits = {"file_io_concurrency": _WRITES if write else 2, "gcs_request_concurrency": _WRITES}
     context = tensorstore.Context({key: {"limit": limit} for key, limit in limits.items()})
-    kvstore = paths.kvstore(params / name)
-    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    spec = {
+        "driver": "zarr",
+        "kvstore": paths.kvstore(params / name),
+        "fill_missing_data_reads": False,
+        # What was read for one shard serves the next: nobody changes a chunk that is being read.
+        "recheck_cached_data": "open",
+    }
     return tensorstore.open(spec, open=True, read=True, write=write, context=context).result()
 
 

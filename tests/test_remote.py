@@ -7,13 +7,14 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import checkpoint, generate, inspect_checkpoint, paths, sharding
+from qwen_jax import checkpoint, generate, inspect_checkpoint, paths, sharding, store
 from qwen_jax.checkpoint import CheckpointError
 from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, there
 from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
@@ -64,6 +65,16 @@ def test_saved_and_restored(bucket):
         assert same(arrays(checkpoint.load(f"{bucket}/m", mesh=mesh_of(*mesh))), decoder)
     with pytest.raises(CheckpointError, match="is a whole model directory already"):
         save_on(f"{bucket}/m", mesh_of(1, 1))
+
+
+def test_one_chunk_for_many_shards(bucket):
+    """Read at the same time from one chunk; asking for it again would be an error here."""
+    decoder = arrays(save_on(f"{bucket}/m", mesh_of(1, 1)))
+    stored = store.open_leaf(paths.parse(f"{bucket}/m") / "params", "head")
+    with ThreadPoolExecutor(8) as executor:
+        for _ in range(20):
+            rows = executor.map(lambda i: stored[i : i + 1].read().result(), range(64))
+            np.testing.assert_array_equal(np.concatenate(list(rows)), decoder["head"][:64])
 
 
 def test_text_from_a_remote_directory(bucket, tmp_path, chat_dir, capsys):
