@@ -20,6 +20,7 @@ from qwen_jax.model import Decoder
 from qwen_jax.weights import SUMMED, Weight
 from train.loss import Batch, Metrics, loss
 
+
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     """A `jax.checkpoint` policy: products with weights are stored; row-parallel ones summed, as
     their parts are neither needed nor, in a scan, possible to store.
