@@ -13,7 +13,6 @@ from tests.conversion import GOLDEN, contents, there
 from tests.test_processes import complaint, succeeded
 
 STEPS = "tests/programs/steps.py"
-MESHES = ["fsdp=2,tp=2", "context=2,tp=2"]
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,9 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_a_step_is_that_of_one_process(tmp_path, model, mesh):
+def test_a_step_is_that_of_one_process(tmp_path, model):
     """Loss, norm, and every gradient; two devices of each process, or four of one."""
+    mesh = "context=2,tp=2"  # keys go round between the processes
     said, moments = [], []
     for count in (1, 2):
         file = tmp_path / f"{count}.npz"
@@ -40,17 +39,16 @@ def test_a_step_is_that_of_one_process(tmp_path, model, mesh):
         np.testing.assert_allclose(moments[1][name], value, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_other_stops_when_one_dies_in_a_step(tmp_path, model, victim):
+def test_the_other_stops_when_one_dies_in_a_step(tmp_path, model):
     """And the checkpoint that training began with is as it was."""
     before = contents(model)
     command = [STEPS, model, tmp_path / "moments.npz", "--mesh", "fsdp=2", "--steps", 10**9]
     with launch.group(command, 2) as group:
         group.until(lambda: group.read(0, "out").count("loss") > 3)
-        group.kill(victim)
-        result = group.wait(60)[1 - victim]
+        group.kill(1)
+        result = group.wait(60)[0]
     name = socket.gethostname()
-    assert complaint(result).startswith(f"error: process {victim} ({name}) has died")
+    assert complaint(result).startswith(f"error: process 1 ({name}) has died")
     assert not (tmp_path / "moments.npz").exists()
     assert contents(model) == before
     checkpoint.load(model)
