@@ -65,10 +65,12 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Layer | None]:
         """x [B, T, D]; own and past: masks over this pass's keys and over the cache's."""
         residual = jax.typeof(x).sharding.spec
-        x = sharding.to_columns(x)
-        q = contract("BTD,QD->BTQ", x, self.q)
-        k = contract("BTD,UD->BTU", x, self.k)
-        v = contract("BTD,UD->BTU", x, self.v)
+        heads = self.config.num_kv_heads
+        columns = sharding.to_columns(x)
+        keys = columns if sharding.held_heads(heads) == heads else sharding.to_columns(x, False)
+        q = contract("BTD,QD->BTQ", columns, self.q)
+        k = contract("BTD,UD->BTU", keys, self.k)
+        v = contract("BTD,UD->BTU", keys, self.v)
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q, k, v = (self._by_head(x) for x in (q, k, v))

@@ -317,15 +317,18 @@ def sequence_parallel(x: jax.Array) -> jax.Array:
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
-def to_columns(x: jax.Array) -> jax.Array:
+def to_columns(x: jax.Array, split: bool = True) -> jax.Array:
     """An activation [B, T, D] as column-parallel products take it: all tokens on each device of
-    `tp`. The gradients of those products are summed over `tp` once, whatever their number.
+    `tp`. The gradients of all products with one result are summed over `tp` once.
+
+    split: whether the weights are; where each device has all of them (key/value heads fewer than
+    `tp`), each has all of the gradient too, and there is nothing to sum.
     """
     if axis_sizes()[TENSOR] == 1:
         return x
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     kept = _entry(tuple(axis for axis in entries(tokens) if axis != TENSOR))
-    return jax.reshard(x, P(rows, kept, *rest, reduced=frozenset([TENSOR])))
+    return jax.reshard(x, P(rows, kept, *rest, reduced=frozenset([TENSOR] if split else [])))
 
 
 def held_heads(heads: int) -> int:

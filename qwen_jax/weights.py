@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import sharding
+
+SUMMED = "summed"  # the name of a row-parallel product, for policies of `jax.checkpoint`
 
 
 class Weight(nnx.Param):
@@ -59,8 +62,10 @@ def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **k
     if out is None or not apart:
         return product(out_sharding=out)
     # Each device has a part of the sum; that the parts are still to be added is said, so that the
-    # gradient is gathered before it is multiplied.
-    return jax.reshard(product(out_sharding=P(*kept, None, unreduced=apart)), out)
+    # gradient is gathered before it is multiplied. Whoever keeps products for the backward pass
+    # keeps the sum, by its name.
+    parts = product(out_sharding=P(*kept, None, unreduced=apart))
+    return checkpoint_name(jax.reshard(parts, out), SUMMED)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:

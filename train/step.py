@@ -17,13 +17,28 @@ from flax import struct
 from qwen_jax import model, sharding
 from qwen_jax.config import Config
 from qwen_jax.model import Decoder
-from qwen_jax.weights import Weight
+from qwen_jax.weights import SUMMED, Weight
 from train.loss import Batch, Metrics, loss
+
+
+def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """A `jax.checkpoint` policy: products with weights are stored; row-parallel ones summed, as
+    their parts are neither needed nor, in a scan, possible to store.
+    """
+    result = parameters.get("out_sharding")
+    if result is not None and result.spec.unreduced:
+        return False
+    policies = jax.checkpoint_policies
+    either = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SUMMED)
+    )
+    return either(primitive, *operands, **parameters)
+
 
 # What the backward pass finds stored, beside the residual between blocks; the rest it recomputes.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": _projections,
     "none": None,
 }
 

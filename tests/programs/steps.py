@@ -1,0 +1,53 @@
+"""`steps.py CKPT FILE`: steps on a mesh; process 0 prints each loss and norm.
+
+After `--steps` the first moments go to FILE, an .npz: a tenth of the gradients, after one step.
+"""
+
+import argparse
+import json
+import sys
+
+from qwen_jax import command, processes
+
+
+def work(args: argparse.Namespace) -> None:
+    command.join(args)
+    import numpy as np
+
+    from qwen_jax import checkpoint, sharding
+    from qwen_jax.attention import xla
+    from qwen_jax.weights import named_leaves
+    from tests.golden_figures import arrays
+    from train import loss, step
+
+    sizes = sharding.parse_mesh(args.mesh)
+    command.virtual_cpu_devices(sizes)
+    optimizer = step.Optimizer(clip_norm=1e9, b1=0.9)
+    with sharding.entered(sharding.make_mesh(sizes)):
+        state = step.create_state(checkpoint.load(args.ckpt, dtype="float32"), optimizer)
+        tokens = arrays()["adamw.batches"][0]
+        batch = loss.place(loss.batch_of(tokens, tokens))
+        run = step.make_step(optimizer, xla, np.float32)
+        for _ in range(args.steps):
+            state, report = run(state, batch)
+            said = {"loss": report.metrics.loss, "norm": report.gradient_norm}
+            print(json.dumps({name: float(value) for name, value in said.items()}), flush=True)
+        moments = state.moments[1][0].mu
+        fetched = {name: sharding.fetch(x[...]) for name, x in named_leaves(moments).items()}
+        if processes.index() == 0:
+            np.savez(args.file, **fetched)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("ckpt")
+    parser.add_argument("file")
+    parser.add_argument("--mesh")
+    parser.add_argument("--steps", type=int, default=1)
+    command.add_processes(parser)
+    command.add_debug(parser)
+    return command.run(parser, work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
