@@ -192,7 +192,7 @@ def test_stack_and_unstack_are_inverse():
         np.testing.assert_array_equal(leaf[...], again[name][...], err_msg=name)
         assert leaf.letters == again[name].letters
     shapes = {name: leaf.shape for name, leaf in weights.named_leaves(stacked).items()}
-    assert shapes["layers.attn.q"] == (2, 4, 16, 32) and shapes["embedding"] == (68, 32)
+    assert shapes["layers.attn.q"] == (2, 64, 32) and shapes["embedding"] == (68, 32)
 
 
 def test_stacked_is_looped():

@@ -68,7 +68,9 @@ def test_writing_replaces_and_sorts(tmp_path: Path):
 def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch):
     bodies = []
 
-    def forward(body: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, lse: bool) -> Any:
+    def forward(
+        body: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, lse: bool, known: None
+    ) -> Any:
         bodies.append(body)
         return attention.xla(q, k, v, mask, scale, lse)
 
