@@ -203,14 +203,8 @@ def copy(plan: Plan) -> None:
     if processes.index() == 0:
         resumed = target.check_usable(plan.target, plan.facts)
         done, needed, jobs = _jobs(plan, resumed)
-        target.check_space(plan.target, needed)
-        if resumed:
-            command.say(
-                f"continuing: {command.size(done)} of {command.size(done + needed)} are there"
-            )
+        target.begin(plan.source, plan.target, plan.facts, resumed, done, needed)
         with target.explained(plan.target, needed):
-            target.begin(plan.target, plan.facts)
-            directory.carry(plan.source, plan.target)
             paths.copy(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
             store.write_metadata(plan.params, plan.leaves)
     processes.barrier()

@@ -14,6 +14,7 @@ from typing import Any
 from qwen_jax import command, paths
 from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
 from qwen_jax.config import read_json
+from qwen_jax.directory import carry
 
 
 def check_apart(source: Path, target: Path) -> None:
@@ -81,9 +82,20 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def begin(target: Path, facts: Mapping[str, Any]) -> None:
-    paths.make_folder(target)
-    write_json(target / UNFINISHED, facts)
+def begin(
+    source: Path, target: Path, facts: Mapping[str, Any], resumed: bool, done: int, needed: int
+) -> None:
+    """Start or continue: say how many bytes are there, and write all but weights and config.json.
+
+    Raises ValueError when the `needed` bytes have no room.
+    """
+    check_space(target, needed)
+    if resumed:
+        command.say(f"continuing: {command.size(done)} of {command.size(done + needed)} are there")
+    with explained(target, needed):
+        paths.make_folder(target)
+        write_json(target / UNFINISHED, facts)
+        carry(source, target)
 
 
 def end(target: Path) -> None:

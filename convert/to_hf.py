@@ -23,7 +23,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, target
-from qwen_jax import checkpoint, command, directory, paths, processes, store
+from qwen_jax import checkpoint, command, paths, processes, store
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -151,14 +151,8 @@ def copy(plan: Plan) -> None:
     if processes.index() == 0:
         resumed = target.check_usable(plan.target, plan.facts)
         done, needed, _ = _all_jobs(plan, list(plan.shards), resumed)
-        target.check_space(plan.target, needed)
-        if resumed:
-            command.say(
-                f"continuing: {command.size(done)} of {command.size(done + needed)} are there"
-            )
+        target.begin(plan.source, plan.target, plan.facts, resumed, done, needed)
         with target.explained(plan.target, needed):
-            target.begin(plan.target, plan.facts)
-            directory.carry(plan.source, plan.target)
             _write_config(plan)
     processes.barrier()
     if processes.index() > 0:

@@ -124,16 +124,6 @@ def _block(
     return by_token(o / divisor), by_token(lse)[..., 0]
 
 
-def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """One softmax from several sets of keys: (o, lse) of each, as return_lse gives them."""
-    lse = jnp.stack([lse for _, lse in parts])  # [parts, B, T, N]
-    largest = jnp.maximum(jnp.max(lse, 0), jnp.finfo(jnp.float32).min)
-    shares = jnp.exp(lse - largest)
-    total = jnp.sum(shares, 0)
-    shares = shares / jnp.where(total > 0, total, 1)
-    return jnp.sum(jnp.stack([o for o, _ in parts]) * shares[..., None], 0)
-
-
 def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation run on each device's heads and rows; takes and returns global arrays.
     Tokens that are split over `context` are attended to by a ring.

@@ -12,7 +12,7 @@ i of n holds piece i and piece 2n - 1 - i of 2n.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) ->
         o, lse, keys = carry
         following = _pass_on(keys)  # travels while this part is computed
         part = implementation(*_arguments(q, keys, mask, scale), return_lse=True)
-        return (*_merged((o, lse), part), following), None
+        return (*merge([(o, lse), part]), following), None
 
     o = jnp.zeros(q.shape, jnp.float32)
     lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
@@ -128,12 +128,14 @@ def _pass_on(x: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.ppermute(a, sharding.CONTEXT, ring), x)
 
 
-def _merged(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
-    """One softmax from two sets of keys, as (o, lse) each; -inf where a query has seen nothing."""
-    lse = jnp.logaddexp(one[1], other[1])
-
-    def share(part: Any) -> jax.Array:
-        weight = jnp.where(part[1] > -jnp.inf, jnp.exp(part[1] - lse), 0)
-        return weight[..., None] * part[0]
-
-    return share(one) + share(other), lse
+def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """One softmax from several sets of keys: o and log-sum-exp of each, as return_lse gives them,
+    and so of all.
+    """
+    lse = jnp.stack([lse for _, lse in parts])  # [parts, B, T, N]
+    largest = jnp.maximum(jnp.max(lse, 0), jnp.finfo(jnp.float32).min)
+    shares = jnp.exp(lse - largest)
+    total = jnp.sum(shares, 0)
+    divisor = jnp.where(total > 0, total, 1)
+    o = sum(share[..., None] * o for share, (o, _) in zip(shares / divisor, parts, strict=True))
+    return jnp.asarray(o), jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)

@@ -299,13 +299,15 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
         partition.insert(0, partition.pop(split[0]))
         # `reduced` says of a copy that its gradient is still to be summed: each step back sums over
         # one mesh axis and scatters, and the copies of `data` add up what is left.
-        summed = [COPIES] if axis_sizes()[COPIES] > 1 else []
-        for axis in (None, *reversed(WEIGHTS)):
-            if axis in partition[0]:
-                summed.append(axis)
-            partition = [tuple(a for a in axes if a != axis) for axes in partition]
-            if summed:
-                leaf = jax.reshard(leaf, P(*map(_entry, partition), reduced=frozenset(summed)))
+        first, *others = partition
+        summed: frozenset[str] = frozenset()
+        if axis_sizes()[COPIES] > 1:
+            summed |= {COPIES}
+            leaf = jax.reshard(leaf, P(*map(_entry, partition), reduced=summed))
+        for axis in reversed([axis for axis in first if axis in WEIGHTS]):
+            summed |= {axis}
+            first = tuple(a for a in first if a != axis)
+            leaf = jax.reshard(leaf, P(_entry(first), *map(_entry, others), reduced=summed))
         return jnp.moveaxis(leaf, 0, split[0])
 
     return jax.tree.map(gather, tree)

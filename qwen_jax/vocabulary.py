@@ -34,7 +34,7 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
         ids = jax.lax.all_gather(tokens, split) if split else tokens[None]
         rows, found = _own_rows(table, ids, over_rows)
         x = jnp.where(found[..., None], table.at[rows].get(mode="clip"), 0)
-        # Summed in the table's dtype: the gradient of a frequent token adds up many rows.
+        # Cast after the look-up: the gradients of a frequent token add up in the table's dtype.
         x = jax.lax.psum(x.astype(dtype), over_rows) if over_rows else x.astype(dtype)
         if split:  # [devices, B, T, D of this one] -> [devices, B, T of this one, D of each]
             x = jax.lax.all_to_all(x, split, 0, 0, tiled=True)

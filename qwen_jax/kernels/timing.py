@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen_jax import attention, cache
+from qwen_jax import attention, cache, ring
 from qwen_jax.attention import FULL, Mask
 from qwen_jax.kernels import choice, others
 
@@ -201,14 +201,14 @@ def decode(
     kernel = attention.decoder(attend, q, cache_k)
     if kernel is not None:
         return kernel(q, k, v, cache_k, cache_v, start, index, window, scale)
-    ring = cache.Cache((cache.Layer(cache_k, cache_v),), start, index, fresh=False)
+    held = cache.Cache((cache.Layer(cache_k, cache_v),), start, index, fresh=False)
     positions = (index - start)[:, None] + jnp.arange(q.shape[1])
     segments = (positions >= 0).astype(jnp.int32)
     own = Mask(positions, positions, segments, segments, window)
-    past = dataclasses.replace(ring.past_mask(positions, segments), window=window)
+    past = dataclasses.replace(held.past_mask(positions, segments), window=window)
     parts = [attend(q, k, v, own, scale, return_lse=True)]
-    parts.append(attend(q, *ring.layers[0].read(), past, scale, return_lse=True))
-    return attention.merge(parts).astype(q.dtype)
+    parts.append(attend(q, *held.layers[0].read(), past, scale, return_lse=True))
+    return ring.merge(parts)[0].astype(q.dtype)
 
 
 def _compiled(run: Callable[..., Any], *args: Any) -> Program:
