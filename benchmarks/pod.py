@@ -51,7 +51,7 @@ PEERS = {
     Case("qwen-72b", "v5p:8x8x8", "fsdp=512", 512, 4096): Peer(1.73e9, 10.86e9, 41),
     Case("qwen-72b", "v5p:8x8x8", "fsdp=64,tp=8", 512, 4096, True): Peer(1.70e9, 10.79e9, 37),
 }
-DEPTHS = [Case("qwen-7b", "v5e:4x4", "fsdp=16", 16, 2048, layers=n) for n in (2, 8, 32, 64)]
+DEPTHS = [Case("qwen-7b", "v5e:8x8", "fsdp=64", 64, 2048, layers=n) for n in (2, 8, 32, 64)]
 WIDTHS = [
     Case("qwen-7b", "v5e:4x4", "fsdp=16", 16, 2048),
     Case("qwen-7b", "v5e:8x8", "fsdp=64", 64, 2048),
@@ -79,9 +79,12 @@ def compiled(case: Case) -> dict[str, float]:
     program = programs.training(setting, mesh)
     parts = program.memory.parts
     held = sum(parts[name] for name in ("weights", "optimiser", "batch", "padding"))
+    of_layers = config.num_params() - dataclasses.replace(config, num_layers=0).num_params()
     return {
         "arguments": held,
         "residuals": parts["residuals"],
+        # Of its part of the weights a device holds float32 gradients, and the layers' in bfloat16.
+        "copies": (4 * config.num_params() + 2 * of_layers) / mesh.size,
         "temporary": parts["residuals"] + parts["temporaries"],
         "seconds": program.seconds,
         "core_seconds": time.process_time() - cores,
@@ -117,15 +120,22 @@ def peer() -> None:
 
 
 def table(cases: list[Case]) -> None:
-    print("| model, layers | chips, mesh | rows | residuals, GB | other temporary, GB | s, cores |")
-    print("|---|---|---|---|---|---|")
+    names = (
+        "model, layers",
+        "chips, mesh",
+        "rows",
+        "residuals, GB",
+        "gradients and bf16 weights, GB",
+    )
+    names += "other temporary, GB", "s, cores"
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for case in cases:
         ours = apart(case)
-        rest = ours["temporary"] - ours["residuals"]
+        rest = ours["temporary"] - ours["residuals"] - ours["copies"]
         print(
             f"| {case.model}, {case.layers or 'all'} | {case.topology}, {case.mesh}"
             f" | {case.batch} x {case.length} | {ours['residuals'] / GB:.3f}"
-            f" | {rest / GB:.3f} | {ours['core_seconds']:.0f} |",
+            f" | {ours['copies'] / GB:.3f} | {rest / GB:.3f} | {ours['core_seconds']:.0f} |",
             flush=True,
         )
 

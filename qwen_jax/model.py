@@ -210,8 +210,12 @@ class Decoder(nnx.Module):
         past = None if cache is None or cache.fresh else cache.past_mask(positions, segments)
         index = None if cache is None else cache.index
         states = [x]
+        scanned = isinstance(self.layers, Block)
+        first = jax.tree.map(sharding.narrow_axis, self.layers) if scanned else None
 
         def run(x: jax.Array, block: Block, window: Any, layer: Layer | None) -> tuple[Any, Any]:
+            if scanned:
+                block = jax.tree.map(lambda w, axis: jnp.moveaxis(w, 0, axis - 1), block, first)
             masks = [m if m is None else dataclasses.replace(m, window=window) for m in (own, past)]
             return _run_block(x, block, rotary, *masks, layer, index, attend)
 
@@ -221,15 +225,16 @@ class Decoder(nnx.Module):
             w or attention.FULL
             for w in self.config.layer_windows or [None] * self.config.num_layers
         ]
-        if isinstance(self.layers, Block):
+        if scanned:
             if cache is not None:
                 raise ValueError("a stacked decoder keeps no cache: unstack it first")
 
-            def step(x: jax.Array, scanned: tuple[Block, jax.Array]) -> tuple[Any, Any]:
-                x, _ = run(x, *scanned, None)
+            def step(x: jax.Array, given: tuple[Block, jax.Array]) -> tuple[Any, Any]:
+                x, _ = run(x, *given, None)
                 return x, x if hidden_states else None
 
-            x, stacked = jax.lax.scan(step, x, (self.layers, jnp.array(windows, jnp.int32)))
+            layers = jax.tree.map(lambda w, axis: jnp.moveaxis(w, axis, 1), self.layers, first)
+            x, stacked = jax.lax.scan(step, x, (layers, jnp.array(windows, jnp.int32)))
             states += list(stacked) if hidden_states else []
         else:
             new = []

@@ -30,6 +30,7 @@ WEIGHTS = ("fsdp_outer", "fsdp", "context")  # what splits weights until just be
 COPIES = "data"  # whose devices hold equal weights
 CONTEXT = "context"
 TENSOR = "tp"
+_LANES = 128  # of a TPU's registers
 _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
@@ -311,6 +312,18 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
         return jnp.moveaxis(leaf, 0, split[0])
 
     return jax.tree.map(gather, tree)
+
+
+def narrow_axis(stacked: jax.Array) -> int:
+    """The axis of stacked weights that comes first in each layer while a scan goes over them.
+
+    A TPU pads the last axis to 128 elements, so the gradients that a scan stacks would take a
+    multiple of their bytes where a device's part of that axis is narrower: it goes to the front.
+    """
+    last = stacked.ndim - 1
+    axes = entries(jax.typeof(stacked).sharding.spec.partitions[last])
+    parts = math.prod(axis_sizes()[axis] for axis in axes)
+    return last if parts > 1 and stacked.shape[last] // parts < _LANES else 1
 
 
 def sequence_parallel(x: jax.Array) -> jax.Array:

@@ -371,6 +371,23 @@ def test_unshard_casts_before_it_gathers():
 # Heads fewer than tp
 
 
+@pytest.mark.parametrize(
+    "letters, shape, axis",
+    [
+        ("LFD", (3, 8, 256), 2),  # parts of 64
+        ("LFD", (3, 8, 512), 1),  # of 128
+        ("LDF", (3, 256, 8), 1),  # whole
+        ("LD", (3, 256), 1),
+    ],
+)
+def test_narrow_parts_come_first(letters, shape, axis):
+    with on_mesh(fsdp=2, context=2):
+        leaf = sharding.place(np.zeros(shape, np.float32), letters)
+        found = []
+        jax.jit(lambda x: found.append(sharding.narrow_axis(x)))(leaf)
+    assert found == [axis]
+
+
 def test_heads_are_repeated_for_the_devices_of_their_queries():
     k = np.random.default_rng(0).standard_normal((2, 3, 2, 4)).astype(np.float32)
     for tp, held in ((1, 2), (2, 2), (4, 4), (8, 8)):

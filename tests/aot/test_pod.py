@@ -6,10 +6,10 @@ from benchmarks import pod
 
 # Where the residuals that every layer keeps are half of the peer's temporary memory, less is left
 # to win: 5.4 GB of 10.8.
-MOST = {"qwen-7b": 0.6, "qwen-72b": 0.95}
+MOST = {"qwen-7b": 0.55, "qwen-72b": 0.92}
 
 
-@pytest.mark.parametrize("case", list(pod.PEERS)[1::2], ids=lambda c: f"{c.model}-{c.mesh}")
+@pytest.mark.parametrize("case", list(pod.PEERS)[1:3], ids=lambda c: f"{c.model}-{c.mesh}")
 def test_memory_beside_a_peer(case: pod.Case) -> None:
     ours, peer = pod.compiled(case), pod.PEERS[case]
     assert ours["temporary"] <= MOST[case.model] * peer.temporary
