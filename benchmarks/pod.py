@@ -79,7 +79,7 @@ def compiled(case: Case) -> dict[str, float]:
     program = programs.training(setting, mesh)
     parts = program.memory.parts
     held = sum(parts[name] for name in ("weights", "optimiser", "batch", "padding"))
-    of_layers = config.num_params() - dataclasses.replace(config, num_layers=0).num_params()
+    of_layers = config.num_params() - (2 * config.vocab_size + 1) * config.hidden_size
     return {
         "arguments": held,
         "residuals": parts["residuals"],
