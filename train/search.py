@@ -14,11 +14,13 @@ from train.hardware import Gpu
 from train.programs import Setting
 from train.topology import Topology
 
-# Bytes of a weight with two moments and a gradient, float32 each.
-_STATE = 16
-# Of an activation [B, T, D] in bfloat16, what a layer keeps under each policy, in multiples, with
-# the feed-forward's width counted in D; and the forward passes that are computed.
-_KEPT = {"full": (1, 0), "projections": (5, 2), "none": (22, 4.5)}
+# Bytes of a weight with two moments and a gradient, float32 each, and its copy in bfloat16.
+_STATE = 18
+# Of an activation [B, T, D] in bfloat16, what a layer keeps under each policy, in multiples: whole
+# on each device of `tp`, and split over them, at the width of D and at the feed-forward's. Without
+# recomputation gathered weights are kept too.
+_KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
+# The forward passes that are computed.
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
@@ -48,7 +50,7 @@ def candidates(setting: Setting, topology: Topology, decode: bool = False) -> li
             if len(fitting) < 2 and _divides(one, sizes, decode):
                 rough = _rough_decode if decode else _rough
                 fitting.append(Candidate(one, sizes, *rough(one, topology, sizes)))
-                if fitting[-1].bytes > 1.05 * topology.chip.usable:
+                if fitting[-1].bytes > topology.chip.usable:
                     fitting.pop()
         found += fitting
     return sorted(found, key=lambda x: x.seconds)
@@ -85,10 +87,12 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     tokens = rows * setting.length / context
     shards = tp * math.prod(sizes[axis] for axis in sharding.WEIGHTS)
     width = 2 * tokens * config.hidden_size
-    whole, split = _KEPT[setting.remat]
-    wide = split * config.intermediate_size / config.hidden_size
-    residual = 1 / tp if setting.sequence_parallel else 1
-    kept = config.num_layers * width * (residual + (whole - 1 + wide) / tp)
+    whole, split, wide = _KEPT[setting.remat]
+    whole = whole / tp if setting.sequence_parallel else whole
+    split += wide * config.intermediate_size / config.hidden_size
+    kept = config.num_layers * width * (whole + split / tp)
+    if setting.remat == "none":
+        kept += 2 * config.num_params() / tp
     block = (config.num_params() / config.num_layers) * 4 / tp
     held = _STATE * config.num_params() / shards + kept + 6 * width + block
     compute = tokens * config.flops_per_token(setting.length) / tp * _PASSES[setting.remat]
