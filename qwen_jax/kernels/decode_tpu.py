@@ -299,6 +299,8 @@ def _row(shape: Shape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
 
 def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
     """x [rows, X] times y, whose axis `contract` is X."""
+    if 1 in y.shape:  # Mosaic multiplies with a vector without its matrix units, in float32 only
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((1,), (contract,)), ((), ()))
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -30,6 +30,7 @@ DIMS = [Case("v5e", 2048, 4, dim) for dim in HEAD_DIMS if dim != 128]
 DECODE = [
     parameter(Case(target, 2048, heads), smoke=heads == 16) for target in TARGETS for heads in HEADS
 ]
+DECODE += [parameter(Case(target, 8192, 1), smoke=True) for target in ("v5e", "v5p")]  # of tp = N
 
 
 def kernels(programs: list[aot.Program]) -> list[str]:
