@@ -143,6 +143,8 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return attend(q, k, v, mask, scale, return_lse=return_lse, **local_options)
+        if local_options:
+            raise TypeError(f"{', '.join(local_options)}: only for calls of one device's arrays")
         rows = jax.typeof(q).sharding.spec
         out = (rows, P(*rows[:3])) if return_lse else rows
         shared = sharding.CONTEXT in sharding.entries(rows[1])

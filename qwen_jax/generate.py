@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--mesh",
         metavar="SPEC",
-        help="e.g. fsdp=1,tp=4 (default: one device; the devices of all processes, where several)",
+        help="e.g. fsdp=2,tp=4 (default: all devices that divide the model, heads first)",
     )
     add(
         "--set",
@@ -168,8 +168,9 @@ def mesh(args: argparse.Namespace) -> "Mesh":
     except ValueError as error:
         raise command.UsageError(str(error)) from None
     command.virtual_cpu_devices(sizes)
-    if args.mesh is None and processes.count() > 1:
-        sizes = sharding.default(checkpoint.load_config(args.ckpt).sizes, jax.device_count())
+    if args.mesh is None:
+        here, lengths = jax.devices(), checkpoint.load_config(args.ckpt).sizes
+        sizes = sharding.default(lengths, len(here), slices=sharding.count_slices(here))
     made = sharding.make_mesh(sizes)
     used = {device.process_index for device in made.devices.flat}
     if idle := [str(i) for i in range(processes.count()) if i not in used]:

@@ -332,4 +332,5 @@ def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
 
 
 def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
+    sharding.check(config.sizes, jax.sharding.get_abstract_mesh())
     return Maker(config.sizes, key, dtype)

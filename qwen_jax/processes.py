@@ -322,7 +322,7 @@ def _leave(me: _Joined, watch: threading.Thread) -> None:
     import jax
 
     try:
-        me.client.wait_at_barrier("qwen_jax/end", 300_000)
+        me.client.wait_at_barrier("qwen_jax/end", int(_FOREVER * 1000))
         me.ending = 0
         if me.index == 0:
             # Each of the others leaves as soon as its thread has this answer.

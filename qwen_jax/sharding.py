@@ -15,12 +15,13 @@ Axes of size 1 appear in no partitioning. Nothing here knows of modules or files
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,8 +93,9 @@ def describe(sizes: Mapping[str, int]) -> str:
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
     """A mesh with explicit axes over the first devices, all axes 1 by default.
 
-    devices: None is all of this run's, over all processes. Raises ValueError when there are fewer
-    devices than the mesh asks for.
+    devices: None is all of this run's, over all processes. Of several TPU slices, `data` goes over
+    slices before anything else. Raises ValueError when there are fewer devices than the mesh asks
+    for, or when another axis would go over slices.
     """
     shape = tuple((sizes or {}).get(axis, 1) for axis in AXES)
     devices = jax.devices() if devices is None else devices
@@ -102,8 +104,33 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Me
             f"mesh {describe(sizes or {})} needs {math.prod(shape)} devices, "
             f"there are {len(devices)}"
         )
+    by_slice = _slices(devices[: math.prod(shape)])
+    within = (shape[0] // len(by_slice), *shape[1:])
+    if any(len(part) != math.prod(within) for part in by_slice):
+        raise ValueError(
+            f"mesh {describe(sizes or {})}: {COPIES} must be a multiple of the {len(by_slice)} "
+            "slices that it goes over"
+        )
+    parts = [
+        mesh_utils.create_device_mesh(within, part, allow_split_physical_axes=True)
+        for part in by_slice
+    ]
     explicit = (AxisType.Explicit,) * len(AXES)
-    return in_planes(jax.make_mesh(shape, AXES, explicit, devices=devices[: math.prod(shape)]))
+    return in_planes(Mesh(np.concatenate(parts), AXES, axis_types=explicit))
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice; of others all together: their hosts are no slices."""
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        of_tpu = device.platform == "tpu"
+        found.setdefault(device.slice_index if of_tpu else 0, []).append(device)
+    return list(found.values())
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """Of how many TPU slices devices are; 1 for others."""
+    return len(_slices(devices))
 
 
 def in_planes(mesh: Mesh) -> Mesh:
@@ -156,17 +183,17 @@ def entered(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
-def check(lengths: Mapping[str, int], mesh: Any) -> None:
+def check(lengths: Mapping[str, int], mesh: Any, sequence_parallel: bool = False) -> None:
     """Raise ValueError when an axis does not divide over the mesh, naming the nearest that works.
 
     lengths: of axes by letter: V, D, N, K, F, and B (rows of a batch) and T where they are known.
-    mesh: a mesh, or sizes by axis.
+    mesh: a mesh, or sizes by axis. sequence_parallel: T is split over `tp` too.
     """
     sizes = axis_sizes(mesh)
-    problem = _problem(lengths, sizes)
+    problem = _problem(lengths, sizes, sequence_parallel)
     if problem is None:
         return
-    nearest = _nearest(lengths, sizes)
+    nearest = _nearest(lengths, sizes, sequence_parallel)
     advice = f"; the nearest mesh that works is {describe(nearest)}" if nearest else ""
     raise ValueError(f"mesh {describe(sizes)}: {problem}{advice}")
 
@@ -182,24 +209,30 @@ _NAMES = {
 }
 
 
-def _problem(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> str | None:
-    over = {"B": BATCH, "D": WEIGHTS, "T": (CONTEXT,)} | dict.fromkeys("NFVK", (TENSOR,))
+def _problem(
+    lengths: Mapping[str, int], sizes: Mapping[str, int], sequence_parallel: bool = False
+) -> str | None:
+    tokens = (CONTEXT, TENSOR) if sequence_parallel else (CONTEXT,)
+    over = {"B": BATCH, "D": WEIGHTS, "T": tokens} | dict.fromkeys("NFVK", (TENSOR,))
     for letter, axes in over.items():
         parts = math.prod(sizes[axis] for axis in axes)
         length = lengths.get(letter)
-        if letter == "T" and parts > 1:
-            parts *= 2  # a device holds one piece from the front and one from the back
+        pieces = letter == "T" and sizes[CONTEXT] > 1
+        if pieces:  # a device holds one from the front and one from the back
+            parts = math.lcm(parts, 2 * sizes[CONTEXT])
         if length is None or length % parts == 0:
             continue
         if letter == "K" and parts % length == 0:
             continue  # fewer heads than devices: each is held by several
         named = " x ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
-        twice = " (in two pieces each)" if letter == "T" else ""
+        twice = " (in two pieces each)" if pieces else ""
         return f"{_NAMES[letter]} {letter} = {length} does not divide over {named}{twice}"
     return None
 
 
-def _nearest(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
+def _nearest(
+    lengths: Mapping[str, int], sizes: Mapping[str, int], sequence_parallel: bool
+) -> dict[str, int] | None:
     """The mesh of as many devices, or of the most below, whose axes are changed least; of several
     the one that takes devices into `fsdp`, which every program can use.
     """
@@ -209,7 +242,7 @@ def _nearest(lengths: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, 
         return moved, mesh[CONTEXT], mesh["fsdp_outer"], mesh[COPIES]
 
     for total in range(math.prod(sizes.values()), 0, -1):
-        fitting = [m for m in meshes(total) if _problem(lengths, m) is None]
+        fitting = [m for m in meshes(total) if _problem(lengths, m, sequence_parallel) is None]
         if fitting:
             return min(fitting, key=changed)
     return None
@@ -224,17 +257,21 @@ def meshes(total: int) -> Iterator[dict[str, int]]:
             yield dict(zip(AXES, (*some, rest), strict=True))
 
 
-def default(lengths: Mapping[str, int], devices: int, training: bool = False) -> dict[str, int]:
-    """The mesh to use when none is asked for: the most devices that divide.
+def default(
+    lengths: Mapping[str, int], devices: int, training: bool = False, slices: int = 1
+) -> dict[str, int]:
+    """The mesh to use when none is asked for: the most devices that divide, of all slices or one.
 
     Decoding reads every weight for each token, so `tp` takes as many as it can, and rows the rest.
     Training splits rows and weights (`fsdp`); what the model width does not divide over holds
-    copies (`data`), and only what rows do not divide over splits heads.
+    copies (`data`), as slices do, and only what rows do not divide over splits heads.
     """
-    least = (TENSOR, CONTEXT, "data") if training else ("data", CONTEXT, "fsdp")
-    for total in range(devices, 0, -1):
-        fitting = [m for m in meshes(total) if _problem(lengths, m) is None]
+    least = (TENSOR, CONTEXT, COPIES) if training else (COPIES, CONTEXT, "fsdp")
+    for total in [devices] * (slices > 1) + list(range(devices // slices, 0, -1)):
+        over = slices if total > devices // slices else 1
+        fitting = [m for m in meshes(total) if m[COPIES] % over == 0]
         fitting = [m for m in fitting if m[CONTEXT] == m["fsdp_outer"] == 1]
+        fitting = [m for m in fitting if _problem(lengths, m) is None]
         if fitting:
             return min(fitting, key=lambda m: tuple(m[axis] for axis in least))
     raise AssertionError("one device holds everything")

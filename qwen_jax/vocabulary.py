@@ -29,7 +29,7 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table [V, D] by int [B, T] -> [B, T, D] of `dtype`.
 
     Each device looks up every token in its own rows and columns, then they exchange columns for
-    tokens: what travels is the size of the result, not of the table.
+    tokens: what travels is the size of the result, not of the table. Differentiable in reverse.
     """
     split, over_rows = _split(table, 1), _split(table, 0)
 
@@ -67,7 +67,7 @@ def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
 
         def step(sums: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
             (rows,), columns = chunk
-            return sums.at[rows].add(columns.T.astype(sums.dtype), mode="drop"), None
+            return sums.at[rows].add(columns.T.astype(jnp.float32), mode="drop"), None
 
         def chunks(x: jax.Array, filler: int) -> jax.Array:
             """[devices, C, tokens] -> [chunks, C, size]; what fills up the last is dropped."""
@@ -79,8 +79,9 @@ def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
             return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], size)
 
         every = chunks(rows, table.shape[0]), chunks(columns, 0)
-        sums, _ = jax.lax.scan(step, jnp.zeros_like(table), every)
-        return jax.lax.psum(sums, copies) if copies else sums
+        sums, _ = jax.lax.scan(step, jnp.zeros(table.shape, jnp.float32), every)
+        sums = jax.lax.psum(sums, copies) if copies else sums
+        return sums.astype(table.dtype)
 
     return local(table, tokens, dx), np.zeros(tokens.shape, jax.dtypes.float0)
 

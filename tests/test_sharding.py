@@ -133,6 +133,9 @@ class FakeDevice:
     coords: tuple[int, ...]
     process_index: int = 0
     platform: str = "tpu"
+    slice_index: int = 0
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
 
 
 def torus(*shape: int) -> np.ndarray:
@@ -144,6 +147,29 @@ def torus(*shape: int) -> np.ndarray:
 def mesh_of(devices: np.ndarray, fsdp: int, tp: int = 1, outer: int = 1) -> Mesh:
     shape = (1, outer, fsdp, 1, tp)
     return Mesh(devices.reshape(shape), sharding.AXES, axis_types=(AxisType.Explicit,) * 5)
+
+
+def test_data_goes_over_slices():
+    places = list(itertools.product(range(4), range(4), [0]))
+    slices = [
+        [FakeDevice(100 * s + i, at, slice_index=s) for i, at in enumerate(places)]
+        for s in range(2)
+    ]
+    devices = [device for both in zip(*slices, strict=True) for device in both]  # in any order
+    assert sharding.count_slices(devices) == 2
+    assert sharding.count_slices(jax.devices()) == 1
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 4, "tp": 2}, devices)
+    for i, copy in enumerate(mesh.devices):
+        assert {device.slice_index for device in copy.flat} == {i // 2}
+    assert sharding.make_mesh({"fsdp": 16}, slices[0]).shape["fsdp"] == 16
+    with pytest.raises(ValueError, match="fsdp=32: data must be a multiple of the 2 slices"):
+        sharding.make_mesh({"fsdp": 32}, devices)
+    sizes = PRESETS["qwen-7b"].sizes
+    assert sharding.describe(sharding.default(sizes, 32, True, slices=2)) == "data=2,fsdp=16"
+    assert sharding.describe(sharding.default(sizes, 32, slices=2)) == "data=2,tp=16"
+    # Rows that two slices cannot share stay on one.
+    one = sharding.default(sizes | {"B": 3}, 32, slices=2)
+    assert math.prod(one.values()) <= 16
 
 
 def test_fsdp_over_a_3d_torus_falls_into_planes():
@@ -225,6 +251,15 @@ def test_what_does_not_divide_is_named_with_the_nearest_mesh(changes, mesh, prob
 
 def apart(one: dict[str, int], other: dict[str, int]) -> float:
     return sum(abs(math.log2(one[a] / other[a])) for a in sharding.AXES)
+
+
+def test_a_residual_split_by_tokens_is_checked():
+    sharding.check({"T": 8}, {"context": 2, "tp": 4}, sequence_parallel=True)
+    sharding.check({"T": 6}, {"tp": 4})
+    with pytest.raises(ValueError, match=r"length T = 6 does not divide over tp=4; the nearest"):
+        sharding.check({"T": 6}, {"tp": 4}, sequence_parallel=True)
+    with pytest.raises(ValueError, match=r"T = 12 .*over context=2 x tp=4 \(in two pieces each\)"):
+        sharding.check({"T": 12}, {"context": 2, "tp": 4}, sequence_parallel=True)
 
 
 def test_fewer_devices_where_no_mesh_of_as_many_works():

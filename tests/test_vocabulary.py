@@ -185,6 +185,18 @@ def test_look_up(sizes, dtype, monkeypatch):
     np.testing.assert_allclose(gradient, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}], ids=sharding.describe)
+def test_a_frequent_token_of_a_bfloat16_table(sizes):
+    """Gradients add up in float32: in bfloat16, 256 ones and another are 256."""
+    with on_mesh(**sizes):
+        table = sharding.place(np.zeros((4, 8), jnp.bfloat16), "VD")
+        tokens = sharding.place(np.zeros((4, 256), np.int32), "BT")
+        grad = jax.jit(jax.grad(lambda t, ids: jnp.sum(vocabulary.look_up(t, ids, t.dtype))))
+        gradient = grad(table, tokens)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(gradient, np.float32)[0], 1024)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 2}, {"tp": 2}], ids=sharding.describe)
 def test_the_logits_are_nowhere_whole(sizes, monkeypatch):
     """Temporaries of the compiled gradient: those of a chunk, not of the vocabulary."""

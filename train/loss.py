@@ -50,7 +50,9 @@ def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
 
 
 def place(batch: Batch) -> Batch:
-    """A batch of the host on the mesh in force."""
+    """A batch of the host on the mesh in force. Raises ValueError where it does not divide."""
+    rows, tokens = batch.tokens.shape
+    sharding.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
     return jax.tree.map(lambda x: sharding.place(x, "BT"), batch)
 
 
@@ -79,10 +81,13 @@ def loss(
     in training, RoPE scaling by length and LogN are off. remat: as `Decoder.__call__`.
     sequence_parallel: keep the residual split over `tp` by tokens.
     """
+    rows, tokens = batch.tokens.shape
+    lengths = {**decoder.config.sizes, "B": rows, "T": tokens}
+    sharding.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
     batch = jax.tree.map(ring.zigzag, batch)
     decoder = decoder.with_config(decoder.config.in_training)
     rates = jnp.asarray(rope.from_config(decoder.config).frequencies())
-    rates = jnp.broadcast_to(rates, (batch.tokens.shape[0], *rates.shape))
+    rates = jnp.broadcast_to(rates, (rows, *rates.shape))
     x = decoder.embed(batch.tokens, dtype)
     if sequence_parallel:
         x = sharding.sequence_parallel(x)

@@ -60,7 +60,8 @@ def _work(args: argparse.Namespace) -> None:
         sizes = sharding.parse_mesh(args.mesh)
         if args.mesh is None:
             lengths = {**setting.config.sizes, "B": setting.batch}
-            sizes = sharding.default(lengths, topology.devices, training=not args.decode)
+            slices = sharding.count_slices(topologies.devices(topology))
+            sizes = sharding.default(lengths, topology.devices, not args.decode, slices)
         found = list(estimates(setting, topology, sizes, args.decode))
     if args.json:
         print(json.dumps({"model": args.model, "plans": [x.to_json() for x in found]}))

@@ -41,7 +41,8 @@ class Setting:
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where an axis does not divide over the mesh."""
-        sharding.check({**self.config.sizes, "B": self.batch, "T": self.length}, sizes)
+        lengths = {**self.config.sizes, "B": self.batch, "T": self.length}
+        sharding.check(lengths, sizes, self.sequence_parallel)
 
 
 @dataclasses.dataclass(frozen=True)

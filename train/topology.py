@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from qwen_jax import sharding
 from train.hardware import CHIPS, Gpu, Tpu
@@ -117,32 +117,14 @@ def devices(topology: Topology) -> tuple[Any, ...]:
 
 
 def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of a topology; the first axis goes over slices before any other.
-
-    Raises ValueError when it has another number of devices.
-    """
-    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
-    if math.prod(shape) != topology.devices:
+    """A mesh of all devices of a topology. Raises ValueError when it has another number."""
+    count = math.prod(sizes.values())
+    if count != topology.devices:
         raise ValueError(
-            f"mesh {sharding.describe(sizes)} has {math.prod(shape)} devices, {topology} has "
+            f"mesh {sharding.describe(sizes)} has {count} devices, {topology} has "
             f"{topology.devices}"
         )
-    there = devices(topology)
-    explicit = (AxisType.Explicit,) * len(shape)
-    if isinstance(topology.chip, Gpu):
-        return Mesh(np.array(there).reshape(shape), sharding.AXES, axis_types=explicit)
-    if shape[0] % topology.slices:
-        raise ValueError(
-            f"mesh {sharding.describe(sizes)}: {sharding.COPIES} must be a multiple of the "
-            f"{topology.slices} slices of {topology}"
-        )
-    within = (shape[0] // topology.slices, *shape[1:])
-    by_slice = [
-        mesh_utils.create_device_mesh(within, list(part), allow_split_physical_axes=True)
-        for part in np.split(np.array(there), topology.slices)
-    ]
-    whole = Mesh(np.concatenate(by_slice), sharding.AXES, axis_types=explicit)
-    return sharding.in_planes(whole)
+    return sharding.make_mesh(sizes, devices(topology))
 
 
 @dataclasses.dataclass(frozen=True)
