@@ -101,7 +101,8 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
     ring = 4 * config.num_layers * width / tp * (context - 1)
     across = gathered / _links(topology, shards // tp) + ring / chip.link
-    seconds = max(compute / chip.flops, across) + reduced / _links(topology, tp)
+    # Of what is equally fast where all overlaps, what sends least comes first.
+    seconds = max(compute / chip.flops, across) + across / 10 + reduced / _links(topology, tp)
     return held, seconds / (setting.batch * setting.length)
 
 
