@@ -1,6 +1,8 @@
 """Tables of what each published model needs and can reach on each size of machine.
 
-    JAX_PLATFORMS=cpu python benchmarks/scaling.py > docs/scaling.md [--only qwen-7b v5e:16x16]
+    JAX_PLATFORMS=cpu python benchmarks/scaling.py [--only qwen-7b v5e:16x16]
+
+The last sections of docs/scaling.md; the first are of `pod.py`.
 
 For pretraining at 2k and 8k, fine-tuning at 2k and decoding at 32k it compiles the most promising
 settings that `train.search` finds, and prints the best one that fits. Each compilation has a
@@ -61,7 +63,7 @@ def main() -> None:
     topologies = [x for x in TOPOLOGIES if x in args.only] or TOPOLOGIES
     print(_head())
     for task in TASKS:
-        print(f"\n## {task.title}\n\n{_columns(task)}")
+        print(f"\n### {task.title}\n\n{_columns(task)}")
         for model in models:
             for topology in topologies:
                 plan = _best(task, model, topology, args.tries, args.cache)
@@ -103,10 +105,9 @@ def _versions() -> dict[str, str]:
 def _head() -> str:
     versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return f"""# Scaling
+    return f"""## Plans
 
-What each model needs and can reach on machines that were not there: the real programs, compiled by
-the real compilers, and bounds from published rates ({versions}, {today};
+What the search recommends, compiled, with bounds from published rates ({versions}, {today};
 `python benchmarks/scaling.py`). A bound is not a measurement: it is what no run exceeds. *MFU* has
 all terms overlap, *serial* none. Memory is of a device, in GB."""
 

@@ -2,7 +2,7 @@
 
 SRC is a folder with safetensors files, or the id of a model on the Hugging Face hub. DST is the
 directory to make. Stopped in the middle, the same command continues where it was. Several processes
-share the work when each is given the same command; DST must then be on a disk that all of them see.
+share the work when each is given the same command; DST must then be where all of them see it.
 """
 
 import argparse

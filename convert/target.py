@@ -64,7 +64,7 @@ def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
     """Raise ValueError unless this is the folder that process 0 has begun."""
     if not is_unfinished(target):
         raise ValueError(
-            f"{target} is not the folder that process 0 writes to: all hosts need one disk"
+            f"{target} is not the folder that process 0 writes to: all hosts need one disk, or gs://"
         )
     check_usable(target, facts)
 

@@ -3,7 +3,7 @@
 SRC is a directory that convert/from_hf.py made. DST gets safetensors files with an index, and the
 configuration and tokenizer that SRC carries. Stopped in the middle, the same command continues
 where it was. Several processes share the files when each is given the same command; DST must then
-be on a disk that all of them see.
+be where all of them see it.
 """
 
 import argparse

@@ -93,6 +93,28 @@ def test_restored_weights_and_tokens_are_those_of_one_process(model, alone, coun
     assert restored(model, count) == alone
 
 
+def test_generate_takes_all_devices(chat_dir):
+    """The command itself, without --mesh: only process 0 speaks, and says what one process says."""
+    command = ["-m", "qwen_jax.generate", "--ckpt", chat_dir, "--prompt", "a", "--json"]
+    command += ["--max-new-tokens", "3", "--temperature", "0", "--dtype", "float32"]
+
+    def said(count: int) -> Any:
+        with launch.group(command, count) as group:
+            results = succeeded(group)
+        assert all(not results[i].out for i in range(1, count))
+        return json.loads(results[0].out)
+
+    assert said(1)["text"] == said(2)["text"]
+
+
+def test_a_mesh_without_a_process_is_refused(chat_dir):
+    command = ["-m", "qwen_jax.generate", "--ckpt", chat_dir, "--prompt", "a", "--mesh", "tp=1"]
+    with launch.group(command, 2) as group:
+        results = group.wait(A_MINUTE)
+    assert [results[i].code for i in range(2)] == [2, 2]
+    assert "mesh fsdp=1 has no device of process 1: take one of 2 devices" in results[0].err
+
+
 def test_export_and_verification(tmp_path, model):
     options = ["--max-shard-size", "200KB", "--verify"]
     with launch.group(["convert/to_hf.py", model, tmp_path / "hf", *options], 2) as group:
