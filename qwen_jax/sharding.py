@@ -123,8 +123,8 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
     """The devices of each TPU slice; of others all together: their hosts are no slices."""
     found: dict[int, list[Any]] = {}
     for device in devices:
-        of_tpu = device.platform == "tpu"
-        found.setdefault(device.slice_index if of_tpu else 0, []).append(device)
+        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        found.setdefault(index, []).append(device)
     return list(found.values())
 
 
