@@ -113,6 +113,9 @@ def join(args: argparse.Namespace) -> None:
     processes.initialize(*named, args.start_timeout, args.heartbeat_timeout)
     if processes.count() > 1:
         _keep_stdout(processes.index() == 0)
+        own = ("coordinator", "processes", "process", "distributed")
+        options = {name: str(x) for name, x in vars(args).items() if name not in own}
+        processes.agree("arguments", json.dumps(options))
 
 
 def _keep_stdout(shown: bool) -> None:

@@ -35,7 +35,8 @@ def existing(path: str | Path) -> Path:
     """The folder at `path`, which has a config.json. Raises CheckpointError."""
     root = paths.absolute(path)
     if not root.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
+        unreached = ", or cannot be reached" if paths.is_remote(root) else ""
+        raise CheckpointError(f"{path} is not a directory{unreached}")
     if not (root / CONFIG).is_file():
         raise CheckpointError(f"{path} is not a model directory: it has no {CONFIG}")
     return root
@@ -56,7 +57,9 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
             f"reads {FORMAT}: update qwen_jax or convert again"
         )
     found, listed = file_sizes(root), manifest.get("files")
-    if not isinstance(listed, dict) or not {"dtype", "shapes"} <= manifest.keys():
+    shapes = manifest.get("shapes")
+    sound = isinstance(listed, dict) and isinstance(shapes, dict) and "dtype" in manifest
+    if not sound or not all(isinstance(shape, list) for shape in shapes.values()):
         raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
     if problems := differences(found, listed):
         raise CheckpointError(f"{root} is damaged: {problems}; convert or copy it again")

@@ -167,9 +167,11 @@ def mesh(args: argparse.Namespace) -> "Mesh":
         sizes = sharding.parse_mesh(args.mesh)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
+    lengths = checkpoint.load_config(args.ckpt).sizes
+    sharding.check(lengths, sizes)
     command.virtual_cpu_devices(sizes)
     if args.mesh is None:
-        here, lengths = jax.devices(), checkpoint.load_config(args.ckpt).sizes
+        here = jax.devices()
         sizes = sharding.default(lengths, len(here), slices=sharding.count_slices(here))
     made = sharding.make_mesh(sizes)
     used = {device.process_index for device in made.devices.flat}

@@ -63,6 +63,7 @@ def load(
     mesh = sharding.current_mesh()
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
         raise ValueError("a context axis is for training: decode with tp and fsdp")
+    sharding.check(config.sizes, mesh)
     _check_attention(attend, config, dtype or default_dtype(), mesh)
     decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
     return LanguageModel(

@@ -80,7 +80,12 @@ def initialize(
     global _joined
     if _joined:
         raise ValueError("initialize has been called already: once for each process")
-    if "jax" not in sys.modules:
+    if "jax" in sys.modules:
+        from jax._src import xla_bridge
+
+        if xla_bridge.backends_are_initialized():
+            raise ValueError("jax has been used already: call initialize before anything else")
+    else:
         # jax's runtime announces the loss of a process with a stack trace and aborts. It reads this
         # when it is loaded; where it was loaded before, the trace comes before our line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
@@ -131,6 +136,8 @@ def _start_jax(me: _Joined, devices: Any, timeout: float) -> None:
 
     # Otherwise the service makes every process abort before any could say why.
     jax.config.update("jax_enable_recoverability", True)
+    # It would catch SIGTERM and tell nobody: the process would not end.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         me.coordinator,
         len(me.hosts),
@@ -153,6 +160,17 @@ def barrier(timeout: float = _FOREVER) -> None:
     except Exception as error:
         await_verdict(error)
         raise
+
+
+def agree(what: str, value: str) -> None:
+    """Raise ValueError where process 0 has another value: the processes would wait for ever."""
+    if (me := _joined) is None:
+        return
+    key = f"qwen_jax/agree/{what}"
+    if me.index == 0:
+        me.client.key_value_set(key, value)
+    elif (first := me.client.blocking_key_value_get(key, 60_000)) != value:
+        raise ValueError(f"process 0 was started with other {what}: {first}; here: {value}")
 
 
 def first(work: Callable[[], Any]) -> Any:

@@ -32,6 +32,7 @@ COPIES = "data"  # whose devices hold equal weights
 CONTEXT = "context"
 TENSOR = "tp"
 _LANES = 128  # of a TPU's registers
+_MOST_TRIED = 2**13  # devices of a mesh that is suggested
 _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
@@ -241,20 +242,29 @@ def _nearest(
         moved = sum(abs(math.log2(mesh[axis] / sizes[axis])) for axis in AXES)
         return moved, mesh[CONTEXT], mesh["fsdp_outer"], mesh[COPIES]
 
-    for total in range(math.prod(sizes.values()), 0, -1):
-        fitting = [m for m in meshes(total) if _problem(lengths, m, sequence_parallel) is None]
-        if fitting:
+    for total in range(min(math.prod(sizes.values()), _MOST_TRIED), 0, -1):
+        if fitting := list(meshes(total, lengths, sequence_parallel)):
             return min(fitting, key=changed)
     return None
 
 
-def meshes(total: int) -> Iterator[dict[str, int]]:
-    """Every mesh of that many devices."""
-    divisors = [n for n in range(1, total + 1) if total % n == 0]
-    for some in itertools.product(divisors, repeat=len(AXES) - 1):
-        rest, left = divmod(total, math.prod(some))
-        if left == 0 and rest > 0:
-            yield dict(zip(AXES, (*some, rest), strict=True))
+def meshes(
+    total: int, lengths: Mapping[str, int] | None = None, sequence_parallel: bool = False
+) -> Iterator[dict[str, int]]:
+    """Every mesh of that many devices; with lengths (as for `check`), every one that divides."""
+    lengths = lengths or {}
+    small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+    divisors = sorted({*small, *(total // n for n in small)})
+
+    def divides(mesh: Mapping[str, int]) -> bool:
+        return _problem(lengths, axis_sizes(mesh), sequence_parallel) is None
+
+    *some, last = ([n for n in divisors if divides({axis: n})] for axis in AXES)
+    for sizes in itertools.product(*some):
+        rest, left = divmod(total, math.prod(sizes))
+        mesh = dict(zip(AXES, (*sizes, rest), strict=True))
+        if left == 0 and rest in last and divides(mesh):
+            yield mesh
 
 
 def default(
@@ -269,9 +279,8 @@ def default(
     least = (TENSOR, CONTEXT, COPIES) if training else (COPIES, CONTEXT, "fsdp")
     for total in [devices] * (slices > 1) + list(range(devices // slices, 0, -1)):
         over = slices if total > devices // slices else 1
-        fitting = [m for m in meshes(total) if m[COPIES] % over == 0]
+        fitting = [m for m in meshes(total, lengths) if m[COPIES] % over == 0]
         fitting = [m for m in fitting if m[CONTEXT] == m["fsdp_outer"] == 1]
-        fitting = [m for m in fitting if _problem(lengths, m) is None]
         if fitting:
             return min(fitting, key=lambda m: tuple(m[axis] for axis in least))
     raise AssertionError("one device holds everything")

@@ -36,10 +36,16 @@ def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
     """A batch of the host from int [B, T] tokens and labels, one document a row.
 
     labels are not shifted: the label of a token is learned from the tokens before it. `IGNORED`
-    ones have no weight.
+    ones have no weight. Raises ValueError for what is no id, or labels of another shape.
     """
-    tokens = np.asarray(tokens, np.int32)
-    after = np.pad(np.asarray(labels)[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    tokens, labels = np.asarray(tokens), np.asarray(labels)
+    if tokens.ndim != 2 or tokens.shape != labels.shape:
+        raise ValueError(f"tokens {tokens.shape} and labels {labels.shape}: both are [B, T]")
+    for name, ids in {"tokens": tokens, "labels": labels[labels != IGNORED]}.items():
+        if not np.issubdtype(ids.dtype, np.integer) or np.any(ids < 0):
+            raise ValueError(f"{name} are whole numbers from 0, and labels {IGNORED} where ignored")
+    tokens = tokens.astype(np.int32)
+    after = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     return Batch(
         tokens=tokens,
         targets=np.where(after == IGNORED, 0, after).astype(np.int32),
@@ -79,12 +85,15 @@ def loss(
 
     decoder: stacked or not, of any storage dtype; `dtype` is what it computes in. As the original
     in training, RoPE scaling by length and LogN are off. remat: as `Decoder.__call__`.
-    sequence_parallel: keep the residual split over `tp` by tokens.
+    sequence_parallel: keep the residual split over `tp` by tokens. Ids beyond the vocabulary make
+    the loss, and every gradient, no number.
     """
     rows, tokens = batch.tokens.shape
     lengths = {**decoder.config.sizes, "B": rows, "T": tokens}
     sharding.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
-    batch = jax.tree.map(ring.zigzag, batch)
+    known = [(ids >= 0) & (ids < lengths["V"]) for ids in (batch.tokens, batch.targets)]
+    weights = jnp.where(known[0] & known[1], batch.weights, jnp.nan)
+    batch = jax.tree.map(ring.zigzag, batch.replace(weights=weights))
     decoder = decoder.with_config(decoder.config.in_training)
     rates = jnp.asarray(rope.from_config(decoder.config).frequencies())
     rates = jnp.broadcast_to(rates, (rows, *rates.shape))

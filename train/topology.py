@@ -14,12 +14,14 @@ import site
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from qwen_jax import sharding
 from train.hardware import CHIPS, Gpu, Tpu
+
+_LONGEST = 16  # chips along a side of a slice in a plane
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,9 @@ def parse(text: str) -> Topology:
     if len(lengths) != wanted or 0 in lengths or found.group(3) == "0":
         shape = "hosts x GPUs" if isinstance(chip, Gpu) else f"{wanted} lengths"
         raise ValueError(f"topology {text!r}: {chip.name} takes {shape}, each at least 1")
+    if isinstance(chip, Tpu) and len(lengths) == 2 and max(lengths) > _LONGEST:
+        most = f"{_LONGEST}x{_LONGEST}"
+        raise ValueError(f"topology {text!r}: a slice is {most} at most; take several, as {most}*2")
     return Topology(chip, lengths, int(found.group(3) or 1))
 
 
@@ -112,7 +117,10 @@ def devices(topology: Topology) -> tuple[Any, ...]:
     else:
         options |= {"num_slices": topology.slices} if topology.slices > 1 else {}
         options |= {"chip_config_name": chip.config} if chip.config else {}
-    described = topologies.get_topology_desc(name, platform=chip.platform, **options)
+    try:
+        described = topologies.get_topology_desc(name, platform=chip.platform, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}") from error
     return tuple(described.devices)
 
 
