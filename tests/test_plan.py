@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import scaling
 from qwen_jax import PRESETS, cache, sharding
 from tests.tiny import tiny_config
-from train import estimate, flops, plan, programs, report, search, topology
-from train.programs import Setting
+from train import estimate, flops, hardware, plan, programs, report, search, topology
+from train.programs import Memory, Setting
 from train.topology import Path
 
 SIZES = sharding.parse_mesh("fsdp=2,tp=2")
@@ -36,6 +37,16 @@ def trained() -> estimate.Estimate:
         patch.setattr(topology, "mesh", lambda _, sizes: sharding.make_mesh(sizes))
         patch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
         return estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
+
+
+@pytest.fixture
+def uncompiled(on_cpu: None, trained: estimate.Estimate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan of a step is that of `trained`, but for what it was asked for."""
+
+    def training(setting: Setting, where: Any, sizes: Any) -> estimate.Estimate:
+        return dataclasses.replace(trained, setting=setting, topology=where, mesh=sizes)
+
+    monkeypatch.setattr(estimate, "training", training)
 
 
 def total(program: programs.Program, compiled: Any) -> None:
@@ -218,11 +229,63 @@ def test_a_search_tries_what_may_fit() -> None:
     found = search.candidates(setting, topology.parse("v5p:2x2x4"))
     assert found and all(x.mesh["fsdp"] * x.mesh["context"] * x.mesh["tp"] == 16 for x in found)
     assert found == sorted(found, key=lambda x: x.seconds)
-    assert search.candidates(setting, topology.parse("v5e:4x4")) == []
     slices = search.candidates(setting, topology.parse("v5p:4x4x4*2"))
     assert slices and all(x.mesh["data"] == 2 for x in slices)
     hosts = search.candidates(setting, topology.parse("h200:8x8"))
     assert hosts and all(x.mesh["tp"] <= 8 for x in hosts)
+
+
+def test_where_nothing_fits_the_smallest_are_tried() -> None:
+    # 16 chips of 16 GiB hold neither the state nor an activation more than they must.
+    setting = Setting(PRESETS["qwen-72b"], 16, 2048, "pallas_tpu")
+    found = search.candidates(setting, topology.parse("v5e:4x4"))
+    assert [x.bytes for x in found] == sorted(x.bytes for x in found) and len(found) == 3
+    least, chip = found[0], hardware.TPUS["v5e"]
+    assert least.bytes > 18 * PRESETS["qwen-72b"].num_params() / 16 > chip.usable
+    assert least.setting.remat == "full" and least.setting.batch == least.mesh["fsdp"]
+
+
+@pytest.mark.parametrize("rows", [["--batch", "4"], ["--batch", "3"]])
+def test_a_search_that_finds_nothing_says_why(
+    uncompiled: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[str],
+) -> None:
+    chip = dataclasses.replace(hardware.TPUS["v5e"], usable=1000)
+    monkeypatch.setitem(hardware.CHIPS, "v5e", chip)
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=3))
+    options = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla", "--search"]
+    code, out, error = run(capsys, *options, *rows)
+    if rows == ["--batch", "3"]:
+        assert code == 2 and "no mesh of 4 devices divides" in error
+    else:
+        assert code == 0 and "does not fit" in out.splitlines()[1] and "GB over" in out
+
+
+def test_what_lacks_least_comes_first(trained: estimate.Estimate) -> None:
+    def lacking(size: int) -> estimate.Estimate:
+        program = dataclasses.replace(trained.program, memory=Memory({"weights": size}, 1e9))
+        return dataclasses.replace(trained, program=program, bound=None)
+
+    found = sorted([lacking(3 * 10**9), lacking(2 * 10**9), trained], key=plan.rank)
+    assert [x.over for x in found] == [0, 1e9, 2e9]
+
+
+def test_a_table_has_the_best_or_what_the_smallest_lacks(
+    trained: estimate.Estimate, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    fits = trained.to_json()
+    large, larger = ({**fits, "fits": False, "over": x} for x in (2.5e9, 3e9))
+
+    def row(*plans: Any) -> str:
+        monkeypatch.setattr(scaling, "_plans", lambda *_: plans)
+        best = scaling._best(scaling.TASKS[0], "tiny", "v5e:2x2", 3, tmp_path)
+        return scaling._row("tiny", "v5e:2x2", best)
+
+    assert row(larger, fits) == row(fits) and "does not fit" not in row(fits)
+    assert row(larger, large).endswith("| does not fit: 2.5 GB over |")
+    assert "nothing that was tried fits" in row()
 
 
 def test_a_search_for_decoding_knows_the_cache() -> None:
@@ -251,15 +314,8 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, st
 
 
 def test_the_command(
-    on_cpu: None,
-    trained: estimate.Estimate,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    uncompiled: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def training(setting: Setting, where: Any, sizes: Any) -> estimate.Estimate:
-        return dataclasses.replace(trained, setting=setting, topology=where, mesh=sizes)
-
-    monkeypatch.setattr(estimate, "training", training)
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     options = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla"]
     options += ["--batch", "4", "--length", "16"]

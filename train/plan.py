@@ -54,6 +54,11 @@ def _work(args: argparse.Namespace) -> None:
     setting = _setting(args, topology)
     if args.search:
         tried = search.candidates(setting, topology, args.decode)[: args.tries]
+        if not tried:
+            raise UsageError(
+                f"--search: no mesh of {topology.devices} devices divides this model and "
+                f"--batch {args.batch} or its halves"
+            )
         found = [x for c in tried for x in estimates(c.setting, topology, c.mesh, args.decode)]
         found.sort(key=rank)
     else:
@@ -80,11 +85,11 @@ def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: boo
 
 
 def rank(x: Any) -> tuple[Any, ...]:
-    """What fits before what does not; then the best tokens/s, and where that is equal the one that
-    loses least when nothing overlaps.
+    """What fits before what does not, of which what lacks least; then the best tokens/s, and where
+    that is equal the one that loses least when nothing overlaps.
     """
     serial = x.tokens / x.bound.serial if x.bound else 0.0
-    return x.task, not x.fits, -round(x.tokens_per_second, -1), -serial
+    return x.task, not x.fits, x.over, -round(x.tokens_per_second, -1), -serial
 
 
 def _setting(args: argparse.Namespace, topology: Any) -> Any:

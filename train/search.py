@@ -23,6 +23,7 @@ _KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
 # The forward passes that are computed.
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
+_SMALLEST = 3  # are tried where nothing may fit, for what they lack
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
 
 
@@ -38,21 +39,28 @@ class Candidate:
 
 def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
     """What may fit, the fastest first: meshes of all devices, for training remat policies, the
-    batch asked for and halves of it, of which the two largest that may fit.
+    batch asked for and halves of it, of which the two largest that may fit. Where nothing may, the
+    few that need least, each with the smallest batch of its mesh and policy.
     """
     batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
     policies = ["full"] if decode else list(_KEPT)
-    found = []
+    found, large = [], []
     for sizes, remat in itertools.product(_meshes(topology), policies):
         fitting: list[Candidate] = []
+        smallest: list[Candidate] = []
         for batch in batches:
             one = dataclasses.replace(setting, batch=batch, remat=remat)
             if len(fitting) < 2 and _divides(one, sizes, decode):
                 rough = _rough_decode if decode else _rough
-                fitting.append(Candidate(one, sizes, *rough(one, topology, sizes)))
-                if fitting[-1].bytes > topology.chip.usable:
-                    fitting.pop()
+                candidate = Candidate(one, sizes, *rough(one, topology, sizes))
+                if candidate.bytes <= topology.chip.usable:
+                    fitting.append(candidate)
+                else:
+                    smallest = [candidate]
         found += fitting
+        large += smallest
+    if not found:
+        return sorted(large, key=lambda x: (x.bytes, x.setting.batch))[:_SMALLEST]
     return sorted(found, key=lambda x: x.seconds)
 
 
