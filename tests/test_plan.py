@@ -337,6 +337,11 @@ def test_the_command(
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--remat", "some"], "full, projections"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--attention", "best"], "pallas_tpu"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--cache-dtype", "int4"], cache.DTYPES[0]),
+        (["--model", "qwen-7b", "--topology", "v5e:2x2", "--mesh", "foo=2"], "(axes: data, fsdp"),
+        (
+            ["--model", "qwen-7b", "--topology", "v5e:2x2", "--decode", "--mesh", "context=2,tp=2"],
+            "context splits training only",
+        ),
     ],
 )
 def test_usage_errors(

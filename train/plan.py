@@ -62,7 +62,7 @@ def _work(args: argparse.Namespace) -> None:
         found = [x for c in tried for x in estimates(c.setting, topology, c.mesh, args.decode)]
         found.sort(key=rank)
     else:
-        sizes = sharding.parse_mesh(args.mesh)
+        sizes = _mesh(args)
         if args.mesh is None:
             lengths = {**setting.config.sizes, "B": setting.batch}
             sizes = sharding.default(lengths, topology.devices, training=not args.decode)
@@ -90,6 +90,22 @@ def rank(x: Any) -> tuple[Any, ...]:
     """
     serial = x.tokens / x.bound.serial if x.bound else 0.0
     return x.task, not x.fits, x.over, -round(x.tokens_per_second, -1), -serial
+
+
+def _mesh(args: argparse.Namespace) -> dict[str, int]:
+    """The sizes asked for, by axis; all 1 where none are."""
+    from qwen_jax import sharding
+
+    try:
+        sizes = sharding.parse_mesh(args.mesh)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if args.decode and sizes[sharding.CONTEXT] > 1:
+        raise UsageError(
+            f"--decode --mesh {args.mesh}: {sharding.CONTEXT} splits training only; decode with tp "
+            "and fsdp"
+        )
+    return sizes
 
 
 def _setting(args: argparse.Namespace, topology: Any) -> Any:
