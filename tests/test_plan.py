@@ -14,6 +14,7 @@ from benchmarks import scaling
 from qwen_jax import PRESETS, cache, sharding
 from tests.tiny import tiny_config
 from train import estimate, flops, hardware, plan, programs, report, search, topology
+from train.bounds import Bound, Term
 from train.programs import Memory, Setting
 from train.topology import Path
 
@@ -270,6 +271,18 @@ def test_what_lacks_least_comes_first(trained: estimate.Estimate) -> None:
 
     found = sorted([lacking(3 * 10**9), lacking(2 * 10**9), trained], key=plan.rank)
     assert [x.over for x in found] == [0, 1e9, 2e9]
+
+
+@pytest.mark.parametrize("scale", [1e3, 1.0, 1e-3])
+def test_what_is_faster_comes_first(trained: estimate.Estimate, scale: float) -> None:
+    def rated(rate: float, serial: float) -> estimate.Estimate:
+        """With `rate` tokens/s where all overlaps."""
+        longest = trained.tokens / (rate * scale)
+        terms = (Term("compute", longest), Term("HBM", longest * serial))
+        return dataclasses.replace(trained, bound=Bound(terms))
+
+    slow, fast, sure = rated(2.0, 0.1), rated(3.0, 0.9), rated(2.999, 0.5)
+    assert sorted([slow, fast, sure], key=plan.rank) == [sure, fast, slow]
 
 
 def test_a_table_has_the_best_or_what_the_smallest_lacks(

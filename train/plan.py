@@ -9,6 +9,7 @@ prints the memory of a device, FLOPs, collectives, and a bound on time. Needs th
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -86,10 +87,11 @@ def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: boo
 
 def rank(x: Any) -> tuple[Any, ...]:
     """What fits before what does not, of which what lacks least; then the best tokens/s, and where
-    that is equal the one that loses least when nothing overlaps.
+    that is equal within 1 % the one that loses least when nothing overlaps.
     """
     serial = x.tokens / x.bound.serial if x.bound else 0.0
-    return x.task, not x.fits, x.over, -round(x.tokens_per_second, -1), -serial
+    percents = round(100 * math.log(x.tokens_per_second)) if x.bound else 0
+    return x.task, not x.fits, x.over, -percents, -serial
 
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
