@@ -111,7 +111,7 @@ def _mesh(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _setting(args: argparse.Namespace, topology: Any) -> Any:
-    from qwen_jax import attention, presets
+    from qwen_jax import attention, paths, presets
     from qwen_jax import cache as kv
     from qwen_jax.config import Config, read_json
     from train import step
@@ -119,8 +119,8 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
 
     if args.model in presets.PRESETS:
         config = presets.PRESETS[args.model]
-    elif os.path.isfile(os.path.join(args.model, "config.json")):
-        config = Config.from_hf(read_json(os.path.join(args.model, "config.json")))
+    elif (stored := paths.parse(args.model) / "config.json").exists():
+        config = Config.from_hf(read_json(stored))
     else:
         raise UsageError(
             f"--model {args.model}: no folder with a config.json, and no preset; these are "
