@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from typing import Any
 
 import jax
@@ -152,6 +153,22 @@ def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch)
     term = next(term for term in x.bound.terms if term.name == "ICI tp")
     assert reduced.bytes == 2 * 2 * 32 * 32 * 4
     assert term.seconds == pytest.approx(8 * 2 * reduced.bytes / 1e9)
+
+
+def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {}
+
+    def compiled(trace: Any, mesh: Any, layer: Any, layers: int) -> programs.Program:
+        held.update(layer)
+        parts = {**layer, "padding": 1000, "temporaries": 10}
+        return programs.Program(Memory(parts), flops.Work(0, Counter(), 0), None, 1)
+
+    monkeypatch.setattr(programs, "_compiled", compiled)
+    setting = Setting(tiny_config(num_layers=3), 4, 256, "xla")
+    memory = programs.prefill(setting, sharding.make_mesh(SIZES), 32).memory
+    assert memory.parts["padding"] == 3 * 1000
+    expected = memory.parts["weights"] + 3 * (held["cache"] + 1000) + held["batch"] + 10
+    assert memory.needed == expected
 
 
 def test_what_does_not_divide_is_refused() -> None:
