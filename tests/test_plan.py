@@ -228,8 +228,12 @@ def test_a_program_that_cannot_be_printed_is_reported(trained: estimate.Estimate
     program = dataclasses.replace(trained.program, collectives=None)
     x = dataclasses.replace(trained, program=program)
     assert x.fits
-    assert "collectives: not known" in report.text(x, "tiny")
-    assert x.to_json()["collectives"] is None
+    text = report.text(x, "tiny")
+    assert "collectives: not known" in text and text.count("; links not known") == 2
+    assert report.ranking([x, trained]).count("(links not known)") == 1
+    assert "links not known" not in report.text(trained, "tiny")
+    assert x.to_json()["collectives"] is None and not x.to_json()["links_known"]
+    assert trained.to_json()["links_known"]
 
 
 def test_what_is_too_large_for_the_chip_does_not_fit(trained: estimate.Estimate) -> None:

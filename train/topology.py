@@ -21,6 +21,8 @@ from jax.sharding import AxisType, Mesh
 from qwen_jax import sharding
 from train.hardware import CHIPS, Gpu, Tpu
 
+_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # of the one name that libtpu knows
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -49,7 +51,7 @@ def parse(text: str) -> Topology:
     Raises ValueError that says what is allowed.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
-    chip = CHIPS.get(found.group(1)) if found else None
+    chip = CHIPS.get(_SPELLINGS.get(found.group(1), found.group(1))) if found else None
     if not found or chip is None:
         raise ValueError(
             f"topology {text!r}: write CHIP:SIZE, as v5p:8x8x8, v5e:16x16*2 (slices) or h100:8x8 "
