@@ -24,6 +24,7 @@ _KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
 _SMALLEST = 3  # are tried where nothing may fit, for what they lack
+_SPLIT_OFF = sharding.WEIGHTS[0]  # the axis that a mesh of a torus splits off that of weights
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
 
 
@@ -83,7 +84,7 @@ def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
     chip = topology.chip
     most = min(chip.node, topology.lengths[1]) if isinstance(chip, Gpu) else _MOST_TENSOR
     for sizes in sharding.meshes(topology.devices):
-        asked = sizes[sharding.COPIES] == topology.slices and sizes[sharding.WEIGHTS[0]] == 1
+        asked = sizes[sharding.COPIES] == topology.slices and sizes[_SPLIT_OFF] == 1
         if asked and sizes[sharding.TENSOR] <= most:
             yield sizes
 
