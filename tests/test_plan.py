@@ -257,6 +257,25 @@ def test_a_search_tries_what_may_fit() -> None:
     assert hosts and all(x.mesh["tp"] <= 8 for x in hosts)
 
 
+def test_a_search_tries_copies_over_hosts() -> None:
+    # 7B: 140 GB of state are too much for a GPU, and not for the eight of a host.
+    hosts = topology.parse("h100:8x8*2")
+    found = search.candidates(Setting(PRESETS["qwen-7b"], 512, 2048, "xla"), hosts)
+    assert {x.mesh["data"] for x in found} == {2, 16}
+    # Decoding: no host waits for weights of another.
+    setting = Setting(PRESETS["qwen-72b"], 64, 2048, "xla")
+    fastest = search.candidates(setting, hosts, decode=True)[0]
+    assert (fastest.mesh["data"], fastest.mesh["tp"]) == (16, 8)
+
+
+def test_copies_are_slower_by_their_sums() -> None:
+    setting = Setting(PRESETS["qwen-1.8b"], 16, 512, "xla")
+    hosts = topology.parse("h100:2x8")
+    chip = dataclasses.replace(hosts.chip, network=hosts.chip.network / 100)
+    slower, sizes = dataclasses.replace(hosts, chip=chip), sharding.parse_mesh("data=2,fsdp=8")
+    assert search._rough(setting, slower, sizes)[1] > search._rough(setting, hosts, sizes)[1]
+
+
 def test_where_nothing_fits_the_smallest_are_tried() -> None:
     # 16 chips of 16 GiB hold neither the state nor an activation more than they must.
     setting = Setting(PRESETS["qwen-72b"], 16, 2048, "pallas_tpu")

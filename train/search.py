@@ -78,13 +78,16 @@ def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
 
 
 def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Meshes of all devices: slices are copies of the model, `tp` stays within a host of GPUs. What
-    is split off the axis of weights for speed is not asked for (`sharding.in_planes`).
+    """Meshes of all devices: slices are copies of the model, and hosts of GPUs may be; `tp` stays
+    within a host. What is split off the axis of weights for speed is not asked for
+    (`sharding.in_planes`).
     """
-    chip = topology.chip
-    most = min(chip.node, topology.lengths[1]) if isinstance(chip, Gpu) else _MOST_TENSOR
+    chip, most, copies = topology.chip, _MOST_TENSOR, {topology.slices}
+    if isinstance(chip, Gpu):
+        most = min(chip.node, topology.lengths[1])
+        copies.add(topology.slices * topology.lengths[0])
     for sizes in sharding.meshes(topology.devices):
-        asked = sizes[sharding.COPIES] == topology.slices and sizes[_SPLIT_OFF] == 1
+        asked = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
         if asked and sizes[sharding.TENSOR] <= most:
             yield sizes
 
@@ -108,8 +111,10 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     passes = 3 if setting.remat == "full" else 2
     gathered = 2 * config.num_params() / tp * passes * (shards > tp)
     reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
+    summed = 4 * config.num_params() / shards * (sizes[sharding.COPIES] > 1)
     ring = 4 * config.num_layers * width / tp * (context - 1)
     across = gathered / _links(topology, shards // tp) + ring / chip.link
+    across += summed / chip.network
     seconds = max(compute / chip.flops, across) + reduced / _links(topology, tp)
     return held, seconds / (setting.batch * setting.length)
 
