@@ -5,9 +5,9 @@
 The last sections of docs/scaling.md; the first are of `pod.py`.
 
 For pretraining at 2k and 8k, fine-tuning at 2k and decoding at 32k it compiles the most promising
-settings that `train.search` finds, and prints the best one that fits. Each compilation has a
-process of its own, so one that dies loses a row only; rows are kept in `--cache` and not made
-again. Needs the `aot` extra.
+settings that `train.search` finds, and prints the best one that fits, or what the smallest lacks.
+Each compilation has a process of its own, so one that dies loses a row only; rows are kept in
+`--cache` and not made again. Needs the `aot` extra.
 """
 
 import argparse
@@ -71,12 +71,12 @@ def main() -> None:
 
 
 def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any:
-    """The best setting that fits; None where none does."""
+    """The best setting that fits, or the one that lacks least; None where none was compiled."""
     options = ["--model", model, "--topology", topology, "--length", str(task.length)]
     options += ["--batch", str(task.rows), "--tries", str(tries), "--search", "--json"]
     options += ["--decode"] if task.decode else []
-    wanted = [x for x in _plans(options, cache) if x["fits"] and x["task"] != "prefill"]
-    return wanted[0] if wanted else None
+    wanted = [x for x in _plans(options, cache) if x["task"] != "prefill"]
+    return min(wanted, key=lambda x: (not x["fits"], x["over"]), default=None)
 
 
 def _plans(options: Sequence[str], cache: Path) -> list[Any]:
@@ -122,12 +122,16 @@ def _columns(task: Task) -> str:
 def _row(model: str, topology: str, x: Any) -> str:
     if x is None:
         return f"| {model} | {topology} | nothing that was tried fits |"
-    overlap = x["seconds"] / x["serial_seconds"]
     cells = [model, topology, x["mesh"], x["batch"]]
     cells += [x["remat"]] if x["remat"] else []
     cells += [f"{x['memory']['needed'] / 1e9:.1f}", f"{x['available'] / 1e9:.1f}"]
-    cells += [f"{x['tokens_per_second']:,.0f}", f"{x['tokens_per_second'] / x['devices']:,.0f}"]
-    cells += [f"{x['mfu']:.1%}", f"{x['mfu'] * overlap:.1%}", x["limit"]]
+    if x["fits"]:
+        overlap = x["seconds"] / x["serial_seconds"]
+        rate = x["tokens_per_second"]
+        cells += [f"{rate:,.0f}", f"{rate / x['devices']:,.0f}"]
+        cells += [f"{x['mfu']:.1%}", f"{x['mfu'] * overlap:.1%}", x["limit"]]
+    else:
+        cells.append(f"does not fit: {x['over'] / 1e9:.1f} GB over")
     return f"| {' | '.join(map(str, cells))} |"
 
 

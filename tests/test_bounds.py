@@ -112,7 +112,9 @@ def test_published_figures_agree_with_those_of_jax() -> None:
         assert chip.flops == pytest.approx(cores * core.bf16_ops_per_second, rel=0.01)
         # jax has 2460 GB/s for a v5p where its page says 2765.
         assert chip.bandwidth == pytest.approx(cores * core.mem_bw_bytes_per_second, rel=0.13)
-        assert chip.usable < chip.hbm
+        # Of a v5p, libtpu has 95.73 GiB where its page says 95.
+        assert chip.usable < 1.01 * chip.hbm
+    assert hardware.TPUS["v5p"].hbm == 95 * hardware.GIB
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,11 @@ def test_a_topology(text: str, devices: int) -> None:
     assert parsed.devices == devices
     assert str(parsed) == text
     assert topology.parse("h100:8") == topology.parse("h100:1x8")
+
+
+@pytest.mark.parametrize("name", ["7x", "v7x"])
+def test_another_name_of_a_chip(name: str) -> None:
+    assert str(topology.parse(f"{name}:2x2x1*2")) == "tpu7x:2x2x1*2"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,22 @@ def test_a_loop_of_unknown_length_counts_one_pass() -> None:
     assert ("all-gather", ("fsdp",), 4, 1, 32 * 16 * 2, True) in rows(collectives.of(text, SIZES))
 
 
+def test_a_condition_runs_once_more_than_its_body() -> None:
+    limit = "  %limit = s32[] constant(7)\n"
+    reduced = "%m = s32[] all-reduce(%i.1), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add"
+    text = TPU.replace("LIMIT", "5").replace(limit, f"{limit}  {reduced}\n")
+    assert ("all-reduce", ("tp",), 2, 20, 20 * 4, False) in rows(collectives.of(text, SIZES))
+
+
+def test_a_compiled_condition() -> None:
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Explicit,) * 2)
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, P("tp")))
+    loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: jnp.sum(x) < 9, lambda x: x + 1, x))
+    with jax.set_mesh(mesh):
+        compiled = loop.lower(x).compile()
+    assert rows(collectives.of(compiled, mesh)) == {("all-reduce", ("tp",), 2, 1, 4, True)}
+
+
 def test_a_gpu_program() -> None:
     assert rows(collectives.of(GPU, SIZES)) == {
         ("all-gather", ("fsdp",), 4, 1, 4 * (16 * 8 * 4 + 4 * 2), False),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import scaling
 from qwen_jax import PRESETS, cache, sharding
 from tests.tiny import tiny_config
-from train import estimate, flops, plan, programs, report, search, topology
-from train.programs import Setting
+from train import estimate, flops, hardware, plan, programs, report, search, topology
+from train.bounds import Bound, Term
+from train.programs import Memory, Setting
 from train.topology import Path
 
 SIZES = sharding.parse_mesh("fsdp=2,tp=2")
@@ -36,6 +39,16 @@ def trained() -> estimate.Estimate:
         patch.setattr(topology, "mesh", lambda _, sizes: sharding.make_mesh(sizes))
         patch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
         return estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
+
+
+@pytest.fixture
+def uncompiled(on_cpu: None, trained: estimate.Estimate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan of a step is that of `trained`, but for what it was asked for."""
+
+    def training(setting: Setting, where: Any, sizes: Any) -> estimate.Estimate:
+        return dataclasses.replace(trained, setting=setting, topology=where, mesh=sizes)
+
+    monkeypatch.setattr(estimate, "training", training)
 
 
 def total(program: programs.Program, compiled: Any) -> None:
@@ -142,6 +155,22 @@ def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch)
     assert term.seconds == pytest.approx(8 * 2 * reduced.bytes / 1e9)
 
 
+def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {}
+
+    def compiled(trace: Any, mesh: Any, layer: Any, layers: int) -> programs.Program:
+        held.update(layer)
+        parts = {**layer, "padding": 1000, "temporaries": 10}
+        return programs.Program(Memory(parts), flops.Work(0, Counter(), 0), None, 1)
+
+    monkeypatch.setattr(programs, "_compiled", compiled)
+    setting = Setting(tiny_config(num_layers=3), 4, 256, "xla")
+    memory = programs.prefill(setting, sharding.make_mesh(SIZES), 32).memory
+    assert memory.parts["padding"] == 3 * 1000
+    expected = memory.parts["weights"] + 3 * (held["cache"] + 1000) + held["batch"] + 10
+    assert memory.needed == expected
+
+
 def test_what_does_not_divide_is_refused() -> None:
     mesh = sharding.make_mesh({"fsdp": 8})
     with pytest.raises(ValueError, match="batch B = 4"):
@@ -199,8 +228,12 @@ def test_a_program_that_cannot_be_printed_is_reported(trained: estimate.Estimate
     program = dataclasses.replace(trained.program, collectives=None)
     x = dataclasses.replace(trained, program=program)
     assert x.fits
-    assert "collectives: not known" in report.text(x, "tiny")
-    assert x.to_json()["collectives"] is None
+    text = report.text(x, "tiny")
+    assert "collectives: not known" in text and text.count("; links not known") == 2
+    assert report.ranking([x, trained]).count("(links not known)") == 1
+    assert "links not known" not in report.text(trained, "tiny")
+    assert x.to_json()["collectives"] is None and not x.to_json()["links_known"]
+    assert trained.to_json()["links_known"]
 
 
 def test_what_is_too_large_for_the_chip_does_not_fit(trained: estimate.Estimate) -> None:
@@ -218,11 +251,94 @@ def test_a_search_tries_what_may_fit() -> None:
     found = search.candidates(setting, topology.parse("v5p:2x2x4"))
     assert found and all(x.mesh["fsdp"] * x.mesh["context"] * x.mesh["tp"] == 16 for x in found)
     assert found == sorted(found, key=lambda x: x.seconds)
-    assert search.candidates(setting, topology.parse("v5e:4x4")) == []
     slices = search.candidates(setting, topology.parse("v5p:4x4x4*2"))
     assert slices and all(x.mesh["data"] == 2 for x in slices)
     hosts = search.candidates(setting, topology.parse("h200:8x8"))
     assert hosts and all(x.mesh["tp"] <= 8 for x in hosts)
+
+
+def test_a_search_tries_copies_over_hosts() -> None:
+    # 7B: 140 GB of state are too much for a GPU, and not for the eight of a host.
+    hosts = topology.parse("h100:8x8*2")
+    found = search.candidates(Setting(PRESETS["qwen-7b"], 512, 2048, "xla"), hosts)
+    assert {x.mesh["data"] for x in found} == {2, 16}
+    # Decoding: no host waits for weights of another.
+    setting = Setting(PRESETS["qwen-72b"], 64, 2048, "xla")
+    fastest = search.candidates(setting, hosts, decode=True)[0]
+    assert (fastest.mesh["data"], fastest.mesh["tp"]) == (16, 8)
+
+
+def test_copies_are_slower_by_their_sums() -> None:
+    setting = Setting(PRESETS["qwen-1.8b"], 16, 512, "xla")
+    hosts = topology.parse("h100:2x8")
+    chip = dataclasses.replace(hosts.chip, network=hosts.chip.network / 100)
+    slower, sizes = dataclasses.replace(hosts, chip=chip), sharding.parse_mesh("data=2,fsdp=8")
+    assert search._rough(setting, slower, sizes)[1] > search._rough(setting, hosts, sizes)[1]
+
+
+def test_where_nothing_fits_the_smallest_are_tried() -> None:
+    # 16 chips of 16 GiB hold neither the state nor an activation more than they must.
+    setting = Setting(PRESETS["qwen-72b"], 16, 2048, "pallas_tpu")
+    found = search.candidates(setting, topology.parse("v5e:4x4"))
+    assert [x.bytes for x in found] == sorted(x.bytes for x in found) and len(found) == 3
+    least, chip = found[0], hardware.TPUS["v5e"]
+    assert least.bytes > 18 * PRESETS["qwen-72b"].num_params() / 16 > chip.usable
+    assert least.setting.remat == "full" and least.setting.batch == least.mesh["fsdp"]
+
+
+@pytest.mark.parametrize("rows", [["--batch", "4"], ["--batch", "3"]])
+def test_a_search_that_finds_nothing_says_why(
+    uncompiled: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[str],
+) -> None:
+    chip = dataclasses.replace(hardware.TPUS["v5e"], usable=1000)
+    monkeypatch.setitem(hardware.CHIPS, "v5e", chip)
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=3))
+    options = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla", "--search"]
+    code, out, error = run(capsys, *options, *rows)
+    if rows == ["--batch", "3"]:
+        assert code == 2 and "no mesh of 4 devices divides" in error
+    else:
+        assert code == 0 and "does not fit" in out.splitlines()[1] and "GB over" in out
+
+
+def test_what_lacks_least_comes_first(trained: estimate.Estimate) -> None:
+    def lacking(size: int) -> estimate.Estimate:
+        program = dataclasses.replace(trained.program, memory=Memory({"weights": size}, 1e9))
+        return dataclasses.replace(trained, program=program, bound=None)
+
+    found = sorted([lacking(3 * 10**9), lacking(2 * 10**9), trained], key=plan.rank)
+    assert [x.over for x in found] == [0, 1e9, 2e9]
+
+
+@pytest.mark.parametrize("scale", [1e3, 1.0, 1e-3])
+def test_what_is_faster_comes_first(trained: estimate.Estimate, scale: float) -> None:
+    def rated(rate: float, serial: float) -> estimate.Estimate:
+        """With `rate` tokens/s where all overlaps."""
+        longest = trained.tokens / (rate * scale)
+        terms = (Term("compute", longest), Term("HBM", longest * serial))
+        return dataclasses.replace(trained, bound=Bound(terms))
+
+    slow, fast, sure = rated(2.0, 0.1), rated(3.0, 0.9), rated(2.999, 0.5)
+    assert sorted([slow, fast, sure], key=plan.rank) == [sure, fast, slow]
+
+
+def test_a_table_has_the_best_or_what_the_smallest_lacks(
+    trained: estimate.Estimate, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    fits = trained.to_json()
+    large, larger = ({**fits, "fits": False, "over": x} for x in (2.5e9, 3e9))
+
+    def row(*plans: Any) -> str:
+        monkeypatch.setattr(scaling, "_plans", lambda *_: plans)
+        best = scaling._best(scaling.TASKS[0], "tiny", "v5e:2x2", 3, tmp_path)
+        return scaling._row("tiny", "v5e:2x2", best)
+
+    assert row(larger, fits) == row(fits) and "does not fit" not in row(fits)
+    assert row(larger, large).endswith("| does not fit: 2.5 GB over |")
+    assert "nothing that was tried fits" in row()
 
 
 def test_a_search_for_decoding_knows_the_cache() -> None:
@@ -251,15 +367,8 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, st
 
 
 def test_the_command(
-    on_cpu: None,
-    trained: estimate.Estimate,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    uncompiled: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def training(setting: Setting, where: Any, sizes: Any) -> estimate.Estimate:
-        return dataclasses.replace(trained, setting=setting, topology=where, mesh=sizes)
-
-    monkeypatch.setattr(estimate, "training", training)
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     options = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla"]
     options += ["--batch", "4", "--length", "16"]
@@ -281,6 +390,11 @@ def test_the_command(
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--remat", "some"], "full, projections"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--attention", "best"], "pallas_tpu"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--cache-dtype", "int4"], cache.DTYPES[0]),
+        (["--model", "qwen-7b", "--topology", "v5e:2x2", "--mesh", "foo=2"], "(axes: data, fsdp"),
+        (
+            ["--model", "qwen-7b", "--topology", "v5e:2x2", "--decode", "--mesh", "context=2,tp=2"],
+            "context splits training only",
+        ),
     ],
 )
 def test_usage_errors(

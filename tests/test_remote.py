@@ -18,7 +18,9 @@ from qwen_jax import checkpoint, generate, inspect_checkpoint, paths, sharding, 
 from qwen_jax.checkpoint import CheckpointError
 from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, there
 from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
+from tests.tiny import tiny_config
 from tests.tools import object_store
+from train import plan, topology
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,19 @@ def test_one_chunk_for_many_shards(bucket):
         for _ in range(20):
             rows = executor.map(lambda i: stored[i : i + 1].read().result(), range(64))
             np.testing.assert_array_equal(np.concatenate(list(rows)), decoder["head"][:64])
+
+
+def test_a_plan_of_a_remote_model(bucket, monkeypatch, capsys):
+    settings = []
+    monkeypatch.setattr(topology, "prepare", lambda _: None)
+    monkeypatch.setattr(plan, "estimates", lambda one, *_: settings.append(one) or [])
+    options = ["--model", f"{bucket}/m", "--topology", "v5e:2x2", "--attention", "xla"]
+    assert plan.main(options) == 2
+    assert "no folder with a config.json" in capsys.readouterr().err
+    config = tiny_config()
+    paths.write(paths.parse(f"{bucket}/m/config.json"), json.dumps(config.to_hf()).encode())
+    assert plan.main(options) == 0
+    assert [one.config for one in settings] == [config]
 
 
 def test_text_from_a_remote_directory(bucket, tmp_path, chat_dir, capsys):

@@ -55,6 +55,11 @@ class Estimate:
         return self.bound is not None and not self.over
 
     @property
+    def links_known(self) -> bool:
+        """Whether the bound has the time of collectives."""
+        return self.program.collectives is not None
+
+    @property
     def mfu(self) -> float:
         """The part of the peak that the model's own FLOPs can reach: recomputation is not work."""
         if self.bound is None:
@@ -93,6 +98,7 @@ class Estimate:
                 | {"bytes": x.bytes}
                 for x in self.program.collectives
             ],
+            "links_known": self.links_known,
             "terms": None if bound is None else {x.name: x.seconds for x in bound.terms},
             "seconds": None if bound is None else bound.seconds,
             "serial_seconds": None if bound is None else bound.serial,

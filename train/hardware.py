@@ -92,10 +92,10 @@ TPUS = {
         "v5e", "tpu", "pallas_tpu", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 50e9, 3.125e9,
         torus=2, wraps=16,
     ),
-    # /v5p: 459 TFLOPS, 95 GiB (libtpu finds 95.73 available), 2765 GB/s, ICI 1200 GB/s
+    # /v5p: 459 TFLOPS, 95 GiB (libtpu finds more available: 95.73), 2765 GB/s, ICI 1200 GB/s
     # over 6 links, DCN 50 Gb/s for a chip.
     "v5p": Tpu(
-        "v5p", "tpu", "pallas_tpu", 459e12, 96 * GIB, 95.73 * GIB, 2765e9, 100e9, 6.25e9,
+        "v5p", "tpu", "pallas_tpu", 459e12, 95 * GIB, 95.73 * GIB, 2765e9, 100e9, 6.25e9,
         torus=3, wraps=4,
     ),
     # /v6e: 918 TFLOPS, 32 GB, 1640 GB/s, ICI 800 GB/s over 4 ports, 4 x 200 Gb/s for 8 chips.

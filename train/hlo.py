@@ -13,7 +13,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 _OPCODE = re.compile(r" ([a-z][a-z0-9-]*)\(")
 _CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)"
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)"
     r"|\bbranch_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -40,7 +40,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """The computations that this instruction runs, a loop's body among them."""
+        """The computations that this instruction runs, a loop's body and condition among them."""
         if self.opcode.endswith(("-done", "-update")):
             return []  # names once more what its start has run
         names = []
@@ -79,7 +79,7 @@ class Program:
         """Every computation that runs, for each place that calls it: how often, and whether that
         is for one pass of a loop whose trip count is not known.
 
-        All branches of a conditional count.
+        All branches of a conditional count. A loop's condition runs once more than its body.
         """
         stack = [(self.entry, 1, False)]
         while stack:
@@ -89,11 +89,11 @@ class Program:
             for instruction in computation.instructions:
                 trips = self.trips(computation, instruction)
                 open_ended = looped or trips is None
-                stack += [
-                    (called, times * (1 if trips is None else trips), open_ended)
-                    for called in instruction.called
-                    if called in self.computations
-                ]
+                for called in instruction.called:
+                    last = called == instruction.attribute("condition")
+                    runs = 1 if trips is None else trips + last
+                    if called in self.computations:
+                        stack.append((called, times * runs, open_ended))
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
         """How often a loop's body runs, 1 for any other instruction, None where it is open.

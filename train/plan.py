@@ -9,6 +9,7 @@ prints the memory of a device, FLOPs, collectives, and a bound on time. Needs th
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -54,10 +55,15 @@ def _work(args: argparse.Namespace) -> None:
     setting = _setting(args, topology)
     if args.search:
         tried = search.candidates(setting, topology, args.decode)[: args.tries]
+        if not tried:
+            raise UsageError(
+                f"--search: no mesh of {topology.devices} devices divides this model and "
+                f"--batch {args.batch} or its halves"
+            )
         found = [x for c in tried for x in estimates(c.setting, topology, c.mesh, args.decode)]
         found.sort(key=rank)
     else:
-        sizes = sharding.parse_mesh(args.mesh)
+        sizes = _mesh(args)
         if args.mesh is None:
             lengths = {**setting.config.sizes, "B": setting.batch}
             slices = sharding.count_slices(topologies.devices(topology))
@@ -81,15 +87,32 @@ def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: boo
 
 
 def rank(x: Any) -> tuple[Any, ...]:
-    """What fits before what does not; then the best tokens/s, and where that is equal the one that
-    loses least when nothing overlaps.
+    """What fits before what does not, of which what lacks least; then the best tokens/s, and where
+    that is equal within 1 % the one that loses least when nothing overlaps.
     """
     serial = x.tokens / x.bound.serial if x.bound else 0.0
-    return x.task, not x.fits, -round(x.tokens_per_second, -1), -serial
+    percents = round(100 * math.log(x.tokens_per_second)) if x.bound else 0
+    return x.task, not x.fits, x.over, -percents, -serial
+
+
+def _mesh(args: argparse.Namespace) -> dict[str, int]:
+    """The sizes asked for, by axis; all 1 where none are."""
+    from qwen_jax import sharding
+
+    try:
+        sizes = sharding.parse_mesh(args.mesh)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if args.decode and sizes[sharding.CONTEXT] > 1:
+        raise UsageError(
+            f"--decode --mesh {args.mesh}: {sharding.CONTEXT} splits training only; decode with tp "
+            "and fsdp"
+        )
+    return sizes
 
 
 def _setting(args: argparse.Namespace, topology: Any) -> Any:
-    from qwen_jax import attention, presets
+    from qwen_jax import attention, paths, presets
     from qwen_jax import cache as kv
     from qwen_jax.config import Config, read_json
     from train import step
@@ -97,8 +120,8 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
 
     if args.model in presets.PRESETS:
         config = presets.PRESETS[args.model]
-    elif os.path.isfile(os.path.join(args.model, "config.json")):
-        config = Config.from_hf(read_json(os.path.join(args.model, "config.json")))
+    elif (stored := paths.parse(args.model) / "config.json").exists():
+        config = Config.from_hf(read_json(stored))
     else:
         raise UsageError(
             f"--model {args.model}: no folder with a config.json, and no preset; these are "

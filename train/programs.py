@@ -167,6 +167,7 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
         **one.memory.parts,
         "weights": nbytes(decoder),
         "cache": config.num_layers * layer["cache"],
+        "padding": config.num_layers * one.memory.parts.get("padding", 0),
     }
     memory = dataclasses.replace(one.memory, parts=parts)
     return dataclasses.replace(one, memory=memory, runs=config.num_layers)

@@ -34,9 +34,10 @@ def text(x: Estimate, model: str) -> str:
     lines += ["", f"FLOPs of {_UNIT[x.task]}: {x.model_flops:.4g}; done {done:.3f} times that"]
     if x.bound is None:
         return "\n".join(lines)
+    unknown = "" if x.links_known else "; links not known"
     found = x.program.collectives
     if found is None:
-        lines += ["", "collectives: not known, jaxlib cannot print this program; nor is their time"]
+        lines += ["", "collectives: not known, jaxlib cannot print this program"]
     else:
         lines += ["", collectives.table(found)]
         if any(row.looped for row in found):
@@ -44,8 +45,8 @@ def text(x: Estimate, model: str) -> str:
     lines += ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
     lines += [f"  {term.name:<22} {1e3 * term.seconds:12.3f}" for term in x.bound.terms]
     lines += [
-        f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once",
-        f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other",
+        f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once{unknown}",
+        f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other{unknown}",
         f"at most {x.tokens_per_second:.4g} tokens/s, "
         f"{x.tokens_per_second / x.topology.devices:.4g} a device, MFU {100 * x.mfu:.1f} % "
         f"({100 * x.mfu * x.bound.seconds / x.bound.serial:.1f} % where nothing overlaps)",
@@ -64,6 +65,7 @@ def ranking(found: Sequence[Estimate]) -> str:
         serial = x.mfu * x.bound.seconds / x.bound.serial if x.bound else 0
         rate = (
             f"{x.tokens_per_second:>10.4g} {x.mfu:>6.1%} {serial:>6.1%}  {x.bound.limit}"
+            + ("" if x.links_known else " (links not known)")
             if x.bound and x.fits
             else f"does not fit: {x.over / 1e9:.2f} GB over"
         )

@@ -23,6 +23,8 @@ _KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
 # The forward passes that are computed.
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
+_SMALLEST = 3  # are tried where nothing may fit, for what they lack
+_SPLIT_OFF = sharding.WEIGHTS[0]  # the axis that a mesh of a torus splits off that of weights
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
 
 
@@ -38,21 +40,28 @@ class Candidate:
 
 def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
     """What may fit, the fastest first: meshes of all devices, for training remat policies, the
-    batch asked for and halves of it, of which the two largest that may fit.
+    batch asked for and halves of it, of which the two largest that may fit. Where nothing may, the
+    few that need least, each with the smallest batch of its mesh and policy.
     """
     batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
     policies = ["full"] if decode else list(_KEPT)
-    found = []
+    found, large = [], []
     for sizes, remat in itertools.product(_meshes(topology), policies):
         fitting: list[Candidate] = []
+        smallest: list[Candidate] = []
         for batch in batches:
             one = dataclasses.replace(setting, batch=batch, remat=remat)
             if len(fitting) < 2 and _divides(one, sizes, decode):
                 rough = _rough_decode if decode else _rough
-                fitting.append(Candidate(one, sizes, *rough(one, topology, sizes)))
-                if fitting[-1].bytes > topology.chip.usable:
-                    fitting.pop()
+                candidate = Candidate(one, sizes, *rough(one, topology, sizes))
+                if candidate.bytes <= topology.chip.usable:
+                    fitting.append(candidate)
+                else:
+                    smallest = [candidate]
         found += fitting
+        large += smallest
+    if not found:
+        return sorted(large, key=lambda x: (x.bytes, x.setting.batch))[:_SMALLEST]
     return sorted(found, key=lambda x: x.seconds)
 
 
@@ -69,13 +78,16 @@ def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
 
 
 def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Meshes of all devices: slices are copies of the model, `tp` stays within a host of GPUs. What
-    is split off the axis of weights for speed is not asked for (`sharding.in_planes`).
+    """Meshes of all devices: slices are copies of the model, and hosts of GPUs may be; `tp` stays
+    within a host. What is split off the axis of weights for speed is not asked for
+    (`sharding.in_planes`).
     """
-    chip = topology.chip
-    most = min(chip.node, topology.lengths[1]) if isinstance(chip, Gpu) else _MOST_TENSOR
+    chip, most, copies = topology.chip, _MOST_TENSOR, {topology.slices}
+    if isinstance(chip, Gpu):
+        most = min(chip.node, topology.lengths[1])
+        copies.add(topology.slices * topology.lengths[0])
     for sizes in sharding.meshes(topology.devices):
-        asked = sizes[sharding.COPIES] == topology.slices and sizes[sharding.WEIGHTS[0]] == 1
+        asked = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
         if asked and sizes[sharding.TENSOR] <= most:
             yield sizes
 
@@ -99,8 +111,10 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     passes = 3 if setting.remat == "full" else 2
     gathered = 2 * config.num_params() / tp * passes * (shards > tp)
     reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
+    summed = 4 * config.num_params() / shards * (sizes[sharding.COPIES] > 1)
     ring = 4 * config.num_layers * width / tp * (context - 1)
     across = gathered / _links(topology, shards // tp) + ring / chip.link
+    across += summed / chip.network
     # Of what is equally fast where all overlaps, what sends least comes first.
     seconds = max(compute / chip.flops, across) + across / 10 + reduced / _links(topology, tp)
     return held, seconds / (setting.batch * setting.length)

@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from qwen_jax import sharding
 from train.hardware import CHIPS, Gpu, Tpu
 
+_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # of the one name that libtpu knows
 _LONGEST = 16  # chips along a side of a slice in a plane
 
 
@@ -51,7 +53,7 @@ def parse(text: str) -> Topology:
     Raises ValueError that says what is allowed.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
-    chip = CHIPS.get(found.group(1)) if found else None
+    chip = CHIPS.get(_SPELLINGS.get(found.group(1), found.group(1))) if found else None
     if not found or chip is None:
         raise ValueError(
             f"topology {text!r}: write CHIP:SIZE, as v5p:8x8x8, v5e:16x16*2 (slices) or h100:8x8 "
