@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qwen_jax
 from convert import names
 from qwen_jax import checkpoint, model, sharding
 from qwen_jax.attention import IMPLEMENTATIONS, xla
@@ -62,6 +61,7 @@ def golden_batch(case: str, repeats: int = 1) -> Batch:
         ({"fsdp": 4, "tp": 2}, {}),
         ({"fsdp": 2, "tp": 2}, {"sequence_parallel": True}),
         ({"context": 2}, {}),
+        ({"context": 4}, {}),  # 40 tokens do not divide over 8
         ({"data": 2, "fsdp": 2, "context": 2}, {}),
     ],
     ids=str,
@@ -81,15 +81,28 @@ def test_the_originals_loss_and_gradients(golden_dir: Path, sizes: Any, options:
         np.testing.assert_allclose(tensors[name], gradient, rtol=0, atol=1e-4 * most, err_msg=name)
 
 
-@pytest.mark.parametrize("flags", ["plain", "ntk_logn"])
-def test_nothing_scales_with_the_length_in_training(golden_dir: Path, flags: str) -> None:
+@pytest.mark.parametrize(
+    ("flags", "sizes", "padding"),
+    [
+        ("plain", {}, 0),
+        ("ntk_logn", {}, 0),
+        ("ntk_logn", {"fsdp": 2, "tp": 2}, 0),
+        ("ntk_logn", {"fsdp": 2, "context": 4}, 2),  # 94 tokens divide over no context
+    ],
+    ids=str,
+)
+def test_nothing_scales_with_the_length_in_training(
+    golden_dir: Path, flags: str, sizes: Any, padding: int
+) -> None:
     """94 tokens where 64 is the trained length, as the original has them in training."""
-    with on_mesh():
-        decoder = qwen_jax.load(golden_dir, dtype="float32", overrides=overrides(flags)).decoder
-        batch = losses.place(golden_batch("trainlong"))
+    batch = golden_batch("trainlong")
+    batch = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, padding))), batch)
+    config = checkpoint.load_config(golden_dir).with_overrides(overrides(flags))
+    with on_mesh(**sizes):
+        decoder = checkpoint.load(golden_dir, config, "float32")
         value, _ = jax.jit(
             lambda d, b: losses.loss(d, b, xla, jnp.float32), compiler_options=QUICK
-        )(decoder, batch)
+        )(decoder, losses.place(batch))
         assert decoder.config.logn == ("logn" in flags)
     np.testing.assert_allclose(value, arrays()["trainlong.loss"][0], rtol=2e-6)
 

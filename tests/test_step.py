@@ -33,13 +33,15 @@ CONFIG = tiny_config(
 # Gradients are not clipped, so that the first moment after a step is a tenth of them; updates are
 # smooth in them.
 PLAIN = Optimizer(learning_rate=1e-2, b1=0.9, eps=1e-2, clip_norm=1e9)
-SEQUENCE = {"sequence_parallel": True}
+SEQUENCE: dict[str, Any] = {"sequence_parallel": True}
 MESHES = [
     ({"fsdp": 8}, {}),
     ({"fsdp": 4, "tp": 2}, {}),
     ({"fsdp": 2, "tp": 4}, {}),
     ({"tp": 8}, {}),
+    # Not of fsdp=8: without tp there is nothing to split the tokens over.
     ({"fsdp": 4, "tp": 2}, SEQUENCE),
+    ({"fsdp": 2, "tp": 4}, SEQUENCE),
     ({"tp": 8}, SEQUENCE),
     ({"context": 2}, {}),
     ({"context": 4}, {}),
@@ -151,7 +153,17 @@ def test_another_architecture_on_a_mesh():
     assert_same(take({"data": 2, "fsdp": 2, "tp": 2}, config), take({}, config))
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tp": 8}, {"fsdp_outer": 2, "fsdp": 2, "tp": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 8},
+        {"fsdp": 4, "tp": 2},
+        {"fsdp": 2, "tp": 4},
+        {"tp": 8},
+        {"fsdp_outer": 2, "fsdp": 2, "tp": 2},
+    ],
+    ids=sharding.describe,
+)
 def test_logits_on_a_mesh(sizes):
     with on_mesh():
         expected = full_logits(tiny_decoder(CONFIG), tiny_tokens(8, 16))

@@ -1,5 +1,7 @@
 """What a compiled training step sends and holds: exact numbers, which an accident would change."""
 
+import dataclasses
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from qwen_jax import attention, sharding, vocabulary
 from tests.tiny import QUICK, tiny_config
-from train import collectives, step
+from train import collectives, hlo, step
 
 # No weight of a block has the size of an activation, nor two kinds of activations the same size.
 L, D, F, V, BATCH, LENGTH = 3, 64, 88, 640, 16, 24
@@ -28,14 +30,21 @@ ROWS = 128  # of the table that are gathered at a time
 WHOLE = BATCH * LENGTH * D * FLOAT  # the residual of all rows
 
 
-def compiled(mesh: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+def compiled(
+    mesh: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    layers: int = L,
+    batch: int = BATCH,
+    **options: Any,
+) -> Any:
+    config = dataclasses.replace(CONFIG, num_layers=layers)
     monkeypatch.setattr(vocabulary, "LOGITS_BYTES", 1)  # chunks of ROWS
     optimizer = step.Optimizer()
     with jax.set_mesh(mesh):
-        state = step.abstract_state(CONFIG, optimizer, mesh)
-        batch = step.abstract_batch(BATCH, LENGTH, mesh)
+        state = step.abstract_state(config, optimizer, mesh)
+        rows = step.abstract_batch(batch, LENGTH, mesh)
         run = step.make_step(optimizer, attention.xla, jnp.float32, **options)
-        return run.lower(state, batch).compile(compiler_options=QUICK)
+        return run.lower(state, rows).compile(compiler_options=QUICK)
 
 
 def sent(program: Any, mesh: Any) -> Counter[tuple[str, tuple[str, ...], int]]:
@@ -173,3 +182,38 @@ def test_state_is_split_over_all_devices(monkeypatch, sizes):
     assert wanted <= memory.argument_size_in_bytes < 1.05 * wanted
     assert memory.output_size_in_bytes < 1.05 * wanted
     assert memory.alias_size_in_bytes > 0.95 * 12 * CONFIG.num_params() / mesh.size, "donated"
+
+
+# What scale costs
+
+
+def test_depth_costs_what_a_layer_must(monkeypatch):
+    """No instruction; and in temporary memory, of each layer, the residual that is saved, float32
+    gradients of a device's part of the weights, and at most one copy of that part to compute with.
+    """
+    mesh, deep = sharding.make_mesh({"fsdp": 8}), 4 * L
+    programs = [compiled(mesh, monkeypatch, layers=layers) for layers in (L, deep)]
+    counts = [
+        sum(len(c.instructions) for c in hlo.parse(p.as_text()).computations.values())
+        for p in programs
+    ]
+    # XLA cuts the sums of the norm into windows by their sizes; a layer has hundreds.
+    assert abs(counts[1] - counts[0]) < 0.01 * counts[0]
+    held = [p.memory_analysis().temp_size_in_bytes for p in programs]
+    growth = (held[1] - held[0]) / (deep - L)
+    layer = dataclasses.replace(CONFIG, num_layers=L + 1).num_params() - CONFIG.num_params()
+    gradients = FLOAT * layer / 8
+    assert WHOLE / 8 + gradients <= growth <= WHOLE / 8 + 2 * gradients
+
+
+def test_memory_does_not_grow_with_the_number_of_devices(monkeypatch):
+    """At two rows a device, temporary memory is a constant and what is split over the devices: the
+    latter halves, gradients and all, and nothing else changes.
+    """
+    held = []
+    for devices in (2, 4, 8):
+        program = compiled(sharding.make_mesh({"fsdp": devices}), monkeypatch, batch=2 * devices)
+        held.append(program.memory_analysis().temp_size_in_bytes)
+    falls = [before - after for before, after in itertools.pairwise(held)]
+    assert falls[0] > FLOAT * CONFIG.num_params() / 4
+    assert falls[1] == pytest.approx(falls[0] / 2, rel=0.03)
