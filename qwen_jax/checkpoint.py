@@ -27,6 +27,7 @@ from qwen_jax.directory import (
     TOKENIZER,
     UNFINISHED,
     CheckpointError,
+    carried,
     carry,
     check_shapes,
     differences,
@@ -168,7 +169,8 @@ def save(
 
     def begin() -> None:
         _clear(root)
-        write_json(root / UNFINISHED, facts)
+        files = [] if like is None else [file.name for file in carried(existing(like))]
+        write_json(root / UNFINISHED, {**facts, "files": [*files, CONFIG]})
         if like is not None:
             carry(existing(like), root)
         write_json(root / CONFIG, settings)
@@ -243,16 +245,21 @@ def _clear(root: Path) -> None:
     paths.make_folder(root)
     names = {file.name for file in root.iterdir()} if root.exists() else set()
     names -= {f"{UNFINISHED}.tmp"}
-    if UNFINISHED in names and read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
-        # Its mark goes last, so that a kill here leaves what can be removed again.
-        for name in names - {UNFINISHED, PARAMS}:
-            (root / name).unlink()
-        if PARAMS in names:
-            paths.remove_tree(root / PARAMS)
-    elif names:
+    stopped = read_json(root / UNFINISHED) if UNFINISHED in names else {}
+    left: set[str] = set()
+    if stopped.get("made_by") == SAVED_BY:
+        files = {*stopped.get("files", []), MANIFEST}
+        left = names & {*files, *(f"{name}.tmp" for name in files), PARAMS}
+        names -= left | {UNFINISHED}
+    if names:
         raise CheckpointError(
             f"{root} holds {sorted(names)[0]}, which no save left there: save to an empty place"
         )
+    # Its mark is written over, so that a kill here leaves what can be removed again.
+    for name in left - {PARAMS}:
+        (root / name).unlink()
+    if PARAMS in left:
+        paths.remove_tree(root / PARAMS)
 
 
 def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:

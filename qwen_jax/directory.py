@@ -58,8 +58,9 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
         )
     found, listed = file_sizes(root), manifest.get("files")
     shapes = manifest.get("shapes")
-    sound = isinstance(listed, dict) and isinstance(shapes, dict) and "dtype" in manifest
-    if not sound or not all(isinstance(shape, list) for shape in shapes.values()):
+    if not isinstance(listed, dict) or not isinstance(shapes, dict) or "dtype" not in manifest:
+        raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
+    if not all(isinstance(shape, list) for shape in shapes.values()):
         raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
     if problems := differences(found, listed):
         raise CheckpointError(f"{root} is damaged: {problems}; convert or copy it again")
@@ -144,13 +145,17 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
     return some(problems)
 
 
+def carried(source: Path) -> list[Path]:
+    """The files of a model beside weights and config.json."""
+    found = {file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()}
+    kept = {f for f in found if not f.name.endswith(".index.json") and f.name not in _NOT_CARRIED}
+    return sorted(kept)
+
+
 def carry(source: Path, target: Path) -> None:
-    """Copy everything but weights and config.json, byte for byte."""
-    for pattern in CARRIED:
-        for file in source.glob(pattern):
-            index = file.name.endswith(".index.json")
-            if file.is_file() and not index and file.name not in _NOT_CARRIED:
-                paths.copy(file, target / file.name)
+    """Copy what is `carried`, byte for byte."""
+    for file in carried(source):
+        paths.copy(file, target / file.name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

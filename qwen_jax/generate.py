@@ -167,7 +167,7 @@ def mesh(args: argparse.Namespace) -> "Mesh":
         sizes = sharding.parse_mesh(args.mesh)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
-    lengths = checkpoint.load_config(args.ckpt).sizes
+    lengths = {**checkpoint.load_config(args.ckpt).sizes, "B": 1}
     sharding.check(lengths, sizes)
     command.virtual_cpu_devices(sizes)
     if args.mesh is None:

@@ -262,7 +262,7 @@ def meshes(
     *some, last = ([n for n in divisors if divides({axis: n})] for axis in AXES)
     for sizes in itertools.product(*some):
         rest, left = divmod(total, math.prod(sizes))
-        mesh = dict(zip(AXES, (*sizes, rest), strict=True))
+        mesh: dict[str, int] = dict(zip(AXES, (*sizes, rest), strict=True))
         if left == 0 and rest in last and divides(mesh):
             yield mesh
 

@@ -40,10 +40,10 @@ class Group:
         self._processes, self._folder = processes, folder
         self._since = time.monotonic()
 
-    def kill(self, number: int) -> None:
-        """As the kernel does when memory runs out."""
+    def kill(self, number: int, with_signal: int = signal.SIGKILL) -> None:
+        """As the kernel does when memory runs out, unless another signal is named."""
         self._since = time.monotonic()
-        self._processes[number].send_signal(signal.SIGKILL)
+        self._processes[number].send_signal(with_signal)
 
     def wait(self, timeout: float = 120) -> dict[int, Result]:
         """Everyone's result. AssertionError, with what they said, when one does not end in time."""

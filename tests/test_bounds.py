@@ -148,6 +148,7 @@ def test_another_name_of_a_chip(name: str) -> None:
         ("v5e:0x4", "at least 1"),
         ("h100:1x2x8", "hosts x GPUs"),
         ("v5e:4x4*0", "at least 1"),
+        ("v5e:32x32", r"16x16 at most; take several, as 16x16\*2"),
     ],
 )
 def test_a_topology_that_is_not(text: str, message: str) -> None:

@@ -180,6 +180,21 @@ def test_an_earlier_directory_is_never_touched(tmp_path):
         save_on(tmp_path / "other", mesh_of(1, 1))
 
 
+def test_a_stopped_save_is_replaced_and_nothing_else(tmp_path, golden_dir, monkeypatch):
+    config, decoder = checkpoint.load_config(golden_dir), checkpoint.load(golden_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoint.save(tmp_path / "m", config, decoder, like=golden_dir)
+    (tmp_path / "m" / "notes.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds notes\.txt, which no save left there"):
+        checkpoint.save(tmp_path / "m", config, decoder, like=golden_dir)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "years of work"
+    (tmp_path / "m" / "notes.txt").unlink()
+    checkpoint.save(tmp_path / "m", config, decoder, like=golden_dir)
+    checkpoint.verify_whole(tmp_path / "m")
+
+
 def test_what_cannot_be_saved(tmp_path):
     decoder = made(mesh_of(1, 1))
     with pytest.raises(CheckpointError, match=r"not one of the config given: .*layers\.2"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -55,6 +56,11 @@ def test_what_a_directory_holds(saved, capsys):
     assert shown["whole"] == "yes" and shown["dtype"] == "bfloat16"
 
 
+def rewritten(directory: Path, **changes: Any) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
 def test_published_models_are_named():
     for name, preset in PRESETS.items():
         assert inspect_checkpoint.model_name(dataclasses.replace(preset, seq_length=4096)) == name
@@ -70,6 +76,7 @@ def test_published_models_are_named():
         (lambda m: (m / "params/head/0.0").unlink(), "params/head/0.0 is missing"),
         (lambda m: (m / "params/head/0.0").write_bytes(b"x"), "has 1 bytes instead of"),
         (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
+        (lambda m: rewritten(m, shapes={"a": "xx"}), "manifest.json is damaged"),
         (shutil.rmtree, "is not a directory"),
     ],
 )

@@ -1,5 +1,6 @@
 """The loss and its gradients: the original's figures, and what a batch means."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,38 @@ def golden_batch(case: str, repeats: int = 1) -> Batch:
     """Rows repeated change neither the mean nor its gradients."""
     found = (arrays()[f"{case}.{what}"] for what in ("tokens", "labels"))
     return losses.batch_of(*(np.tile(x, (repeats, 1)) for x in found))
+
+
+def test_what_is_no_batch_is_refused() -> None:
+    good = np.ones((2, 4), np.int32)
+    for tokens, labels, message in (
+        (good[0], good[0], "both are"),
+        (good, good[:, 1:], "both are"),
+        (good - 2, good, "tokens are whole numbers from 0"),
+        (good, good * 1.5, "labels are whole numbers from 0"),
+        (good, good - 6, "labels .* -100 where ignored"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.batch_of(tokens, labels)
+    with (
+        on_mesh(fsdp=4),
+        pytest.raises(ValueError, match="batch B = 2 does not divide over fsdp=4"),
+    ):
+        losses.place(losses.batch_of(good, good))
+
+
+@pytest.mark.parametrize("where", ["tokens", "targets"])
+def test_ids_beyond_the_vocabulary_show(where: str) -> None:
+    config = tiny_config()
+    batch = losses.batch_of(np.ones((2, 8), np.int32), np.ones((2, 8), np.int32))
+    ids = getattr(batch, where).copy()
+    ids[1, 3] = config.vocab_size
+    with on_mesh(fsdp=2):
+        metrics, gradients = graded(
+            tiny_decoder(config), dataclasses.replace(batch, **{where: ids})
+        )
+    assert np.isnan(metrics.loss)
+    assert all(np.isnan(leaf[...]).any() for leaf in named_leaves(gradients).values())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -227,6 +230,16 @@ def test_the_others_stop_when_one_dies_in_a_computation(count, victim):
             assert complaint(result).startswith(f"error: process {victim} ({host}) has died")
 
 
+def test_sigterm_ends_a_process():
+    """As Slurm and Kubernetes stop one."""
+    with launch.group([BUSY], 2) as group:
+        group.until(lambda: "the sum is" in group.read(0, "out"))
+        group.kill(1, signal.SIGTERM)
+        results = group.wait(A_MINUTE)
+    assert results[1].code == -signal.SIGTERM
+    assert "process 1" in complaint(results[0]) and "has died" in complaint(results[0])
+
+
 @pytest.mark.parametrize(("count", "victim"), [(2, 0), (4, 2)])
 def test_a_conversion_continues_after_one_has_died(tmp_path, large, count, victim):
     out = tmp_path / "model"
@@ -257,6 +270,29 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     host = socket.gethostname()
     assert complaint(results[0]) == f"error: process 1 ({host}) has failed: this is the end"
     assert complaint(results[1]) == f"error: process 1 ({host}): this is the end"
+
+
+def test_other_arguments_are_refused():
+    """They would wait for each other for ever."""
+    with launch.group(["-c", OTHER_ARGUMENTS], 2) as group:
+        results = group.wait(A_MINUTE)
+    assert "process 0 was started with other arguments" in results[1].err
+    assert all(result.code == 1 for result in results.values())
+
+
+OTHER_ARGUMENTS = """
+import sys
+from qwen_jax import command
+from tests.programs import busy
+sys.argv += ["--steps", sys.argv[sys.argv.index("--process") + 1]]
+sys.exit(command.run(busy.parser(), busy.work))
+"""
+
+
+def test_jax_was_used_before():
+    program = "import jax, qwen_jax; jax.devices(); qwen_jax.initialize('localhost:1', 2, 0)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ValueError: jax has been used already: call initialize before" in ran.stderr
 
 
 # Shares of the converter

@@ -3,6 +3,7 @@
 Knows no optimiser and no data format. The logits of a batch never exist whole (`vocabulary.py`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,7 @@ def loss(
     sharding.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
     known = [(ids >= 0) & (ids < lengths["V"]) for ids in (batch.tokens, batch.targets)]
     weights = jnp.where(known[0] & known[1], batch.weights, jnp.nan)
-    batch = jax.tree.map(ring.zigzag, batch.replace(weights=weights))
+    batch = jax.tree.map(ring.zigzag, dataclasses.replace(batch, weights=weights))
     decoder = decoder.with_config(decoder.config.in_training)
     rates = jnp.asarray(rope.from_config(decoder.config).frequencies())
     rates = jnp.broadcast_to(rates, (rows, *rates.shape))

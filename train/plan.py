@@ -66,8 +66,13 @@ def _work(args: argparse.Namespace) -> None:
         sizes = _mesh(args)
         if args.mesh is None:
             lengths = {**setting.config.sizes, "B": setting.batch}
-            slices = sharding.count_slices(topologies.devices(topology))
+            slices = topology.slices if topology.chip.platform == "tpu" else 1
             sizes = sharding.default(lengths, topology.devices, not args.decode, slices)
+            if math.prod(sizes.values()) < topology.devices:
+                raise UsageError(
+                    f"{args.model} and --batch {args.batch} do not divide over the "
+                    f"{topology.devices} devices of {topology}, but over {sharding.describe(sizes)}"
+                )
         found = list(estimates(setting, topology, sizes, args.decode))
     if args.json:
         print(json.dumps({"model": args.model, "plans": [x.to_json() for x in found]}))
