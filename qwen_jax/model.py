@@ -211,7 +211,7 @@ class Decoder(nnx.Module):
         index = None if cache is None else cache.index
         states = [x]
         scanned = isinstance(self.layers, Block)
-        first = jax.tree.map(sharding.narrow_axis, self.layers) if scanned else None
+        first = jax.tree.map(sharding.leading_axis, self.layers) if scanned else None
 
         def run(x: jax.Array, block: Block, window: Any, layer: Layer | None) -> tuple[Any, Any]:
             if scanned:

@@ -360,7 +360,7 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(gather, tree)
 
 
-def narrow_axis(stacked: jax.Array) -> int:
+def leading_axis(stacked: jax.Array) -> int:
     """The axis of stacked weights that comes first in each layer while a scan goes over them.
 
     A TPU pads the last axis to 128 elements, so the gradients that a scan stacks would take a

@@ -131,7 +131,7 @@ def test_a_topology(text: str, devices: int) -> None:
     parsed = topology.parse(text)
     assert parsed.devices == devices
     assert str(parsed) == text
-    assert topology.parse("h100:8") == topology.parse("h100:1x8")
+    assert topology.parse("h100:8") == topology.parse("H100:1x8")
 
 
 @pytest.mark.parametrize("name", ["7x", "v7x"])

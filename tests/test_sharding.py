@@ -419,7 +419,7 @@ def test_narrow_parts_come_first(letters, shape, axis):
     with on_mesh(fsdp=2, context=2):
         leaf = sharding.place(np.zeros(shape, np.float32), letters)
         found = []
-        jax.jit(lambda x: found.append(sharding.narrow_axis(x)))(leaf)
+        jax.jit(lambda x: found.append(sharding.leading_axis(x)))(leaf)
     assert found == [axis]
 
 

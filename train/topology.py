@@ -53,7 +53,8 @@ def parse(text: str) -> Topology:
     Raises ValueError that says what is allowed.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
-    chip = CHIPS.get(_SPELLINGS.get(found.group(1), found.group(1))) if found else None
+    name = found.group(1).lower() if found else ""
+    chip = CHIPS.get(_SPELLINGS.get(name, name))
     if not found or chip is None:
         raise ValueError(
             f"topology {text!r}: write CHIP:SIZE, as v5p:8x8x8, v5e:16x16*2 (slices) or h100:8x8 "
