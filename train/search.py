@@ -24,7 +24,7 @@ _KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
 _SMALLEST = 3  # are tried where nothing may fit, for what they lack
-_SPLIT_OFF = sharding.WEIGHTS[0]  # the axis that a mesh of a torus splits off that of weights
+_SPLIT_OFF = "fsdp_outer"  # the axis that a mesh of a torus splits off that of weights
 _MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
 
 
