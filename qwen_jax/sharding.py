@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp_outer", "fsdp", "context", "tp")
 BATCH = ("data", "fsdp_outer", "fsdp")  # what splits the rows of a batch
-# What splits weights until just before their use. Gathered from the last to the first, so the slower
-# links between hosts, over which `fsdp` goes, carry the smaller parts.
+# What splits weights until just before their use. They are gathered from the last to the first, so
+# the slower links between hosts, over which `fsdp` goes, carry the smaller parts.
 WEIGHTS = ("context", "fsdp_outer", "fsdp")
 COPIES = "data"  # whose devices hold equal weights
 CONTEXT = "context"
