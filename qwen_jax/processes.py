@@ -80,12 +80,7 @@ def initialize(
     global _joined
     if _joined:
         raise ValueError("initialize has been called already: once for each process")
-    if "jax" in sys.modules:
-        from jax._src import xla_bridge
-
-        if xla_bridge.backends_are_initialized():
-            raise ValueError("jax has been used already: call initialize before anything else")
-    else:
+    if "jax" not in sys.modules:
         # jax's runtime announces the loss of a process with a stack trace and aborts. It reads this
         # when it is loaded; where it was loaded before, the trace comes before our line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
@@ -94,6 +89,8 @@ def initialize(
         raise ValueError(f"process {process} of {processes}: numbers are 0 to {processes - 1}")
     if processes == 1:
         return
+    if _in_use():
+        raise ValueError("jax has been used already: call initialize before anything else")
     hosts = roll_call.hold(coordinator, processes, process, timeout)
     _joined = _Joined(process, hosts, coordinator, heartbeat_timeout)
     _catch_abort(_joined)
@@ -128,6 +125,12 @@ def _find(
         )
     roll_call.address(coordinator)
     return coordinator, int(processes), int(process), devices
+
+
+def _in_use() -> bool:
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
 
 
 def _start_jax(me: _Joined, devices: Any, timeout: float) -> None:
