@@ -63,14 +63,14 @@ WIDTHS = [
 def compiled(case: Case) -> dict[str, float]:
     """Bytes of a device, and seconds: wall from the start of tracing, and of all cores."""
     topologies.prepare("tpu")
-    from qwen_jax import PRESETS, sharding
+    from qwen_jax import PRESETS, meshes
     from train import programs
 
     config = PRESETS[case.model]
     if case.layers is not None:
         config = dataclasses.replace(config, num_layers=case.layers)
     topology = topologies.parse(case.topology)
-    mesh = topologies.mesh(topology, sharding.parse_mesh(case.mesh))
+    mesh = topologies.mesh(topology, meshes.parse(case.mesh))
     parallel = case.sequence_parallel
     setting = programs.Setting(
         config, case.batch, case.length, "pallas_tpu", sequence_parallel=parallel

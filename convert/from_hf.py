@@ -98,17 +98,17 @@ def convert(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be found wrong without writing is found here."""
-    from qwen_jax import sharding
+    from qwen_jax import meshes, sharding
 
     try:
-        mesh = sharding.parse_mesh(args.mesh)
+        mesh = meshes.parse(args.mesh)
     except ValueError as error:
         raise command.UsageError(f"--mesh: {error}") from None
     dst = paths.parse(args.dst)
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)
     config = read_config(source)
-    sharding.check(config.sizes, mesh)
+    meshes.check(config.sizes, mesh)
     tensors = folder.read(source)
     inert = [name for name in tensors if names.INERT.fullmatch(name)]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import cache as kv
-from qwen_jax import sharding
+from qwen_jax import meshes
 from qwen_jax.language_model import LanguageModel
 
 PROMPT, ROUNDS = 128, 5
@@ -31,7 +31,7 @@ def run(model: LanguageModel, new: int, ids: Sequence[int] | None = None) -> dic
     started = time.perf_counter()
     next(model.stream(prompt, max_new_tokens=new))
     cold = time.perf_counter() - started
-    with sharding.entered(model.mesh):
+    with meshes.entered(model.mesh):
         matvec = _matvec()
     prefill, decode, bandwidth = [], [], []
     for timed in [False] + [True] * ROUNDS:
@@ -73,7 +73,7 @@ def run(model: LanguageModel, new: int, ids: Sequence[int] | None = None) -> dic
 def _cache_bytes(model: LanguageModel) -> int:
     """Bytes that the cache holds for a token."""
     dtype = model.decoder.embedding[...].dtype
-    with sharding.entered(model.mesh):
+    with meshes.entered(model.mesh):
         start = jax.ShapeDtypeStruct((1,), jnp.int32)
         cache = jax.eval_shape(
             lambda start: kv.empty(model.config, start, 256, dtype, model.cache_dtype), start

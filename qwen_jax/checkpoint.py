@@ -111,16 +111,16 @@ def load(
 
     Raises CheckpointError when the directory is not whole or does not match the config.
     """
-    from qwen_jax import sharding
+    from qwen_jax import meshes, sharding
     from qwen_jax.weights import replace_leaves
 
     root = existing(path)
     manifest = verify_whole(root)
-    mesh = mesh or sharding.current_mesh()
+    mesh = mesh or meshes.current()
     config = config or load_config(root)
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
     check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
-    sharding.check(config.sizes, mesh)
+    meshes.check(config.sizes, mesh)
     with _one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
         restored = {}
         for name, leaf in leaves.items():
@@ -133,10 +133,10 @@ def load(
 
 def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
     """The decoder without its values, and its leaves by path; not yet on the mesh of anyone."""
-    from qwen_jax import model, sharding
+    from qwen_jax import meshes, model
     from qwen_jax.weights import named_leaves
 
-    with sharding.entered(sharding.make_mesh()):
+    with meshes.entered(meshes.make()):
         decoder = model.abstract(config, dtype)
     return decoder, named_leaves(decoder)
 

@@ -161,23 +161,23 @@ def mesh(args: argparse.Namespace) -> "Mesh":
     """The mesh asked for, in which every process must have a device."""
     import jax
 
-    from qwen_jax import checkpoint, processes, sharding
+    from qwen_jax import checkpoint, meshes, processes
 
     try:
-        sizes = sharding.parse_mesh(args.mesh)
+        sizes = meshes.parse(args.mesh)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
     lengths = {**checkpoint.load_config(args.ckpt).sizes, "B": 1}
-    sharding.check(lengths, sizes)
+    meshes.check(lengths, sizes)
     command.virtual_cpu_devices(sizes)
     if args.mesh is None:
         here = jax.devices()
-        sizes = sharding.default(lengths, len(here), slices=sharding.count_slices(here))
-    made = sharding.make_mesh(sizes)
+        sizes = meshes.default(lengths, len(here), slices=meshes.count_slices(here))
+    made = meshes.make(sizes)
     used = {device.process_index for device in made.devices.flat}
     if idle := [str(i) for i in range(processes.count()) if i not in used]:
         raise command.UsageError(
-            f"mesh {sharding.describe(sizes)} has no device of process {', '.join(idle)}: take "
+            f"mesh {meshes.describe(sizes)} has no device of process {', '.join(idle)}: take "
             f"one of {jax.device_count()} devices"
         )
     return made

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
-from qwen_jax import chat, checkpoint, decode, inputs, rope, sampling, sharding
+from qwen_jax import chat, checkpoint, decode, inputs, meshes, rope, sampling, sharding
 from qwen_jax.config import Config
 from qwen_jax.generation_config import GenerationConfig
 from qwen_jax.model import Decoder
@@ -60,10 +60,10 @@ def load(
     longest = max(config.max_position_embeddings, config.seq_length)
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length {max_length}: must be at least 2")
-    mesh = sharding.current_mesh()
+    mesh = meshes.current()
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
         raise ValueError("a context axis is for training: decode with tp and fsdp")
-    sharding.check(config.sizes, mesh)
+    meshes.check(config.sizes, mesh)
     _check_attention(attend, config, dtype or default_dtype(), mesh)
     decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
     return LanguageModel(
@@ -89,7 +89,7 @@ def _check_attention(attend: Any, config: Config, dtype: str, mesh: Mesh) -> Non
     k = abstract("BTKH", dtype, rows, 1, config.num_kv_heads, config.head_dim)
     ids, scale = abstract("BT", jnp.int32, rows, 1), abstract("BT", jnp.float32, rows, 1)
     mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
-    with sharding.entered(mesh):
+    with meshes.entered(mesh):
         jax.eval_shape(attention_registry.on_shards(attend), q, k, k, mask, scale)
 
 
@@ -124,7 +124,7 @@ class LanguageModel:
         """
         tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
         frequencies = self._frequencies(lengths, ntk_alpha)
-        with sharding.entered(self.mesh):
+        with meshes.entered(self.mesh):
             batch, arrays = len(tokens), (tokens, lengths, frequencies)
             tokens, lengths, frequencies = (self._whole_shards(x) for x in arrays)
             start = sharding.place((tokens.shape[1] - lengths).astype(np.int32), "B")
@@ -222,7 +222,7 @@ class LanguageModel:
         tokens, lengths, frequencies, seeds = (
             self._whole_shards(x) for x in (tokens, lengths, frequencies, seeds)
         )
-        with sharding.entered(self.mesh):
+        with meshes.entered(self.mesh):
             state = decode.prefill(
                 self.decoder,
                 tokens,
@@ -241,7 +241,7 @@ class LanguageModel:
         steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new - 1, at_once)
         while True:
             # The mesh is in force while we compute, never while the caller has control.
-            with sharding.entered(self.mesh):
+            with meshes.entered(self.mesh):
                 part = next(steps, None)
             if part is None:
                 return

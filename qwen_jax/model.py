@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax import attention, rope, sharding, vocabulary
+from qwen_jax import attention, meshes, rope, sharding, vocabulary
 from qwen_jax import cache as kv
 from qwen_jax.attention import Mask
 from qwen_jax.cache import Cache, Layer
@@ -332,5 +332,5 @@ def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
 
 
 def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
-    sharding.check(config.sizes, jax.sharding.get_abstract_mesh())
+    meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
     return Maker(config.sizes, key, dtype)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import from_hf
-from qwen_jax import checkpoint, sharding
+from qwen_jax import checkpoint, meshes, sharding
 from qwen_jax.checkpoint import CheckpointError
 from qwen_jax.weights import named_leaves
 
@@ -82,7 +82,7 @@ def check_values(found: dict[str, Any], original: dict[str, np.ndarray]) -> None
 def test_restored_into_any_mesh_from_any_mesh(tmp_path, original, stored, mesh):
     arguments = ["--mesh", stored] if stored else []
     assert from_hf.main([str(GOLDEN), str(tmp_path / "model"), *arguments]) == 0
-    where = sharding.make_mesh(mesh)
+    where = meshes.make(mesh)
     sizes = checkpoint.load_config(tmp_path / "model").sizes
     decoder = checkpoint.load(tmp_path / "model", mesh=where)
     check_values(leaves(decoder), original)
@@ -215,7 +215,7 @@ def test_what_is_no_model_directory(tmp_path, converted):
     with pytest.raises(CheckpointError, match=r"is a Hugging Face checkpoint: convert it with"):
         checkpoint.load(GOLDEN)
     with pytest.raises(ValueError, match="does not divide over tp=4"):
-        checkpoint.load(converted, mesh=sharding.make_mesh({"tp": 4}))
+        checkpoint.load(converted, mesh=meshes.make({"tp": 4}))
 
 
 def test_a_chunk_lost_after_the_check_is_never_zeros(copied, monkeypatch):

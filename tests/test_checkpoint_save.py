@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from qwen_jax import checkpoint, model, sharding, store
+from qwen_jax import checkpoint, meshes, model, sharding, store
 from qwen_jax.checkpoint import CheckpointError
 from qwen_jax.weights import named_leaves, replace_leaves
 from tests.conversion import GOLDEN, ROOT, back, same, tensors
@@ -27,7 +27,7 @@ CONFIG = tiny_config(hidden_size=64)
 
 
 def mesh_of(fsdp: int, tp: int) -> Any:
-    return sharding.make_mesh({"fsdp": fsdp, "tp": tp})
+    return meshes.make({"fsdp": fsdp, "tp": tp})
 
 
 def arrays(decoder: Any) -> dict[str, np.ndarray]:
@@ -35,13 +35,13 @@ def arrays(decoder: Any) -> dict[str, np.ndarray]:
 
 
 def made(mesh: Any, dtype: Any = jnp.float32) -> Any:
-    with sharding.entered(mesh):
+    with meshes.entered(mesh):
         return tiny_decoder(CONFIG, dtype)
 
 
 def save_on(path: Path | str, mesh: Any, dtype: Any = jnp.float32, stacked: bool = False) -> Any:
     """The decoder that was saved, with a leaf for each layer."""
-    with sharding.entered(mesh):
+    with meshes.entered(mesh):
         decoder = tiny_decoder(CONFIG, dtype)
         checkpoint.save(path, CONFIG, model.stack(decoder) if stacked else decoder)
     return decoder
@@ -86,7 +86,7 @@ def test_an_array_is_never_whole_on_the_host(tmp_path, monkeypatch):
         sizes.append(x.nbytes)
         return np.asarray(x)
 
-    with sharding.entered(mesh_of(2, 2)):
+    with meshes.entered(mesh_of(2, 2)):
         decoder = model.stack(tiny_decoder(CONFIG))
         monkeypatch.setattr(store, "np", SimpleNamespace(**vars(np) | {"asarray": noted}))
         checkpoint.save(tmp_path / "m", CONFIG, decoder)
@@ -96,7 +96,7 @@ def test_an_array_is_never_whole_on_the_host(tmp_path, monkeypatch):
 
 def test_a_leaf_of_zeros_is_written(tmp_path):
     """A chunk of the fill value alone, if there were one, would be left out."""
-    with sharding.entered(mesh_of(4, 2)):
+    with meshes.entered(mesh_of(4, 2)):
         decoder = model.create(CONFIG, jax.random.key(0), jnp.float32)
         checkpoint.save(tmp_path / "m", CONFIG, decoder)
     assert not np.any(arrays(decoder)["layers.0.attn.q_bias"])
@@ -205,7 +205,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(CheckpointError, match="leaves of dtype float16, float32"):
         checkpoint.save(tmp_path / "m", CONFIG, mixed)
     grouped = tiny_config(num_kv_heads=2)
-    with sharding.entered(mesh_of(1, 1)), pytest.raises(ValueError, match="no Qwen-1 spelling"):
+    with meshes.entered(mesh_of(1, 1)), pytest.raises(ValueError, match="no Qwen-1 spelling"):
         checkpoint.save(tmp_path / "m", grouped, tiny_decoder(grouped))
     assert not (tmp_path / "m").exists()
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_saved(tmp_path):
 STOPPED = """
 import os, signal, sys
 import jax
-from qwen_jax import checkpoint, directory, sharding, store
+from qwen_jax import checkpoint, directory, meshes, sharding, store
 from tests.test_checkpoint_save import mesh_of, save_on
 where, count = sys.argv[2], 0
 def stopping(function):
@@ -259,9 +259,9 @@ import jax
 path, address, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(address, 2, number)
 assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
-from qwen_jax import checkpoint, model, sharding
+from qwen_jax import checkpoint, model, meshes, sharding
 from tests.test_checkpoint_save import CONFIG, mesh_of
-with sharding.entered(mesh_of(2, 4)):
+with meshes.entered(mesh_of(2, 4)):
     decoder = checkpoint.load(path / "one")
     checkpoint.save(path / "two", CONFIG, decoder)
     checkpoint.save(path / "stacked", CONFIG, model.stack(checkpoint.load(path / "two")))

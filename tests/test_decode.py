@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import decode, rope, sharding
+from qwen_jax import decode, meshes, rope
 from qwen_jax.sampling import Greedy
 
 
@@ -19,7 +19,7 @@ def model(golden_dir: Path) -> qwen_jax.LanguageModel:
 
 def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
     """The decode program after a prompt of 10, with a cache for `new` more; and the state."""
-    with sharding.entered(model.mesh):
+    with meshes.entered(model.mesh):
         frequencies = rope.from_config(model.config).frequencies(np.ones(1))
         rules = decode.make_rules(np.ones(model.config.vocab_size, bool), (), 0)
         state = decode.prefill(

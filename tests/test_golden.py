@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import cache, decode, rope, sharding
+from qwen_jax import cache, decode, meshes, rope, sharding
 from tests.golden_figures import arrays, overrides, scalars, worst
 from tests.tiny import KERNELS
 
@@ -30,7 +30,7 @@ def test_full_pass(golden_dir: Path) -> None:
 def test_hidden_states(golden_dir: Path) -> None:
     model = load(golden_dir)
     tokens = arrays()["plain.tokens"]
-    with sharding.entered(model.mesh):
+    with meshes.entered(model.mesh):
         start = sharding.place(np.zeros(len(tokens), np.int32), "B")
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = np.stack([rope.from_config(model.config).frequencies()] * 2)
@@ -78,7 +78,7 @@ def test_left_padded_batch(golden_dir: Path, case: str, flags: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_through_the_kernels(golden_dir: Path, name: str) -> None:
     """A long full pass and left-padded rows over two devices; decoding across the NTK boundary."""
-    with sharding.entered(sharding.make_mesh({"tp": 2})):
+    with meshes.entered(meshes.make({"tp": 2})):
         model = load(golden_dir, "ntk_logn", attention=name)
         logits = model.logits(arrays()["long200.tokens"])
         assert worst(logits[:, -24:], arrays()["long200.ntk_logn"]) < TOLERANCE
@@ -104,7 +104,7 @@ def test_int8_cache_in_the_kernels(golden_dir: Path, name: str, cache_dtype: str
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"fsdp": 2}, {"fsdp": 4, "tp": 2}])
 def test_on_a_mesh(golden_dir: Path, sizes: dict[str, int]) -> None:
     """A batch of three rows on meshes that three does not divide over."""
-    with jax.set_mesh(sharding.make_mesh(sizes)):
+    with jax.set_mesh(meshes.make(sizes)):
         model = load(golden_dir, "ntk")
     decoded(model, "batchlong", arrays()["batchlong.mask"])
 
@@ -142,7 +142,7 @@ def step_logits(
     def whole(rows: np.ndarray) -> np.ndarray:
         return np.resize(rows, (repeat, *rows.shape[1:]))
 
-    with sharding.entered(model.mesh):
+    with meshes.entered(model.mesh):
         start = sharding.place(whole((width - lengths).astype(np.int32)), "B")
         rates = sharding.place(whole(frequencies), "BH")
         state = cache.empty(model.config, start, 256, np.float32, model.cache_dtype)

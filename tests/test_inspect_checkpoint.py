@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax import checkpoint, inspect_checkpoint, sharding
+from qwen_jax import checkpoint, inspect_checkpoint, meshes
 from qwen_jax.presets import PRESETS
 from tests.conversion import ROOT, last_line
 from tests.tiny import tiny_config, tiny_decoder
@@ -21,7 +21,7 @@ from tests.tiny import tiny_config, tiny_decoder
 def saved(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "m"
     config = tiny_config(hidden_size=64)
-    with sharding.entered(sharding.make_mesh({"fsdp": 4, "tp": 2})):
+    with meshes.entered(meshes.make({"fsdp": 4, "tp": 2})):
         checkpoint.save(path, config, tiny_decoder(config, jnp.bfloat16))
     return path
 

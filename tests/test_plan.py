@@ -12,14 +12,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
-from qwen_jax import PRESETS, cache, sharding
+from qwen_jax import PRESETS, cache, meshes
 from tests.tiny import tiny_config
 from train import estimate, flops, hardware, plan, programs, report, search, topology
 from train.bounds import Bound, Term
 from train.programs import Memory, Setting
 from train.topology import Path
 
-SIZES = sharding.parse_mesh("fsdp=2,tp=2")
+SIZES = meshes.parse("fsdp=2,tp=2")
 CONFIG = tiny_config()
 SETTING = Setting(CONFIG, batch=4, length=16, attention="xla")
 
@@ -27,7 +27,7 @@ SETTING = Setting(CONFIG, batch=4, length=16, attention="xla")
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `v5e:2x2` whose four devices are CPUs, on links of 1 GB/s."""
-    monkeypatch.setattr(topology, "mesh", lambda _, sizes: sharding.make_mesh(sizes))
+    monkeypatch.setattr(topology, "mesh", lambda _, sizes: meshes.make(sizes))
     monkeypatch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
     monkeypatch.setattr(topology, "prepare", lambda _: None)
 
@@ -36,7 +36,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained() -> estimate.Estimate:
     """The plan of a step, compiled once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topology, "mesh", lambda _, sizes: sharding.make_mesh(sizes))
+        patch.setattr(topology, "mesh", lambda _, sizes: meshes.make(sizes))
         patch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
         return estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
 
@@ -61,7 +61,7 @@ def total(program: programs.Program, compiled: Any) -> None:
 
 
 def test_memory_of_training_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh = sharding.make_mesh(SIZES)
+    mesh = meshes.make(SIZES)
     seen = []
     compile_it = jax.stages.Lowered.compile
     monkeypatch.setattr(
@@ -165,14 +165,14 @@ def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(programs, "_compiled", compiled)
     setting = Setting(tiny_config(num_layers=3), 4, 256, "xla")
-    memory = programs.prefill(setting, sharding.make_mesh(SIZES), 32).memory
+    memory = programs.prefill(setting, meshes.make(SIZES), 32).memory
     assert memory.parts["padding"] == 3 * 1000
     expected = memory.parts["weights"] + 3 * (held["cache"] + 1000) + held["batch"] + 10
     assert memory.needed == expected
 
 
 def test_what_does_not_divide_is_refused() -> None:
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = meshes.make({"fsdp": 8})
     with pytest.raises(ValueError, match="batch B = 4"):
         programs.training(SETTING, mesh)
 
@@ -272,7 +272,7 @@ def test_copies_are_slower_by_their_sums() -> None:
     setting = Setting(PRESETS["qwen-1.8b"], 16, 512, "xla")
     hosts = topology.parse("h100:2x8")
     chip = dataclasses.replace(hosts.chip, network=hosts.chip.network / 100)
-    slower, sizes = dataclasses.replace(hosts, chip=chip), sharding.parse_mesh("data=2,fsdp=8")
+    slower, sizes = dataclasses.replace(hosts, chip=chip), meshes.parse("data=2,fsdp=8")
     assert search._rough(setting, slower, sizes)[1] > search._rough(setting, hosts, sizes)[1]
 
 

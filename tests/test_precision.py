@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import decode, model, rope, sharding
+from qwen_jax import decode, meshes, model, rope, sharding
 
 CONFIG = dataclasses.replace(qwen_jax.PRESETS["qwen-1.8b"], num_layers=4, vocab_size=8192)
 
 
 @pytest.fixture(scope="module")
 def wide() -> model.Decoder:
-    with jax.set_mesh(sharding.make_mesh()):
+    with jax.set_mesh(meshes.make()):
         return jax.jit(lambda key: model.create(CONFIG, key, jnp.float32))(jax.random.key(0))
 
 
 def log_probabilities(decoder: model.Decoder, tokens: np.ndarray) -> np.ndarray:
-    with jax.set_mesh(sharding.make_mesh()):
+    with jax.set_mesh(meshes.make()):
         start = sharding.place(np.zeros(len(tokens), np.int32), "B")
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = rope.from_config(CONFIG).frequencies(np.ones(len(tokens)))

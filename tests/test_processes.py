@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from convert import shares, target
-from qwen_jax import checkpoint, processes, roll_call, sharding, store
+from qwen_jax import checkpoint, meshes, processes, roll_call, sharding, store
 from tests import launch
 from tests.conversion import GOLDEN, contents, same, tensors, there
 from tests.tools.make_checkpoint import PRESETS as HF_PRESETS
@@ -301,7 +301,7 @@ def test_jax_was_used_before():
 @pytest.mark.parametrize("mesh", ["fsdp=1", "fsdp=4", "tp=4", "fsdp=2,tp=2", "data=2,tp=2", "tp=2"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_chunk_has_one_writer_that_holds_it(mesh, count):
-    sizes = sharding.parse_mesh(mesh)
+    sizes = meshes.parse(mesh)
     partition = tuple(map(sharding.entries, sharding.spec("FD", None, sizes)))
     cut = [64 // 2 // sizes["tp"], 32 // sizes["fsdp"]]  # two chunks of rows in a shard
     leaf = store.Leaf("up", (64, 32), (cut[0], cut[1]), "float32")

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from qwen_jax import Config, checkpoint, model, sharding
+from qwen_jax import Config, checkpoint, meshes, model, sharding
 from qwen_jax.attention import xla
 from qwen_jax.weights import named_leaves
 from tests.golden_figures import arrays
@@ -129,7 +129,7 @@ def assert_same(got: Taken, expected: Taken, bound: float = 2e-5) -> None:
 @pytest.mark.parametrize(
     ("sizes", "options"),
     MESHES,
-    ids=[f"{sharding.describe(sizes)}{' sequence' * bool(o)}" for sizes, o in MESHES],
+    ids=[f"{meshes.describe(sizes)}{' sequence' * bool(o)}" for sizes, o in MESHES],
 )
 def test_a_step_on_a_mesh_is_that_of_one_device(sizes, options):
     """Its loss, and by the moments and new weights its gradients."""
@@ -162,7 +162,7 @@ def test_another_architecture_on_a_mesh():
         {"tp": 8},
         {"fsdp_outer": 2, "fsdp": 2, "tp": 2},
     ],
-    ids=sharding.describe,
+    ids=meshes.describe,
 )
 def test_logits_on_a_mesh(sizes):
     with on_mesh():
@@ -189,7 +189,7 @@ def test_a_remat_that_is_not_known():
 # The optimizer
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tp": 2}], ids=sharding.describe)
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tp": 2}], ids=meshes.describe)
 def test_ten_steps_of_the_original(golden_dir: Path, sizes):
     """Losses, norms before the clip, and two tensors: one that decays, one that does not."""
     rates = jnp.asarray(arrays()["adamw.lrs"])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax import attention, sharding, vocabulary
+from qwen_jax import attention, meshes, vocabulary
 from tests.tiny import QUICK, tiny_config
 from train import collectives, hlo, step
 
@@ -74,7 +74,7 @@ def test_fsdp_gathers_weights_and_no_activation(monkeypatch):
     """Each matrix is gathered twice, forward and in the recomputation; its gradient is summed once
     (by an all-reduce of all leaves of a block together, where a TPU or GPU scatters).
     """
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = meshes.make({"fsdp": 8})
     counted = without_small(sent(compiled(mesh, monkeypatch), mesh), "fsdp")
     assert counted == {
         ("all-gather", D * D * FLOAT): 2 * 4 * L,
@@ -89,7 +89,7 @@ def test_fsdp_gathers_weights_and_no_activation(monkeypatch):
 
 
 def test_without_recomputation_weights_are_gathered_once(monkeypatch):
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = meshes.make({"fsdp": 8})
     counted = without_small(sent(compiled(mesh, monkeypatch, remat="none"), mesh), "fsdp")
     assert counted["all-gather", D * D * FLOAT] == 4 * L
     assert counted["all-gather", D * F * FLOAT] == 3 * L
@@ -99,7 +99,7 @@ def test_tp_sums_activations(monkeypatch):
     """Of a block: after attention and after the FFN, forward; the former again, as the FFN's input
     is recomputed; and before both, backward. No weight moves.
     """
-    mesh = sharding.make_mesh({"tp": 8})
+    mesh = meshes.make({"tp": 8})
     counted = without_small(sent(compiled(mesh, monkeypatch), mesh), "tp")
     assert {kind for kind, _ in counted} == {"all-reduce"}
     assert all(WHOLE <= size < WHOLE + 256 for _, size in counted)
@@ -112,7 +112,7 @@ def test_sequence_parallel_gathers_instead(monkeypatch):
     reduce-scatter), and tokens are gathered before each pair of products: forward, again in the
     recomputation, and of the gradient.
     """
-    mesh = sharding.make_mesh({"tp": 8})
+    mesh = meshes.make({"tp": 8})
     program = compiled(mesh, monkeypatch, sequence_parallel=True)
     counted = without_small(sent(program, mesh), "tp")
     kinds = Counter[str]()
@@ -128,7 +128,7 @@ def test_sequence_parallel_gathers_instead(monkeypatch):
 
 
 def test_fsdp_and_tp_each_over_their_own_axis(monkeypatch):
-    mesh = sharding.make_mesh({"fsdp": 4, "tp": 2})
+    mesh = meshes.make({"fsdp": 4, "tp": 2})
     counted = sent(compiled(mesh, monkeypatch), mesh)
     assert {axes for _, axes, _ in counted} == {("fsdp",), ("tp",)}
     assert counted["all-gather", ("fsdp",), D * D * FLOAT // 2] == 2 * 4 * L
@@ -142,7 +142,7 @@ def test_fsdp_and_tp_each_over_their_own_axis(monkeypatch):
 
 def test_data_sums_each_gradient_once(monkeypatch):
     """Between copies only what each device keeps of the gradients moves: 1/4 of the weights."""
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    mesh = meshes.make({"data": 2, "fsdp": 4})
     counted = sent(compiled(mesh, monkeypatch), mesh)
     across = Counter[str]()
     for (kind, axes, size), n in counted.items():
@@ -157,7 +157,7 @@ def test_context_passes_keys_round(monkeypatch):
     """Of each layer: keys and values forward, and in the recomputation; backward with their
     gradients. Weights as under fsdp.
     """
-    mesh = sharding.make_mesh({"context": 4})
+    mesh = meshes.make({"context": 4})
     counted = without_small(sent(compiled(mesh, monkeypatch), mesh), "context")
     keys = WHOLE // 4
     assert counted["collective-permute", keys] == (2 + 2 + 4) * 4 * L
@@ -175,7 +175,7 @@ def test_state_is_split_over_all_devices(monkeypatch, sizes):
     """A float32 weight and its two moments, 12 bytes, over the devices; and nothing comes back
     that was not given.
     """
-    mesh = sharding.make_mesh(sizes)
+    mesh = meshes.make(sizes)
     memory = compiled(mesh, monkeypatch).memory_analysis()
     rows = BATCH * LENGTH // math.prod(n for axis, n in sizes.items() if axis != "tp")
     wanted = 12 * CONFIG.num_params() / mesh.size + 5 * FLOAT * rows
@@ -191,7 +191,7 @@ def test_depth_costs_what_a_layer_must(monkeypatch):
     """No instruction; and in temporary memory, of each layer, the residual that is saved, float32
     gradients of a device's part of the weights, and at most one copy of that part to compute with.
     """
-    mesh, deep = sharding.make_mesh({"fsdp": 8}), 4 * L
+    mesh, deep = meshes.make({"fsdp": 8}), 4 * L
     programs = [compiled(mesh, monkeypatch, layers=layers) for layers in (L, deep)]
     counts = [
         sum(len(c.instructions) for c in hlo.parse(p.as_text()).computations.values())
@@ -212,7 +212,7 @@ def test_memory_does_not_grow_with_the_number_of_devices(monkeypatch):
     """
     held = []
     for devices in (2, 4, 8):
-        program = compiled(sharding.make_mesh({"fsdp": devices}), monkeypatch, batch=2 * devices)
+        program = compiled(meshes.make({"fsdp": devices}), monkeypatch, batch=2 * devices)
         held.append(program.memory_analysis().temp_size_in_bytes)
     falls = [before - after for before, after in itertools.pairwise(held)]
     assert falls[0] > FLOAT * CONFIG.num_params() / 4

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import sharding, vocabulary
+from qwen_jax import meshes, sharding, vocabulary
 from tests.tiny import QUICK, on_mesh
 from train import collectives
 
@@ -96,7 +96,7 @@ def assert_near(got: Any, wanted: Any, bound: float) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=bound * np.abs(other).max())
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=sharding.describe)
+@pytest.mark.parametrize("sizes", MESHES, ids=meshes.describe)
 def test_scores_are_those_of_all_logits(sizes, chunks_of_128):
     with on_mesh(**sizes):
         head = sharding.place(arrays()[1], "VD")
@@ -106,7 +106,7 @@ def test_scores_are_those_of_all_logits(sizes, chunks_of_128):
     assert_near(sharded(sizes), expected(), 2e-5)
 
 
-@pytest.mark.parametrize("sizes", WITH_TP, ids=sharding.describe)
+@pytest.mark.parametrize("sizes", WITH_TP, ids=meshes.describe)
 def test_tokens_that_are_split_over_tp_too(sizes, chunks_of_128):
     assert_near(sharded(sizes, parted=True), expected(), 2e-5)
 
@@ -139,7 +139,7 @@ def test_logits_of_hundreds_overflow_nothing(chunks_of_128):
     np.testing.assert_allclose(scores.lse, wanted.lse, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tp": 2}], ids=sharding.describe)
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tp": 2}], ids=meshes.describe)
 def test_bfloat16(sizes, chunks_of_128):
     """x and the head are rounded once, to 8 bits, their products not at all; gradients are sums in
     float32 of products with a rounded factor, rounded at the end: three roundings of 2**-9 each.
@@ -155,7 +155,7 @@ def test_bfloat16(sizes, chunks_of_128):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("sizes", [m for m in MESHES if m.get("tp") != 4], ids=sharding.describe)
+@pytest.mark.parametrize("sizes", [m for m in MESHES if m.get("tp") != 4], ids=meshes.describe)
 def test_look_up(sizes, dtype, monkeypatch):
     monkeypatch.setattr(vocabulary, "_SCATTERED", 5)  # several chunks, the last not full
     rng = np.random.default_rng(6)
@@ -175,7 +175,7 @@ def test_look_up(sizes, dtype, monkeypatch):
         grad = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
         gradient, x = grad(placed, *rest)
         assert gradient.sharding.is_equivalent_to(placed.sharding, 2)
-        assert x.sharding.is_equivalent_to(sharding.named("BTD", sharding.current_mesh()), 3)
+        assert x.sharding.is_equivalent_to(sharding.named("BTD", meshes.current()), 3)
     assert x.dtype == dtype and gradient.dtype == np.float32
     np.testing.assert_array_equal(x, jnp.asarray(table[tokens], dtype))
     exact = np.zeros(table.shape)
@@ -185,7 +185,7 @@ def test_look_up(sizes, dtype, monkeypatch):
     np.testing.assert_allclose(gradient, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}], ids=sharding.describe)
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}], ids=meshes.describe)
 def test_a_frequent_token_of_a_bfloat16_table(sizes):
     """Gradients add up in float32: in bfloat16, 256 ones and another are 256."""
     with on_mesh(**sizes):
@@ -197,7 +197,7 @@ def test_a_frequent_token_of_a_bfloat16_table(sizes):
     np.testing.assert_array_equal(np.asarray(gradient, np.float32)[0], 1024)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2}, {"tp": 2}], ids=sharding.describe)
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2}, {"tp": 2}], ids=meshes.describe)
 def test_the_logits_are_nowhere_whole(sizes, monkeypatch):
     """Temporaries of the compiled gradient: those of a chunk, not of the vocabulary."""
     rows, batch, length = 4096, 8, 64

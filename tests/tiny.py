@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import Config, cache, model, rope, sharding, weights
+from qwen_jax import Config, cache, meshes, model, rope, weights
 from qwen_jax.decode import positions
 from qwen_jax.model import Decoder, Output
 from qwen_jax.sharding import place
@@ -120,4 +120,4 @@ def cached_logits(
 
 def on_mesh(**sizes: int) -> Any:
     """A context with a mesh of these axes in force; (1, 1) by default."""
-    return sharding.entered(sharding.make_mesh(sizes))
+    return meshes.entered(meshes.make(sizes))

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from qwen_jax import sharding
+from qwen_jax import meshes, sharding
 from train import bounds, collectives, programs
 from train import topology as topologies
 from train.bounds import Bound
@@ -78,7 +78,7 @@ class Estimate:
             "task": self.task,
             "topology": str(self.topology),
             "devices": self.topology.devices,
-            "mesh": sharding.describe(self.mesh),
+            "mesh": meshes.describe(self.mesh),
             "batch": setting.batch,
             "length": setting.length,
             "attention": setting.attention,

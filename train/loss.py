@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from qwen_jax import ring, rope, sharding, vocabulary
+from qwen_jax import meshes, ring, rope, sharding, vocabulary
 from qwen_jax.model import Decoder
 
 IGNORED = -100  # a label that is not trained on
@@ -59,7 +59,7 @@ def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
 def place(batch: Batch) -> Batch:
     """A batch of the host on the mesh in force. Raises ValueError where it does not divide."""
     rows, tokens = batch.tokens.shape
-    sharding.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
+    meshes.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
     return jax.tree.map(lambda x: sharding.place(x, "BT"), batch)
 
 
@@ -91,7 +91,7 @@ def loss(
     """
     rows, tokens = batch.tokens.shape
     lengths = {**decoder.config.sizes, "B": rows, "T": tokens}
-    sharding.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
+    meshes.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
     known = [(ids >= 0) & (ids < lengths["V"]) for ids in (batch.tokens, batch.targets)]
     weights = jnp.where(known[0] & known[1], batch.weights, jnp.nan)
     batch = jax.tree.map(ring.zigzag, dataclasses.replace(batch, weights=weights))

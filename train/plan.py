@@ -49,7 +49,7 @@ def _work(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     topologies.prepare(topology.chip.platform)
-    from qwen_jax import sharding
+    from qwen_jax import meshes
     from train import report, search
 
     setting = _setting(args, topology)
@@ -67,11 +67,11 @@ def _work(args: argparse.Namespace) -> None:
         if args.mesh is None:
             lengths = {**setting.config.sizes, "B": setting.batch}
             slices = topology.slices if topology.chip.platform == "tpu" else 1
-            sizes = sharding.default(lengths, topology.devices, not args.decode, slices)
+            sizes = meshes.default(lengths, topology.devices, not args.decode, slices)
             if math.prod(sizes.values()) < topology.devices:
                 raise UsageError(
                     f"{args.model} and --batch {args.batch} do not divide over the "
-                    f"{topology.devices} devices of {topology}, but over {sharding.describe(sizes)}"
+                    f"{topology.devices} devices of {topology}, but over {meshes.describe(sizes)}"
                 )
         found = list(estimates(setting, topology, sizes, args.decode))
     if args.json:
@@ -102,10 +102,10 @@ def rank(x: Any) -> tuple[Any, ...]:
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
     """The sizes asked for, by axis; all 1 where none are."""
-    from qwen_jax import sharding
+    from qwen_jax import meshes, sharding
 
     try:
-        sizes = sharding.parse_mesh(args.mesh)
+        sizes = meshes.parse(args.mesh)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.decode and sizes[sharding.CONTEXT] > 1:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_jax import attention, decode, model, rope, sampling, sharding
+from qwen_jax import attention, decode, meshes, model, rope, sampling, sharding
 from qwen_jax import cache as kv
 from qwen_jax.config import Config
 from train import collectives, flops, step
@@ -42,7 +42,7 @@ class Setting:
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where an axis does not divide over the mesh."""
         lengths = {**self.config.sizes, "B": self.batch, "T": self.length}
-        sharding.check(lengths, sizes, self.sequence_parallel)
+        meshes.check(lengths, sizes, self.sequence_parallel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
 
 def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
     """The decode loop of `qwen_jax.decode`, with a cache of `length` slots."""
-    sharding.check({**setting.config.sizes, "B": setting.batch}, mesh)
+    meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
@@ -141,7 +141,7 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     the program that prefill runs for each layer. Its memory is that of all layers.
     """
     config = setting.config
-    sharding.check({**config.sizes, "B": setting.batch}, mesh)
+    meshes.check({**config.sizes, "B": setting.batch}, mesh)
 
     def arguments(decoder: Any) -> Any:
         _, state = _state(setting, dtype)

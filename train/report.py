@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qwen_jax import sharding
+from qwen_jax import meshes
 from train import collectives
 from train.estimate import Estimate
 
@@ -20,7 +20,7 @@ def text(x: Estimate, model: str) -> str:
         options.append(f"{setting.cache_dtype} cache")
     lines = [
         f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
-        f"mesh {sharding.describe(x.mesh)}",
+        f"mesh {meshes.describe(x.mesh)}",
         f"{setting.batch} rows of {setting.length} tokens, {', '.join(options)}; compiled in "
         f"{x.program.seconds:.0f} s",
         "",
@@ -70,7 +70,7 @@ def ranking(found: Sequence[Estimate]) -> str:
             else f"does not fit: {x.over / 1e9:.2f} GB over"
         )
         lines.append(
-            f"{x.task:<9} {sharding.describe(x.mesh):<26} {x.setting.batch:>6} "
+            f"{x.task:<9} {meshes.describe(x.mesh):<26} {x.setting.batch:>6} "
             f"{x.setting.remat:<11} {x.program.memory.needed / 1e9:>7.2f} "
             f"{x.available / 1e9:>6.1f} {rate}"
         )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qwen_jax import sharding
+from qwen_jax import meshes, sharding
 from train.hardware import Gpu
 from train.programs import Setting
 from train.topology import Topology
@@ -80,13 +80,13 @@ def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
 def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
     """Meshes of all devices: slices are copies of the model, and hosts of GPUs may be; `tp` stays
     within a host. What is split off the axis of weights for speed is not asked for
-    (`sharding.in_planes`).
+    (`meshes.in_planes`).
     """
     chip, most, copies = topology.chip, _MOST_TENSOR, {topology.slices}
     if isinstance(chip, Gpu):
         most = min(chip.node, topology.lengths[1])
         copies.add(topology.slices * topology.lengths[0])
-    for sizes in sharding.meshes(topology.devices):
+    for sizes in meshes.of_size(topology.devices):
         asked = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
         if asked and sizes[sharding.TENSOR] <= most:
             yield sizes

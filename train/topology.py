@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from qwen_jax import sharding
+from qwen_jax import meshes
 from train.hardware import CHIPS, Gpu, Tpu
 
 _SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # of the one name that libtpu knows
@@ -132,10 +132,9 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
     count = math.prod(sizes.values())
     if count != topology.devices:
         raise ValueError(
-            f"mesh {sharding.describe(sizes)} has {count} devices, {topology} has "
-            f"{topology.devices}"
+            f"mesh {meshes.describe(sizes)} has {count} devices, {topology} has {topology.devices}"
         )
-    return sharding.make_mesh(sizes, devices(topology))
+    return meshes.make(sizes, devices(topology))
 
 
 @dataclasses.dataclass(frozen=True)

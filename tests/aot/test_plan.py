@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qwen_jax import sharding
+from qwen_jax import meshes
 from qwen_jax.config import Config
 from tests.tiny import tiny_config
 from train import estimate, topology
@@ -22,7 +22,7 @@ def small() -> Config:
 
 def plan(task: Any, where: str, mesh: str, batch: int, length: int, kernel: str) -> Estimate:
     setting = Setting(small(), batch, length, kernel)
-    return task(setting, topology.parse(where), sharding.parse_mesh(mesh))
+    return task(setting, topology.parse(where), meshes.parse(mesh))
 
 
 CASES = [

@@ -13,12 +13,12 @@ def work(args: argparse.Namespace) -> None:
     import jax
 
     import qwen_jax
-    from qwen_jax import sharding
+    from qwen_jax import meshes, sharding
     from qwen_jax.weights import named_leaves
 
-    sizes = sharding.parse_mesh(args.mesh)
+    sizes = meshes.parse(args.mesh)
     command.virtual_cpu_devices(sizes)
-    mesh = sharding.make_mesh(sizes)
+    mesh = meshes.make(sizes)
     with jax.set_mesh(mesh):
         model = qwen_jax.load(args.ckpt, dtype=args.dtype)
         digest = hashlib.sha256()

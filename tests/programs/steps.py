@@ -14,16 +14,16 @@ def work(args: argparse.Namespace) -> None:
     command.join(args)
     import numpy as np
 
-    from qwen_jax import checkpoint, sharding
+    from qwen_jax import checkpoint, meshes, sharding
     from qwen_jax.attention import xla
     from qwen_jax.weights import named_leaves
     from tests.golden_figures import arrays
     from train import loss, step
 
-    sizes = sharding.parse_mesh(args.mesh)
+    sizes = meshes.parse(args.mesh)
     command.virtual_cpu_devices(sizes)
     optimizer = step.Optimizer(clip_norm=1e9, b1=0.9)
-    with sharding.entered(sharding.make_mesh(sizes)):
+    with meshes.entered(meshes.make(sizes)):
         state = step.create_state(checkpoint.load(args.ckpt, dtype="float32"), optimizer)
         tokens = arrays()["adamw.batches"][0]
         batch = loss.place(loss.batch_of(tokens, tokens))
