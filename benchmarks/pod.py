@@ -120,15 +120,11 @@ def peer() -> None:
 
 
 def table(cases: list[Case]) -> None:
-    names = (
-        "model, layers",
-        "chips, mesh",
-        "rows",
-        "residuals, GB",
-        "gradients and bf16 weights, GB",
+    head = (
+        "| model, layers | chips, mesh | rows | residuals, GB | gradients and bf16 weights, GB "
+        "| other temporary, GB | s, cores |"
     )
-    names += "other temporary, GB", "s, cores"
-    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
+    print(f"{head}\n{'|---' * 7}|")
     for case in cases:
         ours = apart(case)
         rest = ours["temporary"] - ours["residuals"] - ours["copies"]

@@ -121,7 +121,7 @@ def _columns(task: Task) -> str:
 
 def _row(model: str, topology: str, x: Any) -> str:
     if x is None:
-        return f"| {model} | {topology} | nothing that was tried fits |"
+        return f"| {model} | {topology} | the compiler failed |"
     cells = [model, topology, x["mesh"], x["batch"]]
     cells += [x["remat"]] if x["remat"] else []
     cells += [f"{x['memory']['needed'] / 1e9:.1f}", f"{x['available'] / 1e9:.1f}"]

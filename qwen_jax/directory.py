@@ -58,9 +58,8 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
         )
     found, listed = file_sizes(root), manifest.get("files")
     shapes = manifest.get("shapes")
-    if not isinstance(listed, dict) or not isinstance(shapes, dict) or "dtype" not in manifest:
-        raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
-    if not all(isinstance(shape, list) for shape in shapes.values()):
+    of_lists = isinstance(shapes, dict) and all(isinstance(x, list) for x in shapes.values())
+    if not isinstance(listed, dict) or not of_lists or "dtype" not in manifest:
         raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
     if problems := differences(found, listed):
         raise CheckpointError(f"{root} is damaged: {problems}; convert or copy it again")
