@@ -266,6 +266,11 @@ def test_a_search_tries_copies_over_hosts() -> None:
     setting = Setting(PRESETS["qwen-72b"], 64, 2048, "xla")
     fastest = search.candidates(setting, hosts, decode=True)[0]
     assert (fastest.mesh["data"], fastest.mesh["tp"]) == (16, 8)
+    # Nor does a chip, of one slice: copies of all weights where they fit.
+    for where, tp in (("v6e:8x8", 16), ("v5p:4x4x8*2", 16)):
+        chips = topology.parse(where)
+        fastest = search.candidates(setting, chips, decode=True)[0]
+        assert (fastest.mesh["data"], fastest.mesh["tp"]) == (chips.devices // tp, tp)
 
 
 def test_copies_are_slower_by_their_sums() -> None:

@@ -46,7 +46,7 @@ def candidates(setting: Setting, topology: Topology, decode: bool = False) -> li
     batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
     policies = ["full"] if decode else list(_KEPT)
     found, large = [], []
-    for sizes, remat in itertools.product(_meshes(topology), policies):
+    for sizes, remat in itertools.product(_meshes(topology, decode), policies):
         fitting: list[Candidate] = []
         smallest: list[Candidate] = []
         for batch in batches:
@@ -77,15 +77,16 @@ def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
     return True
 
 
-def _meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Meshes of all devices: slices are copies of the model, and hosts of GPUs may be; `tp` stays
-    within a host. What is split off the axis of weights for speed is not asked for
-    (`meshes.in_planes`).
+def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
+    """Meshes of all devices: slices are copies of the model, hosts of GPUs may be, and to decode
+    any part, which then gathers no weights for a token; `tp` stays within a host. What is split off
+    the axis of weights for speed is not asked for (`meshes.in_planes`).
     """
-    chip, most, copies = topology.chip, _MOST_TENSOR, {topology.slices}
+    chip, most, slices = topology.chip, _MOST_TENSOR, topology.slices
+    copies = range(slices, topology.devices + 1, slices) if decode else [slices]
     if isinstance(chip, Gpu):
         most = min(chip.node, topology.lengths[1])
-        copies.add(topology.slices * topology.lengths[0])
+        copies = [*copies, slices * topology.lengths[0]]
     for sizes in meshes.of_size(topology.devices):
         asked = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
         if asked and sizes[sharding.TENSOR] <= most:
