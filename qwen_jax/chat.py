@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from qwen_jax.tokenizer import Tokenizer
 
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
 
 def make_context(
     tokenizer: Tokenizer,

@@ -131,7 +131,7 @@ def prompt_text(args: argparse.Namespace) -> str | None:
 
 def prompt_ids(args: argparse.Namespace, text: str, model: "LanguageModel") -> list[int]:
     from qwen_jax import chat
-    from qwen_jax.language_model import DEFAULT_SYSTEM
+    from qwen_jax.chat import DEFAULT_SYSTEM
 
     if args.chat is None:
         return model.need_tokenizer().encode(text)

@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
 from qwen_jax import chat, checkpoint, decode, inputs, meshes, rope, sampling, sharding
+from qwen_jax.chat import DEFAULT_SYSTEM
 from qwen_jax.config import Config
 from qwen_jax.generation_config import GenerationConfig
 from qwen_jax.model import Decoder
 from qwen_jax.tokenizer import TextStream, Tokenizer
 
 BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not stop or make sense"
-DEFAULT_SYSTEM = "You are a helpful assistant."
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
