@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 _PART = 16 * 2**20  # bytes of an upload that are sent at a time
 
@@ -127,6 +127,11 @@ class Upload:
     def abandon(self) -> None:
         """Leave it unfinished, to expire; the file would otherwise complete itself when it goes."""
         self._file.closed = True
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A file to be read from front to back."""
+    return _objects().open(str(path), "rb") if is_remote(path) else open(path, "rb")
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.vocabulary import qwen_tokenizer
-from train.data import sft_example
+from train.data import chat_example, sft_example, text_example
 from train.loss import IGNORED
 
 CASES = json.loads((Path(__file__).parent / "golden/sft_labels.json").read_text())
@@ -51,6 +53,8 @@ def test_text_never_becomes_a_control_token() -> None:
         ([{"from": "bot", "value": "x"}], "turn 1 is from 'bot': allowed are user, assistant"),
         ([TALK[0], {"role": "user", "content": "x"}], "turn 2 is from None"),
         ([TALK[0], {"from": "assistant", "value": None}], "turn 2 has no text in 'value'"),
+        ([TALK[0], "hello"], "turn 2 is no object"),
+        ([{"from": ["user"], "value": "x"}], r"turn 1 is from \['user'\]"),
         ([TALK[0]], "no reply to a user"),
         ([TALK[1]], "no reply to a user"),
         ([], "no reply to a user"),
@@ -61,3 +65,77 @@ def test_what_is_refused(talk: Any, message: str) -> None:
         sft_example(qwen_tokenizer(), talk, "", 128)
     with pytest.raises(ValueError, match="allowed are qwen, assistant"):
         sft_example(qwen_tokenizer(), TALK, "", 128, loss_on="all")
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def test_tools_may_be_written_as_json() -> None:
+    offered = [{"type": "function", "function": {"name": "weather"}}]
+    plain, written = (
+        chat_example(qwen_tokenizer(), {"messages": MESSAGES, "tools": tools}, "", None)
+        for tools in (offered, json.dumps(offered))
+    )
+    assert plain == written and "weather" in qwen_tokenizer().decode(plain[0])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": MESSAGES, "tools": "[{"}, "'tools' is a text that is no JSON"),
+        ({"messages": MESSAGES, "tools": '{"name": "x"}'}, "'tools' is no list"),
+        ({"messages": MESSAGES, "functions": 3}, "'functions' is no list"),
+        ({"messages": MESSAGES, "system": ["x"]}, "'system' is no text"),
+        ({"conversations": TALK, "system": {"x": 1}}, "'system' is no text"),
+        ({"conversations": ["x"]}, "turn 1 is no object"),
+        ({"messages": ["x"]}, "message 1 is no object"),
+        (["x"], "a conversation is an object, not list"),
+    ],
+)
+def test_records_that_are_refused(record: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_example(qwen_tokenizer(), record, "", None)
+
+
+WORDS = st.sampled_from(["user", "assistant", "tool", "system", "text", "[]", "{", "x", ""])
+KEYS = st.sampled_from(["messages", "conversations", "role", "content", "from", "text", "name"])
+
+
+def shaped(value: Any) -> Any:
+    """Near to what a record is, with any `value` in any place."""
+
+    def some(**fields: Any) -> Any:
+        return value | st.fixed_dictionaries({}, optional=fields)
+
+    function = some(name=WORDS | value, arguments=value, parameters=value, description=value)
+    call = function | some(function=function)
+    part = some(type=st.just("text") | value, text=WORDS | value)
+    said = WORDS | st.lists(part, max_size=2) | value
+    calls = value | st.lists(call, max_size=2)
+    message = some(role=WORDS | value, content=said, tool_calls=calls, function_call=call)
+    turn = some(**{"from": WORDS | value, "value": said})
+    offered = calls | calls.map(json.dumps)
+    asked = st.lists(message, max_size=3).map(lambda rest: [MESSAGES[0], *rest])
+    return some(messages=asked, tools=offered, functions=offered, system=WORDS | value) | some(
+        conversations=st.lists(turn, max_size=3), system=WORDS | value
+    )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS,
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(KEYS, inside, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON | shaped(JSON))
+def test_no_record_ends_a_run_with_another_error(record: Any) -> None:
+    for make in (
+        lambda: chat_example(qwen_tokenizer(), record, "", 64, "assistant"),
+        lambda: text_example(qwen_tokenizer(), record),
+    ):
+        try:
+            make()
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)

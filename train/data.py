@@ -1,36 +1,114 @@
-"""What a step trains on: conversations as ids and labels.
+"""What a record says as ids and labels: documents, and conversations in ChatML.
 
 Control tokens are placed here; what people wrote is encoded as ordinary text, whatever it spells.
+Knows no files and no batches.
 """
 
+import json
+import reprlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from qwen_jax import tools
 from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tools import Turn
 from train.loss import IGNORED
 
 LOSS_ON = ("qwen", "assistant")
 _ROLES = ("user", "assistant")
 
 
+def text_example(
+    tokenizer: Tokenizer, record: Any, field: str = "text", ends: bool = True
+) -> list[int]:
+    """ids of a document, and of its end if that is in the record: the text, or what has it in
+    `field`.
+
+    Raises ValueError where there is none.
+    """
+    text = record.get(field) if isinstance(record, Mapping) else record
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"there is no text in {field!r}")
+    return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
+
+
+def chat_example(
+    tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
+) -> tuple[list[int], list[int]]:
+    """`sft_example` of a record in either form.
+
+    record: {"conversations": [{"from", "value"}]}, the original's, or {"messages": [{"role",
+    "content"}]} with `tools` (or `functions`), a list or JSON of one, where there are any
+    (`tools.turns`). Both may have a "system"; else the one given is taken. Raises ValueError for
+    anything else.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a conversation is an object, not {type(record).__name__}")
+    system = record.get("system") or system
+    if not isinstance(system, str):
+        raise ValueError("'system' is no text")
+    if isinstance(record.get("conversations"), list):
+        return sft_example(tokenizer, record["conversations"], system, max_len, loss_on)
+    if not isinstance(record.get("messages"), list):
+        raise ValueError("there are neither 'conversations' nor 'messages'")
+    said, turns = tools.turns(record["messages"], _offered(record))
+    return _encoded(tokenizer, said or system, turns, max_len, loss_on)
+
+
+def _offered(record: Mapping[str, Any]) -> list[Any]:
+    """The tools of a record. Data sets often hold them as JSON, for a column has one type."""
+    field = "tools" if record.get("tools") else "functions"
+    offered = record.get(field) or []
+    if isinstance(offered, str):
+        try:
+            offered = json.loads(offered)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{field!r} is a text that is no JSON: {error}") from error
+    if not isinstance(offered, list):
+        raise ValueError(f"{field!r} is no list")
+    return offered
+
+
 def sft_example(
     tokenizer: Tokenizer,
     conversations: Sequence[Mapping[str, str]],
     system: str,
-    max_len: int,
+    max_len: int | None,
     loss_on: str = "qwen",
 ) -> tuple[list[int], list[int]]:
     """ids and labels of a conversation in ChatML, cut to `max_len`; labels are not shifted.
 
-    conversations: turns {"from": "user" or "assistant", "value": text}; what comes before the first
-    of a user is left out. loss_on: "qwen" is the choice of the original's script, which trains
-    replies with their end, and of every turn the control tokens and the newline after it (not its
-    injection: there, text can spell control tokens); "assistant" replies and their end alone.
-    Labels that are not trained are `IGNORED`.
+    max_len: None for any length. conversations: turns {"from": "user" or "assistant", "value":
+    text}; what comes before the first of a user is left out. loss_on: "qwen" is the choice of the
+    original's script, which trains replies with their end, and of every turn the control tokens and
+    the newline after it (not its injection: there, text can spell control tokens); "assistant"
+    replies and their end alone, and of replies not the results of tools. Labels that are not
+    trained are `IGNORED`.
 
     Raises ValueError for another role, a turn without text, or no reply to a user.
     """
+    turns: list[Turn] = []
+    for number, turn in enumerate(conversations, 1):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {number} is no object")
+        role = turn.get("from")
+        if role not in _ROLES:
+            allowed = ", ".join(_ROLES)
+            raise ValueError(f"turn {number} is from {reprlib.repr(role)}: allowed are {allowed}")
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number} has no text in 'value'")
+        if turns or role == "user":
+            turns.append(Turn(role, ((turn["value"], True),)))
+    return _encoded(tokenizer, system, turns, max_len, loss_on)
+
+
+def _encoded(
+    tokenizer: Tokenizer, system: str, turns: Sequence[Turn], max_len: int | None, loss_on: str
+) -> tuple[list[int], list[int]]:
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on {loss_on!r}: allowed are {', '.join(LOSS_ON)}")
+    if "assistant" not in {turn.role for turn in turns}:
+        raise ValueError("the conversation has no reply to a user: there is nothing to learn")
     newline = tokenizer.encode("\n")
     ids: list[int] = []
     labels: list[int] = []
@@ -39,27 +117,12 @@ def sft_example(
         ids.extend(part)
         labels.extend(part if trained else [IGNORED] * len(part))
 
-    for role, text in [("system", system), *_turns(conversations)]:
-        reply, all_controls = role == "assistant", loss_on == "qwen"
+    for turn in (Turn("system", ((system, True),)), *turns):
+        reply, all_controls = turn.role == "assistant", loss_on == "qwen"
         add([tokenizer.im_start_id], all_controls)
-        add([*tokenizer.encode(role), *newline], False)
-        add(tokenizer.encode(text), reply)
+        add([*tokenizer.encode(turn.role), *newline], False)
+        for text, own in turn.spans:
+            add(tokenizer.encode(text), reply and (own or all_controls))
         add([tokenizer.im_end_id], reply or all_controls)
         add(newline, all_controls)
     return ids[:max_len], labels[:max_len]
-
-
-def _turns(conversations: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """(role, text) of each turn, from the first of a user on."""
-    turns: list[tuple[str, str]] = []
-    for number, turn in enumerate(conversations, 1):
-        role, text = turn.get("from"), turn.get("value")
-        if role not in _ROLES:
-            raise ValueError(f"turn {number} is from {role!r}: allowed are {', '.join(_ROLES)}")
-        if not isinstance(text, str):
-            raise ValueError(f"turn {number} has no text in 'value'")
-        if turns or role == "user":
-            turns.append((role, text))
-    if "assistant" not in {role for role, _ in turns}:
-        raise ValueError("the conversation has no reply to a user: there is nothing to learn")
-    return turns

@@ -1,0 +1,144 @@
+"""Records out of files: JSONL, JSON, Parquet and plain text, local or remote, one by one.
+
+A record that cannot be read is handed on with what is wrong with it: whoever reads decides whether
+to go on without it. Knows nothing of what records mean.
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import paths
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".txt.gz")
+_PIECE = 2**20  # characters of a text that are handed on at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """where: file and line, for people; value: what it holds, of a text a string.
+
+    problem: why there is no value, else ""; ends: of a text, whether its document ends here (with a
+    problem in one piece, all of it is bad); position: how many bytes of the file have been read.
+    """
+
+    where: str
+    value: Any
+    problem: str = ""
+    ends: bool = True
+    position: int = 0
+
+
+def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
+    """The files that are named, of folders those of a known kind, in the order of their names.
+
+    Raises ValueError for what is not there, is empty, or is of another kind.
+    """
+    found: list[Path] = []
+    for source in sources:
+        path = paths.parse(source)
+        inside = sorted(p for p in path.iterdir() if _suffix(p)) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
+        found += inside
+    for path in found:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if not _suffix(path):
+            raise ValueError(f"{path}: data files end in {', '.join(SUFFIXES)}")
+        if paths.size(path) == 0:
+            raise ValueError(f"{path} is empty")
+    return found
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of one of `files`; where nothing after can be read, the last has the problem."""
+    suffix = _suffix(path)
+    assert suffix
+    with paths.open_binary(path) as raw:
+        file = gzip.GzipFile(fileobj=raw) if suffix.endswith(".gz") else raw
+        kind = suffix.removesuffix(".gz")
+        readers = {".jsonl": _lines, ".json": _list, ".parquet": _parquet, ".txt": _text}
+        try:
+            for record in readers[kind](path, file):
+                yield dataclasses.replace(record, position=raw.tell())
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield Record(str(path), None, str(error), position=raw.tell())
+
+
+def _suffix(path: Path) -> str | None:
+    fitting = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
+    return max(fitting, key=len, default=None)
+
+
+def _lines(path: Path, file: Any) -> Iterator[Record]:
+    for number, line in enumerate(file, 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield Record(where, json.loads(line))
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
+            yield Record(where, None, f"no JSON: {error}")
+
+
+def _list(path: Path, file: Any) -> Iterator[Record]:
+    try:
+        values = json.loads(file.read())
+    except json.JSONDecodeError as error:
+        yield Record(f"{path} line {error.lineno}", None, f"no JSON: {error.msg}")
+        return
+    except UnicodeDecodeError as error:
+        yield Record(str(path), None, f"no UTF-8 at byte {error.start}")
+        return
+    except (ValueError, RecursionError) as error:  # a number too long, or too deep
+        yield Record(str(path), None, f"no JSON: {error}")
+        return
+    if not isinstance(values, list):
+        problem = "it holds no list; for an object on each line, name it .jsonl"
+        yield Record(str(path), None, problem)
+        return
+    for number, value in enumerate(values, 1):
+        yield Record(f"{path} record {number}", value)
+
+
+def _parquet(path: Path, file: Any) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        number = 0
+        for batch in table.iter_batches(batch_size=256):
+            for value in batch.to_pylist():
+                number += 1
+                yield Record(f"{path} row {number}", value)
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's, not pyarrow's own
+        yield Record(str(path), None, " ".join(str(error).split()))
+
+
+def _text(path: Path, file: Any) -> Iterator[Record]:
+    """A file is one document; one that is long comes in pieces that encode as the whole does:
+    no token goes from the end of a line over to a line that begins with no white space.
+    """
+    held: list[str] = []
+    first, size = 1, 0
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            yield Record(f"{path} line {number}", None, "no UTF-8")
+            return
+        if size >= _PIECE and not text[0].isspace():
+            yield Record(f"{path} line {first}", "".join(held), ends=False)
+            held, first, size = [], number, 0
+        held.append(text)
+        size += len(text)
+    yield Record(f"{path} line {first}", "".join(held))
