@@ -12,6 +12,7 @@ formula; partitioning comes from the leaves' letters, storage from `weights.py`.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,50 @@ def _settled(x: Any) -> Any:
     return x
 
 
-_settled.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+def _settle(given: Any) -> tuple[Any, list[Any]]:
+    """Which leaves have gradients is said by the structure, () or None, as it is no array."""
+    leaves, tree = jax.tree.flatten(given)
+    return tree.unflatten([x.value for x in leaves]), [() if x.perturbed else None for x in leaves]
+
+
+def _settle_gradients(wanted: list[Any], dx: Any) -> tuple[Any]:
+    """Those of weights that are not trained are not waited for, and so not made."""
+    leaves, tree = jax.tree.flatten(dx)
+    zero = jax.custom_derivatives.SymbolicZero
+    there = [mark == () and not isinstance(x, zero) for mark, x in zip(wanted, leaves, strict=True)]
+    settled = iter(jax.lax.optimization_barrier(list(itertools.compress(leaves, there))))
+    return (tree.unflatten([next(settled) if t else None for t in there]),)
+
+
+_settled.defvjp(_settle, _settle_gradients, symbolic_zeros=True)
+
+
+@struct.dataclass
+class Dropout:
+    """Elements set to 0 in training, the others scaled up: of the embeddings, and of what each half
+    of a block adds to the residual. key: of a step; within a pass, of a layer.
+    """
+
+    key: jax.Array
+    rate: float = struct.field(pytree_node=False)
+
+    def of_embeddings(self, x: jax.Array) -> jax.Array:
+        return self._drop(x, 0)
+
+    def of_attention(self, x: jax.Array) -> jax.Array:
+        return self._drop(x, 1)
+
+    def of_feed_forward(self, x: jax.Array) -> jax.Array:
+        return self._drop(x, 2)
+
+    def in_layer(self, layer: Any) -> "Dropout":
+        return Dropout(jax.random.fold_in(self.key, 3 + layer), self.rate)
+
+    def _drop(self, x: jax.Array, place: int) -> jax.Array:
+        key = jax.random.fold_in(self.key, place)
+        spec = jax.typeof(x).sharding.spec
+        kept = jax.random.bernoulli(key, 1 - self.rate, x.shape, out_sharding=spec)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -131,14 +175,17 @@ class Block(nnx.Module):
         self.ffn_norm = make.full("D", 1)
         self.ffn = FeedForward(config, make)
 
-    def __call__(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Layer | None]:
+    def __call__(
+        self, x: jax.Array, dropout: Dropout | None, *context: Any
+    ) -> tuple[jax.Array, Layer | None]:
         """x [B, T, D] and the context of `Attention` -> the same, and the layer's cache."""
         with jax.named_scope("attention"):
             o, layer = self.attn(rms_norm(x, self.attn_norm, self.norm_eps), *context)
-            x = x + o
+            x = x + (o if dropout is None else dropout.of_attention(o))
         with jax.named_scope("feed_forward"):
             x, ffn = _settled((x, self.ffn))
-            x = x + ffn(rms_norm(x, self.ffn_norm, self.norm_eps))
+            o = ffn(rms_norm(x, self.ffn_norm, self.norm_eps))
+            x = x + (o if dropout is None else dropout.of_feed_forward(o))
         return x, layer
 
 
@@ -197,13 +244,15 @@ class Decoder(nnx.Module):
         attend: Callable[..., Any] = attention.xla,
         remat: Callable[..., Any] | None = None,
         hidden_states: bool = False,
+        dropout: Dropout | None = None,
     ) -> Output:
         """One pass over x [B, T, D], embeddings of tokens at `positions`, int32 [B, T].
 
         segments int32 [B, T]: 0 is padding, tokens see their own segment only. frequencies float32
         [B, H/2]: of `rope.Rope.frequencies`. remat: a policy of `jax.checkpoint_policies`, applied
-        to each block. A stacked decoder is scanned and keeps no cache. Outside `jit`, the blocks
-        run one by one through one compiled program, and the cache passed in is donated.
+        to each block. dropout: in the blocks. A stacked decoder is scanned and keeps no cache.
+        Outside `jit`, the blocks run one by one through one compiled program, and the cache passed
+        in is donated.
         """
         rotary = rope.rotary(rope.from_config(self.config), positions, frequencies)
         own = Mask(positions, positions, segments, segments, jnp.int32(0))
@@ -213,11 +262,14 @@ class Decoder(nnx.Module):
         scanned = isinstance(self.layers, Block)
         first = jax.tree.map(sharding.leading_axis, self.layers) if scanned else None
 
-        def run(x: jax.Array, block: Block, window: Any, layer: Layer | None) -> tuple[Any, Any]:
+        def run(
+            x: jax.Array, block: Block, window: Any, number: Any, layer: Layer | None
+        ) -> tuple[Any, Any]:
             if scanned:
                 block = jax.tree.map(lambda w, axis: jnp.moveaxis(w, 0, axis - 1), block, first)
             masks = [m if m is None else dataclasses.replace(m, window=window) for m in (own, past)]
-            return _run_block(x, block, rotary, *masks, layer, index, attend)
+            own_dropout = None if dropout is None else dropout.in_layer(number)
+            return _run_block(x, block, own_dropout, rotary, *masks, layer, index, attend)
 
         if remat is not None:
             run = jax.checkpoint(run, policy=remat)
@@ -229,18 +281,19 @@ class Decoder(nnx.Module):
             if cache is not None:
                 raise ValueError("a stacked decoder keeps no cache: unstack it first")
 
-            def step(x: jax.Array, given: tuple[Block, jax.Array]) -> tuple[Any, Any]:
+            def step(x: jax.Array, given: tuple[Block, jax.Array, jax.Array]) -> tuple[Any, Any]:
                 x, _ = run(x, *given, None)
                 return x, x if hidden_states else None
 
             layers = jax.tree.map(lambda w, axis: jnp.moveaxis(w, axis, 1), self.layers, first)
-            x, stacked = jax.lax.scan(step, x, (layers, jnp.array(windows, jnp.int32)))
+            given = layers, jnp.array(windows, jnp.int32), jnp.arange(len(windows))
+            x, stacked = jax.lax.scan(step, x, given)
             states += list(stacked) if hidden_states else []
         else:
             new = []
             for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
                 layer = None if cache is None else cache.layers[i]
-                x, layer = run(x, block, jnp.int32(window), layer)
+                x, layer = run(x, block, jnp.int32(window), i, layer)
                 new.append(layer)
                 states.append(x)
             cache = None if cache is None else cache.advanced(tuple(new), x.shape[1])
@@ -252,6 +305,7 @@ class Decoder(nnx.Module):
 def _run_block(
     x: jax.Array,
     block: Block,
+    dropout: Dropout | None,
     rotary: Rotary,
     own: Mask,
     past: Mask | None,
@@ -259,7 +313,7 @@ def _run_block(
     index: jax.Array | None,
     attend: Callable[..., Any],
 ) -> tuple[jax.Array, Layer | None]:
-    return sharding.unshard(block, x.dtype)(x, rotary, own, past, layer, index, attend)
+    return sharding.unshard(block, x.dtype)(x, dropout, rotary, own, past, layer, index, attend)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -299,14 +353,27 @@ def abstract(config: Config, dtype: Any) -> Decoder:
     return Decoder(config, outer.embedding, blocks, outer.final_norm, outer.head)
 
 
-def stack(decoder: Decoder) -> Decoder:
-    """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth."""
+def stack(decoder: Decoder, consume: bool = False) -> Decoder:
+    """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth.
+
+    consume: let go of each leaf when it is stacked, so that beside the weights only one leaf of all
+    layers is there twice.
+    """
 
     def stacked(*leaves: Weight) -> Weight:
-        return Weight(jnp.stack([leaf[...] for leaf in leaves]), letters=f"L{leaves[0].letters}")
+        arrays = [leaf[...] for leaf in leaves]
+        whole = _stack(arrays)
+        for array in arrays if consume else ():
+            array.delete()
+        return Weight(whole, letters=f"L{leaves[0].letters}")
 
     blocks = jax.tree.map(stacked, *decoder.layers, is_leaf=lambda x: isinstance(x, Weight))
     return _with_layers(decoder, blocks)
+
+
+@jax.jit
+def _stack(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack(arrays)
 
 
 def unstack(decoder: Decoder) -> Decoder:

@@ -113,11 +113,12 @@ def handed_over(x: jax.Array) -> jax.Array:
 def unshard(tree: Any, dtype: Any = None) -> Any:
     """Weights just before their use: cast, then gathered over the axes that split weights.
 
-    The gradient scatters back. dtype: None keeps each leaf's own.
+    The gradient scatters back. dtype: None keeps each leaf's own; whole numbers always do.
     """
 
     def gather(leaf: jax.Array) -> jax.Array:
-        leaf = leaf if dtype is None else leaf.astype(dtype)
+        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(dtype)
         partition = [entries(entry) for entry in jax.typeof(leaf).sharding.spec.partitions]
         split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
         if not split:

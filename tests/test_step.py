@@ -94,7 +94,7 @@ def take(sizes: dict[str, int], config: Config = CONFIG, **options: Any) -> Take
         state, report = lowered.compile(compiler_options=QUICK)(state, placed)
         leaves = {}
         for kind, tree in {
-            "weights": state.decoder,
+            "weights": state.weights,
             "mu": adam(state).mu,
             "nu": adam(state).nu,
         }.items():
@@ -186,7 +186,102 @@ def test_a_remat_that_is_not_known():
         step.make_step(PLAIN, xla, remat="some")
 
 
+# Options of a step
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "context": 2, "tp": 2}], ids=meshes.describe)
+def test_parts_of_a_batch_add_up_to_it(sizes):
+    """Their weights differ, so a mean of means would not."""
+    assert_same(take(sizes, accumulate=4), one_device())
+
+
+def test_z_loss():
+    """It is added to what is minimised, and not to the loss that is told."""
+    batch = packed_batch()
+    with on_mesh():
+        decoder, placed = tiny_decoder(CONFIG), losses.place(batch)
+        of = functools.partial(losses.loss, decoder, placed, xla, jnp.float32)
+        plain, metrics = of()
+        total, same = of(z_loss=0.5)
+        logits = full_pass_logits(decoder, batch)
+    z = jax.nn.logsumexp(logits, axis=-1)
+    wanted = 0.5 * np.sum(np.square(z) * batch.weights) / batch.weights.sum()
+    np.testing.assert_allclose(total - plain, wanted, rtol=1e-5)
+    assert metrics.loss == same.loss == plain
+
+
+def full_pass_logits(decoder, batch):
+    """As the loss sees it, without RoPE scaling."""
+    decoder = decoder.with_config(decoder.config.in_training)
+    return full_logits(decoder, batch.tokens, places=batch.positions, segments=batch.segments)
+
+
+def test_dropout():
+    """The masks follow from seed and step, and are the same on any mesh that leaves tokens in
+    order; on average they change nothing that they are applied to.
+    """
+    dropped = take({}, dropout=0.1)
+    assert abs(dropped.loss - one_device().loss) > 1e-4
+    assert_same(take({"fsdp": 2, "tp": 2}, dropout=0.1), dropped)
+    assert take({}, dropout=0.1, seed=1).loss != dropped.loss
+    with on_mesh(fsdp=2):
+        x = sharding.place(np.ones((64, 64, 8), np.float32), "BTD")
+        drop = model.Dropout(jax.random.key(0), 0.25)
+        layers = [np.asarray(drop.in_layer(i).of_attention(x)) for i in range(2)]
+        other = np.asarray(drop.in_layer(0).of_feed_forward(x))
+    assert np.unique(layers[0]).tolist() == [0, pytest.approx(4 / 3)]
+    for one, two in ((layers[0], layers[1]), (layers[0], other)):
+        assert np.mean(one == two) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+    assert layers[0].mean() == pytest.approx(1, abs=0.01)
+
+
+def test_no_number_changes_nothing():
+    batch = packed_batch()
+    bad = dataclasses.replace(batch, tokens=batch.tokens + CONFIG.vocab_size)
+    with on_mesh(fsdp=2):
+        run = step.make_step(PLAIN, xla, jnp.float32)
+        fresh = lambda: step.create_state(tiny_decoder(CONFIG), PLAIN)  # noqa: E731
+        state, report = run(fresh(), losses.place(bad))
+        assert not report.finite and not np.isfinite(report.metrics.loss)
+        for old, new in zip(jax.tree.leaves(fresh()), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(old, new)
+        _, report = run(state, losses.place(batch))
+        assert report.finite
+
+
 # The optimizer
+
+
+def test_moments_in_bfloat16():
+    """They are rounded between steps, and half as large; weights follow those of float32."""
+    half = dataclasses.replace(PLAIN, moments="bfloat16")
+    after = {}
+    for optimizer in (PLAIN, half):
+        with on_mesh(fsdp=2):
+            state = step.create_state(tiny_decoder(CONFIG), optimizer)
+            placed = losses.place(packed_batch())
+            run = step.make_step(optimizer, xla, jnp.float32).lower(state, placed)
+            run = run.compile(compiler_options=QUICK)
+            for _ in range(3):
+                state, report = run(state, placed)
+        kinds = {leaf.dtype for leaf in jax.tree.leaves((adam(state).mu, adam(state).nu))}
+        assert kinds == {jnp.dtype(optimizer.moments)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.weights)} == {jnp.dtype("float32")}
+        after[optimizer.moments] = float(report.metrics.loss)
+    assert after["bfloat16"] != after["float32"]
+    assert after["bfloat16"] == pytest.approx(after["float32"], rel=1e-3)
+
+
+def test_the_learning_rate_is_told():
+    optimizer = dataclasses.replace(PLAIN, learning_rate=lambda step: 0.5 * (step + 1))
+    with on_mesh():
+        state = step.create_state(tiny_decoder(CONFIG), optimizer)
+        placed = losses.place(packed_batch())
+        run = step.make_step(optimizer, xla, jnp.float32).lower(state, placed)
+        run = run.compile(compiler_options=QUICK)
+        for wanted in (0.5, 1.0):
+            state, report = run(state, placed)
+            assert report.learning_rate == wanted
 
 
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tp": 2}], ids=meshes.describe)
@@ -205,9 +300,9 @@ def test_ten_steps_of_the_original(golden_dir: Path, sizes):
             got.append(float(report.metrics.loss))
             norms.append(float(report.gradient_norm))
         assert int(state.step) == 10
-        block = model.unstack(state.decoder).layers[0]
+        block = model.unstack(state.weights).layers[0]
         attention = [np.asarray(w[...]) for w in (block.attn.q, block.attn.k, block.attn.v)]
-        final_norm = np.asarray(state.decoder.final_norm[...])
+        final_norm = np.asarray(state.weights.final_norm[...])
     np.testing.assert_allclose(got, arrays()["adamw.losses"], rtol=1e-4)
     np.testing.assert_allclose(norms, arrays()["adamw.grad_norms"], rtol=1e-4)
     # Where a gradient is near 0, noise of 1e-6 of it becomes some hundredths of an update, and

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax import model, sharding
 from qwen_jax.config import Config
-from qwen_jax.model import Decoder
+from qwen_jax.model import Decoder, Dropout
 from qwen_jax.weights import SUMMED, Weight
 from train.loss import Batch, Metrics, loss
 
@@ -48,7 +49,7 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) after clipping the gradients by their global norm.
 
     learning_rate: a number, or a function of the step. Weights decay where they are matrices; norms
-    and biases do not.
+    and biases do not. moments: what they are kept as; they are computed in float32.
     """
 
     learning_rate: float | Callable[[Any], Any] = 3e-4
@@ -57,34 +58,59 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments: str = "float32"
 
-    def transform(self) -> optax.GradientTransformation:
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The learning rate of a step."""
+        rate = self.learning_rate
+        return jnp.asarray(rate(step) if callable(rate) else rate, jnp.float32)
+
+    def transform(self, finite: jax.Array | bool = True) -> optax.GradientTransformation:
+        """AdamW as optax has it, of clipped gradients. Where not `finite`, gradients of 0 leave the
+        moments as they are.
+        """
+        b1, b2 = (b if finite is True else jnp.where(finite, b, 1.0) for b in (self.b1, self.b2))
         adamw = optax.adamw(
             self.learning_rate,
-            self.b1,
-            self.b2,
+            b1,
+            b2,
             self.eps,
             weight_decay=self.weight_decay,
             mask=_is_matrix,
         )
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
+        return _kept_as(jnp.dtype(self.moments), adamw)
+
+
+def _kept_as(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, its state in `dtype` between steps."""
+
+    def cast(state: Any, to: Any) -> Any:
+        floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(to) if floats(x) else x, state)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def _is_matrix(tree: Any) -> Any:
     """For each leaf, whether it is multiplied with: those, and no others, have two sides."""
 
     def one(leaf: Weight) -> Any:
-        letters = leaf.letters.removeprefix("L")
-        return jax.tree.map(lambda _: len(letters) > 1 and "D" in letters, leaf)
+        return jax.tree.map(lambda _: len(leaf.letters.removeprefix("L")) > 1, leaf)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Weight))
 
 
 @struct.dataclass
 class State:
-    """decoder: stacked, float32; moments: the optimizer's state; step int32: updates made."""
+    """weights: what is trained, float32: a stacked decoder, or whatever is attached to one;
+    moments: the optimizer's state; step int32: updates made.
+    """
 
-    decoder: Decoder
+    weights: Any
     moments: Any
     step: jax.Array
 
@@ -94,11 +120,24 @@ def create_state(decoder: Decoder, optimizer: Optimizer) -> State:
 
     @jax.jit
     def begin(decoder: Decoder) -> State:
-        stacked = decoder if isinstance(decoder.layers, model.Block) else model.stack(decoder)
-        stacked = jax.tree.map(lambda x: x.astype(jnp.float32), stacked)
-        return State(stacked, optimizer.transform().init(stacked), jnp.int32(0))
+        return _begin(stacked(decoder), optimizer)
 
     return begin(decoder)
+
+
+def state_of(weights: Any, optimizer: Optimizer) -> State:
+    """The state before the first step, of weights in any form; those passed in are consumed."""
+    return jax.jit(lambda weights: _begin(weights, optimizer), donate_argnums=0)(weights)
+
+
+def _begin(weights: Any, optimizer: Optimizer) -> State:
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    return State(weights, optimizer.transform().init(weights), jnp.int32(0))
+
+
+def stacked(decoder: Decoder) -> Decoder:
+    """A decoder as a step takes it."""
+    return decoder if isinstance(decoder.layers, model.Block) else model.stack(decoder)
 
 
 def abstract_state(config: Config, optimizer: Optimizer, mesh: Any) -> State:
@@ -119,10 +158,14 @@ def abstract_batch(batch: int, length: int, mesh: Any) -> Batch:
 
 @struct.dataclass
 class Report:
-    """What a step says, float32 scalars. gradient_norm: over all weights, before it is clipped."""
+    """What a step says, scalars. gradient_norm: over all weights, before it is clipped; finite:
+    whether it and the loss are numbers. Where they are not, the step has changed nothing.
+    """
 
     metrics: Metrics
     gradient_norm: jax.Array
+    learning_rate: jax.Array
+    finite: jax.Array
 
 
 def make_step(
@@ -131,26 +174,104 @@ def make_step(
     dtype: Any = jnp.bfloat16,
     remat: str = "full",
     sequence_parallel: bool = False,
+    accumulate: int = 1,
+    z_loss: float = 0.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+    attach: Callable[[Any, Any, jax.Array | None], Decoder] | None = None,
 ) -> Any:
-    """A jitted (State, Batch) -> (State, Report); the state passed in is consumed.
+    """A jitted (State, Batch, base) -> (State, Report); the state passed in is consumed.
 
-    remat: a name in `REMAT`. The other arguments are those of `loss`.
+    remat: a name in `REMAT`. accumulate: how many parts of a batch's rows are computed one after
+    the other; the gradient is that of the whole. dropout: a rate; its masks follow from `seed` and
+    the step. attach: (weights, base, key) -> the decoder, where the weights are not one; base is
+    not trained, and None otherwise. The other arguments are those of `loss`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: allowed are {', '.join(REMAT)}")
-    transform = optimizer.transform()
+
+    def of(weights: Any, batch: Batch, total: Any, key: Any, base: Any) -> tuple[Any, Metrics]:
+        decoder = weights if attach is None else attach(weights, base, jax.random.fold_in(key, 1))
+        drop = Dropout(jax.random.fold_in(key, 0), dropout) if dropout else None
+        return loss(
+            decoder, batch, attend, dtype, REMAT[remat], sequence_parallel, total, z_loss, drop
+        )
+
+    def gradients(weights: Any, batch: Batch, key: Any, base: Any) -> tuple[Any, Metrics]:
+        grad = jax.grad(of, has_aux=True)
+        if accumulate == 1:
+            return grad(weights, batch, None, key, base)
+        total = jnp.sum(batch.weights)
+
+        def add(so_far: Any, given: tuple[Batch, Any]) -> tuple[Any, None]:
+            part, number = given
+            found = grad(weights, part, total, jax.random.fold_in(key, number), base)
+            return jax.tree.map(jnp.add, so_far, found), None
+
+        zeros = jnp.float32(0)
+        begin = jax.tree.map(jnp.zeros_like, weights), Metrics(zeros, zeros, zeros)
+        parts = jax.tree.map(lambda x: _parts(x, accumulate), batch)
+        return jax.lax.scan(add, begin, (parts, jnp.arange(accumulate)))[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch: Batch) -> tuple[State, Report]:
-        def of(decoder: Decoder) -> tuple[jax.Array, Metrics]:
-            return loss(decoder, batch, attend, dtype, REMAT[remat], sequence_parallel)
-
-        gradients, metrics = jax.grad(of, has_aux=True)(state.decoder)
+    def step(state: State, batch: Batch, base: Any = None) -> tuple[State, Report]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        found, metrics = gradients(state.weights, batch, key, base)
         with jax.named_scope("optimizer"):
-            report = Report(metrics, optax.tree.norm(gradients))
-            decoder: Any = state.decoder  # optax names its trees by the types of their nodes
-            updates, moments = transform.update(gradients, state.moments, decoder)
-            decoder = optax.apply_updates(decoder, updates)
-        return State(decoder, moments, state.step + 1), report
+            norm = optax.tree.norm(found)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
+            report = Report(metrics, norm, optimizer.rate(state.step), finite)
+
+            new = _updated(state, found, norm, finite, optimizer)
+        return new, report
 
     return step
+
+
+def _updated(
+    state: State, gradients: Any, norm: jax.Array, finite: jax.Array, optimizer: Optimizer
+) -> State:
+    """The next state, or where not `finite` the same. Every array is a function of its own old
+    values, so that it is made in place: to choose between two states would take both.
+    """
+    clip_norm = optimizer.clip_norm
+
+    def clipped(g: jax.Array) -> jax.Array:
+        # Not a product with a factor: libtpu then keeps all gradients in float32 (1.7 GB more a
+        # device: 72B, fsdp 512, v5p).
+        shorter = jnp.where(norm < clip_norm, g, g / norm * clip_norm)
+        return jnp.where(finite, shorter, 0)
+
+    gradients = jax.tree.map(clipped, gradients)
+    updates, moments = optimizer.transform(finite).update(gradients, state.moments, state.weights)
+    weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), state.weights, updates)
+
+    def counted(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.integer) else new
+
+    moments = jax.tree.map(counted, moments, state.moments)
+    return State(weights, moments, state.step + finite.astype(jnp.int32))
+
+
+def make_evaluation(
+    attend: Callable[..., Any],
+    dtype: Any = jnp.bfloat16,
+    sequence_parallel: bool = False,
+    attach: Callable[[Any, Any, jax.Array | None], Decoder] | None = None,
+) -> Any:
+    """A jitted (weights, Batch, base) -> Metrics, of the arguments of `make_step`; no dropout."""
+
+    @jax.jit
+    def evaluate(weights: Any, batch: Batch, base: Any = None) -> Metrics:
+        decoder = weights if attach is None else attach(weights, base, None)
+        return loss(decoder, batch, attend, dtype, None, sequence_parallel)[1]
+
+    return evaluate
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """[B, T] -> [count, B/count, T]; every device keeps its rows."""
+    rows, tokens = jax.typeof(x).sharding.spec
+    batch, length = x.shape
+    shape = (batch // count, count, length)
+    return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=P(rows, None, tokens)), 1, 0)

@@ -32,7 +32,7 @@ def work(args: argparse.Namespace) -> None:
             state, report = run(state, batch)
             said = {"loss": report.metrics.loss, "norm": report.gradient_norm}
             print(json.dumps({name: float(value) for name, value in said.items()}), flush=True)
-        moments = state.moments[1][0].mu
+        moments = state.moments[0].mu
         fetched = {name: sharding.fetch(x[...]) for name, x in named_leaves(moments).items()}
         if processes.index() == 0:
             np.savez(args.file, **fetched)
