@@ -102,17 +102,19 @@ def load(
     config: Config | None = None,
     dtype: str | None = None,
     mesh: "Mesh | None" = None,
+    keep: "Callable[[str, Weight], Any] | None" = None,
 ) -> "Decoder":
     """The decoder of a model directory, every leaf restored straight into its place on the mesh.
 
     config: the directory's own, or one with overrides of it. dtype: None is the stored one; the
     cast happens while reading. mesh: None is the mesh in force, or (1, 1). A process reads and
-    holds its own shards, and beside them a few chunks of the files.
+    holds its own shards, and beside them a few chunks of the files. keep: what becomes of each leaf
+    by its path as soon as it is read, as `int8.of_layers`; None keeps it.
 
     Raises CheckpointError when the directory is not whole or does not match the config.
     """
     from qwen_jax import meshes, sharding
-    from qwen_jax.weights import replace_leaves
+    from qwen_jax.weights import Weight, map_leaves
 
     root = existing(path)
     manifest = verify_whole(root)
@@ -121,14 +123,19 @@ def load(
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
     check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
     meshes.check(config.sizes, mesh)
+
+    def restore(name: str, leaf: Weight) -> Any:
+        place = sharding.named(leaf.letters, mesh, config.sizes)
+        array = store.restore(root / PARAMS, name, tuple(leaf.shape), leaf.dtype, place)
+        restored = Weight(array, letters=leaf.letters)
+        if keep is None:
+            return restored
+        with meshes.entered(mesh):  # of this thread
+            return keep(name, restored)
+
     with _one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
-        restored = {}
-        for name, leaf in leaves.items():
-            shape = tuple(leaf.shape)
-            place = sharding.named(leaf.letters, mesh, config.sizes)
-            wanted = (root / PARAMS, name, shape, leaf.dtype, place)
-            restored[name] = executor.submit(store.restore, *wanted)
-        return replace_leaves(decoder, lambda name, leaf: restored[name].result())
+        restored = {name: executor.submit(restore, name, x) for name, x in leaves.items()}
+        return map_leaves(lambda name, _: restored[name].result(), decoder)
 
 
 def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":

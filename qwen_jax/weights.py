@@ -23,6 +23,10 @@ class Weight(nnx.Param):
     """A leaf of a decoder; its metadata `letters` names its axes, and so its partitioning."""
 
 
+class Leaf:
+    """A leaf that is made of several arrays; `product` knows how it multiplies."""
+
+
 class Maker:
     """Draws the leaves of a decoder: sizes by axis letter, storage dtype and PRNG in one place."""
 
@@ -33,10 +37,21 @@ class Maker:
     def normal(self, letters: str, std: float) -> Weight:
         """A leaf drawn from N(0, std^2) in float32, then stored as the dtype asked for."""
         shape, spec = self._place(letters)
-        self._drawn += 1
-        key = jax.random.fold_in(self._key, self._drawn)
-        drawn = jax.random.normal(key, shape, jnp.float32, out_sharding=spec)
+        drawn = jax.random.normal(self._next(), shape, jnp.float32, out_sharding=spec)
         return Weight((std * drawn).astype(self._dtype), letters=letters)
+
+    def uniform(self, letters: str) -> Weight:
+        """A leaf drawn from U(-1/sqrt(n), 1/sqrt(n)), n the length of its last axis."""
+        shape, spec = self._place(letters)
+        bound = shape[-1] ** -0.5
+        drawn = jax.random.uniform(
+            self._next(), shape, jnp.float32, -bound, bound, out_sharding=spec
+        )
+        return Weight(drawn.astype(self._dtype), letters=letters)
+
+    def _next(self) -> jax.Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
 
     def full(self, letters: str, value: float) -> Weight:
         """A leaf of one value."""
@@ -48,23 +63,36 @@ class Maker:
         return shape, sharding.spec(letters, self._sizes)
 
 
-def contract(equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs) -> jax.Array:
+def contract(
+    equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs: Any
+) -> jax.Array:
     """einsum of an activation with a weight. float32 is computed as float32 on every backend.
 
     equation: as "BTD,FD->BTF". out: the partitioning of the result of a row-parallel product, whose
-    operands leave it open.
+    operands leave it open. weight: a leaf of any kind that `product` knows.
     """
-    product = functools.partial(
+    return product(weight, equation, x, out, **kwargs)
+
+
+@functools.singledispatch
+def product(weight: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
+    """`contract` by the kind of leaf; each kind registers its own."""
+    raise TypeError(f"{type(weight).__name__} is no kind of leaf")
+
+
+@product.register
+def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
+    multiply = functools.partial(
         jnp.einsum, equation, x, weight[...], precision=precision(x), **kwargs
     )
     *kept, summed = jax.typeof(x).sharding.spec.partitions
     apart = frozenset(sharding.entries(summed))
     if out is None or not apart:
-        return product(out_sharding=out)
+        return multiply(out_sharding=out)
     # Each device has a part of the sum; that the parts are still to be added is said, so that the
     # gradient is gathered before it is multiplied. Whoever keeps products for the backward pass
     # keeps the sum, by its name.
-    parts = product(out_sharding=P(*kept, None, unreduced=apart))
+    parts = multiply(out_sharding=P(*kept, None, unreduced=apart))
     return checkpoint_name(jax.reshard(parts, out), SUMMED)
 
 
@@ -75,17 +103,26 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
 
 def named_leaves(tree: Any) -> dict[str, Weight]:
     """The leaves of a module by path, `layers.0.attn.q` for instance, in the order of the tree."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Weight))
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     return {".".join(_key(step) for step in path): leaf for path, leaf in found}
 
 
 def replace_leaves(tree: Any, value: Callable[[str, Weight], Any]) -> Any:
     """The same module with every leaf's array replaced by `value(path, leaf)`."""
+    return map_leaves(lambda path, x: Weight(value(path, x), letters=x.letters), tree)
 
-    def put(path: Any, leaf: Weight) -> Weight:
-        return Weight(value(".".join(_key(step) for step in path), leaf), letters=leaf.letters)
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=lambda x: isinstance(x, Weight))
+def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
+    """The same module with every leaf, of whatever kind, replaced by `leaf(path, leaf)`."""
+
+    def put(path: Any, x: Weight) -> Any:
+        return leaf(".".join(_key(step) for step in path), x)
+
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=_is_leaf)
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, Weight | Leaf)
 
 
 def _key(step: Any) -> str:

@@ -1,0 +1,193 @@
+"""Adapters: what they add, on every mesh, what is trained, and PEFT's format both ways."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import peft
+from qwen_jax import lora, meshes, sharding
+from qwen_jax.attention import xla
+from qwen_jax.lora import Adapters
+from qwen_jax.weights import Weight, map_leaves, named_leaves
+from tests.test_step import CONFIG, packed_batch
+from tests.tiny import QUICK, on_mesh, tiny_decoder
+from train import loss as losses
+from train import step
+
+GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"))
+MESHES: list[tuple[dict[str, int], bool]] = [
+    ({"tp": 2}, False),
+    ({"tp": 8}, True),  # more than key/value heads
+    ({"fsdp": 2, "tp": 4}, False),
+    ({"fsdp": 2, "context": 2, "tp": 2}, True),
+    ({"data": 2, "fsdp": 2, "tp": 2}, False),
+]
+
+
+def drawn(embeddings: bool = True) -> Adapters:
+    """That add something: as wide as the leaves that they are added to."""
+    decoder = step.stacked(tiny_decoder(CONFIG))
+    make = functools.partial(lora.create, decoder, GROUPS, 4, 8.0, embeddings=embeddings)
+    fresh = make(jax.random.key(0))
+
+    def one(path: str, leaf: Weight) -> Weight:
+        noise = np.random.default_rng(list(path.encode())).standard_normal(leaf.shape, np.float32)
+        placed = sharding.place(0.2 * noise, leaf.letters, CONFIG.sizes)
+        return Weight(placed, letters=leaf.letters)
+
+    return fresh.replace(a=map_leaves(one, fresh.a), b=map_leaves(one, fresh.b))
+
+
+@functools.cache
+def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple[float, Any]:
+    """Loss and gradients of the adapters, and the loss with them merged."""
+
+    def of(adapters: Adapters, decoder: Any, batch: Any) -> Any:
+        decoder = lora.attach(decoder, adapters)
+        return losses.loss(decoder, batch, xla, jnp.float32, step.REMAT["full"], sequence_parallel)[
+            0
+        ]
+
+    with on_mesh(**dict(sizes)):
+        decoder, adapters = step.stacked(tiny_decoder(CONFIG)), drawn()
+        batch = losses.place(packed_batch())
+        grad = jax.jit(jax.value_and_grad(of), compiler_options=QUICK)
+        value, gradients = grad(adapters, decoder, batch)
+        merge = jax.jit(lora.merge, compiler_options=QUICK)
+        plain = jax.jit(lambda d, b: losses.loss(d, b, xla, jnp.float32)[0], compiler_options=QUICK)
+        merged = plain(merge(decoder, adapters), batch)
+        base = plain(decoder, batch)
+    np.testing.assert_allclose(merged, value, rtol=2e-6)
+    assert abs(base - value) > 0.01, "adapters that change nothing show nothing"
+    for name, leaf in named_leaves(gradients).items():
+        place = named_leaves(adapters)[name][...].sharding
+        assert leaf[...].sharding.is_equivalent_to(place, leaf.ndim), name
+    return float(value), {n: np.asarray(x[...]) for n, x in named_leaves(gradients).items()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sequence"), MESHES, ids=[f"{meshes.describe(s)}{' sequence' * q}" for s, q in MESHES]
+)
+def test_on_a_mesh_as_on_one_device(sizes, sequence):
+    value, gradients = graded(tuple(sizes.items()), sequence)
+    expected, exact = graded((), False)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    assert gradients.keys() == exact.keys() and len(exact) == 5 + 7 + 2
+    for name, gradient in exact.items():
+        most = np.abs(gradient).max()
+        assert most > 0, name
+        np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=2e-5 * most)
+
+
+def test_fresh_adapters_change_nothing_and_are_what_is_trained():
+    """The state holds no moment of a base weight, and a step leaves the base as it was."""
+    optimizer = step.Optimizer(learning_rate=0.1)
+    with on_mesh(fsdp=2):
+        base = step.stacked(tiny_decoder(CONFIG))
+        adapters = lora.create(base, GROUPS, 4, 8.0, jax.random.key(0))
+        batch = losses.place(packed_batch())
+        plain = losses.loss(base, batch, xla, jnp.float32)[0]
+        state = step.state_of(adapters, optimizer)
+        assert {x.shape for x in jax.tree.leaves(state.moments) if x.ndim} == {
+            x.shape for x in jax.tree.leaves(adapters)
+        }
+        before = jax.tree.map(np.asarray, base)
+        run = step.make_step(optimizer, xla, jnp.float32, attach=lambda w, b, _: lora.attach(b, w))
+        run = run.lower(state, batch, base).compile(compiler_options=QUICK)
+        state, report = run(state, batch, base)
+        np.testing.assert_allclose(report.metrics.loss, plain, rtol=1e-6)
+        state, after = run(state, batch, base)
+        assert after.metrics.loss < report.metrics.loss - 0.01
+        jax.tree.map(np.testing.assert_array_equal, before, base)
+
+
+def test_dropout_of_what_goes_into_adapters():
+    with on_mesh():
+        decoder, adapters = step.stacked(tiny_decoder(CONFIG)), drawn(embeddings=False)
+        batch = losses.place(packed_batch())
+
+        def of(key: Any, rate: float) -> float:
+            made = lora.attach(decoder, adapters, key, rate)
+            return float(losses.loss(made, batch, xla, jnp.float32)[0])
+
+        keys = [jax.random.key(i) for i in range(2)]
+        assert of(keys[0], 0.0) == of(None, 0.5) != of(keys[0], 0.5)
+        assert of(keys[0], 0.5) == of(keys[0], 0.5) != of(keys[1], 0.5)
+
+
+# PEFT's format
+
+
+def test_targets_are_chosen_as_peft_does():
+    assert list(GROUPS) == ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
+    assert GROUPS["attn.c_attn"] == ("attn.q", "attn.k", "attn.v")
+    assert list(peft.targets(["attn.c_proj"])) == ["attn.c_proj"]
+    assert list(peft.targets(r".*\.mlp\.w\d")) == ["mlp.w1", "mlp.w2"]
+    with pytest.raises(ValueError, match="no module is called q_proj: there are c_attn, c_proj"):
+        peft.targets(["c_attn", "q_proj"])
+
+
+def written(folder: Path, **settings: Any) -> None:
+    with on_mesh(fsdp=2):
+        peft.write(folder, drawn(), **settings)
+
+
+def test_written_and_read_again(tmp_path):
+    written(tmp_path, lora_dropout=0.1, base_model_name_or_path="x")
+    with on_mesh(tp=2):
+        wanted = drawn()
+        decoder = step.stacked(tiny_decoder(CONFIG))
+        found = peft.read(tmp_path, decoder)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for name, leaf in named_leaves(wanted).items():
+            got = named_leaves(found)[name]
+            assert got[...].sharding.is_equivalent_to(leaf[...].sharding, leaf.ndim), name
+            np.testing.assert_array_equal(got[...], leaf[...])
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"use_dora": True, "bias": "all"}, 'not supported: bias="all", use_dora=true'),
+        ({"layers_to_transform": 0}, "not supported: layers_to_transform=0"),
+        ({"init_lora_weights": "pissa"}, 'not supported: init_lora_weights="pissa"'),
+        ({"rank_pattern": {"w1": 8}}, 'not supported: rank_pattern={"w1": 8}'),
+        ({"peft_type": "IA3"}, "peft_type 'IA3', only LORA is supported"),
+        ({"modules_to_save": ["ln_f"]}, "modules_to_save ln_f: only wte and lm_head"),
+        ({"target_modules": ["q_proj"]}, "no module is called q_proj"),
+        ({"r": 0}, "r 0 and lora_alpha"),
+        ({"r": 8}, r"c_attn.lora_A.weight is \[4, 32\] instead of \[8, 32\]"),
+        ({"target_modules": ["c_attn"]}, "w1.lora_A.weight is not known"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, settings, problem):
+    written(tmp_path)
+    file = tmp_path / peft.SETTINGS
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with on_mesh(), pytest.raises(ValueError, match=problem):
+        peft.read(tmp_path, step.stacked(tiny_decoder(CONFIG)))
+
+
+def test_what_peft_writes_always_is_no_obstacle(tmp_path):
+    inert = {"megatron_core": "megatron.core", "qalora_group_size": 16, "init_lora_weights": True}
+    written(tmp_path, **inert, loftq_config={}, layers_to_transform=None, use_dora=False)
+    assert peft.read_shape(tmp_path).scale == 2
+
+
+def test_a_head_for_a_model_without_one_is_refused(tmp_path):
+    written(tmp_path)
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
+    with on_mesh(), pytest.raises(ValueError, match="lm_head: this model's embedding is its head"):
+        peft.read(tmp_path, step.stacked(tiny_decoder(tied)))
+
+
+def test_rank_stabilised_scale(tmp_path):
+    written(tmp_path, use_rslora=True)
+    assert peft.read_shape(tmp_path).scale == 2 * 4 / 2
