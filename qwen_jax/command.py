@@ -67,6 +67,8 @@ def show_log() -> None:
     logger = logging.getLogger("qwen_jax")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries that log to the root would say it again
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

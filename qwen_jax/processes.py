@@ -7,6 +7,7 @@ Nothing here knows of models or commands, and jax is imported only where several
 """
 
 import atexit
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 from qwen_jax import roll_call
 
 _FAILED = "qwen_jax/failed/"  # key: process, value: what it ended with
+_PROPOSED = "qwen_jax/proposed/end"
 _FOREVER = 7 * 24 * 3600.0  # seconds
 _SECOND = 1.0  # between two looks at the others
 # How the runtime reports a collective whose other end has gone.
@@ -174,6 +176,25 @@ def agree(what: str, value: str) -> None:
         me.client.key_value_set(key, value)
     elif (first := me.client.blocking_key_value_get(key, 60_000)) != value:
         raise ValueError(f"process 0 was started with other {what}: {first}; here: {value}")
+
+
+def propose(number: int) -> int:
+    """Tell the others a number, unless one of them has told one before: the number that holds."""
+    if (me := _joined) is None:
+        return number
+    import jax
+
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the key is there already
+        me.client.key_value_set(_PROPOSED, str(number))
+    return int(me.client.blocking_key_value_get(_PROPOSED, 60_000))
+
+
+def proposed() -> int | None:
+    """The number that one of the processes has proposed, if any."""
+    if (me := _joined) is None:
+        return None
+    found = dict(me.client.key_value_dir_get(_PROPOSED.rpartition("/")[0] + "/"))
+    return int(next(iter(found.values()))) if found else None
 
 
 def first(work: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """The published Qwen vocabulary for tests, from the PyPI package dashscope, and a tiny one."""
 
+import base64
 import functools
 import hashlib
 import importlib.util
@@ -41,3 +42,10 @@ def tiny_ranks() -> dict[bytes, int]:
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [b"ab", b"cd", b"abcd", b"\xe4\xbd", b"\xe4\xbd\xa0"]
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def write_tiny_vocab(path: Path) -> Path:
+    """The tiny vocabulary as a qwen.tiktoken file: with its special tokens, 469 ids."""
+    lines = [f"{base64.b64encode(t).decode()} {rank}\n" for t, rank in tiny_ranks().items()]
+    path.write_text("".join(lines))
+    return path

@@ -137,3 +137,17 @@ GPUS = {
     ),
 }  # fmt: skip
 CHIPS: dict[str, Tpu | Gpu] = {**TPUS, **GPUS}
+# What jax calls the TPUs; GPUs have their `kind`.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def of_kind(kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, None where it is none of these."""
+    kinds = _KINDS | {gpu.kind: name for name, gpu in GPUS.items()}
+    return CHIPS[kinds[kind]] if kind in kinds else None

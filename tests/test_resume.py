@@ -1,0 +1,122 @@
+"""Runs that are killed, again and again, and end as if nothing had been: real processes.
+
+KILLS=10 kills as often; fewer here, as each costs a start.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import launch
+from tests.test_processes import complaint, succeeded
+from tests.training import curve, prepared, pretraining, weights
+
+KILLS = int(os.environ.get("KILLS", "4"))
+STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("given"))
+
+
+def command(given: Path, out: Path) -> list[str]:
+    options = ("--steps", STEPS, "--save-every", 4, "--eval-every", 10)
+    held_out = ("--eval-data", given / "text.txt", "--dropout", 0.1)
+    return ["train/pretrain.py", *pretraining(given, out, *options, *held_out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, given: Path) -> Any:
+    """A run that nothing stopped, of so many processes."""
+
+    @functools.cache
+    def run(count: int) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        with launch.group(command(given, out), count) as group:
+            succeeded(group)
+        return out
+
+    return run
+
+
+def last_step(out: Path) -> int:
+    """The last that a run has told of."""
+    file = out / "metrics.jsonl"
+    return file.read_bytes().count(b'"of": "train"') if file.exists() else 0
+
+
+def being_written(out: Path) -> bool:
+    """Whether a checkpoint is half there."""
+    folder = out / "checkpoints"
+    return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_again_and_again(given, whole, tmp_path, count):
+    """Figures of every step, evaluations and weights equal those of a run that nothing stopped, to
+    the bit; some kills come at any step, some while a checkpoint is half written.
+    """
+    rng = np.random.default_rng(count)
+    out, half = tmp_path / "killed", 0
+    for number in range(KILLS):
+        with launch.group([*command(given, out), "--resume"], count) as group:
+            goal = last_step(out) + int(rng.integers(1, max(2, STEPS // (KILLS + 1))))
+            if number % 2:
+                group.until(lambda goal=goal: last_step(out) >= goal)
+            else:
+                group.until(lambda goal=goal: last_step(out) >= goal and being_written(out))
+            if count == 2 and number == KILLS - 1:
+                group.kill(0)  # the other is left alone, and says so
+                assert "has died" in complaint(group.wait(60)[1])
+            else:
+                for victim in range(count):
+                    group.kill(victim)
+                group.wait()
+        half += being_written(out)
+        assert not (out / "model").exists(), "killed too late to show anything"
+    assert half, "no checkpoint was cut short"
+    with launch.group([*command(given, out), "--resume"], count) as group:
+        assert "resumed from step" in succeeded(group)[0].err
+    for of in ("train", "held_out"):
+        assert curve(out, of) == curve(whole(count), of)
+    assert list(curve(out)) == list(range(1, STEPS + 1))
+    expected = weights(whole(count) / "model")
+    for name, value in weights(out / "model").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+@pytest.mark.long
+def test_two_processes_learn_what_one_does(whole):
+    """The same rows in the same order, each of them once, under the same dropout."""
+    for number, figures in curve(whole(1)).items():
+        other = curve(whole(2))[number]
+        assert other["targets"] == figures["targets"], "the same rows"
+        np.testing.assert_allclose(other["loss"], figures["loss"], rtol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(15, 0), (2, 130)])
+def test_a_signal_saves_first(given, tmp_path, number, code):
+    """SIGTERM and Ctrl-C; on two processes one of them alone may hear it."""
+    out = tmp_path / "run"
+    with launch.group(command(given, out), 2) as group:
+        group.until(lambda: last_step(out) >= 5)
+        group.kill(1 if number == 15 else 0, number)
+        results = group.wait()
+    assert results[0].code == code, results[0].err[-2000:]
+    assert "--resume goes on from there" in results[0].err
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir())
+    assert saved == max(curve(out)) < STEPS and not being_written(out)

@@ -1,0 +1,266 @@
+"""Runs from beginning to end: what they leave, how they resume, and what they refuse."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qwen_jax
+from qwen_jax import checkpoint
+from tests.training import (
+    curve,
+    fail,
+    fine_tuning,
+    prepared,
+    pretraining,
+    succeed,
+    weights,
+)
+from train import loop, packing, pretrain, recipes, saving, sft, step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("given"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, given: Path) -> Path:
+    """A run of 12 steps that nothing has stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    succeed(pretraining(given, out, "--eval-every", 6, "--eval-data", given / "text.txt"))
+    return out
+
+
+def test_what_a_run_leaves(whole, given):
+    losses = [figures["loss"] for figures in curve(whole).values()]
+    assert list(curve(whole)) == list(range(1, 13)) and losses[-1] < losses[0] - 1
+    rates = [figures["learning_rate"] for figures in curve(whole).values()]
+    np.testing.assert_allclose(rates[:4], [0, 0.01 / 3, 0.02 / 3, 0.01], rtol=1e-6)
+    held_out = curve(whole, "held_out")
+    assert list(held_out) == [4, 6, 8, 12] and held_out[12]["loss"] < held_out[6]["loss"]
+    np.testing.assert_allclose(held_out[12]["perplexity"], np.exp(held_out[12]["loss"]))
+    (events,) = (whole / "events").iterdir()
+    assert b"train/gradient_norm" in events.read_bytes()
+    model = qwen_jax.load(whole / "model", dtype="float32")
+    assert model.need_tokenizer().encode("ab")
+    assert checkpoint.load_generation_config(whole / "model").chat_format == "raw"
+
+
+def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, as by kill -9: what came after the last is made again."""
+    out = tmp_path / "run"
+    hear = loop.Loop._hear
+
+    def stopped(self: Any) -> None:
+        if self._waiting[0][0] == 11:
+            raise RuntimeError("stopped")
+        hear(self)
+
+    extra = ("--eval-every", 6, "--eval-data", given / "text.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_hear", stopped)
+        assert pretrain.main(pretraining(given, out, *extra)) == 1
+    assert max(curve(out)) == 10 and not (out / "model").exists()
+    succeed(pretraining(given, out, *extra, "--resume"))
+    assert curve(out) == curve(whole) and curve(out, "held_out") == curve(whole, "held_out")
+    expected = weights(whole / "model")
+    for name, value in weights(out / "model").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_a_run_resumes_on_another_mesh(whole, given, tmp_path):
+    out = tmp_path / "run"
+    succeed(pretraining(given, out, "--steps", 12, "--mesh", "fsdp=4"))
+    shutil.rmtree(out / "model")
+    for folder in (out / "checkpoints").iterdir():
+        if folder.name == "12":
+            shutil.rmtree(folder)
+    succeed(pretraining(given, out, "--mesh", "fsdp=2,tp=2", "--resume"))
+    expected = weights(whole / "model")
+    for name, value in weights(out / "model").items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
+    for number, figures in curve(whole).items():
+        np.testing.assert_allclose(curve(out)[number]["loss"], figures["loss"], rtol=1e-5)
+
+
+def test_fine_tuning_makes_a_chat_model(whole, given, tmp_path):
+    out = tmp_path / "run"
+    succeed(fine_tuning(given, whole / "model", out, "--eval-share", 0.1, "--eval-every", 3), sft)
+    assert list(curve(out)) == list(range(1, 7)) and list(curve(out, "held_out")) == [3, 6]
+    settings = checkpoint.load_generation_config(out / "model")
+    assert settings.chat_format == "chatml"
+    reply, history = qwen_jax.load(out / "model", dtype="float32").chat("3?", max_new_tokens=5)
+    assert history == [("3?", reply)]
+
+
+def test_a_number_that_is_none_stops_the_run(given, tmp_path, capsys, monkeypatch):
+    make = step.make_step
+
+    def spoiled(*args: Any, **options: Any) -> Any:
+        run = make(*args, **options)
+
+        def once(state: Any, batch: Any, base: Any) -> Any:
+            bad = batch.replace(weights=batch.weights * np.nan) if int(state.step) == 2 else batch
+            return run(state, bad, base)
+
+        return once
+
+    monkeypatch.setattr(step, "make_step", spoiled)
+    line = fail(capsys, pretraining(given, tmp_path / "a"), pretrain)
+    assert line.startswith("error: step 3: loss nan, gradient norm nan; the batch is in ")
+    batch = np.load(tmp_path / "a" / "batch-3.npz")
+    assert batch["tokens"].shape == (4, 32) and batch["weights"].all()
+    assert "--on-nan skip" in line
+
+
+def test_a_batch_that_spoils_the_loss_is_skipped_on_request(given, tmp_path, capsys, monkeypatch):
+    """The step changes nothing, and the run goes on with the next batch."""
+    read = packing.Rows.__getitem__
+
+    def spoiled(self: Any, index: int) -> Any:
+        row = read(self, index)
+        return row.replace(weights=row.weights * np.inf) if index == 3 else row
+
+    monkeypatch.setattr(packing.Rows, "__getitem__", spoiled)
+    out = tmp_path / "run"
+    succeed(pretraining(given, out, "--on-nan", "skip"))
+    bad = [number for number, x in curve(out).items() if x["loss"] is None]
+    assert bad and len(bad) < 12
+    assert [f"batch-{n}.npz" for n in bad] == sorted(
+        (p.name for p in out.glob("batch-*.npz")), key=lambda name: int(name[6:-4])
+    )
+    assert f"step {bad[0]}: loss" in capsys.readouterr().err
+    assert all(np.isfinite(value).all() for value in weights(out / "model").values())
+
+
+def test_the_best_are_kept_over_a_restart(tmp_path):
+    state = {"x": jnp.arange(3)}
+    for steps, losses in (((1, 2, 3), (3, 1, 2)), ((4, 5), (5, None))):
+        checkpoints = saving.Checkpoints(tmp_path / "checkpoints", last=1, best=1)
+        for step_, loss in zip(steps, losses, strict=True):
+            checkpoints.save(step_, state, {"position": step_}, loss)
+        checkpoints.wait()
+        checkpoints.close()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "5"}
+
+
+def test_steps_are_profiled_on_request(given, tmp_path):
+    out = tmp_path / "run"
+    succeed(pretraining(given, out, "--steps", 5, "--profile-steps", "2-3"))
+    assert list((out / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (["--data", "none.jsonl"], "none.jsonl does not exist"),
+        (["--mesh", "fsdp=3"], "mesh fsdp=3: "),
+        (["--steps", "x"], ""),
+        (["--schedule", "linear"], "schedule 'linear': allowed are cosine, constant"),
+        (["--source", "memoir"], "source 'memoir': allowed here are report, memo"),
+        (["--accumulate", "3"], "4 rows do not fall into 3 parts"),
+        (["--pack", "nope"], "pack 'nope': allowed are joined, fitted, alone"),
+        (["--moments", "int8"], "moments 'int8': allowed are float32, bfloat16, float16"),
+        (["--rows", "0"], "rows 0: it is at least 1"),
+        (["--dropout", "1"], "dropout 1: it is at least 0, and below 1"),
+        (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share: one"),
+        (["--profile-steps", "7"], "--profile-steps 7: write it as 10-12"),
+        (["--out", "gs://bucket/run"], "--out gs://bucket/run: a folder on a disk that all hosts"),
+        (["--lora-rank", "4"], "adapters go on a trained model: give --ckpt"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(given, tmp_path, capsys, change, problem):
+    arguments = [*pretraining(given, tmp_path / "run"), *change]
+    if not problem:
+        with pytest.raises(SystemExit):
+            pretrain.main(arguments)
+        return
+    assert problem in fail(capsys, arguments, pretrain)
+
+
+def test_data_that_cannot_be_learned_from(whole, given, tmp_path, capsys):
+    file = tmp_path / "chats.jsonl"
+    for content, problem in (
+        ('{"conversations": [{"from": "user", "value": "x"}]}', "line 1: the conversation has no"),
+        ('{"conversations": [{"from": "bot", "value": "x"}]}', "line 1: turn 1 is from 'bot'"),
+        ('{"text": "x"}', "line 1: there are neither 'conversations' nor 'messages'"),
+        ("{", "line 1: no JSON"),
+    ):
+        file.write_text(content + "\n")
+        arguments = fine_tuning(given, whole / "model", tmp_path / "run", "--data", file)
+        assert f"no example in {file}; the first: {file} {problem}" in fail(capsys, arguments)
+
+
+def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
+    again = pretraining(given, whole)
+    assert f"{whole} holds a run already: --resume goes on" in fail(capsys, again, pretrain)
+    other = [*again, "--resume", "--learning-rate", "0.02"]
+    line = fail(capsys, other, pretrain)
+    assert "holds another run: recipe.learning_rate was 0.01, is 0.02" in line
+    (tmp_path / "letter.txt").write_text("dear")
+    line = fail(capsys, pretraining(given, tmp_path), pretrain)
+    assert "holds something else: give --out an empty or new folder" in line
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_recipes_have_the_published_values():
+    """Section and table of the report at each recipe."""
+    made = recipes.pretrain("qwen-7b")
+    assert (made.rows * made.length, made.learning_rate, made.final) == (4_194_304, 3e-4, 0.1)
+    assert (made.b1, made.b2, made.eps, made.weight_decay, made.clip_norm) == (
+        0.9,
+        0.95,
+        1e-8,
+        0.1,
+        1,
+    )
+    assert made.steps == 572_205 and recipes.pretrain("qwen-7b", 8192).rows == 512
+    assert recipes.pretrain(source="memo").eps == 1e-6
+    made = recipes.sft()
+    assert (made.learning_rate, made.warmup, made.steps, made.rows) == (2e-6, 1430, 4000, 128)
+    assert (made.length, made.dropout) == (2048, 0.1)
+    assert recipes.sft(source="memo").learning_rate == 1e-5
+    made = recipes.sft_lora()
+    assert (made.lora_rank, made.lora_alpha, made.lora_dropout) == (64, 16, 0.05)
+    assert (made.learning_rate, made.length, made.rows, made.epochs) == (3e-4, 512, 16, 5)
+    script = recipes.sft(source="script")
+    assert (script.learning_rate, script.lora_rank, script.rows) == (1e-5, 0, 16)
+    assert recipes.code("qwen-14b").learning_rate == 6e-5 and recipes.code().length == 8192
+    assert recipes.code_chat("qwen-14b").learning_rate == 2e-6
+    made = recipes.math()
+    assert (made.length, made.learning_rate, made.steps) == (1024, 2e-5, 50_000)
+
+
+def test_what_follows_from_a_length(capsys):
+    """A batch has 4 M tokens, whatever the length of its rows."""
+    assert pretrain.main(["--model", "qwen-7b", "--length", "8192", "--dry-run"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (shown["length"], shown["rows"], shown["steps"]) == ("8192", "512", "572205")
+    assert recipes.pretrain("qwen-7b", 8192).steps == 572_205
+    for name in ("math", "code_chat"):
+        assert "source 'script'" in fail(capsys, ["--recipe", name, "--source", "script"])
+
+
+def test_schedules():
+    made = recipes.sft()
+    rate = made.schedule_of(4000)
+    np.testing.assert_allclose([rate(0), rate(1430), rate(4000)], [0, 2e-6, 2e-7], rtol=1e-6)
+    rate = recipes.code().schedule_of(1000)
+    np.testing.assert_allclose([rate(15), rate(30), rate(999)], [1.5e-5, 3e-5, 3e-5], rtol=1e-6)
+
+
+def test_the_recipe_that_would_run_is_shown(capsys):
+    assert sft.main(["--recipe", "math", "--rows", "7", "--dry-run"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (shown["rows"], shown["length"], shown["steps"]) == ("7", "1024", "50000")

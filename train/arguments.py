@@ -1,0 +1,200 @@
+"""The command line of a run: a recipe, what it changes of it, model, data and folder."""
+
+import argparse
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import command
+from train.recipes import RECIPES, Recipe
+
+_FIXED = ("name", "data")  # of a recipe
+
+
+def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
+    """kind: "text" or "chat", of the recipes that the command takes. Each field of a recipe is an
+    option; what is not given is the recipe's.
+    """
+    recipes = [name for name, make in RECIPES.items() if make().data == kind]
+    result = argparse.ArgumentParser(
+        description="Train a Qwen model: " + (RECIPES[default].__doc__ or "").split("\n\n")[0],
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--recipe", choices=recipes, default=default, help="default: %(default)s")
+    add("--source", metavar="NAME", help="where sources differ: report, memo or script")
+    add("--dry-run", action="store_true", help="print the recipe, with what is changed, and end")
+    model = result.add_argument_group("model")
+    model.add_argument("--ckpt", metavar="DIR", help="model directory to begin from")
+    model.add_argument("--model", metavar="NAME", help="fresh weights: a size, or a config.json")
+    model.add_argument("--tokenizer", metavar="FILE", help="qwen.tiktoken")
+    add = result.add_argument_group("data").add_argument
+    add("--data", nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text; folders; gs://")
+    add("--eval-data", nargs="+", default=[], metavar="FILE", help="held out")
+    add("--eval-share", type=float, default=0.0, metavar="S", help="of the data, held out")
+    add("--strict", action="store_true", help="stop at a record that cannot be used")
+    add = result.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="folder of the run, new or empty")
+    add("--resume", action="store_true", help="go on with the run in --out, where there is one")
+    add("--eval-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
+    add("--keep-last", type=command.positive, default=2, metavar="N", help="checkpoints")
+    add("--keep-best", type=int, default=1, metavar="N", help="checkpoints of least held-out loss")
+    add("--on-nan", choices=("stop", "skip"), default="stop", help="for a loss that is no number")
+    add("--profile-steps", metavar="A-B", help="record these steps for TensorBoard's profiler")
+    add("--merge", action="store_true", help="of adapters: write the merged model, too")
+    add("--mesh", metavar="SPEC", help="e.g. fsdp=4,tp=2 (default: all devices that divide)")
+    group = result.add_argument_group("recipe (default: its own value)")
+    for field in dataclasses.fields(Recipe):
+        if field.name not in _FIXED:
+            _add_field(group, field)
+    command.add_processes(result)
+    command.add_debug(result)
+    return result
+
+
+def _add_field(group: Any, field: Any) -> None:
+    kind = _kind(field)
+    options: dict[str, Any] = {"help": field.metadata["help"], "default": None}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is tuple:
+        options |= {"nargs": "+", "metavar": "NAME"}
+    else:
+        options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+    group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _kind(field: Any) -> type:
+    kind = typing.get_origin(field.type) or field.type
+    if kind is types.UnionType:  # with None
+        kind = next(k for k in typing.get_args(field.type) if k is not types.NoneType)
+    return kind
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe asked for, with what the command line changes. UsageError where it cannot be."""
+    options: dict[str, Any] = {"model": args.model or ""} | (
+        {"source": args.source} if args.source else {}
+    )
+    changes: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in dataclasses.fields(Recipe)
+        if (value := getattr(args, field.name, None)) is not None and field.name not in _FIXED
+    }
+    make = RECIPES[args.recipe]
+    if args.length and "length" in inspect.signature(make).parameters:
+        options["length"] = args.length  # on which other values depend
+    try:
+        made = make(**options)
+        if "epochs" in changes:
+            changes.setdefault("steps", None)
+        return dataclasses.replace(made, **changes)
+    except ValueError as error:
+        raise command.UsageError(str(error)) from None
+
+
+def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    return command.run(make_parser(), work, None if argv is None else list(argv))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Do what a command line asks for."""
+    wanted = recipe(args)
+    if args.dry_run:
+        for name, value in dataclasses.asdict(wanted).items():
+            print(f"{name:<18} {value}")
+        return
+    missing = [f"--{name}" for name in ("data", "out") if not getattr(args, name)]
+    if (args.ckpt is None) == (args.model is None):
+        missing.append("one of --ckpt and --model")
+    if missing:
+        raise command.UsageError(f"give {', '.join(missing)}")
+    if args.eval_data and args.eval_share:
+        raise command.UsageError("--eval-data and --eval-share: one of them")
+    command.join(args)
+    command.use_compilation_cache()
+    sizes = None
+    if args.mesh is not None:
+        from qwen_jax import meshes
+
+        sizes = meshes.parse(args.mesh)
+        command.virtual_cpu_devices(sizes)
+    _train(args, wanted, sizes)
+
+
+def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
+    import jax
+
+    from qwen_jax import PRESETS, checkpoint, directory, meshes, paths
+    from qwen_jax.config import Config, read_json
+    from qwen_jax.tokenizer import Tokenizer
+    from train import loop, records, run
+
+    if paths.is_remote(paths.parse(args.out)):
+        raise command.UsageError(f"--out {args.out}: a folder on a disk that all hosts share")
+    ckpt = paths.absolute(paths.parse(args.ckpt)) if args.ckpt else None
+    if ckpt is not None:
+        checkpoint.verify_whole(ckpt)
+        config = checkpoint.load_config(ckpt)
+    elif args.model in PRESETS:
+        config = PRESETS[args.model]
+    elif Path(args.model).is_file():
+        config = Config.from_hf(read_json(Path(args.model)))
+    else:
+        names = ", ".join(PRESETS)
+        raise command.UsageError(f"--model {args.model}: a config.json, or one of {names}")
+    own = checkpoint.load_tokenizer(ckpt) if ckpt else None
+    if own is not None and args.tokenizer:
+        raise command.UsageError(f"{args.ckpt} has its own tokenizer: drop --tokenizer")
+    file = ckpt / directory.TOKENIZER if ckpt and own else paths.parse(args.tokenizer or "")
+    if own is None and not (args.tokenizer and file.exists()):
+        raise ValueError(f"{args.ckpt or args.model} has no tokenizer: give --tokenizer FILE")
+    tokenizer = own or Tokenizer.from_file(file)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    task = run.Task(
+        wanted,
+        config,
+        ckpt,
+        tokenizer,
+        file,
+        tuple(records.files(args.data)),
+        tuple(records.files(args.eval_data)),
+        args.eval_share,
+        args.strict,
+    )
+    settings = loop.Settings(
+        paths.absolute(args.out),
+        args.eval_every,
+        args.save_every,
+        args.keep_last,
+        args.keep_best,
+        args.resume,
+        args.on_nan,
+        _steps(args.profile_steps),
+        args.merge,
+    )
+    lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
+    if sizes is None:
+        devices = jax.devices()
+        slices = meshes.count_slices(devices)
+        sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
+    meshes.check(lengths, sizes, wanted.sequence_parallel)
+    with meshes.entered(meshes.make(sizes)):
+        run.train(task, settings)
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise command.UsageError(f"--profile-steps {text}: write it as 10-12")
+    return int(first), int(last)

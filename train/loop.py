@@ -1,0 +1,236 @@
+"""Steps, one after the other: told of, evaluated, saved, and ended by a signal.
+
+A step is heard of when the ones after it are under way, so that the device never waits for the
+host. Knows no recipe and no model.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_jax import command, processes, sharding
+from train import hardware
+from train.batches import Batches, once
+from train.logs import Log
+from train.packing import Rows
+from train.saving import Checkpoints
+from train.step import State
+
+_IN_FLIGHT = 2  # steps that are under way while the next is prepared
+_NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every process hears of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Where and how a run goes on; none of it changes what is computed.
+
+    evaluate, save: every so many steps, and at the end; 0 for the end alone. keep_last, keep_best:
+    checkpoints; to know the best, what is saved is evaluated, too. on_nan: "stop" or "skip" the
+    batch. profile: steps, from first to last. merge: make a model of adapters at the end.
+    """
+
+    out: Path
+    evaluate: int = 500
+    save: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+    resume: bool = False
+    on_nan: str = "stop"
+    profile: tuple[int, int] | None = None
+    merge: bool = False
+
+
+class NotANumber(ValueError):
+    """A loss or gradient that is none; the batch has been saved."""
+
+
+@dataclasses.dataclass
+class Loop:
+    """run, evaluate: of `step.make_step` and `make_evaluation`, base their last argument. steps: of
+    the whole run; position: how many have been taken. tokens: of a batch, without padding; flops:
+    of a token. held_out_rows: that are evaluated at a time.
+    """
+
+    settings: Settings
+    run: Any
+    evaluate: Any
+    base: Any
+    batches: Batches
+    held_out: Rows | None
+    held_out_rows: int
+    checkpoints: Checkpoints
+    log: Log
+    steps: int
+    position: int
+    tokens: float
+    flops: float
+    _waiting: collections.deque[tuple[int, Any, Any]] = dataclasses.field(
+        default_factory=collections.deque
+    )
+    _told: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def go(self, state: State, asked: dict[str, Any]) -> State:
+        """Steps until the end, or until a signal has been heard by all processes."""
+        settings, end = self.settings, self.steps
+        with _profile(settings) as profiled:
+            while self.position < end:
+                profiled(self.position, self._all_heard)
+                if "signal" in asked and "at" not in asked:
+                    notice = _NOTICE if processes.count() > 1 else 1
+                    asked["at"] = processes.propose(self.position + notice)
+                end = min(end, asked.get("at") or processes.proposed() or end)
+                batch = next(self.batches)
+                state, report = self.run(state, batch, self.base)
+                self.position += 1
+                self._waiting.append((self.position, batch, report))
+                while len(self._waiting) > _IN_FLIGHT:
+                    self._hear()
+                saved = _due(self.position, settings.save) or self.position == end
+                evaluated = None
+                wanted = _due(self.position, settings.evaluate) or self.position == self.steps
+                # What all processes know, not what one has heard: they evaluate together.
+                if wanted or (settings.keep_best and _due(self.position, settings.save)):
+                    evaluated = self._evaluated(state, asked)
+                if saved:
+                    self._all_heard()
+                    facts = {"position": self.position}
+                    self.checkpoints.save(self.position, state, facts, evaluated)
+            self._all_heard()
+        return state
+
+    def _all_heard(self) -> None:
+        while self._waiting:
+            self._hear()
+
+    def _hear(self) -> None:
+        """Wait for the oldest step under way, and tell of it."""
+        number, batch, report = self._waiting.popleft()
+        report = jax.device_get(report)
+        if not report.finite:
+            self._not_a_number(number, batch, report)
+        now = time.perf_counter()
+        seconds, self._told = now - self._told, now
+        rate = self.tokens / seconds
+        figures = {
+            "loss": float(report.metrics.loss),
+            "accuracy": float(report.metrics.accuracy),
+            "gradient_norm": float(report.gradient_norm),
+            "learning_rate": float(report.learning_rate),
+            "targets": float(report.metrics.targets),
+            "tokens_per_second": rate,
+        }
+        if peak := _peak():
+            figures["mfu"] = rate * self.flops / peak
+        if memory := _memory():
+            figures["memory_gb"] = memory / 1e9
+        self.log.tell(number, figures)
+        shown = {"loss": f"{figures['loss']:.3f}", "tok/s": f"{rate:,.0f}"}
+        shown |= {"mfu": f"{figures['mfu']:.0%}"} if "mfu" in figures else {}
+        self.log.show(number, **shown)
+
+    def _not_a_number(self, number: int, batch: Any, report: Any) -> None:
+        path = self.settings.out / f"batch-{number}.npz"
+        whole: dict[str, Any] = {
+            field.name: sharding.fetch(getattr(batch, field.name))
+            for field in dataclasses.fields(batch)
+        }
+        if processes.index() == 0:
+            np.savez(path, **whole)
+        what = f"step {number}: loss {report.metrics.loss}, gradient norm {report.gradient_norm}"
+        if self.settings.on_nan == "skip":
+            command.say(f"{what}: skipped, its batch is in {path}")
+            return
+        raise NotANumber(f"{what}; the batch is in {path}. --on-nan skip goes on without it")
+
+    def _evaluated(self, state: State, asked: dict[str, Any]) -> float | None:
+        """The mean loss over what is held out, which is also told. A signal to a process that is
+        alone ends it; others are in it together.
+        """
+        if self.held_out is None:
+            return None
+        self._all_heard()
+        sums = np.zeros(3)
+        for batch in once(self.held_out, self.held_out_rows):
+            if "signal" in asked and processes.count() == 1:
+                return None
+            metrics = jax.device_get(self.evaluate(state.weights, batch, self.base))
+            sums += metrics.targets * np.array([metrics.loss, metrics.accuracy, 1])
+        loss, accuracy = sums[:2] / max(1.0, sums[2])
+        perplexity = math.exp(min(loss, 700))
+        figures = {"loss": loss, "accuracy": accuracy, "perplexity": perplexity}
+        self.log.tell(self.position, figures, "held_out")
+        where = f"step {self.position}"
+        command.say(f"{where}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self._told = time.perf_counter()
+        return float(loss)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[dict[str, Any]]:
+    """SIGTERM and Ctrl-C ask for an end, which comes when the state is saved; a second Ctrl-C is
+    an end at once.
+    """
+    asked: dict[str, Any] = {}
+
+    def hear(number: int, _: Any) -> None:
+        if asked.get("signal") == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked["signal"] = number
+        command.say("saving, then the end")
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _profile(settings: Settings) -> Iterator[Any]:
+    """A function that is told of each step, and records those asked for under OUT/profile."""
+    on = False
+
+    def at(position: int, finish: Callable[[], None]) -> None:
+        nonlocal on
+        if settings.profile is None:
+            return
+        first, last = settings.profile
+        if on != (first <= position + 1 <= last):
+            finish()  # what is under way belongs to the steps before
+        if not on and first <= position + 1 <= last:
+            jax.profiler.start_trace(str(settings.out / "profile"))
+            on = True
+        elif on and position + 1 > last:
+            jax.profiler.stop_trace()
+            on = False
+
+    try:
+        yield at
+    finally:
+        if on:
+            jax.profiler.stop_trace()
+
+
+def _due(position: int, every: int) -> bool:
+    return every > 0 and position % every == 0
+
+
+def _peak() -> float | None:
+    """FLOP/s of all devices; None where it is not known."""
+    chip = hardware.of_kind(jax.devices()[0].device_kind)
+    return chip and chip.flops * jax.sharding.get_mesh().size
+
+
+def _memory() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None

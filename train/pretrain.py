@@ -1,0 +1,30 @@
+"""`python train/pretrain.py`: a model from text, fresh or continued."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train import arguments
+
+_EXAMPLES = """examples:
+  python train/pretrain.py --model qwen-1.8b --tokenizer qwen.tiktoken --data corpus/ --out RUN
+  python train/pretrain.py --ckpt DIR --data more.jsonl --steps 1000 --learning-rate 3e-5 --out RUN
+  python train/pretrain.py --recipe code --model qwen-7b --dry-run
+  python train/pretrain.py --resume --model qwen-1.8b ... --out RUN
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    return arguments.parser("pretrain", "text", _EXAMPLES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return arguments.main(parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,283 @@
+"""A run: data, state and steps from beginning to end, resumable to the bit.
+
+    OUT/run.json          what the run is: recipe, model, data; a run resumes as what it was
+    OUT/files/            configuration and tokenizer, as they go into OUT/model
+    OUT/checkpoints/      states with their position in the data (`saving.py`)
+    OUT/metrics.jsonl, OUT/events/      figures of each step (`logs.py`)
+    OUT/model/            the trained model, at the end
+
+The order of data, dropout and fresh weights follow from the recipe's seed and the step alone, so a
+state and a position are all that a run goes on from.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import attention, checkpoint, command, directory, paths, processes
+from qwen_jax.config import Config
+from qwen_jax.tokenizer import Tokenizer
+from train import data, records, step, token_cache, trainee
+from train.batches import Batches
+from train.logs import Log
+from train.loop import Loop, Settings, signals
+from train.packing import Rows
+from train.recipes import Recipe
+from train.saving import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on what. held_out: files; or the share of the examples that is held out."""
+
+    recipe: Recipe
+    config: Config
+    ckpt: Path | None
+    tokenizer: Tokenizer
+    tokenizer_file: Path
+    files: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    share: float = 0.0
+    strict: bool = False
+
+
+def train(task: Task, settings: Settings) -> None:
+    """Run the recipe on the mesh in force, to its end or to a signal.
+
+    Raises ValueError for data, a model or a folder that cannot be; KeyboardInterrupt after Ctrl-C,
+    when the state has been saved.
+    """
+    task = _settled(task)
+    recipe, out = task.recipe, settings.out
+    rows, held_out = _rows(task)
+    steps = _steps(recipe, len(rows))
+    if (warm := recipe.warmup_steps(steps)) >= steps:
+        command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
+    trained = trainee.of(task.config, task.ckpt, recipe)
+    optimizer = recipe.optimizer(steps)
+    identity = _identity(task, rows)
+    # The others find what process 0 has claimed.
+    resume = settings.resume or processes.index() > 0
+    processes.first(lambda: _claim(out, identity, resume))
+    files = processes.first(lambda: _write_files(out / "files", task))
+    checkpoints = Checkpoints(out / "checkpoints", settings.keep_last, settings.keep_best)
+    if settings.resume and checkpoints.latest is not None:
+        state, facts = checkpoints.restore(trained.abstract(optimizer))
+        command.say(f"resumed from step {checkpoints.latest}")
+    else:
+        state, facts = trained.begin(optimizer), {"position": 0}
+    attend, dtype = attention.get(recipe.attention), jnp.dtype(recipe.dtype)
+    position = facts["position"]
+    if position < steps:
+        processes.first(lambda: _remove_results(out))
+    loop = Loop(
+        settings=settings,
+        run=step.make_step(
+            optimizer,
+            attend,
+            dtype,
+            recipe.remat,
+            recipe.sequence_parallel,
+            recipe.accumulate,
+            recipe.z_loss,
+            recipe.dropout,
+            recipe.seed,
+            trained.attach,
+        ),
+        evaluate=step.make_evaluation(attend, dtype, recipe.sequence_parallel, trained.attach),
+        base=trained.base,
+        batches=Batches(rows, recipe.length, recipe.rows, recipe.seed, position),
+        held_out=held_out,
+        held_out_rows=recipe.rows // recipe.accumulate,
+        checkpoints=checkpoints,
+        log=Log(out, position, steps),
+        steps=steps,
+        position=position,
+        tokens=recipe.rows * recipe.length * rows.efficiency,
+        flops=trained.flops_per_token(recipe.length),
+    )
+    with signals() as asked:
+        try:
+            state = loop.go(state, asked)
+        finally:
+            loop.log.close()
+            checkpoints.wait()
+    checkpoints.close()
+    if loop.position < steps:
+        command.say(f"saved at step {loop.position}; --resume goes on from there")
+        if asked.get("signal") == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
+    weights, loop.base = state.weights, None
+    del state  # its moments, and the base: a merged model may need their room
+    command.say(f"done: {trained.save(weights, out, files, settings.merge)}")
+
+
+def _settled(task: Task) -> Task:
+    """The task, what its recipe leaves open decided: whether adapters come with the embeddings."""
+    recipe = task.recipe
+    if not recipe.lora_rank or task.ckpt is None:
+        return task
+    settings = checkpoint.load_generation_config(task.ckpt)
+    foreign = recipe.data == "chat" and settings.chat_format != "chatml"
+    if recipe.train_embeddings is None:
+        if foreign:
+            command.say("the model has not seen ChatML: its embedding and head are trained, too")
+        recipe = dataclasses.replace(recipe, train_embeddings=foreign)
+    elif foreign and not recipe.train_embeddings:
+        command.say(
+            "warning: the model has not seen ChatML, and its control tokens stay as they are: "
+            "without --train-embeddings it will hardly learn where replies end"
+        )
+    return dataclasses.replace(task, recipe=recipe)
+
+
+def _rows(task: Task) -> tuple[Rows, Rows | None]:
+    """What is trained on, and what is held out."""
+    recipe = task.recipe
+    encoding = _encoding(task)
+    cache = token_cache.make(task.files, task.tokenizer, encoding)
+    kept, out = split(len(cache), task.share, recipe.seed)
+    rows = Rows(cache, recipe.length, recipe.pack, recipe.seed, kept)
+    command.say(
+        f"{len(rows):,} rows of {recipe.length} tokens, {rows.efficiency:.1%} of their places used"
+    )
+    if task.held_out:
+        other = token_cache.make(task.held_out, task.tokenizer, encoding)
+        return rows, Rows(other, recipe.length, recipe.pack)
+    if len(out):
+        return rows, Rows(cache, recipe.length, recipe.pack, 0, out)
+    return rows, None
+
+
+def split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the examples that are trained on, and of the share of them that is held out.
+
+    Raises ValueError where one of them would be nothing.
+    """
+    shuffled = np.random.default_rng(seed).permutation(count)
+    out = round(share * count)
+    if share and not 0 < out < count:
+        raise ValueError(f"{share:g} of {count} examples leaves nothing on one side")
+    return np.sort(shuffled[out:]), np.sort(shuffled[:out])
+
+
+def _encoding(task: Task) -> token_cache.Encoding:
+    recipe, tokenizer = task.recipe, task.tokenizer
+    if recipe.data == "text":
+
+        def text(record: records.Record) -> tuple[list[int], None]:
+            return data.text_example(tokenizer, record.value, recipe.field, record.ends), None
+
+        name = {"data": "text", "field": recipe.field}
+        longest = recipe.length if recipe.pack != "joined" else None
+        return token_cache.Encoding(text, name, longest, recipe.too_long == "drop", task.strict)
+
+    def chat(record: records.Record) -> tuple[list[int], list[int]]:
+        return data.chat_example(tokenizer, record.value, recipe.system, None, recipe.loss_on)
+
+    name = {"data": "chat", "system": recipe.system, "loss_on": recipe.loss_on}
+    return token_cache.Encoding(chat, name, recipe.length, recipe.too_long == "drop", task.strict)
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    if recipe.steps is not None:
+        return recipe.steps
+    if recipe.epochs is None:
+        raise ValueError("the recipe says neither steps nor epochs")
+    return math.ceil(recipe.epochs * rows / recipe.rows)
+
+
+def _identity(task: Task, rows: Rows) -> dict[str, Any]:
+    """What must be the same for a run to go on: anything that changes what is computed."""
+    recipe = dataclasses.asdict(task.recipe)
+    for name in ("remat", "sequence_parallel", "attention"):
+        del recipe[name]  # these change roundings alone
+    if not (recipe["dropout"] or (recipe["lora_rank"] and recipe["lora_dropout"])):
+        del recipe["accumulate"]  # as this does, where no part of a batch has a mask of its own
+    manifest = task.ckpt and (task.ckpt / directory.MANIFEST).read_bytes()
+    identity = {
+        "recipe": recipe,
+        "config": task.config.to_hf(),
+        "ckpt": manifest and hashlib.sha256(manifest).hexdigest(),
+        "data": rows.fingerprint,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Take the folder for this run, or find this run in it."""
+    file = out / "run.json"
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} holds something else: give --out an empty or new folder")
+        paths.make_folder(out)
+        directory.write_json(file, identity)
+        return
+    if not resume:
+        raise ValueError(f"{out} holds a run already: --resume goes on with it")
+    before = directory.read_json(file)
+    changed = [
+        {"data": "other examples", "ckpt": "another --ckpt"}.get(
+            name, f"{name} was {old!r}, is {new!r}"
+        )
+        for name, old, new in _differences(before, identity)
+        if name != "recipe.steps" and name != "recipe.epochs"
+    ]
+    if changed:
+        raise ValueError(f"{out} holds another run: {'; '.join(changed[:5])}")
+    if before != identity and processes.index() == 0:
+        directory.write_json(file, identity)  # with as many steps as it now has
+
+
+def _remove_results(out: Path) -> None:
+    """What an end before this one has left, of a run that now goes on further."""
+    for name in (trainee.MODEL, trainee.ADAPTER):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield name, before, now
+
+
+def _write_files(folder: Path, task: Task) -> Path:
+    """Configuration, tokenizer and generation settings of the model to be."""
+    if (folder / directory.CONFIG).exists():
+        return folder
+    paths.make_folder(folder)
+    if task.ckpt is not None:
+        directory.carry(directory.existing(task.ckpt), folder)
+    paths.copy(task.tokenizer_file, folder / directory.TOKENIZER)
+    given = folder / directory.GENERATION_CONFIG
+    settings = directory.read_json(given) if given.exists() else {}
+    wanted = "chatml" if task.recipe.data == "chat" else "raw"
+    if settings.get("chat_format") != wanted:
+        end = task.tokenizer.eod_id
+        settings = {
+            "chat_format": wanted,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "max_window_size": min(6144, task.config.max_position_embeddings),
+            "max_new_tokens": 512,
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 0.8,
+        }
+        directory.write_json(given, settings)
+    like = task.ckpt and directory.read_json(task.ckpt / directory.CONFIG)
+    directory.write_json(folder / directory.CONFIG, like or task.config.to_hf())
+    return folder

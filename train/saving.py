@@ -1,0 +1,84 @@
+"""Checkpoints of a run, by Orbax: written while training goes on, the last and the best kept.
+
+A step's folder has its name only when it is whole. A state is saved leaf by leaf under the leaf's
+path, so it is restored on any mesh. Knows no model and no loop.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+STATE, FACTS = "state", "facts"
+
+
+class Checkpoints:
+    """Of one run, in a folder that all its processes see. last, best: how many of each to keep;
+    the best have the least loss.
+    """
+
+    def __init__(self, folder: Path, last: int = 2, best: int = 0):
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(last)]
+        if best:
+            score = lambda metrics: -metrics["loss"]  # noqa: E731
+            only = {"keep_checkpoints_without_metrics": False}
+            kept.append(policies.BestN(get_metric_fn=score, n=best, **only))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            # Orbax writes down what a checkpoint was worth, for the next start, only given this.
+            best_fn=(lambda metrics: metrics["loss"]) if best else None,
+            best_mode="min",
+            enable_async_checkpointing=True,
+        )
+        handlers = {STATE: ocp.StandardCheckpointHandler(), FACTS: ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(str(folder), options=options, item_handlers=handlers)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: Any, facts: Mapping[str, Any], loss: float | None = None
+    ) -> None:
+        """Copy the state now, write it while the caller goes on. A step is saved once."""
+        if self.latest == step:
+            return
+        items = {
+            STATE: ocp.args.StandardSave(_by_path(state)),
+            FACTS: ocp.args.JsonSave(dict(facts)),
+        }
+        metrics = None if loss is None else {"loss": loss}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, facts) of the last checkpoint. like: the state as shapes with shardings.
+
+        Raises ValueError where the checkpoint is of another state.
+        """
+        step, wanted = self.latest, _by_path(like)
+        items = {STATE: ocp.args.StandardRestore(wanted), FACTS: ocp.args.JsonRestore()}
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError) as error:
+            detail = " ".join(str(error).split())[:200]
+            what = f"the checkpoint of step {step} is of another run"
+            raise ValueError(f"{what}: {detail}") from error
+        leaves = [found[STATE][path] for path in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(found[FACTS])
+
+    def wait(self) -> None:
+        """Until everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, in its order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,0 +1,29 @@
+"""`python train/sft.py`: a model that answers, from conversations."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train import arguments
+
+_EXAMPLES = """examples:
+  python train/sft.py --ckpt DIR --data chats.jsonl --out RUN
+  python train/sft.py --recipe sft_lora --ckpt DIR --data chats.json --eval-share 0.02 --out RUN
+  python train/sft.py --ckpt DIR --data chats.jsonl --epochs 3 --rows 32 --out RUN --resume
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    return arguments.parser("sft", "chat", _EXAMPLES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return arguments.main(parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
