@@ -24,6 +24,7 @@ from qwen_jax.store import Band
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor
 Target = int | paths.Upload
+Change = Callable[[int, np.ndarray], np.ndarray]  # (number of the first row, rows) -> rows
 _stop = threading.Event()
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -82,13 +83,15 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def export_band(band: Band, params: Path, target: Target, dtype: str) -> None:
-    """Append a band to the open file `target`, as `dtype`."""
+def export_band(
+    band: Band, params: Path, target: Target, dtype: str, change: Change | None = None
+) -> None:
+    """Append a band to the open file `target`, as `dtype`; change: what becomes of its rows."""
     with contextlib.ExitStack() as stack:
         files = band.files(params)
         sources = {stack.enter_context(paths.reader(f)): at for f, at in files.items()}
         item = ITEM_BYTES[band.leaf.dtype]
-        if len(sources) == 1 and dtype == band.leaf.dtype:
+        if len(sources) == 1 and dtype == band.leaf.dtype and change is None:
             _copy(next(iter(sources)), target, 0, band.chunk_elements * item)
             return
         narrow = band.leaf.chunks[1:]
@@ -98,6 +101,8 @@ def export_band(band: Band, params: Path, target: Target, dtype: str) -> None:
             for source, at in sources.items():
                 data = read(source, first * row_bytes, rows * row_bytes)
                 array[(slice(None), *at)] = data.view(array.dtype).reshape(rows, *narrow)
+            if change is not None:
+                array = change(band.start + first, array)
             write(target, cast(array, dtype, band.leaf.path))
 
 

@@ -15,9 +15,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from convert.copying import Change
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -30,6 +33,7 @@ EXAMPLES = """examples:
   python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB
   python convert/to_hf.py SRC DST --max-shard-size 500MB --verify smaller files, then compare
   python convert/to_hf.py SRC DST --dtype float16                 cast on the way
+  python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
 
 For the dtype of the checkpoint that SRC was made of, every tensor comes back byte for byte. SRC and
 DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
@@ -38,7 +42,9 @@ DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export whose input has been found right. shards: file -> its tensors, in order."""
+    """An export whose input has been found right. shards: file -> its tensors, in order. changes:
+    what an adapter makes of leaves; settings: its generation_config.json, if it has one.
+    """
 
     source: Path
     target: Path
@@ -47,6 +53,8 @@ class Plan:
     shards: dict[str, list[str]]
     dtype: str
     facts: dict[str, Any]
+    changes: "dict[str, Change]"
+    settings: Path | None
 
     @property
     def params(self) -> Path:
@@ -71,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most bytes of tensors in a file, such as 5GB or 500MB (default: %(default)s)",
     )
+    add("--adapter", metavar="DIR", help="merge this adapter in PEFT's format into the weights")
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
     command.add_processes(result)
     command.add_debug(result)
@@ -91,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
+    if args.verify and args.adapter:
+        raise command.UsageError("--verify compares with SRC, which --adapter changes: drop one")
     command.join(args)
     import jax
 
@@ -123,9 +134,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "max_shard_size": args.max_shard_size,
         "source": target.fingerprint(src / n for n in (checkpoint.MANIFEST, checkpoint.CONFIG)),
     }
+    changes, settings = {}, None
+    if args.adapter is not None:
+        from convert import peft
+
+        adapter = paths.parse(args.adapter)
+        changes = peft.changes(adapter, shapes)
+        files = [adapter / name for name in (peft.SETTINGS, peft.TENSORS)]
+        facts["adapter"] = target.fingerprint(files)
+        if (adapter / checkpoint.GENERATION_CONFIG).exists():
+            settings = adapter / checkpoint.GENERATION_CONFIG
     leaves = store.read_leaves(src / checkpoint.PARAMS, manifest["dtype"])
     shards = split(sizes, args.max_shard_size)
-    return Plan(src, dst, wanted, leaves, shards, dtype, facts)
+    return Plan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)
 
 
 def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -228,7 +249,7 @@ def _upload(plan: Plan, file: Path, head: bytes, bands: list[store.Band]) -> Non
     with paths.writer(file) as stream:
         copying.write(stream, np.frombuffer(head, np.uint8))
         for band in bands:
-            copying.export_band(band, plan.params, stream, plan.dtype)
+            copying.export_band(band, plan.params, stream, plan.dtype, _change(plan, band))
 
 
 def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
@@ -238,11 +259,20 @@ def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
         if stream.seek(0, os.SEEK_END) < position:
             raise ValueError(f"{draft} has been changed by someone else: remove it")
         stream.seek(position)  # what is there of a band that was cut short is written again
-        copying.export_band(band, plan.params, stream.fileno(), plan.dtype)
+        change = _change(plan, band)
+        copying.export_band(band, plan.params, stream.fileno(), plan.dtype, change)
+
+
+def _change(plan: Plan, band: store.Band) -> "Change | None":
+    return plan.changes.get(band.leaf.path)
 
 
 def _write_config(plan: Plan) -> None:
-    """config.json as it was, but for a key that would misstate the dtype."""
+    """config.json as it was, but for a key that would misstate the dtype; and how to talk to what
+    an adapter makes, which may be a chat model of a base.
+    """
+    if plan.settings is not None:
+        paths.copy(plan.settings, plan.target / checkpoint.GENERATION_CONFIG)
     source, copied = plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG
     values = read_json(source)
     stale = [k for k in ("torch_dtype", "dtype") if values.get(k, plan.dtype) != plan.dtype]
