@@ -1,0 +1,83 @@
+"""The table of long context: figures, plot, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qwen_jax
+from tests.training import TEXT, fail, prepared, pretraining, succeed
+from train import perplexity
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and a model that has learned a little at 32 tokens; 64 are its `seq_length`."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = prepared(tmp_path_factory.mktemp("given"))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        succeed(pretraining(folder, folder / "run", "--mesh", "fsdp=1"))
+    return folder
+
+
+def command(given: Path, *options: object) -> list[str]:
+    arguments = ["--ckpt", given / "run" / "model", "--data", given / "text.txt"]
+    return [str(x) for x in (*arguments, "--lengths", "64,128,256", "--dtype", "float32", *options)]
+
+
+def by_hand(given: Path, length: int, **overrides: object) -> float:
+    """From the logits of every row, with the alpha of its length."""
+    model = qwen_jax.load(given / "run" / "model", dtype="float32", overrides=overrides)
+    ids = np.array(model.need_tokenizer().encode(TEXT))
+    rows = ids[: len(ids) // 256 * 256].reshape(-1, length)
+    scores = np.asarray(model.logits(rows), np.float64)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    found = np.take_along_axis(scores[:, :-1], rows[:, 1:, None], -1)
+    return float(np.exp(-found.mean()))
+
+
+def test_the_table_is_that_of_the_logits(given, tmp_path, capsys):
+    assert perplexity.main(command(given, "--json", "--plot", tmp_path / "x.png")) == 0
+    found = json.loads(capsys.readouterr().out)["perplexity"]
+    settings = {
+        "plain": {"use_dynamic_ntk": False, "use_logn_attn": False},
+        "ntk": {"use_dynamic_ntk": True, "use_logn_attn": False},
+        "ntk+logn": {"use_dynamic_ntk": True, "use_logn_attn": True},
+        "ntk+logn+window": {
+            "use_dynamic_ntk": True,
+            "use_logn_attn": True,
+            "layer_windows": [64, None],
+        },
+    }
+    assert list(found) == list(settings)
+    for mode, overrides in settings.items():
+        for length in (64, 128, 256):
+            expected = by_hand(given, length, **overrides)
+            np.testing.assert_allclose(found[mode][str(length)], expected, rtol=1e-4)
+    assert len({round(found[mode]["256"], 3) for mode in found}) == 4, "modes differ"
+    assert found["plain"]["64"] == pytest.approx(found["ntk"]["64"]), "nothing to extend"
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert perplexity.main(command(given, "--modes", "plain", "--tokens", 256)) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
+    assert (tmp_path / "perplexity.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (["--lengths", "64,100"], "--lengths 64,100: whole numbers that divide the longest"),
+        (["--lengths", "64,x"], "--lengths 64,x: whole numbers"),
+        (["--windows", "[64"], "--windows [64: a list of widths, as [1024, null]"),
+        (["--windows", "[64]"], "layer_windows"),
+        (["--modes", "yarn"], "mode 'yarn': allowed are plain, ntk"),
+        (["--lengths", "65536"], "no document has 65536 tokens"),
+    ],
+)
+def test_what_cannot_be(given, capsys, change, problem):
+    assert problem in fail(capsys, command(given, *change), perplexity)

@@ -1,0 +1,229 @@
+"""`python -m train.perplexity`: how well a model predicts long text, by length and by what extends
+its context: the table of the report (table 3), and a plot of it.
+
+Every length sees the same tokens, cut into rows of that length, so that its figures differ by what
+comes before a token alone.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qwen_jax import command
+
+if TYPE_CHECKING:
+    from qwen_jax.config import Config
+    from qwen_jax.model import Decoder
+
+MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
+_EXAMPLES = """examples:
+  python -m train.perplexity --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
+  python -m train.perplexity --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m train.perplexity",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--ckpt", required=True, metavar="DIR", help="model directory")
+    add("--data", required=True, nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text")
+    add("--lengths", default="1024,2048,4096,8192,16384,32768", metavar="N,...")
+    add("--modes", default=",".join(MODES), metavar="NAME,...", help="default: %(default)s")
+    add(
+        "--windows",
+        metavar="LIST",
+        help="of mode window: the width of each layer, JSON, null for all tokens (default: the "
+        "lower half of the layers see as far as the model was trained; none are published)",
+    )
+    add("--tokens", type=command.positive, default=2**18, metavar="N", help="at most (%(default)s)")
+    add("--field", default="text", metavar="NAME", help="where a record has its text")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
+    add("--attention", default="auto", metavar="NAME", help="as for qwen_jax.generate")
+    add("--mesh", metavar="SPEC", help="e.g. context=8 (default: one device)")
+    add("--plot", type=Path, metavar="FILE", help="write a plot there (default: perplexity.png)")
+    add("--json", action="store_true", help="print JSON in place of a table")
+    command.add_debug(result)
+    return result
+
+
+def work(args: argparse.Namespace) -> None:
+    lengths = _numbers(args.lengths)
+    modes = args.modes.split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join(MODES)}")
+    from qwen_jax import checkpoint, meshes
+
+    sizes = meshes.parse(args.mesh)
+    command.virtual_cpu_devices(sizes)
+    command.use_compilation_cache()
+    import jax
+
+    from qwen_jax import attention, language_model
+    from train import step
+
+    config = checkpoint.load_config(args.ckpt)
+    windows = _windows(args.windows)
+    for length in lengths:
+        meshes.check({**config.sizes, "T": length}, sizes)
+    ids = _ids(args, max(lengths))
+    dtype = args.dtype or language_model.default_dtype()
+    found: dict[str, dict[int, float]] = {}
+    with meshes.entered(meshes.make(sizes)):
+        decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
+        attend = attention.get(args.attention)
+        for mode in modes:
+            setting = setting_of(config, mode, windows)
+            measure = functools.partial(perplexity, decoder, setting, ids, attend, dtype)
+            found[mode] = {length: measure(length) for length in lengths}
+    if args.json:
+        print(json.dumps({"tokens": len(ids), "perplexity": found}))
+    else:
+        print(table(found))
+    if path := args.plot or (None if args.json else Path("perplexity.png")):
+        plot(found, path)
+        command.say(f"plot: {path}")
+
+
+def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None) -> "Config":
+    """The architecture in a mode; weights are the same in all. windows: a width for each layer, of
+    mode "window"; None: the lower half of the layers see `seq_length`. ValueError for windows that
+    are not one for each layer.
+    """
+    parts = mode.split("+")
+    if windows is None:
+        half = config.num_layers // 2
+        windows = [config.seq_length] * half + [None] * (config.num_layers - half)
+    return dataclasses.replace(
+        config,
+        dynamic_ntk="ntk" in parts,
+        logn="logn" in parts,
+        layer_windows=tuple(windows) if "window" in parts else None,
+    )
+
+
+def perplexity(
+    decoder: "Decoder",
+    config: "Config",
+    ids: np.ndarray,
+    attend: Callable[..., Any],
+    dtype: Any,
+    length: int,
+) -> float:
+    """exp of the mean cross-entropy of ids [N], in rows of `length`, each from its second token on.
+
+    decoder: stacked; config: what it computes as. On the mesh in force, whose `data` and `fsdp`
+    split nothing here.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from qwen_jax import rope
+    from train import loss
+
+    scheme = rope.from_config(config)
+    rates = scheme.frequencies(scheme.alpha(np.array([length])))
+
+    @jax.jit
+    def total(decoder: "Decoder", batch: loss.Batch) -> jax.Array:
+        decoder = decoder.with_config(config)
+        found, weights = loss.scores(decoder, batch, rates, attend, jnp.dtype(dtype))
+        return jnp.sum(weights * (found.lse - found.logit))
+
+    rows = ids[: len(ids) // length * length].reshape(-1, 1, length)
+    bar = tqdm(rows, desc=f"{length} tokens", unit="row", mininterval=0.5, leave=False)
+    sums = [float(total(decoder, loss.place(loss.batch_of(row, row)))) for row in bar]
+    return math.exp(min(700, sum(sums) / (len(rows) * (length - 1))))
+
+
+def table(found: Mapping[str, Mapping[int, float]]) -> str:
+    """Perplexities by mode and length: a line for each mode."""
+    lengths = list(next(iter(found.values())))
+    lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
+    for mode, values in found.items():
+        lines.append(f"{mode:<16}" + "".join(f"{values[length]:>10.2f}" for length in lengths))
+    return "\n".join(lines)
+
+
+def plot(found: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Perplexity over length, a line for each mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for mode, values in found.items():
+        axes.plot(list(values), list(values.values()), marker="o", label=mode)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="perplexity")
+    axes.set_xticks(list(next(iter(found.values()))), minor=False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
+    """Tokens of documents that are as long as the longest row at least, each cut to whole rows."""
+    from qwen_jax import checkpoint
+    from train import data, records
+
+    tokenizer = checkpoint.load_tokenizer(args.ckpt)
+    if tokenizer is None:
+        raise ValueError(f"{args.ckpt} has no tokenizer")
+    kept: list[int] = []
+    document: list[int] = []
+    for record in (record for file in records.files(args.data) for record in records.read(file)):
+        if record.problem:
+            raise ValueError(f"{record.where}: {record.problem}")
+        document += data.text_example(tokenizer, record.value, args.field, ends=False)
+        if record.ends:
+            kept += document[: len(document) // longest * longest]
+            document = []
+        if len(kept) >= args.tokens:
+            break
+    kept += document[: len(document) // longest * longest]
+    if not kept:
+        raise ValueError(f"no document has {longest} tokens: give longer ones or less --lengths")
+    return np.array(kept[: max(1, args.tokens // longest) * longest], np.int32)
+
+
+def _windows(text: str | None) -> list[int | None] | None:
+    try:
+        found = json.loads(text) if text else None
+    except ValueError:
+        found = text
+    if found is None or isinstance(found, list):
+        return found
+    raise command.UsageError(f"--windows {text}: a list of widths, as [1024, null]")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    longest = max(found, default=0)
+    if not found or any(length < 2 or longest % length for length in found):
+        raise command.UsageError(f"--lengths {text}: whole numbers that divide the longest")
+    return sorted(set(found))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(parser(), work, None if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""`python -m train.tokenizer`: a vocabulary of one's own, learned from text: a qwen.tiktoken.
+
+Byte-pair encoding (arXiv 1508.07909) by Hugging Face's `tokenizers`, on the pieces into which
+Qwen's tokenizer cuts text: a model of any size needs no vocabulary of 151 643 tokens.
+"""
+
+import argparse
+import base64
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from qwen_jax import command, paths
+from qwen_jax.tokenizer import PATTERN
+
+_EXAMPLES = """examples:
+  python -m train.tokenizer --data book.txt --size 4096 --out qwen.tiktoken
+"""
+_BYTES = 256
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m train.tokenizer",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--data", required=True, nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text")
+    add("--field", default="text", metavar="NAME", help="where a record has its text")
+    add(
+        "--size",
+        type=command.positive,
+        default=4096,
+        metavar="N",
+        help="tokens, the 256 bytes among them; control tokens come after (default %(default)s)",
+    )
+    add("--out", type=Path, required=True, metavar="FILE", help="the qwen.tiktoken to write")
+    command.add_debug(result)
+    return result
+
+
+def work(args: argparse.Namespace) -> None:
+    from train import records
+
+    if args.size <= _BYTES:
+        raise command.UsageError(f"--size {args.size}: the {_BYTES} bytes alone are tokens")
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists: give another --out, or remove it")
+
+    def texts() -> Iterator[str]:
+        for file in records.files(args.data):
+            for record in records.read(file):
+                value = record.value
+                text = value.get(args.field) if isinstance(value, dict) else value
+                if not isinstance(text, str):
+                    why = record.problem or f"there is no text in {args.field!r}"
+                    raise ValueError(f"{record.where}: {why}")
+                yield text
+
+    ranks = learn(texts(), args.size)
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+    paths.write(args.out, b"".join(lines))
+    command.say(f"{args.out}: {len(ranks)} tokens")
+
+
+def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """The ranks of `size` tokens: the bytes, then merges in the order in which they were learned.
+
+    Raises ValueError where the texts have not enough different pairs.
+    """
+    import unicodedata
+
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    letters = _letters()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=sorted(letters.values()), show_progress=False
+    )
+    learner.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
+    of_letter = {letter: byte for byte, letter in letters.items()}
+    learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    tokens = [bytes(of_letter[letter] for letter in token) for token, _ in learned]
+    if len(tokens) < size:
+        raise ValueError(
+            f"the texts give {len(tokens)} tokens, not {size}: give more, or less --size"
+        )
+    ordered = [*sorted(t for t in tokens if len(t) == 1), *(t for t in tokens if len(t) > 1)]
+    return {token: rank for rank, token in enumerate(ordered)}
+
+
+def _letters() -> dict[int, str]:
+    """The letter that stands for each byte within `tokenizers`: itself where it can be printed, the
+    others from U+0100 on.
+    """
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(_BYTES) if byte not in printed)
+    return {byte: chr(byte) for byte in printed} | {
+        byte: chr(_BYTES + i) for i, byte in enumerate(others)
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(parser(), work, None if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
