@@ -75,13 +75,13 @@ def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any
     options = ["--model", model, "--topology", topology, "--length", str(task.length)]
     options += ["--batch", str(task.rows), "--tries", str(tries), "--search", "--json"]
     options += ["--decode"] if task.decode else []
-    wanted = [x for x in _plans(options, cache) if x["task"] != "prefill"]
+    wanted = [x for x in plans(options, cache) if x["task"] != "prefill"]
     return min(wanted, key=lambda x: (not x["fits"], x["over"]), default=None)
 
 
-def _plans(options: Sequence[str], cache: Path) -> list[Any]:
+def plans(options: Sequence[str], cache: Path) -> list[Any]:
     """What `train.plan` prints for these options, or has printed before."""
-    key = " ".join((*options, *_versions().values()))
+    key = " ".join((*options, *versions().values()))
     known = cache.read_text().splitlines() if cache.exists() else []
     for line in map(json.loads, known):
         if line["key"] == key:
@@ -98,16 +98,16 @@ def _plans(options: Sequence[str], cache: Path) -> list[Any]:
     return plans
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("jax", "libtpu")}
 
 
 def _head() -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    compilers = ", ".join(f"{name} {version}" for name, version in versions().items())
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"""## Plans
 
-What the search recommends, compiled, with bounds from published rates ({versions}, {today};
+What the search recommends, compiled, with bounds from published rates ({compilers}, {today};
 `python benchmarks/scaling.py`). A bound is not a measurement: it is what no run exceeds. *MFU* has
 all terms overlap, *serial* none. Memory is of a device, in GB."""
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,9 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
-from qwen_jax import PRESETS, cache, meshes
+from qwen_jax import PRESETS, attention, cache, meshes
 from tests.tiny import tiny_config
-from train import estimate, flops, hardware, plan, programs, report, search, topology
+from train import estimate, flops, hardware, plan, programs, recipes, report, search, step, topology
 from train.bounds import Bound, Term
 from train.programs import Memory, Setting
 from train.topology import Path
@@ -96,10 +98,47 @@ def test_flops_of_training_by_hand(on_cpu: None, trained: estimate.Estimate) -> 
     assert trained.program.work.kept < x.program.work.kept
 
 
+@pytest.mark.parametrize(("base", "size"), [("same", 2), ("int8", 1)])
+def test_training_of_adapters_by_hand(on_cpu: None, base: str, size: int) -> None:
+    """Nothing is kept or computed for weights that are not trained but their products."""
+    recipe = dataclasses.replace(recipes.sft_lora(), lora_rank=4, base_dtype=base)
+    setting = Setting(CONFIG, 4, 16, "xla", remat="none", accumulate=2, adapters=recipe)
+    x = estimate.training(setting, topology.parse("v5e:1x1"), meshes.parse(None))
+    parts = x.program.memory.parts
+    matrices = 2 * (4 * 32 * 64 + 3 * 32 * 44)
+    rows = 2 * (3 * 64 + 32 + 2 * 44 + 32)  # of matrices; each has a scale of two bytes
+    others = 2 * (CONFIG.num_params() - matrices) + (2 * rows if base == "int8" else 0)
+    assert parts["weights"] == size * matrices + others
+    shared = 2 * (3 * 32 + 64 + 44)  # a: one for queries, keys and values
+    trained = 4 * (shared + rows)
+    assert parts["adapters"] == 4 * trained and parts["optimiser"] == 8 * trained + 2 * 4
+    # Of a matrix, 4 FLOPs for each weight and token, and not the first one's for its input, which
+    # is nobody's; of an adapter 6. `a` of queries, keys and values is multiplied with thrice.
+    tokens, attention = 4 * 16, 2 * 12 * 4 * 16 * 16
+    products = 6 * 4 * (shared + 2 * 2 * 32 + rows)
+    done = tokens * (4 * matrices + products + 6 * 68 * 32 + attention)
+    assert x.hardware_flops == pytest.approx(done, rel=0.01)
+    assert x.model_flops == tokens * (CONFIG.flops_per_token(16) - 2 * CONFIG.num_multiplied())
+
+
+def test_a_step_of_the_whole_vocabulary_never_holds_the_logits() -> None:
+    """One row of 2048 tokens: 1.24 GB in float32, of which a fifth is there at a time."""
+    optimizer, mesh = step.Optimizer(), meshes.make(meshes.parse(None))
+    state = step.abstract_state(tiny_config(vocab_size=151_936), optimizer, mesh)
+    run = step.make_step(optimizer, attention.get("xla"))
+    with jax.set_mesh(mesh):
+        compiled = run.lower(state, step.abstract_batch(1, 2048, mesh)).compile()
+    logits = 2048 * 151_936
+    shapes = re.findall(r"[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert largest <= logits / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 2
+
+
 def test_products_count_by_device_and_by_loop() -> None:
     mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), (AxisType.Explicit,) * 2)
 
-    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+    def run(x: jax.Array, w: jax.Array) -> Any:
         def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = jnp.einsum("bd,df->bf", x, w)  # [4, 8] x [8, 4] on each device
 
@@ -110,7 +149,8 @@ def test_products_count_by_device_and_by_loop() -> None:
             y = local(y)
             return jnp.einsum("bf,df->bd", y, w, out_sharding=P("fsdp", None)), y
 
-        return jax.lax.scan(layer, x, w)[0]
+        jnp.einsum("bd,ldf->lbf", x, w)  # of which nothing comes
+        return jax.lax.scan(layer, x, w)
 
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
     w = jax.ShapeDtypeStruct(
@@ -337,7 +377,7 @@ def test_a_table_has_the_best_or_what_the_smallest_lacks(
     large, larger = ({**fits, "fits": False, "over": x} for x in (2.5e9, 3e9))
 
     def row(*plans: Any) -> str:
-        monkeypatch.setattr(scaling, "_plans", lambda *_: plans)
+        monkeypatch.setattr(scaling, "plans", lambda *_: plans)
         best = scaling._best(scaling.TASKS[0], "tiny", "v5e:2x2", 3, tmp_path)
         return scaling._row("tiny", "v5e:2x2", best)
 

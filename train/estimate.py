@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qwen_jax import meshes, sharding
-from train import bounds, collectives, programs
+from train import bounds, collectives, programs, trainee
 from train import topology as topologies
 from train.bounds import Bound
 from train.collectives import Collective
@@ -82,6 +82,8 @@ class Estimate:
             "batch": setting.batch,
             "length": setting.length,
             "attention": setting.attention,
+            "accumulate": setting.accumulate,
+            "lora_rank": setting.adapters.lora_rank if setting.adapters else 0,
             "remat": setting.remat if self.task == "training" else None,
             "sequence_parallel": setting.sequence_parallel,
             "memory": {**memory.parts, "needed": memory.needed},
@@ -114,9 +116,11 @@ def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
     mesh = topologies.mesh(topology, sizes)
     program = programs.training(setting, mesh)
     tokens = setting.batch * setting.length
+    trained = trainee.abstract(setting.config, setting.adapters)
+    needed = trained.flops_per_token(setting.length)
     hardware = program.work.flops(_product(setting, sizes))
     parts = program.memory.parts
-    state = sum(parts.get(name, 0) for name in ("weights", "optimiser"))
+    state = sum(parts.get(name, 0) for name in ("weights", "adapters", "optimiser"))
     moved = 2 * (state + parts.get("residuals", 0)) + 2 * _gathered(program.collectives or [])
     return Estimate(
         "training",
@@ -125,7 +129,7 @@ def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
         sizes,
         program,
         tokens,
-        tokens * setting.config.flops_per_token(setting.length),
+        tokens * needed,
         hardware * topology.devices,
         _bound(program, topology, mesh, hardware, moved, program.collectives),
     )

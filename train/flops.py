@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 from qwen_jax import sharding
 
@@ -41,7 +42,10 @@ class Work:
 def work(traced: Any, layers: int) -> Work:
     """What a `jax.stages.Traced` does; a loop of unknown length counts one pass, a branch all."""
     dots, kernels, kept = 0.0, Counter(), 0
-    for equation, times in _equations(traced.jaxpr.jaxpr, 1):
+    whole = traced.jaxpr.jaxpr
+    # Of weights that are not trained a trace has the gradients too, and no compiler.
+    needed, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
+    for equation, times in _equations(needed, 1):
         name = equation.params.get("name")
         if isinstance(name, str) and name in KERNELS:
             kernels[name] += times

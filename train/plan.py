@@ -8,6 +8,7 @@ prints the memory of a device, FLOPs, collectives, and a bound on time. Needs th
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -32,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attention", help="implementation; default: ours for the chip")
     parser.add_argument("--remat", default="full", help="full, projections or none")
     parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--accumulate", type=command.positive, default=1, help="parts of a batch")
+    add_adapters = parser.add_argument_group("training adapters, as train/sft.py does").add_argument
+    add_adapters(
+        "--lora-rank", type=command.positive, metavar="N", help="as 64; the other values: sft_lora"
+    )
+    add_adapters("--base-dtype", default="same", help="same (bfloat16) or int8")
+    add_adapters("--train-embeddings", action="store_true", help="embedding and head whole, too")
     parser.add_argument("--cache-dtype", help="int8 or int8_asymmetric; default: bfloat16")
     parser.add_argument("--search", action="store_true", help="try meshes, remat and batch sizes")
     parser.add_argument("--tries", type=command.positive, default=6, help="programs of a search")
@@ -120,7 +128,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
     from qwen_jax import attention, paths, presets
     from qwen_jax import cache as kv
     from qwen_jax.config import Config, read_json
-    from train import step
+    from train import recipes, step
     from train.programs import Setting
 
     if args.model in presets.PRESETS:
@@ -136,6 +144,17 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
     _choice("--cache-dtype", args.cache_dtype, (None, *kv.DTYPES))
     name = args.attention or topology.chip.kernel
     _choice("--attention", name, attention.IMPLEMENTATIONS)
+    adapters = None
+    if args.lora_rank is not None:
+        _choice("--base-dtype", args.base_dtype, recipes.BASE_DTYPES)
+        adapters = dataclasses.replace(
+            recipes.sft_lora(),
+            lora_rank=args.lora_rank,
+            base_dtype=args.base_dtype,
+            train_embeddings=args.train_embeddings,
+        )
+    if args.batch % args.accumulate:
+        raise UsageError(f"--batch {args.batch} does not fall into {args.accumulate} parts")
     return Setting(
         config,
         args.batch,
@@ -144,6 +163,8 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         args.remat,
         args.sequence_parallel,
         args.cache_dtype,
+        args.accumulate,
+        adapters,
     )
 
 

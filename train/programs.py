@@ -18,17 +18,19 @@ from jax.sharding import Mesh
 from qwen_jax import attention, decode, meshes, model, rope, sampling, sharding
 from qwen_jax import cache as kv
 from qwen_jax.config import Config
-from train import collectives, flops, step
+from train import collectives, flops, step, trainee
 from train.collectives import Collective
 from train.flops import Work, nbytes
+from train.recipes import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What a program is compiled for; sizes by axis letter are checked against the mesh.
 
-    batch: rows; length: tokens of a row, for decoding those in the cache. remat and
-    sequence_parallel are of training, cache_dtype (None: that of the weights) of decoding.
+    batch: rows; length: tokens of a row, for decoding those in the cache. remat,
+    sequence_parallel, accumulate (parts of a batch) and adapters (the recipe that has them; None
+    trains all weights) are of training, cache_dtype (None: that of the weights) of decoding.
     """
 
     config: Config
@@ -38,10 +40,12 @@ class Setting:
     remat: str = "full"
     sequence_parallel: bool = False
     cache_dtype: str | None = None
+    accumulate: int = 1
+    adapters: Recipe | None = None
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where an axis does not divide over the mesh."""
-        lengths = {**self.config.sizes, "B": self.batch, "T": self.length}
+        lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
         meshes.check(lengths, sizes, self.sequence_parallel)
 
 
@@ -82,17 +86,23 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     """The training step of `train.step`."""
     setting.check(mesh.shape)
     optimizer = step.Optimizer()
-    state = step.abstract_state(setting.config, optimizer, mesh)
+    trained = trainee.abstract(setting.config, setting.adapters)
+    with jax.set_mesh(mesh):
+        state, base = trained.abstract(optimizer), trained.abstract_base()
     batch = step.abstract_batch(setting.batch, setting.length, mesh)
     run = step.make_step(
         optimizer,
         attention.get(setting.attention),
         remat=setting.remat,
         sequence_parallel=setting.sequence_parallel,
+        accumulate=setting.accumulate,
+        attach=trained.attach,
     )
-    held = {"weights": nbytes(state.decoder), "optimiser": nbytes((state.moments, state.step))}
-    held["batch"] = nbytes(batch)
-    return _compiled(lambda: run.trace(state, batch), mesh, held, setting.config.num_layers)
+    weights = {"weights": nbytes(state.weights)}
+    if base is not None:
+        weights = {"weights": nbytes(base), "adapters": nbytes(state.weights)}
+    held = {**weights, "optimiser": nbytes((state.moments, state.step)), "batch": nbytes(batch)}
+    return _compiled(lambda: run.trace(state, batch, base), mesh, held, setting.config.num_layers)
 
 
 def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
@@ -153,13 +163,13 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
         own = attention.Mask(places, places, segments, segments, window)
         past = dataclasses.replace(cache.past_mask(places, segments), window=window)
         x = decoder.embed(tokens)
-        return x, decoder.layers[0], rotary, own, past, cache.layers[0], cache.index
+        return x, decoder.layers[0], None, rotary, own, past, cache.layers[0], cache.index
 
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
         given = jax.eval_shape(arguments, decoder)
     given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
-    layer = {"weights": nbytes(given[1]), "cache": nbytes(given[5])}
+    layer = {"weights": nbytes(given[1]), "cache": nbytes(given[6])}
     layer["batch"] = nbytes(given) - sum(layer.values())
     attend = attention.get(setting.attention)
     one = _compiled(lambda: model._run_block.trace(*given, attend), mesh, layer, 0)

@@ -15,6 +15,11 @@ def text(x: Estimate, model: str) -> str:
     options = [setting.attention]
     if x.task == "training":
         options.append(f"remat {setting.remat}")
+        if (adapters := setting.adapters) is not None:
+            options.append(f"adapters of rank {adapters.lora_rank}")
+            options += ["int8 base"] if adapters.base_dtype == "int8" else []
+            options += ["embeddings trained"] if adapters.train_embeddings else []
+        options += [f"{setting.accumulate} parts"] if setting.accumulate > 1 else []
         options += ["sequence parallel"] if setting.sequence_parallel else []
     elif setting.cache_dtype:
         options.append(f"{setting.cache_dtype} cache")
