@@ -43,10 +43,14 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: this folder has a `train`, too
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import jax
 import numpy as np

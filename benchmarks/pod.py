@@ -15,6 +15,10 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+if not __package__:  # started as a file: this folder has a `train`, too
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train import topology as topologies
 
