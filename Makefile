@@ -1,15 +1,18 @@
 # Everything is made in .venv from the package index; nothing else is downloaded. What compiles for
-# accelerators that are not there has an environment of its own, .venv-aot.
+# accelerators that are not there has an environment of its own, .venv-aot, and so has what needs
+# torch, .venv-peft.
 PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
+PEFT_VENV ?= .venv-peft
 WORKERS ?= 2
 PYTEST_ARGS ?=
-PROMPT ?= Once upon a time
+PROMPT ?= The whale
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AOT_STAMP := $(AOT_VENV)/.installed
+PEFT_STAMP := $(PEFT_VENV)/.installed
 
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -17,7 +20,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv lint pytest test test-aot aot-smoke demo format clean
+.PHONY: help venv lint pytest test test-aot test-peft aot-smoke demo demo-train format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +38,11 @@ $(AOT_STAMP): pyproject.toml
 	$(AOT_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[aot]'
 	touch $@
 
+$(PEFT_STAMP): pyproject.toml
+	test -x $(PEFT_VENV)/bin/python || $(PYTHON) -m venv $(PEFT_VENV)
+	$(PEFT_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peft]'
+	touch $@
+
 lint: venv ## formatting, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -50,19 +58,25 @@ test: lint ## all checks and tests, on eight virtual CPU devices; kernels compil
 test-aot: $(AOT_STAMP) ## kernels compiled for all targets, sizes and lengths, and what they cost
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/aot
 
+test-peft: $(PEFT_STAMP) ## adapters beside PEFT's own loader, in torch
+	$(PEFT_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/peft
+
 aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke $(PYTEST_ARGS) tests/aot
 
-demo: venv ## write a small checkpoint, convert it and generate text from it
+demo: venv ## convert the small model of examples/moby_dick and let it write
 	rm -rf demo
-	$(BIN)/python tests/tools/make_checkpoint.py demo/hf --preset demo
-	$(BIN)/python convert/from_hf.py demo/hf demo/ckpt --verify
+	$(BIN)/python convert/from_hf.py examples/moby_dick/model demo/ckpt --verify
 	$(BIN)/python -m qwen_jax.generate --ckpt demo/ckpt --prompt "$(PROMPT)" --max-new-tokens 40
+
+demo-train: venv ## make that model again from its text, in some ten minutes
+	PYTHON=$(BIN)/python bash examples/moby_dick/train.sh demo-train
 
 format: venv ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-newest .venv-aot .cache .hypothesis .pytest_cache .ruff_cache build demo *.egg-info
+	rm -rf .venv .venv-newest .venv-aot .venv-peft .cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf build demo demo-train *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
