@@ -80,7 +80,6 @@ def test_notebook(
     for name, value in (values | VARIABLES[check.__name__]).items():
         monkeypatch.setenv(f"QWEN_JAX_{name}", value)
     monkeypatch.setenv("XLA_FLAGS", f"{FLAG}=2")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MPLCONFIGDIR", str(CACHE.parent / "matplotlib"))  # it looks for fonts once
     root = str(NOTEBOOKS.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))

@@ -14,10 +14,8 @@ from train import perplexity
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and a model that has learned a little at 32 tokens; 64 are its `seq_length`."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = prepared(tmp_path_factory.mktemp("given"))
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        succeed(pretraining(folder, folder / "run", "--mesh", "fsdp=1"))
+    folder = prepared(tmp_path_factory.mktemp("given"))
+    succeed(pretraining(folder, folder / "run", "--mesh", "fsdp=1"))
     return folder
 
 
