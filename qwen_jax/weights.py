@@ -107,11 +107,6 @@ def named_leaves(tree: Any) -> dict[str, Weight]:
     return {".".join(_key(step) for step in path): leaf for path, leaf in found}
 
 
-def replace_leaves(tree: Any, value: Callable[[str, Weight], Any]) -> Any:
-    """The same module with every leaf's array replaced by `value(path, leaf)`."""
-    return map_leaves(lambda path, x: Weight(value(path, x), letters=x.letters), tree)
-
-
 def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
     """The same module with every leaf, of whatever kind, replaced by `leaf(path, leaf)`."""
 

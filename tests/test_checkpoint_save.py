@@ -18,9 +18,9 @@ import pytest
 
 from qwen_jax import checkpoint, meshes, model, sharding, store
 from qwen_jax.checkpoint import CheckpointError
-from qwen_jax.weights import named_leaves, replace_leaves
+from qwen_jax.weights import named_leaves
 from tests.conversion import GOLDEN, ROOT, back, same, tensors
-from tests.tiny import tiny_config, tiny_decoder
+from tests.tiny import replace_leaves, tiny_config, tiny_decoder
 
 MESHES = [(1, 1), (2, 4), (8, 1), (4, 2)]
 CONFIG = tiny_config(hidden_size=64)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from convert import peft
-from qwen_jax import lora, meshes, sharding
+from qwen_jax import lora, meshes
 from qwen_jax.attention import xla
 from qwen_jax.lora import Adapters
-from qwen_jax.weights import Weight, map_leaves, named_leaves
+from qwen_jax.weights import named_leaves
 from tests.test_step import CONFIG, packed_batch
-from tests.tiny import QUICK, on_mesh, tiny_decoder
+from tests.tiny import QUICK, on_mesh, replace_leaves, small_noise, tiny_decoder
 from train import loss as losses
 from train import step
 
@@ -35,14 +35,8 @@ def drawn(embeddings: bool = True) -> Adapters:
     """That add something: as wide as the leaves that they are added to."""
     decoder = step.stacked(tiny_decoder(CONFIG))
     make = functools.partial(lora.create, decoder, GROUPS, 4, 8.0, embeddings=embeddings)
-    fresh = make(jax.random.key(0))
-
-    def one(path: str, leaf: Weight) -> Weight:
-        noise = np.random.default_rng(list(path.encode())).standard_normal(leaf.shape, np.float32)
-        placed = sharding.place(0.2 * noise, leaf.letters, CONFIG.sizes)
-        return Weight(placed, letters=leaf.letters)
-
-    return fresh.replace(a=map_leaves(one, fresh.a), b=map_leaves(one, fresh.b))
+    fresh, draw = make(jax.random.key(0)), small_noise(CONFIG)
+    return fresh.replace(a=replace_leaves(fresh.a, draw), b=replace_leaves(fresh.b, draw))
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from tests.tiny import (
     full_logits,
     full_pass,
     on_mesh,
+    replace_leaves,
     tiny_config,
     tiny_decoder,
     tiny_tokens,
@@ -447,7 +448,7 @@ def test_leaves_have_names_and_can_be_replaced():
     ]
     names = ["embedding", "final_norm", *(f"layers.0.{name}" for name in block)]
     assert sorted(weights.named_leaves(decoder)) == sorted(names)
-    doubled = weights.replace_leaves(decoder, lambda name, leaf: 2 * leaf[...])
+    doubled = replace_leaves(decoder, lambda name, leaf: 2 * leaf[...])
     for name, leaf in weights.named_leaves(doubled).items():
         np.testing.assert_array_equal(leaf[...], 2 * weights.named_leaves(decoder)[name][...])
     assert dataclasses.asdict(doubled.config) == dataclasses.asdict(decoder.config)

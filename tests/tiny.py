@@ -1,15 +1,17 @@
 """A decoder small enough for every test, and the arrays of a pass placed on the mesh in force."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import Config, cache, meshes, model, rope, weights
+from qwen_jax import Config, cache, meshes, model, rope
 from qwen_jax.decode import positions
 from qwen_jax.model import Decoder, Output
 from qwen_jax.sharding import place
+from qwen_jax.weights import Weight, map_leaves
 
 KERNELS = ("pallas_tpu", "pallas_triton")  # attention that a CPU interprets
 # For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
@@ -46,7 +48,7 @@ def tiny_decoder(config: Config, dtype: Any = jnp.float32) -> Decoder:
     Drawn on the host from the leaf's name, so that a leaf is the same on every mesh.
     """
 
-    def draw(name: str, leaf: weights.Weight) -> jax.Array:
+    def draw(name: str, leaf: Weight) -> jax.Array:
         noise = np.random.default_rng(list(name.encode())).standard_normal(leaf.shape)
         if "norm" in name:
             noise = 1 + 0.3 * noise
@@ -54,7 +56,22 @@ def tiny_decoder(config: Config, dtype: Any = jnp.float32) -> Decoder:
             noise *= 1.5 / np.sqrt(config.hidden_size)
         return place(np.asarray(jnp.asarray(noise, dtype)), leaf.letters, config.sizes)
 
-    return weights.replace_leaves(model.abstract(config, dtype), draw)
+    return replace_leaves(model.abstract(config, dtype), draw)
+
+
+def replace_leaves(tree: Any, value: Callable[[str, Weight], Any]) -> Any:
+    """The same module with every leaf's array replaced by `value(path, leaf)`."""
+    return map_leaves(lambda path, x: Weight(value(path, x), letters=x.letters), tree)
+
+
+def small_noise(config: Config) -> Callable[[str, Weight], jax.Array]:
+    """A fifth of N(0, 1) in float32 for `replace_leaves`, drawn as those of `tiny_decoder`."""
+
+    def draw(name: str, leaf: Weight) -> jax.Array:
+        noise = np.random.default_rng(list(name.encode())).standard_normal(leaf.shape, np.float32)
+        return place(0.2 * noise, leaf.letters, config.sizes)
+
+    return draw
 
 
 def tiny_tokens(batch: int, length: int) -> np.ndarray:

@@ -15,12 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import names, peft
-from qwen_jax import lora, sharding
+from qwen_jax import lora
 from qwen_jax.lora import Adapters
 from qwen_jax.model import Decoder
-from qwen_jax.weights import Weight, map_leaves, named_leaves
+from qwen_jax.weights import named_leaves
 from tests.peft.torch_model import Model
-from tests.tiny import full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
+from tests.tiny import (
+    full_logits,
+    on_mesh,
+    replace_leaves,
+    small_noise,
+    tiny_config,
+    tiny_decoder,
+    tiny_tokens,
+)
 from train import step
 
 CONFIG = tiny_config()
@@ -76,14 +84,9 @@ def drawn(wanted: Any, whole: list[str]) -> Adapters:
     """That change much: b is not 0."""
     fresh = lora.create(base(), peft.targets(wanted), 4, 8.0, jax.random.key(0), bool(whole))
 
-    def one(path: str, leaf: Weight) -> Weight:
-        noise = np.random.default_rng(list(path.encode())).standard_normal(leaf.shape, np.float32)
-        placed = sharding.place(0.2 * noise, leaf.letters, CONFIG.sizes)
-        return Weight(placed, letters=leaf.letters)
-
     left = {"wte": "embedding", "lm_head": "head"}
     absent = {left[module]: None for module in left if module not in whole}
-    return map_leaves(one, fresh).replace(**absent)
+    return replace_leaves(fresh, small_noise(CONFIG)).replace(**absent)
 
 
 def trained(config: original.LoraConfig) -> Any:
