@@ -221,11 +221,6 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.cache
-def _groups() -> dict[str, tuple[str, ...]]:
-    return peft.targets(("c_attn", "c_proj", "w1", "w2"))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decoder(config: Config, dtype: str) -> Any:
     """Fresh weights, stacked."""
@@ -234,7 +229,8 @@ def _decoder(config: Config, dtype: str) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _adapters(config: Config, rank: int, base: Any) -> Any:
-    return lora.create(base, _groups(), rank, 16, jax.random.key(1))
+    groups = peft.targets(("c_attn", "c_proj", "w1", "w2"), config.num_layers)
+    return lora.create(base, groups, rank, 16, jax.random.key(1))
 
 
 def write(case: Case, path: Path) -> None:

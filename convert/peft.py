@@ -65,23 +65,34 @@ def modules() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def targets(wanted: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
+def targets(wanted: Sequence[str] | str, layers: int) -> dict[str, tuple[str, ...]]:
     """The modules that get adapters, as PEFT chooses: those whose path ends in one of the names, or
-    that a pattern matches whole. Raises ValueError for a name without a module.
+    that a pattern matches whole. Raises ValueError for a name without a module, for one that is not
+    chosen in every layer, and for what is no pattern.
     """
+    names_wanted = [wanted] if isinstance(wanted, str) else wanted
 
-    def chosen(module: str, name: str) -> bool:
-        path = f"{_LAYER.replace('{L}', '0')}{module}"
+    def chosen(path: str, name: str) -> bool:
+        if isinstance(wanted, str):
+            return re.fullmatch(name, path) is not None
         return path == name or path.endswith(f".{name}")
 
-    if isinstance(wanted, str):
-        path = _LAYER.replace("{L}", "0")
-        found = {m: leaves for m, leaves in modules().items() if re.fullmatch(wanted, path + m)}
-        nothing = [] if found else [wanted]
-    else:
-        found = {m: x for m, x in modules().items() if any(chosen(m, name) for name in wanted)}
-        nothing = [name for name in wanted if not any(chosen(m, name) for m in modules())]
-    if nothing:
+    found, used = {}, set()
+    for module, leaves in modules().items():
+        paths = [_LAYER.replace("{L}", str(layer)) + module for layer in range(layers)]
+        try:
+            by_layer = [{n for n in names_wanted if chosen(path, n)} for path in paths]
+        except re.error as error:
+            raise ValueError(f"target_modules {wanted!r}: no pattern: {error}") from None
+        if all(by_layer):
+            found[module] = leaves
+        elif any(by_layer):
+            raise ValueError(
+                f"target_modules {', '.join(names_wanted)}: chooses {module} in some layers only, "
+                "and adapters go on a module in every layer"
+            )
+        used |= set().union(*by_layer)
+    if nothing := [name for name in names_wanted if name not in used]:
         every = ", ".join(sorted({m.rpartition(".")[2] for m in modules()}))
         raise ValueError(f"no module is called {', '.join(nothing)}: there are {every}")
     return found
@@ -128,7 +139,7 @@ def _shape(adapters: Adapters) -> Shape:
     return Shape(dict(adapters.groups), rank, adapters.scale, whole)
 
 
-def read_shape(folder: Path) -> Shape:
+def read_shape(folder: Path, layers: int) -> Shape:
     """What adapter_config.json says. Raises ValueError that names every field that would change
     what is computed and is not supported here.
     """
@@ -155,7 +166,7 @@ def read_shape(folder: Path) -> Shape:
         raise ValueError(f"{file}: modules_to_save {', '.join(unknown)}: only wte and lm_head can")
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     whole = tuple(known[name.rpartition(".")[2]] for name in saved)
-    return Shape(targets(settings.get("target_modules") or []), rank, scale, whole)
+    return Shape(targets(settings.get("target_modules") or [], layers), rank, scale, whole)
 
 
 def _empty(value: Any) -> bool:
@@ -168,7 +179,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 
     Raises ValueError where they are for another model, or not supported.
     """
-    shape = read_shape(folder)
+    shape = read_shape(folder, decoder.config.num_layers)
     if decoder.head is None and "lm_head" in shape.whole:
         raise ValueError(f"{folder}: modules_to_save lm_head: this model's embedding is its head")
     sizes = {name: tuple(leaf.shape[1:]) for name, leaf in named_leaves(decoder.layers).items()}
@@ -212,9 +223,9 @@ def changes(
 
     Raises ValueError as `read` does.
     """
-    shape, first = read_shape(folder), "layers.0."
-    sizes = {path.removeprefix(first): size for path, size in shapes.items()}
     layers = len({path.split(".")[1] for path in shapes if path.startswith("layers.")})
+    shape, first = read_shape(folder, layers), "layers.0."
+    sizes = {path.removeprefix(first): size for path, size in shapes.items()}
     if lacking := [name for name in shape.whole if _WHOLE[name] not in sizes]:
         raise ValueError(f"{folder} is not of this model: it has {lacking[0]}")
     tensors = _read(folder, shape, layers, sizes)

@@ -9,6 +9,7 @@ cut, and nothing else: what was saved on one is restored on any other, by any nu
 """
 
 import contextlib
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,6 +173,7 @@ def save(
         "made_by": SAVED_BY,
         "dtype": next(iter(leaves.values())).dtype,
         "mesh": _mesh_sizes(decoder),
+        "id": uuid.uuid4().hex,  # another save of other weights has another manifest
     }
 
     def begin() -> None:

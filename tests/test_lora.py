@@ -21,7 +21,7 @@ from tests.tiny import QUICK, on_mesh, replace_leaves, small_noise, tiny_decoder
 from train import loss as losses
 from train import step
 
-GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"))
+GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"), CONFIG.num_layers)
 MESHES: list[tuple[dict[str, int], bool]] = [
     ({"tp": 2}, False),
     ({"tp": 8}, True),  # more than key/value heads
@@ -122,10 +122,16 @@ def test_dropout_of_what_goes_into_adapters():
 def test_targets_are_chosen_as_peft_does():
     assert list(GROUPS) == ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
     assert GROUPS["attn.c_attn"] == ("attn.q", "attn.k", "attn.v")
-    assert list(peft.targets(["attn.c_proj"])) == ["attn.c_proj"]
-    assert list(peft.targets(r".*\.mlp\.w\d")) == ["mlp.w1", "mlp.w2"]
+    assert list(peft.targets(["attn.c_proj"], 2)) == ["attn.c_proj"]
+    assert list(peft.targets(r".*\.mlp\.w\d", 2)) == ["mlp.w1", "mlp.w2"]
     with pytest.raises(ValueError, match="no module is called q_proj: there are c_attn, c_proj"):
-        peft.targets(["c_attn", "q_proj"])
+        peft.targets(["c_attn", "q_proj"], 2)
+    assert list(peft.targets(r".*\.h\.[01]\.mlp\.w1", 2)) == ["mlp.w1"]
+    for some in (["transformer.h.1.mlp.w1"], r".*\.h\.0\..*w1"):
+        with pytest.raises(ValueError, match=r"chooses mlp\.w1 in some layers only"):
+            peft.targets(some, 2)
+    with pytest.raises(ValueError, match=r"target_modules '\*w1': no pattern: nothing to repeat"):
+        peft.targets("*w1", 2)
 
 
 def written(folder: Path, **settings: Any) -> None:
@@ -172,7 +178,7 @@ def test_what_is_not_supported_is_named(tmp_path, settings, problem):
 def test_what_peft_writes_always_is_no_obstacle(tmp_path):
     inert = {"megatron_core": "megatron.core", "qalora_group_size": 16, "init_lora_weights": True}
     written(tmp_path, **inert, loftq_config={}, layers_to_transform=None, use_dora=False)
-    assert peft.read_shape(tmp_path).scale == 2
+    assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2
 
 
 def test_a_head_for_a_model_without_one_is_refused(tmp_path):
@@ -184,4 +190,4 @@ def test_a_head_for_a_model_without_one_is_refused(tmp_path):
 
 def test_rank_stabilised_scale(tmp_path):
     written(tmp_path, use_rslora=True)
-    assert peft.read_shape(tmp_path).scale == 2 * 4 / 2
+    assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2 * 4 / 2

@@ -1,15 +1,17 @@
 """Runs from beginning to end: what they leave, how they resume, and what they refuse."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import checkpoint
+from qwen_jax import checkpoint, meshes
 from tests.training import (
     curve,
     fail,
@@ -207,6 +209,40 @@ def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
+def test_a_run_that_was_never_saved_can_become_another(given, tmp_path, capsys, monkeypatch):
+    """As when the first step takes too much memory, and the next try has fewer rows."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "go", lambda *_: 1 / 0)
+        assert "ZeroDivision" in fail(capsys, pretraining(given, out, "--rows", 8), pretrain)
+    assert "--resume goes on with it" in fail(capsys, pretraining(given, out), pretrain)
+    succeed(pretraining(given, out, "--resume"))
+    assert "holds another run" in fail(
+        capsys, pretraining(given, out, "--rows", 8, "--resume"), pretrain
+    )
+
+
+def test_what_cannot_be_does_not_take_the_folder(whole, given, tmp_path, capsys):
+    ckpt, out = whole / "model", tmp_path / "run"
+    lora = ("--recipe", "sft_lora", "--lora-rank", 4, "--steps", 1)
+    wrong = (*lora, "--lora-targets", "q_proj"), (*lora, "--attention", "no")
+    for options in wrong:
+        fail(capsys, fine_tuning(given, ckpt, out, *options))
+        assert not out.exists()
+    succeed(fine_tuning(given, ckpt, out, *lora), sft)
+
+
+def test_another_model_of_the_same_shape_is_another(whole, given, tmp_path, capsys):
+    out, other = tmp_path / "run", tmp_path / "other"
+    lora = ("--recipe", "sft_lora", "--lora-rank", 4, "--steps", 1)
+    succeed(fine_tuning(given, whole / "model", out, *lora), sft)
+    with jax.set_mesh(meshes.make()):
+        config, decoder = checkpoint.load_config(whole / "model"), checkpoint.load(whole / "model")
+        checkpoint.save(other, config, decoder, like=whole / "model")
+    again = fine_tuning(given, other, out, *lora, "--resume")
+    assert "holds another run: another --ckpt" in fail(capsys, again)
+
+
 def test_recipes_have_the_published_values():
     """Section and table of the report at each recipe."""
     made = recipes.pretrain("qwen-7b")
@@ -251,6 +287,9 @@ def test_schedules():
     np.testing.assert_allclose([rate(0), rate(1430), rate(4000)], [0, 2e-6, 2e-7], rtol=1e-6)
     rate = recipes.code().schedule_of(1000)
     np.testing.assert_allclose([rate(15), rate(30), rate(999)], [1.5e-5, 3e-5, 3e-5], rtol=1e-6)
+    for name in ("constant", "cosine"):
+        rate = dataclasses.replace(made, schedule=name, warmup=0.0).schedule_of(10)
+        np.testing.assert_allclose(rate(0), 2e-6, rtol=1e-6)
 
 
 def test_the_recipe_that_would_run_is_shown(capsys):

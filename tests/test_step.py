@@ -235,6 +235,17 @@ def test_dropout():
     assert layers[0].mean() == pytest.approx(1, abs=0.01)
 
 
+def test_every_step_has_masks_of_its_own():
+    """Weights that do not move, and still another loss."""
+    still = dataclasses.replace(PLAIN, learning_rate=0.0)
+    with on_mesh(fsdp=2):
+        run = step.make_step(still, xla, jnp.float32, dropout=0.1)
+        state = step.create_state(tiny_decoder(CONFIG), still)
+        state, first = run(state, losses.place(packed_batch()))
+        _, second = run(state, losses.place(packed_batch()))
+    assert abs(first.metrics.loss - second.metrics.loss) > 1e-4
+
+
 def test_no_number_changes_nothing():
     """Neither weights nor moments, which are no longer 0 after a step."""
     batch = packed_batch()

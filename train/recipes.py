@@ -99,10 +99,11 @@ class Recipe:
 
         warm = self.warmup_steps(steps)
         peak = self.learning_rate
+        begin = 0.0 if warm else peak  # optax stays where a warm-up of no steps begins
         if self.schedule == "constant":
-            return optax.schedules.warmup_constant_schedule(0.0, peak, warm)
+            return optax.schedules.warmup_constant_schedule(begin, peak, warm)
         return optax.schedules.warmup_cosine_decay_schedule(
-            0.0, peak, warm, max(steps, warm + 1), self.final * peak
+            begin, peak, warm, max(steps, warm + 1), self.final * peak
         )
 
     def optimizer(self, steps: int) -> "Optimizer":

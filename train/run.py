@@ -34,6 +34,8 @@ from train.packing import Rows
 from train.recipes import Recipe
 from train.saving import Checkpoints
 
+FILES, CHECKPOINTS = "files", "checkpoints"
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -62,20 +64,21 @@ def train(task: Task, settings: Settings) -> None:
     steps = _steps(recipe, len(rows))
     if (warm := recipe.warmup_steps(steps)) >= steps:
         command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
+    attend, dtype = attention.get(recipe.attention), jnp.dtype(recipe.dtype)
     trained = trainee.of(task.config, task.ckpt, recipe)
     optimizer = recipe.optimizer(steps)
+    like = trained.abstract(optimizer)
     identity = _identity(task, rows)
     # The others find what process 0 has claimed.
     resume = settings.resume or processes.index() > 0
     processes.first(lambda: _claim(out, identity, resume))
-    files = processes.first(lambda: _write_files(out / "files", task))
-    checkpoints = Checkpoints(out / "checkpoints", settings.keep_last, settings.keep_best)
+    files = processes.first(lambda: _write_files(out / FILES, task))
+    checkpoints = Checkpoints(out / CHECKPOINTS, settings.keep_last, settings.keep_best)
     if settings.resume and checkpoints.latest is not None:
-        state, facts = checkpoints.restore(trained.abstract(optimizer))
+        state, facts = checkpoints.restore(like)
         command.say(f"resumed from step {checkpoints.latest}")
     else:
         state, facts = trained.begin(optimizer), {"position": 0}
-    attend, dtype = attention.get(recipe.attention), jnp.dtype(recipe.dtype)
     position = facts["position"]
     if position < steps:
         processes.first(lambda: _remove_results(out))
@@ -215,7 +218,7 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
 
 
 def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Take the folder for this run, or find this run in it."""
+    """Take the folder for this run, or find this run in it. One that was never saved is none."""
     file = out / "run.json"
     if not file.exists():
         if out.exists() and any(out.iterdir()):
@@ -233,9 +236,12 @@ def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
         for name, old, new in _differences(before, identity)
         if name != "recipe.steps" and name != "recipe.epochs"
     ]
-    if changed:
+    saved = any(x.name.isdecimal() for x in (out / CHECKPOINTS).glob("*"))
+    if changed and saved:
         raise ValueError(f"{out} holds another run: {'; '.join(changed[:5])}")
     if before != identity and processes.index() == 0:
+        if not saved:
+            shutil.rmtree(out / FILES, ignore_errors=True)
         directory.write_json(file, identity)  # with as many steps as it now has
 
 

@@ -116,7 +116,7 @@ class Adapted:
         recipe = self.recipe
         return lora.create(
             decoder,
-            _targets(recipe.lora_targets),
+            _targets(recipe.lora_targets, self.config.num_layers),
             recipe.lora_rank,
             recipe.lora_alpha,
             jax.random.key(recipe.seed),
@@ -147,10 +147,10 @@ class Adapted:
         return out / MODEL
 
 
-def _targets(wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
     """Names of modules, or one pattern, which PEFT tells from a name by its being no list."""
     pattern = len(wanted) == 1 and re.search(r"[*+?|()\[\]^$\\]", wanted[0])
-    return peft.targets(wanted[0] if pattern else wanted)
+    return peft.targets(wanted[0] if pattern else wanted, layers)
 
 
 def of(config: Config, ckpt: Path | None, recipe: Recipe) -> Whole | Adapted:

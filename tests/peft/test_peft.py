@@ -82,7 +82,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def drawn(wanted: Any, whole: list[str]) -> Adapters:
     """That change much: b is not 0."""
-    fresh = lora.create(base(), peft.targets(wanted), 4, 8.0, jax.random.key(0), bool(whole))
+    fresh = lora.create(
+        base(), peft.targets(wanted, CONFIG.num_layers), 4, 8.0, jax.random.key(0), bool(whole)
+    )
 
     left = {"wte": "embedding", "lm_head": "head"}
     absent = {left[module]: None for module in left if module not in whole}
@@ -211,4 +213,4 @@ def test_how_adapters_began_does_not_matter(tmp_path: Path, how: Any) -> None:
     config = original.LoraConfig(r=4, target_modules=["w1"], init_lora_weights=how)
     original.get_peft_model(torch_base(), config).save_pretrained(tmp_path)
     assert json.loads((tmp_path / peft.SETTINGS).read_text())["init_lora_weights"] == how
-    assert peft.read_shape(tmp_path).scale == 2
+    assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2
