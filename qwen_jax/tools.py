@@ -49,6 +49,26 @@ class Turn:
         return "".join(text for text, _ in self.spans)
 
 
+@dataclasses.dataclass
+class _Step:
+    """A call of a reply, or what else is said. id, name: of the call; waits: for its result."""
+
+    text: str
+    id: Any = None
+    name: str = ""
+    waits: bool = False
+    result: str | None = None
+
+
+def _turn(role: str, steps: Sequence[_Step]) -> Turn:
+    spans: list[tuple[str, bool]] = []
+    for step in steps:
+        spans.append((f"\n{step.text}" if spans else step.text, True))
+        if step.result is not None:
+            spans.append((f"\nObservation: {step.result}", False))
+    return Turn(role, tuple(spans))
+
+
 def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
     """What tells the model of its tools: functions, or {"type": "function", "function": ...}.
 
@@ -69,7 +89,7 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
         names.append(name)
         parameters = _json(function.get("parameters", {}), f"the parameters of {what}")
         texts.append(_TOOL.format(name=name, human=human, description=told, parameters=parameters))
-    return _INSTRUCTION.format(tools="\n\n".join(texts), names=",".join(names))
+    return _INSTRUCTION.format(tools="\n\n".join(texts), names=", ".join(names))
 
 
 def turns(
@@ -78,7 +98,8 @@ def turns(
     """(system message, turns) of a conversation, messages {"role": ..., "content": ...}.
 
     roles: system (first alone), user, assistant, and tool or function for results. An assistant's
-    calls are in `tool_calls`, or in the older `function_call`. With tools, the first user turn
+    calls are in `tool_calls`, or in the older `function_call`; each is followed by its result: that
+    with its id in `tool_call_id`, or with its name, or the next. With tools, the first user turn
     begins with what tells of them, as in the original's examples for fine-tuning: every reply is
     trained, so none may call what it was not told of (the original's server, which needs the next
     reply alone, puts it in the last turn but one).
@@ -87,50 +108,64 @@ def turns(
     what has another shape.
     """
     system: str | None = None
-    found: list[Turn] = []
+    found: list[tuple[str, list[_Step]]] = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise ValueError(f"message {number} is no object")
         role = message.get("role")
-        last = found[-1].role if found else None
+        last, steps = found[-1] if found else (None, [])
         if role == "system":
             if number > 1:
                 raise ValueError(f"message {number} is of the system: only the first can be")
             system = _content(message, number)
         elif role == "user":
-            found.append(Turn("user", ((_content(message, number), True),)))
+            found.append(("user", [_Step(_content(message, number))]))
         elif role == "assistant":
             if last is None:
                 raise ValueError(f"message {number} is a reply to nobody: begin with a user")
             said = _reply(message, number, bool(tools))
             if last == "user":
-                found.append(Turn("assistant", ((said, True),)))
+                found.append(("assistant", said))
             else:
-                found[-1] = Turn("assistant", (*found[-1].spans, ("\n" + said, True)))
+                for step in steps:
+                    step.waits = False
+                steps += said
         elif role in ("tool", "function"):
-            if last != "assistant":
-                raise ValueError(f"message {number} is the result of no call")
-            result = f"\nObservation: {_content(message, number).strip()}"
-            found[-1] = Turn("assistant", (*found[-1].spans, (result, False)))
+            _answered(steps, message, number)
         else:
             allowed = "system, user, assistant, tool, function"
             raise ValueError(f"message {number} is of {reprlib.repr(role)}: allowed are {allowed}")
     if tools and found:  # the first turn is of a user: a reply before it is refused
-        question = f"{instruction(tools)}\n\nQuestion: {found[0].text}"
-        found[0] = Turn("user", ((question, True),))
-    return system, found
+        question = found[0][1][0]
+        question.text = f"{instruction(tools)}\n\nQuestion: {question.text}"
+    return system, [_turn(role, steps) for role, steps in found]
 
 
-def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> str:
-    """An assistant's message as text: its calls, or its answer."""
+def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -> None:
+    """Put a result to its call: that of its id; where ids are lacking, of its name, or the next."""
+    waiting = [step for step in steps if step.waits]
+    wanted, name = message.get("tool_call_id") or None, message.get("name")
+    by_id = [step for step in waiting if wanted is not None and step.id == wanted]
+    open_ = [step for step in waiting if wanted is None or step.id is None]
+    found = [*by_id, *(step for step in open_ if step.name == name), *open_]
+    if not found:
+        raise ValueError(f"message {number} is the result of no call")
+    found[0].waits, found[0].result = False, _content(message, number).strip()
+
+
+def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_Step]:
+    """An assistant's message: its calls, or its answer. What is said beside calls is the thought
+    that comes before the first.
+    """
     calls = message.get("tool_calls") or []
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise ValueError(f"message {number} has 'tool_calls' that are no list")
     calls = [*calls, *([message["function_call"]] if message.get("function_call") else [])]
     text = _content(message, number, needed=not calls)
     if not calls:
-        return _ANSWER.format(text=text) if with_tools else text
-    parts = []
+        return [_Step(_ANSWER.format(text=text) if with_tools else text)]
+    thought = text.strip().removeprefix("Thought:").strip()
+    steps = []
     for index, call in enumerate(calls, 1):
         what = f"call {index} of message {number}"
         function = _function(call, what)
@@ -143,9 +178,10 @@ def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> str:
             arguments = _json(arguments, f"the arguments of {what}")
         elif not isinstance(arguments, str):
             raise ValueError(f"{what} has arguments that are neither text nor an object")
-        thought = text.strip() or f"Thought: I can use {name}."
-        parts.append(f"{thought}\nAction: {name}\nAction Input: {arguments}")
-    return "\n".join(parts)
+        said = (index == 1 and thought) or f"I can use {name}."
+        made = f"Thought: {said}\nAction: {name}\nAction Input: {arguments}"
+        steps.append(_Step(made, call.get("id"), name, waits=True))
+    return steps
 
 
 def _function(value: Any, what: str) -> Mapping[str, Any]:

@@ -51,6 +51,24 @@ def test_calls_and_results_are_one_reply():
     ]
 
 
+@pytest.mark.parametrize("thought", ["Let me look.", "Thought: Let me look.\n"])
+def test_calls_of_one_message_are_made_one_after_the_other(thought):
+    """Each with its result, in whatever order these came; what was said is the first thought."""
+    calls = [{"id": x, "function": {"name": x, "arguments": {}}} for x in ("a", "b")]
+    results = [{"role": "tool", "tool_call_id": x, "content": f"of {x}"} for x in ("b", "a")]
+    said = [ASKED, {"role": "assistant", "content": thought, "tool_calls": calls}, *results]
+    _, (_, reply) = turns([*said, {"role": "assistant", "content": "Done."}])
+    assert reply.text == (
+        "Thought: Let me look.\nAction: a\nAction Input: {}\nObservation: of a\n"
+        "Thought: I can use b.\nAction: b\nAction Input: {}\nObservation: of b\nDone."
+    )
+    assert [own for _, own in reply.spans] == [True, False, True, False, True]
+    in_order = [{"role": "tool", "tool_call_id": "", "content": f"of {x}"} for x in ("a", "b")]
+    by_name = [{"role": "tool", "name": x, "content": f"of {x}"} for x in ("b", "a")]
+    for other in (in_order, by_name):
+        assert turns([*said[:2], *other])[1][1].text == reply.text.removesuffix("\nDone.")
+
+
 def test_what_tells_of_tools():
     text = instruction(
         [WEATHER, {"name": "b", "description_for_model": "x", "name_for_human": "B"}]
@@ -58,7 +76,7 @@ def test_what_tells_of_tools():
     assert "weather: Call this tool to interact with the weather API." in text
     assert 'Parameters: {"type": "object", "properties": {"place": {"type": "string"}}}' in text
     assert "b: Call this tool to interact with the B API. What is the B API useful for? x " in text
-    assert "should be one of [weather,b]" in text and text.endswith("\n\nBegin!")
+    assert "should be one of [weather, b]" in text and text.endswith("\n\nBegin!")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -77,6 +95,10 @@ def test_null_is_what_is_not_there():
     assert reply.text.endswith("Action: b\nAction Input: {}")
 
 
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "dry"}
+ANSWER = {"role": "assistant", "content": "No."}
+
+
 def calling(*calls: Any) -> list[Any]:
     return [ASKED, {"role": "assistant", "tool_calls": list(calls)}]
 
@@ -89,6 +111,10 @@ def calling(*calls: Any) -> list[Any]:
         ([ASKED, {"role": "system", "content": "x"}], (), "message 2 is of the system"),
         ([{"role": "assistant", "content": "x"}], (), "message 1 is a reply to nobody"),
         ([ASKED, {"role": "tool", "content": "x"}], (), "message 2 is the result of no call"),
+        ([*calling(CALL), RESULT, RESULT], (), "message 4 is the result of no call"),
+        ([*calling(CALL), RESULT | {"tool_call_id": "2"}], (), "message 3 is the result of no"),
+        ([*calling(CALL), ANSWER, RESULT], (), "message 4 is the result of no call"),
+        ([ASKED, ANSWER, RESULT], (), "message 3 is the result of no call"),
         ([ASKED, {"role": "assistant"}], (), "message 2 has no text in 'content'"),
         ([{"role": "user", "content": [{"type": "image"}]}], (), "message 1 has parts that are no"),
         ([{"role": "user", "content": [{"type": "text"}]}], (), "message 1 has parts that are no"),
