@@ -158,15 +158,26 @@ def read_shape(folder: Path, layers: int) -> Shape:
         said = ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(refused.items()))
         raise ValueError(f"{file}: not supported: {said}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(f"{file}: r {rank!r} and lora_alpha {alpha!r} must be positive numbers")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{file}: r {rank!r}: a whole number, at least 1")
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{file}: lora_alpha {alpha!r}: a number above 0")
     known = {module.rpartition(".")[2]: module for module in _WHOLE}
-    saved = settings.get("modules_to_save") or []
+    wanted, saved = settings.get("target_modules") or [], settings.get("modules_to_save") or []
+    for name, value in (("target_modules", wanted), ("modules_to_save", saved)):
+        pattern = isinstance(value, str) and name == "target_modules"
+        if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+            raise ValueError(f"{file}: {name} {value!r}: a list of names")
+    if not wanted:
+        raise ValueError(f"{file} names no target_modules")
+    stabilised = settings.get("use_rslora") or False
+    if not isinstance(stabilised, bool):
+        raise ValueError(f"{file}: use_rslora {stabilised!r}: true or false")
     if unknown := sorted({name.rpartition(".")[2] for name in saved} - set(known)):
         raise ValueError(f"{file}: modules_to_save {', '.join(unknown)}: only wte and lm_head can")
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scale = alpha / (math.sqrt(rank) if stabilised else rank)
     whole = tuple(known[name.rpartition(".")[2]] for name in saved)
-    return Shape(targets(settings.get("target_modules") or [], layers), rank, scale, whole)
+    return Shape(targets(wanted, layers), rank, scale, whole)
 
 
 def _empty(value: Any) -> bool:
@@ -283,6 +294,8 @@ def _read(
             problems.append(f"{name} is {list(found[name].shape)} instead of {list(size)}")
     if problems:
         raise ValueError(f"{file} is not of this model: {directory.some(problems)}")
+    if spoiled := [name for name, x in found.items() if not np.isfinite(x).all()]:
+        raise ValueError(f"{file}: not all are numbers: {directory.some(spoiled)}")
     return {wanted[name]: tensor for name, tensor in found.items()}
 
 

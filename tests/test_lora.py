@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from convert import peft
 from qwen_jax import lora, meshes
@@ -162,7 +163,13 @@ def test_written_and_read_again(tmp_path):
         ({"peft_type": "IA3"}, "peft_type 'IA3', only LORA is supported"),
         ({"modules_to_save": ["ln_f"]}, "modules_to_save ln_f: only wte and lm_head"),
         ({"target_modules": ["q_proj"]}, "no module is called q_proj"),
-        ({"r": 0}, "r 0 and lora_alpha"),
+        ({"target_modules": [5]}, r"target_modules \[5\]: a list of names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save 'lm_head': a list of names"),
+        ({"target_modules": None}, "names no target_modules"),
+        ({"use_rslora": "false"}, "use_rslora 'false': true or false"),
+        ({"r": 0}, "r 0: a whole number, at least 1"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan: a number above 0"),
+        ({"lora_alpha": 0}, "lora_alpha 0: a number above 0"),
         ({"r": 8}, r"c_attn.lora_A.weight is \[4, 32\] instead of \[8, 32\]"),
         ({"target_modules": ["c_attn"]}, "w1.lora_A.weight is not known"),
     ],
@@ -172,6 +179,16 @@ def test_what_is_not_supported_is_named(tmp_path, settings, problem):
     file = tmp_path / peft.SETTINGS
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     with on_mesh(), pytest.raises(ValueError, match=problem):
+        peft.read(tmp_path, step.stacked(tiny_decoder(CONFIG)))
+
+
+def test_adapters_that_are_no_numbers_are_refused(tmp_path):
+    written(tmp_path)
+    tensors = load_file(tmp_path / peft.TENSORS)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, tmp_path / peft.TENSORS)
+    with on_mesh(), pytest.raises(ValueError, match=f"not all are numbers: {name}"):
         peft.read(tmp_path, step.stacked(tiny_decoder(CONFIG)))
 
 
