@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def run(
 ) -> int:
     """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
     args = parser.parse_args(argv)
-    show_log()
+    show_log(args.debug)
     try:
         work(args)
     except KeyboardInterrupt:
@@ -42,6 +43,7 @@ def run(
     except Exception as error:
         if args.debug:
             raise
+        _hush()
         processes.await_verdict(error)
         detail = " ".join(str(error).split()) or "no message; --debug shows where"
         known = isinstance(error, ValueError | OSError | NotImplementedError)
@@ -60,15 +62,25 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def show_log() -> None:
-    """What the library logs goes the way of `say`."""
+def _hush() -> None:
+    """What is under way elsewhere when a command fails, such as a checkpoint that is written by
+    threads, fails with it: of that no traceback.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = threading.excepthook = lambda _: None
+
+
+def show_log(debug: bool = False) -> None:
+    """What the library logs goes the way of `say`; what Orbax logs, for debugging alone: warnings
+    of what is meant, and errors which it also raises.
+    """
     handler = logging.Handler()
     handler.emit = lambda record: say(record.getMessage())
     logger = logging.getLogger("qwen_jax")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries that log to the root would say it again
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant
+    logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -70,6 +70,17 @@ def test_what_is_refused(talk: Any, message: str) -> None:
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
+def test_a_system_message_that_is_empty_is_one() -> None:
+    """The one given is for conversations that have none."""
+    tokenizer = qwen_tokenizer()
+    silent = [{"role": "system", "content": ""}, *MESSAGES]
+    examples = ({"messages": silent}, {"messages": MESSAGES, "system": ""})
+    talk = [{"from": m["role"], "value": m["content"]} for m in MESSAGES]
+    expected = sft_example(tokenizer, talk, "", 128)
+    for record in (*examples, {"conversations": talk, "system": ""}):
+        assert chat_example(tokenizer, record, "You are.", 128) == expected
+
+
 def test_tools_may_be_written_as_json() -> None:
     offered = [{"type": "function", "function": {"name": "weather"}}]
     plain, written = (

@@ -1,13 +1,17 @@
 """The model that comes along: that it has learned, can be made again, and learns further."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import qwen_jax
 from convert import from_hf
@@ -55,6 +59,21 @@ def test_it_knows_more_than_pairs_of_tokens(demo):
         decoder = model.stack(checkpoint.load(demo))
         found = float(evaluate(decoder, loss.place(batch)).loss)
     assert found < held_out_loss(train, held_out, config.vocab_size) - 0.5
+
+
+@pytest.mark.long
+def test_the_recipe_is_whole(tmp_path):
+    """Its script, but for most of the steps: the same vocabulary, a model of the same layout."""
+    script = [HOME / "train.sh", tmp_path, "--steps", "2", "--warmup", "1", "--eval-every", "0"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run(["bash", *map(str, script)], check=True, env=environment)
+    for name in ("qwen.tiktoken", "config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (HOME / "model" / name).read_bytes(), name
+    made, kept = (load_file(x / "model.safetensors") for x in (tmp_path / "hf", HOME / "model"))
+    shapes = [{name: (x.shape, x.dtype) for name, x in tensors.items()} for tensors in (made, kept)]
+    assert shapes[0] == shapes[1]
+    held_out = curve(tmp_path / "run", "held_out")
+    assert list(held_out) == [2] and held_out[2]["loss"] < np.log(1280) + 0.2
 
 
 @pytest.mark.long

@@ -104,6 +104,17 @@ def test_what_is_cut_short_is_no_cache(tmp_path, monkeypatch):
     assert len(cached(tmp_path, examples(10, 5))) == 10
 
 
+@pytest.mark.parametrize("file", ["ids.u4", "ends.i8", "trained.b1", "counts.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_cache_is_made_again(tmp_path, file, how):
+    values = [{"ids": list(range(5)), "labels": [-100, 1, 2, 3, 4]}] * 10
+    path = cached(tmp_path, values).folder / file
+    before = path.read_bytes()
+    path.write_bytes(before[:-4]) if how == "cut" else path.unlink()
+    cache = make_again(tmp_path)
+    assert len(cache) == 10 and (cache.folder / file).read_bytes() == before
+
+
 def folders(home: Path) -> list[Path]:
     return [path for path in (home / "cache").iterdir() if path.is_dir()]
 

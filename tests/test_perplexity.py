@@ -73,9 +73,13 @@ def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
         (["--lengths", "64,x"], "--lengths 64,x: whole numbers"),
         (["--windows", "[64"], "--windows [64: a list of widths, as [1024, null]"),
         (["--windows", "[64]"], "layer_windows"),
+        (["--plot", "."], "--plot .: a file in a folder that is there"),
+        (["--plot", "none/x.png"], "--plot none/x.png: a file in a folder that is there"),
         (["--modes", "yarn"], "mode 'yarn': allowed are plain, ntk"),
         (["--lengths", "65536"], "no document has 65536 tokens"),
     ],
 )
-def test_what_cannot_be(given, capsys, change, problem):
+def test_what_cannot_be(given, capsys, monkeypatch, change, problem):
+    """Said before anything is measured."""
+    monkeypatch.setattr(perplexity, "perplexity", lambda *_: pytest.fail("it is measured"))
     assert problem in fail(capsys, command(given, *change), perplexity)

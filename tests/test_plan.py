@@ -440,6 +440,10 @@ def test_the_command(
             ["--model", "qwen-7b", "--topology", "v5e:2x2", "--decode", "--mesh", "context=2,tp=2"],
             "context splits training only",
         ),
+        (
+            ["--model", "qwen-7b", "--topology", "v5e:2x2", "--base-dtype", "int8"],
+            "--base-dtype and --train-embeddings are of adapters: give --lora-rank",
+        ),
     ],
 )
 def test_usage_errors(

@@ -63,6 +63,7 @@ def test_a_long_text_comes_in_pieces_that_encode_as_the_whole(tmp_path, monkeypa
 def test_files_of_a_folder_in_order(tmp_path):
     for name in ("b.jsonl", "a.txt", "notes.md"):
         (tmp_path / name).write_text("x\n")
+    (tmp_path / "c.jsonl").mkdir()
     assert [path.name for path in records.files([tmp_path])] == ["a.txt", "b.jsonl"]
 
 

@@ -1,5 +1,7 @@
 """gs:// wherever a local path may be, with the real clients, against a stand-in of the service."""
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -11,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import qwen_jax
@@ -20,7 +24,9 @@ from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, ther
 from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.tiny import tiny_config
 from tests.tools import object_store
-from train import plan, topology
+from tests.vocabulary import qwen_tokenizer
+from train import plan, records, token_cache, topology
+from train.data import text_example
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +112,35 @@ def test_text_from_a_remote_directory(bucket, tmp_path, chat_dir, capsys):
         assert generate.main(["--ckpt", str(path), *options]) == 0
         texts.append(json.loads(capsys.readouterr().out)["tokens"])
     assert texts[0] == texts[1]
+
+
+def test_data_to_train_on(bucket, tmp_path):
+    """Records and their tokens are those of the same files on a disk."""
+    lines = "".join(f'{{"text": "{i} and so on"}}\n' for i in range(100))
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}] * 5), parquet)
+    contents = {
+        "a.jsonl": lines.encode(),
+        "b.jsonl.gz": gzip.compress(lines.encode()),
+        "c.parquet": parquet.getvalue(),
+        "d.txt": b"plain text\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        paths.write(paths.parse(f"{bucket}/data/{name}"), content)
+    tokenizer, digests = qwen_tokenizer(), []
+
+    def text(record):
+        return text_example(tokenizer, record.value, ends=record.ends), None
+
+    for source in (tmp_path, f"{bucket}/data"):
+        files = records.files([source])
+        assert [file.name for file in files] == list(contents)
+        encoding = token_cache.Encoding(text, {"data": "text"})
+        cache = token_cache.make(files, tokenizer, encoding, tmp_path / "cache")
+        assert len(cache) == 206
+        digests.append(cache.counts.digest)
+    assert digests[0] == digests[1]
 
 
 def test_inspected(bucket, capfd):

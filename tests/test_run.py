@@ -1,7 +1,10 @@
 """Runs from beginning to end: what they leave, how they resume, and what they refuse."""
 
 import dataclasses
+import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import qwen_jax
 from qwen_jax import checkpoint, meshes
 from tests.training import (
+    CONFIG,
     curve,
     fail,
     fine_tuning,
@@ -21,7 +25,7 @@ from tests.training import (
     succeed,
     weights,
 )
-from train import loop, packing, pretrain, recipes, saving, sft, step
+from train import logs, loop, packing, pretrain, recipes, run, run_folder, saving, sft, step
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,81 @@ def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
     expected = weights(whole / "model")
     for name, value in weights(out / "model").items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("at", [6, 12])
+def test_an_evaluation_that_is_cut_off_is_made_up(
+    whole, given, tmp_path, monkeypatch, at, number, code
+):
+    """At the next start, whether steps follow or it was the last thing to do."""
+    evaluations = iter([4, 6, 8, 12])
+
+    def cut_off(*args: Any) -> Any:
+        if next(evaluations) == at:
+            signal.raise_signal(number)
+        yield from once(*args)
+
+    once, out = loop.once, tmp_path / "run"
+    options = ("--eval-every", 6, "--eval-data", given / "text.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "once", cut_off)
+        assert pretrain.main(pretraining(given, out, *options)) == code
+    assert max(curve(out)) == at and at not in curve(out, "held_out")
+    assert not (out / "model").exists()
+    for _ in range(2):  # once more of a run that is done: no figure is there twice
+        succeed(pretraining(given, out, *options, "--resume"))
+        assert curve(out) == curve(whole)
+        assert curve(out, "held_out") == curve(whole, "held_out")
+    assert (out / "model").exists()
+
+
+def test_a_cut_off_evaluation_is_not_owed_without_data(given, tmp_path, monkeypatch):
+    held_out = ("--eval-data", given / "text.txt", "--steps", 4)
+    once = loop.once
+
+    def cut_off(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return once(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "once", cut_off)
+        succeed(pretraining(given, tmp_path / "run", *held_out))
+    succeed(pretraining(given, tmp_path / "run", "--steps", 4, "--resume"))
+    assert (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("at", [5, 12])
+def test_a_signal_in_a_step(whole, given, tmp_path, monkeypatch, at, number, code):
+    """The state is saved, and nothing else is begun, not even after the last step."""
+    tell, out = logs.Log.tell, tmp_path / "run"
+
+    def signalled(self: Any, step: int, *args: Any) -> None:
+        tell(self, step, *args)
+        if step == at:
+            signal.raise_signal(number)
+
+    options = ("--eval-every", 6, "--eval-data", given / "text.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.Log, "tell", signalled)
+        assert pretrain.main(pretraining(given, out, *options)) == code
+    assert not (out / "model").exists() and max(curve(out)) < at + 4
+    succeed(pretraining(given, out, *options, "--resume"))
+    assert curve(out) == curve(whole)
+    assert curve(out, "held_out") == curve(whole, "held_out")
+    assert (out / "model").exists()
+
+
+def test_figures_of_the_device(given, tmp_path, monkeypatch):
+    """MFU: the model's FLOPs for the tokens of a second, over the peak of all devices."""
+    monkeypatch.setattr(loop, "_peak", lambda: 2e9)
+    monkeypatch.setattr(loop, "_memory", lambda: 3_000_000_000)
+    succeed(pretraining(given, tmp_path / "run", "--steps", 2))
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        figures = json.loads(line)
+        flops = figures["tokens_per_second"] * CONFIG.flops_per_token(32)
+        assert figures["mfu"] == pytest.approx(flops / 2e9) and figures["memory_gb"] == 3
 
 
 def test_a_run_resumes_on_another_mesh(whole, given, tmp_path):
@@ -139,6 +218,33 @@ def test_a_batch_that_spoils_the_loss_is_skipped_on_request(given, tmp_path, cap
     assert all(np.isfinite(value).all() for value in weights(out / "model").values())
 
 
+def test_batches_are_not_skipped_for_ever(given, tmp_path, capsys, monkeypatch):
+    """A model that is spoiled makes a number of none."""
+    read = packing.Rows.__getitem__
+    spoil = lambda *args: (row := read(*args)).replace(weights=row.weights * np.nan)  # noqa: E731
+    monkeypatch.setattr(packing.Rows, "__getitem__", spoil)
+    line = fail(capsys, pretraining(given, tmp_path / "run", "--on-nan", "skip"), pretrain)
+    assert line.startswith("error: step 10: loss nan") and "as in the 9 steps before" in line
+    assert len(list((tmp_path / "run").glob("batch-*.npz"))) == 10
+
+
+def test_a_full_disk(given, tmp_path, capfd):
+    """One line of it, although checkpoints are written by threads that all fail; a real disk that
+    is full cannot be had everywhere, a limit for files can.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        assert pretrain.main(pretraining(given, tmp_path / "run")) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("error: ") == 1
+    assert "File too large" in said
+
+
 def test_the_best_are_kept_over_a_restart(tmp_path):
     state = {"x": jnp.arange(3)}
     for steps, losses in (((1, 2, 3), (3, 1, 2)), ((4, 5), (5, None))):
@@ -148,6 +254,15 @@ def test_the_best_are_kept_over_a_restart(tmp_path):
         checkpoints.wait()
         checkpoints.close()
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "5"}
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    kept = saving.Checkpoints(tmp_path, last=1, best=1)
+    for number, loss in enumerate((1.0, float("nan"), 2.0, float("inf"), 2.0), 1):
+        kept.save(number, {"a": jnp.zeros(2)}, {}, loss)
+        kept.wait()
+    kept.close()
+    assert sorted(x.name for x in tmp_path.iterdir() if x.is_dir()) == ["1", "5"]
 
 
 def test_steps_are_profiled_on_request(given, tmp_path):
@@ -166,12 +281,21 @@ def test_steps_are_profiled_on_request(given, tmp_path):
         (["--source", "memoir"], "source 'memoir': allowed here are report, memo"),
         (["--accumulate", "3"], "4 rows do not fall into 3 parts"),
         (["--pack", "nope"], "pack 'nope': allowed are joined, fitted, alone"),
-        (["--moments", "int8"], "moments 'int8': allowed are float32, bfloat16, float16"),
-        (["--rows", "0"], "rows 0: it is at least 1"),
-        (["--dropout", "1"], "dropout 1: it is at least 0, and below 1"),
+        (["--moments", "int8"], "moments 'int8': allowed are float32, bfloat16"),
+        (["--rows", "0"], "rows 0: a number, at least 1"),
+        (["--learning-rate", "nan"], "learning_rate nan: a number, at least 0"),
+        (["--learning-rate", "inf"], "learning_rate inf: a number, at least 0"),
+        (["--seed", "-1"], "seed -1: a number, at least 0"),
+        (["--warmup", "1e30"], "warmup 1e+30: a number, at least 0, and below"),
+        (["--eval-share", "nan"], "--eval-share nan: at least 0, and below 1"),
+        (["--dropout", "1"], "dropout 1: a number, at least 0, and below 1"),
         (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share: one"),
         (["--profile-steps", "7"], "--profile-steps 7: write it as 10-12"),
         (["--out", "gs://bucket/run"], "--out gs://bucket/run: a folder on a disk that all hosts"),
+        (["--steps", "4", "--epochs", "1"], "--epochs and --steps: one of them"),
+        (["--keep-best", "-1"], "--keep-best -1: 0 or more"),
+        (["--merge"], "--merge is of adapters: take --recipe sft_lora"),
+        (["--base-dtype", "int8"], "--base-dtype is of adapters: take --recipe sft_lora"),
         (["--lora-rank", "4"], "adapters go on a trained model: give --ckpt"),
     ],
 )
@@ -200,6 +324,10 @@ def test_data_that_cannot_be_learned_from(whole, given, tmp_path, capsys):
 def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
     again = pretraining(given, whole)
     assert f"{whole} holds a run already: --resume goes on" in fail(capsys, again, pretrain)
+    claimed = (whole / "run.json").read_text()
+    line = fail(capsys, [*again, "--resume", "--steps", "8"], pretrain)
+    assert f"{whole} is at step 12: of 8 steps it has more" in line
+    assert (whole / "run.json").read_text() == claimed
     other = [*again, "--resume", "--learning-rate", "0.02"]
     line = fail(capsys, other, pretrain)
     assert "holds another run: recipe.learning_rate was 0.01, is 0.02" in line
@@ -210,16 +338,22 @@ def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
 
 
 def test_a_run_that_was_never_saved_can_become_another(given, tmp_path, capsys, monkeypatch):
-    """As when the first step takes too much memory, and the next try has fewer rows."""
+    """As when the first step takes too much memory, and the next try is of a smaller model."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "go", lambda *_: 1 / 0)
-        assert "ZeroDivision" in fail(capsys, pretraining(given, out, "--rows", 8), pretrain)
-    assert "--resume goes on with it" in fail(capsys, pretraining(given, out), pretrain)
-    succeed(pretraining(given, out, "--resume"))
-    assert "holds another run" in fail(
-        capsys, pretraining(given, out, "--rows", 8, "--resume"), pretrain
-    )
+        assert "ZeroDivision" in fail(capsys, pretraining(given, out), pretrain)
+    smaller = tmp_path / "config.json"
+    smaller.write_text(json.dumps(dataclasses.replace(CONFIG, num_layers=1).to_hf()))
+    arguments = [*pretraining(given, out, "--steps", 2), "--model", str(smaller)]
+    assert "--resume goes on with it" in fail(capsys, arguments, pretrain)
+    succeed([*arguments, "--resume"])
+    assert "was never saved: this one takes its place" in capsys.readouterr().err
+    assert checkpoint.load_config(out / "model").num_layers == 1
+    shutil.rmtree(out / "checkpoints")  # the model alone makes it a run
+    again = pretraining(given, out, "--resume")
+    assert "holds another run: config.num_hidden_layers was 1" in fail(capsys, again, pretrain)
+    assert checkpoint.verify_whole(out / "model")
 
 
 def test_what_cannot_be_does_not_take_the_folder(whole, given, tmp_path, capsys):
@@ -228,11 +362,10 @@ def test_what_cannot_be_does_not_take_the_folder(whole, given, tmp_path, capsys)
     wrong = (*lora, "--lora-targets", "q_proj"), (*lora, "--attention", "no")
     for options in wrong:
         fail(capsys, fine_tuning(given, ckpt, out, *options))
-        assert not out.exists()
     succeed(fine_tuning(given, ckpt, out, *lora), sft)
 
 
-def test_another_model_of_the_same_shape_is_another(whole, given, tmp_path, capsys):
+def test_another_directory_of_the_same_shape_is_another(whole, given, tmp_path, capsys):
     out, other = tmp_path / "run", tmp_path / "other"
     lora = ("--recipe", "sft_lora", "--lora-rank", 4, "--steps", 1)
     succeed(fine_tuning(given, whole / "model", out, *lora), sft)
@@ -241,6 +374,38 @@ def test_another_model_of_the_same_shape_is_another(whole, given, tmp_path, caps
         checkpoint.save(other, config, decoder, like=whole / "model")
     again = fine_tuning(given, other, out, *lora, "--resume")
     assert "holds another run: another --ckpt" in fail(capsys, again)
+
+
+def test_two_runs_in_one_folder_at_a_time(given, tmp_path, capsys):
+    arguments = pretraining(given, tmp_path, "--steps", 1)
+    with run_folder.alone(tmp_path):
+        before = list(tmp_path.iterdir())
+        assert f"{tmp_path}: another run is at work there" in fail(capsys, arguments, pretrain)
+        assert list(tmp_path.iterdir()) == before
+    succeed(arguments)
+
+
+def test_a_file_in_place_of_the_folder(given, tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    line = fail(capsys, pretraining(given, tmp_path / "run"), pretrain)
+    assert line == f"error: {tmp_path / 'run'} is a file: give --out an empty or new folder"
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named(whole, given, tmp_path, capsys, how):
+    """With what goes on without it: the one before."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    last = out / "checkpoints" / "12"
+    for file in [x for x in (last / "state").rglob("*") if x.is_file() and x.parent.name == "d"]:
+        file.write_bytes(file.read_bytes()[:-40]) if how == "cut" else file.unlink()
+    again = pretraining(given, out, "--eval-every", 6, "--eval-data", given / "text.txt")
+    line = fail(capsys, [*again, "--resume"], pretrain)
+    assert f"{last} cannot be restored: " in line
+    assert "if it is damaged, remove it, and --resume goes on from step 8" in line
+    shutil.rmtree(last)
+    succeed([*again, "--resume"])
+    assert curve(out) == curve(whole)
 
 
 def test_recipes_have_the_published_values():
@@ -290,6 +455,13 @@ def test_schedules():
     for name in ("constant", "cosine"):
         rate = dataclasses.replace(made, schedule=name, warmup=0.0).schedule_of(10)
         np.testing.assert_allclose(rate(0), 2e-6, rtol=1e-6)
+
+
+def test_steps_of_epochs():
+    made = dataclasses.replace(recipes.sft_lora(), epochs=1.5)
+    assert run._steps(made, 33) == 4  # of 16 rows
+    with pytest.raises(ValueError, match=r"1e\+30 epochs are 1\.875e\+30 steps"):
+        run._steps(dataclasses.replace(made, epochs=1e30), 30)
 
 
 def test_the_recipe_that_would_run_is_shown(capsys):

@@ -45,6 +45,7 @@ def test_what_is_frequent_is_merged_first(tmp_path):
     ("text", "size", "problem"),
     [
         ("ab", 256, "--size 256: the 256 bytes alone are tokens"),
+        ("ab", 10**20, "--size 100000000000000000000: 10,000,000 at most"),
         ("ab", 300, "the texts give 257 tokens, not 300: give more, or less --size"),
         (None, 300, "text.jsonl line 1: there is no text in 'text'"),
     ],

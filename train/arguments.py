@@ -13,6 +13,8 @@ from qwen_jax import command
 from train.recipes import RECIPES, Recipe
 
 _FIXED = ("name", "data")  # of a recipe
+_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "base_dtype", "merge")
+_OF_ADAPTERS += ("train_embeddings",)
 
 
 def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
@@ -90,13 +92,23 @@ def recipe(args: argparse.Namespace) -> Recipe:
     make = RECIPES[args.recipe]
     if args.length and "length" in inspect.signature(make).parameters:
         options["length"] = args.length  # on which other values depend
+    if {"epochs", "steps"} <= changes.keys():
+        raise command.UsageError("--epochs and --steps: one of them")
     try:
         made = make(**options)
         if "epochs" in changes:
-            changes.setdefault("steps", None)
-        return dataclasses.replace(made, **changes)
+            changes["steps"] = None
+        made = dataclasses.replace(made, **changes)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
+    given = [*changes, *(["merge"] if args.merge else [])]
+    idle = [name for name in given if name in _OF_ADAPTERS] if not made.lora_rank else []
+    if idle:
+        option = idle[0].replace("_", "-")
+        raise command.UsageError(
+            f"--{option} is of adapters: take --recipe sft_lora of train/sft.py"
+        )
+    return made
 
 
 def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
@@ -118,6 +130,12 @@ def work(args: argparse.Namespace) -> None:
         raise command.UsageError(f"give {', '.join(missing)}")
     if args.eval_data and args.eval_share:
         raise command.UsageError("--eval-data and --eval-share: one of them")
+    for name in ("eval_every", "save_every", "keep_best"):
+        if getattr(args, name) < 0:
+            option = name.replace("_", "-")
+            raise command.UsageError(f"--{option} {getattr(args, name)}: 0 or more")
+    if not 0 <= args.eval_share < 1:
+        raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
     command.join(args)
     command.use_compilation_cache()
     sizes = None
@@ -135,7 +153,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     from qwen_jax import PRESETS, checkpoint, directory, meshes, paths
     from qwen_jax.config import Config, read_json
     from qwen_jax.tokenizer import Tokenizer
-    from train import loop, records, run
+    from train import loop, records, run, saving
 
     if paths.is_remote(paths.parse(args.out)):
         raise command.UsageError(f"--out {args.out}: a folder on a disk that all hosts share")
@@ -187,6 +205,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         slices = meshes.count_slices(devices)
         sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
     meshes.check(lengths, sizes, wanted.sequence_parallel)
+    saving.ignore_late_callbacks()
     with meshes.entered(meshes.make(sizes)):
         run.train(task, settings)
 

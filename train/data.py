@@ -44,7 +44,7 @@ def chat_example(
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
-    system = record.get("system") or system
+    system = system if record.get("system") is None else record["system"]
     if not isinstance(system, str):
         raise ValueError("'system' is no text")
     if isinstance(record.get("conversations"), list):
@@ -52,7 +52,7 @@ def chat_example(
     if not isinstance(record.get("messages"), list):
         raise ValueError("there are neither 'conversations' nor 'messages'")
     said, turns = tools.turns(record["messages"], _offered(record))
-    return _encoded(tokenizer, said or system, turns, max_len, loss_on)
+    return _encoded(tokenizer, system if said is None else said, turns, max_len, loss_on)
 
 
 def _offered(record: Mapping[str, Any]) -> list[Any]:

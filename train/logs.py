@@ -15,12 +15,15 @@ from tqdm import tqdm
 from qwen_jax import paths, processes
 
 METRICS, EVENTS = "metrics.jsonl", "events"
+TRAIN, HELD_OUT = "train", "held_out"
 
 
 class Log:
-    """folder: a local one. step: updates made so far, of `steps`."""
+    """folder: a local one. step: updates made so far, of `steps`. owed: whether an evaluation after
+    the last of them is still to come.
+    """
 
-    def __init__(self, folder: Path, step: int, steps: int):
+    def __init__(self, folder: Path, step: int, steps: int, owed: bool = False):
         self._on = processes.index() == 0
         self._bar = tqdm(
             desc="train",
@@ -35,13 +38,14 @@ class Log:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        told = [(_place(line), line) for line in lines]
+        kept = [line for place, line in told if place <= (step, not owed)]
         paths.write(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by `close`)
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
 
-    def tell(self, step: int, figures: dict[str, float], prefix: str = "train") -> None:
+    def tell(self, step: int, figures: dict[str, float], prefix: str = TRAIN) -> None:
         """Figures of a step by name; what is no number is null."""
         if not self._on:
             return
@@ -62,9 +66,12 @@ class Log:
             self._events.close()
 
 
-def _step(line: str) -> int:
-    """Of a line that was cut short: one that is never kept."""
+def _place(line: str) -> tuple[int, bool]:
+    """The step of a line, and whether it is of an evaluation after it. Of a line that was cut
+    short: one that is never kept.
+    """
     try:
-        return int(json.loads(line)["step"])
+        figures = json.loads(line)
+        return int(figures["step"]), figures["of"] != TRAIN
     except (ValueError, KeyError, TypeError):
-        return 2**62
+        return 2**62, True

@@ -20,12 +20,13 @@ import numpy as np
 from qwen_jax import command, processes, sharding
 from train import hardware
 from train.batches import Batches, once
-from train.logs import Log
+from train.logs import HELD_OUT, Log
 from train.packing import Rows
 from train.saving import Checkpoints
 from train.step import State
 
 _IN_FLIGHT = 2  # steps that are under way while the next is prepared
+_SKIPPED = 10  # batches in a row without a number: it is not the batches
 _NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every process hears of it
 
 
@@ -57,7 +58,8 @@ class NotANumber(ValueError):
 class Loop:
     """run, evaluate: of `step.make_step` and `make_evaluation`, base their last argument. steps: of
     the whole run; position: how many have been taken. tokens: of a batch, without padding; flops:
-    of a token. held_out_rows: that are evaluated at a time.
+    of a token. held_out_rows: that are evaluated at a time. owed: whether a signal has cut off the
+    evaluation at `position`.
     """
 
     settings: Settings
@@ -73,6 +75,8 @@ class Loop:
     position: int
     tokens: float
     flops: float
+    owed: bool = False
+    _skipped: int = 0
     _waiting: collections.deque[tuple[int, Any, Any]] = dataclasses.field(
         default_factory=collections.deque
     )
@@ -81,6 +85,9 @@ class Loop:
     def go(self, state: State, asked: dict[str, Any]) -> State:
         """Steps until the end, or until a signal has been heard by all processes."""
         settings, end = self.settings, self.steps
+        if self.owed:
+            self._evaluated(state, asked)
+            end = self.position if self.owed else end
         with _profile(settings) as profiled:
             while self.position < end:
                 profiled(self.position, self._all_heard)
@@ -94,18 +101,26 @@ class Loop:
                 self._waiting.append((self.position, batch, report))
                 while len(self._waiting) > _IN_FLIGHT:
                     self._hear()
-                saved = _due(self.position, settings.save) or self.position == end
                 evaluated = None
                 wanted = _due(self.position, settings.evaluate) or self.position == self.steps
                 # What all processes know, not what one has heard: they evaluate together.
                 if wanted or (settings.keep_best and _due(self.position, settings.save)):
                     evaluated = self._evaluated(state, asked)
-                if saved:
+                    end = self.position if self.owed else end
+                if _due(self.position, settings.save) or self.position == end:
                     self._all_heard()
-                    facts = {"position": self.position}
+                    facts = {"position": self.position, "owed": self.owed}
                     self.checkpoints.save(self.position, state, facts, evaluated)
             self._all_heard()
         return state
+
+    def stopped(self, asked: dict[str, Any]) -> bool:
+        """Whether a process has been asked to end, also after its last step. All call this."""
+        heard = "signal" in asked
+        if heard:
+            processes.propose(self.position)
+        processes.barrier()
+        return heard or processes.proposed() is not None
 
     def _all_heard(self) -> None:
         while self._waiting:
@@ -115,7 +130,8 @@ class Loop:
         """Wait for the oldest step under way, and tell of it."""
         number, batch, report = self._waiting.popleft()
         report = jax.device_get(report)
-        if not report.finite:
+        self._skipped = 0 if report.finite else self._skipped + 1
+        if self._skipped:
             self._not_a_number(number, batch, report)
         now = time.perf_counter()
         seconds, self._told = now - self._told, now
@@ -146,6 +162,11 @@ class Loop:
         if processes.index() == 0:
             np.savez(path, **whole)
         what = f"step {number}: loss {report.metrics.loss}, gradient norm {report.gradient_norm}"
+        if self._skipped >= _SKIPPED:
+            raise NotANumber(
+                f"{what}, as in the {_SKIPPED - 1} steps before, whose batches are beside {path}: "
+                "lower --learning-rate, or go on from an earlier checkpoint"
+            )
         if self.settings.on_nan == "skip":
             command.say(f"{what}: skipped, its batch is in {path}")
             return
@@ -153,21 +174,22 @@ class Loop:
 
     def _evaluated(self, state: State, asked: dict[str, Any]) -> float | None:
         """The mean loss over what is held out, which is also told. A signal to a process that is
-        alone ends it; others are in it together.
+        alone cuts it off, and it is owed; others are in it together.
         """
         if self.held_out is None:
             return None
         self._all_heard()
         sums = np.zeros(3)
         for batch in once(self.held_out, self.held_out_rows):
-            if "signal" in asked and processes.count() == 1:
+            self.owed = "signal" in asked and processes.count() == 1
+            if self.owed:
                 return None
             metrics = jax.device_get(self.evaluate(state.weights, batch, self.base))
             sums += metrics.targets * np.array([metrics.loss, metrics.accuracy, 1])
         loss, accuracy = sums[:2] / max(1.0, sums[2])
         perplexity = math.exp(min(loss, 700))
         figures = {"loss": loss, "accuracy": accuracy, "perplexity": perplexity}
-        self.log.tell(self.position, figures, "held_out")
+        self.log.tell(self.position, figures, HELD_OUT)
         where = f"step {self.position}"
         command.say(f"{where}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
         self._told = time.perf_counter()

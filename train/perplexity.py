@@ -65,6 +65,9 @@ def work(args: argparse.Namespace) -> None:
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join(MODES)}")
+    picture = args.plot or (None if args.json else Path("perplexity.png"))
+    if picture and (picture.is_dir() or not picture.parent.is_dir()):
+        raise command.UsageError(f"--plot {picture}: a file in a folder that is there")
     from qwen_jax import checkpoint, meshes
 
     sizes = meshes.parse(args.mesh)
@@ -77,6 +80,7 @@ def work(args: argparse.Namespace) -> None:
 
     config = checkpoint.load_config(args.ckpt)
     windows = _windows(args.windows)
+    settings = {mode: setting_of(config, mode, windows) for mode in modes}
     for length in lengths:
         meshes.check({**config.sizes, "T": length}, sizes)
     ids = _ids(args, max(lengths))
@@ -85,17 +89,16 @@ def work(args: argparse.Namespace) -> None:
     with meshes.entered(meshes.make(sizes)):
         decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
         attend = attention.get(args.attention)
-        for mode in modes:
-            setting = setting_of(config, mode, windows)
+        for mode, setting in settings.items():
             measure = functools.partial(perplexity, decoder, setting, ids, attend, dtype)
             found[mode] = {length: measure(length) for length in lengths}
     if args.json:
         print(json.dumps({"tokens": len(ids), "perplexity": found}))
     else:
         print(table(found))
-    if path := args.plot or (None if args.json else Path("perplexity.png")):
-        plot(found, path)
-        command.say(f"plot: {path}")
+    if picture:
+        plot(found, picture)
+        command.say(f"plot: {picture}")
 
 
 def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None) -> "Config":

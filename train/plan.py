@@ -153,6 +153,8 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
             base_dtype=args.base_dtype,
             train_embeddings=args.train_embeddings,
         )
+    elif args.base_dtype != "same" or args.train_embeddings:
+        raise UsageError("--base-dtype and --train-embeddings are of adapters: give --lora-rank")
     if args.batch % args.accumulate:
         raise UsageError(f"--batch {args.batch} does not fall into {args.accumulate} parts")
     return Setting(

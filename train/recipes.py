@@ -85,7 +85,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not least <= value < below:
                 limit = "" if below == float("inf") else f", and below {below:g}"
-                raise ValueError(f"{name} {value:g}: it is at least {least:g}{limit}")
+                raise ValueError(f"{name} {value:g}: a number, at least {least:g}{limit}")
         if self.rows % self.accumulate:
             raise ValueError(f"{self.rows} rows do not fall into {self.accumulate} parts")
 
@@ -120,7 +120,7 @@ class Recipe:
         )
 
 
-_FLOATS = ("float32", "bfloat16", "float16")
+_FLOATS = ("float32", "bfloat16")  # float16 would lose small gradients, and their squares
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "constant"),
     "pack": ("joined", "fitted", "alone"),
@@ -132,14 +132,15 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "remat": ("full", "projections", "none"),
 }
 _MOST, _LEAST = float("inf"), 1e-30  # the least is more than nothing
+_INT32 = 2**31  # of what is counted
 _RANGES: dict[str, tuple[float, float]] = {
-    "length": (2, _MOST),
-    "rows": (1, _MOST),
-    "accumulate": (1, _MOST),
-    "steps": (1, _MOST),
+    "length": (2, _INT32),
+    "rows": (1, _INT32),
+    "accumulate": (1, _INT32),
+    "steps": (1, _INT32),
     "epochs": (_LEAST, _MOST),
     "learning_rate": (0, _MOST),
-    "warmup": (0, _MOST),
+    "warmup": (0, _INT32),
     "final": (0, _MOST),
     "b1": (0, 1),
     "b2": (0, 1),
@@ -148,9 +149,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clip_norm": (_LEAST, _MOST),
     "dropout": (0, 1),
     "z_loss": (0, _MOST),
-    "lora_rank": (0, _MOST),
+    "lora_rank": (0, _INT32),
     "lora_alpha": (_LEAST, _MOST),
     "lora_dropout": (0, 1),
+    "seed": (0, 2**32),
 }
 
 
@@ -164,7 +166,7 @@ def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Rec
         name="pretrain",
         data="text",
         length=length,
-        rows=_TOKENS // length,
+        rows=max(1, _TOKENS // length),
         learning_rate=3e-4,
         steps=round(_PRETRAINED.get(model, _PRETRAINED["qwen-7b"]) / _TOKENS),
         warmup=2000,

@@ -42,7 +42,10 @@ def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
     found: list[Path] = []
     for source in sources:
         path = paths.parse(source)
-        inside = sorted(p for p in path.iterdir() if _suffix(p)) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            known = sorted(p for p in path.iterdir() if _suffix(p))
+            inside = [p for p in known if paths.is_remote(p) or not p.is_dir()]
         if not inside:
             raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
         found += inside

@@ -14,9 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,13 @@ import numpy as np
 from qwen_jax import attention, checkpoint, command, directory, paths, processes
 from qwen_jax.config import Config
 from qwen_jax.tokenizer import Tokenizer
-from train import data, records, step, token_cache, trainee
+from train import data, records, run_folder, step, token_cache, trainee
 from train.batches import Batches
 from train.logs import Log
 from train.loop import Loop, Settings, signals
 from train.packing import Rows
 from train.recipes import Recipe
 from train.saving import Checkpoints
-
-FILES, CHECKPOINTS = "files", "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +54,11 @@ def train(task: Task, settings: Settings) -> None:
     Raises ValueError for data, a model or a folder that cannot be; KeyboardInterrupt after Ctrl-C,
     when the state has been saved.
     """
-    task = _settled(task)
+    with run_folder.alone(settings.out):
+        _train(_settled(task), settings)
+
+
+def _train(task: Task, settings: Settings) -> None:
     recipe, out = task.recipe, settings.out
     rows, held_out = _rows(task)
     steps = _steps(recipe, len(rows))
@@ -71,17 +71,18 @@ def train(task: Task, settings: Settings) -> None:
     identity = _identity(task, rows)
     # The others find what process 0 has claimed.
     resume = settings.resume or processes.index() > 0
-    processes.first(lambda: _claim(out, identity, resume))
-    files = processes.first(lambda: _write_files(out / FILES, task))
-    checkpoints = Checkpoints(out / CHECKPOINTS, settings.keep_last, settings.keep_best)
+    processes.first(lambda: run_folder.claim(out, identity, steps, resume))
+    files = processes.first(lambda: _write_files(out / run_folder.FILES, task))
+    checkpoints = Checkpoints(out / run_folder.CHECKPOINTS, settings.keep_last, settings.keep_best)
     if settings.resume and checkpoints.latest is not None:
         state, facts = checkpoints.restore(like)
         command.say(f"resumed from step {checkpoints.latest}")
     else:
         state, facts = trained.begin(optimizer), {"position": 0}
     position = facts["position"]
+    owed = bool(facts.get("owed")) and held_out is not None
     if position < steps:
-        processes.first(lambda: _remove_results(out))
+        processes.first(lambda: run_folder.remove_results(out))
     loop = Loop(
         settings=settings,
         run=step.make_step(
@@ -102,11 +103,12 @@ def train(task: Task, settings: Settings) -> None:
         held_out=held_out,
         held_out_rows=recipe.rows // recipe.accumulate,
         checkpoints=checkpoints,
-        log=Log(out, position, steps),
+        log=Log(out, position, steps, owed),
         steps=steps,
         position=position,
         tokens=recipe.rows * recipe.length * rows.efficiency,
         flops=trained.flops_per_token(recipe.length),
+        owed=owed,
     )
     with signals() as asked:
         try:
@@ -114,8 +116,9 @@ def train(task: Task, settings: Settings) -> None:
         finally:
             loop.log.close()
             checkpoints.wait()
+        stopped = loop.stopped(asked)
     checkpoints.close()
-    if loop.position < steps:
+    if stopped:
         command.say(f"saved at step {loop.position}; --resume goes on from there")
         if asked.get("signal") == signal.SIGINT:
             raise KeyboardInterrupt
@@ -197,7 +200,10 @@ def _steps(recipe: Recipe, rows: int) -> int:
         return recipe.steps
     if recipe.epochs is None:
         raise ValueError("the recipe says neither steps nor epochs")
-    return math.ceil(recipe.epochs * rows / recipe.rows)
+    steps = math.ceil(recipe.epochs * rows / recipe.rows)
+    if steps >= 2**31:
+        raise ValueError(f"{recipe.epochs:g} epochs are {steps:g} steps: an int32 counts them")
+    return steps
 
 
 def _identity(task: Task, rows: Rows) -> dict[str, Any]:
@@ -215,49 +221,6 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
         "data": rows.fingerprint,
     }
     return json.loads(json.dumps(identity))
-
-
-def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Take the folder for this run, or find this run in it. One that was never saved is none."""
-    file = out / "run.json"
-    if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds something else: give --out an empty or new folder")
-        paths.make_folder(out)
-        directory.write_json(file, identity)
-        return
-    if not resume:
-        raise ValueError(f"{out} holds a run already: --resume goes on with it")
-    before = directory.read_json(file)
-    changed = [
-        {"data": "other examples", "ckpt": "another --ckpt"}.get(
-            name, f"{name} was {old!r}, is {new!r}"
-        )
-        for name, old, new in _differences(before, identity)
-        if name != "recipe.steps" and name != "recipe.epochs"
-    ]
-    saved = any(x.name.isdecimal() for x in (out / CHECKPOINTS).glob("*"))
-    if changed and saved:
-        raise ValueError(f"{out} holds another run: {'; '.join(changed[:5])}")
-    if before != identity and processes.index() == 0:
-        if not saved:
-            shutil.rmtree(out / FILES, ignore_errors=True)
-        directory.write_json(file, identity)  # with as many steps as it now has
-
-
-def _remove_results(out: Path) -> None:
-    """What an end before this one has left, of a run that now goes on further."""
-    for name in (trainee.MODEL, trainee.ADAPTER):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            inner = f"{name}.{key}" if name else key
-            yield from _differences(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield name, before, now
 
 
 def _write_files(folder: Path, task: Task) -> Path:

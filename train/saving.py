@@ -4,6 +4,8 @@ A step's folder has its name only when it is whole. A state is saved leaf by lea
 path, so it is restored on any mesh. Knows no model and no loop.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,29 +46,36 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, facts: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Copy the state now, write it while the caller goes on. A step is saved once."""
+        """Copy the state now, write it while the caller goes on. A step is saved once; one whose
+        loss is no number is not among the best.
+        """
         if self.latest == step:
             return
         items = {
             STATE: ocp.args.StandardSave(_by_path(state)),
             FACTS: ocp.args.JsonSave(dict(facts)),
         }
-        metrics = None if loss is None else {"loss": loss}
+        metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else None
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """(state, facts) of the last checkpoint. like: the state as shapes with shardings.
 
-        Raises ValueError where the checkpoint is of another state.
+        Raises ValueError where it is damaged, or of another state.
         """
         step, wanted = self.latest, _by_path(like)
         items = {STATE: ocp.args.StandardRestore(wanted), FACTS: ocp.args.JsonRestore()}
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # Orbax and TensorStore raise many kinds, Exception itself too
             detail = " ".join(str(error).split())[:200]
-            what = f"the checkpoint of step {step} is of another run"
-            raise ValueError(f"{what}: {detail}") from error
+            path = self._manager.directory / str(step)
+            others = [x for x in self._manager.all_steps() if x != step]
+            before = f"step {max(others)}" if others else "the beginning"
+            raise ValueError(
+                f"{path} cannot be restored: {detail}; if it is damaged, remove it, and --resume "
+                f"goes on from {before}"
+            ) from error
         leaves = [found[STATE][path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(found[FACTS])
 
@@ -76,6 +85,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def ignore_late_callbacks() -> None:
+    """For a program: when Orbax gives up reading or writing, TensorStore goes on, and tells an
+    event loop that is closed; Python would show a traceback for each array.
+    """
+    before = sys.unraisablehook
+
+    def hook(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = hook
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

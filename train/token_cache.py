@@ -30,6 +30,7 @@ from train.loss import IGNORED
 _FORMAT = 2
 _AT_A_TIME = 64  # records that a thread encodes
 _NAMED = 10  # bad records that are named one by one; the rest are counted
+_IDS, _ENDS, _FLAGS, _COUNTS = "ids.u4", "ends.i8", "trained.b1", "counts.json"
 _ID, _END, _FLAG = np.dtype("<u4"), np.dtype("<i8"), np.dtype("?")
 Encode = Callable[[records.Record], tuple[Sequence[int], Sequence[int] | None]]
 
@@ -77,11 +78,11 @@ class TokenCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.counts = Counts(**json.loads((folder / "counts.json").read_text()))
-        self._ids = _mapped(folder / "ids.u4", _ID)
-        flags = folder / "trained.b1"
+        self.counts = _counts(folder)
+        self._ids = _mapped(folder / _IDS, _ID)
+        flags = folder / _FLAGS
         self._trained = _mapped(flags, _FLAG) if flags.exists() else None
-        self._ends = np.fromfile(folder / "ends.i8", _END)
+        self._ends = np.fromfile(folder / _ENDS, _END)
         self.lengths = np.diff(self._ends, prepend=0)
 
     def __len__(self) -> int:
@@ -98,10 +99,26 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r")
 
 
+def _counts(folder: Path) -> Counts:
+    return Counts(**json.loads((folder / _COUNTS).read_text()))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache is there, and its files are as long as they were made."""
+    try:
+        counts = _counts(folder)
+        sizes = {_IDS: counts.tokens * _ID.itemsize, _ENDS: counts.examples * _END.itemsize}
+        if counts.trained < counts.tokens:
+            sizes[_FLAGS] = counts.tokens
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, ValueError, TypeError):
+        return False
+
+
 def make(
     files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding, home: Path | None = None
 ) -> TokenCache:
-    """The cache of these files, made now unless it is there already.
+    """The cache of these files, made now unless it is there already, and whole.
 
     home: the folder of all caches. Processes of one host wait for the one that makes it; hosts that
     share it may each make it, and use that of the first to end. Raises ValueError where the files
@@ -112,7 +129,9 @@ def make(
     folder = home / _fingerprint(files, tokenizer, encoding)
     with open(home / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
-        if not folder.exists():
+        if not _is_whole(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
             host = socket.gethostname()  # over NFS, the lock may hold for this host alone
             for left in home.glob(f"{folder.name}.*@{host}.tmp"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -166,7 +185,7 @@ def _fill(folder: Path, files: Sequence[Path], encoding: Encoding) -> None:
     problems: list[str] = []
     ends: list[int] = []
     digest = hashlib.sha256()
-    with open(folder / "ids.u4", "wb") as ids_file, open(folder / "trained.b1", "wb") as flags:
+    with open(folder / _IDS, "wb") as ids_file, open(folder / _FLAGS, "wb") as flags:
         for where, ids, learned, problem in _documents(files, encoding):
             found["records"] += 1
             if not problem and encoding.longest is not None and len(ids) > encoding.longest:
@@ -193,11 +212,11 @@ def _fill(folder: Path, files: Sequence[Path], encoding: Encoding) -> None:
         reason = f"; the first: {problems[0]}" if problems else ""
         raise ValueError(f"no example in {', '.join(map(str, files))}{reason}")
     if found["trained"] == found["tokens"]:
-        (folder / "trained.b1").unlink()
-    np.array(ends, _END).tofile(folder / "ends.i8")
+        (folder / _FLAGS).unlink()
+    np.array(ends, _END).tofile(folder / _ENDS)
     told = {"problems": tuple(problems[:_NAMED]), "digest": digest.hexdigest()}
     counts = Counts(**found, examples=len(ends), **told)
-    paths.write(folder / "counts.json", json.dumps(dataclasses.asdict(counts)).encode())
+    paths.write(folder / _COUNTS, json.dumps(dataclasses.asdict(counts)).encode())
 
 
 def _documents(

@@ -16,7 +16,7 @@ from qwen_jax.tokenizer import PATTERN
 _EXAMPLES = """examples:
   python -m train.tokenizer --data book.txt --size 4096 --out qwen.tiktoken
 """
-_BYTES = 256
+_BYTES, _MOST = 256, 10**7
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +46,8 @@ def work(args: argparse.Namespace) -> None:
 
     if args.size <= _BYTES:
         raise command.UsageError(f"--size {args.size}: the {_BYTES} bytes alone are tokens")
+    if args.size > _MOST:
+        raise command.UsageError(f"--size {args.size}: {_MOST:,} at most")
     if args.out.exists():
         raise ValueError(f"{args.out} exists: give another --out, or remove it")
 

@@ -20,9 +20,8 @@ from qwen_jax.model import Decoder
 from qwen_jax.weights import Weight, map_leaves
 from train import recipes, step
 from train.recipes import Recipe
+from train.run_folder import ADAPTER, MODEL
 from train.step import Optimizer, State
-
-MODEL, ADAPTER = "model", "adapter"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from qwen_jax import meshes
+from qwen_jax import PRESETS, meshes
 from qwen_jax.config import Config
 from tests.tiny import tiny_config
-from train import estimate, topology
+from train import estimate, recipes, topology
 from train.estimate import Estimate
 from train.programs import Setting
 
@@ -81,6 +81,19 @@ def test_decoding(where: str, mesh: str, kernel: str) -> None:
     assert parts["temporaries"] < parts["cache"] + 2**24  # it is not copied
     prompt = plan(estimate.prefill, where, mesh, 4, 1024, kernel)
     assert prompt.program.memory.parts["cache"] == parts["cache"]
+
+
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [pytest.param("qwen-7b", recipes.sft_lora(), id="LoRA"), pytest.param("qwen-1.8b", None)],
+)
+def test_fine_tuning_on_one_gpu(name: str, adapters: recipes.Recipe | None) -> None:
+    """Of 80 GB, at 8192 tokens: 8 rows one after the other, as in docs/training.md."""
+    where = topology.parse("h100:1")
+    kernel = where.chip.kernel
+    setting = Setting(PRESETS[name], 8, 8192, kernel, accumulate=8, adapters=adapters)
+    x = estimate.training(setting, where, meshes.parse(None))
+    assert x.fits and x.program.memory.needed < 80e9
 
 
 def test_what_does_not_fit_is_reported() -> None:
