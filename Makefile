@@ -49,7 +49,7 @@ lint: venv ## formatting, lint and types
 	$(BIN)/pyright
 
 pytest: venv ## the tests alone
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test: lint ## all checks and tests, on eight virtual CPU devices; kernels compiled for each target
 	$(MAKE) --no-print-directory pytest

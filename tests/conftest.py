@@ -1,5 +1,6 @@
 """What every test shares: eight virtual CPU devices and a compilation cache, before jax starts."""
 
+import gc
 import os
 import sys
 import threading
@@ -26,6 +27,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_programs() -> Iterator[None]:
+    """What the tests of a file have compiled goes with them: a process that keeps the programs of
+    all of them traces several times slower in the end, for its garbage collector has so much to
+    look through.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
