@@ -66,6 +66,7 @@ def test_merged_on_the_way_to_safetensors(merged, given, tmp_path):
         assert same != (trained or name in ("embedding", "head")), name
 
 
+@pytest.mark.long
 def test_a_base_of_eight_bits(merged, given, tmp_path):
     """Learns as one of the run's dtype does, and merges into the model as it was."""
     out = tmp_path / "run"
@@ -79,6 +80,7 @@ def test_a_base_of_eight_bits(merged, given, tmp_path):
     assert np.linalg.matrix_rank(added, tol=1e-6) == 4, "no rounding of the base is in it"
 
 
+@pytest.mark.long
 def test_a_chat_model_keeps_its_embeddings(merged, given, tmp_path, capsys):
     """And one that has not seen ChatML is warned of, where its embeddings are to stay."""
     succeed(fine_tuning(given, merged / "model", tmp_path / "a", *RANK, "--steps", 1), sft)
@@ -110,6 +112,7 @@ def test_a_run_of_adapters_resumes(merged, given, tmp_path):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.long
 def test_more_steps_make_another_model(given, tmp_path):
     out = tmp_path / "run"
     options = (*RANK, "--schedule", "constant", "--merge", "--resume", "--steps")

@@ -49,6 +49,7 @@ def test_a_product_is_that_of_what_it_stands_for():
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sizes", "sequence"),
     [

@@ -65,10 +65,8 @@ def tpu_vm(work: Path, printed: str) -> None:
     assert manifest["mesh"]["fsdp"] == 2
 
 
-TRAINING = [pytest.param(check, marks=pytest.mark.long) for check in (finetune_lora, tpu_vm)]
-
-
-@pytest.mark.parametrize("check", [quickstart, *TRAINING])
+@pytest.mark.long
+@pytest.mark.parametrize("check", [quickstart, finetune_lora, tpu_vm])
 def test_notebook(
     check: Callable[[Path, str], None],
     chat_dir: Path,
