@@ -6,7 +6,8 @@ VENV ?= .venv
 AOT_VENV ?= .venv-aot
 PEFT_VENV ?= .venv-peft
 WORKERS ?= 2
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m 'not slow'
+PART ?= 1 2 3 4
 PROMPT ?= The whale
 
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv lint pytest test test-aot test-peft aot-smoke demo demo-train format clean
+.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft aot-smoke device demo demo-train format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,10 @@ test-peft: $(PEFT_STAMP) ## adapters beside PEFT's own loader, in torch
 
 aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke $(PYTEST_ARGS) tests/aot
+
+# Without .venv and with whatever accelerator there is: jax is the machine's own.
+device: ## measure the accelerator here, in four parts of five minutes (PART=2 for one)
+	env -u JAX_PLATFORMS $(PYTHON) benchmarks/device.py --part $(PART) $(DEVICE_ARGS)
 
 demo: venv ## convert the small model of examples/moby_dick and let it write
 	rm -rf demo

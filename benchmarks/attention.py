@@ -147,13 +147,19 @@ def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]
     return result
 
 
+def where() -> str:
+    """Device, versions and date, as every section of docs/benchmarks.md begins."""
+    here = choice.device()
+    return (
+        f"{here.device_kind} ({here.platform}), jax {jax.__version__}, jaxlib "
+        f"{metadata.version('jaxlib')}, Python {sys.version.split()[0]}, {datetime.date.today()}"
+    )
+
+
 def markdown(lines: list[Row], argv: list[str]) -> str:
     """A section for docs/benchmarks.md."""
-    here = choice.device()
     head = [
-        f"{here.device_kind} ({here.platform}), jax {jax.__version__}, jaxlib "
-        f"{metadata.version('jaxlib')}, Python {sys.version.split()[0]}, {datetime.date.today()}; "
-        f"`{shlex.join(['python', 'benchmarks/attention.py', *argv])}`:",
+        f"{where()}; `{shlex.join(['python', 'benchmarks/attention.py', *argv])}`:",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",

@@ -1,0 +1,215 @@
+"""Prefill and decoding of the published sizes with random weights, against the device's memory.
+
+    python benchmarks/decoding.py                                   # 1.8B and 7B
+    python benchmarks/decoding.py --model qwen-7b --batch 1 --cache bfloat16 --attention xla
+
+A line for each model, cache, number of rows and implementation of attention. A decode step reads
+every weight but the embedding once and the filled part of the cache; those bytes over the time of a
+step, over the bandwidth of a large copy (bytes read and written) that is timed in turn with it, is
+`of copy`: the share of what the device's memory allows. `prefill` counts FLOPs that the model needs
+(causal attention as half) against a large matrix product. Medians over rounds in which everything
+takes its turn. Nothing else should run on the device.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.attention import where
+from qwen_jax import attention, command, meshes, model
+from qwen_jax import cache as kv
+from qwen_jax.config import Config
+from qwen_jax.generation_config import GenerationConfig
+from qwen_jax.kernels import choice, timing
+from qwen_jax.language_model import LanguageModel
+from qwen_jax.model import Decoder
+from qwen_jax.presets import PRESETS
+
+COLUMNS = (
+    "model", "cache", "rows", "attention", "prefill tokens/s", "of product",
+    "ms of a step", "tokens/s", "GB/s", "of copy",
+)  # fmt: skip
+CACHES = {"bfloat16": None, "int8": "int8"}  # as the command names them -> cache_dtype
+
+
+class Row(NamedTuple):
+    """Cells of a line, under COLUMNS."""
+
+    model: str
+    cache: str
+    rows: str
+    attention: str
+    prefill: str
+    of_product: str
+    step: str
+    rate: str
+    bandwidth: str
+    of_copy: str
+
+
+def shape(size: str, layers: int | None, vocab: int | None) -> Config:
+    """A published size, with fewer layers or a smaller vocabulary where they are given."""
+    config = PRESETS[size]
+    return dataclasses.replace(
+        config,
+        num_layers=layers or config.num_layers,
+        vocab_size=vocab or config.vocab_size,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decoder(config: Config, dtype: str) -> Decoder:
+    return model.create(config, jax.random.key(0), dtype)
+
+
+def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:
+    """A loaded model around random weights, without a tokenizer."""
+    return LanguageModel(
+        config=decoder.config,
+        tokenizer=None,
+        generation_config=GenerationConfig.from_hf({}),
+        max_length=length,
+        decoder=decoder,
+        mesh=meshes.current(),
+        attend=attention.get(name),
+        cache_dtype=CACHES[cache],
+    )
+
+
+def step_bytes(language_model: LanguageModel, rows: int, tokens: float) -> float:
+    """What a decode step reads: weights without the embedding, and `tokens` of each row's cache."""
+    decoder = language_model.decoder
+    weights = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder.embedding[...].nbytes
+    start = jax.ShapeDtypeStruct((1,), jnp.int32)
+    make = functools.partial(
+        kv.empty,
+        decoder.config,
+        capacity=256,
+        dtype=decoder.embedding[...].dtype,
+        kind=language_model.cache_dtype,
+    )
+    held = jax.eval_shape(make, start)
+    one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held.layers)) / 256
+    return weights + rows * tokens * one
+
+
+def timed(language_model: LanguageModel, prompt: np.ndarray, new: int) -> tuple[float, float]:
+    """Seconds to the first token, and of a decode step."""
+    started = time.perf_counter()
+    parts = language_model.stream(prompt, max_new_tokens=new, at_once=32)
+    next(parts)
+    first = time.perf_counter()
+    count = sum(part.shape[1] for part in parts)
+    return first - started, (time.perf_counter() - first) / count
+
+
+def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namespace) -> Row:
+    """Time one cell of the table."""
+    size, cache, rows, name = case
+    config, length = decoder.config, args.prompt
+    language_model = made(decoder, name, cache, length + args.new)
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length))
+    copy, copied = timing.copy()
+    product, flops = timing.product(str(decoder.embedding[...].dtype))
+    timed(language_model, drawn, args.new)  # compiles
+    turns = []
+    for _ in range(args.rounds):
+        times = timing.medians({"copy": copy, "product": product}, 1)
+        turns.append((*timed(language_model, drawn, args.new), times["copy"], times["product"]))
+    first, step, copying, multiplying = (statistics.median(x) for x in zip(*turns, strict=True))
+    needed = step_bytes(language_model, rows, length + args.new / 2)
+    work = rows * length * config.flops_per_token(length) / 3  # forward alone
+    return Row(
+        f"{size}, {config.num_layers} layers",
+        cache,
+        str(rows),
+        name,
+        f"{rows * length / first:.4g}",
+        f"{100 * work / first * multiplying / flops:.0f} %",
+        f"{1e3 * step:.4g}",
+        f"{rows / step:.4g}",
+        f"{needed / step / 1e9:.4g}",
+        f"{100 * needed / step * copying / copied:.0f} %",
+    )
+
+
+def markdown(rows: list[Row], argv: list[str]) -> str:
+    """A section for docs/benchmarks.md."""
+    command_line = shlex.join(["python", "benchmarks/decoding.py", *argv])
+    table = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
+    return "\n".join([f"{where()}; `{command_line}`:", "", *table, ""])
+
+
+def parser() -> argparse.ArgumentParser:
+    summary, _, detail = (__doc__ or "").partition("\n\n")
+    result = argparse.ArgumentParser(
+        description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, count = result.add_argument, {"type": command.positive, "metavar": "N"}
+    models = ["qwen-1.8b", "qwen-7b"]
+    add("--model", nargs="+", choices=list(PRESETS), default=models, help="default: 1.8B and 7B")
+    add("--batch", nargs="+", default=[1, 8, 64], help="rows (default: 1 8 64)", **count)
+    add("--cache", nargs="+", choices=list(CACHES), default=list(CACHES), help="default: both")
+    add("--attention", nargs="+", metavar="NAME", default=["auto"], help="default: auto")
+    add("--prompt", default=512, help="tokens of a prompt (default: %(default)s)", **count)
+    add("--new", default=129, help="new tokens of a row (default: %(default)s)", **count)
+    add("--layers", help="default: all", **count)
+    add("--vocab", help="rows of the vocabulary (default: the model's)", **count)
+    add("--rounds", default=3, help="default: %(default)s", **count)
+    add("--minutes", help="begin no new line after that long", **count)
+    add("--markdown", type=Path, metavar="FILE", help="write a section for docs/benchmarks.md")
+    command.add_debug(result)
+    return result
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    command.use_compilation_cache()
+    started, rows = time.monotonic(), []
+    dtype = "float32" if choice.device().platform == "cpu" else "bfloat16"
+    print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)
+    cells = [(c, b, a) for c in args.cache for b in args.batch for a in args.attention]
+    bar = tqdm(total=len(args.model) * len(cells), unit="line", smoothing=0)
+    with meshes.entered(meshes.make()), bar:
+        for size in args.model:
+            decoder = _decoder(shape(size, args.layers, args.vocab), dtype)
+            for cache, batch, name in cells:
+                bar.update()
+                line = f"{size}, {cache} cache, {batch} rows, {name}"
+                if args.minutes and time.monotonic() - started > 60 * args.minutes:
+                    command.say(f"{line}: left out, {args.minutes} minutes are over")
+                    continue
+                try:
+                    rows.append(row(decoder, (size, cache, batch, name), args))
+                except Exception as error:  # compilers and allocators fail in ways of their own
+                    command.say(f"{line}: {' '.join(str(error).split())[:200]}")
+                    continue
+                print("  ".join(rows[-1]), flush=True)
+                if args.markdown:
+                    args.markdown.write_text(markdown(rows, argv), encoding="utf-8")
+            del decoder
+            gc.collect()
+    if not rows:
+        raise ValueError("no line could be measured: see the reasons above")
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    return command.run(parser(), functools.partial(work, argv=given), given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
