@@ -60,13 +60,14 @@ def test_merged_on_the_way_to_safetensors(merged, given, tmp_path):
     base = weights(given / "model")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+        most = np.abs(value).max()
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6 * most, err_msg=name)
         trained = name.split(".")[-1] in ("q", "k", "v", "o", "gate", "up", "down")
         same = np.array_equal(found[name], base[name])
         assert same != (trained or name in ("embedding", "head")), name
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_base_of_eight_bits(merged, given, tmp_path):
     """Learns as one of the run's dtype does, and merges into the model as it was."""
     out = tmp_path / "run"
@@ -80,7 +81,7 @@ def test_a_base_of_eight_bits(merged, given, tmp_path):
     assert np.linalg.matrix_rank(added, tol=1e-6) == 4, "no rounding of the base is in it"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_chat_model_keeps_its_embeddings(merged, given, tmp_path, capsys):
     """And one that has not seen ChatML is warned of, where its embeddings are to stay."""
     succeed(fine_tuning(given, merged / "model", tmp_path / "a", *RANK, "--steps", 1), sft)
@@ -112,7 +113,7 @@ def test_a_run_of_adapters_resumes(merged, given, tmp_path):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_more_steps_make_another_model(given, tmp_path):
     out = tmp_path / "run"
     options = (*RANK, "--schedule", "constant", "--merge", "--resume", "--steps")

@@ -61,7 +61,7 @@ def test_it_knows_more_than_pairs_of_tokens(demo):
     assert found < held_out_loss(train, held_out, config.vocab_size) - 0.5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_recipe_is_whole(tmp_path):
     """Its script, but for most of the steps: the same vocabulary, a model of the same layout."""
     script = [HOME / "train.sh", tmp_path, "--steps", "2", "--warmup", "1", "--eval-every", "0"]
@@ -76,7 +76,7 @@ def test_the_recipe_is_whole(tmp_path):
     assert list(held_out) == [2] and held_out[2]["loss"] < np.log(1280) + 0.2
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_recipe_learns_from_random_weights(tmp_path):
     """Smaller than the model that comes along, so that it takes a minute: it passes the model of
     pairs of tokens that has seen the same text.
@@ -108,7 +108,7 @@ def test_the_recipe_learns_from_random_weights(tmp_path):
     assert found < pairs, "no better than a table of pairs"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_adapters_teach_a_format(demo, tmp_path):
     """Prompts that were never seen are answered in it, of which before none was; what the adapters
     are attached to stays as it was.

@@ -75,7 +75,7 @@ def test_left_padded_batch(golden_dir: Path, case: str, flags: str) -> None:
     decoded(load(golden_dir, flags), case, arrays()[f"{case}.mask"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_through_the_kernels(golden_dir: Path, name: str) -> None:
     """A long full pass and left-padded rows over two devices; decoding across the NTK boundary."""

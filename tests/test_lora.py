@@ -59,7 +59,7 @@ def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple
         plain = jax.jit(lambda d, b: losses.loss(d, b, xla, jnp.float32)[0], compiler_options=QUICK)
         merged = plain(merge(decoder, adapters), batch)
         base = plain(decoder, batch)
-    np.testing.assert_allclose(merged, value, rtol=2e-6)
+    np.testing.assert_allclose(merged, value, rtol=1e-5)
     assert abs(base - value) > 0.01, "adapters that change nothing show nothing"
     for name, leaf in named_leaves(gradients).items():
         place = named_leaves(adapters)[name][...].sharding
@@ -73,7 +73,7 @@ def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple
 def test_on_a_mesh_as_on_one_device(sizes, sequence):
     value, gradients = graded(tuple(sizes.items()), sequence)
     expected, exact = graded((), False)
-    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert gradients.keys() == exact.keys() and len(exact) == 5 + 7 + 2
     for name, gradient in exact.items():
         most = np.abs(gradient).max()
@@ -97,7 +97,7 @@ def test_fresh_adapters_change_nothing_and_are_what_is_trained():
         run = step.make_step(optimizer, xla, jnp.float32, attach=lambda w, b, _: lora.attach(b, w))
         run = run.lower(state, batch, base).compile(compiler_options=QUICK)
         state, report = run(state, batch, base)
-        np.testing.assert_allclose(report.metrics.loss, plain, rtol=1e-6)
+        np.testing.assert_allclose(report.metrics.loss, plain, rtol=1e-5)
         state, after = run(state, batch, base)
         assert after.metrics.loss < report.metrics.loss - 0.01
         jax.tree.map(np.testing.assert_array_equal, before, base)

@@ -106,7 +106,7 @@ def test_the_originals_loss_and_gradients(golden_dir: Path, sizes: Any, options:
         batch = golden_batch("train", max(rows // 2, 1))
         metrics, gradients = graded(decoder, batch, **options)
         tensors = as_tensors(gradients)
-    np.testing.assert_allclose(metrics.loss, arrays()["train.loss"][0], rtol=2e-6)
+    np.testing.assert_allclose(metrics.loss, arrays()["train.loss"][0], rtol=1e-5)
     wanted = {k.removeprefix(PREFIX): g for k, g in arrays().items() if k.startswith(PREFIX)}
     assert tensors.keys() == wanted.keys() and len(wanted) == 27
     for name, gradient in wanted.items():
@@ -137,7 +137,7 @@ def test_nothing_scales_with_the_length_in_training(
             lambda d, b: losses.loss(d, b, xla, jnp.float32), compiler_options=QUICK
         )(decoder, losses.place(batch))
         assert decoder.config.logn == ("logn" in flags)
-    np.testing.assert_allclose(value, arrays()["trainlong.loss"][0], rtol=2e-6)
+    np.testing.assert_allclose(value, arrays()["trainlong.loss"][0], rtol=1e-5)
 
 
 # What a batch means
@@ -178,7 +178,7 @@ def test_loss_and_accuracy_are_means_over_weights() -> None:
     right = (best == batch.targets) * weights
     assert 0.3 < right.sum() / weights.sum() < 0.8
     np.testing.assert_allclose(metrics.accuracy, right.sum() / weights.sum(), rtol=1e-5)
-    np.testing.assert_allclose(metrics.targets, weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(metrics.targets, weights.sum(), rtol=1e-5)
 
 
 def test_a_batch_without_targets_has_a_loss_of_zero() -> None:

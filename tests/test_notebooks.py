@@ -65,7 +65,7 @@ def tpu_vm(work: Path, printed: str) -> None:
     assert manifest["mesh"]["fsdp"] == 2
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [quickstart, finetune_lora, tpu_vm])
 def test_notebook(
     check: Callable[[Path, str], None],

@@ -35,7 +35,7 @@ def by_hand(given: Path, length: int, **overrides: object) -> float:
     return float(np.exp(-found.mean()))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_table_is_that_of_the_logits(given, tmp_path, capsys):
     assert perplexity.main(command(given, "--json", "--plot", tmp_path / "x.png")) == 0
     found = json.loads(capsys.readouterr().out)["perplexity"]

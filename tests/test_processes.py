@@ -91,13 +91,13 @@ def alone(model) -> dict[str, Any]:
     return restored(model, 1)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_restored_weights_and_tokens_are_those_of_one_process(model, alone, count):
     assert restored(model, count) == alone
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_generate_takes_all_devices(chat_dir):
     """The command itself, without --mesh: only process 0 speaks, and says what one process says."""
     command = ["-m", "qwen_jax.generate", "--ckpt", chat_dir, "--prompt", "a", "--json"]
@@ -242,7 +242,7 @@ def test_sigterm_ends_a_process():
     assert "process 1" in complaint(results[0]) and "has died" in complaint(results[0])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "victim"), [(2, 0), (4, 2)])
 def test_a_conversion_continues_after_one_has_died(tmp_path, large, count, victim):
     out = tmp_path / "model"

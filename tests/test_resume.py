@@ -56,7 +56,7 @@ def being_written(out: Path) -> bool:
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_again_and_again(given, whole, tmp_path, count):
     """Figures of every step, evaluations and weights equal those of a run that nothing stopped, to
@@ -91,7 +91,7 @@ def test_killed_again_and_again(given, whole, tmp_path, count):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(whole):
     """The same rows in the same order, each of them once, under the same dropout."""
     for number, figures in curve(whole(1)).items():
@@ -100,7 +100,7 @@ def test_two_processes_learn_what_one_does(whole):
         np.testing.assert_allclose(other["loss"], figures["loss"], rtol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(15, 0), (2, 130)])
 def test_a_signal_saves_first(given, tmp_path, number, code):
     """SIGTERM and Ctrl-C; on two processes one of them alone may hear it."""

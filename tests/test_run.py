@@ -153,7 +153,7 @@ def test_figures_of_the_device(given, tmp_path, monkeypatch):
         assert figures["mfu"] == pytest.approx(flops / 2e9) and figures["memory_gb"] == 3
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(whole, given, tmp_path):
     out = tmp_path / "run"
     succeed(pretraining(given, out, "--steps", 12, "--mesh", "fsdp=4"))

@@ -38,8 +38,8 @@ def alone(tmp_path_factory, model) -> Any:
 @pytest.mark.parametrize(
     ("count", "mesh", "bound"),
     [
-        (2, "context=2,tp=2", 2e-6),  # keys go round between the processes
-        (4, "fsdp=2,tp=2", 5e-6),  # every collective does; sums of another order
+        (2, "context=2,tp=2", 1e-5),  # keys go round between the processes
+        (4, "fsdp=2,tp=2", 1e-5),  # every collective does; sums of another order
     ],
 )
 def test_a_step_is_that_of_one_process(tmp_path, model, alone, count, mesh, bound):
@@ -47,7 +47,7 @@ def test_a_step_is_that_of_one_process(tmp_path, model, alone, count, mesh, boun
     said, moments = taken(model, tmp_path / "many.npz", count, mesh)
     assert said.keys() == alone[0].keys()
     for name, value in alone[0].items():
-        np.testing.assert_allclose(said[name], value, rtol=2e-6, err_msg=name)
+        np.testing.assert_allclose(said[name], value, rtol=1e-5, err_msg=name)
     assert moments.keys() == alone[1].keys() and len(moments) == 15
     for name, value in alone[1].items():
         atol = bound * np.abs(value).max()

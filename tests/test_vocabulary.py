@@ -182,7 +182,7 @@ def test_look_up(sizes, dtype, monkeypatch):
     rounded = np.asarray(jnp.asarray(wanted, dtype), np.float64)
     np.add.at(exact, tokens.reshape(-1), rounded.reshape(-1, D))
     # Rows of a frequent token are added up in float32, whatever the dtype of the result.
-    np.testing.assert_allclose(gradient, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+    np.testing.assert_allclose(gradient, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}], ids=meshes.describe)

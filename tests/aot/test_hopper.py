@@ -137,7 +137,7 @@ def draw(case: str) -> tuple[Any, ...]:
     return q, k, v, mask, scale, do.astype(jnp.float32), dlse
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @emulates
 @pytest.mark.parametrize("case", ["window", "packed", "ring"])
 def test_emulated_agrees_with_the_reference(case: str, monkeypatch: Any) -> None:
