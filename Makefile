@@ -7,6 +7,7 @@ AOT_VENV ?= .venv-aot
 PEFT_VENV ?= .venv-peft
 WORKERS ?= 2
 PYTEST_ARGS ?= -m 'not slow'
+AOT_ARGS ?=
 PART ?= 1 2 3 4
 PROMPT ?= The whale
 
@@ -49,21 +50,26 @@ lint: venv ## formatting, lint and types
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-pytest: venv ## the tests alone
+pytest: venv ## the tests alone; PYTEST_ARGS="-k rope" for a part of them
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test: lint ## all checks and tests, on eight virtual CPU devices; kernels compiled for each target
+test: lint ## all checks and the quick tests, on eight virtual CPU devices; kernels compiled
 	$(MAKE) --no-print-directory pytest
 	$(MAKE) --no-print-directory aot-smoke
 
+test-slow: venv ## what `make test` leaves out: more meshes, more kills, notebooks, learning
+	$(MAKE) --no-print-directory pytest PYTEST_ARGS="-m slow"
+
+test-all: test test-slow test-aot test-peft ## every test there is
+
 test-aot: $(AOT_STAMP) ## kernels compiled for all targets, sizes and lengths, and what they cost
-	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/aot
+	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(AOT_ARGS) tests/aot
 
 test-peft: $(PEFT_STAMP) ## adapters beside PEFT's own loader, in torch
-	$(PEFT_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/peft
+	$(PEFT_VENV)/bin/python -m pytest -n $(WORKERS) tests/peft
 
 aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target
-	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke $(PYTEST_ARGS) tests/aot
+	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke tests/aot
 
 # Without .venv and with whatever accelerator there is: jax is the machine's own.
 device: ## measure the accelerator here, in four parts of five minutes (PART=2 for one)
