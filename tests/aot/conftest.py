@@ -59,7 +59,8 @@ class Case:
         return f"{self.target}-{self.length}-{self.heads}x{self.dim}"
 
 
-def parameter(*values: Any, smoke: bool = False) -> Any:
-    """A parameter, of a test that `make test` runs too if smoke."""
+def parameter(*values: Any, smoke: bool = False, release: bool = False) -> Any:
+    """A parameter of a test: one that `make test` runs too, or that only a release needs."""
     name = "-".join(getattr(value, "NAME", str(value)) for value in values)
-    return pytest.param(*values, marks=[pytest.mark.smoke] * smoke, id=name)
+    marks = [pytest.mark.smoke] * smoke + [pytest.mark.release] * release
+    return pytest.param(*values, marks=marks, id=name)

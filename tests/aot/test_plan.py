@@ -83,6 +83,7 @@ def test_decoding(where: str, mesh: str, kernel: str) -> None:
     assert prompt.program.memory.parts["cache"] == parts["cache"]
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("name", "adapters"),
     [pytest.param("qwen-7b", recipes.sft_lora(), id="LoRA"), pytest.param("qwen-1.8b", None)],

@@ -9,6 +9,7 @@ from benchmarks import pod
 MOST = {"qwen-7b": 0.55, "qwen-72b": 0.93}
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("case", list(pod.PEERS)[1:], ids=lambda c: f"{c.model}-{c.mesh}")
 def test_memory_beside_a_peer(case: pod.Case) -> None:
     ours, peer = pod.compiled(case), pod.PEERS[case]

@@ -26,7 +26,7 @@ SIZES = [
     for i, target in enumerate(TARGETS)
     for j, length in enumerate(LENGTHS)
 ]
-DIMS = [Case("v5e", 2048, 4, dim) for dim in HEAD_DIMS if dim != 128]
+DIMS = [parameter(Case("v5e", 2048, 4, dim), release=dim != 64) for dim in HEAD_DIMS if dim != 128]
 DECODE = [
     parameter(Case(target, 2048, heads), smoke=heads == 16) for target in TARGETS for heads in HEADS
 ]
