@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.weights import Leaf, Weight, product
+from qwen_jax.weights import Leaf, Weight, product, scaled_product
 
 _LARGEST = 127
 
@@ -56,5 +56,4 @@ def of_layers(path: str, weight: Weight) -> Any:
 def _(weight: Int8, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
     # Numbers up to 127 are exact in every float; rows of the result are scaled, not the weights.
     values = Weight(weight.values[...].astype(x.dtype), letters=weight.letters)
-    whole = product(values, equation, x, out, **kwargs)
-    return whole * weight.scale[...].astype(whole.dtype)
+    return scaled_product(values, weight.scale[...], equation, x, out, **kwargs)

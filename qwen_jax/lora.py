@@ -15,7 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import sharding
 from qwen_jax.model import Decoder
-from qwen_jax.weights import Leaf, Maker, Weight, map_leaves, named_leaves, product
+from qwen_jax.weights import (
+    Leaf,
+    Maker,
+    Weight,
+    map_leaves,
+    named_leaves,
+    precision,
+    product,
+    scaled_product,
+)
 
 
 @struct.dataclass
@@ -70,8 +79,8 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
         held = jax.typeof(b[...]).sharding.spec
         held = P(*held.partitions, reduced=held.reduced | {sharding.TENSOR})
         b = Weight(jax.reshard(b[...], held), letters=b.letters)
-    high = product(b, f"{given[:-1]}R,{leaf[0]}R->{result}", low, None, **kwargs)
-    return whole + weight.scale * high
+    up = f"{given[:-1]}R,{leaf[0]}R->{result}"
+    return whole + scaled_product(b, weight.scale, up, low, None, **kwargs)
 
 
 def create(
@@ -146,7 +155,13 @@ def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
         a, b = adapters.a[group_of[path]], adapters.b[path]
         a, b = (sharding.unshard(w) for w in (a, b))
         spec = jax.typeof(leaf[...]).sharding.spec
-        added = jnp.einsum("LOR,LRI->LOI", b[...], a[...], out_sharding=P(*spec.partitions))
+        added = jnp.einsum(
+            "LOR,LRI->LOI",
+            b[...],
+            a[...],
+            precision=precision(b[...]),
+            out_sharding=P(*spec.partitions),
+        )
         whole = leaf[...].astype(jnp.float32) + adapters.scale * added
         return Weight(whole.astype(leaf.dtype), letters=leaf.letters)
 

@@ -96,6 +96,20 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
     return checkpoint_name(jax.reshard(parts, out), SUMMED)
 
 
+def scaled_product(
+    weight: Any, scale: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any
+) -> jax.Array:
+    """`product` times a scale: a number, or an array [outputs] of any float dtype.
+
+    float16 ends at 65504, which a sum may pass whose scaled value is small: it is kept in float32
+    until it is scaled. Other dtypes scale the rounded sum, so that it travels in its own width.
+    """
+    dtype = kwargs.pop("preferred_element_type", x.dtype)
+    wide = jnp.float32 if dtype == jnp.float16 else dtype
+    sums = product(weight, equation, x, out, preferred_element_type=wide, **kwargs)
+    return (sums * jnp.asarray(scale, wide)).astype(dtype)
+
+
 def precision(x: jax.Array) -> jax.lax.Precision | None:
     """GPUs and TPUs otherwise multiply float32 in TF32 or bfloat16."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

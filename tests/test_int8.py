@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qwen_jax import int8, lora, weights
 from qwen_jax.attention import xla
 from qwen_jax.int8 import Int8
+from qwen_jax.sharding import place
 from qwen_jax.weights import Weight, map_leaves, named_leaves
 from tests.test_lora import drawn
 from tests.test_step import CONFIG, packed_batch
@@ -81,3 +83,22 @@ def test_adapters_on_eight_bits(sizes, sequence):
         most = np.abs(leaf[...]).max()
         got = named_leaves(gradients)[name][...]
         np.testing.assert_allclose(got, leaf[...], rtol=0, atol=2e-5 * most, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}], ids=["one device", "parts of a sum"])
+def test_float16_does_not_overflow_before_it_is_scaled(sizes):
+    """Unscaled, the sum of whole numbers would be 520192."""
+    with on_mesh(**sizes):
+        held = place(np.full((4, 4096), 0.01, np.float32), "DF")
+        leaf = int8.quantized(Weight(held, letters="DF"))
+        x = place(np.ones((1, 2, 4096), np.float16), "BTF")
+
+        def of(x: jax.Array) -> jax.Array:
+            return weights.contract("BTF,DF->BTD", x, leaf, P(None, None, None))
+
+        y, back = jax.vjp(of, x)
+        assert y.dtype == jnp.float16
+        np.testing.assert_allclose(y, 40.96, rtol=4e-3)
+        (dx,) = back(jnp.ones_like(y))
+        assert dx.dtype == jnp.float16
+        np.testing.assert_allclose(dx, 0.04, rtol=4e-3)
