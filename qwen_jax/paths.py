@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
 _PART = 16 * 2**20  # bytes of an upload that are sent at a time
@@ -40,6 +40,16 @@ def is_remote(path: Path) -> bool:
 def absolute(path: "str | os.PathLike[str]") -> Path:
     path = parse(path)
     return path if is_remote(path) else path.absolute()
+
+
+def is_within(folder: Path, name: str) -> bool:
+    """Whether a name that came with a folder stays inside it: no absolute path, no `..`, and no
+    symbolic link that leads elsewhere.
+    """
+    plain = PurePath(name)
+    if plain.is_absolute() or ".." in plain.parts:
+        return False
+    return is_remote(folder) or (folder / name).resolve().is_relative_to(folder.resolve())
 
 
 def make_folder(path: Path) -> None:

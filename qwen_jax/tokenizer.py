@@ -43,7 +43,9 @@ SPECIAL_TOKENS = (
 # by one of its tokens, and then must have all its ranks.
 _PUBLISHED_RANKS = 151_643
 _LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
 _UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
+Line = tuple[int, bytes, int]  # of a vocabulary file: its number, the token, the id
 
 
 class Tokenizer:
@@ -86,36 +88,27 @@ class Tokenizer:
         """Read a vocabulary in qwen.tiktoken's format, and optionally an expansion of it.
 
         `path`: lines "base64 rank", ranks 0, 1, 2, ... in order, the 256 single bytes among them;
-        it may be smaller than the published one. `extra_vocab_file`: lines "base64 id", any ids
-        that are free. ValueError names the file and what is wrong with it.
+        it may be smaller than the published one. An expansion may follow in the same file, as the
+        original's tokenizer saves one: ids from the first after the special tokens on.
+        `extra_vocab_file`: lines "base64 id", any ids that are free; tokens that exist are passed
+        over. ValueError names the file, the line and what is wrong with it.
         """
-        ranks: dict[bytes, int] = {}
-        for number, token, rank in _read_lines(path):
-            if rank != len(ranks):
-                raise ValueError(f"{path}:{number}: expected rank {len(ranks)}, found {rank}")
-            if token in ranks:
-                raise ValueError(f"{path}:{number}: {token!r} already has rank {ranks[token]}")
-            ranks[token] = rank
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-        if missing:
-            raise ValueError(
-                f"{path}: {len(ranks)} tokens, but none for {len(missing)} of the 256 bytes "
-                f"(the first: 0x{missing[0]:02x}): truncated, or not a vocabulary"
-            )
-        if ranks.get(_LANDMARK) == _LANDMARK_RANK and len(ranks) != _PUBLISHED_RANKS:
-            raise ValueError(
-                f"{path}: begins as the published vocabulary of {_PUBLISHED_RANKS} tokens, but "
-                f"has {len(ranks)}: truncated, or extended (an expansion is a file of its own)"
-            )
-        if extra_vocab_file is None:
-            return cls(ranks)
-        extra: dict[bytes, int] = {}
-        for _, token, i in _read_lines(extra_vocab_file):
-            extra.setdefault(token, i)
-        try:
-            return cls(ranks, extra)
-        except ValueError as error:
-            raise ValueError(f"{extra_vocab_file}: {error}") from None
+        ranks, own = _read_vocabulary(path)
+        more = _read_lines(extra_vocab_file) if extra_vocab_file is not None else ()
+        taken = {i: token for token, i in ranks.items()}
+        taken |= dict(enumerate(map(str.encode, SPECIAL_TOKENS), len(ranks)))
+        expansion: dict[bytes, int] = {}
+        for file, lines in ((path, own), (extra_vocab_file, more)):
+            for number, token, i in lines:
+                if token in ranks or token in expansion:
+                    continue
+                if i in taken:
+                    raise ValueError(
+                        f"{file}:{number}: id {i} of {token!r} is taken by {taken[i]!r}: give it "
+                        "one that is free"
+                    )
+                taken[i], expansion[token] = token, i
+        return cls(ranks, expansion)
 
     def __len__(self) -> int:
         """One past the largest id; with a sparse expansion not every id below it exists."""
@@ -205,10 +198,60 @@ class TextStream:
         return rest
 
 
-def _read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
+def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
+    """The ranks of a vocabulary, and the lines of an expansion that follows them in the file."""
+    ranks: dict[bytes, int] = {}
+    expansion: list[Line] = []
+    seen: dict[bytes, int] = {}
+    for number, token, rank in _read_lines(path):
+        if token in seen:
+            raise ValueError(f"{path}:{number}: {token!r} already has rank {seen[token]}")
+        seen[token] = rank
+        if expansion or _begins_expansion(ranks, rank):
+            expansion.append((number, token, rank))
+        elif rank != len(ranks):
+            raise ValueError(f"{path}:{number}: expected rank {len(ranks)}, found {rank}")
+        else:
+            ranks[token] = rank
+            if _is_published(ranks) and len(ranks) > _PUBLISHED_RANKS:
+                raise ValueError(
+                    f"{path}:{number}: the published vocabulary of {_PUBLISHED_RANKS} tokens, but "
+                    f"has {len(ranks)}: {rank} is the id of {SPECIAL_TOKENS[0]}, an expansion "
+                    f"begins at {_PUBLISHED_RANKS + len(SPECIAL_TOKENS)}"
+                )
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(ranks)} tokens, but none for {len(missing)} of the 256 bytes "
+            f"(the first: 0x{missing[0]:02x}): truncated, or not a vocabulary"
+        )
+    if _is_published(ranks) and len(ranks) < _PUBLISHED_RANKS:
+        raise ValueError(
+            f"{path}: begins as the published vocabulary of {_PUBLISHED_RANKS} tokens, but "
+            f"has {len(ranks)}: truncated, download or copy it again"
+        )
+    return ranks, expansion
+
+
+def _is_published(ranks: Mapping[bytes, int]) -> bool:
+    return ranks.get(_LANDMARK) == _LANDMARK_RANK
+
+
+def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
+    """Whether a line of this rank is the first of an expansion, after all ranks and the special
+    tokens. Of a vocabulary whose end is not known, only the very next id tells it from a gap.
+    """
+    first = len(ranks) + len(SPECIAL_TOKENS)
+    if _is_published(ranks):
+        return len(ranks) == _PUBLISHED_RANKS and rank >= first
+    return rank == first
+
+
+def _read_lines(path: str | Path) -> Iterator[Line]:
     """Line number, token and id of each line "base64 id" that is not blank."""
     # At once: the file object of a remote file takes a minute for the lines of a vocabulary.
-    with io.BytesIO(paths.parse(path).read_bytes()) as file:
+    content = paths.parse(path).read_bytes().removeprefix(_BYTE_ORDER_MARK)
+    with io.BytesIO(content) as file:
         for number, line in enumerate(file, start=1):
             fields = line.split()
             if not fields:
@@ -216,8 +259,10 @@ def _read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
             try:
                 encoded, digits = fields
                 token = binascii.a2b_base64(encoded, strict_mode=True)
+                # Strict as it is, it takes any bits before the padding: those of no encoder.
+                whole = binascii.b2a_base64(token, newline=False) == encoded
                 # int() alone would take signs and underscores; ids are int32 everywhere else
-                if not token or not digits.isdigit() or int(digits) >= 2**31:
+                if not token or not whole or not digits.isdigit() or int(digits) >= 2**31:
                     raise ValueError
             except ValueError:
                 shown = line[:40].decode("utf-8", "replace").strip()

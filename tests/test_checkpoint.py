@@ -137,6 +137,33 @@ def test_tokenizer_with_its_expansion(copied):
     assert len(expanded.encode("一只猫")) == 1 < len(plain.encode("一只猫"))
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret", "sub/../../secret", "link", 5, "no"])
+def test_an_expansion_is_a_file_of_the_directory(tmp_path, name):
+    """A name that came with a checkpoint opens nothing else."""
+    from tests.vocabulary import write_tiny_vocab
+
+    root = tmp_path / "model"
+    root.mkdir()
+    (root / "config.json").write_text("{}")
+    write_tiny_vocab(root / "qwen.tiktoken")
+    (tmp_path / "secret").write_text("eHl6 500\n")
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "inside").symlink_to(root / "own")
+    (root / "own").write_text("eHl6 500\n")
+    settings = root / "tokenizer_config.json"
+    settings.write_text(json.dumps({"extra_vocab_file": name}))
+    with pytest.raises(ValueError, match=f"extra_vocab_file '?{name}"):
+        checkpoint.load_tokenizer(root)
+    for own in ("own", "inside"):
+        settings.write_text(json.dumps({"extra_vocab_file": own, "errors": "replace"}))
+        assert len(checkpoint.load_tokenizer(root) or "") == 501
+    added = {"1": {"content": "<|im_end|>"}, "2": {"content": "<mine>"}}
+    asked = {"added_tokens_decoder": added, "errors": "strict", "chat_template": "[INST]"}
+    settings.write_text(json.dumps(asked))
+    with pytest.warns(UserWarning, match="errors='strict'; added tokens <mine>; chat_template"):
+        checkpoint.load_tokenizer(root)
+
+
 def chunk(path: Path) -> Path:
     return path / "params" / "layers.1.ffn.up" / "0.0"
 

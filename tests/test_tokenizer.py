@@ -300,3 +300,72 @@ def test_wrong_expansions_are_refused(tmp_path, text, message):
     with pytest.raises(ValueError) as caught:
         Tokenizer.from_file(vocab, extra_vocab_file=extra)
     assert str(caught.value).startswith(str(extra)) and message in str(caught.value)
+
+
+NEW = ["只猫", "一只猫", "是一只猫"]
+
+
+def lines_of(tokens: list[str], first: int) -> str:
+    pairs = enumerate(tokens, first)
+    return "".join(f"{base64.b64encode(token.encode()).decode()} {i}\n" for i, token in pairs)
+
+
+def test_an_expansion_in_the_vocabulary_itself(tmp_path):
+    """As the original's tokenizer saves one: after the special tokens. Ids may be sparse there."""
+    path = tmp_path / "qwen.tiktoken"
+    whole = qwen_vocab_path().read_text()
+    path.write_text(whole + lines_of(NEW, 151851))
+    tokenizer = Tokenizer.from_file(path)
+    assert len(tokenizer) == 151854 and tokenizer.eod_id == 151643
+    assert tokenizer.encode("我是一只猫") == [35946, 151853]
+    path.write_text(whole + lines_of(NEW[:1], 151900))
+    assert len(Tokenizer.from_file(path)) == 151901
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text + "\n  \n",
+        lambda text: "\ufeff" + text,
+        lambda text: text.rstrip("\n"),
+    ],
+    ids=["CRLF", "blank lines", "byte order mark", "no last line end"],
+)
+def test_how_lines_end_does_not_matter(tmp_path, change):
+    path = write_vocab(tmp_path / "tiny.tiktoken", tiny_ranks())
+    text = path.read_text() + lines_of(NEW, 469)
+    path.write_bytes(change(text).encode())
+    tokenizer = Tokenizer.from_file(path)
+    assert len(tokenizer) == 472 and tokenizer.encode("一只猫") == [470]
+    extra = tmp_path / "extra.tiktoken"
+    extra.write_bytes(change(lines_of([*NEW, "abx"], 600)).encode())
+    assert Tokenizer.from_file(path, extra).encode("一只猫\nabx") == [470, 10, 603]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (lines_of(NEW, 261 + 100), ":262: expected rank 261, found 361"),
+        (lines_of(NEW, 470), ":262: expected rank 261, found 470"),
+        (lines_of(NEW, 469) + lines_of(["x猫"], 471), ":265: id 471 of b'x.*taken by"),
+        (lines_of(NEW, 469) + lines_of(["x猫"], 300), ":265: id 300 of .*extra_36"),
+        (lines_of(NEW, 469) + lines_of(["x猫"], 5), r":265: id 5 of .* taken by b'\\x05'"),
+        (lines_of([*NEW, NEW[0]], 469), ":265: .*already has rank 469"),
+        ("YWJk 469\nYWJkZ= 470\n", ":263: expected 'base64 id'"),
+        ("YWJk 469\nYWJkZR== 470\n", ":263: expected 'base64 id'"),
+    ],
+)
+def test_wrong_expansions_in_the_vocabulary_are_refused(tmp_path, more, message):
+    path = write_vocab(tmp_path / "tiny.tiktoken", tiny_ranks())
+    path.write_text(path.read_text() + more)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_file(path)
+
+
+def test_a_gap_in_the_published_vocabulary_is_no_expansion(tmp_path):
+    lines = qwen_vocab_path().read_text().splitlines(keepends=True)
+    path = tmp_path / "cut.tiktoken"
+    path.write_text("".join(lines[:30_000] + lines[30_208:30_210]))
+    with pytest.raises(ValueError, match=":30001: expected rank 30000, found 30208"):
+        Tokenizer.from_file(path)
