@@ -85,17 +85,20 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     """The directory's tokenizer, None where it has no vocabulary file.
 
-    An expansion of the vocabulary is the file that `extra_vocab_file` of tokenizer_config.json
-    names.
+    An expansion of the vocabulary is the file of the directory that `extra_vocab_file` of
+    tokenizer_config.json names. Warns of what that file asks for and is not done.
     """
+    from qwen_jax import tokenizer_config
     from qwen_jax.tokenizer import Tokenizer
 
     root = existing(path)
     if not (root / TOKENIZER).exists():
         return None
     settings = root / _TOKENIZER_CONFIG
-    extra = read_json(settings).get("extra_vocab_file") if settings.exists() else None
-    return Tokenizer.from_file(root / TOKENIZER, root / extra if extra else None)
+    values = read_json(settings) if settings.exists() else {}
+    extra = tokenizer_config.extra_vocab_file(root, values)
+    tokenizer_config.warn(values)
+    return Tokenizer.from_file(root / TOKENIZER, extra)
 
 
 def load(
@@ -195,7 +198,9 @@ def save(
         wanted = store.chunk_files(leaves)
         found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
         if problems := differences(found, {f"{PARAMS}/{n}": wanted[n] for n in wanted}):
-            raise CheckpointError(f"{root} was not written as it should be: {problems}")
+            raise CheckpointError(
+                f"{root} was not written as it should be: {problems}; save it again"
+            )
         write_manifest(root, shapes, **facts)
         (root / UNFINISHED).unlink()
 
@@ -234,7 +239,9 @@ def _pieces(
         )
     wanted = {n: tuple(leaf.shape) for n, leaf in abstract_leaves(config, "float32")[1].items()}
     if problems := mismatch({name: leaf.shape for name, (leaf, _, _) in pieces.items()}, wanted):
-        raise CheckpointError(f"the decoder is not one of the config given: {problems}")
+        raise CheckpointError(
+            f"the decoder is not one of the config given: {problems}; give its own, decoder.config"
+        )
     return {name: pieces[name] for name in wanted}
 
 

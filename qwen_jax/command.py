@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def run(
     """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
     args = parser.parse_args(argv)
     show_log(args.debug)
+    warnings.formatwarning = _as_line
     try:
         work(args)
     except KeyboardInterrupt:
@@ -54,6 +56,12 @@ def run(
         say(f"error: {detail}")
         return code
     return 0
+
+
+def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as `say` would say it: one line, without the place in the code."""
+    line = f"warning: {' '.join(str(message).split())}\n"
+    return line if processes.index() == 0 else ""
 
 
 def say(line: str) -> None:

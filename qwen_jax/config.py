@@ -305,9 +305,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "apply_residual_connection_post_layernorm": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "pruned_heads": ({},),
 }
 # Keys without influence on what the model computes: which class loads it, which kernel or dtype
-# the original picks, dropout (off outside training), bookkeeping of the transformers library.
+# the original picks, dropout (off outside training), bookkeeping of the transformers library and of
+# others, and how to sample, which old files say here and ours only in generation_config.json.
 _INERT = frozenset(
     (
         "architectures",
@@ -349,6 +351,50 @@ _INERT = frozenset(
         "label2id",
         "problem_type",
         "task_specific_params",
+        "name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_flash_attn_2_enabled",
+        "attn_implementation",
+        "cross_attention_hidden_size",  # of an encoder and decoder, as the next four
+        "decoder_start_token_id",
+        "is_decoder",
+        "sep_token_id",
+        "tie_encoder_decoder",
+        "finetuning_task",
+        "prefix",
+        "tf_legacy_loss",
+        "trust_remote_code",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
     )
 )
 

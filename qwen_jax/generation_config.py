@@ -4,10 +4,45 @@ Read and checked once, when a model is loaded. A key that is null counts as abse
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from qwen_jax.sampling import Greedy, Nucleus
+
+_READ = frozenset(
+    (
+        "chat_format", "do_sample", "eos_token_id", "max_new_tokens", "max_window_size",
+        "pad_token_id", "repetition_penalty", "stop_words_ids", "temperature", "top_k", "top_p",
+    )
+)  # fmt: skip
+# Keys that change no token, whatever they say: bookkeeping, caches, what else is returned, how
+# drafts are made that are checked afterwards.
+_INERT = frozenset(
+    (
+        "_commit_hash", "_from_model_config", "assistant_confidence_threshold",
+        "assistant_early_exit", "assistant_ensemble_weight", "assistant_lookbehind",
+        "bos_token_id", "cache_config", "cache_implementation", "compile_config",
+        "continuous_batching_config", "decoder_start_token_id", "disable_compile", "is_assistant",
+        "low_memory", "max_cache_len", "max_matching_ngram_size", "num_assistant_tokens",
+        "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states",
+        "output_logits", "output_scores", "prefill_chunk_size", "prompt_lookup_num_tokens",
+        "renormalize_logits", "return_dict_in_generate", "return_legacy_cache",
+        "speculation_type", "target_lookbehind", "transformers_version", "trust_remote_code",
+        "use_cache", "use_mtp",
+    )
+)  # fmt: skip
+# Values that ask for nothing, beside null, false, 0, [] and {}: the defaults of transformers.
+_OFF = {
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "length_penalty": 1,
+    "max_length": 20,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "typical_p": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +58,17 @@ class GenerationConfig:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "GenerationConfig":
-        """Raises ValueError that names the key whose value cannot be."""
+        """Raises ValueError that names the key whose value cannot be. Warns in one line of what is
+        asked for and not done.
+        """
         given = {key: value for key, value in values.items() if value is not None}
+        if asked := _not_done(given):
+            said = ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items()))
+            warnings.warn(
+                f"generation_config.json asks for what is not done: {said}; heeded are "
+                f"{', '.join(sorted(_READ))}",
+                stacklevel=3,
+            )
 
         def read(key: str, default: Any, kind: Any, least: float | None = None) -> Any:
             value = given.get(key, default)
@@ -55,6 +99,16 @@ class GenerationConfig:
             chat_format=read("chat_format", "", str) or None,
             max_window_size=read("max_window_size", 6144, int, 0),
         )
+
+
+def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that would change tokens if they were heeded, and are not."""
+    over = {"max_length"} if "max_new_tokens" in given else set()  # which goes before it
+    return {
+        key: value
+        for key, value in given.items()
+        if key not in _READ | _INERT | over and value and value != _OFF.get(key)
+    }
 
 
 def make_sampler(

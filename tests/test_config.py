@@ -385,3 +385,15 @@ def test_read_json_names_the_file(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"config\.json is not"):
             read_json(path)
+
+
+def test_what_older_libraries_write_is_no_obstacle():
+    """Of transformers 4, whole, with how to sample among it."""
+    written = {
+        "is_decoder": True, "pruned_heads": {}, "use_bfloat16": False, "tie_encoder_decoder": False,
+        "do_sample": True, "max_length": 20, "num_beams": 1, "top_k": 50, "temperature": 0.7,
+        "_attn_implementation": "eager", "unsloth_version": "2024.1", "sep_token_id": 5,
+    }  # fmt: skip
+    assert Config.from_hf({**QWEN_7B, **written}) == PRESETS["qwen-7b"]
+    with pytest.raises(ValueError, match="pruned_heads"):
+        Config.from_hf({**QWEN_7B, "pruned_heads": {"0": [1]}})

@@ -65,3 +65,17 @@ def test_refused_by_name(change: dict) -> None:
 def test_temperature_zero_is_greedy() -> None:
     assert make_sampler(True, 0, 5, 0.9, 1.2) == Greedy(1.2)
     assert make_sampler(False, 1.0, 5, 0.9, 1.2) == Greedy(1.2)
+
+
+def test_what_is_asked_for_and_not_done_is_said_in_one_line() -> None:
+    asked = {"num_beams": 4, "min_p": 0.05, "bad_words_ids": [[1]], "a_key_of_tomorrow": "x"}
+    off = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "max_length": 9999}
+    inert = {"use_cache": False, "trust_remote_code": True, "bos_token_id": 5}
+    with pytest.warns(UserWarning) as caught:
+        config = GenerationConfig.from_hf({**BASE, **asked, **off, **inert, "do_sample": False})
+    (line,) = [str(warning.message) for warning in caught]
+    said = line.split(";")[0].partition(": ")[2]
+    assert said == "a_key_of_tomorrow='x', bad_words_ids=[[1]], min_p=0.05, num_beams=4"
+    assert config.sampler == Greedy()
+    with pytest.warns(UserWarning, match="max_length=9999"):
+        GenerationConfig.from_hf({"max_length": 9999})
