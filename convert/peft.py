@@ -5,10 +5,7 @@ we put on ours what PEFT has trained.
 """
 
 import dataclasses
-import json
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,85 +14,19 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from convert import names
+from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
 from qwen_jax import directory, lora, processes, sharding
-from qwen_jax.config import read_json
 from qwen_jax.lora import Adapters
 from qwen_jax.model import Decoder
 from qwen_jax.weights import Weight, map_leaves, named_leaves
 
-SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+__all__ = [
+    "SETTINGS", "TENSORS", "Shape", "changes", "modules", "read", "read_shape", "targets", "write",
+]  # fmt: skip
+TENSORS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.7
 _PREFIX = "base_model.model."
-_LAYER = "transformer.h.{L}."
-_WHOLE = {"transformer.wte": "embedding", "lm_head": "head"}  # modules that can come along whole
-# Fields of adapter_config.json that change nothing here. PEFT always writes megatron_core and
-# qalora_group_size, and heeds them with megatron_config and use_qalora only.
-_INERT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "task_type",
-}  # fmt: skip
-_READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora"}
-# What the others may be, beside empty: False, None, [] and {}. Adapters that began in another way
-# than these ("pissa", "olora") go on weights that PEFT has changed.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What an adapter is without its values. groups: leaves of a block that share an A, by the
-    original's module. scale: of what is added. whole: modules that come along whole.
-    """
-
-    groups: dict[str, tuple[str, ...]]
-    rank: int
-    scale: float
-    whole: tuple[str, ...] = ()
-
-
-def modules() -> dict[str, tuple[str, ...]]:
-    """The linear modules of a layer, "attn.c_attn" for instance, and their leaves in a block."""
-    found = {}
-    for tensor, leaves in names.TABLE.items():
-        module = tensor.removeprefix(_LAYER).removesuffix(".weight")
-        if tensor.startswith(_LAYER) and "." in module and tensor.endswith(".weight"):
-            found[module] = tuple(leaf.removeprefix("layers.{L}.") for leaf in leaves)
-    return found
-
-
-def targets(wanted: Sequence[str] | str, layers: int) -> dict[str, tuple[str, ...]]:
-    """The modules that get adapters, as PEFT chooses: those whose path ends in one of the names, or
-    that a pattern matches whole. Raises ValueError for a name without a module, for one that is not
-    chosen in every layer, and for what is no pattern.
-    """
-    names_wanted = [wanted] if isinstance(wanted, str) else wanted
-
-    def chosen(path: str, name: str) -> bool:
-        if isinstance(wanted, str):
-            return re.fullmatch(name, path) is not None
-        return path == name or path.endswith(f".{name}")
-
-    found, used = {}, set()
-    for module, leaves in modules().items():
-        paths = [_LAYER.replace("{L}", str(layer)) + module for layer in range(layers)]
-        try:
-            by_layer = [{n for n in names_wanted if chosen(path, n)} for path in paths]
-        except re.error as error:
-            raise ValueError(f"target_modules {wanted!r}: no pattern: {error}") from None
-        if all(by_layer):
-            found[module] = leaves
-        elif any(by_layer):
-            raise ValueError(
-                f"target_modules {', '.join(names_wanted)}: chooses {module} in some layers only, "
-                "and adapters go on a module in every layer"
-            )
-        used |= set().union(*by_layer)
-    if nothing := [name for name in names_wanted if name not in used]:
-        every = ", ".join(sorted({m.rpartition(".")[2] for m in modules()}))
-        raise ValueError(f"no module is called {', '.join(nothing)}: there are {every}")
-    return found
+_EMBEDDING, _HEAD = WHOLE
 
 
 def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
@@ -113,7 +44,7 @@ def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
             parts = [fetched[f"b.{leaf}"][layer] for leaf in shape.groups[module]]
             tensors[name] = np.concatenate(parts)
         else:
-            tensors[name] = fetched[_WHOLE[module]]
+            tensors[name] = fetched[WHOLE[module]]
     said = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,55 +65,9 @@ def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
 
 
 def _shape(adapters: Adapters) -> Shape:
-    whole = tuple(m for m, name in _WHOLE.items() if getattr(adapters, name) is not None)
+    whole = tuple(m for m, name in WHOLE.items() if getattr(adapters, name) is not None)
     rank = next(iter(adapters.a.values())).shape[1]
     return Shape(dict(adapters.groups), rank, adapters.scale, whole)
-
-
-def read_shape(folder: Path, layers: int) -> Shape:
-    """What adapter_config.json says. Raises ValueError that names every field that would change
-    what is computed and is not supported here.
-    """
-    file = folder / SETTINGS
-    if not file.is_file():
-        raise ValueError(f"{folder} is no adapter: it has no {SETTINGS}")
-    settings = read_json(file)
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type {settings.get('peft_type')!r}, only LORA is supported")
-    refused = {
-        name: value
-        for name, value in settings.items()
-        if name not in _INERT | _READ and value not in _ALLOWED.get(name, ()) and not _empty(value)
-    }
-    if refused:
-        said = ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(refused.items()))
-        raise ValueError(f"{file}: not supported: {said}")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{file}: r {rank!r}: a whole number, at least 1")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"{file}: lora_alpha {alpha!r}: a number above 0")
-    known = {module.rpartition(".")[2]: module for module in _WHOLE}
-    wanted, saved = settings.get("target_modules") or [], settings.get("modules_to_save") or []
-    for name, value in (("target_modules", wanted), ("modules_to_save", saved)):
-        pattern = isinstance(value, str) and name == "target_modules"
-        if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
-            raise ValueError(f"{file}: {name} {value!r}: a list of names")
-    if not wanted:
-        raise ValueError(f"{file} names no target_modules")
-    stabilised = settings.get("use_rslora") or False
-    if not isinstance(stabilised, bool):
-        raise ValueError(f"{file}: use_rslora {stabilised!r}: true or false")
-    if unknown := sorted({name.rpartition(".")[2] for name in saved} - set(known)):
-        raise ValueError(f"{file}: modules_to_save {', '.join(unknown)}: only wte and lm_head can")
-    scale = alpha / (math.sqrt(rank) if stabilised else rank)
-    whole = tuple(known[name.rpartition(".")[2]] for name in saved)
-    return Shape(targets(wanted, layers), rank, scale, whole)
-
-
-def _empty(value: Any) -> bool:
-    """Not of 0, which is a number like any other: layers_to_transform=0 is a layer."""
-    return value is None or value is False or value in ([], {})
 
 
 def read(folder: Path, decoder: Decoder) -> Adapters:
@@ -190,18 +75,17 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 
     Raises ValueError where they are for another model, or not supported.
     """
-    shape = read_shape(folder, decoder.config.num_layers)
-    if decoder.head is None and "lm_head" in shape.whole:
-        raise ValueError(f"{folder}: modules_to_save lm_head: this model's embedding is its head")
-    sizes = {name: tuple(leaf.shape[1:]) for name, leaf in named_leaves(decoder.layers).items()}
-    sizes |= {name: tuple(decoder.output.shape) for name in _WHOLE.values()}
     layers = range(decoder.config.num_layers)
-    tensors = _read(folder, shape, len(layers), sizes)
+    sizes = {name: tuple(leaf.shape[1:]) for name, leaf in named_leaves(decoder.layers).items()}
+    sizes["embedding"] = tuple(decoder.embedding.shape)
+    if decoder.head is not None:
+        sizes["head"] = tuple(decoder.head.shape)
+    shape, tensors = _read(folder, read_shape(folder, len(layers)), len(layers), sizes)
 
     def values(path: str) -> np.ndarray:
         kind, _, name = path.partition(".")
-        if kind in _WHOLE.values():
-            (module,) = [m for m, whole in _WHOLE.items() if whole == kind]
+        if kind in WHOLE.values():
+            (module,) = [m for m, whole in WHOLE.items() if whole == kind]
             return tensors["whole", 0, module]
         if kind == "a":
             return np.stack([tensors["a", i, name] for i in layers])
@@ -222,7 +106,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
         return lora.create(decoder, shape.groups, shape.rank, alpha, key, bool(shape.whole))
 
     like = jax.eval_shape(empty, decoder)
-    absent = {name: None for module, name in _WHOLE.items() if module not in shape.whole}
+    absent = {name: None for module, name in WHOLE.items() if module not in shape.whole}
     return map_leaves(put, like.replace(**absent))
 
 
@@ -235,11 +119,8 @@ def changes(
     Raises ValueError as `read` does.
     """
     layers = len({path.split(".")[1] for path in shapes if path.startswith("layers.")})
-    shape, first = read_shape(folder, layers), "layers.0."
-    sizes = {path.removeprefix(first): size for path, size in shapes.items()}
-    if lacking := [name for name in shape.whole if _WHOLE[name] not in sizes]:
-        raise ValueError(f"{folder} is not of this model: it has {lacking[0]}")
-    tensors = _read(folder, shape, layers, sizes)
+    sizes = {path.removeprefix("layers.0."): size for path, size in shapes.items()}
+    shape, tensors = _read(folder, read_shape(folder, layers), layers, sizes)
 
     def replaced(name: str) -> Any:
         whole = tensors["whole", 0, name]
@@ -249,7 +130,7 @@ def changes(
         b = shape.scale * b.astype(np.float32)
         return lambda at, rows: rows.astype(np.float32) + b[at : at + len(rows)] @ a
 
-    found = {_WHOLE[name]: replaced(name) for name in shape.whole}
+    found = {WHOLE[name]: replaced(name) for name in shape.whole}
     for layer in range(layers):
         for module, members in shape.groups.items():
             a, b = (tensors[kind, layer, module] for kind in "ab")
@@ -266,7 +147,7 @@ def _tensors(shape: Shape, layers: int) -> dict[str, tuple[str, int, str]]:
     found = {}
     for layer in range(layers):
         for module in shape.groups:
-            path = f"{_PREFIX}{_LAYER.replace('{L}', str(layer))}{module}"
+            path = f"{_PREFIX}{LAYER.replace('{L}', str(layer))}{module}"
             found[f"{path}.lora_A.weight"] = ("a", layer, module)
             found[f"{path}.lora_B.weight"] = ("b", layer, module)
     found |= {f"{_PREFIX}{module}.weight": ("whole", 0, module) for module in shape.whole}
@@ -275,17 +156,20 @@ def _tensors(shape: Shape, layers: int) -> dict[str, tuple[str, int, str]]:
 
 def _read(
     folder: Path, shape: Shape, layers: int, sizes: Mapping[str, tuple[int, ...]]
-) -> dict[tuple[str, int, str], np.ndarray]:
-    """The tensors of an adapter, checked. sizes: of the leaves that they go on."""
+) -> tuple[Shape, dict[tuple[str, int, str], np.ndarray]]:
+    """The tensors of an adapter, checked; and its shape with the modules that came along unasked.
+    sizes: of the leaves that they go on; without "head" where the embedding is the head.
+    """
     file = folder / TENSORS
     if not file.is_file():
-        raise ValueError(f"{folder} has no {TENSORS}")
-    wanted = _tensors(shape, layers)
+        raise ValueError(_without_tensors(folder))
     try:
         with safe_open(str(file), framework="numpy") as tensors:
             found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {error}: download or save it again") from error
+    shape, found = _with_embeddings(file, shape, found, sizes)
+    wanted = _tensors(shape, layers)
     problems = [f"no {name}" for name in wanted if name not in found]
     problems += [f"{name} is not known" for name in found if name not in wanted]
     for name, (kind, _, module) in wanted.items():
@@ -293,16 +177,65 @@ def _read(
         if name in found and found[name].shape != size:
             problems.append(f"{name} is {list(found[name].shape)} instead of {list(size)}")
     if problems:
-        raise ValueError(f"{file} is not of this model: {directory.some(problems)}")
+        raise ValueError(
+            f"{file} is not of this model: {directory.some(problems)}; give the model that it was "
+            "trained on"
+        )
     if spoiled := [name for name, x in found.items() if not np.isfinite(x).all()]:
-        raise ValueError(f"{file}: not all are numbers: {directory.some(spoiled)}")
-    return {wanted[name]: tensor for name, tensor in found.items()}
+        raise ValueError(
+            f"{file}: not all are numbers: {directory.some(spoiled)}; use an earlier checkpoint of "
+            "the training"
+        )
+    return shape, {wanted[name]: tensor for name, tensor in found.items()}
+
+
+def _without_tensors(folder: Path) -> str:
+    if (folder / _PICKLED).is_file():
+        return (
+            f"{folder} has its tensors in PyTorch's own format ({_PICKLED}), which runs code when "
+            "read: save the adapter again with PEFT, save_pretrained(FOLDER, "
+            "safe_serialization=True), or, in a PyTorch environment: safetensors.torch.save_file("
+            f'torch.load("{_PICKLED}", weights_only=True), "{TENSORS}")'
+        )
+    return f"{folder} has no {TENSORS}: download or copy the adapter again to complete it"
+
+
+def _with_embeddings(
+    file: Path, shape: Shape, found: dict[str, np.ndarray], sizes: Mapping[str, tuple[int, ...]]
+) -> tuple[Shape, dict[str, np.ndarray]]:
+    """The shape and the tensors with the embedding and the head that PEFT added by itself, as it
+    does where the vocabulary of its base was resized. A head that is an embedding goes.
+
+    Raises ValueError where they have another number of rows than this model.
+    """
+    there = {f"{_PREFIX}{module}.weight": module for module in WHOLE}
+    there = {name: module for name, module in there.items() if name in found}
+    for name, module in there.items():
+        rows, size = found[name].shape[0], sizes.get(WHOLE[module], sizes["embedding"])
+        if found[name].shape != size and found[name].shape[1:] == size[1:]:
+            raise ValueError(
+                f"{file}: the vocabulary of the base was resized to {rows}: {name} has {rows} rows "
+                f"and this model {size[0]}; in PyTorch, resize_token_embeddings({rows}) of the "
+                "base and save_pretrained(FOLDER, safe_serialization=True), convert FOLDER with "
+                "convert/from_hf.py, and put the adapter on that"
+            )
+    whole = {*shape.whole, *there.values()}
+    if _HEAD in whole and "head" not in sizes:
+        head, embedding = (found.get(f"{_PREFIX}{m}.weight") for m in (_HEAD, _EMBEDDING))
+        if head is None or embedding is None or not np.array_equal(head, embedding):
+            raise ValueError(
+                f"{file}: lm_head: this model's embedding is its head, and the adapter's are not "
+                "one: train with ensure_weight_tying, or on a base whose head is its own"
+            )
+        whole.discard(_HEAD)
+        found = {name: x for name, x in found.items() if there.get(name) != _HEAD}
+    return dataclasses.replace(shape, whole=tuple(m for m in WHOLE if m in whole)), found
 
 
 def _size(
     shape: Shape, sizes: Mapping[str, tuple[int, ...]], kind: str, module: str
 ) -> tuple[int, ...]:
     if kind == "whole":
-        return sizes[_WHOLE[module]]
+        return sizes[WHOLE[module]]
     leaves = [sizes[leaf] for leaf in shape.groups[module]]
     return (shape.rank, leaves[0][1]) if kind == "a" else (sum(x[0] for x in leaves), shape.rank)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import peft
+from convert import adapter_config, peft
 from qwen_jax import lora, meshes
 from qwen_jax.attention import xla
 from qwen_jax.lora import Adapters
-from qwen_jax.weights import named_leaves
+from qwen_jax.weights import Weight, contract, named_leaves
 from tests.test_step import CONFIG, packed_batch
 from tests.tiny import QUICK, on_mesh, replace_leaves, small_noise, tiny_decoder
 from train import loss as losses
@@ -208,3 +208,132 @@ def test_a_head_for_a_model_without_one_is_refused(tmp_path):
 def test_rank_stabilised_scale(tmp_path):
     written(tmp_path, use_rslora=True)
     assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2 * 4 / 2
+
+
+BASE = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "w1"]}
+
+
+def shape_of(folder: Path, **settings: Any) -> Any:
+    (folder / peft.SETTINGS).write_text(json.dumps(BASE | settings))
+    return peft.read_shape(folder, 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": ["lm_head", "w2"]},
+        {"exclude_modules": r".*\.mlp\.w2"},
+        {"rank_pattern": {".*": 4}, "alpha_pattern": {"w1": 8}},
+        {"rank_pattern": {"w2": 64}, "alpha_pattern": {r"h\.7\.attn\.c_attn": 1}},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": "h"},
+        {"layers_to_transform": [1, 0]},
+        {"layers_pattern": ["layers"]},
+        {"runtime_config": {"ephemeral_gpu_offload": True}, "fan_in_fan_out": True},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}},
+        {"init_lora_weights": "mica", "velora_config": {"scale": 1.0}},
+        {"ensure_weight_tying": True, "a_field_of_tomorrow": None, "another": False},
+        {"target_modules": r"^(transformer.h)(?!.*(lm_head|w2|c_proj|wte)).*\.(w1|c_attn)"},
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(tmp_path, settings):
+    assert shape_of(tmp_path, **settings) == shape_of(tmp_path)
+
+
+def test_all_linear_is_every_module(tmp_path):
+    assert shape_of(tmp_path, target_modules="all-linear").groups == peft.modules()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": ["w1"]},
+        {"exclude_modules": r".*h\.1\..*"},
+        {"alpha_pattern": {"c_attn": 16}},
+        {"rank_pattern": {r"h\.1\.mlp\.w1": 8}},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 2], [0, 2]]},
+        {"trainable_token_indices": [3]},
+        {"target_parameters": ["x"]},
+        {"megatron_config": {"x": 1}},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"a_field_of_tomorrow": 1},
+    ],
+)
+def test_fields_that_change_the_result_are_refused_by_name(tmp_path, settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=f"not supported: .*{name}=.*merge_and_unload"):
+        shape_of(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("pattern", [r"(?:\w|\w\w|.)+(?<=z)", r"(.|[a-z.0-9])+(.|\w)+(.|\w)+h"])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_does_not_end_is_refused(tmp_path, monkeypatch, field, pattern):
+    monkeypatch.setattr(adapter_config, "MATCHING_SECONDS", 0.01)
+    value = {pattern: 8} if field == "rank_pattern" else pattern
+    with pytest.raises(ValueError, match=f"{field} .*: name the modules in a list instead"):
+        shape_of(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize("pattern", ["(" * 3000 + ")" * 3000, "a{99999999999}", "["])
+def test_what_is_no_pattern_is_refused(tmp_path, pattern):
+    with pytest.raises(ValueError, match=r"exclude_modules .*: no pattern"):
+        shape_of(tmp_path, exclude_modules=pattern)
+
+
+def adapter_of(folder: Path, **more: np.ndarray) -> None:
+    """An adapter of one layer's up projection, and what came along."""
+    (folder / peft.SETTINGS).write_text(json.dumps(BASE | {"target_modules": ["w1"]}))
+    module = "base_model.model.transformer.h.0.mlp.w1"
+    pair = {"lora_A": np.ones((4, 8)), "lora_B": np.ones((16, 4))}
+    tensors = {f"{module}.{name}.weight": x.astype(np.float32) for name, x in pair.items()}
+    tensors |= {f"base_model.model.{name}.weight": x for name, x in more.items()}
+    save_file(tensors, folder / peft.TENSORS)
+
+
+UNTIED = {"embedding": (20, 8), "head": (20, 8), "layers.0.ffn.up": (16, 8)}
+
+
+def test_embeddings_that_came_along_unasked(tmp_path):
+    """As PEFT adds them where the vocabulary was resized."""
+    table, head = np.ones((20, 8), np.float32), np.zeros((20, 8), np.float32)
+    adapter_of(tmp_path, **{"transformer.wte": table, "lm_head": head})
+    changes = peft.changes(tmp_path, UNTIED)
+    assert changes.keys() == UNTIED.keys()
+    np.testing.assert_array_equal(changes["head"](3, np.ones((2, 8), np.float32)), head[3:5])
+    smaller = UNTIED | {"embedding": (16, 8), "head": (16, 8)}
+    with pytest.raises(ValueError, match=r"vocabulary of the base was resized to 20: .*model 16"):
+        peft.changes(tmp_path, smaller)
+    tied = {name: size for name, size in UNTIED.items() if name != "head"}
+    with pytest.raises(ValueError, match="this model's embedding is its head"):
+        peft.changes(tmp_path, tied)
+    adapter_of(tmp_path, **{"transformer.wte": table, "lm_head": table})
+    assert peft.changes(tmp_path, tied).keys() == tied.keys()
+
+
+def test_an_adapter_in_pytorchs_own_format_tells_the_way_out(tmp_path):
+    shape_of(tmp_path)
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: download"):
+        peft.changes(tmp_path, UNTIED)
+    (tmp_path / "adapter_model.bin").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin.*safe_serialization=True"):
+        peft.changes(tmp_path, UNTIED)
+
+
+def test_merging_multiplies_float32_as_float32():
+    """On GPUs and TPUs it would be TF32 or bfloat16."""
+    with on_mesh():
+        base = step.stacked(tiny_decoder(CONFIG))
+        text = str(jax.make_jaxpr(lora.merge)(base, drawn(embeddings=False)))
+    products = text.count("dot_general[")
+    assert products == text.count("Precision.HIGHEST, Precision.HIGHEST") == 7
+
+
+def test_what_adapters_add_in_float16_is_scaled_before_it_is_rounded():
+    with on_mesh():
+        parts = [Weight(jnp.full(s, 1, jnp.float16), letters=x) for s, x in
+                 (((2, 4), "FD"), ((4, 4), "RD"), ((2, 4), "FR"))]  # fmt: skip
+        leaf = lora.Lora(*parts, key=None, scale=2.0**-8, dropout=0.0)
+        x = jnp.full((1, 1, 4), 5000, jnp.float16)  # b a x = 80000
+        np.testing.assert_allclose(contract("BTD,FD->BTF", x, leaf), 20312.5, rtol=1e-3)

@@ -1,6 +1,7 @@
 """Adapters that one side wrote, read by the other: the logits are equal to float32's rounding."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import names, peft
+from convert import adapter_config, names, peft
 from qwen_jax import lora
 from qwen_jax.lora import Adapters
 from qwen_jax.model import Decoder
@@ -185,7 +186,7 @@ def test_theirs_in_bfloat16(tmp_path: Path) -> None:
         ({"bias": "lora_only"}, 'bias="lora_only"'),
         ({"lora_bias": True, "target_modules": ["c_attn"]}, "lora_bias=true"),
         ({"rank_pattern": {"w1": 8}}, 'rank_pattern={"w1": 8}'),
-        ({"alpha_pattern": {"w1": 8}}, 'alpha_pattern={"w1": 8}'),
+        ({"alpha_pattern": {"w1": 16}}, 'alpha_pattern={"w1": 16}'),
         ({"layers_to_transform": [1]}, r"layers_to_transform=\[1\]"),
         ({"layers_to_transform": 0}, "layers_to_transform=0"),
         ({"exclude_modules": ["w2"]}, r'exclude_modules=\["w2"\]'),
@@ -214,3 +215,33 @@ def test_how_adapters_began_does_not_matter(tmp_path: Path, how: Any) -> None:
     original.get_peft_model(torch_base(), config).save_pretrained(tmp_path)
     assert json.loads((tmp_path / peft.SETTINGS).read_text())["init_lora_weights"] == how
     assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2
+
+
+def test_every_field_of_peft_is_decided() -> None:
+    """A field that a new version brings is looked at before this passes again."""
+    fields = {field.name for field in dataclasses.fields(original.LoraConfig)}
+    kinds = (adapter_config.INERT, adapter_config.READ, adapter_config.JUDGED)
+    decided = frozenset().union(*kinds, adapter_config.REFUSED)
+    assert not fields - decided
+    assert sum(map(len, (*kinds, adapter_config.REFUSED))) == len(decided)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True", "ignore:.*keys did not match")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fan_in_fan_out": True},
+        {"exclude_modules": ["lm_head"]},
+        {"rank_pattern": {"c_proj": 64}, "alpha_pattern": {".*": 8}},
+        {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+    ],
+)
+def test_fields_that_change_nothing_in_peft_either(tmp_path: Path, settings: Any) -> None:
+    config = original.LoraConfig(r=4, lora_alpha=8, target_modules=["w1"], **settings)
+    model = trained(config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / peft.SETTINGS
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with on_mesh():
+        ours = our_logits(peft.read(tmp_path, base()))
+    assert distance(ours, torch_logits(model)) < TOLERANCE

@@ -1,0 +1,308 @@
+"""adapter_config.json of PEFT: which modules an adapter is on, its rank and its scale.
+
+Every field is read, passed over because it changes nothing in what an adapter adds, judged by what
+it would change in this adapter, or refused by name. The lists below say which field is what; a
+field that no list names may only be empty.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from convert import names
+from qwen_jax.config import read_json
+
+SETTINGS = "adapter_config.json"
+LAYER = "transformer.h.{L}."
+WHOLE = {"transformer.wte": "embedding", "lm_head": "head"}  # modules that can come along whole
+
+# Fields that change nothing here, whatever they say: what PEFT was told of the machine and of
+# training (dropout, VeLoRA's gradients, how values were found that are now in the file: the base
+# is left alone by those whose names `_ALLOWED` lists), and the names of things. PEFT heeds
+# megatron_core and qalora_group_size with megatron_config and use_qalora only, and fan_in_fan_out
+# on no torch.nn.Linear, which all modules of this model are. An embedding that is the head is one
+# leaf here, so tied weights stay tied. merge_weights is of PEFT 0.1 and 0.2.
+INERT = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "velora_config",
+    )
+)
+READ = frozenset(("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora"))
+# Fields that may narrow or change an adapter: harmless where they do neither (`_Judge`).
+JUDGED = frozenset(
+    ("alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern")
+)
+# What these may be, beside empty: False, None, [] and {}. Adapters that began in another way
+# ("pissa", "olora", "corda", "loftq", "lora_ga") go on weights that PEFT has changed.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+}
+# Fields of PEFT that would compute something else: other products, other modules, or none.
+REFUSED = frozenset(
+    (
+        *_ALLOWED,
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "megatron_config",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+    )
+)
+_ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
+MATCHING_SECONDS = (
+    1.0  # of the processor, for all patterns of a file: a real one takes microseconds
+)
+MERGED_IN_PEFT = (
+    "merge it in PEFT, PeftModel.from_pretrained(base, FOLDER).merge_and_unload(), save that with "
+    "save_pretrained(NEW, safe_serialization=True), and convert NEW"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What an adapter is without its values. groups: leaves of a block that share an A, by the
+    original's module. scale: of what is added. whole: modules that come along whole.
+    """
+
+    groups: dict[str, tuple[str, ...]]
+    rank: int
+    scale: float
+    whole: tuple[str, ...] = ()
+
+
+class Patterns:
+    """Regular expressions of a file that somebody else wrote, which may take for ever.
+
+    By the library regex, which has what PEFT's own `re` has (negative look-ahead, with which
+    frameworks leave out the head) and, other than `re`, a limit. Raises ValueError, which names the
+    field, for what is no pattern and for what has not ended after `MATCHING_SECONDS`.
+    """
+
+    def __init__(self) -> None:
+        self._end = time.process_time() + MATCHING_SECONDS
+
+    def match(self, field: str, pattern: str, path: str, whole: bool = False) -> Any:
+        """As `re.match` does, or `re.fullmatch`."""
+        left = max(self._end - time.process_time(), 1e-3)
+        try:
+            compiled = regex.compile(pattern)
+            find = compiled.fullmatch if whole else compiled.match
+            return find(path, timeout=left)
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{field} {pattern!r}: no pattern: {error}") from None
+        except TimeoutError:
+            raise ValueError(
+                f"{field} {pattern!r}: no end of matching it with {path}: name the modules in a "
+                "list instead"
+            ) from None
+
+
+def modules() -> dict[str, tuple[str, ...]]:
+    """The linear modules of a layer, "attn.c_attn" for instance, and their leaves in a block."""
+    found = {}
+    for tensor, leaves in names.TABLE.items():
+        module = tensor.removeprefix(LAYER).removesuffix(".weight")
+        if tensor.startswith(LAYER) and "." in module and tensor.endswith(".weight"):
+            found[module] = tuple(leaf.removeprefix("layers.{L}.") for leaf in leaves)
+    return found
+
+
+def targets(
+    wanted: Sequence[str] | str, layers: int, patterns: Patterns | None = None
+) -> dict[str, tuple[str, ...]]:
+    """The modules that get adapters, as PEFT chooses: those whose path ends in one of the names, or
+    that a pattern matches whole. Raises ValueError for a name without a module, for one that is not
+    chosen in every layer, and for a pattern that `Patterns` refuses.
+    """
+    if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
+        return modules()
+    patterns = patterns or Patterns()
+    names_wanted = [wanted] if isinstance(wanted, str) else wanted
+    found, used = {}, set()
+    for module, leaves in modules().items():
+        by_layer = [
+            _named("target_modules", wanted, path, patterns) for path in _paths([module], layers)
+        ]
+        if all(by_layer):
+            found[module] = leaves
+        elif any(by_layer):
+            raise ValueError(
+                f"target_modules {', '.join(names_wanted)}: chooses {module} in some layers only, "
+                f"and adapters go on a module in every layer: {MERGED_IN_PEFT}"
+            )
+        used |= set().union(*by_layer)
+    if nothing := [name for name in names_wanted if name not in used]:
+        every = ", ".join(sorted({m.rpartition(".")[2] for m in modules()}))
+        raise ValueError(f"no module is called {', '.join(nothing)}: there are {every}")
+    return found
+
+
+def _paths(groups: Sequence[str], layers: int) -> list[str]:
+    return [f"{LAYER.replace('{L}', str(i))}{module}" for i in range(layers) for module in groups]
+
+
+def _named(field: str, wanted: Sequence[str] | str, path: str, patterns: Patterns) -> set[str]:
+    """Which of the names a path is or ends in; or the pattern, where it matches the whole path."""
+    if isinstance(wanted, str):
+        return {wanted} if patterns.match(field, wanted, path, whole=True) else set()
+    return {name for name in wanted if path == name or path.endswith(f".{name}")}
+
+
+def read_shape(folder: Path, layers: int) -> Shape:
+    """What adapter_config.json says. Raises ValueError that names every field that would change
+    what is computed and is not supported here.
+    """
+    file = folder / SETTINGS
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} is no adapter: it has no {SETTINGS}; give the folder that PEFT's "
+            "save_pretrained wrote, or RUN/adapter of a run"
+        )
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{file}: peft_type {settings.get('peft_type')!r}, only LORA is supported: "
+            f"{MERGED_IN_PEFT}"
+        )
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{file}: r {rank!r}: a whole number, at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{file}: lora_alpha {alpha!r}: a number above 0")
+    stabilised = settings.get("use_rslora") or False
+    if not isinstance(stabilised, bool):
+        raise ValueError(f"{file}: use_rslora {stabilised!r}: true or false")
+    known = {module.rpartition(".")[2]: module for module in WHOLE}
+    wanted = _list(file, settings, "target_modules", or_pattern=True)
+    saved = _list(file, settings, "modules_to_save")
+    patterns = Patterns()
+    try:
+        groups = targets(wanted, layers, patterns) if wanted else {}
+        judge = _Judge(file, settings, _paths(list(groups), layers), patterns)
+        refused = {name: value for name, value in settings.items() if judge.changes(name, value)}
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
+    if refused:
+        said = ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(refused.items()))
+        raise ValueError(f"{file}: not supported: {said}: {MERGED_IN_PEFT}")
+    if not wanted:
+        raise ValueError(f"{file} names no target_modules: list the modules that have adapters")
+    if unknown := sorted({name.rpartition(".")[2] for name in saved} - set(known)):
+        raise ValueError(
+            f"{file}: modules_to_save {', '.join(unknown)}: only wte and lm_head can: "
+            f"{MERGED_IN_PEFT}"
+        )
+    scale = alpha / (math.sqrt(rank) if stabilised else rank)
+    whole = dict.fromkeys(known[name.rpartition(".")[2]] for name in saved)
+    return Shape(groups, rank, scale, tuple(whole))
+
+
+def _list(file: Path, settings: Mapping[str, Any], name: str, or_pattern: bool = False) -> Any:
+    """A list of names, or a pattern where that is allowed; [] for null."""
+    value = settings.get(name) or []
+    pattern = isinstance(value, str) and or_pattern
+    if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+        raise ValueError(f"{file}: {name} {value!r}: a list of names")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """Whether a field changes what an adapter adds. paths: of the modules that it goes on."""
+
+    file: Path
+    settings: Mapping[str, Any]
+    paths: list[str]
+    patterns: Patterns
+
+    def changes(self, name: str, value: Any) -> bool:
+        if name in INERT | READ or _empty(value) or value in _ALLOWED.get(name, ()):
+            return False
+        return getattr(self, f"_{name}")(value) if name in JUDGED else True
+
+    def _exclude_modules(self, value: Any) -> bool:
+        wanted = _list(self.file, self.settings, "exclude_modules", or_pattern=True)
+        return any(_named("exclude_modules", wanted, x, self.patterns) for x in self.paths)
+
+    def _rank_pattern(self, value: Any) -> bool:
+        return self._another("rank_pattern", value, self.settings["r"])
+
+    def _alpha_pattern(self, value: Any) -> bool:
+        return self._another("alpha_pattern", value, self.settings["lora_alpha"])
+
+    def _another(self, field: str, value: Any, common: float) -> bool:
+        """Whether a module has another number than the common one: that of the first pattern that
+        matches the end of its path.
+        """
+        if not isinstance(value, dict):
+            return True
+        if all(number == common for number in value.values()):
+            return False
+
+        def own(path: str) -> Any:
+            for pattern, number in value.items():
+                if self.patterns.match(field, rf"(.*\.)?({pattern})$", path):
+                    return number
+            return common
+
+        return any(own(path) != common for path in self.paths)
+
+    def _layers_pattern(self, value: Any) -> bool:
+        """It says where layers_to_transform finds a layer's number, and nothing without that."""
+        return self._layers_to_transform(self.settings.get("layers_to_transform"))
+
+    def _layers_to_transform(self, value: Any) -> bool:
+        """Whether a module is in a layer that is left out."""
+        if value is None or value == []:
+            return False
+        wanted = value if isinstance(value, list) else [value]
+        lists = self.settings.get("layers_pattern") or r"[^.]*"
+        lists = [lists] if isinstance(lists, str) else lists
+        if not isinstance(lists, list) or not all(isinstance(x, str) for x in lists):
+            return True
+
+        def number(path: str) -> int | None:
+            for pattern in lists:
+                before = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+                if found := self.patterns.match("layers_pattern", before, path):
+                    return int(found["idx"])
+            return None
+
+        return any(number(path) not in wanted for path in self.paths)
+
+
+def _empty(value: Any) -> bool:
+    """Not of 0, which is a number like any other: layers_to_transform=0 is a layer."""
+    return value is None or value is False or value in ([], {})
