@@ -122,7 +122,10 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
         result = array.astype(numpy_dtype(dtype))
     if ITEM_BYTES[dtype] == 2 and np.any(np.isinf(result) & np.isfinite(array)):
         largest = float(np.nanmax(np.abs(array.astype(np.float32))))
-        raise ValueError(f"{name} has values up to {largest:.3g}, which do not fit {dtype}")
+        raise ValueError(
+            f"{name} has values up to {largest:.3g}, which do not fit {dtype}: choose bfloat16 or "
+            "float32 with --dtype"
+        )
     return result
 
 

@@ -44,7 +44,10 @@ def read(folder: Path) -> dict[str, Tensor]:
         for name, tensor in read_header(file).items():
             if name in tensors:
                 both = f"{tensors[name].file.name} and {file.name}"
-                raise ValueError(f"{folder}: tensor {name} is in two files, {both}")
+                raise ValueError(
+                    f"{folder}: tensor {name} is in two files, {both}: remove the one that is not "
+                    "of this checkpoint, or download it again"
+                )
             tensors[name] = tensor
     lacking = [
         f"{name} in {file}"
@@ -52,7 +55,10 @@ def read(folder: Path) -> dict[str, Tensor]:
         if name not in tensors or tensors[name].file.name != file
     ]
     if lacking:
-        raise ValueError(f"{folder / INDEX} names tensors that are not there: {', '.join(lacking)}")
+        raise ValueError(
+            f"{folder / INDEX} names tensors that are not there: {', '.join(lacking)}; download "
+            "the index and its files again"
+        )
     return tensors
 
 
@@ -81,10 +87,16 @@ def _index(folder: Path) -> dict[str, str]:
         return {}
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} has no weight_map")
+        raise ValueError(
+            f"{path} has no weight_map: download it again, or remove it, and all *.safetensors "
+            "files of the folder are read"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path}: {name} is in {file!r}, which is no file of this folder")
+            raise ValueError(
+                f"{path}: {name} is in {file!r}, which is no file of this folder: an index names "
+                "files beside it; download it again"
+            )
     return weight_map
 
 
@@ -107,7 +119,10 @@ def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
             "take the safetensors version of the checkpoint, or save it again in PyTorch with "
             "model.save_pretrained(FOLDER, safe_serialization=True)"
         )
-    raise ValueError(f"{folder} holds no *.safetensors files")
+    raise ValueError(
+        f"{folder} holds no *.safetensors files: give the folder that has the weights, or download "
+        "them into it"
+    )
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -115,7 +130,10 @@ def read_header(file: Path) -> dict[str, Tensor]:
     size = paths.size(file)
     length = int.from_bytes(paths.read(file, 0, 8), "little") if size >= 8 else 0
     if size < 8 or length > _LARGEST_HEADER:
-        raise ValueError(f"{file} is not a safetensors file: its first 8 bytes are no length")
+        raise ValueError(
+            f"{file} is not a safetensors file: its first 8 bytes are no length; download it again "
+            "(of a Git LFS pointer: git lfs pull)"
+        )
     if 8 + length > size:
         raise ValueError(f"{file} is truncated within its header: download it again")
     text = paths.read(file, 8, length)
@@ -128,7 +146,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             tensors[name], end = _entry(file, 8 + length, entry, end)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not a safetensors file: its header is damaged ({error})"
+            f"{file} is not a safetensors file: its header is damaged ({error}); download it again"
         ) from None
     if size != 8 + length + end:
         what = "is truncated" if size < 8 + length + end else "has bytes that belong to no tensor"

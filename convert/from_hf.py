@@ -139,7 +139,10 @@ def locate(src: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src):
-        raise ValueError(f"{src} is not a folder, nor the id of a model on the hub (OWNER/NAME)")
+        raise ValueError(
+            f"{src} is not a folder, nor the id of a model on the hub (OWNER/NAME): give the "
+            "folder that holds config.json and the weights"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -169,7 +172,10 @@ def read_config(source: Path) -> Config:
             f"{source} is an unfinished export: give the convert/to_hf.py command again"
         )
     if not (source / checkpoint.CONFIG).exists():
-        raise ValueError(f"{source} has no {checkpoint.CONFIG}: it is not a checkpoint folder")
+        raise ValueError(
+            f"{source} has no {checkpoint.CONFIG}: it is not a checkpoint folder; give the "
+            "one that has it beside the weights, or download it"
+        )
     values = read_json(source / checkpoint.CONFIG)
     if (quantisation := values.get("quantization_config")) is not None:
         method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
@@ -250,7 +256,9 @@ def _as_stored(plan: Plan, dtype: str | None) -> Plan:
     checkpoint.check_shapes(plan.target, manifest, shapes)
     stored = manifest["dtype"]
     if dtype not in (None, stored):
-        raise ValueError(f"{plan.target} holds {stored}, not {dtype}")
+        raise ValueError(
+            f"{plan.target} holds {stored}, not {dtype}: drop --dtype, or convert to another place"
+        )
     return dataclasses.replace(plan, leaves=store.read_leaves(plan.params, stored))
 
 

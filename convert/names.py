@@ -70,7 +70,10 @@ def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
             tensors[name] = _stacked(paths, leaves)
     named = {part.path for tensor in tensors.values() for part in tensor.parts}
     if nameless := [path for path in leaves if path not in named]:
-        raise ValueError(f"no tensor of this format holds {', '.join(nameless)}")
+        raise ValueError(
+            f"no tensor of this format holds {', '.join(nameless)}: only a model of the original's "
+            "architecture can be converted"
+        )
     return tensors
 
 
@@ -116,7 +119,10 @@ def check(
     if wrong:
         problems.append(f"wrong shape: {', '.join(wrong)}")
     if problems:
-        raise ValueError(f"the tensors do not match config.json: {'; '.join(problems)}")
+        raise ValueError(
+            f"the tensors do not match config.json: {'; '.join(problems)}; put the config.json "
+            "there that came with these weights"
+        )
 
 
 def _count(names: list[str]) -> str:

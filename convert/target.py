@@ -36,7 +36,7 @@ def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
     if not target.exists():
         return False
     if not target.is_dir():
-        raise ValueError(f"{target} exists and is not a folder")
+        raise ValueError(f"{target} exists and is not a folder: choose another place")
     if (target / MANIFEST).exists():
         raise ValueError(
             f"{target} is a finished model directory: choose another place, or add --verify to "

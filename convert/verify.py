@@ -66,7 +66,8 @@ def _open(params: Path, part: Part) -> Any:
     array = store.open_leaf(params, part.path)
     if tuple(array.shape) != part.shape:
         raise ValueError(
-            f"{params / part.path} has shape {list(array.shape)}, not {list(part.shape)}"
+            f"{params / part.path} has shape {list(array.shape)}, not {list(part.shape)}: convert "
+            "again"
         )
     return array
 

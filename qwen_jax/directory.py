@@ -25,6 +25,7 @@ FORMAT = 2  # 1 had a leaf axis for heads
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
 SAVED_BY = "qwen_jax.checkpoint.save"
+_MAKE_ONE = "`python convert/from_hf.py SRC DIR` makes one of a Hugging Face checkpoint"
 
 
 class CheckpointError(ValueError):
@@ -36,9 +37,9 @@ def existing(path: str | Path) -> Path:
     root = paths.absolute(path)
     if not root.is_dir():
         unreached = ", or cannot be reached" if paths.is_remote(root) else ""
-        raise CheckpointError(f"{path} is not a directory{unreached}")
+        raise CheckpointError(f"{path} is not a directory{unreached}: {_MAKE_ONE}")
     if not (root / CONFIG).is_file():
-        raise CheckpointError(f"{path} is not a model directory: it has no {CONFIG}")
+        raise CheckpointError(f"{path} is not a model directory: it has no {CONFIG}; {_MAKE_ONE}")
     return root
 
 
@@ -82,7 +83,7 @@ def _why_no_manifest(root: Path) -> str:
             f"{root} is a Hugging Face checkpoint: convert it with "
             f"`python convert/from_hf.py {root} DIR` and use DIR"
         )
-    return f"{root} is not a model directory: it has no {MANIFEST}"
+    return f"{root} is not a model directory: it has no {MANIFEST}; {_MAKE_ONE}"
 
 
 def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
@@ -129,7 +130,10 @@ def check_shapes(
     """Raise CheckpointError when the stored leaves are not those that config.json speaks of."""
     stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
     if problems := mismatch(stored, wanted):
-        raise CheckpointError(f"the weights in {root} do not match {CONFIG}: {problems}")
+        raise CheckpointError(
+            f"the weights in {root} do not match {CONFIG}: {problems}; put back the {CONFIG} that "
+            "they were converted with, or convert again"
+        )
 
 
 def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

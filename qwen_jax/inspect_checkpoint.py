@@ -96,7 +96,8 @@ def describe(path: str) -> dict[str, Any]:
         if facts["num_params"] != config.num_params():
             raise directory.CheckpointError(
                 f"the weights in {root} do not match {directory.CONFIG}: {facts['num_params']:,} "
-                f"parameters instead of {config.num_params():,}"
+                f"parameters instead of {config.num_params():,}; put back the config.json that "
+                "they were converted with, or convert again"
             )
     except (ValueError, OSError) as error:
         return facts | {"reason": " ".join(str(error).split())}

@@ -355,7 +355,10 @@ class LanguageModel:
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError for a directory without one."""
         if self.tokenizer is None:
-            raise ValueError("this model directory has no qwen.tiktoken: text cannot be encoded")
+            raise ValueError(
+                "this model directory has no qwen.tiktoken: text cannot be encoded; copy the "
+                "checkpoint's vocabulary there"
+            )
         return self.tokenizer
 
     def _allowed(self) -> np.ndarray:

@@ -154,7 +154,10 @@ def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
         array = json.loads(text)
         path = file.parent.name
         if array["zarr_format"] != 2 or array["compressor"] or array["filters"]:
-            raise ValueError(f"{file.parent} is compressed: only plain chunks can be exported")
+            raise ValueError(
+                f"{file.parent} is compressed: only plain chunks can be exported; load it and save "
+                "it with qwen_jax.checkpoint.save"
+            )
         leaves[path] = Leaf(path, tuple(array["shape"]), tuple(array["chunks"]), dtype)
     return leaves
 
