@@ -274,7 +274,7 @@ def programs(folder: Path) -> list[Program]:
         slots, capacity = utilization(read("pre-delay_hlo-static-per-bundle-utilization"))
         total = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
         assert total
-        root = regions(path.read_text())
+        root = regions(path.read_text(encoding="utf-8"))
         if len(slots) - root.last not in (
             0,
             1,
@@ -291,7 +291,7 @@ def _only(folder: Path, prefix: str, what: str) -> str:
         if path.name.startswith(prefix)
         and re.fullmatch(rf"-\d+-{what}\.txt", path.name[len(prefix) :])
     ]
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def steady(program: Program, trips: int = 1) -> Cost:
@@ -443,10 +443,12 @@ def _gpu_dumps() -> Path:
 
 def _triton(folder: Path, arch: str) -> Iterator[GpuKernel]:
     launches = re.compile(r"\] (\S+) grid: .* threads: \[(\d+), .* shared_memory: (\d+) bytes")
-    thunks = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
+    thunks = "\n".join(
+        path.read_text(encoding="utf-8") for path in folder.glob("*.thunk_sequence.txt")
+    )
     launched = {name: sizes for name, *sizes in launches.findall(thunks)}
     for path in sorted(folder.glob("*.ptx")):
-        names = re.findall(r"\.entry (\w+)\(", path.read_text())
+        names = re.findall(r"\.entry (\w+)\(", path.read_text(encoding="utf-8"))
         if not set(names) & set(launched):
             continue
         command = ["ptxas", "-v", f"-arch={arch}", str(path), "-o", os.devnull]
@@ -459,11 +461,11 @@ def _triton(folder: Path, arch: str) -> Iterator[GpuKernel]:
 def _mosaic(folder: Path) -> Iterator[GpuKernel]:
     launch = re.compile(r"threads\(.*?\) in \(.* = %c(\d+), .* dynamic_shared_memory_size %c(\d+)")
     for path in sorted(folder.glob("*.ptxas")):
-        passes = path.with_name(f"{path.stem}.mlir-passes.log").read_text()
+        passes = path.with_name(f"{path.stem}.mlir-passes.log").read_text(encoding="utf-8")
         found = launch.search(passes)
         assert found
         threads, shared = map(int, found.groups())
-        report = path.read_text()
+        report = path.read_text(encoding="utf-8")
         for name in re.findall(r"entry function '(\w+)'", report):
             yield ptxas(report, name, threads, shared)
 

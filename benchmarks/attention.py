@@ -224,7 +224,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         for row in new:
             print(f"{row[0]:26} {row[1]:16} {row[2]:>9} {row[3]:>15} ", *row[4:], flush=True)
         if args.markdown:
-            args.markdown.write_text(markdown(lines, argv))
+            args.markdown.write_text(markdown(lines, argv), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

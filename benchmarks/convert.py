@@ -26,7 +26,7 @@ def cold() -> bool:
     """Write back and drop the page cache; False where that is not permitted."""
     subprocess.run(["sync"], check=True)
     try:
-        DROP.write_text("3\n")
+        DROP.write_text("3\n", encoding="utf-8")
     except OSError:
         return False
     return True

@@ -36,7 +36,7 @@ def torchs(args: argparse.Namespace, dtype: str, *extra: str) -> list[str]:
 def processor() -> str:
     """The processor's name, where the system tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

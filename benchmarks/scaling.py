@@ -82,7 +82,7 @@ def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any
 def plans(options: Sequence[str], cache: Path) -> list[Any]:
     """What `train.plan` prints for these options, or has printed before."""
     key = " ".join((*options, *versions().values()))
-    known = cache.read_text().splitlines() if cache.exists() else []
+    known = cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []
     for line in map(json.loads, known):
         if line["key"] == key:
             return line["plans"]
@@ -93,7 +93,7 @@ def plans(options: Sequence[str], cache: Path) -> list[Any]:
         return []
     plans = json.loads(ran.stdout)["plans"]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with cache.open("a") as file:
+    with cache.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"key": key, "plans": plans}) + "\n")
     return plans
 

@@ -41,7 +41,7 @@ class Decoder:
     def __init__(
         self, folder: Path, dtype: torch.dtype, length: int, columns: bool = False
     ) -> None:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.layers: int = config["num_hidden_layers"]
         self.heads: int = config["num_attention_heads"]
         self.width: int = config["kv_channels"]

@@ -537,7 +537,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
             for row in new:
                 print("  ".join(filter(None, row)), flush=True)
             if args.markdown:
-                args.markdown.write_text(markdown(title, found) + "\n")
+                args.markdown.write_text(markdown(title, found) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -144,7 +144,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         tensors, end = {}, 0
         for name, entry in entries:
             tensors[name], end = _entry(file, 8 + length, entry, end)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not a safetensors file: its header is damaged ({error}); download it again"
         ) from None

@@ -100,10 +100,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be found wrong without writing is found here."""
     from qwen_jax import meshes, sharding
 
-    try:
-        mesh = meshes.parse(args.mesh)
-    except ValueError as error:
-        raise command.UsageError(f"--mesh: {error}") from None
+    mesh = command.mesh_sizes(args.mesh)
     dst = paths.parse(args.dst)
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)

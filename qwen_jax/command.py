@@ -5,6 +5,8 @@ the first one alone speaks, but for errors.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import math
@@ -16,7 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import processes
+from qwen_jax import errors, processes, roll_call
+
+_RAISING = ("strict", "surrogateescape", "surrogatepass")  # a stream's errors, of encodings
 
 
 class UsageError(ValueError):
@@ -29,27 +33,29 @@ def run(
     argv: list[str] | None = None,
 ) -> int:
     """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
+    _settle_streams()
     args = parser.parse_args(argv)
     show_log(args.debug)
     warnings.formatwarning = _as_line
     try:
         work(args)
+        _flush()
     except KeyboardInterrupt:
         if processes.count() > 1:
             processes.failed("interrupted", 130)
         say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard()
         return 1
     except Exception as error:
         if args.debug:
             raise
         _hush()
+        with contextlib.suppress(OSError):  # of stdout: perhaps the error itself
+            _flush()
         processes.await_verdict(error)
-        detail = " ".join(str(error).split()) or "no message; --debug shows where"
-        known = isinstance(error, ValueError | OSError | NotImplementedError)
-        detail = detail if known else f"{type(error).__name__}: {detail}"
+        detail = errors.explain(error, vars(args))
         code = 2 if isinstance(error, UsageError) else 1
         if processes.count() > 1:
             processes.failed(detail, code)
@@ -62,6 +68,31 @@ def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as `say` would say it: one line, without the place in the code."""
     line = f"warning: {' '.join(str(message).split())}\n"
     return line if processes.index() == 0 else ""
+
+
+def _settle_streams() -> None:
+    """Let nothing that is printed end a run: what stdout's encoding lacks is replaced, and a stream
+    that was closed takes everything. (stderr escapes what it lacks, whatever is asked.)
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _RAISING:
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _flush() -> None:
+    """Write out what was printed, while an error such as a full disk can still be told."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard()
+        error.filename = "stdout"
+        raise
+
+
+def _discard() -> None:
+    """Send what is left for stdout nowhere: Python would try once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:
@@ -132,6 +163,14 @@ def join(args: argparse.Namespace) -> None:
             "give all of --coordinator, --processes and --process, or --distributed to have them "
             "found"
         )
+    try:
+        if args.coordinator is not None:
+            roll_call.address(args.coordinator)
+        if None not in named and not 0 <= args.process < args.processes:
+            last = args.processes - 1
+            raise ValueError(f"process {args.process} of {args.processes}: numbers are 0 to {last}")
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
     processes.initialize(*named, args.start_timeout, args.heartbeat_timeout)
     if processes.count() > 1:
         _keep_stdout(processes.index() == 0)
@@ -160,6 +199,32 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def text(given: str) -> str:
+    """An argparse type: a text, of the bytes that the system hands over. File names may hold any
+    bytes, and have no type.
+    """
+    try:
+        given.encode()
+        return given
+    except UnicodeEncodeError:
+        try:  # in a locale without an encoding of its own, Python takes UTF-8 for bytes
+            return os.fsencode(given).decode()
+        except UnicodeError:
+            raise argparse.ArgumentTypeError(
+                f"{given[:40]!a} is not UTF-8 text: see the encoding of this terminal or script"
+            ) from None
+
+
+def mesh_sizes(option: str | None) -> dict[str, int]:
+    """The sizes of `--mesh` by axis, all 1 where it is not given. UsageError for what is none."""
+    from qwen_jax import meshes
+
+    try:
+        return meshes.parse(option)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
@@ -172,8 +237,9 @@ def key_value(text: str) -> tuple[str, Any]:
         if not (key and equals):
             raise ValueError
         return key, json.loads(value)
-    except ValueError:
-        raise UsageError(f"--set {text}: write KEY=VALUE with VALUE in JSON") from None
+    except (ValueError, RecursionError):
+        shown = text if len(text) < 200 else f"{text[:200]}..."
+        raise UsageError(f"--set {shown}: write KEY=VALUE with VALUE in JSON") from None
 
 
 def use_compilation_cache() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import paths
+from qwen_jax import paths, texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,10 +452,13 @@ def _is_number(value: Any) -> bool:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError that names the file when it is not one."""
+    """A JSON object from a UTF-8 file; ValueError that names the file when it is not one."""
+    data = paths.parse(path).read_bytes()
     try:
-        value = json.loads(paths.parse(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(texts.decode(data))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")

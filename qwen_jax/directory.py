@@ -163,7 +163,9 @@ def carry(source: Path, target: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    paths.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A file name that is not UTF-8 holds what cannot be encoded; its escape is JSON's, too.
+    paths.write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _version(library: str) -> str:

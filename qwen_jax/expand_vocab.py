@@ -17,11 +17,12 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import tiktoken
 
-from qwen_jax import command
+from qwen_jax import command, paths, texts
 from qwen_jax.tokenizer import PATTERN, Tokenizer
 
 
@@ -32,15 +33,16 @@ def read_words(path: str | Path) -> dict[str, int]:
     counts as 1; those of repeated words add up. ValueError if the file is not UTF-8.
     """
     words: Counter[str] = Counter()
+    data = paths.parse(path).read_bytes()
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
-                word, _, frequency = line.partition("\t")
-                if word := unicodedata.normalize("NFC", word.strip()):
-                    frequency = frequency.strip()
-                    words[word] += max(int(frequency), 1) if frequency.isdecimal() else 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+        text = texts.decode(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file: {error}") from None
+    for line in text.split("\n"):
+        word, _, frequency = line.partition("\t")
+        if word := unicodedata.normalize("NFC", word.strip()):
+            frequency = frequency.strip()
+            words[word] += max(int(frequency), 1) if frequency.isdecimal() else 1
     return dict(words)
 
 
@@ -48,7 +50,9 @@ def splittable(words: Iterable[str]) -> list[str]:
     """Those of the words that the pre-tokenizer splits: they can never be one token."""
     # A piece that is itself a token becomes that token without any merges: where every word is a
     # token, a word gives more than one id only if it is more than one piece.
-    words = list(words)
+    if isinstance(words, str | bytes) or not isinstance(words, Iterable):
+        raise ValueError(f"words must be a list of texts, got {texts.described(words)}")
+    words = [texts.check_whole("each word", word) for word in words]
     ranks = {bytes([byte]): byte for byte in range(256)}
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
@@ -64,6 +68,14 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     are the most frequent together; ties go to the fewest characters, then the fewest bytes, then
     the smallest text.
     """
+    if not isinstance(words, Mapping):
+        raise ValueError(f"words must be word to frequency, got {texts.described(words)}")
+    for word, frequency in words.items():
+        if not isinstance(frequency, Integral) or frequency < 1:
+            got = texts.described(frequency)
+            raise ValueError(
+                f"the frequency of {word!r} must be a positive whole number, got {got}"
+            )
     if refused := splittable(words):
         raise ValueError(f"the pre-tokenizer splits {refused[0]!r}: it cannot be a token")
     ranks = dict(tokenizer.ranks)
@@ -106,6 +118,9 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
 
 def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> None:
     """Write an expansion file, ids from `start_id`; FileExistsError if there is one already."""
+    tokens = list(tokens)
+    if wrong := [token for token in tokens if not isinstance(token, bytes)]:
+        raise ValueError(f"tokens must be bytes, got {texts.described(wrong[0])}")
     lines = [
         f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens, start_id)
     ]

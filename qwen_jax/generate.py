@@ -9,12 +9,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import command
+from qwen_jax import command, texts
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -40,9 +39,11 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--ckpt", required=True, metavar="DIR", help="model directory")
     source = result.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="continue this text")
+    source.add_argument("--prompt", type=command.text, metavar="TEXT", help="continue this text")
     source.add_argument("--prompt-file", metavar="FILE", help="continue this file's text (UTF-8)")
-    source.add_argument("--chat", metavar="TEXT", help="answer this, as a chat model does")
+    source.add_argument(
+        "--chat", type=command.text, metavar="TEXT", help="answer this, as a chat model does"
+    )
     result.add_argument(
         "--bench",
         action="store_true",
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, metavar="K", help="0 = no limit")
     add("--repetition-penalty", type=float, metavar="R", help="1 = none")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default 0)")
-    add("--system", metavar="TEXT", help="system prompt of --chat")
+    add("--system", type=command.text, metavar="TEXT", help="system prompt of --chat")
     model = result.add_argument_group("model")
     add = model.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
@@ -116,10 +117,7 @@ def prompt_text(args: argparse.Namespace) -> str | None:
     """What to continue or to answer; None with --bench alone."""
     text = args.prompt if args.chat is None else args.chat
     if args.prompt_file is not None:
-        try:
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{args.prompt_file} is not UTF-8 text") from None
+        text = texts.read(args.prompt_file).replace("\r\n", "\n").replace("\r", "\n")
     if text is None and not args.bench:
         raise command.UsageError("give one of --prompt, --prompt-file, --chat or --bench")
     if text is not None and not (text.strip() if args.chat is not None else text):
@@ -163,10 +161,7 @@ def mesh(args: argparse.Namespace) -> "Mesh":
 
     from qwen_jax import checkpoint, meshes, processes
 
-    try:
-        sizes = meshes.parse(args.mesh)
-    except ValueError as error:
-        raise command.UsageError(str(error)) from None
+    sizes = command.mesh_sizes(args.mesh)
     lengths = {**checkpoint.load_config(args.ckpt).sizes, "B": 1}
     meshes.check(lengths, sizes)
     command.virtual_cpu_devices(sizes)
@@ -223,7 +218,7 @@ def work(args: argparse.Namespace) -> None:
         "decode_tokens_per_second": rate(times),
     }
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))  # in ASCII, which every encoding of stdout has
         return
     command.say(
         f"{len(ids)} prompt tokens, first token after {report['seconds_to_first_token']:.2f} s "

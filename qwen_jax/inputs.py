@@ -1,9 +1,25 @@
 """What callers pass, turned into host arrays and checked: one clear ValueError for each mistake."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from qwen_jax import texts
+
+
+def ids(name: str, values: Any) -> list[int]:
+    """Whole numbers, out of any sequence or array of one axis. ValueError that names the argument
+    for anything else: a float may be a number's rounding, and a text is no ids.
+    """
+    try:
+        if isinstance(values, str | bytes | bytearray):
+            raise TypeError
+        return list(map(operator.index, values))
+    except TypeError:
+        got = texts.described(values)
+        raise ValueError(f"{name} must be whole numbers (token ids), got {got}") from None
 
 
 def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,9 +51,12 @@ def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarra
 
 def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     """Ids, or sequences of ids, as sequences."""
-    if isinstance(stop, str) or not isinstance(stop, Iterable):
+    if isinstance(stop, str | bytes | bytearray) or not isinstance(stop, Iterable):
         raise ValueError(f"stop {stop!r}: must be a sequence of ids, or of sequences of ids")
-    sequences = [np.atleast_1d(np.asarray(ids)) for ids in stop]
+    try:
+        sequences = [np.atleast_1d(np.asarray(ids)) for ids in stop]
+    except ValueError:  # a sequence of ids among ids
+        raise ValueError(f"stop {stop!r}: must be ids, or sequences of ids") from None
     for ids in sequences:
         whole = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
         if not whole or not ((ids >= 0) & (ids < vocab_size)).all():

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
 from qwen_jax import chat, checkpoint, decode, inputs, meshes, rope, sampling, sharding
-from qwen_jax.chat import DEFAULT_SYSTEM
+from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.config import Config
 from qwen_jax.generation_config import GenerationConfig
 from qwen_jax.model import Decoder
@@ -250,29 +250,31 @@ class LanguageModel:
     def chat(
         self,
         query: str,
-        history: Sequence[tuple[str, str]] = (),
+        history: History | None = (),
         system: str = DEFAULT_SYSTEM,
         sampler: Any = None,
         max_new_tokens: int | None = None,
         stop: Sequence[Any] | None = None,
         seed: int = 0,
         max_window_size: int | None = None,
-    ) -> tuple[str, list[tuple[str, str]]]:
+    ) -> tuple[str, list[Any]]:
         """(reply, history with this turn). None = what the checkpoint's generation_config says.
 
-        stop: ids or sequences of ids that end the reply.
+        history: pairs (query, reply), or messages {"role": ..., "content": ...}, whose system
+        message takes the place of `system`; it comes back in the same form. stop: ids or sequences
+        of ids that end the reply. Raises ValueError that names an argument which is no text.
         """
         ids = self._reply(
             query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
         )
         made = [i for part in ids for i in part]
         reply = chat.decode_reply(self.need_tokenizer(), made, "chatml")
-        return reply, [*(history or ()), (query, reply)]
+        return reply, chat.with_turn(history, query, reply)
 
     def chat_stream(
         self,
         query: str,
-        history: Sequence[tuple[str, str]] = (),
+        history: History | None = (),
         system: str = DEFAULT_SYSTEM,
         sampler: Any = None,
         max_new_tokens: int | None = None,
@@ -280,10 +282,16 @@ class LanguageModel:
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> Iterator[str]:
-        """The reply so far, again and again as it grows; a character is shown when it is whole."""
+        """The reply so far, again and again as it grows; a character is shown when it is whole.
+
+        Arguments as in `chat`; they are checked at the call.
+        """
         ids = self._reply(
             query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
         )
+        return self._growing(ids)
+
+    def _growing(self, ids: Iterator[list[int]]) -> Iterator[str]:
         text, stream = "", TextStream(self.need_tokenizer(), skip_special_tokens=True)
         for part in ids:
             text += stream.push(part)
@@ -294,7 +302,7 @@ class LanguageModel:
     def _reply(
         self,
         query: str,
-        history: Sequence[tuple[str, str]],
+        history: History | None,
         system: str,
         sampler: Any,
         max_new_tokens: int | None,
@@ -308,7 +316,8 @@ class LanguageModel:
             warnings.warn(BASE_NOTE, stacklevel=3)
         if max_window_size is None:
             max_window_size = self.generation_config.max_window_size
-        _, prompt = chat.make_context(tokenizer, query, history, system, max_window_size)
+        system, pairs = chat.turns_of(history, system)
+        _, prompt = chat.make_context(tokenizer, query, pairs, system, max_window_size)
         stops = self.chat_stops() if stop is None else inputs.stops(stop, self.config.vocab_size)
         parts = self.stream(
             np.array([prompt]),

@@ -21,6 +21,8 @@ _PART = 16 * 2**20  # bytes of an upload that are sent at a time
 
 def parse(text: "str | os.PathLike[str]") -> Path:
     """The path of that name. ValueError for an address that cannot be used, or not yet."""
+    if not isinstance(text, str | os.PathLike):
+        raise ValueError(f"a path must be a str or a Path, got {type(text).__name__} {text!r}")
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", os.fspath(text))
     if scheme is None:
         return Path(text)
@@ -184,11 +186,22 @@ def read(path: Path, offset: int, count: int) -> bytes:
         return file.read(count)
 
 
+def check_name(folder: Path) -> None:
+    """Raise ValueError for a name that TensorStore, and so Orbax, cannot open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{folder}: its name is not UTF-8, which TensorStore cannot open: choose another"
+        ) from None
+
+
 def kvstore(folder: Path) -> dict[str, Any]:
     """A folder as TensorStore is told of it."""
     if is_remote(folder):
         bucket, _, path = str(folder).removeprefix("gs://").partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    check_name(folder)
     return {"driver": "file", "path": f"{folder}{os.sep}"}
 
 

@@ -313,7 +313,9 @@ def _meet(me: _Joined) -> bool:
 
 def _say(me: _Joined, line: str) -> None:
     start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # off the line of a bar
-    os.write(2, f"{start}error: {' '.join(line.split())}\n".encode())
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    line = f"{start}error: {' '.join(line.split())}\n"
+    os.write(2, line.encode(encoding, "backslashreplace"))
 
 
 def _catch_abort(me: _Joined) -> None:

@@ -149,7 +149,7 @@ def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
     leaves = {}
     files = list(params.glob("*/.zarray"))
     with _small_files(params) as executor:
-        texts = list(executor.map(lambda file: file.read_text(), files))
+        texts = list(executor.map(lambda file: file.read_text(encoding="utf-8"), files))
     for file, text in zip(files, texts, strict=True):
         array = json.loads(text)
         path = file.parent.name

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from qwen_jax import paths
+from qwen_jax import inputs, paths, texts
 
 # A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
 # backtracks through the whole run, and tiktoken panics at a million characters; the alternative
@@ -43,7 +43,6 @@ SPECIAL_TOKENS = (
 # by one of its tokens, and then must have all its ranks.
 _PUBLISHED_RANKS = 151_643
 _LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
-_BYTE_ORDER_MARK = codecs.BOM_UTF8
 _UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
 Line = tuple[int, bytes, int]  # of a vocabulary file: its number, the token, the id
 
@@ -125,9 +124,9 @@ class Tokenizer:
         Special tokens spelled out in the text are ordinary text, except those of
         `allowed_special`; both arguments are a set of special tokens or "all" (for
         `disallowed_special`: all that are not allowed). ValueError where a name is no special
-        token, or the text holds a disallowed one. Lone surrogates become U+FFFD.
+        token, the text holds a disallowed one, or is no `str`. Lone surrogates become U+FFFD.
         """
-        text = unicodedata.normalize("NFC", text)
+        text = unicodedata.normalize("NFC", texts.check("text", text))
         allowed = self._special_set(allowed_special)
         disallowed = self._special_set(disallowed_special)
         if disallowed_special == "all":
@@ -140,13 +139,15 @@ class Tokenizer:
         return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
-        """The bytes of the ids; an id that does not exist gives the byte 0xff.
+        """The bytes of the ids; an id that does not exist gives the byte 0xff. ValueError for what
+        is no whole number.
 
         `skip_special_tokens` drops the 208 special tokens, not those of an expansion.
         """
         skip = self._special_ids if skip_special_tokens else range(0)
         table = self.id_to_bytes
-        return b"".join([table.get(i, _UNDECODABLE) for i in map(int, ids) if i not in skip])
+        numbers = inputs.ids("ids", ids)
+        return b"".join([table.get(i, _UNDECODABLE) for i in numbers if i not in skip])
 
     def decode(
         self, ids: Iterable[int], errors: str = "replace", skip_special_tokens: bool = False
@@ -156,7 +157,7 @@ class Tokenizer:
         Bytes that are not UTF-8, and ids that do not exist, are left to `errors`: "replace"
         (U+FFFD), "ignore" or "strict" (UnicodeDecodeError).
         """
-        return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors)
+        return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", _handler(errors))
 
     def known_ids(self, size: int) -> np.ndarray:
         """bool [size], True where the id decodes: False on rows that pad the vocabulary."""
@@ -165,16 +166,20 @@ class Tokenizer:
         return known
 
     def _special_set(self, names: Collection[str]) -> set[str]:
-        if isinstance(names, str):
-            if names != "all":
-                raise ValueError(f"expected a set of special tokens or 'all', got {names!r}")
+        if isinstance(names, str) and names == "all":
             return set(self.special_tokens)
-        if unknown := set(names) - self.special_tokens.keys():
+        if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+            got = texts.described(names)
+            raise ValueError(f"expected a set of special tokens or 'all', got {got}")
+        found = list(names)
+        unknown = [x for x in found if not isinstance(x, str) or x not in self.special_tokens]
+        if unknown:
+            names = ", ".join(sorted(map(repr, unknown)))
             raise ValueError(
-                f"not special tokens: {sorted(unknown)}; known are <|endoftext|>, <|im_start|>, "
-                "<|im_end|> and <|extra_0|>..<|extra_204|>"
+                f"not special tokens: {names}; known are <|endoftext|>, <|im_start|>, <|im_end|> "
+                "and <|extra_0|>..<|extra_204|>"
             )
-        return set(names)
+        return set(found)
 
 
 class TextStream:
@@ -185,7 +190,7 @@ class TextStream:
     ):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(_handler(errors))
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete; bytes of an unfinished character are held back."""
@@ -196,6 +201,15 @@ class TextStream:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+def _handler(errors: str) -> str:
+    """What becomes of bytes that are not UTF-8, checked before there are any."""
+    try:
+        codecs.lookup_error(errors)
+    except (LookupError, TypeError):
+        raise ValueError(f"errors {errors!r}: allowed are replace, ignore, strict") from None
+    return errors
 
 
 def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
@@ -250,8 +264,10 @@ def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
 def _read_lines(path: str | Path) -> Iterator[Line]:
     """Line number, token and id of each line "base64 id" that is not blank."""
     # At once: the file object of a remote file takes a minute for the lines of a vocabulary.
-    content = paths.parse(path).read_bytes().removeprefix(_BYTE_ORDER_MARK)
-    with io.BytesIO(content) as file:
+    data = paths.parse(path).read_bytes()
+    if problem := texts.foreign(data):
+        raise ValueError(f"{path} is not UTF-8 text: {problem}")
+    with io.BytesIO(texts.unmarked(data)) as file:
         for number, line in enumerate(file, start=1):
             fields = line.split()
             if not fields:

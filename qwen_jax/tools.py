@@ -7,8 +7,10 @@ which thoughts, calls, their results and the answer follow each other. Knows no 
 import dataclasses
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from qwen_jax import texts
 
 _INSTRUCTION = """Answer the following questions as best you can. You have access to the following \
 APIs:
@@ -74,8 +76,8 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
 
     Raises ValueError for what is no tool, or has no name.
     """
-    texts, names = [], []
-    for number, tool in enumerate(tools, 1):
+    shown, names = [], []
+    for number, tool in enumerate(_listed("tools", tools), 1):
         what = f"tool {number}"
         function = _function(tool, what)
         name = function.get("name_for_model") or function.get("name")
@@ -88,8 +90,9 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
             raise ValueError(f"{what} has a name or a description that is no text")
         names.append(name)
         parameters = _json(function.get("parameters", {}), f"the parameters of {what}")
-        texts.append(_TOOL.format(name=name, human=human, description=told, parameters=parameters))
-    return _INSTRUCTION.format(tools="\n\n".join(texts), names=", ".join(names))
+        text = _TOOL.format(name=name, human=human, description=told, parameters=parameters)
+        shown.append(texts.check_whole(what, text))
+    return _INSTRUCTION.format(tools="\n\n".join(shown), names=", ".join(names))
 
 
 def turns(
@@ -109,9 +112,12 @@ def turns(
     """
     system: str | None = None
     found: list[tuple[str, list[_Step]]] = []
-    for number, message in enumerate(messages, 1):
+    tools = _listed("tools", tools)
+    for number, message in enumerate(_listed("messages", messages), 1):
         if not isinstance(message, Mapping):
-            raise ValueError(f"message {number} is no object")
+            raise ValueError(
+                f"message {number} is no object with role and content: {texts.described(message)}"
+            )
         role = message.get("role")
         last, steps = found[-1] if found else (None, [])
         if role == "system":
@@ -180,7 +186,7 @@ def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_S
             raise ValueError(f"{what} has arguments that are neither text nor an object")
         said = (index == 1 and thought) or f"I can use {name}."
         made = f"Thought: {said}\nAction: {name}\nAction Input: {arguments}"
-        steps.append(_Step(made, call.get("id"), name, waits=True))
+        steps.append(_Step(texts.check_whole(what, made), call.get("id"), name, waits=True))
     return steps
 
 
@@ -204,8 +210,8 @@ def _content(message: Mapping[str, Any], number: int, needed: bool = True) -> st
     content = message.get("content")
     if isinstance(content, list):
         parts = [part if isinstance(part, Mapping) else {} for part in content]
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        content = [text for text in texts if isinstance(text, str)]
+        found = [part.get("text") for part in parts if part.get("type") == "text"]
+        content = [text for text in found if isinstance(text, str)]
         if len(content) < len(parts):
             raise ValueError(
                 f'message {number} has parts that are no text: {{"type": "text", "text": ...}}'
@@ -214,5 +220,13 @@ def _content(message: Mapping[str, Any], number: int, needed: bool = True) -> st
     if content is None and not needed:
         return ""
     if not isinstance(content, str):
-        raise ValueError(f"message {number} has no text in 'content'")
-    return content
+        got = texts.described(content)
+        raise ValueError(f"message {number} has no text in 'content', but {got}")
+    return texts.check_whole(f"message {number}", content)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """The values of a list, or of anything like one."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of objects, got {texts.described(values)}")
+    return list(values)

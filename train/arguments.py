@@ -15,6 +15,8 @@ from train.recipes import RECIPES, Recipe
 _FIXED = ("name", "data")  # of a recipe
 _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "base_dtype", "merge")
 _OF_ADAPTERS += ("train_embeddings",)
+_OF_KIND = {"field": "text", "system": "chat", "loss_on": "chat"}
+_KINDS = {"text": "text", "chat": "conversations"}
 
 
 def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
@@ -46,7 +48,7 @@ def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
     add("--eval-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     add("--keep-last", type=command.positive, default=2, metavar="N", help="checkpoints")
-    add("--keep-best", type=int, default=1, metavar="N", help="checkpoints of least held-out loss")
+    add("--keep-best", type=int, metavar="N", help="checkpoints of least held-out loss (default 1)")
     add("--on-nan", choices=("stop", "skip"), default="stop", help="for a loss that is no number")
     add("--profile-steps", metavar="A-B", help="record these steps for TensorBoard's profiler")
     add("--merge", action="store_true", help="of adapters: write the merged model, too")
@@ -66,9 +68,10 @@ def _add_field(group: Any, field: Any) -> None:
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is tuple:
-        options |= {"nargs": "+", "metavar": "NAME"}
+        options |= {"type": command.text, "nargs": "+", "metavar": "NAME"}
     else:
-        options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        name = {int: "N", float: "X", str: "NAME"}[kind]
+        options |= {"type": command.text if kind is str else kind, "metavar": name}
     group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
@@ -108,6 +111,12 @@ def recipe(args: argparse.Namespace) -> Recipe:
         raise command.UsageError(
             f"--{option} is of adapters: take --recipe sft_lora of train/sft.py"
         )
+    for name in changes:
+        if (kind := _OF_KIND.get(name, made.data)) != made.data:
+            option = name.replace("_", "-")
+            raise command.UsageError(
+                f"--{option} is of {_KINDS[kind]}: recipe {args.recipe} learns {_KINDS[made.data]}"
+            )
     return made
 
 
@@ -130,6 +139,13 @@ def work(args: argparse.Namespace) -> None:
         raise command.UsageError(f"give {', '.join(missing)}")
     if args.eval_data and args.eval_share:
         raise command.UsageError("--eval-data and --eval-share: one of them")
+    if args.keep_best is None:
+        args.keep_best = 1
+    elif args.keep_best > 0 and not (args.eval_data or args.eval_share):
+        raise command.UsageError(
+            f"--keep-best {args.keep_best} goes with --eval-data or --eval-share, whose loss tells "
+            "the best"
+        )
     for name in ("eval_every", "save_every", "keep_best"):
         if getattr(args, name) < 0:
             option = name.replace("_", "-")
@@ -140,9 +156,7 @@ def work(args: argparse.Namespace) -> None:
     command.use_compilation_cache()
     sizes = None
     if args.mesh is not None:
-        from qwen_jax import meshes
-
-        sizes = meshes.parse(args.mesh)
+        sizes = command.mesh_sizes(args.mesh)
         command.virtual_cpu_devices(sizes)
     _train(args, wanted, sizes)
 

@@ -6,10 +6,10 @@ Knows no files and no batches.
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qwen_jax import tools
+from qwen_jax import texts, tools
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tools import Turn
 from train.loss import IGNORED
@@ -26,10 +26,18 @@ def text_example(
 
     Raises ValueError where there is none.
     """
+    text = text_of(record, field)
+    return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
+
+
+def text_of(record: Any, field: str) -> str:
+    """The text of a record: itself, or what it has in `field`. ValueError where there is none, or
+    half a character in it.
+    """
     text = record.get(field) if isinstance(record, Mapping) else record
     if not isinstance(text, str) or not text:
-        raise ValueError(f"there is no text in {field!r}")
-    return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
+        raise ValueError(f"there is no text in {field!r}, but {texts.described(text)}")
+    return texts.check_whole(f"the text in {field!r}", text)
 
 
 def chat_example(
@@ -46,7 +54,7 @@ def chat_example(
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
     system = system if record.get("system") is None else record["system"]
     if not isinstance(system, str):
-        raise ValueError("'system' is no text")
+        raise ValueError(f"'system' is no text, but {texts.described(system)}")
     if isinstance(record.get("conversations"), list):
         return sft_example(tokenizer, record["conversations"], system, max_len, loss_on)
     if not isinstance(record.get("messages"), list):
@@ -87,6 +95,9 @@ def sft_example(
 
     Raises ValueError for another role, a turn without text, or no reply to a user.
     """
+    if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
+        got = texts.described(conversations)
+        raise ValueError(f"conversations must be a list of turns, got {got}")
     turns: list[Turn] = []
     for number, turn in enumerate(conversations, 1):
         if not isinstance(turn, Mapping):
@@ -96,9 +107,11 @@ def sft_example(
             allowed = ", ".join(_ROLES)
             raise ValueError(f"turn {number} is from {reprlib.repr(role)}: allowed are {allowed}")
         if not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {number} has no text in 'value'")
+            got = texts.described(turn.get("value"))
+            raise ValueError(f"turn {number} has no text in 'value', but {got}")
+        value = texts.check_whole(f"turn {number}", turn["value"])
         if turns or role == "user":
-            turns.append(Turn(role, ((turn["value"], True),)))
+            turns.append(Turn(role, ((value, True),)))
     return _encoded(tokenizer, system, turns, max_len, loss_on)
 
 
@@ -107,6 +120,7 @@ def _encoded(
 ) -> tuple[list[int], list[int]]:
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on {loss_on!r}: allowed are {', '.join(LOSS_ON)}")
+    system = texts.check_whole("system", system)
     if "assistant" not in {turn.role for turn in turns}:
         raise ValueError("the conversation has no reply to a user: there is nothing to learn")
     newline = tokenizer.encode("\n")

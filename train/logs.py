@@ -38,11 +38,13 @@ class Log:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        )
         told = [(_place(line), line) for line in lines]
         kept = [line for place, line in told if place <= (step, not owed)]
         paths.write(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by `close`)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
 
     def tell(self, step: int, figures: dict[str, float], prefix: str = TRAIN) -> None:

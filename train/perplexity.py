@@ -50,7 +50,13 @@ def parser() -> argparse.ArgumentParser:
         "lower half of the layers see as far as the model was trained; none are published)",
     )
     add("--tokens", type=command.positive, default=2**18, metavar="N", help="at most (%(default)s)")
-    add("--field", default="text", metavar="NAME", help="where a record has its text")
+    add(
+        "--field",
+        type=command.text,
+        default="text",
+        metavar="NAME",
+        help="where a record has its text",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
     add("--attention", default="auto", metavar="NAME", help="as for qwen_jax.generate")
     add("--mesh", metavar="SPEC", help="e.g. context=8 (default: one device)")
@@ -70,7 +76,7 @@ def work(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--plot {picture}: a file in a folder that is there")
     from qwen_jax import checkpoint, meshes
 
-    sizes = meshes.parse(args.mesh)
+    sizes = command.mesh_sizes(args.mesh)
     command.virtual_cpu_devices(sizes)
     command.use_compilation_cache()
     import jax
@@ -191,7 +197,10 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
     for record in (record for file in records.files(args.data) for record in records.read(file)):
         if record.problem:
             raise ValueError(f"{record.where}: {record.problem}")
-        document += data.text_example(tokenizer, record.value, args.field, ends=False)
+        try:
+            document += data.text_example(tokenizer, record.value, args.field, ends=False)
+        except ValueError as error:
+            raise ValueError(f"{record.where}: {error}") from None
         if record.ends:
             kept += document[: len(document) // longest * longest]
             document = []
@@ -206,7 +215,7 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
 def _windows(text: str | None) -> list[int | None] | None:
     try:
         found = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = text
     if found is None or isinstance(found, list):
         return found

@@ -110,12 +110,9 @@ def rank(x: Any) -> tuple[Any, ...]:
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
     """The sizes asked for, by axis; all 1 where none are."""
-    from qwen_jax import meshes, sharding
+    from qwen_jax import sharding
 
-    try:
-        sizes = meshes.parse(args.mesh)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    sizes = command.mesh_sizes(args.mesh)
     if args.decode and sizes[sharding.CONTEXT] > 1:
         raise UsageError(
             f"--decode --mesh {args.mesh}: {sharding.CONTEXT} splits training only; decode with tp "

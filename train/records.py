@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import paths
+from qwen_jax import paths, texts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".txt.gz")
 _PIECE = 2**20  # characters of a text that are handed on at a time
@@ -39,6 +39,8 @@ def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
 
     Raises ValueError for what is not there, is empty, or is of another kind.
     """
+    if isinstance(sources, str | bytes):
+        raise ValueError(f"sources must be a list of paths, got {texts.described(sources)}")
     found: list[Path] = []
     for source in sources:
         path = paths.parse(source)
@@ -82,6 +84,10 @@ def _suffix(path: Path) -> str | None:
 def _lines(path: Path, file: Any) -> Iterator[Record]:
     for number, line in enumerate(file, 1):
         where = f"{path} line {number}"
+        if number == 1 and (problem := texts.foreign(line)):
+            yield Record(where, None, problem)
+            return
+        line = texts.unmarked(line) if number == 1 else line
         if not line.strip():
             continue
         try:
@@ -91,8 +97,12 @@ def _lines(path: Path, file: Any) -> Iterator[Record]:
 
 
 def _list(path: Path, file: Any) -> Iterator[Record]:
+    data = file.read()
+    if problem := texts.foreign(data):
+        yield Record(str(path), None, problem)
+        return
     try:
-        values = json.loads(file.read())
+        values = json.loads(data)
     except json.JSONDecodeError as error:
         yield Record(f"{path} line {error.lineno}", None, f"no JSON: {error.msg}")
         return
@@ -134,10 +144,15 @@ def _text(path: Path, file: Any) -> Iterator[Record]:
     held: list[str] = []
     first, size = 1, 0
     for number, line in enumerate(file, 1):
+        where, problem = f"{path} line {number}", texts.foreign(line) if number == 1 else None
         try:
-            text = line.decode()
+            text = (texts.unmarked(line) if number == 1 else line).decode()
         except UnicodeDecodeError:
-            yield Record(f"{path} line {number}", None, "no UTF-8")
+            text, problem = "", problem or "no UTF-8"
+        if "\0" in text:
+            problem = "a zero byte: it is no text, or in another encoding"
+        if problem:
+            yield Record(where, None, problem)
             return
         if size >= _PIECE and not text[0].isspace():
             yield Record(f"{path} line {first}", "".join(held), ends=False)

@@ -19,13 +19,14 @@ def alone(out: Path) -> Iterator[None]:
     """With the folder made, and no other run in it, as far as process 0 of each can tell. A lock
     ends with its process, however that ends; where a file system has none, there is none.
     """
+    paths.check_name(out)
     if processes.index():
         yield
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out an empty or new folder")
     paths.make_folder(out)
-    with open(out / _LOCK, "a") as lock:
+    with open(out / _LOCK, "a", encoding="utf-8") as lock:
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

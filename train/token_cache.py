@@ -100,7 +100,7 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def _counts(folder: Path) -> Counts:
-    return Counts(**json.loads((folder / _COUNTS).read_text()))
+    return Counts(**json.loads((folder / _COUNTS).read_text(encoding="utf-8")))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -127,7 +127,7 @@ def make(
     home = home or _home()
     home.mkdir(parents=True, exist_ok=True)
     folder = home / _fingerprint(files, tokenizer, encoding)
-    with open(home / f"{folder.name}.lock", "w") as lock:
+    with open(home / f"{folder.name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
         if not _is_whole(folder):
             if folder.exists():

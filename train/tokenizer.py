@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax import command, paths
+from qwen_jax.texts import check_whole, described
 from qwen_jax.tokenizer import PATTERN
 
 _EXAMPLES = """examples:
@@ -28,7 +29,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--data", required=True, nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text")
-    add("--field", default="text", metavar="NAME", help="where a record has its text")
+    add(
+        "--field",
+        type=command.text,
+        default="text",
+        metavar="NAME",
+        help="where a record has its text",
+    )
     add(
         "--size",
         type=command.positive,
@@ -42,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
-    from train import records
+    from train import data, records
 
     if args.size <= _BYTES:
         raise command.UsageError(f"--size {args.size}: the {_BYTES} bytes alone are tokens")
@@ -54,12 +61,12 @@ def work(args: argparse.Namespace) -> None:
     def texts() -> Iterator[str]:
         for file in records.files(args.data):
             for record in records.read(file):
-                value = record.value
-                text = value.get(args.field) if isinstance(value, dict) else value
-                if not isinstance(text, str):
-                    why = record.problem or f"there is no text in {args.field!r}"
-                    raise ValueError(f"{record.where}: {why}")
-                yield text
+                if record.problem:
+                    raise ValueError(f"{record.where}: {record.problem}")
+                try:
+                    yield data.text_of(record.value, args.field)
+                except ValueError as error:
+                    raise ValueError(f"{record.where}: {error}") from None
 
     ranks = learn(texts(), args.size)
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
@@ -70,8 +77,10 @@ def work(args: argparse.Namespace) -> None:
 def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """The ranks of `size` tokens: the bytes, then merges in the order in which they were learned.
 
-    Raises ValueError where the texts have not enough different pairs.
+    Raises ValueError where the texts have not enough different pairs, or are no texts.
     """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be a list of texts, got {described(texts)}")
     import unicodedata
 
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -83,11 +92,12 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    normalised = (unicodedata.normalize("NFC", check_whole("each text", text)) for text in texts)
     letters = _letters()
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=sorted(letters.values()), show_progress=False
     )
-    learner.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
+    learner.train_from_iterator(normalised, trainer)
     of_letter = {letter: byte for byte, letter in letters.items()}
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     tokens = [bytes(of_letter[letter] for letter in token) for token, _ in learned]

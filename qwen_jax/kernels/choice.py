@@ -47,7 +47,7 @@ def need_gpu(name: str, newest_refused: float) -> None:
 @functools.cache
 def measured() -> list[dict[str, Any]]:
     """The lines of the table."""
-    return json.loads(TABLE.read_text())
+    return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None) -> Any:

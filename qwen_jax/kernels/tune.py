@@ -285,7 +285,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
         return tuple(line[x] for x in choice.KEYS)
 
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         kept = []
     table = {key(line): line for line in [*kept, *lines]}
@@ -293,7 +293,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
     text = f"[\n{rows}\n]\n" if table else "[]\n"
     handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name)
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

@@ -1,0 +1,239 @@
+"""What every command does with arguments, streams and errors: one line, and the right exit code."""
+
+import argparse
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert import from_hf
+from qwen_jax import command, errors, expand_vocab, generate, inspect_checkpoint
+from train import perplexity, plan, pretrain, sft
+from train import tokenizer as learning
+
+NOT_UTF8 = os.fsdecode("鲸鱼".encode("gbk"))
+
+
+def run(work: Callable[..., Any], options: tuple[str, ...] = ()) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_debug(parser)
+    for option in options:
+        parser.add_argument(option)
+    return command.run(parser, work, [])
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def work(_: Any) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "Is a directory: a (name a file"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            "Permission denied: a (this user",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), "No space left on device: a (free"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "File name too long: a (choose a"),
+        (OSError(errno.EXDEV, "Other disk", "a", None, b"b\xbe"), "Other disk: a -> b\\udcbe"),
+        (FileNotFoundError(2, "No such file", NOT_UTF8), "No such file: \\udcbe\\udca8\\udcd3"),
+        (OSError("a line of ours"), "a line of ours"),
+        (AssertionError(), "AssertionError: no message; --debug shows where"),
+        (StopIteration(), "StopIteration: no message; --debug shows where"),
+        (ValueError(), "ValueError: no message; --debug shows where"),
+        (KeyError("layers"), "KeyError: 'layers'; --debug shows where"),
+        (RecursionError("maximum"), "something is nested too deeply, such as brackets in JSON"),
+        (UnicodeEncodeError("gbk", "a\ud83d", 1, 2, "no"), "'\\ud83d' cannot be written in gbk"),
+        (UnicodeDecodeError("utf-8", b"a\xe9", 1, 2, "no"), "0xe9 at byte 1 is not utf-8"),
+        (ModuleNotFoundError(name="pyarrow.parquet"), "pip install 'qwen-jax[train]'"),
+        (ModuleNotFoundError(name="grain"), "the package grain is not installed: pip install"),
+        (ModuleNotFoundError(name="gcsfs"), "pip install 'qwen-jax[gcs]'"),
+        (ModuleNotFoundError(name="huggingface_hub"), "pip install 'qwen-jax[hub]'"),
+        (ModuleNotFoundError(name="tiktoken"), "pip install 'qwen-jax'"),
+        (ModuleNotFoundError(name="train.data"), "run this from the root of a checkout"),
+        (MemoryError(), "not enough memory on this machine: lower --rows; or --remat full"),
+        (
+            RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes{' x' * 9999}"),
+            "not enough memory on a device: lower --rows; or --remat full (RESOURCE_EXHAUSTED: Out",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"),
+            "a kernel does not fit this chip: ",
+        ),
+        (
+            RuntimeError("INTERNAL: CUDA driver version is insufficient for CUDA runtime version"),
+            "CUDA 13 needs a driver of version 580 or later",
+        ),
+    ],
+)
+def test_every_error_is_a_line_that_leads_on(error, line, capsys):
+    assert run(raising(error), ("--rows", "--remat")) == 1
+    said = capsys.readouterr().err
+    assert line in said and said.startswith("error: ") and said.count("\n") == 1
+    assert len(said) < 800 and said.encode()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "line"),
+    [
+        ("cuda", "", "jax finds no CUDA device here (JAX_PLATFORMS=cuda); pip install"),
+        ("gpu", "'rocm': no", "jax finds no CUDA device here (JAX_PLATFORMS=gpu): no; pip install"),
+        ("tpu", "'tpu': INTERNAL: no", "jax finds no TPU here (JAX_PLATFORMS=tpu): INTERNAL: no;"),
+        ("cudda", "'cudda': no", "no platform 'cudda' here (JAX_PLATFORMS=cudda): no; those known"),
+        (
+            "",
+            "'tpu': in use by process 7",
+            "jax finds no TPU here: in use by process 7; on a TPU VM",
+        ),
+    ],
+)
+def test_jax_without_its_devices(asked, message, line, monkeypatch):
+    """As `xla_bridge.py` reports it: in a RuntimeError, or in an assertion without a word."""
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    end = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
+    what = f"RuntimeError({f'Unable to initialize backend {message} {end}'!r})"
+    code = f"raise {what if message else 'AssertionError()'}"
+    try:
+        exec(compile(code, "jax/_src/xla_bridge.py", "exec"), {})
+    except Exception as error:
+        said = errors.explain(error)
+        assert line in said and end not in said
+        assert said.endswith("; or unset JAX_PLATFORMS, to take what there is") is bool(asked)
+
+
+def test_interrupted_and_usage(capsys):
+    assert run(raising(KeyboardInterrupt())) == 130
+    assert run(raising(command.UsageError("no"))) == 2
+    assert capsys.readouterr().err == "interrupted\nerror: no\n"
+
+
+@pytest.mark.parametrize("errors_", ["strict", "surrogateescape", "backslashreplace"])
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252", "utf-8"])
+def test_what_stdout_cannot_say_is_replaced(encoding, errors_, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, errors_, newline=""))
+    assert run(lambda _: print("a\U0001f40b", NOT_UTF8)) == 0
+    shown = raw.getvalue().decode(encoding)
+    asked = errors_ == "backslashreplace"
+    assert shown.startswith("a\U0001f40b " if encoding == "utf-8" else r"a\U" if asked else "a? ")
+    assert shown.endswith("\\udce3\n" if asked else "????\n")
+
+
+def test_streams_that_are_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(lambda _: print("a")) == 0
+    assert run(raising(ValueError("a"))) == 1
+
+
+def test_a_full_disk_behind_stdout(capsys, monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert run(lambda _: print("a")) == 1
+        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == os.devnull
+    assert "No space left on device: stdout (free some space" in capsys.readouterr().err
+
+
+def test_json_is_ascii(golden_dir, tmp_path, capsys):
+    assert inspect_checkpoint.main(["inspect", str(golden_dir), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    link = tmp_path / "鲸鱼"
+    link.symlink_to(golden_dir)
+    assert inspect_checkpoint.main(["inspect", str(link), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out) == whole | {"path": str(link)}
+
+
+TEXTS = [
+    (generate, ["--ckpt", "x", "--prompt"]),
+    (generate, ["--ckpt", "x", "--chat"]),
+    (generate, ["--ckpt", "x", "--chat", "a", "--system"]),
+    (sft, ["--system"]),
+    (pretrain, ["--field"]),
+    (perplexity, ["--ckpt", "x", "--data", "y", "--field"]),
+    (learning, ["--data", "y", "--out", "z", "--field"]),
+]
+
+
+@pytest.mark.parametrize(("program", "argv"), TEXTS)
+def test_a_text_that_is_not_utf8_is_refused(program, argv, capsys):
+    for text in (NOT_UTF8, "a\ud83d"):
+        with pytest.raises(SystemExit, match="2"):
+            program.main([*argv, text])
+        assert f"{argv[-1]}: {text!a} is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_utf8_in_a_locale_without_an_encoding():
+    assert command.text(os.fsdecode("鲸鱼".encode()).encode("ascii", "replace").decode()) == "??"
+    escaped = "鲸鱼".encode().decode("ascii", "surrogateescape")
+    assert command.text(escaped) == "鲸鱼" == command.text("鲸鱼")
+
+
+CKPT = ["--ckpt", "/no/such/dir"]
+DATA = ["--data", "a.txt", "--out", "b"]
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (generate, [*CKPT, "--prompt", "a", "--mesh", "tp=x"], "--mesh 'tp=x': write it as"),
+        (generate, [*CKPT, "--prompt", "a", "--mesh", "a\udcffb"], r"--mesh 'a\udcffb': write it"),
+        (perplexity, [*CKPT, "--data", "a", "--mesh", "tp"], "--mesh 'tp': write it as"),
+        (pretrain, [*CKPT, *DATA, "--mesh", "tp=0"], "--mesh 'tp=0': write it as"),
+        (from_hf, ["a", "b", "--mesh", "fsdp"], "--mesh 'fsdp': write it as"),
+        (
+            generate,
+            [*CKPT, "--prompt", "a", "--coordinator", "x", "--processes", "2", "--process", "0"],
+            "--coordinator 'x': write it as HOST:PORT",
+        ),
+        (
+            from_hf,
+            ["a", "b", "--coordinator", "x:1", "--processes", "2", "--process", "2"],
+            "--process 2 of 2: numbers are 0 to 1",
+        ),
+        (sft, ["--field", "text"], "--field is of text: recipe sft learns conversations"),
+        (pretrain, ["--system", "x"], "--system is of conversations: recipe pretrain learns text"),
+        (pretrain, ["--loss-on", "assistant"], "--loss-on is of conversations: recipe pretrain"),
+        (pretrain, [*CKPT, *DATA, "--keep-best", "2"], "--keep-best 2 goes with --eval-data or"),
+        (plan, ["--model", "qwen-7b", "--topology", "v5e:4x4", "--mesh", "q"], "--mesh 'q': write"),
+    ],
+)
+def test_usage(program, argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_setting", lambda *_: None)
+    monkeypatch.setattr("train.topology.prepare", lambda *_: None)
+    assert program.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_setting_that_is_nested_too_deeply():
+    with pytest.raises(command.UsageError, match=r"^--set a=\[+\.\.\.: write KEY=VALUE"):
+        command.key_value("a=" + "[" * 100_000)
+
+
+def test_files_in_messages(tmp_path, capsys):
+    name = str(tmp_path / NOT_UTF8)
+    assert generate.main(["--ckpt", name, "--prompt-file", name]) == 1
+    Path(name).mkdir()
+    assert expand_vocab.main([name, name, f"{name}/out"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: No such file or directory: {tmp_path}/\\udcbe\\udca8\\udcd3\\udce3"
+    assert second.startswith("error: Is a directory: ")
+
+
+def test_a_real_process(golden_dir):
+    """Its encoding comes from the environment, and its arguments are bytes."""
+    argv = [sys.executable, "-m", "qwen_jax.checkpoint", "inspect", f"{golden_dir}/鲸鱼\U0001f40b"]
+    done = subprocess.run(argv, env={**os.environ, "PYTHONIOENCODING": "gbk"}, capture_output=True)
+    assert done.returncode == 1 and "鲸鱼?" in done.stdout.decode("gbk")
+    assert "鲸鱼\\U0001f40b is not a directory" in done.stderr.decode("gbk")
