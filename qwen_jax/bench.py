@@ -100,14 +100,18 @@ def _matvec(rows: int = 8192, columns: int = 4096, count: int = 4) -> Callable[[
     holds (0.5 GB in all)."""
     matrices = [jnp.full((rows, columns), 1e-3, jnp.float32) for _ in range(count)]
     x = jnp.ones((1, columns), jnp.float32)
-    product = jax.jit(lambda x, matrices: [jnp.einsum("bi,oi->bo", x, m) for m in matrices])
 
     def measure() -> float:
         times = []
         for _ in range(5):
             started = time.perf_counter()
-            jax.block_until_ready(product(x, matrices))
+            jax.block_until_ready(_products(x, matrices))
             times.append(time.perf_counter() - started)
         return sum(m.nbytes for m in matrices) / statistics.median(times) / 1e9
 
     return measure
+
+
+@jax.jit
+def _products(x: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.einsum("bi,oi->bo", x, matrix) for matrix in matrices]

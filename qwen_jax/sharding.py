@@ -94,10 +94,23 @@ def place(value: np.ndarray, letters: str, lengths: Mapping[str, int] | None = N
 
 def fetch(x: jax.Array) -> np.ndarray:
     """The whole of a global array, on every process; all of them must call it."""
+    return np.asarray(begin_fetch(x))
+
+
+def begin_fetch(x: jax.Array) -> jax.Array:
+    """An array of this process with the whole of a global one, on its way to the host: does not
+    wait for it, as `np.asarray` of the result does. All processes must call it.
+    """
     if not (x.is_fully_addressable or x.is_fully_replicated):
-        mesh = jax.sharding.get_mesh()
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(x)
-    return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
+        x = _gathered(x)
+    x = x if x.is_fully_addressable else x.addressable_data(0)
+    x.copy_to_host_async()
+    return x
+
+
+@jax.jit
+def _gathered(x: jax.Array) -> jax.Array:
+    return jax.reshard(x, P(*[None] * x.ndim))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
@@ -189,6 +202,55 @@ def spread_heads(x: jax.Array) -> jax.Array:
         return x
     x = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, held // heads, dim))
     return jax.reshard(x.reshape(batch, length, held, dim), spec("BTKH"))
+
+
+# Rows over every device, for work on whole rows of the vocabulary (sampling): the rows that the
+# devices of `tp` share are dealt out among them, filled up with zeros where they do not divide. So
+# no device has more than its share, which leaving axes out that do not divide would not hold.
+
+
+def rows_spec(ndim: int) -> P:
+    """The partitioning of an array of that many axes, whose first is rows over every device."""
+    sizes = axis_sizes()
+    axes = _entry(tuple(axis for axis in (*BATCH, TENSOR) if sizes[axis] > 1))
+    return P(axes, *[None] * (ndim - 1))
+
+
+def padded_rows(rows: int) -> int:
+    """How many rows such an array has for a batch of that many: those that fill up included."""
+    sizes = axis_sizes()
+    shards = math.prod(sizes[axis] for axis in BATCH)
+    return shards * -(-rows // (shards * sizes[TENSOR])) * sizes[TENSOR]
+
+
+def own_rows(x: jax.Array) -> jax.Array:
+    """In `shard_map`: rows [b, ...] that the devices of `tp` all have -> this device's share."""
+    parts = axis_sizes()[TENSOR]
+    if parts == 1:
+        return x
+    x = _filled_up(x, parts)
+    share = x.shape[0] // parts
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * share, share)
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """In `shard_map`: columns [b, V of this device] -> this device's share of the rows, whole."""
+    parts = axis_sizes()[TENSOR]
+    if parts == 1:
+        return x
+    return jax.lax.all_to_all(_filled_up(x, parts), TENSOR, 0, 1, tiled=True)
+
+
+def all_rows(x: jax.Array, rows: int) -> jax.Array:
+    """In `shard_map`: the inverse of `own_rows`, of so many rows."""
+    if axis_sizes()[TENSOR] == 1:
+        return x
+    return jax.lax.all_gather(x, TENSOR, axis=0, tiled=True)[:rows]
+
+
+def _filled_up(x: jax.Array, parts: int) -> jax.Array:
+    """Rows of zeros behind those of x, so that their number is a multiple of `parts`."""
+    return jnp.pad(x, ((0, -x.shape[0] % parts), *[(0, 0)] * (x.ndim - 1)))
 
 
 def _with(entry: Any, axis: str) -> Any:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax import attention, model
+from tests import compilations
+from tests.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.training import TEXT, fail, prepared, pretraining, succeed
 from train import perplexity
 
@@ -33,6 +36,17 @@ def by_hand(given: Path, length: int, **overrides: object) -> float:
     scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
     found = np.take_along_axis(scores[:, :-1], rows[:, 1:, None], -1)
     return float(np.exp(-found.mean()))
+
+
+def test_measuring_again_compiles_nothing():
+    config = tiny_config()
+    with on_mesh():
+        decoder = model.stack(tiny_decoder(config))
+        measured = decoder, config, tiny_tokens(1, 32)[0], attention.xla, "float32", 16
+        first = perplexity.perplexity(*measured)
+        with compilations.counted() as programs:
+            assert perplexity.perplexity(*measured) == first
+    assert programs == []
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from qwen_jax import Config, checkpoint, meshes, model, sharding
 from qwen_jax.attention import xla
 from qwen_jax.weights import named_leaves
+from tests import compilations
 from tests.golden_figures import arrays
 from tests.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from train import loss as losses
@@ -352,3 +353,14 @@ def test_abstract_state_is_that_of_a_real_one():
         for shape, leaf in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
             assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_beginning_again_compiles_nothing():
+    with on_mesh():
+        decoder = tiny_decoder(CONFIG)
+        first, second = (jax.tree.map(jnp.copy, decoder) for _ in range(2))
+        step.create_state(decoder, PLAIN), step.state_of(first, PLAIN)
+        with compilations.counted() as programs:
+            again = dataclasses.replace(PLAIN)
+            step.create_state(decoder, again), step.state_of(second, again)
+    assert programs == []

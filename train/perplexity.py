@@ -137,25 +137,33 @@ def perplexity(
     decoder: stacked; config: what it computes as. On the mesh in force, whose `data` and `fsdp`
     split nothing here.
     """
-    import jax
-    import jax.numpy as jnp
-
     from qwen_jax import rope
     from train import loss
 
     scheme = rope.from_config(config)
     rates = scheme.frequencies(scheme.alpha(np.array([length])))
+    total = _total(config, attend, dtype)
+    rows = ids[: len(ids) // length * length].reshape(-1, 1, length)
+    bar = tqdm(rows, desc=f"{length} tokens", unit="row", mininterval=0.5, leave=False)
+    sums = [float(total(decoder, loss.place(loss.batch_of(row, row)), rates)) for row in bar]
+    return math.exp(min(700, sum(sums) / (len(rows) * (length - 1))))
+
+
+@functools.cache
+def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """A jitted (decoder, batch, float32 [1, H/2] of RoPE) -> the sum of the cross-entropies."""
+    import jax
+    import jax.numpy as jnp
+
+    from train import loss
 
     @jax.jit
-    def total(decoder: "Decoder", batch: loss.Batch) -> jax.Array:
+    def total(decoder: "Decoder", batch: loss.Batch, rates: jax.Array) -> jax.Array:
         decoder = decoder.with_config(config)
         found, weights = loss.scores(decoder, batch, rates, attend, jnp.dtype(dtype))
         return jnp.sum(weights * (found.lse - found.logit))
 
-    rows = ids[: len(ids) // length * length].reshape(-1, 1, length)
-    bar = tqdm(rows, desc=f"{length} tokens", unit="row", mininterval=0.5, leave=False)
-    sums = [float(total(decoder, loss.place(loss.batch_of(row, row)))) for row in bar]
-    return math.exp(min(700, sum(sums) / (len(rows) * (length - 1))))
+    return total
 
 
 def table(found: Mapping[str, Mapping[int, float]]) -> str:

@@ -115,19 +115,16 @@ class State:
     step: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames="optimizer")
 def create_state(decoder: Decoder, optimizer: Optimizer) -> State:
     """The state before the first step, from a decoder on the mesh in force, stacked or not."""
-
-    @jax.jit
-    def begin(decoder: Decoder) -> State:
-        return _begin(stacked(decoder), optimizer)
-
-    return begin(decoder)
+    return _begin(stacked(decoder), optimizer)
 
 
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="weights")
 def state_of(weights: Any, optimizer: Optimizer) -> State:
     """The state before the first step, of weights in any form; those passed in are consumed."""
-    return jax.jit(lambda weights: _begin(weights, optimizer), donate_argnums=0)(weights)
+    return _begin(weights, optimizer)
 
 
 def _begin(weights: Any, optimizer: Optimizer) -> State:

@@ -59,10 +59,14 @@ class Whole:
         """A model directory that every command reads. files: what goes with the weights."""
         path = out / MODEL
         if not (path / checkpoint.MANIFEST).exists():
-            dtype = self.recipe.dtype
-            cast = jax.jit(lambda weights: jax.tree.map(lambda x: x.astype(dtype), weights))
-            checkpoint.save(path, self.config, cast(weights), like=files)
+            weights = _cast(weights, self.recipe.dtype)
+            checkpoint.save(path, self.config, weights, like=files)
         return path
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(weights: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
 @dataclasses.dataclass(frozen=True)
