@@ -115,10 +115,9 @@ def make_sampler(
     draw: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float
 ) -> Greedy | Nucleus:
     """The sampler of these settings, checked; temperature 0, or draw False, is greedy."""
-    sampler: Greedy | Nucleus = Greedy(float(repetition_penalty))
+    sampler: Greedy | Nucleus = Greedy(repetition_penalty)
     if draw and temperature != 0:
-        penalty = float(repetition_penalty)
-        sampler = Nucleus(float(temperature), int(top_k), float(top_p), penalty)
+        sampler = Nucleus(temperature, top_k, top_p, repetition_penalty)
     sampler.check()
     return sampler
 

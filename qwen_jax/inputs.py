@@ -67,9 +67,18 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
 
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
-    """uint32 [batch]; seeds are taken modulo 2**32."""
-    given: list[Any] = list(seed) if isinstance(seed, Iterable) else [seed]
-    if len(given) not in (1, batch) or not all(isinstance(s, int | np.integer) for s in given):
-        raise ValueError(f"seed {seed!r}: a whole number, or one for each of {batch} rows")
-    wrapped = np.array([int(s) % 2**32 for s in given], np.uint32)
-    return np.broadcast_to(wrapped, (batch,))
+    """uint32 [batch]: one seed for all rows, or one for each; they are taken modulo 2**32."""
+    alone = not isinstance(seed, Iterable) or getattr(seed, "ndim", 1) == 0
+    given: list[Any] = [seed] if alone else list(seed)
+    if len(given) not in (1, batch):
+        raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")
+    wrapped = [_seed(one) % 2**32 for one in given]
+    return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))
+
+
+def _seed(value: Any) -> int:
+    """A whole number as Python's own."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"seed {value!r}: must be a whole number")
+    return value

@@ -1,15 +1,30 @@
 """How the next token is chosen from logits. Knows nothing of models or tokenizers.
 
 A sampler is a pytree of numbers, so changing a temperature compiles nothing again. The order is the
-original's: repetition penalty, temperature, top-k, top-p. Rows are independent of each other.
+original's: repetition penalty, temperature, top-k, top-p. Rows are independent of each other, and
+whole: nothing here knows of devices.
 """
 
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+_TINY = float(np.finfo(np.float32).tiny)  # the smallest number that hardware does not round to 0
+_LARGEST = float(np.finfo(np.float32).max)
+_HOTTEST = 2.0**64  # at this temperature float32 probabilities are equal; a power of 2 keeps order
+_SAFE = 1e38  # scores up to here leave room for rounding below the largest float32
+
+# Why no token can be chosen for a row: what `faults` finds, by its code.
+FAULTS = {
+    1: "a logit is NaN or infinite",
+    2: "every logit is -infinity or of an id that may not be generated",
+}
 
 
 @struct.dataclass
@@ -51,21 +66,32 @@ class Nucleus:
     def check(self) -> None:
         """Raise ValueError for a setting out of range."""
         _check_penalty(self.repetition_penalty)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature {self.temperature}: must be positive (0: use Greedy)")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        temperature = _number("temperature", self.temperature)
+        if not 0 < temperature <= _LARGEST:
+            raise ValueError(
+                f"temperature {temperature}: must be positive, and finite in float32 (0: use "
+                "Greedy)"
+            )
+        top_k = _number("top_k", self.top_k)
+        if not (0 <= top_k <= _LARGEST and top_k.is_integer()):
             raise ValueError(f"top_k {self.top_k}: must be a whole number, 0 for no limit")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: must be from 0 to 1")
+        top_p = _number("top_p", self.top_p)
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"top_p {top_p}: must be from 0 to 1")
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
         """logits float32 [B, V], seen bool [B, V] -> logits of the distribution drawn from."""
-        logits = _penalise(logits, seen, self.repetition_penalty) / self.temperature
-        top_k = jnp.where(self.top_k > 0, jnp.float32(self.top_k), jnp.inf)
-        logits = _keep_largest(logits, (logits >= -jnp.inf).astype(jnp.float32), top_k)
+        logits = _divide(_penalise(logits, seen, self.repetition_penalty), self.temperature)
+
+        def most_likely(logits: jax.Array) -> jax.Array:
+            return _keep_largest(logits, (logits >= -jnp.inf).astype(jnp.float32), self.top_k)
+
+        def nucleus(logits: jax.Array) -> jax.Array:
+            mass = jnp.maximum(self.top_p, 1e-30)  # 0 keeps the most likely token
+            return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), mass)
+
         # At top_p = 1 nothing may be cut, though a float32 sum reaches 1 before the last token.
-        mass = jnp.where(self.top_p < 1, jnp.maximum(self.top_p, 1e-30), jnp.inf)
-        return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), mass)
+        return _where_on(self.top_p < 1, nucleus, _where_on(self.top_k > 0, most_likely, logits))
 
     def __call__(
         self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
@@ -80,16 +106,61 @@ class Nucleus:
         return jnp.argmax(scores + jax.vmap(noise)(seeds), axis=-1).astype(jnp.int32)
 
 
+def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """int32 [B]: 0 where a token can be chosen, else a code of `FAULTS`.
+
+    Arguments as of `scores`. A logit of -inf is an id that may not be chosen and no fault. Logits
+    that overflow by the repetition penalty count as infinite.
+    """
+    logits = _penalise(logits, seen, sampler.repetition_penalty)
+    broken = jnp.any(~(logits < jnp.inf), axis=-1)  # NaN is not less either
+    empty = ~jnp.any(logits > -jnp.inf, axis=-1)
+    return jnp.where(broken, 1, jnp.where(empty, 2, 0)).astype(jnp.int32)
+
+
+def _number(name: str, value: Any) -> float:
+    """A setting as a float. ValueError for what is no real number: True, a text, an array."""
+    value = value.item() if isinstance(value, np.ndarray | jax.Array) and not value.ndim else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} {value!r}: must be a number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return math.inf
+
+
 def _check_penalty(penalty: float) -> None:
-    if not (math.isfinite(penalty) and penalty > 0):
-        raise ValueError(f"repetition_penalty {penalty}: must be positive (1 = none)")
+    penalty = _number("repetition_penalty", penalty)
+    if not _TINY <= penalty <= _LARGEST:
+        raise ValueError(
+            f"repetition_penalty {penalty}: must be positive, and a normal number of float32, from "
+            f"{_TINY:.3g} to {_LARGEST:.3g} (1 = none)"
+        )
 
 
 def _penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
+    """logits / temperature, or where that would overflow, what has the same probabilities.
+
+    Temperatures that float32 has no normal number for are as good as the smallest that it has, and
+    beyond `_HOTTEST` all probabilities are equal.
+    """
+    temperature = jnp.clip(temperature, _TINY, _HOTTEST)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # A softmax may be shifted. Elsewhere it is not, as a difference is rounded once more.
+    shift = jnp.where(jnp.abs(largest) > _SAFE * temperature, largest, 0)
+    return (logits - shift) / temperature
+
+
+def _where_on(on: Any, cut: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+    """`cut(logits)` where a setting is on; where it is off, a program does not run it either."""
+    return jax.lax.cond(on, cut, lambda logits: logits, logits)
+
+
+def _keep_largest(logits: jax.Array, weights: jax.Array, target: Any) -> jax.Array:
     """-inf for all but the fewest largest logits whose weights sum to `target` or more.
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums

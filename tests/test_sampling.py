@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from qwen_jax import sampling
 from qwen_jax.sampling import Greedy, Nucleus
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,6 +22,13 @@ NONE = np.zeros((1, 1), bool)  # no id is in the row yet
 @jax.jit
 def scores(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax.Array:
     return sampler.scores(logits, seen)
+
+
+@jax.jit
+def noise(seeds: jax.Array, step: int) -> jax.Array:
+    """Gumbel noise for 40 ids, by jax alone."""
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
+    return jax.vmap(lambda key: jax.random.gumbel(key, (40,), jnp.float32))(keys)
 
 
 @jax.jit
@@ -226,6 +234,78 @@ def test_a_draw_depends_on_seed_step_and_row_alone():
     assert len(set(steps)) > 8
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [Nucleus(), Nucleus(0.7, 5, 0.9), Nucleus(1.5, 0, 0.8, 1.2), Nucleus(0.3, 9)],
+    ids=str,
+)
+def test_a_draw_is_the_largest_sum_of_score_and_gumbel_noise(sampler):
+    """Of noise that follows from seed and step alone: a seed gives the same tokens for ever."""
+    rng = np.random.default_rng(3)
+    logits = 2 * rng.standard_normal((64, 40)).astype(np.float32)
+    seen = rng.random((64, 40)) < 0.2
+    seeds = rng.integers(0, 2**32, 64, np.uint32)
+    penalty, temperature = sampler.repetition_penalty, sampler.temperature
+    penalised = np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+    kept = [reference(row / temperature, sampler.top_k, sampler.top_p)[0] > 0 for row in penalised]
+    expected = np.where(kept, penalised / temperature + noise(seeds, 7), -np.inf).argmax(-1)
+    np.testing.assert_array_equal(draw(sampler, logits, seen, seeds, 7), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e30])
+@pytest.mark.parametrize("temperature", [1e-30, 3e-38, 1.2e-38, 1e-38, 1e-40, 1e-45, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature, scale):
+    logits = np.float32(scale) * np.random.default_rng(1).standard_normal((64, 40), np.float32)
+    logits[0] = -abs(logits[0])
+    sampler = Nucleus(temperature, 0, 0.95, 1.1)
+    sampler.check()
+    seeds, seen = np.arange(64, dtype=np.uint32), np.zeros((64, 40), bool)
+    seen[:, 3] = True
+    expected = np.asarray(scores(Greedy(1.1), logits, seen)).argmax(-1)
+    np.testing.assert_array_equal(draw(sampler, logits, seen, seeds, 0), expected)
+
+
+@pytest.mark.parametrize("temperature", [1e18, 1e20, 3.4e38])
+def test_a_huge_temperature_keeps_order_and_ids_that_do_not_exist_out(temperature):
+    row = [0.5, -math.inf, 0.25, 30.0, -2.0, 0.0]
+    assert kept(Nucleus(temperature), row) == [0, 2, 3, 4, 5]
+    assert kept(Nucleus(temperature, top_k=2), row) == [0, 3]
+    assert kept(Nucleus(temperature, top_p=0.0), row) == [3]
+    probs = jax.nn.softmax(scores(Nucleus(temperature), jnp.float32([row]), NONE))[0]
+    np.testing.assert_allclose(probs, [0.2, 0, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
+
+
+def test_a_share_that_float32_rounds_is_as_good_as_its_neighbour():
+    for top_p in (1e-40, 5e-324):
+        assert kept(Nucleus(top_p=top_p), LOGITS) == [1]
+    assert kept(Nucleus(top_p=1 - 1e-12), LOGITS) == [0, 1, 2, 3, 4, 5]
+
+
+def test_why_no_token_can_be_chosen():
+    inf, nan = math.inf, math.nan
+    rows = [[1, -inf, 0], [1, nan, 0], [1, inf, 0], [-inf] * 3, [nan] * 3, [3e38, 1, 2]]
+    seen = np.zeros((6, 3), bool)
+    find = jax.jit(sampling.faults)
+    assert find(Nucleus(), np.float32(rows), seen).tolist() == [0, 1, 1, 2, 1, 0]
+    seen[5, 0] = True  # a penalty below 1 takes it over the largest float32
+    assert find(Greedy(0.5), np.float32(rows), seen).tolist() == [0, 1, 1, 2, 1, 1]
+    everything = np.ones((1, 2), bool)
+    assert find(Greedy(3e38), np.float32([[-9, -5]]), everything).tolist() == [2]
+    assert find(Greedy(3e38), np.float32([[-9, 5]]), everything).tolist() == [0]
+
+
+def test_no_threshold_is_searched_for_where_top_k_and_top_p_are_off():
+    """Both searches are branches of conditions: outside of them, the program has no loop."""
+    jaxpr = jax.make_jaxpr(lambda sampler, *rest: sampler.scores(*rest))
+    program = jaxpr(Nucleus(), jnp.float32([LOGITS]), np.zeros((1, 6), bool)).jaxpr
+    primitives = [equation.primitive.name for equation in program.eqns]
+    assert primitives.count("cond") == 2
+    assert not {"while", "scan", "reduce_sum", "exp"} & set(primitives)
+    branches = [e.params["branches"] for e in program.eqns if e.primitive.name == "cond"]
+    lengths = [sorted(len(branch.jaxpr.eqns) for branch in each) for each in branches]
+    assert all(off == 0 < on for off, on in lengths)
+
+
 def test_new_settings_compile_nothing_again():
     traces = []
 
@@ -255,6 +335,21 @@ def test_new_settings_compile_nothing_again():
         (Nucleus(top_p=-0.1), "top_p"),
         (Nucleus(top_p=1.1), "top_p"),
         (Nucleus(top_p=math.nan), "top_p"),
+        # What is no number, or none of float32.
+        (Nucleus(temperature=1e39), "temperature"),
+        (Nucleus(temperature=10**400), "temperature"),
+        (Nucleus(temperature="0.7"), "temperature"),  # type: ignore[arg-type]
+        (Nucleus(temperature=True), "temperature"),
+        (Nucleus(temperature=None), "temperature"),  # type: ignore[arg-type]
+        (Nucleus(temperature=np.ones(2)), "temperature"),  # type: ignore[arg-type]
+        (Nucleus(top_k=math.inf), "top_k"),  # type: ignore[arg-type]
+        (Nucleus(top_k=math.nan), "top_k"),  # type: ignore[arg-type]
+        (Nucleus(top_k=10**400), "top_k"),
+        (Nucleus(top_k=np.bool_(True)), "top_k"),  # type: ignore[arg-type]
+        (Nucleus(top_p=1j), "top_p"),  # type: ignore[arg-type]
+        (Greedy(1e-40), "repetition_penalty"),
+        (Greedy(1e39), "repetition_penalty"),
+        (Greedy("1"), "repetition_penalty"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_out_of_range_are_refused(sampler, name):
@@ -264,4 +359,8 @@ def test_settings_out_of_range_are_refused(sampler, name):
 
 def test_settings_in_range_pass():
     for sampler in (Greedy(), Greedy(0.5), Nucleus(), Nucleus(0.1, 3, 0.0, 2.0)):
+        sampler.check()
+    numpy = Nucleus(np.float16(0.5), np.int64(3), np.float64(0.5), np.float32(2))  # type: ignore
+    arrays = Nucleus(jnp.float32(0.5), np.array(3), 1, jnp.int32(2))  # type: ignore[arg-type]
+    for sampler in (numpy, arrays, Nucleus(1e-300), Nucleus(top_k=5.0)):  # type: ignore[arg-type]
         sampler.check()
