@@ -5,6 +5,7 @@ lengths (`buckets`), block by block through one compiled program; decoding is on
 over tokens that stops when every row has, so nothing is traced again as the sequence grows.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import cache as kv
-from qwen_jax import sharding
+from qwen_jax import sampling, sharding
 from qwen_jax.cache import Cache
 from qwen_jax.model import Decoder
 
@@ -42,8 +43,9 @@ class Rules:
 class State:
     """A batch between two tokens: `token` int32 [B] is chosen and not yet fed to the decoder.
 
-    frequencies float32 [B, H/2]: each row's own RoPE; seen bool [B, V]: ids in the row; recent
-    int32 [B, M]: its last new tokens; done bool [B]; seeds uint32 [B]; step int32: tokens chosen.
+    frequencies float32 [B, H/2]: each row's own RoPE; seen bool [B', V]: ids in the row, kept as
+    `unseen` says; recent int32 [B, M]: its last new tokens; done bool [B]; fault int32 [B]: 0, or
+    the code of `sampling.FAULTS` that ended the row; seeds uint32 [B]; step int32: tokens chosen.
     """
 
     cache: Cache
@@ -52,6 +54,7 @@ class State:
     seen: jax.Array
     recent: jax.Array
     done: jax.Array
+    fault: jax.Array
     seeds: jax.Array
     step: jax.Array
 
@@ -114,21 +117,24 @@ def prefill(
         cache=cache,
         frequencies=rates,
         token=sharding.place(np.zeros(batch, np.int32), "B"),
-        seen=sharding.place(_seen(padded, total - lengths, decoder.config.vocab_size), "BT"),
+        seen=unseen(batch, decoder.config.vocab_size),
         recent=sharding.place(np.full((batch, rules.stops.shape[1]), -1, np.int32), "BT"),
         done=sharding.place(np.zeros(batch, bool), "B"),
+        fault=sharding.place(np.zeros(batch, np.int32), "B"),
         seeds=sharding.place(seeds.astype(np.uint32), "B"),
         step=jnp.int32(0),
     )
-    last = None
+    last, seen = None, state.seen
     for end, length in zip(np.cumsum(chunks), chunks, strict=True):
         chunk = sharding.place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)
         places, segments = positions(cache.start, cache.index, chunk.shape[1])
         output = decoder(x, places, segments, rates, cache, attend)
         cache, last = output.cache or cache, output.last[:, -1:]
+        seen = _mark(seen, chunk, segments)
     assert last is not None  # a plan has at least one chunk
-    return _first(decoder, last, dataclasses.replace(state, cache=cache), rules, sampler)
+    state = dataclasses.replace(state, cache=cache, seen=seen)
+    return _first(decoder, last, state, rules, sampler)
 
 
 def decode(
@@ -140,15 +146,40 @@ def decode(
     new: int,
     at_once: int = STRIDE,
 ) -> Iterator[np.ndarray]:
-    """The tokens after the first: int32 [B, n] a time, n at most `at_once`, `new` in all.
+    """The new tokens, `new` in all: int32 [B, 1], which `prefill` chose, then [B, n] a time with n
+    at most `at_once`.
 
-    Ends early when every row has met a stop. The state passed in is consumed.
+    Ends early when every row has met a stop. The state passed in is consumed. The device is a
+    stride ahead: while the tokens of one are fetched and used, the next is under way, which does
+    nothing where every row has ended. Raises ValueError for a row for which no token can be chosen,
+    when all tokens before that have been handed over.
     """
-    while new > 0 and not sharding.fetch(jnp.all(state.done)):
-        limit = min(new, at_once, STRIDE)
-        state, tokens, written = _decode(decoder, state, sampler, rules, jnp.int32(limit), attend)
-        new -= limit
-        yield sharding.fetch(tokens)[:, : int(sharding.fetch(written))]
+    chosen = _report(state.token[:, None], np.int32(1), state.done, state.fault)
+    reports = collections.deque([sharding.begin_fetch(chosen)])
+    new, made = new - 1, 0
+    while True:
+        # Nothing goes ahead of the first token, which would wait for the loop to be compiled.
+        while made and new > 0 and len(reports) < 2:
+            limit = min(new, at_once, STRIDE)
+            state, report = _decode(decoder, state, sampler, rules, np.int32(limit), attend)
+            reports.append(sharding.begin_fetch(report))
+            new -= limit
+        if not reports:
+            return
+        told = np.asarray(reports.popleft())
+        tokens, (written, done, fault) = told[:, :-3], told[:, -3:].T
+        good = int(written[0]) - bool(fault.any())
+        made += good
+        if good:
+            yield tokens[:, :good]
+        if fault.any():
+            row = int(np.flatnonzero(fault)[0])
+            raise ValueError(
+                f"row {row}, new token {made + 1}: {sampling.FAULTS[int(fault[row])]}, so no token "
+                "can be chosen: look at the weights, their dtype and the repetition penalty"
+            )
+        if done.all():
+            return
 
 
 @functools.partial(jax.jit, static_argnames="attend", donate_argnames="state")
@@ -159,14 +190,15 @@ def _decode(
     rules: Rules,
     limit: jax.Array,
     attend: Callable[..., Any],
-) -> tuple[State, jax.Array, jax.Array]:
-    """Up to `limit` tokens (at most STRIDE): the state, int32 [B, STRIDE], and how many."""
+) -> tuple[State, jax.Array]:
+    """Up to `limit` tokens (at most STRIDE): the state, and a `_report` of them."""
     tokens = jnp.broadcast_to(rules.pad, (state.token.shape[0], STRIDE))
     tokens = jax.reshard(tokens, sharding.spec("BT"))
 
     def going(carry: tuple[State, jax.Array, jax.Array]) -> jax.Array:
         state, _, written = carry
-        return (written < limit) & ~jnp.all(state.done)
+        wanted, faulty = jnp.any(jnp.stack([~state.done, state.fault > 0]), axis=1)
+        return (written < limit) & wanted & ~faulty
 
     def step(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
         state, tokens, written = carry
@@ -179,7 +211,18 @@ def _decode(
         tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, written))
         return state, tokens, written + 1
 
-    return jax.lax.while_loop(going, step, (state, tokens, jnp.int32(0)))
+    state, tokens, written = jax.lax.while_loop(going, step, (state, tokens, jnp.int32(0)))
+    return state, _report(tokens, written, state.done, state.fault)
+
+
+@jax.jit
+def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.Array) -> jax.Array:
+    """What the host has to know, in one array on every device: int32 [B, n + 3], tokens [B, n], how
+    many of them are written, and of each row whether it is done, and its fault.
+    """
+    rows = jax.reshard(jnp.broadcast_to(written, done.shape), sharding.spec("B"))
+    columns = jnp.stack([rows, done.astype(jnp.int32), fault], axis=1)
+    return jax.reshard(jnp.concatenate([tokens, columns], axis=1), P(None, None))
 
 
 @jax.jit
@@ -189,18 +232,42 @@ def _first(decoder: Decoder, last: jax.Array, state: State, rules: Rules, sample
 
 def _choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
     """Append one token to every row that has not ended; `pad` to those that have."""
-    # Samplers see whole rows, on every device: no sharding for their arithmetic to agree on.
-    logits = jnp.where(rules.allowed, jax.reshard(logits, P(None, None)), -jnp.inf)
-    seen, seeds = jax.reshard(state.seen, P(None, None)), jax.reshard(state.seeds, P(None))
-    token = jax.reshard(sampler(logits, seen, seeds, state.step), sharding.spec("B"))
-    token = jnp.where(state.done, rules.pad, token)
-    seen = state.seen | (jnp.arange(logits.shape[1]) == token[:, None])
-    last = [jax.reshard(x, P(None, None)) for x in (state.recent[:, 1:], token[:, None])]
-    recent = jax.reshard(jnp.concatenate(last, axis=1), sharding.spec("BT"))
+    rows = sharding.spec("BT")
+
+    @jax.shard_map(out_specs=(rows, sharding.rows_spec(2)), check_vma=False)
+    def drawn(
+        logits: jax.Array,
+        seen: jax.Array,
+        seeds: jax.Array,
+        step: jax.Array,
+        allowed: jax.Array,
+        sampler: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each row's token and fault, and `seen` with the token. Every device draws for some rows,
+        of which it has all logits: no sharding for their arithmetic to agree on.
+        """
+        count, seeds = len(seeds), sharding.own_rows(seeds)
+        logits = jnp.where(allowed, sharding.whole_rows(logits), -jnp.inf)
+        token = sampler(logits, seen, seeds, step)
+        both = jnp.stack([token, sampling.faults(sampler, logits, seen)], axis=1)
+        seen = seen | (jnp.arange(logits.shape[1]) == token[:, None])
+        return sharding.all_rows(both, count), seen
+
+    both, seen = drawn(logits, state.seen, state.seeds, state.step, rules.allowed, sampler)
+    fault = jnp.where(state.done, 0, both[:, 1])
+    ended = state.done | (fault > 0)
+    token = jnp.where(ended, rules.pad, both[:, 0])
+    recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
     hit = (recent[:, None] == rules.stops) | (rules.stops < 0)  # [B, n, M]
-    done = state.done | jnp.any(jnp.all(hit, axis=-1), axis=-1)
-    step = state.step + 1
-    return dataclasses.replace(state, token=token, seen=seen, recent=recent, done=done, step=step)
+    return dataclasses.replace(
+        state,
+        token=token,
+        seen=seen,
+        recent=recent,
+        done=ended | jnp.any(jnp.all(hit, axis=-1), axis=-1),
+        fault=fault,
+        step=state.step + 1,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="length")
@@ -210,9 +277,21 @@ def positions(start: jax.Array, index: jax.Array, length: int) -> tuple[jax.Arra
     return places, (places >= 0).astype(jnp.int32)
 
 
-def _seen(tokens: np.ndarray, start: np.ndarray, vocab_size: int) -> np.ndarray:
-    """bool [B, V]: the ids of each row, padding left out."""
-    seen = np.zeros((len(tokens), vocab_size), bool)
-    for row, ids, first in zip(seen, tokens, start, strict=True):
-        row[ids[first:]] = True
-    return seen
+def unseen(batch: int, vocab_size: int) -> jax.Array:
+    """bool [B', V], all False: which ids are in each row, partitioned as the sampler takes it, by
+    rows over every device of the mesh; B' is B filled up so that it divides.
+    """
+    shape = (sharding.padded_rows(batch), vocab_size)
+    return jnp.zeros(shape, bool, out_sharding=sharding.rows_spec(2))
+
+
+@functools.partial(jax.jit, donate_argnames="seen")
+def _mark(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """`seen` with the tokens int32 [B, T] of a chunk, but for padding (segment 0)."""
+
+    @jax.shard_map(out_specs=sharding.rows_spec(2), check_vma=False)
+    def local(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        ids = sharding.own_rows(jnp.where(segments > 0, tokens, seen.shape[1]))
+        return seen.at[jnp.arange(len(ids))[:, None], ids].set(True, mode="drop")
+
+    return local(seen, tokens, segments)

@@ -154,7 +154,8 @@ class LanguageModel:
         row; the stop itself is returned. seed: one for all rows, or one for each; a row's draws
         depend on its seed alone, so equal prompts with one seed give equal rows. ntk: dynamic NTK's
         alpha from the "prompt", as the original does, or from the "total" of prompt and new tokens.
-        Raises ValueError for an empty prompt, ids out of range, or more than `max_length` tokens.
+        Raises ValueError for an empty prompt, ids out of range, or more than `max_length` tokens;
+        and when a row's logits are NaN or infinite, or leave no id to choose.
         """
         parts = list(
             self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
@@ -182,8 +183,8 @@ class LanguageModel:
         tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens!r}: a whole number of at least 1")
-        if at_once is not None and at_once < 1:
-            raise ValueError(f"at_once {at_once}: must be at least 1")
+        if at_once is not None and (not isinstance(at_once, int | np.integer) or at_once < 1):
+            raise ValueError(f"at_once {at_once!r}: a whole number of at least 1")
         longest = int(lengths.max())
         if longest + max_new_tokens > self.max_length:
             raise ValueError(
@@ -196,7 +197,8 @@ class LanguageModel:
         if not isinstance(sampler, sampling.Greedy | sampling.Nucleus):
             raise ValueError(f"sampler {sampler!r}: must be a Greedy or a Nucleus")
         sampler.check()
-        sampler = jax.tree.map(jnp.float32, sampler)  # 1 and 1.0 are one program
+        # As float32 all of them, so that 1 and 1.0 are one program.
+        sampler = jax.tree.map(lambda x: jnp.float32(float(x)), sampler)
         counted = lengths + (max_new_tokens if ntk == "total" else 0)
         frequencies = self._frequencies(counted, ntk_alpha)
         seeds = inputs.seeds(seed, len(tokens))
@@ -235,10 +237,8 @@ class LanguageModel:
                 self.attend,
                 self.cache_dtype,
             )
-            first = sharding.fetch(state.token)[:batch, None]
-        yield first
         at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
-        steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new - 1, at_once)
+        steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new, at_once)
         while True:
             # The mesh is in force while we compute, never while the caller has control.
             with meshes.entered(self.mesh):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import checkpoint, decode
+from qwen_jax import checkpoint, decode, inputs
 from qwen_jax.sampling import Greedy, Nucleus
 from tests.golden_figures import arrays, worst
 
@@ -97,6 +97,8 @@ def test_seed(model: qwen_jax.LanguageModel) -> None:
 def test_any_whole_number_is_a_seed(model: qwen_jax.LanguageModel) -> None:
     for seed in (-1, 2**32 - 1, 2**70):
         assert model.generate(PROMPT, max_new_tokens=2, sampler=Nucleus(), seed=seed).size == 2
+    for seed in (np.int8(-1), np.array(2**32 - 1), np.array([-1]), range(-1, 0)):
+        assert inputs.seeds(seed, 2).tolist() == [2**32 - 1] * 2
 
 
 def test_stop(model: qwen_jax.LanguageModel) -> None:
@@ -199,6 +201,13 @@ def test_ntk_from_the_total(golden_dir: Path) -> None:
         ([[1, 2]], {"seed": 1.5}, "seed"),
         ([[1, 2]], {"seed": None}, "seed"),
         ([[1, 2]], {"seed": [1, 2]}, "seed"),
+        ([[1, 2]], {"seed": True}, "seed True"),
+        ([[1, 2]], {"seed": [False]}, "seed False"),
+        ([[1, 2]], {"seed": "7"}, "seed '7'"),
+        ([[1, 2]], {"seed": np.ones((1, 2), int)}, "seed"),
+        ([[1, 2]], {"seed": np.array(1.0)}, r"seed 1\.0"),
+        ([[1, 2]], {"sampler": Nucleus}, "sampler"),
+        ([[1, 2]], {"sampler": Nucleus("hot")}, "temperature 'hot'"),
         ([[1, 2]], {"sampler": Nucleus(temperature=0.0)}, "temperature"),
         ([[1, 2]], {"sampler": Nucleus(top_p=1.5)}, "top_p"),
         ([[1, 2]], {"sampler": Greedy(0.0)}, "repetition_penalty"),

@@ -94,7 +94,9 @@ def alone(model) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_restored_weights_and_tokens_are_those_of_one_process(model, alone, count):
+    """And no more programs are made for a stride than there: none after the first."""
     assert restored(model, count) == alone
+    assert alone["compiled"] == 0
 
 
 @pytest.mark.slow

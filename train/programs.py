@@ -137,9 +137,10 @@ def _state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
         cache=dataclasses.replace(cache, fresh=False),
         frequencies=zeros("BH", batch, config.head_dim // 2, dtype=jnp.float32),
         token=zeros("B", batch),
-        seen=zeros("BT", batch, config.vocab_size, dtype=bool),
+        seen=decode.unseen(batch, config.vocab_size),
         recent=zeros("BT", batch, 1),
         done=zeros("B", batch, dtype=bool),
+        fault=zeros("B", batch),
         seeds=zeros("B", batch, dtype=jnp.uint32),
         step=jnp.int32(0),
     )

@@ -1,4 +1,6 @@
-"""Restore a model directory on a mesh; process 0 prints a digest of all leaves, and new tokens."""
+"""Restore a model directory on a mesh; process 0 prints a digest of all leaves, new tokens, and how
+many programs were compiled by strides after the first, and by fetching an array a second time.
+"""
 
 import argparse
 import hashlib
@@ -15,6 +17,7 @@ def work(args: argparse.Namespace) -> None:
     import qwen_jax
     from qwen_jax import meshes, sharding
     from qwen_jax.weights import named_leaves
+    from tests import compilations
 
     sizes = meshes.parse(args.mesh)
     command.virtual_cpu_devices(sizes)
@@ -28,8 +31,14 @@ def work(args: argparse.Namespace) -> None:
     if args.generate:
         prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
         sampler = qwen_jax.Nucleus(temperature=0.8, top_p=0.9)
-        made = model.generate(prompts, max_new_tokens=6, sampler=sampler, seed=[1, 2])
-        result["tokens"] = made.tolist()
+        settings = {"sampler": sampler, "seed": [1, 2], "at_once": 1}
+        parts = model.stream(prompts, max_new_tokens=6, **settings)
+        made = [next(parts), next(parts)]
+        with compilations.counted() as programs:
+            made.extend(parts)
+            sharding.fetch(model.decoder.embedding[...])
+        result["tokens"] = [[int(part[row, 0]) for part in made] for row in range(2)]
+        result["compiled"] = len(programs)
     print(json.dumps(result))
 
 
