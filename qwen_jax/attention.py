@@ -184,8 +184,13 @@ DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+# What `prove.resolve` has decided in this process: (device kind, what a call is for, dtype, head
+# dim) -> name. A call is for "forward", "gradients" (forward and backward) or `cached(leaves)`.
+RESOLVED: dict[tuple[str, str, str, int], str] = {}
+
+
 def get(name: str) -> Callable[..., Any]:
-    """The implementation of that name; "auto" is the fastest measured on this device.
+    """The implementation of that name; "auto" is the one that `prove.resolve` has decided on.
 
     Raises ValueError for a name that is not in the registry.
     """
@@ -197,28 +202,75 @@ def get(name: str) -> Callable[..., Any]:
     return IMPLEMENTATIONS[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """An implementation for inference: `forward` by that name, for a prompt; `decode` by that name,
+    for a few tokens against a cache (see `decoder`).
+
+    A kernel that was proved forward alone is not differentiated: gradients are the reference's, and
+    so is a call of a few tokens without a decode kernel.
+    """
+
+    forward: str
+    decode: str
+
+    def __call__(
+        self, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+    ) -> Any:
+        if q.shape[1] <= _FEW or self.forward == "xla":
+            return xla(q, k, v, mask, scale, return_lse)
+        return _forward_alone(self.forward, return_lse, q, k, v, mask, jnp.asarray(scale))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _forward_alone(
+    name: str, return_lse: bool, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array
+) -> Any:
+    return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
+
+
+def _with_reference(
+    name: str, return_lse: bool, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array
+) -> Any:
+    return jax.vjp(lambda q, k, v, scale: xla(q, k, v, mask, scale, return_lse), q, k, v, scale)
+
+
+def _reference_gradients(name: str, return_lse: bool, pull: Any, cotangents: Any) -> Any:
+    dq, dk, dv, dscale = pull(cotangents)
+    return dq, dk, dv, None, dscale
+
+
+_forward_alone.defvjp(_with_reference, _reference_gradients)
+
+
 def auto(
     q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """The fastest implementation measured on this device that takes the call, else the reference.
-
-    Which one it is, and why others are not, is logged once.
+    """What `prove.resolve` has decided on in this process, for this device, dtype and head dim;
+    where it has decided nothing, the reference. Nothing can be proved here, within a trace.
     """
-    measured = choice.lines("forward", q.shape[-1], q.dtype.name, k.shape[1])
-    measured = [line["kernel"] for line in measured if line["kernel"] in IMPLEMENTATIONS]
-    device = choice.device()
-    for name in IMPLEMENTATIONS:
-        if name.startswith("pallas") and name not in measured and device.platform != "cpu":
-            _say(f"attention: not {name}: no run of it on {device.device_kind} was measured")
-    for name in [*measured, "xla"]:
-        try:
-            o = IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
-        except NotImplementedError as error:
-            _say(f"attention: not {name}: {error}")
-        else:
-            _say(f"attention: {name} ({q.dtype.name}, head dim {q.shape[-1]})")
-            return o
-    raise AssertionError("the reference takes every call")
+    dtype, dim = q.dtype.name, q.shape[-1]
+    if (name := resolved("gradients", dtype, dim)) is not None:
+        return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
+    name = resolved("forward", dtype, dim)
+    if name is None and choice.device().platform != "cpu":
+        say(
+            f"attention: xla ({dtype}, head dim {dim}): no kernel was proved in this process; "
+            "qwen_jax.prove.resolve does that, before a program is traced"
+        )
+    return Chosen(name or "xla", "xla")(q, k, v, mask, scale, return_lse)
+
+
+def resolved(purpose: str, dtype: str, head_dim: int) -> str | None:
+    """The implementation that `RESOLVED` has for the device that is compiled for."""
+    return RESOLVED.get((choice.device().device_kind, purpose, dtype, head_dim))
+
+
+def cached(leaf: Any) -> str:
+    """What a decode kernel is for, as `RESOLVED` has it: the kind of leaf that holds the keys."""
+    if not hasattr(leaf, "values"):
+        return "decode"
+    return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
 def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
@@ -227,18 +279,15 @@ def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
     """
     if q.shape[1] > _FEW:
         return None
-    if implementation is not auto:
-        return DECODERS.get(implementation)
-    dtype = jax.tree.leaves(keys)[0].dtype.name
-    measured = choice.lines("decode", q.shape[-1], dtype, keys.shape[2])
-    for name in (line["kernel"] for line in measured):
-        if IMPLEMENTATIONS.get(name) in DECODERS:
-            _say(f"attention: {name} decodes ({dtype} cache, head dim {q.shape[-1]})")
-            return DECODERS[IMPLEMENTATIONS[name]]
-    return None
+    if isinstance(implementation, Chosen):
+        implementation = IMPLEMENTATIONS[implementation.decode]
+    elif implementation is auto:
+        name = resolved(cached(keys), q.dtype.name, q.shape[-1])
+        implementation = IMPLEMENTATIONS[name or "xla"]
+    return DECODERS.get(implementation)
 
 
 @functools.cache
-def _say(line: str) -> None:
+def say(line: str, level: int = logging.INFO) -> None:
     """Log a line, once."""
-    logging.getLogger("qwen_jax").info(line)
+    logging.getLogger("qwen_jax").log(level, line)

@@ -15,10 +15,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from qwen_jax import errors, processes, roll_call
+from qwen_jax import errors, paths, processes, roll_call
 
 _RAISING = ("strict", "surrogateescape", "surrogatepass")  # a stream's errors, of encodings
 
@@ -247,8 +246,7 @@ def use_compilation_cache() -> None:
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "qwen_jax" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(paths.own_cache() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -67,8 +67,9 @@ def parser() -> argparse.ArgumentParser:
         "--attention",
         default="auto",
         metavar="NAME",
-        help="auto (the fastest measured on this device), xla, pallas_tpu, pallas_triton, "
-        "pallas_hopper and others: docs/attention.md",
+        help="auto (default: kernels are proved on this device, once, and the fastest that agrees "
+        "is taken), xla, pallas_tpu, pallas_triton, pallas_hopper and others, taken as they are: "
+        "docs/attention.md",
     )
     add("--max-length", type=command.positive, metavar="N", help="slots of the cache for a row")
     add(

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
-from qwen_jax import chat, checkpoint, decode, inputs, meshes, rope, sampling, sharding
+from qwen_jax import chat, checkpoint, decode, inputs, meshes, prove, rope, sampling, sharding
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.config import Config
 from qwen_jax.generation_config import GenerationConfig
@@ -42,7 +42,8 @@ def load(
 
     dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
     values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
-    `qwen_jax.attention.IMPLEMENTATIONS`. cache_dtype: None (= dtype), "int8" (symmetric) or
+    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" proves the kernels for this device, once, and takes
+    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8" (symmetric) or
     "int8_asymmetric". max_length: prompt and new tokens of a row together, at most; None is the
     larger of the config's max_position_embeddings and seq_length.
 
@@ -53,7 +54,7 @@ def load(
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_DTYPES)} or None")
     if cache_dtype is not None and cache_dtype not in kv.DTYPES:
         raise ValueError(f"cache_dtype {cache_dtype!r}: allowed are {', '.join(kv.DTYPES)} or None")
-    attend = attention_registry.get(attention)
+    attention_registry.get(attention)  # a name that is not known, before anything is read
     generation_config = checkpoint.load_generation_config(path)
     tokenizer = checkpoint.load_tokenizer(path)
     config = checkpoint.load_config(path).with_overrides(overrides or {})
@@ -64,8 +65,9 @@ def load(
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
         raise ValueError("a context axis is for training: decode with tp and fsdp")
     meshes.check(config.sizes, mesh)
-    _check_attention(attend, config, dtype or default_dtype(), mesh)
-    decoder = checkpoint.load(path, config, dtype or default_dtype(), mesh)
+    dtype = dtype or default_dtype()
+    attend = _attention(attention, config, dtype, max_length or longest, cache_dtype, mesh)
+    decoder = checkpoint.load(path, config, dtype, mesh)
     return LanguageModel(
         config=config,
         tokenizer=tokenizer,
@@ -78,8 +80,21 @@ def load(
     )
 
 
-def _check_attention(attend: Any, config: Config, dtype: str, mesh: Mesh) -> None:
-    """Trace one token, so that attention that declines does so before the weights are read."""
+def _attention(
+    name: str, config: Config, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
+) -> Any:
+    """The implementation for a prompt's chunks and for a token against up to `length` slots.
+
+    One token is traced, so that attention that declines does so before the weights are read.
+    """
+    chunk = min(length, decode.buckets()[-1])
+    attend = prove.resolve(
+        name,
+        [
+            *prove.passes(config, dtype, 1, chunk, mesh=mesh),
+            *prove.decoding(config, dtype, 1, length, cache_dtype, mesh),
+        ],
+    )
     rows = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)
 
     def abstract(letters: str, dtype: Any, *shape: int) -> Any:
@@ -91,6 +106,7 @@ def _check_attention(attend: Any, config: Config, dtype: str, mesh: Mesh) -> Non
     mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
     with meshes.entered(mesh):
         jax.eval_shape(attention_registry.on_shards(attend), q, k, k, mask, scale)
+    return attend
 
 
 def default_dtype() -> str:

@@ -54,6 +54,11 @@ def is_within(folder: Path, name: str) -> bool:
     return is_remote(folder) or (folder / name).resolve().is_relative_to(folder.resolve())
 
 
+def own_cache() -> Path:
+    """The folder of this user's files that can be made again (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_jax"
+
+
 def make_folder(path: Path) -> None:
     """Folders exist on disks only."""
     if not is_remote(path):

@@ -42,6 +42,7 @@ class _Joined:
     ending: int | None = None  # the exit code, once this process is about to end
     reason: str = ""  # why, while that has not been said
     barriers: int = 0
+    gatherings: int = 0
 
     def name(self, process: int) -> str:
         return f"process {process} ({self.hosts[process]})"
@@ -60,6 +61,11 @@ def index() -> int:
 
 def count() -> int:
     return len(_joined.hosts) if _joined else 1
+
+
+def name(process: int) -> str:
+    """A process for people, with its host where there are several."""
+    return _joined.name(process) if _joined else f"process {process}"
 
 
 def initialize(
@@ -176,6 +182,21 @@ def agree(what: str, value: str) -> None:
         me.client.key_value_set(key, value)
     elif (first := me.client.blocking_key_value_get(key, 60_000)) != value:
         raise ValueError(f"process 0 was started with other {what}: {first}; here: {value}")
+
+
+def gather(text: str) -> list[str]:
+    """What each process says, by its number; all must call this equally often."""
+    if (me := _joined) is None:
+        return [text]
+    me.gatherings += 1
+    key = f"qwen_jax/gathered/{me.gatherings}/"
+    try:
+        me.client.key_value_set(f"{key}{me.index}", text)
+        wait = int(1000 * _FOREVER)  # the watch ends this process where one of them is lost
+        return [me.client.blocking_key_value_get(f"{key}{i}", wait) for i in range(count())]
+    except Exception as error:
+        await_verdict(error)
+        raise
 
 
 def propose(number: int) -> int:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
 from qwen_jax import PRESETS, attention, cache, meshes
+from qwen_jax.kernels import choice
 from tests.tiny import tiny_config
 from train import estimate, flops, hardware, plan, programs, recipes, report, search, step, topology
 from train.bounds import Bound, Term
@@ -425,6 +426,79 @@ def test_the_command(
     assert found["mesh"] == "fsdp=4" and found["fits"] and found["memory"]["needed"] > 0
     code, out, _ = run(capsys, *options, "--search", "--tries", "2")
     assert code == 0 and len(out.splitlines()) == 3
+
+
+def test_what_auto_takes_there_is_planned(
+    uncompiled: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    options = ["--model", "tiny", "--topology", "v5e:2x2", "--batch", "4", "--length", "16"]
+    code, out, _ = run(capsys, *options)
+    said = "attention: pallas_tpu (what auto takes on TPU v5e once it has proved itself there; else"
+    assert code == 0 and f"{said} xla)\n" in out
+    code, out, _ = run(capsys, *options, "--attention", "auto", "--search", "--tries", "2")
+    assert code == 0 and len(out.splitlines()) == 4 and out.count(said) == 1
+    code, out, _ = run(capsys, *options, "--json")
+    (found,) = json.loads(out)["plans"]
+    assert found["attention"] == "pallas_tpu" and found["attention_by_auto"]
+    code, out, _ = run(capsys, *options, "--attention", "xla")
+    assert code == 0 and "attention: xla\n" in out and "auto" not in out
+
+
+def test_a_kernel_that_cannot_there_is_passed_over(
+    uncompiled: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Declined in the trace, or refused by the compiler; what it lacks in memory is a result."""
+    tried = []
+    training = estimate.training
+    error: Exception = NotImplementedError("pallas_hopper: head dim 16, only 128")
+
+    def refusing(setting: Setting, *rest: Any) -> estimate.Estimate:
+        tried.append(setting.attention)
+        if setting.attention in refused:
+            raise error
+        return training(setting, *rest)
+
+    refusing.__name__ = "training"
+    monkeypatch.setattr(estimate, "training", refusing)
+    where = topology.parse("h100:4")
+    setting = dataclasses.replace(SETTING, attention="auto")
+    refused = {"pallas_hopper", "pallas_tpu"}
+    (found,) = plan.estimates(setting, where, SIZES, False)
+    assert found.setting.attention == "pallas_triton" and found.setting.by_auto
+    assert tried[0] == "pallas_hopper"
+    assert "not pallas_hopper: pallas_hopper: head dim 16, only 128" in capsys.readouterr().err
+    assert "attention: pallas_triton (what auto takes on H100 once" in report.text(found, "tiny")
+    error, refused = jax.errors.JaxRuntimeError("INTERNAL: Mosaic"), {*attention.IMPLEMENTATIONS}
+    refused.remove("xla")
+    (found,) = plan.estimates(setting, where, SIZES, False)
+    assert "xla (what auto takes on H100: no kernel there takes this)" in report.text(found, "t")
+    # A name that was asked for is not replaced.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        list(plan.estimates(dataclasses.replace(SETTING, attention="pallas_tpu"), where, SIZES, 0))
+
+
+def test_a_plan_is_compiled_with_what_auto_takes(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured lines of the chip decide, and the programs themselves take the name."""
+    lines = [
+        {"device": "cpu", "kernel": name, "task": "forward", "head_dim": 16, "dtype": "bfloat16"}
+        | {"length": 256, "milliseconds": milliseconds}
+        for name, milliseconds in (("splash", 1.0), ("xla", 2.0), ("pallas_tpu", 3.0))
+    ]
+    monkeypatch.setattr(choice, "measured", lambda: lines)
+    compiled = []
+
+    def training(setting: Setting, mesh: Any) -> Any:
+        compiled.append(setting.attention)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(programs, "training", training)
+    setting = dataclasses.replace(SETTING, attention="auto")
+    with pytest.raises(ValueError, match="far enough"):
+        list(plan.estimates(setting, topology.parse("v5e:2x2"), SIZES, False))
+    assert compiled == ["splash"]
 
 
 @pytest.mark.parametrize(

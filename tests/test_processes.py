@@ -275,6 +275,11 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     host = socket.gethostname()
     assert complaint(results[0]) == f"error: process 1 ({host}) has failed: this is the end"
     assert complaint(results[1]) == f"error: process 1 ({host}): this is the end"
+    # And of attention all had taken what is right on all devices, and said why.
+    assert "attention: xla xla\n" in results[0].out
+    assert (
+        f"not pallas_tpu: its self-test has failed on process 1 ({host}); please" in results[0].err
+    )
 
 
 def test_other_arguments_are_refused():

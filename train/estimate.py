@@ -82,6 +82,7 @@ class Estimate:
             "batch": setting.batch,
             "length": setting.length,
             "attention": setting.attention,
+            "attention_by_auto": setting.by_auto,
             "accumulate": setting.accumulate,
             "lora_rank": setting.adapters.lora_rank if setting.adapters else 0,
             "remat": setting.remat if self.task == "training" else None,

@@ -81,7 +81,7 @@ def work(args: argparse.Namespace) -> None:
     command.use_compilation_cache()
     import jax
 
-    from qwen_jax import attention, language_model
+    from qwen_jax import language_model, prove
     from train import step
 
     config = checkpoint.load_config(args.ckpt)
@@ -94,7 +94,7 @@ def work(args: argparse.Namespace) -> None:
     found: dict[str, dict[int, float]] = {}
     with meshes.entered(meshes.make(sizes)):
         decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
-        attend = attention.get(args.attention)
+        attend = prove.resolve(args.attention, prove.passes(config, dtype, 1, max(lengths)))
         for mode, setting in settings.items():
             measure = functools.partial(perplexity, decoder, setting, ids, attend, dtype)
             found[mode] = {length: measure(length) for length in lengths}

@@ -30,7 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--length", type=command.positive, default=2048, help="tokens of a row")
     parser.add_argument("--batch", type=command.positive, default=256, help="rows, of all devices")
     parser.add_argument("--decode", action="store_true", help="prefill and decoding, not training")
-    parser.add_argument("--attention", help="implementation; default: ours for the chip")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="default: auto, the kernel for the chip, which auto takes there once it has proved "
+        "itself; xla: what it takes otherwise; or another name (docs/attention.md)",
+    )
     parser.add_argument("--remat", default="full", help="full, projections or none")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--accumulate", type=command.positive, default=1, help="parts of a batch")
@@ -96,7 +102,45 @@ def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: boo
 
     tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
     for task in tasks:
-        yield task(setting, topology, sizes)
+        if setting.attention == "auto":
+            yield _by_auto(task, setting, topology, sizes)
+        else:
+            yield task(setting, topology, sizes)
+
+
+def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -> Any:
+    """The estimate with the first implementation that takes the calls there and compiles, in the
+    order in which `auto` would have them: by measured lines of the chip, else its kernel first.
+    """
+    import jax
+
+    for name in _expected(setting, topology, sizes, task.__name__ == "decoding"):
+        named = dataclasses.replace(setting, attention=name, by_auto=True)
+        try:
+            return task(named, topology, sizes)
+        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            command.say(f"attention: not {name}: {' '.join(str(error).split())[:200]}")
+    return task(dataclasses.replace(setting, attention="xla", by_auto=True), topology, sizes)
+
+
+def _expected(setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool) -> list[str]:
+    """Names of the registry that `auto` may take there, the likeliest first."""
+    import jax
+
+    from qwen_jax import prove
+    from train import topology as topologies
+
+    config, dtype = setting.config, "bfloat16"
+    if decode:
+        calls = prove.decoding(
+            config, dtype, setting.batch, setting.length, setting.cache_dtype, sizes
+        )
+    else:
+        rows = setting.batch // setting.accumulate
+        calls = prove.passes(config, dtype, rows, setting.length, mesh=sizes)
+    with jax.set_mesh(topologies.mesh(topology, sizes)):
+        names, measured = prove.candidates(calls)
+    return names if measured else sorted(names, key=lambda name: name != topology.chip.kernel)
 
 
 def rank(x: Any) -> tuple[Any, ...]:
@@ -139,8 +183,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         )
     _choice("--remat", args.remat, step.REMAT)
     _choice("--cache-dtype", args.cache_dtype, (None, *kv.DTYPES))
-    name = args.attention or topology.chip.kernel
-    _choice("--attention", name, attention.IMPLEMENTATIONS)
+    _choice("--attention", args.attention, ("auto", *attention.IMPLEMENTATIONS))
     adapters = None
     if args.lora_rank is not None:
         _choice("--base-dtype", args.base_dtype, recipes.BASE_DTYPES)
@@ -158,7 +201,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         config,
         args.batch,
         args.length,
-        name,
+        args.attention,
         args.remat,
         args.sequence_parallel,
         args.cache_dtype,

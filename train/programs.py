@@ -28,7 +28,8 @@ from train.recipes import Recipe
 class Setting:
     """What a program is compiled for; sizes by axis letter are checked against the mesh.
 
-    batch: rows; length: tokens of a row, for decoding those in the cache. remat,
+    batch: rows; length: tokens of a row, for decoding those in the cache. attention: a name of the
+    registry, or "auto" for what a plan has to find out; by_auto: whether it has. remat,
     sequence_parallel, accumulate (parts of a batch) and adapters (the recipe that has them; None
     trains all weights) are of training, cache_dtype (None: that of the weights) of decoding.
     """
@@ -42,6 +43,7 @@ class Setting:
     cache_dtype: str | None = None
     accumulate: int = 1
     adapters: Recipe | None = None
+    by_auto: bool = False
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where an axis does not divide over the mesh."""

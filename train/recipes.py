@@ -72,7 +72,10 @@ class Recipe:
     moments: str = _about("what the optimizer's moments are kept in", "float32")
     remat: str = _about('what is recomputed: "full", "projections" or "none"', "full")
     sequence_parallel: bool = _about("split the residual over tp by tokens", False)
-    attention: str = _about("a name in the registry, or auto", "auto")
+    attention: str = _about(
+        "auto (kernels prove themselves on this device, once) or a name in docs/attention.md",
+        "auto",
+    )
     seed: int = _about("of fresh weights, the order of data, and dropout", 0)
 
     def __post_init__(self) -> None:

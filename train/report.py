@@ -12,7 +12,7 @@ _UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "th
 def text(x: Estimate, model: str) -> str:
     """One estimate, over some 30 lines."""
     memory, setting = x.program.memory, x.setting
-    options = [setting.attention]
+    options = []
     if x.task == "training":
         options.append(f"remat {setting.remat}")
         if (adapters := setting.adapters) is not None:
@@ -26,8 +26,9 @@ def text(x: Estimate, model: str) -> str:
     lines = [
         f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
         f"mesh {meshes.describe(x.mesh)}",
-        f"{setting.batch} rows of {setting.length} tokens, {', '.join(options)}; compiled in "
+        f"{', '.join([f'{setting.batch} rows of {setting.length} tokens', *options])}; compiled in "
         f"{x.program.seconds:.0f} s",
+        f"attention: {_attention(x)}",
         "",
         "memory of a device, GB",
     ]
@@ -79,7 +80,19 @@ def ranking(found: Sequence[Estimate]) -> str:
             f"{x.setting.remat:<11} {x.program.memory.needed / 1e9:>7.2f} "
             f"{x.available / 1e9:>6.1f} {rate}"
         )
+    lines += sorted({f"attention: {_attention(x)}" for x in found if x.setting.by_auto})
     return "\n".join(lines)
+
+
+def _attention(x: Estimate) -> str:
+    """The implementation, and where `auto` would take it, on which condition."""
+    name, chip = x.setting.attention, x.topology.chip
+    if not x.setting.by_auto:
+        return name
+    device = chip.name.upper() if chip.platform != "tpu" else f"TPU {chip.name.removeprefix('tpu')}"
+    if name == "xla":
+        return f"{name} (what auto takes on {device}: no kernel there takes this)"
+    return f"{name} (what auto takes on {device} once it has proved itself there; else xla)"
 
 
 def _fits(x: Estimate) -> str:

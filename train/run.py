@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import attention, checkpoint, command, directory, paths, processes
+from qwen_jax import checkpoint, command, directory, paths, processes, prove
 from qwen_jax.config import Config
 from qwen_jax.tokenizer import Tokenizer
 from train import data, records, run_folder, step, token_cache, trainee
@@ -64,7 +64,9 @@ def _train(task: Task, settings: Settings) -> None:
     steps = _steps(recipe, len(rows))
     if (warm := recipe.warmup_steps(steps)) >= steps:
         command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
-    attend, dtype = attention.get(recipe.attention), jnp.dtype(recipe.dtype)
+    dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate
+    calls = prove.passes(task.config, dtype, rows_at_once, recipe.length, backward=True)
+    attend = prove.resolve(recipe.attention, calls)
     trained = trainee.of(task.config, task.ckpt, recipe)
     optimizer = recipe.optimizer(steps)
     like = trained.abstract(optimizer)
@@ -101,7 +103,7 @@ def _train(task: Task, settings: Settings) -> None:
         base=trained.base,
         batches=Batches(rows, recipe.length, recipe.rows, recipe.seed, position),
         held_out=held_out,
-        held_out_rows=recipe.rows // recipe.accumulate,
+        held_out_rows=rows_at_once,
         checkpoints=checkpoints,
         log=Log(out, position, steps, owed),
         steps=steps,

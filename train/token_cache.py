@@ -163,7 +163,7 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def _home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen_jax" / "tokens"
+    return paths.own_cache() / "tokens"
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding) -> str:

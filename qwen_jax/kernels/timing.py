@@ -264,28 +264,59 @@ def forget() -> None:
     """Let go of the arrays that programs were made with; those that are left keep their own."""
     _normal.cache_clear()
     _leaves.cache_clear()
+    _wanted.cache_clear()
 
 
-def error(case: Case, name: str) -> float:
+def error(case: Case, name: str, in_parts: bool = False) -> float:
     """The worst difference of an implementation from the reference in float32, over the largest
-    number: outputs, or gradients, of a small call with packing, LogN, a window and grouped heads.
+    number: outputs, or gradients, of a small call with packing, padding, LogN, a window and grouped
+    heads. in_parts: also of the same call in two parts of its keys, merged by their log-sum-exp, as
+    the chunks of a prompt and a ring of devices need it.
     """
     length = min(case.length, 4096) - 19
     small = dataclasses.replace(
         case, batch=2, length=length, heads=4, kv_heads=2, features=case.task != "decode"
     )
-    got = _results(small, attention.get(name), case.dtype)
-    pairs = [(jnp.asarray(x, jnp.float32), y) for x, y in zip(got, _wanted(small), strict=True)]
+    ways = [attention.get(name)]
+    if in_parts and case.task != "decode":
+        ways.append(functools.partial(_in_parts, ways[0]))
+    wanted = len(ways) * _wanted(small)
+    got = [x for attend in ways for x in _results(small, attend, case.dtype)]
+    pairs = [(jnp.asarray(x, jnp.float32), y) for x, y in zip(got, wanted, strict=True)]
     worst = [jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
     return max(float(x) if jnp.isfinite(x) else math.inf for x in worst)
 
 
 @functools.lru_cache(maxsize=1)
-def _wanted(case: Case) -> Any:
+def _wanted(case: Case) -> list[jax.Array]:
     return _results(case, attention.xla, "float32")
 
 
-def _results(case: Case, attend: Callable[..., Any], dtype: str) -> Any:
+def _in_parts(
+    attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
+) -> jax.Array:
+    """Attention over the first third of the keys and over the others, merged."""
+    parts = []
+    for cut in (slice(0, k.shape[1] // 3), slice(k.shape[1] // 3, None)):
+        positions, segments = mask.k_positions[:, cut], mask.k_segments[:, cut]
+        part = dataclasses.replace(mask, k_positions=positions, k_segments=segments)
+        parts.append(attend(q, k[:, cut], v[:, cut], part, scale, return_lse=True))
+    return ring.merge(parts)[0].astype(q.dtype)
+
+
+def _with_all(mask: Mask) -> Mask:
+    """The mask with a window that cuts its sequences, and with padding: on the left of the last
+    row, on the right of the others.
+    """
+    length = mask.q_segments.shape[1]
+    index, count = jnp.arange(length), length // 8 + 3
+    real = jnp.broadcast_to(index < length - count, mask.q_segments.shape)
+    segments = jnp.where(real.at[-1].set(index >= count), mask.q_segments, 0)
+    window = jnp.int32(length // 7)  # a sequence has a quarter of the length
+    return dataclasses.replace(mask, q_segments=segments, k_segments=segments, window=window)
+
+
+def _results(case: Case, attend: Callable[..., Any], dtype: str) -> list[jax.Array]:
     def cast(x: Any) -> Any:
         x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
         return x if hasattr(x, "dequantize") else x.astype(dtype)
@@ -298,7 +329,7 @@ def _results(case: Case, attend: Callable[..., Any], dtype: str) -> Any:
         index, window = jnp.int32(case.length + 5), jnp.int32(case.length // 2 + 7)
         step = jax.jit(functools.partial(decode, attend))
         return [step(*own, *leaves, start, index, window, _scale(token))]
-    mask, scale = _mask(case), _scale(case)
+    mask, scale = _with_all(_mask(case)), _scale(case)
     heads = (case.heads, 2, 2, case.heads)
     q, k, v, do = (cast(_normal(case, n, i)) for i, n in enumerate(heads))
 
@@ -306,7 +337,7 @@ def _results(case: Case, attend: Callable[..., Any], dtype: str) -> Any:
     def run(q: Any, k: Any, v: Any, do: Any) -> Any:
         if case.task == "forward":
             return [attend(q, k, v, mask, scale)]
-        return jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)[1](do)
+        return list(jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)[1](do))
 
     return run(q, k, v, do)
 

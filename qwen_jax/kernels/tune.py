@@ -29,6 +29,10 @@ On a machine with the device that is to be measured, and with nothing else runni
       another shape: a call takes the lines of its own head dim and dtype, at the nearest length
   python -m qwen_jax.kernels.tune --task decode --kernel xla pallas_triton --out /tmp/lines.json
       some of it, into a file of one's own
+  python -m qwen_jax.kernels.tune --show
+      what `auto` has found out on this machine, and the table's lines for this device
+  python -m qwen_jax.kernels.tune --forget
+      remove what it has found out, so that it proves each kernel anew
 
 Lines of the same device, kernel, task, head dim, dtype and length are replaced, others are kept.
 `auto` compares the lines of a task, so measure all kernels alike. The table is part of the package:
@@ -113,6 +117,13 @@ def parser() -> argparse.ArgumentParser:
         help="of the last run (default: 9)",
     )
     add("--out", type=Path, metavar="FILE", help="default: the package's own table")
+    kept = result.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--show", action="store_true", help="time nothing; print what is known of kernels here"
+    )
+    kept.add_argument(
+        "--forget", action="store_true", help="time nothing; have `auto` prove kernels anew"
+    )
     command.add_debug(result)
     return result
 
@@ -122,6 +133,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> None:
+    if args.show:
+        print(shown())
+        return
+    if args.forget:
+        from qwen_jax import verdicts
+
+        print(f"forgot {verdicts.forget()} verdicts in {verdicts.folder()}")
+        return
     from qwen_jax import attention
     from qwen_jax.kernels import choice, timing
 
@@ -152,6 +171,38 @@ def _work(args: argparse.Namespace) -> None:
             for line in lines:
                 bar.write(_text(line), file=sys.stderr)
     command.say(f"wrote {out}")
+
+
+def shown() -> str:
+    """The verdicts of `auto` that are kept for this machine, and the table's lines for this device,
+    as text.
+    """
+    from qwen_jax import verdicts
+    from qwen_jax.kernels import choice
+
+    device = choice.device().device_kind
+    if found := verdicts.kept():
+        parts = [f"found out by auto, kept in {verdicts.folder()}:", verdicts.table(found)]
+    else:
+        parts = [
+            f"auto has found out nothing yet (it would be in {verdicts.folder()}): on a TPU or GPU "
+            "it proves each kernel where one is first used, as python -m qwen_jax.generate --ckpt "
+            "DIR --bench does"
+        ]
+    lines = [line for line in choice.measured() if line["device"] == device]
+    if lines:
+        parts.append(f"\nmeasured on {device}, in {choice.TABLE}:")
+        parts += [f"  {_what(line)} {_text(line)}" for line in lines]
+    else:
+        parts.append(
+            f"\nno lines for {device} in {choice.TABLE}: "
+            "python -m qwen_jax.kernels.tune, on that device, makes them"
+        )
+    return "\n".join(parts)
+
+
+def _what(line: dict[str, Any]) -> str:
+    return f"{line['task']:8} {line['dtype']:8} {line['head_dim']:4} {line['length']:6}"
 
 
 def _cases(args: argparse.Namespace, task: str) -> list[Any]:

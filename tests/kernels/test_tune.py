@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import attention
+from qwen_jax import attention, verdicts
 from qwen_jax.kernels import choice, flash_hopper, flash_tpu, timing, tune
 from qwen_jax.kernels.timing import Case
 
@@ -143,3 +143,37 @@ def test_programs_take_turns():
     assert set(timing.medians(programs, 3)) == {"a", "b"}
     turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert turns == ["a", "b"] * 4
+
+
+def test_what_is_known_of_kernels_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tune.main(["--show"]) == 0
+    out = capsys.readouterr().out
+    assert f"auto has found out nothing yet (it would be in {tmp_path}/qwen_jax/attention)" in out
+    assert "python -m qwen_jax.generate --ckpt DIR --bench" in out
+    assert "no lines for cpu in" in out and "python -m qwen_jax.kernels.tune, on that device" in out
+
+    key = verdicts.Key("TPU v5 lite", "0.10.2", "a", "decode", "bfloat16", "int8", 128, 4096, "1")
+    facts = {"jaxlib": "0.10.2", "driver": "libtpu", "date": "2026-11-28"}
+    right = verdicts.Verdict(
+        key, "agrees", error=2e-3, milliseconds=0.5, xla_milliseconds=4, **facts
+    )
+    other = dataclasses.replace(key, kernel="b", cache=None)
+    for verdict in (right, verdicts.Verdict(other, "refused", detail="ValueError: no", **facts)):
+        verdicts.keep(verdict)
+    of_here = line("c", 2048, 0.25) | {"device": "cpu", "blocks": {"q": 128}, "tflops": 7}
+    monkeypatch.setattr(choice, "measured", lambda: [of_here, line("d", 2048)])
+    assert tune.main(["--show"]) == 0
+    out = capsys.readouterr().out
+    rows = [" ".join(x.split()) for x in out.splitlines()]
+    assert "TPU v5 lite" in rows
+    assert "a decode bfloat16, int8 cache 128 4096 agrees 2.0e-03 0.5 4 0.10.2 2026-11-28" in rows
+    assert "b decode bfloat16 128 4096 refused: ValueError: no - - - 0.10.2 2026-11-28" in rows
+    assert "forward bfloat16 128 2048 c 0.2500 ms 7 TFLOP/s {'q': 128}" in rows
+    assert "a chip" not in out  # another device's lines
+
+    assert tune.main(["--forget"]) == 0
+    assert "forgot 2 verdicts in" in capsys.readouterr().out
+    assert verdicts.kept() == []

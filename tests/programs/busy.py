@@ -1,6 +1,6 @@
 """Processes that add up for ever, as a training run does, or until `--steps`.
 
---fail I: process I raises an error after ten steps.
+--fail I: process I raises an error after ten steps, and a kernel is wrong on its device.
 """
 
 import argparse
@@ -16,6 +16,8 @@ def work(args: argparse.Namespace) -> None:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
+    if args.fail is not None:
+        print(f"attention: {' '.join(attention_of(args.fail))}", flush=True)
     mesh = jax.make_mesh((jax.device_count(),), ("x",))
     x = jax.make_array_from_callback(
         (jax.device_count(),),
@@ -30,6 +32,23 @@ def work(args: argparse.Namespace) -> None:
             if args.fail == processes.index():
                 raise ValueError("this is the end")
         time.sleep(0.01)
+
+
+def attention_of(wrong: int) -> list[str]:
+    """What each process takes where one of them has a device on which a kernel is wrong."""
+    from types import SimpleNamespace
+
+    from qwen_jax import prove
+    from qwen_jax.kernels import choice
+    from qwen_jax.kernels.timing import Case
+
+    def self_test(*_: object) -> tuple[float, tuple[float, float]]:
+        return (0.5 if processes.index() == wrong else 0.0), (1.0, 2.0)
+
+    choice.device = lambda: SimpleNamespace(platform="tpu", device_kind="TPU test")
+    prove._self_test = self_test
+    prove.verdicts.find = lambda _: None
+    return processes.gather(prove._choose([Case("forward", 1, 64, 4, 16, "float32")]))
 
 
 def parser() -> argparse.ArgumentParser:
