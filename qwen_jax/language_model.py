@@ -43,9 +43,9 @@ def load(
     dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
     values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
     `qwen_jax.attention.IMPLEMENTATIONS`; "auto" proves the kernels for this device, once, and takes
-    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8" (symmetric) or
-    "int8_asymmetric". max_length: prompt and new tokens of a row together, at most; None is the
-    larger of the config's max_position_embeddings and seq_length.
+    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8"
+    (symmetric) or "int8_asymmetric". max_length: prompt and new tokens of a row together, at most;
+    None is the larger of the config's max_position_embeddings and seq_length.
 
     Raises ValueError for a directory that is not whole, or an argument that is not allowed;
     NotImplementedError where that attention cannot do this model on this device.
