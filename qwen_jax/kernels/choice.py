@@ -1,8 +1,8 @@
 """Which device a kernel is for, whether it may run there, and the blocks it was measured with.
 
 `measured.json` beside this file holds a line for each measured run, which
-`python -m qwen_jax.kernels.tune` writes. A kernel without a line for a device never ran there, and
-"auto" leaves it alone.
+`python -m qwen_jax.kernels.tune` writes. A kernel without a line for a device was not measured
+there, and "auto" proves it on the user's own (`prove.py`).
 """
 
 import functools
