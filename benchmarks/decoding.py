@@ -30,12 +30,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.attention import where
-from qwen_jax import attention, command, meshes, model
 from qwen_jax import cache as kv
+from qwen_jax import command, meshes, model
 from qwen_jax.config import Config
 from qwen_jax.generation_config import GenerationConfig
 from qwen_jax.kernels import choice, timing
-from qwen_jax.language_model import LanguageModel
+from qwen_jax.language_model import LanguageModel, attention_for
 from qwen_jax.model import Decoder
 from qwen_jax.presets import PRESETS
 
@@ -78,14 +78,15 @@ def _decoder(config: Config, dtype: str) -> Decoder:
 
 def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:
     """A loaded model around random weights, without a tokenizer."""
+    mesh, dtype = meshes.current(), decoder.embedding[...].dtype.name
     return LanguageModel(
         config=decoder.config,
         tokenizer=None,
         generation_config=GenerationConfig.from_hf({}),
         max_length=length,
         decoder=decoder,
-        mesh=meshes.current(),
-        attend=attention.get(name),
+        mesh=mesh,
+        attend=attention_for(name, decoder.config, dtype, length, CACHES[cache], mesh),
         cache_dtype=CACHES[cache],
     )
 

@@ -66,7 +66,7 @@ def load(
         raise ValueError("a context axis is for training: decode with tp and fsdp")
     meshes.check(config.sizes, mesh)
     dtype = dtype or default_dtype()
-    attend = _attention(attention, config, dtype, max_length or longest, cache_dtype, mesh)
+    attend = attention_for(attention, config, dtype, max_length or longest, cache_dtype, mesh)
     decoder = checkpoint.load(path, config, dtype, mesh)
     return LanguageModel(
         config=config,
@@ -80,7 +80,7 @@ def load(
     )
 
 
-def _attention(
+def attention_for(
     name: str, config: Config, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
 ) -> Any:
     """The implementation for a prompt's chunks and for a token against up to `length` slots.
