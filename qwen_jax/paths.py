@@ -11,7 +11,9 @@ import functools
 import importlib.util
 import os
 import re
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
@@ -66,10 +68,12 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    if is_remote(path):
-        _objects().rm(str(path), recursive=True)
-    else:
-        shutil.rmtree(path)
+    """Remove a folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(path):
+            _objects().rm(str(path), recursive=True)
+        else:
+            shutil.rmtree(path)
 
 
 def size(path: Path) -> int:
@@ -100,6 +104,28 @@ def sizes(root: Path) -> dict[str, int]:
     return dict(sorted(local.items()))
 
 
+@contextlib.contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """An empty local file, which becomes the file at `path`, local or remote, when this ends
+    without exception.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            own = Path(folder, path.name)
+            own.touch()
+            yield own
+            upload(own, path)
+        return
+    own = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        own.touch(exist_ok=False)
+        yield own
+        own.replace(path)
+    except BaseException:
+        own.unlink(missing_ok=True)
+        raise
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
     if is_remote(path):
@@ -116,6 +142,22 @@ def copy(source: Path, target: Path) -> None:
         write(target, source.read_bytes())
     else:
         shutil.copyfile(source, target)
+
+
+def upload(source: Path, target: Path) -> None:
+    """Copy a local file of any size to a remote one, which appears whole."""
+    _objects().put_file(str(source), str(target))
+
+
+def upload_folder(source: Path, target: Path) -> None:
+    """Copy the files of a local folder, and of folders in it, to a remote one."""
+    for name in sizes(source):
+        upload(source / name, target / name)
+
+
+def download(source: Path, target: Path) -> None:
+    """Copy a remote file of any size to a local one."""
+    _objects().get_file(str(source), str(target))
 
 
 class Object:

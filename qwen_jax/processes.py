@@ -68,6 +68,11 @@ def name(process: int) -> str:
     return _joined.name(process) if _joined else f"process {process}"
 
 
+def count_here() -> int:
+    """How many processes of this program are on this host, itself among them."""
+    return _joined.hosts.count(_joined.hosts[_joined.index]) if _joined else 1
+
+
 def initialize(
     coordinator: str | None = None,
     processes: int | None = None,

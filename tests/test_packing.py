@@ -1,14 +1,21 @@
 """The token cache, and rows made of it: what is in them, and that packing changes no loss."""
 
 import dataclasses
+import gzip
+import hashlib
 import itertools
 import json
+import threading
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwen_jax import meshes
@@ -16,7 +23,7 @@ from qwen_jax.attention import xla
 from qwen_jax.weights import named_leaves
 from tests.tiny import QUICK, on_mesh, tiny_config, tiny_decoder
 from tests.vocabulary import qwen_tokenizer
-from train import batches, data, packing, records, token_cache
+from train import batches, data, packing, records, run, shared_cache, token_cache, token_files
 from train import loss as losses
 from train.loss import IGNORED, Batch
 from train.packing import Rows
@@ -228,6 +235,222 @@ def test_a_bad_piece_makes_the_document_bad(tmp_path, monkeypatch):
         texts(tmp_path, [broken])
 
 
+def hashed(examples: list[tuple[list[int], list[bool]]]) -> str:
+    """The digest of examples, by its definition."""
+    digest = hashlib.sha256()
+    for ids, learned in examples:
+        digest.update(b"%d " % len(ids))
+        digest.update(np.array(ids, "<u4").tobytes() + np.array(learned, "?").tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("held", [1, 40, 2**22])
+def test_long_documents_are_written_in_pieces(tmp_path, monkeypatch, held):
+    """And what is left out in the end leaves nothing behind."""
+    monkeypatch.setattr(records, "_PIECE", 60)
+    monkeypatch.setattr(token_files, "_HELD", held)
+    long, broken = (LINE * 20).encode(), (LINE * 10).encode() + b"\xff\n" + LINE.encode()
+    cache = texts(tmp_path, [long, broken, b"short", long])
+    end = [qwen_tokenizer().eod_id]
+    ids = [qwen_tokenizer().encode(text) + end for text in (LINE * 20, "short", LINE * 20)]
+    assert [cache[i][0].tolist() for i in range(len(cache))] == ids
+    assert cache.counts.digest == hashed([(x, [True] * len(x)) for x in ids])
+    assert cache.counts.tokens == len(cache.ids) and cache.counts.bad == 1
+
+
+def test_problems_are_not_collected_without_end(tmp_path):
+    cache = cached(tmp_path, [{"ids": [1, 2]}, *({"text": "x"} for _ in range(50))])
+    assert cache.counts.bad == 50 and len(cache.counts.problems) == 10
+    parts = records.parts([tmp_path / "data.jsonl"])
+    (tmp_path / "part").mkdir()
+    with token_cache.progress(parts) as bar:
+        _, problems = token_cache.encode(tmp_path / "part", parts, PLAIN, bar)
+    assert len(problems) == 10
+
+
+# Several processes
+
+
+class Group:
+    """`processes` for threads that stand for processes. homes: of each the folder of its caches;
+    those of equal name are on one host.
+    """
+
+    def __init__(self, homes: list[Path]):
+        self.homes, self._local = homes, threading.local()
+        self._barrier, self._values = threading.Barrier(len(homes)), [""] * len(homes)
+
+    def index(self) -> int:
+        return self._local.index
+
+    def count(self) -> int:
+        return len(self.homes)
+
+    def count_here(self) -> int:
+        return self.homes.count(self.homes[self.index()])
+
+    def barrier(self) -> None:
+        self._barrier.wait(30)
+
+    def gather(self, value: str) -> list[str]:
+        self._values[self.index()] = value
+        self.barrier()
+        found = list(self._values)
+        self.barrier()
+        return found
+
+    def run(self, work: Any) -> list[Any]:
+        """What `work(home)` returns in each process, or raises."""
+        results: list[Any] = [None] * self.count()
+
+        def one(index: int) -> None:
+            self._local.index = index
+            try:
+                results[index] = work(self.homes[index])
+            except Exception as error:
+                results[index] = error
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(self.count())]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def of_all_kinds(folder: Path) -> list[Path]:
+    """Files of every kind, some in several parts, with records that are cut and that are bad."""
+    values = examples(60, 12)
+    values[17] = {"text": "bad"}
+    values[44] = {"text": "bad"}
+    lines = "".join(
+        json.dumps(value) + ("\n\n" if i % 7 else "\n") for i, value in enumerate(values)
+    )
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "c.json").write_text(json.dumps(values[:10]))
+    table = pyarrow.Table.from_pylist(values[:17])
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=4)
+    return records.files([folder])
+
+
+def bytes_of(cache: TokenCache) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.folder.iterdir()}
+
+
+@pytest.mark.parametrize("hosts", [[0, 0], [0, 1], [0, 0, 1, 1, 2]])
+def test_processes_share_the_encoding(tmp_path, monkeypatch, hosts):
+    """Each record is encoded once, and the cache is the same to the byte as that of one process."""
+    monkeypatch.setattr(records, "_PART", 700)
+    (tmp_path / "data").mkdir()
+    files = of_all_kinds(tmp_path / "data")
+    calls: list[int] = []
+
+    def counted(record: records.Record) -> Any:
+        calls.append(1)
+        return encode(record)
+
+    encoding = dataclasses.replace(PLAIN, encode=counted, longest=10)
+    alone = token_cache.make(files, qwen_tokenizer(), encoding, tmp_path / "alone")
+    once = len(calls)
+    calls.clear()
+    homes = [tmp_path / f"host{host}" for host in hosts]
+    group = Group(homes)
+    shares: list[int] = []
+    share = shared_cache.encode_share
+    record = lambda *a: shares.append(len([*range(a[3], len(a[1]), a[4])])) or share(*a)  # noqa: E731
+    for module in (shared_cache, token_cache):
+        monkeypatch.setattr(module, "processes", group)
+    monkeypatch.setattr(shared_cache, "encode_share", record)
+    monkeypatch.setattr(shared_cache.command, "say", lambda line: said.append(line))
+    said: list[str] = []
+    common = tmp_path / "run" / "tokens"
+    made = lambda home: shared_cache.make(files, qwen_tokenizer(), encoding, home, common)  # noqa: E731
+    caches = group.run(made)
+    assert all(isinstance(cache, TokenCache) for cache in caches), caches
+    assert all(bytes_of(cache) == bytes_of(alone) for cache in caches)
+    assert len(calls) == once and not said
+    assert len(shares) == len(hosts) and max(shares) - min(shares) <= 1 and min(shares) > 0
+    one_disk = len(set(hosts)) == 1
+    assert common.exists() != one_disk, "parts go to the run only where hosts share no other disk"
+    left = {path.name for home in homes for path in home.iterdir()}
+    assert left == {caches[0].folder.name, f"{caches[0].folder.name}.lock"}
+    # A host that is new joins the parts that are there, and all others wait for nobody.
+    calls.clear()
+    if not one_disk:
+        group.homes[-1] = tmp_path / "new"
+        caches = group.run(made)
+        assert bytes_of(caches[-1]) == bytes_of(alone) and not calls
+
+
+def test_a_share_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_PART", 300)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(value) + "\n" for value in examples(40, 12)))
+    parts, store = records.parts([file]), tmp_path / "store"
+    put, calls = shared_cache._put, []
+
+    def killed(*arguments: Any) -> None:
+        if len(list(store.iterdir())) > 3:
+            raise KeyboardInterrupt
+        put(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_cache, "_put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shared_cache.encode_share(store, parts, PLAIN, 0, 1, tmp_path)
+    encoding = dataclasses.replace(PLAIN, encode=lambda x: calls.append(x) or encode(x))
+    left = store / f"{store.name}-5.{2**22 + 1}@{shared_cache.socket.gethostname()}.tmp"
+    left.mkdir()  # of a process that is no more
+    shared_cache.encode_share(store, parts, encoding, 0, 1, tmp_path)
+    assert 0 < len(calls) < 40
+    assert sorted(path.name for path in store.iterdir()) == sorted(map(str, range(len(parts))))
+    (store / "2" / "ids.u4").write_bytes(b"")
+    (tmp_path / "draft").mkdir()
+    with pytest.raises(ValueError, match=f"{store / '2'} is damaged: remove {store}"):
+        shared_cache.join(tmp_path / "draft", store, parts)
+
+
+def test_hosts_with_other_files_encode_all_of_them(tmp_path, monkeypatch):
+    """Copies of the same content under other dates are the same data, but nobody can know it."""
+    group = Group([tmp_path / "a", tmp_path / "b"])
+    for module in (shared_cache, token_cache):
+        monkeypatch.setattr(module, "processes", group)
+    said: list[str] = []
+    monkeypatch.setattr(shared_cache.command, "say", said.append)
+
+    def made(home: Path) -> TokenCache:
+        home.mkdir()
+        (home / "data.jsonl").write_text('{"ids": [1, 2]}\n')
+        files = [home / "data.jsonl"]
+        return shared_cache.make(files, qwen_tokenizer(), PLAIN, home / "c", tmp_path / "run")
+
+    caches = group.run(made)
+    assert [cache.counts.tokens for cache in caches] == [2, 2]
+    assert set(said) == {
+        "the hosts' data files differ in path or date: each host encodes all of them"
+    }
+
+
+def test_a_bad_record_of_a_share_ends_it_by_name(tmp_path, monkeypatch):
+    """With its line in the file, whichever part it is in."""
+    monkeypatch.setattr(records, "_PART", 200)
+    file = tmp_path / "a.jsonl"
+    values = examples(30, 8)
+    values[21] = {"text": "bad"}
+    file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    group = Group([tmp_path / "a", tmp_path / "b"])
+    for module in (shared_cache, token_cache):
+        monkeypatch.setattr(module, "processes", group)
+    strict = dataclasses.replace(PLAIN, strict=True)
+    results = group.run(
+        lambda home: shared_cache.make([file], qwen_tokenizer(), strict, home, tmp_path / "run")
+    )
+    errors = [str(result) for result in results if isinstance(result, ValueError)]
+    assert errors == [f"{file} line 22: it has no ids"]
+
+
 def placed(pieces: packing.Pieces) -> dict[int, list[tuple[int, int]]]:
     """(start, length) of the pieces of each example, in order."""
     found: dict[int, list[tuple[int, int]]] = {}
@@ -258,6 +481,149 @@ def test_joined_documents_are_cut_into_full_rows(seed):
 def test_less_than_a_row_is_a_row():
     pieces = packing.joined(np.array([3, 4]), 16)
     assert pieces.first.tolist() == [0, 2] and pieces.length.tolist() == [3, 4]
+
+
+def joined_at_once(lengths: np.ndarray, row: int) -> list[list[int]]:
+    """`packing.joined` as it was defined first, on whole arrays: example, start, length, first."""
+    ends = np.cumsum(lengths)
+    rows = max(1, int(ends[-1]) // row)
+    total = min(int(ends[-1]), rows * row)
+    begins = np.array(sorted({*(ends - lengths).tolist(), *range(0, rows * row, row)}))
+    begins = begins[begins < total]
+    example = np.searchsorted(ends, begins, side="right")
+    first = np.append(np.searchsorted(begins, np.arange(rows) * row), len(begins))
+    start, length = begins - (ends - lengths)[example], np.diff(begins, append=total)
+    return [x.tolist() for x in (example, start, length, first)]
+
+
+def fitted_one_by_one(lengths: np.ndarray, row: int) -> list[list[int]]:
+    """`packing.fitted` as it was defined first: all open rows are looked at for each example."""
+    space = np.full(packing._OPEN, row)
+    members: list[list[int]] = [[] for _ in space]
+    rows: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        room = np.where(space >= length, space, row + 1)
+        at = int(np.argmin(room))
+        if room[at] > row:
+            at = int(np.argmin(space))
+            rows.append(members[at])
+            members[at], space[at] = [], row
+        members[at].append(i)
+        space[at] -= length
+    rows += [examples for examples in members if examples]
+    example = [i for row in rows for i in row]
+    first = np.cumsum([0, *map(len, rows)]).tolist()
+    return [example, [0] * len(example), lengths[example].tolist(), first]
+
+
+def listed(pieces: packing.Pieces) -> list[list[int]]:
+    return [x.tolist() for x in (pieces.example, pieces.start, pieces.length, pieces.first)]
+
+
+@pytest.mark.parametrize("block", [7, 2**18])
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_are_those_of_the_plain_definitions(tmp_path, monkeypatch, seed, block):
+    """In memory and as files, also of examples without tokens, and where rows are equally full."""
+    monkeypatch.setattr(packing, "_AT_A_TIME", block)
+    monkeypatch.setattr(packing, "_OPEN", 8 if seed % 2 else 256)
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(seed % 2, 17, rng.integers(1, 400))
+    for make, plain in ((packing.joined, joined_at_once), (packing.fitted, fitted_one_by_one)):
+        expected = plain(lengths, 16)
+        assert listed(make(lengths, 16)) == expected
+        assert listed(make(lengths, 16, tmp_path)) == expected
+
+
+@pytest.mark.parametrize("make", [packing.joined, packing.alone])
+def test_pieces_of_many_examples_are_never_all_in_memory(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(packing, "_AT_A_TIME", 1000)
+    lengths = np.full(300_000, 5)
+    tracemalloc.start()
+    try:
+        pieces = make(lengths, 16, tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(pieces.example) >= 300_000
+    # Of one array of int64 there would be 2.4 MB; `alone` knows the first of each row.
+    assert peak < (8 if make is packing.alone else 1) * 1e6
+
+
+def test_rows_are_worked_out_once(tmp_path, monkeypatch):
+    cache = cached(tmp_path, examples(40, 30))
+    calls = []
+    for name in ("fitted", "joined"):
+        make = getattr(packing, name)
+        counted = lambda *a, make=make: calls.append(a) or make(*a)  # noqa: E731
+        monkeypatch.setattr(packing, name, counted)
+    rows = Rows(cache, 32, "fitted", seed=3)
+    again = Rows(cache, 32, "fitted", seed=3)
+    assert len(calls) == 1 and again.fingerprint == rows.fingerprint
+    assert all(
+        jax.tree.all(jax.tree.map(np.array_equal, rows[i], again[i])) for i in range(len(rows))
+    )
+    # Whatever they depend on makes others.
+    for changes in (
+        {"length": 33},
+        {"pack": "joined"},
+        {"seed": 4},
+        {"examples": np.arange(39)},
+        {"cache": cached(tmp_path, examples(40, 30, seed=1))},
+    ):
+        Rows(**{"cache": cache, "length": 32, "pack": "fitted", "seed": 3, **changes})
+    assert len(calls) == 6
+    monkeypatch.setattr(packing, "_VERSION", packing._VERSION + 1)
+    Rows(cache, 32, "fitted", seed=3)
+    assert len(calls) == 7
+    np.arange(1, 41).tofile(cache.folder / "ends.i8")  # other lengths under the same name
+    assert Rows(TokenCache(cache.folder), 32, "fitted", seed=3).efficiency == 40 / 64
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("file", ["example", "start", "length", "first", "order", "facts.json"])
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_damaged_rows_are_made_again(tmp_path, file, how):
+    cache = cached(tmp_path, examples(20, 30))
+    Rows(cache, 32, "fitted")
+    (path,) = cache.folder.glob(f"rows-*/{file}")
+    before = path.read_bytes()
+    changed = {"cut": before[:-4], "changed": bytes([before[0] ^ 1]) + before[1:], "gone": b""}
+    path.unlink() if how == "gone" else path.write_bytes(changed[how])
+    Rows(cache, 32, "fitted")
+    assert path.read_bytes() == before
+    assert [x.name for x in cache.folder.glob("rows-*") if x.is_dir()] == [path.parent.name]
+
+
+def test_rows_that_cannot_be_are_not_kept(tmp_path, monkeypatch):
+    """Nor those that a kill has cut short."""
+    cache = cached(tmp_path, [{"ids": list(range(20))}])
+    with pytest.raises(ValueError, match="an example has 20 tokens, a row 8"):
+        Rows(cache, 8, "fitted")
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.paths, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Rows(cache, 8, "joined")
+    assert not [path for path in cache.folder.glob("rows-*") if path.is_dir()]
+
+
+def test_the_fingerprint_of_rows_is_as_it_was(tmp_path):
+    """Runs that were begun before go on by it."""
+    cache = cached(tmp_path, examples(20, 5))
+    for chosen in (None, np.arange(3, 17)[::-1]):
+        order = np.random.default_rng(5).permutation(np.arange(20) if chosen is None else chosen)
+        rows = Rows(cache, 8, "joined", 5, chosen)
+        assert rows._order.tolist() == order.tolist()
+        checksum = zlib.crc32(np.sort(order).tobytes())
+        assert rows.fingerprint == f"{cache.counts.digest[:32]}-{checksum:08x}"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_what_is_held_out_is_as_it_was(share):
+    shuffled = np.random.default_rng(4).permutation(50)
+    out = round(share * 50)
+    kept, held_out = run.split(50, share, 4)
+    assert kept.tolist() == sorted(shuffled[out:].tolist())
+    assert held_out.tolist() == sorted(shuffled[:out].tolist())
 
 
 @pytest.mark.parametrize("seed", range(3))

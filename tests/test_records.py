@@ -38,6 +38,33 @@ def test_every_kind_has_the_same_records(tmp_path, name):
     assert found[-1].position <= path.stat().st_size
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_parts_have_each_record_once(tmp_path, monkeypatch, name):
+    """However many there are, wherever they are cut: in a line, at its end, in an empty one."""
+    path = tmp_path / name
+    values = [{"text": "x" * (i % 5)} for i in range(12)]
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path, row_group_size=2)
+    else:
+        path.write_text(
+            "".join(json.dumps(value) + "\n" * (1 + i % 3) for i, value in enumerate(values))
+        )
+    whole = list(records.read(path))
+    size = path.stat().st_size
+    for bytes_of_part in range(1, size + 2, 1 if size < 400 else 97):
+        monkeypatch.setattr(records, "_PART", bytes_of_part)
+        parts = records.parts([path])
+        assert len(parts) == -(-size // bytes_of_part)
+        found = [
+            (records.place(part, record.where, record.line), record.value)
+            for part in parts
+            for record in records.read(part.path, part.number, part.count)
+        ]
+        assert found == [(record.where, record.value) for record in whole]
+    (path.parent / "b.json").write_text("[1]")
+    assert len(records.parts([path.parent / "b.json"])) == 1
+
+
 def test_a_line_that_is_no_json_is_handed_on(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n{"text": \n\xff\n{"text": "b"}\n')

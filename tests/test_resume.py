@@ -5,6 +5,7 @@ KILLS=10 kills as often; fewer here, as each costs a start.
 
 import functools
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def test_two_processes_learn_what_one_does(whole):
         other = curve(whole(2))[number]
         assert other["targets"] == figures["targets"], "the same rows"
         np.testing.assert_allclose(other["loss"], figures["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_while_encoding_ends_all_by_name(given, tmp_path):
+    """Each process encodes a file; that of the second has a line that is no JSON."""
+    for name, line in (("a", '{"text": "a"}'), ("b", "{")):
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+    data = ("--data", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--strict")
+    options = (*data, "--token-cache", tmp_path / "tokens")
+    command = ["train/pretrain.py", *pretraining(given, tmp_path / "run", *options)]
+    with launch.group(command, 2) as group:
+        lines = [complaint(result) for result in group.wait(60).values()]
+    what = f"process 1 ({socket.gethostname()})"
+    bad = f"{tmp_path / 'b.jsonl'} line 1: no JSON"
+    assert lines[0].startswith(f"error: {what} has failed: {bad}")
+    assert lines[1].startswith(f"error: {what}: {bad}")
 
 
 @pytest.mark.slow

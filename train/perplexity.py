@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_jax import command
+from qwen_jax import command, paths
 
 if TYPE_CHECKING:
     from qwen_jax.config import Config
@@ -60,8 +60,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
     add("--attention", default="auto", metavar="NAME", help="as for qwen_jax.generate")
     add("--mesh", metavar="SPEC", help="e.g. context=8 (default: one device)")
-    add("--plot", type=Path, metavar="FILE", help="write a plot there (default: perplexity.png)")
+    add("--plot", metavar="FILE", help="write a plot there (default: perplexity.png)")
     add("--json", action="store_true", help="print JSON in place of a table")
+    command.add_compilation_cache(result)
     command.add_debug(result)
     return result
 
@@ -71,14 +72,15 @@ def work(args: argparse.Namespace) -> None:
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join(MODES)}")
-    picture = args.plot or (None if args.json else Path("perplexity.png"))
-    if picture and (picture.is_dir() or not picture.parent.is_dir()):
+    given = args.plot or (None if args.json else "perplexity.png")
+    picture = paths.parse(given) if given else None
+    if picture and (picture.is_dir() or not _is_place(picture)):
         raise command.UsageError(f"--plot {picture}: a file in a folder that is there")
     from qwen_jax import checkpoint, meshes
 
     sizes = command.mesh_sizes(args.mesh)
     command.virtual_cpu_devices(sizes)
-    command.use_compilation_cache()
+    command.use_compilation_cache(args.compilation_cache)
     import jax
 
     from qwen_jax import language_model, prove
@@ -189,7 +191,8 @@ def plot(found: Mapping[str, Mapping[int, float]], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with paths.draft(path) as draft:
+        figure.savefig(draft, dpi=150, format=path.suffix[1:] or "png")
 
 
 def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
@@ -209,15 +212,22 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
             document += data.text_example(tokenizer, record.value, args.field, ends=False)
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from None
-        if record.ends:
+        # A document that is longer than all that is wanted is not read to its end.
+        enough = len(kept) + len(document) // longest * longest >= args.tokens
+        if record.ends or enough:
             kept += document[: len(document) // longest * longest]
             document = []
-        if len(kept) >= args.tokens:
+        if enough:
             break
     kept += document[: len(document) // longest * longest]
     if not kept:
         raise ValueError(f"no document has {longest} tokens: give longer ones or less --lengths")
     return np.array(kept[: max(1, args.tokens // longest) * longest], np.int32)
+
+
+def _is_place(file: Path) -> bool:
+    """Whether a file can be written there: in `gs://` there are no folders to be missing."""
+    return paths.is_remote(file) or file.parent.is_dir()
 
 
 def _windows(text: str | None) -> list[int | None] | None:

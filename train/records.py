@@ -7,6 +7,7 @@ to go on without it. Knows nothing of what records mean.
 import dataclasses
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from qwen_jax import paths, texts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".txt.gz")
 _PIECE = 2**20  # characters of a text that are handed on at a time
+_PART = 2**26  # bytes of a file that is read in parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Record:
     """where: file and line, for people; value: what it holds, of a text a string.
 
     problem: why there is no value, else ""; ends: of a text, whether its document ends here (with a
-    problem in one piece, all of it is bad); position: how many bytes of the file have been read.
+    problem in one piece, all of it is bad); position: how many bytes of the part have been read;
+    line: of a part that does not begin its file, the line within the part, which `where` lacks.
     """
 
     where: str
@@ -32,6 +35,57 @@ class Record:
     problem: str = ""
     ends: bool = True
     position: int = 0
+    line: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the `count` parts of a file, which are read independently. size: about, in bytes."""
+
+    path: Path
+    number: int = 0
+    count: int = 1
+    size: int = 0
+
+
+def parts(paths_of: Sequence[Path]) -> list[Part]:
+    """Files in parts of about `_PART` bytes, as far as a file can be read from the middle: JSONL by
+    lines, Parquet by row groups. They depend on the files alone.
+    """
+    found = []
+    for path in paths_of:
+        size = paths.size(path)
+        count = max(1, -(-size // _PART)) if _suffix(path) in (".jsonl", ".parquet") else 1
+        found += [Part(path, number, count, size // count) for number in range(count)]
+    return found
+
+
+def place(part: Part, where: str, line: int) -> str:
+    """`where` of a record of the part, with its line in the file."""
+    return f"{where} line {line + _lines_before(part)}" if line else where
+
+
+def _lines_before(part: Part) -> int:
+    """How many lines begin before the first of a part."""
+    found = 0
+    with paths.open_binary(part.path) as file:
+        left = _begin(part.path, file, part.number, part.count)
+        file.seek(0)
+        while left and (block := file.read(min(left, 2**20))):
+            found += block.count(b"\n")
+            left -= len(block)
+    return found
+
+
+def _begin(path: Path, file: Any, number: int, count: int) -> int:
+    """Where the first line begins that is of a part of a file of lines; the file is read from there
+    on.
+    """
+    begin = paths.size(path) * number // count
+    if begin:
+        file.seek(begin - 1)
+        file.readline()  # what begins before is of the part before
+    return file.tell()
 
 
 def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
@@ -61,8 +115,10 @@ def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
     return found
 
 
-def read(path: Path) -> Iterator[Record]:
-    """The records of one of `files`; where nothing after can be read, the last has the problem."""
+def read(path: Path, number: int = 0, count: int = 1) -> Iterator[Record]:
+    """The records of one of `files`, or of one of its `parts`; where nothing after can be read, the
+    last has the problem.
+    """
     suffix = _suffix(path)
     assert suffix
     with paths.open_binary(path) as raw:
@@ -70,8 +126,9 @@ def read(path: Path) -> Iterator[Record]:
         kind = suffix.removesuffix(".gz")
         readers = {".jsonl": _lines, ".json": _list, ".parquet": _parquet, ".txt": _text}
         try:
-            for record in readers[kind](path, file):
-                yield dataclasses.replace(record, position=raw.tell())
+            begin = paths.size(path) * number // count
+            for record in readers[kind](path, file, number, count):
+                yield dataclasses.replace(record, position=max(0, raw.tell() - begin))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             yield Record(str(path), None, str(error), position=raw.tell())
 
@@ -81,22 +138,32 @@ def _suffix(path: Path) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def _lines(path: Path, file: Any) -> Iterator[Record]:
+def _lines(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
+    at, end = 0, math.inf
+    if count > 1:
+        if part and texts.foreign(file.readline()):
+            return  # the first part says so
+        at = _begin(path, file, part, count)
+        end = paths.size(path) * (part + 1) // count
     for number, line in enumerate(file, 1):
-        where = f"{path} line {number}"
-        if number == 1 and (problem := texts.foreign(line)):
-            yield Record(where, None, problem)
+        if at >= end:
             return
-        line = texts.unmarked(line) if number == 1 else line
+        at += len(line)
+        where, later = (str(path), number) if part else (f"{path} line {number}", 0)
+        if number == 1 and not part:
+            if problem := texts.foreign(line):
+                yield Record(where, None, problem)
+                return
+            line = texts.unmarked(line)
         if not line.strip():
             continue
         try:
-            yield Record(where, json.loads(line))
+            yield Record(where, json.loads(line), line=later)
         except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
-            yield Record(where, None, f"no JSON: {error}")
+            yield Record(where, None, f"no JSON: {error}", line=later)
 
 
-def _list(path: Path, file: Any) -> Iterator[Record]:
+def _list(path: Path, file: Any, *_: int) -> Iterator[Record]:
     data = file.read()
     if problem := texts.foreign(data):
         yield Record(str(path), None, problem)
@@ -120,14 +187,15 @@ def _list(path: Path, file: Any) -> Iterator[Record]:
         yield Record(f"{path} record {number}", value)
 
 
-def _parquet(path: Path, file: Any) -> Iterator[Record]:
+def _parquet(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=256):
+        first, end = (table.num_row_groups * x // count for x in (part, part + 1))
+        number = sum(table.metadata.row_group(group).num_rows for group in range(first))
+        for batch in table.iter_batches(batch_size=256, row_groups=range(first, end)):
             for value in batch.to_pylist():
                 number += 1
                 yield Record(f"{path} row {number}", value)
@@ -137,7 +205,7 @@ def _parquet(path: Path, file: Any) -> Iterator[Record]:
         yield Record(str(path), None, " ".join(str(error).split()))
 
 
-def _text(path: Path, file: Any) -> Iterator[Record]:
+def _text(path: Path, file: Any, *_: int) -> Iterator[Record]:
     """A file is one document; one that is long comes in pieces that encode as the whole does:
     no token goes from the end of a line over to a line that begins with no white space.
     """

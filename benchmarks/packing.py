@@ -1,0 +1,100 @@
+"""`python benchmarks/packing.py`: seconds and memory of packing documents and examples into rows.
+
+Lengths are drawn; the tokens themselves are not looked at, and their file is a hole. For each count
+of examples a process of its own makes the rows, and another one finds them made.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if not __package__:  # started as a file: this folder has a `train`, too
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+
+from qwen_jax import command
+from train.packing import Rows
+from train.token_files import Counts, TokenCache
+
+_MEAN = {"joined": 600, "fitted": 300, "alone": 300}  # tokens of a document, of a conversation
+_ROW = 2048
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=(__doc__ or "").partition(": ")[2])
+    add = result.add_argument
+    add("--millions", type=float, nargs="+", default=[2, 5, 20, 50], metavar="N", help="examples")
+    add("--pack", nargs="+", choices=list(_MEAN), default=["joined", "fitted"])
+    add("--folder", type=Path, metavar="DIR", help="where files are written (default: temporary)")
+    command.add_debug(result)
+    return result
+
+
+def lengths_of(count: int, pack: str) -> np.ndarray:
+    """Drawn lengths, none longer than a row where examples stay whole."""
+    found = 1 + np.random.default_rng(0).exponential(_MEAN[pack], count).astype(np.int64)
+    return found if pack == "joined" else np.minimum(found, _ROW)
+
+
+def made(folder: Path, pack: str) -> dict[str, float]:
+    """Make the rows of a cache, or find them: seconds, and the most memory that was resident."""
+    begin = time.perf_counter()
+    rows = Rows(TokenCache(folder), _ROW, pack)
+    seconds = time.perf_counter() - begin
+    status = Path("/proc/self/status").read_text()
+    kilobytes = int(status.split("VmHWM:")[1].split()[0])
+    used = rows.efficiency
+    return {"seconds": seconds, "gb": kilobytes / 1e6, "rows": len(rows), "used": used}
+
+
+def apart(folder: Path, pack: str) -> dict[str, float]:
+    """`made` in a process of its own, whose peak of memory is that of nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(made, (folder, pack))
+
+
+def prepare(folder: Path, lengths: np.ndarray) -> None:
+    """A cache of examples of these lengths, all of whose tokens are 0."""
+    ends = np.cumsum(lengths)
+    ends.tofile(folder / "ends.i8")
+    with open(folder / "ids.u4", "wb") as file:
+        file.truncate(4 * int(ends[-1]))
+    count, tokens = len(ends), int(ends[-1])
+    facts = Counts(records=count, examples=count, tokens=tokens, trained=tokens)
+    (folder / "counts.json").write_text(json.dumps(dataclasses.asdict(facts)))
+
+
+def work(args: argparse.Namespace) -> None:
+    machine = f"{os.cpu_count()} CPUs, numpy {np.__version__}"
+    print(f"{datetime.date.today()}, {machine}, rows of {_ROW} tokens")
+    print("| pack | examples, million | rows, million | places used | made, s | peak, GB | "
+          "found, s | peak, GB | files, GB |\n" + "|---" * 9 + "|")  # fmt: skip
+    for pack in args.pack:
+        for millions in args.millions:
+            with tempfile.TemporaryDirectory(dir=args.folder) as name:
+                folder = Path(name)
+                prepare(folder, lengths_of(int(millions * 1e6), pack))
+                first, again = apart(folder, pack), apart(folder, pack)
+                kept = sum(x.stat().st_size for x in folder.glob("rows-*/*")) / 1e9
+                print(
+                    f"| {pack} | {millions:g} | {first['rows'] / 1e6:.2f} | {first['used']:.1%} | "
+                    f"{first['seconds']:.1f} | {first['gb']:.2f} | {again['seconds']:.1f} | "
+                    f"{again['gb']:.2f} | {kept:.2f} |",
+                    flush=True,
+                )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
