@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--json", action="store_true", help="print one JSON object, no stream")
     command.add_processes(result)
+    command.add_compilation_cache(result)
     command.add_debug(result)
     return result
 
@@ -144,7 +145,7 @@ def load(args: argparse.Namespace) -> "LanguageModel":
 
     import qwen_jax
 
-    command.use_compilation_cache()
+    command.use_compilation_cache(args.compilation_cache)
     with jax.set_mesh(mesh(args)):
         return qwen_jax.load(
             args.ckpt,
