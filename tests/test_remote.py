@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,21 +12,49 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from jax._src import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 import qwen_jax
-from qwen_jax import checkpoint, generate, inspect_checkpoint, paths, sharding, store
+from convert import peft
+from qwen_jax import (
+    checkpoint,
+    command,
+    generate,
+    inspect_checkpoint,
+    lora,
+    model,
+    paths,
+    sharding,
+    store,
+)
 from qwen_jax.checkpoint import CheckpointError
+from tests import training
 from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, there
 from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.tiny import tiny_config
 from tests.tools import object_store
 from tests.vocabulary import qwen_tokenizer
-from train import plan, records, token_cache, topology
+from train import (
+    logs,
+    loop,
+    loss,
+    plan,
+    pretrain,
+    records,
+    run,
+    run_folder,
+    saving,
+    token_cache,
+    topology,
+)
 from train.data import text_example
 
 
@@ -141,6 +170,161 @@ def test_data_to_train_on(bucket, tmp_path):
         assert len(cache) == 206
         digests.append(cache.counts.digest)
     assert digests[0] == digests[1]
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """SIGTERM when so many steps have been told of."""
+    tell = logs.Log.tell
+
+    def signalled(self, step, *arguments):
+        tell(self, step, *arguments)
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(logs.Log, "tell", signalled)
+
+
+def test_a_run(bucket, tmp_path, monkeypatch, capsys):
+    """Stopped by a signal, resumed by another host, and at its end what a local run is, to the bit;
+    what has been encoded is there for both.
+    """
+    given = training.prepared(tmp_path / "given")
+    options = ("--steps", 4, "--save-every", 2, "--keep-last", 1)
+    local, remote = tmp_path / "local", f"{bucket}/run"
+    training.succeed(training.pretraining(given, local, *options))
+    arguments = training.pretraining(given, remote, *options, "--token-cache", f"{bucket}/tokens")
+    calls = []
+    text = run.data.text_example
+    monkeypatch.setattr(run.data, "text_example", lambda *a: calls.append(a) or text(*a))
+    save, there_at = saving.Checkpoints.save, {}
+
+    def noted(self, step, *arguments):
+        there_at[step] = (paths.parse(remote) / "metrics.jsonl").read_text().count("\n")
+        save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "host0"))
+        cut_off(patch, 2)
+        patch.setattr(saving.Checkpoints, "save", noted)
+        training.succeed(arguments)
+    assert "--resume goes on from there" in capsys.readouterr().err and calls
+    calls.clear()
+    root = paths.parse(remote)
+    step = max(run_folder._steps_saved(root / "checkpoints"))
+    assert step < 4 and not (root / "model").exists()
+    assert there_at and all(n == at for at, n in there_at.items()), "figures before checkpoints"
+    # A kill leaves a checkpoint that is not whole, which nobody takes for one.
+    paths.write(root / "checkpoints" / "4" / "state" / "d" / "part", b"")
+    assert "holds a run already: --resume" in training.fail(capsys, arguments, pretrain)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "host1"))
+    changed = [*arguments, "--resume", "--learning-rate", "0.5"]
+    line = training.fail(capsys, changed, pretrain)
+    assert "holds another run: recipe.learning_rate was 0.01, is 0.5" in line
+    training.succeed([*arguments, "--resume"])
+    assert f"resumed from step {step}" in capsys.readouterr().err
+    assert not calls, "the parts of the token cache were there"
+    fetched = downloaded(remote, tmp_path / "fetched")
+    assert training.curve(fetched) == training.curve(local)
+    expected = training.weights(local / "model")
+    for name, value in training.weights(fetched / "model").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert len(list((fetched / "events").iterdir())) == 2
+    assert json.loads((fetched / "run.json").read_text()) == json.loads(
+        (local / "run.json").read_text()
+    )
+    state = saving.Checkpoints(root / "checkpoints")
+    assert state.latest == 4
+    state.close()
+    longer = [*arguments, "--resume", "--steps", "3"]
+    assert "is at step 4: of 3 steps it has more" in training.fail(capsys, longer, pretrain)
+    run_folder.remove_results(root)  # as a run does that goes on further
+    assert not (root / "model").exists() and (root / "run.json").exists()
+    run_folder.remove_results(root)
+
+
+def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
+    """Adapters, the batch of a step that has no number, and a profile."""
+    with jax.set_mesh(mesh_of(1, 1)):
+        decoder = model.stack(model.create(tiny_config(), jax.random.key(0), "float32"))
+        chosen = peft.targets(["c_attn"], decoder.config.num_layers)
+        adapters = lora.create(decoder, chosen, 4, 8, jax.random.key(1), False)
+        root = paths.parse(bucket)
+        for folder in (tmp_path / "adapter", root / "adapter"):
+            peft.write(folder, adapters, base_model_name_or_path="m", lora_dropout=0.0)
+        ids = np.zeros((1, 4), np.int32)
+        batch = loss.place(loss.batch_of(ids, ids))
+    fetched = downloaded(f"{bucket}/adapter", tmp_path / "fetched")
+    assert contents(fetched) == contents(tmp_path / "adapter")
+
+    settings = loop.Settings(root, profile=(1, 1))
+    at_work = SimpleNamespace(settings=settings, _skipped=1)
+    report = SimpleNamespace(metrics=SimpleNamespace(loss=math.nan), gradient_norm=math.nan)
+    with pytest.raises(loop.NotANumber, match=f"the batch is in {bucket}/batch-7.npz"):
+        loop.Loop._not_a_number(at_work, 7, batch, report)  # pyright: ignore
+    with np.load(io.BytesIO((root / "batch-7.npz").read_bytes())) as found:
+        np.testing.assert_array_equal(found["tokens"], ids)
+
+    def start(folder: str) -> None:
+        Path(folder, "plugins").mkdir()
+        Path(folder, "plugins", "trace.pb").write_bytes(b"trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with loop._profile(settings) as at:
+        for position in range(3):
+            at(position, lambda: None)
+    assert paths.sizes(root / "profile") == {"plugins/trace.pb": 5}
+
+
+def test_figures_are_copied_now_and_then(bucket, monkeypatch):
+    """Not with each step, but so often that little is lost, and at the end."""
+    root = paths.parse(bucket)
+    monkeypatch.setattr(logs, "_SHARE", 0)
+    log = logs.Log(root, 0, 10)
+    told = lambda: len((root / "metrics.jsonl").read_text().splitlines())  # noqa: E731
+    for step, seconds in ((1, 10**6), (2, -1)):
+        monkeypatch.setattr(logs, "_EVERY", seconds)
+        assert not (root / "metrics.jsonl").exists()
+        log.tell(step, {"loss": 1.0})
+    assert told() == 2
+    monkeypatch.setattr(logs, "_EVERY", 10**6)
+    log.tell(3, {"loss": math.nan})
+    assert told() == 2
+    log.close()
+    assert told() == 3 and len(list((root / "events").iterdir())) == 1
+    assert not log._local.exists()
+    again = logs.Log(root, 2, 10)
+    again.close()
+    assert told() == 2
+
+
+def test_compiled_programs(bucket, tmp_path, monkeypatch):
+    """What one host has compiled, another one finds."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+    names = tuple(f"jax_{name}" for name in (*names, "persistent_cache_enable_xla_caches"))
+    before = {name: jax.config.values[name] for name in names}
+    hits = []
+    heard = lambda event, **_: hits.append(event) if "cache_hits" in event else None  # noqa: E731
+    monitoring.register_event_listener(heard)
+    try:
+        command.use_compilation_cache(f"{bucket}/compiled")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for expected in ([], ["/jax/compilation_cache/cache_hits"]):
+            compilation_cache.reset_cache()
+            jax.jit(lambda x: x * 3 + 1)(np.arange(7))
+            assert hits == expected
+        (entry,) = paths.sizes(paths.parse(f"{bucket}/compiled"))
+        assert entry.endswith("-cache")
+        assert jax.config.values["jax_persistent_cache_enable_xla_caches"] == "none"
+        command.use_compilation_cache()  # a place that was named stays
+        assert jax.config.values["jax_compilation_cache_dir"] == f"{bucket}/compiled"
+        with pytest.raises(OSError):
+            command.use_compilation_cache("/dev/null/compiled")
+    finally:
+        monitoring.unregister_event_listener(heard)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_inspected(bucket, capfd):

@@ -292,7 +292,9 @@ def test_steps_are_profiled_on_request(given, tmp_path):
         (["--dropout", "1"], "dropout 1: a number, at least 0, and below 1"),
         (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share: one"),
         (["--profile-steps", "7"], "--profile-steps 7: write it as 10-12"),
-        (["--out", "gs://bucket/run"], "--out gs://bucket/run: a folder on a disk that all hosts"),
+        (["--out", "s3://bucket/run"], "s3://bucket/run: only local paths and gs://BUCKET/..."),
+        (["--token-cache", "s3://b/t"], "s3://b/t: only local paths and gs://BUCKET/..."),
+        (["--compilation-cache", "s3://b/c"], "s3://b/c: only local paths and gs://BUCKET/..."),
         (["--steps", "4", "--epochs", "1"], "--epochs and --steps: one of them"),
         (["--keep-best", "-1"], "--keep-best -1: 0 or more"),
         (["--merge"], "--merge is of adapters: take --recipe sft_lora"),
@@ -320,6 +322,15 @@ def test_data_that_cannot_be_learned_from(whole, given, tmp_path, capsys):
         file.write_text(content + "\n")
         arguments = fine_tuning(given, whole / "model", tmp_path / "run", "--data", file)
         assert f"no example in {file}; the first: {file} {problem}" in fail(capsys, arguments)
+
+
+def test_a_folder_is_refused_before_anything_is_encoded(
+    whole, given, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "_rows", lambda *_: 1 / 0)
+    assert "holds a run already" in fail(capsys, pretraining(given, whole), pretrain)
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "holds something else" in fail(capsys, pretraining(given, tmp_path), pretrain)
 
 
 def test_another_run_in_the_folder(whole, given, tmp_path, capsys):

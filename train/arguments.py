@@ -41,6 +41,11 @@ def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
     add("--data", nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text; folders; gs://")
     add("--eval-data", nargs="+", default=[], metavar="FILE", help="held out")
     add("--eval-share", type=float, default=0.0, metavar="S", help="of the data, held out")
+    add(
+        "--token-cache",
+        metavar="DIR",
+        help="for encoded data; gs:// (default: a cache of the user)",
+    )
     add("--strict", action="store_true", help="stop at a record that cannot be used")
     add = result.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="folder of the run, new or empty")
@@ -58,6 +63,7 @@ def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
         if field.name not in _FIXED:
             _add_field(group, field)
     command.add_processes(result)
+    command.add_compilation_cache(result)
     command.add_debug(result)
     return result
 
@@ -153,7 +159,7 @@ def work(args: argparse.Namespace) -> None:
     if not 0 <= args.eval_share < 1:
         raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
     command.join(args)
-    command.use_compilation_cache()
+    command.use_compilation_cache(args.compilation_cache)
     sizes = None
     if args.mesh is not None:
         sizes = command.mesh_sizes(args.mesh)
@@ -169,8 +175,6 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     from qwen_jax.tokenizer import Tokenizer
     from train import loop, records, run, saving
 
-    if paths.is_remote(paths.parse(args.out)):
-        raise command.UsageError(f"--out {args.out}: a folder on a disk that all hosts share")
     ckpt = paths.absolute(paths.parse(args.ckpt)) if args.ckpt else None
     if ckpt is not None:
         checkpoint.verify_whole(ckpt)
@@ -212,6 +216,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         args.on_nan,
         _steps(args.profile_steps),
         args.merge,
+        paths.absolute(args.token_cache) if args.token_cache else None,
     )
     lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
     if sizes is None:

@@ -1,11 +1,15 @@
 """What a run tells while it goes on: a progress line, lines of figures, TensorBoard's events.
 
 Process 0 alone tells. `metrics.jsonl` has a line for each step and evaluation; a run that resumes
-cuts off what comes after its checkpoint, so that no step is there twice.
+cuts off what comes after its checkpoint, so that no step is there twice. Objects in `gs://` cannot
+be appended to: the files of such a run are local, and are copied there whole from time to time.
 """
 
 import json
 import math
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,13 @@ from qwen_jax import paths, processes
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 TRAIN, HELD_OUT = "train", "held_out"
+# Copies to a remote folder are so many seconds apart, and take at most one part of so many.
+_EVERY, _SHARE = 60, 100
 
 
 class Log:
-    """folder: a local one. step: updates made so far, of `steps`. owed: whether an evaluation after
-    the last of them is still to come.
+    """What is told of one run. folder: of the run. step: updates made so far, of `steps`. owed:
+    whether an evaluation after the last of them is still to come.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, owed: bool = False):
@@ -36,16 +42,17 @@ class Log:
         )
         if not self._on:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS
-        lines = (
-            path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        )
-        told = [(_place(line), line) for line in lines]
-        kept = [line for place, line in told if place <= (step, not owed)]
-        paths.write(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._events = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
+        self._folder = folder
+        self._local = Path(tempfile.mkdtemp()) if paths.is_remote(folder) else folder
+        self._kept, self._took = time.monotonic(), 0.0
+        paths.make_folder(self._local)
+        with paths.draft(self._local / METRICS) as draft, open(draft, "wb") as kept:
+            for line in _lines(folder / METRICS):
+                if _place(line) <= (step, not owed):
+                    kept.write(line.rstrip(b"\n") + b"\n")
+        told = self._local / METRICS
+        self._file = open(told, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` does it)
+        self._events = SummaryWriter(str(self._local / EVENTS), purge_step=step + 1)
 
     def tell(self, step: int, figures: dict[str, float], prefix: str = TRAIN) -> None:
         """Figures of a step by name; what is no number is null."""
@@ -55,6 +62,18 @@ class Log:
         self._file.write(json.dumps({"step": step, "of": prefix, **known}) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(f"{prefix}/{name}", value, step)
+        if time.monotonic() - self._kept > max(_EVERY, _SHARE * self._took):
+            self.keep()
+
+    def keep(self) -> None:
+        """Copy what has been told to a remote folder, if the run has one."""
+        if not self._on or self._local == self._folder:
+            return
+        begin = time.monotonic()
+        self._events.flush()
+        paths.upload_folder(self._local, self._folder)
+        self._kept = time.monotonic()
+        self._took = self._kept - begin
 
     def show(self, step: int, **figures: Any) -> None:
         """Move the progress line on."""
@@ -66,9 +85,18 @@ class Log:
         if self._on:
             self._file.close()
             self._events.close()
+            self.keep()
+            if self._local != self._folder:
+                paths.remove_tree(self._local)
 
 
-def _place(line: str) -> tuple[int, bool]:
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.exists():
+        with paths.open_binary(path) as file:
+            yield from file
+
+
+def _place(line: bytes) -> tuple[int, bool]:
     """The step of a line, and whether it is of an evaluation after it. Of a line that was cut
     short: one that is never kept.
     """

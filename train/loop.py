@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_jax import command, processes, sharding
+from qwen_jax import command, paths, processes, sharding
 from train import hardware
 from train.batches import Batches, once
 from train.logs import HELD_OUT, Log
@@ -37,6 +38,7 @@ class Settings:
     evaluate, save: every so many steps, and at the end; 0 for the end alone. keep_last, keep_best:
     checkpoints; to know the best, what is saved is evaluated, too. on_nan: "stop" or "skip" the
     batch. profile: steps, from first to last. merge: make a model of adapters at the end.
+    token_cache: where encoded data is kept, None for the usual place.
     """
 
     out: Path
@@ -48,6 +50,7 @@ class Settings:
     on_nan: str = "stop"
     profile: tuple[int, int] | None = None
     merge: bool = False
+    token_cache: Path | None = None
 
 
 class NotANumber(ValueError):
@@ -109,6 +112,7 @@ class Loop:
                     end = self.position if self.owed else end
                 if _due(self.position, settings.save) or self.position == end:
                     self._all_heard()
+                    self.log.keep()  # before what goes on from them
                     facts = {"position": self.position, "owed": self.owed}
                     self.checkpoints.save(self.position, state, facts, evaluated)
             self._all_heard()
@@ -160,7 +164,8 @@ class Loop:
             for field in dataclasses.fields(batch)
         }
         if processes.index() == 0:
-            np.savez(path, **whole)
+            with paths.draft(path) as draft, open(draft, "wb") as file:
+                np.savez(file, **whole)
         what = f"step {number}: loss {report.metrics.loss}, gradient norm {report.gradient_norm}"
         if self._skipped >= _SKIPPED:
             raise NotANumber(
@@ -220,7 +225,8 @@ def signals() -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def _profile(settings: Settings) -> Iterator[Any]:
     """A function that is told of each step, and records those asked for under OUT/profile."""
-    on = False
+    on, remote = False, paths.is_remote(settings.out)
+    folder = Path(tempfile.mkdtemp()) if remote else settings.out / "profile"
 
     def at(position: int, finish: Callable[[], None]) -> None:
         nonlocal on
@@ -230,7 +236,7 @@ def _profile(settings: Settings) -> Iterator[Any]:
         if on != (first <= position + 1 <= last):
             finish()  # what is under way belongs to the steps before
         if not on and first <= position + 1 <= last:
-            jax.profiler.start_trace(str(settings.out / "profile"))
+            jax.profiler.start_trace(str(folder))
             on = True
         elif on and position + 1 > last:
             jax.profiler.stop_trace()
@@ -241,6 +247,9 @@ def _profile(settings: Settings) -> Iterator[Any]:
     finally:
         if on:
             jax.profiler.stop_trace()
+        if remote:
+            paths.upload_folder(folder, settings.out / "profile")
+            paths.remove_tree(folder)
 
 
 def _due(position: int, every: int) -> bool:

@@ -3,6 +3,7 @@
     OUT/run.json          what the run is: recipe, model, data; a run resumes as what it was
     OUT/files/            configuration and tokenizer, as they go into OUT/model
     OUT/checkpoints/      states with their position in the data (`saving.py`)
+    OUT/tokens/           encoded data, while hosts have no other disk in common (`shared_cache.py`)
     OUT/metrics.jsonl, OUT/events/      figures of each step (`logs.py`)
     OUT/model/            the trained model, at the end
 
@@ -24,7 +25,7 @@ import numpy as np
 from qwen_jax import checkpoint, command, directory, paths, processes, prove
 from qwen_jax.config import Config
 from qwen_jax.tokenizer import Tokenizer
-from train import data, records, run_folder, step, token_cache, trainee
+from train import data, records, run_folder, shared_cache, step, token_cache, trainee
 from train.batches import Batches
 from train.logs import Log
 from train.loop import Loop, Settings, signals
@@ -60,7 +61,9 @@ def train(task: Task, settings: Settings) -> None:
 
 def _train(task: Task, settings: Settings) -> None:
     recipe, out = task.recipe, settings.out
-    rows, held_out = _rows(task)
+    if processes.index() == 0:
+        run_folder.check(out, settings.resume)
+    rows, held_out = _rows(task, settings)
     steps = _steps(recipe, len(rows))
     if (warm := recipe.warmup_steps(steps)) >= steps:
         command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
@@ -149,19 +152,23 @@ def _settled(task: Task) -> Task:
     return dataclasses.replace(task, recipe=recipe)
 
 
-def _rows(task: Task) -> tuple[Rows, Rows | None]:
+def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
     """What is trained on, and what is held out."""
     recipe = task.recipe
-    encoding = _encoding(task)
-    cache = token_cache.make(task.files, task.tokenizer, encoding)
+    encoding, common = _encoding(task), settings.out / run_folder.TOKENS
+
+    def encoded(files: tuple[Path, ...]) -> token_cache.TokenCache:
+        folder = settings.token_cache
+        return shared_cache.make(files, task.tokenizer, encoding, folder, common)
+
+    cache = encoded(task.files)
     kept, out = split(len(cache), task.share, recipe.seed)
-    rows = Rows(cache, recipe.length, recipe.pack, recipe.seed, kept)
+    rows = Rows(cache, recipe.length, recipe.pack, recipe.seed, kept if len(out) else None)
     command.say(
         f"{len(rows):,} rows of {recipe.length} tokens, {rows.efficiency:.1%} of their places used"
     )
     if task.held_out:
-        other = token_cache.make(task.held_out, task.tokenizer, encoding)
-        return rows, Rows(other, recipe.length, recipe.pack)
+        return rows, Rows(encoded(task.held_out), recipe.length, recipe.pack)
     if len(out):
         return rows, Rows(cache, recipe.length, recipe.pack, 0, out)
     return rows, None
@@ -172,11 +179,15 @@ def split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError where one of them would be nothing.
     """
-    shuffled = np.random.default_rng(seed).permutation(count)
     out = round(share * count)
     if share and not 0 < out < count:
         raise ValueError(f"{share:g} of {count} examples leaves nothing on one side")
-    return np.sort(shuffled[out:]), np.sort(shuffled[:out])
+    held_out = np.zeros(count, bool)
+    if out:
+        shuffled = np.arange(count, dtype=np.uint32)
+        np.random.default_rng(seed).shuffle(shuffled)
+        held_out[shuffled[:out]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def _encoding(task: Task) -> token_cache.Encoding:

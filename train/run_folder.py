@@ -2,14 +2,13 @@
 
 import contextlib
 import fcntl
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qwen_jax import command, directory, paths, processes
 
-FILES, CHECKPOINTS = "files", "checkpoints"
+FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
 RESULTS = MODEL, ADAPTER = "model", "adapter"
 _RUN, _LOCK = "run.json", "run.lock"
 
@@ -20,7 +19,7 @@ def alone(out: Path) -> Iterator[None]:
     ends with its process, however that ends; where a file system has none, there is none.
     """
     paths.check_name(out)
-    if processes.index():
+    if processes.index() or paths.is_remote(out):
         yield
         return
     if out.exists() and not out.is_dir():
@@ -35,6 +34,17 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
+def check(out: Path, resume: bool) -> None:
+    """Raise ValueError where the folder holds a run that is not to go on, or anything else. Process
+    0 asks before there is any work that would be lost.
+    """
+    if (out / _RUN).exists():
+        if not resume:
+            raise ValueError(f"{out} holds a run already: --resume goes on with it")
+    elif out.exists() and any(path.name not in (_LOCK, TOKENS) for path in out.iterdir()):
+        raise ValueError(f"{out} holds something else: give --out an empty or new folder")
+
+
 def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None:
     """Take the folder for a run of so many steps, or find the run in it.
 
@@ -42,15 +52,15 @@ def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None
     where the folder holds another run, or anything else.
     """
     file = out / _RUN
-    if not out.exists():
-        raise ValueError(f"{out} is not there: --out is a folder on a disk that all hosts share")
+    if processes.index() and not file.exists():
+        raise ValueError(
+            f"{out} has no {_RUN}, which process 0 has written: --out is a folder on a disk that "
+            "all hosts share, or in gs://"
+        )
+    check(out, resume)
     if not file.exists():
-        if any(path.name != _LOCK for path in out.iterdir()):
-            raise ValueError(f"{out} holds something else: give --out an empty or new folder")
         directory.write_json(file, identity)
         return
-    if not resume:
-        raise ValueError(f"{out} holds a run already: --resume goes on with it")
     before = directory.read_json(file)
     changed = [
         {"data": "other examples", "ckpt": "another --ckpt"}.get(
@@ -59,7 +69,7 @@ def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None
         for name, old, new in _differences(before, identity)
         if name != "recipe.steps" and name != "recipe.epochs"
     ]
-    taken = [int(x.name) for x in (out / CHECKPOINTS).glob("*") if x.name.isdecimal()]
+    taken = _steps_saved(out / CHECKPOINTS)
     saved = taken or any((out / name).exists() for name in RESULTS)
     if changed and saved:
         raise ValueError(f"{out} holds another run: {'; '.join(changed[:5])}")
@@ -68,14 +78,23 @@ def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None
     if before != identity and processes.index() == 0:
         if changed:
             command.say(f"{out} holds a run that was never saved: this one takes its place")
-            shutil.rmtree(out / FILES, ignore_errors=True)
+            paths.remove_tree(out / FILES)
         directory.write_json(file, identity)  # with as many steps as it now has
 
 
 def remove_results(out: Path) -> None:
     """What an end before this one has left, of a run that now goes on further."""
     for name in RESULTS:
-        shutil.rmtree(out / name, ignore_errors=True)
+        paths.remove_tree(out / name)
+
+
+def _steps_saved(folder: Path) -> list[int]:
+    """The steps of whole checkpoints. On a disk they have their name when they are whole; in gs://
+    Orbax writes a file last.
+    """
+    found = [x for x in folder.iterdir() if x.name.isdecimal()] if folder.exists() else []
+    last = "commit_success.txt"
+    return [int(x.name) for x in found if not paths.is_remote(x) or (x / last).exists()]
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

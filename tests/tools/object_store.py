@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+ROOT = Path(__file__).parent.parent.parent
 BUCKET = "models"
 
 
@@ -17,10 +19,10 @@ def running(log: Path) -> Iterator[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    module = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory"]
+    module = [sys.executable, "-m", "tests.tools.object_store", "start", "--in-memory"]
     options = ["--host", "127.0.0.1", "--port", str(port), "--default-bucket", BUCKET]
     with open(log, "wb") as file:
-        server = subprocess.Popen([*module, *options], stdout=file, stderr=file)
+        server = subprocess.Popen([*module, *options], cwd=ROOT, stdout=file, stderr=file)
         try:
             _wait(port, server, log)
             address = f"http://127.0.0.1:{port}"
@@ -44,3 +46,28 @@ def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
             break
         time.sleep(0.1)
     raise RuntimeError(f"the stand-in does not answer: {log.read_text()}")
+
+
+def _tell_generations() -> None:
+    """The stand-in does not say which generation of an object it sends, without which TensorStore
+    cannot read an object twice, as Orbax's checkpoints do: here it does.
+    """
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
+
+    download = objects.download
+
+    def telling(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> Any:
+        with contextlib.suppress(NotFound):
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = found["generation"]
+        return download(request, response, storage, *rest, **more)
+
+    objects.download = telling
+
+
+if __name__ == "__main__":
+    _tell_generations()
+    from gcp_storage_emulator.__main__ import main  # which looks the handlers up
+
+    main()
