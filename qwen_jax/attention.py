@@ -31,7 +31,7 @@ from qwen_jax.weights import precision
 
 FULL = 2**30  # a window that no length reaches
 _QUERY_BLOCK = 512  # query rows whose scores the reference holds at once
-_FEW = 16  # query tokens that a decode kernel takes at most
+FEW = 16  # query tokens that a decode kernel takes at most
 
 
 @struct.dataclass
@@ -61,10 +61,10 @@ def xla(
 ) -> Any:
     """softmax(scale * q k^T) v over the visible keys, in float32 where it matters.
 
-    q [B, T, N, H]; k, v [B, S, K, H], arrays or quantised leaves, N a multiple of K; scale: a
-    float or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for a query that sees
-    nothing. With return_lse: o in float32 and the log-sum-exp of the scores, float32 [B, T, N],
-    -inf for a query that sees nothing.
+    q [B, T, N, H]; k, v [B, S, K, H], arrays of q's dtype or a wider one, or quantised leaves, N a
+    multiple of K; scale: a float or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for
+    a query that sees nothing. With return_lse: o in float32 and the log-sum-exp of the scores,
+    float32 [B, T, N], -inf for a query that sees nothing.
     """
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
@@ -118,7 +118,7 @@ def _block(
     largest = jnp.maximum(jnp.max(scores, -1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, -1, keepdims=True)
-    o = jnp.einsum("BKZS,BKSH->BKZH", weights.astype(v.dtype), v, **settings)
+    o = jnp.einsum("BKZS,BKSH->BKZH", weights.astype(q.dtype), v, **settings)
     divisor = jnp.where(total > 0, total, 1)
     lse = jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)
     return by_token(o / divisor), by_token(lse)[..., 0]
@@ -277,7 +277,7 @@ def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
     """The decode kernel that goes with an implementation, for queries q against cached keys
     [B, K, S, H]; None where there is none, or more queries than such a kernel is for.
     """
-    if q.shape[1] > _FEW:
+    if q.shape[1] > FEW:
         return None
     if isinstance(implementation, Chosen):
         implementation = IMPLEMENTATIONS[implementation.decode]

@@ -5,18 +5,23 @@ share one write index and end there; `start` says at which index a row began, so
 row that joins late, need no scatter. The slots are a ring: token i lies in slot i mod S.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax import attention, ring, sharding
 from qwen_jax.attention import Mask
 from qwen_jax.config import Config
+from qwen_jax.kernels import choice
 
 DTYPES = ("int8", "int8_asymmetric")
+_PIECE = 2048  # slots that a long pass attends to at a time, and so copies or dequantises at most
 
 
 @struct.dataclass
@@ -68,6 +73,22 @@ class Layer:
         """k, v [B, S, K, H], as attention takes them."""
         return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (self.k, self.v))
 
+    def piece(self, first: jax.Array, length: int) -> "Layer":
+        """The slots from `first` on, so many."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 2), self)
+
+    def laid_out(self) -> "Layer":
+        """The same, in the order of memory in which every program is handed it: that of its axes.
+
+        A compiler otherwise chooses another order for a loop, or for one program, and copies every
+        leaf into it and back again.
+        """
+
+        def ordered(x: jax.Array) -> jax.Array:
+            return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+        return jax.tree.map(ordered, self)
+
 
 @struct.dataclass
 class Cache:
@@ -84,31 +105,63 @@ class Cache:
     def capacity(self) -> int:
         return jax.tree.leaves(self.layers)[0].shape[2]
 
+    def context(
+        self, positions: jax.Array, segments: jax.Array
+    ) -> tuple[Mask | None, jax.Array | None]:
+        """Which slots queries at these positions see, None while nothing is written; and what the
+        layers need to know to write, here the index.
+        """
+        past = None if self.fresh else self.past_mask(positions, segments)
+        return past, self.index
+
     def past_mask(self, positions: jax.Array, segments: jax.Array) -> Mask:
         """Which slots queries at these positions see: those that earlier passes have written."""
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        token = (slots - self.start[:, None]) % self.capacity  # position of the token in a slot
-        written = (token < self.index - self.start[:, None]).astype(jnp.int32)
-        return Mask(positions, token, segments, written, jnp.int32(0))
+        return _past_mask(self.start, self.index, positions, segments, self.capacity)
 
     def advanced(self, layers: tuple[Layer, ...], length: int) -> "Cache":
         return Cache(layers, self.start, self.index + length, fresh=False)
 
 
+@functools.partial(jax.jit, static_argnames="capacity")
+def _past_mask(
+    start: jax.Array, index: jax.Array, positions: jax.Array, segments: jax.Array, capacity: int
+) -> Mask:
+    slots = jnp.arange(capacity, dtype=jnp.int32)
+    token = (slots - start[:, None]) % capacity  # position of the token in a slot
+    written = (token < index - start[:, None]).astype(jnp.int32)
+    return Mask(positions, token, segments, written, jnp.int32(0))
+
+
 def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str | None) -> Cache:
     """An empty cache of `capacity` slots for the rows that begin at `start`, int32 [B].
 
-    kind: None (arrays of `dtype`), "int8" (symmetric) or "int8_asymmetric".
+    kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric".
     """
     if kind is not None and kind not in DTYPES:
         raise ValueError(f"cache_dtype {kind!r}: allowed are {', '.join(DTYPES)} or None")
-
     heads = sharding.held_heads(config.num_kv_heads)
-    sizes = {"B": start.shape[0], "K": heads, "S": capacity, "H": config.head_dim}
+    shape = start.shape[0], heads, capacity, config.head_dim
+    layers, index = _zeros(config.num_layers, shape, held_dtype(dtype), kind)
+    return Cache(layers, start, index, fresh=True)
+
+
+def held_dtype(dtype: Any) -> Any:
+    """The dtype in which float keys and values of `dtype` are held: on a CPU always float32.
+
+    XLA's CPU backend rewrites the whole of a bfloat16 or float16 array at every write, and turns
+    it into float32 whenever it is multiplied. What is written has been rounded to `dtype` before.
+    """
+    return jnp.dtype(jnp.float32 if choice.device().platform == "cpu" else dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zeros(
+    num_layers: int, shape: tuple[int, ...], dtype: Any, kind: str | None
+) -> tuple[tuple[Layer, ...], jax.Array]:
+    """Layers of zeros, of the shape [B, K, S, H], and an index of 0: one program for all leaves."""
 
     def zeros(letters: str, dtype: Any) -> jax.Array:
-        shape = [sizes[letter] for letter in letters]
-        return jnp.zeros(shape, dtype, out_sharding=sharding.spec(letters))
+        return jnp.zeros(shape[: len(letters)], dtype, out_sharding=sharding.spec(letters))
 
     def leaf() -> Any:
         if kind is None:
@@ -116,8 +169,7 @@ def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str
         zero = zeros("BKS", jnp.float32) if kind == "int8_asymmetric" else None
         return Int8(zeros("BKSH", jnp.int8), zeros("BKS", jnp.float32), zero)
 
-    layers = tuple(Layer(leaf(), leaf()) for _ in range(config.num_layers))
-    return Cache(layers, start, jnp.int32(0), fresh=True)
+    return tuple(Layer(leaf(), leaf()) for _ in range(num_layers)), jnp.int32(0)
 
 
 def attend(
@@ -151,21 +203,57 @@ def attend(
         layer: Layer,
         index: jax.Array,
     ) -> tuple[jax.Array, Layer]:
+        layer = layer.laid_out()
         if past is None:
             o = implementation(q, k, v, own, scale)
         elif decode is not None:
             start = index - own.q_positions[:, 0]
-            o = decode(q, k, v, layer.k, layer.v, start, index, own.window, scale)
+            held = (x if isinstance(x, Int8) else x.astype(q.dtype) for x in (layer.k, layer.v))
+            o = decode(q, k, v, *held, start, index, own.window, scale)
         else:
             parts = [implementation(q, k, v, own, scale, return_lse=True)]
-            parts.append(implementation(q, *layer.read(), past, scale, return_lse=True))
+            parts.append(_earlier(implementation, q, layer, past, scale, index))
             o = ring.merge(parts)[0].astype(q.dtype)
         # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
         # the leaf. XLA otherwise keeps one for every layer and step.
         after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
-        return o, layer.extend(k, v, index + after_reading)
+        return o, layer.extend(k, v, index + after_reading).laid_out()
 
     return local(q, k, v, own, past, scale, layer, index)
+
+
+def _earlier(
+    implementation: Callable[..., Any],
+    q: jax.Array,
+    layer: Layer,
+    past: Mask,
+    scale: jax.Array,
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to a layer's keys of earlier passes: o in float32 and its log-sum-exp.
+
+    Many queries go through a long cache in pieces, as far as it is written, and fold the results:
+    scores, and what an implementation copies or dequantises, do not grow with the cache.
+    """
+    slots = past.k_positions.shape[1]
+    if slots <= _PIECE or q.shape[1] <= attention.FEW:
+        return implementation(q, *layer.read(), past, scale, return_lse=True)
+
+    def fold(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        first = jnp.minimum(i * _PIECE, slots - _PIECE)
+        positions, segments = (
+            jax.lax.dynamic_slice_in_dim(x, first, _PIECE, 1)
+            for x in (past.k_positions, past.k_segments)
+        )
+        again = first + jnp.arange(_PIECE) < i * _PIECE  # where the last piece overlaps another
+        segments = jnp.where(again, 0, segments)
+        mask = dataclasses.replace(past, k_positions=positions, k_segments=segments)
+        keys = layer.piece(first, _PIECE).laid_out().read()
+        return ring.merge([found, implementation(q, *keys, mask, scale, return_lse=True)])
+
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    pieces = -(-jnp.minimum(index, slots) // _PIECE)
+    return jax.lax.fori_loop(0, pieces, fold, nothing)
 
 
 def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:

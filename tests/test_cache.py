@@ -99,8 +99,9 @@ def test_memory():
         assert sum(leaf.nbytes for leaf in arrays) == 2 * 2 * 3 * 4 * 40 * size
         assert held.capacity == 40 and held.fresh and int(held.index) == 0
         assert len(held.layers) == tiny_config().num_layers
+    # A CPU would rewrite the whole of a bfloat16 array at every write.
     half = jax.tree.leaves(empty(None, [0], 8, jnp.bfloat16).layers)
-    assert {leaf.dtype for leaf in half} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in half} == {jnp.dtype(jnp.float32)}
     assert {leaf.shape for leaf in half} == {(1, 4, 8, 16)}
 
 
@@ -187,3 +188,31 @@ def test_a_pass_never_reads_its_own_keys_from_int8(kind):
     np.testing.assert_allclose(parts[:, :6], exact[:, :6], atol=1e-5 * exact.std())
     error = np.abs(parts - exact)[:, 6:].mean() / exact.std()
     assert 1e-4 < error < 0.02  # rounded, and only a little
+
+
+def test_a_cpu_holds_what_the_dtype_would_have_held(monkeypatch: pytest.MonkeyPatch):
+    """In float32, as it rewrites bfloat16 arrays whole; the logits have the same bits."""
+    decoder = tiny_decoder(tiny_config(num_layers=1), jnp.bfloat16)
+    tokens = tiny_tokens(1, 8)
+    held = cached_logits(decoder, tokens, [4, 4])
+    monkeypatch.setattr(cache, "held_dtype", jnp.dtype)
+    np.testing.assert_array_equal(held, cached_logits(decoder, tokens, [4, 4]))
+
+
+def test_a_long_cache_is_attended_to_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    """The last piece overlaps the one before it, and later ones are not written yet."""
+    monkeypatch.setattr(cache, "_PIECE", 4)
+    monkeypatch.setattr(cache.attention, "FEW", 0)
+    pieces = []
+    read = Layer.piece
+
+    def piece(layer: Layer, first: jax.Array, length: int) -> Layer:
+        pieces.append(length)
+        return read(layer, first, length)
+
+    monkeypatch.setattr(Layer, "piece", piece)
+    decoder, tokens = tiny_decoder(tiny_config(num_layers=1)), tiny_tokens(1, 10)
+    exact = full_logits(decoder, tokens)
+    parts = cached_logits(decoder, tokens, [5, 5])  # of 13 slots
+    assert set(pieces) == {4}
+    np.testing.assert_allclose(parts, exact, atol=1e-5 * exact.std())
