@@ -18,9 +18,10 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import cache as kv
-from qwen_jax import sampling, sharding
+from qwen_jax import model, sampling, sharding
 from qwen_jax.cache import Cache
 from qwen_jax.model import Decoder
+from qwen_jax.weights import Weight
 
 _SHORTEST = 32  # tokens of the smallest prefill bucket
 STRIDE = 32  # tokens that one call into the decode program makes at most
@@ -124,17 +125,19 @@ def prefill(
         seeds=sharding.place(seeds.astype(np.uint32), "B"),
         step=jnp.int32(0),
     )
-    last, seen = None, state.seen
+    grouped, last, seen = decoder.grouped(), None, state.seen
     for end, length in zip(np.cumsum(chunks), chunks, strict=True):
         chunk = sharding.place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)
         places, segments = positions(cache.start, cache.index, chunk.shape[1])
-        output = decoder(x, places, segments, rates, cache, attend)
-        cache, last = output.cache or cache, output.last[:, -1:]
+        output = grouped(x, places, segments, rates, cache, attend)
+        cache, last = output.cache or cache, output.last
         seen = _mark(seen, chunk, segments)
     assert last is not None  # a plan has at least one chunk
-    state = dataclasses.replace(state, cache=cache, seen=seen)
-    return _first(decoder, last, state, rules, sampler)
+    # Without the cache, whose leaves would only pass through.
+    state = dataclasses.replace(state, cache=None, seen=seen)  # type: ignore[arg-type]
+    state = _first(decoder.output, last, state, rules, sampler)
+    return dataclasses.replace(state, cache=cache)
 
 
 def decode(
@@ -226,8 +229,9 @@ def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.A
 
 
 @jax.jit
-def _first(decoder: Decoder, last: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
-    return _choose(decoder.logits(last)[:, 0], state, rules, sampler)
+def _first(head: Weight, last: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
+    """The state after the prompt: the head alone of the decoder, the state without its cache."""
+    return _choose(model.logits(last[:, -1:], head)[:, 0], state, rules, sampler)
 
 
 def _choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State:

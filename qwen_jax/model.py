@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +30,9 @@ from qwen_jax.cache import Cache, Layer
 from qwen_jax.config import Config
 from qwen_jax.rope import Rotary
 from qwen_jax.weights import Maker, Weight, contract
+
+# Layers of a program outside `jit`: more take longer to compile, fewer need more calls.
+GROUP = 4
 
 
 def rms_norm(x: jax.Array, weight: Any, eps: float) -> jax.Array:
@@ -167,6 +171,20 @@ class Dropout:
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
+@struct.dataclass
+class Context:
+    """What all blocks of a pass are given: a rotation, masks over the pass's own keys and over the
+    cache's, and where the cache is written. past, index: None without a cache; past is None while
+    nothing is written either. Each block's window goes into its masks.
+    """
+
+    rotary: Rotary
+    own: Mask
+    past: Mask | None
+    index: jax.Array | None
+    dropout: Dropout | None
+
+
 class Block(nnx.Module):
     def __init__(self, config: Config, make: Maker):
         self.norm_eps = config.norm_eps
@@ -201,7 +219,9 @@ class Output:
 
 
 class Decoder(nnx.Module):
-    """layers: L separate blocks (decoding, conversion), or one Block whose leaves are stacked."""
+    """layers: L separate blocks (decoding, conversion), or one Block whose leaves are stacked; or
+    `Groups` of separate blocks.
+    """
 
     def __init__(
         self,
@@ -213,7 +233,7 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.embedding = embedding
-        self.layers: Any = layers if isinstance(layers, Block) else nnx.List(layers)
+        self.layers: Any = layers if isinstance(layers, Block | Groups) else nnx.List(layers)
         self.final_norm = final_norm
         self.head = head
 
@@ -221,18 +241,42 @@ class Decoder(nnx.Module):
         """The same weights, under a config of the same sizes."""
         return Decoder(config, self.embedding, self.layers, self.final_norm, self.head)
 
+    def grouped(self) -> "Decoder":
+        """The same decoder, of separate blocks, made ready for many passes outside `jit`."""
+        return _with_layers(self, Groups(groups(self.layers)))
+
     def embed(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
         """int [B, T] -> [B, T, D] of `dtype` (None: the weights'), in which the blocks compute."""
         return _embed(self.embedding, tokens, dtype or self.embedding.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, T, D] after the final norm -> float32 [B, T, V]."""
-        return _logits(x, self.output)
+        return logits(x, self.output)
 
     @property
     def output(self) -> Weight:
         """The head, [V, D]."""
         return self.embedding if self.head is None else self.head
+
+    @property
+    def windows(self) -> np.ndarray:
+        """How many tokens each layer sees, int32 [L]."""
+        widths = self.config.layer_windows or [None] * self.config.num_layers
+        return np.array([width or attention.FULL for width in widths], np.int32)
+
+    def context(
+        self,
+        positions: jax.Array,
+        segments: jax.Array,
+        frequencies: jax.Array,
+        cache: Cache | None,
+        dropout: Dropout | None = None,
+    ) -> Context:
+        """What the blocks share in a pass; arguments as those of a call."""
+        scheme = rope.from_config(self.config)
+        rotary, own = _rotary_and_mask(scheme, positions, segments, frequencies)
+        past, index = (None, None) if cache is None else cache.context(positions, segments)
+        return Context(rotary, own, past, index, dropout)
 
     def __call__(
         self,
@@ -251,69 +295,137 @@ class Decoder(nnx.Module):
         segments int32 [B, T]: 0 is padding, tokens see their own segment only. frequencies float32
         [B, H/2]: of `rope.Rope.frequencies`. remat: a policy of `jax.checkpoint_policies`, applied
         to each block. dropout: in the blocks. A stacked decoder is scanned and keeps no cache.
-        Outside `jit`, the blocks run one by one through one compiled program, and the cache passed
-        in is donated.
+        Outside `jit`, the blocks run a few at a time through one compiled program, and the cache
+        passed in is donated.
         """
-        rotary = rope.rotary(rope.from_config(self.config), positions, frequencies)
-        own = Mask(positions, positions, segments, segments, jnp.int32(0))
-        past = None if cache is None or cache.fresh else cache.past_mask(positions, segments)
-        index = None if cache is None else cache.index
-        states = [x]
-        scanned = isinstance(self.layers, Block)
-        first = jax.tree.map(sharding.leading_axis, self.layers) if scanned else None
-
-        def run(
-            x: jax.Array, block: Block, window: Any, number: Any, layer: Layer | None
-        ) -> tuple[Any, Any]:
-            if scanned:
-                block = jax.tree.map(lambda w, axis: jnp.moveaxis(w, 0, axis - 1), block, first)
-            masks = [m if m is None else dataclasses.replace(m, window=window) for m in (own, past)]
-            own_dropout = None if dropout is None else dropout.in_layer(number)
-            return _run_block(x, block, own_dropout, rotary, *masks, layer, index, attend)
-
-        if remat is not None:
-            run = jax.checkpoint(run, policy=remat)
-        windows = [
-            w or attention.FULL
-            for w in self.config.layer_windows or [None] * self.config.num_layers
-        ]
-        if scanned:
+        context = self.context(positions, segments, frequencies, cache, dropout)
+        windows, states = self.windows, [x]
+        if isinstance(self.layers, Block):
             if cache is not None:
                 raise ValueError("a stacked decoder keeps no cache: unstack it first")
-
-            def step(x: jax.Array, given: tuple[Block, jax.Array, jax.Array]) -> tuple[Any, Any]:
-                x, _ = run(x, *given, None)
-                return x, x if hidden_states else None
-
-            layers = jax.tree.map(lambda w, axis: jnp.moveaxis(w, axis, 1), self.layers, first)
-            given = layers, jnp.array(windows, jnp.int32), jnp.arange(len(windows))
-            x, stacked = jax.lax.scan(step, x, given)
-            states += list(stacked) if hidden_states else []
+            x, after = _scan(x, self.layers, windows, context, attend, remat, hidden_states)
+            states += after
         else:
-            new = []
-            for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
-                layer = None if cache is None else cache.layers[i]
-                x, layer = run(x, block, jnp.int32(window), i, layer)
-                new.append(layer)
-                states.append(x)
+            new: list[Layer] = []
+            for first, leaves, tree in groups(self.layers):
+                numbers = slice(first, first + GROUP)
+                layers = None if cache is None else cache.layers[numbers]
+                after, written = _run_group(
+                    x, leaves, layers, windows[numbers], np.int32(first), context,
+                    tree=tree, attend=attend, remat=remat, hidden_states=hidden_states,
+                )  # fmt: skip
+                x = after[-1]
+                new += written
+                states += after
             cache = None if cache is None else cache.advanced(tuple(new), x.shape[1])
         x = _final_norm(x, self.final_norm, self.config.norm_eps)
         return Output(x, cache, (*states[:-1], x) if hidden_states else ())
 
 
-@functools.partial(jax.jit, static_argnames="attend", donate_argnames="layer")
+@functools.partial(jax.jit, static_argnames="scheme")
+def _rotary_and_mask(
+    scheme: rope.Rope, positions: jax.Array, segments: jax.Array, frequencies: jax.Array
+) -> tuple[Rotary, Mask]:
+    own = Mask(positions, positions, segments, segments, jnp.int32(0))
+    return rope.rotary(scheme, positions, frequencies), own
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Separate blocks as a compiled program takes them: flat lists of leaves, `GROUP` layers each.
+
+    To flatten modules costs the host 15 us a layer; whoever runs many passes does it once.
+    """
+
+    parts: list[tuple[int, list[jax.Array], Any]]
+
+
+def groups(blocks: Any) -> list[tuple[int, list[jax.Array], Any]]:
+    """The number of the first layer, the leaves and their tree, of one group after the other."""
+    if isinstance(blocks, Groups):
+        return blocks.parts
+    starts = range(0, len(blocks), GROUP)
+    return [(first, *jax.tree.flatten(list(blocks[first : first + GROUP]))) for first in starts]
+
+
+def _scan(
+    x: jax.Array,
+    blocks: Block,
+    windows: np.ndarray,
+    context: Context,
+    attend: Callable[..., Any],
+    remat: Callable[..., Any] | None,
+    hidden_states: bool,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """x after all blocks, whose leaves are stacked; where asked for, also after each of them."""
+    first = jax.tree.map(sharding.leading_axis, blocks)
+
+    def run(x: jax.Array, block: Block, window: jax.Array, number: jax.Array) -> jax.Array:
+        block = jax.tree.map(lambda w, axis: jnp.moveaxis(w, 0, axis - 1), block, first)
+        return _run_block(x, block, window, number, None, context, attend)[0]
+
+    kept = run if remat is None else jax.checkpoint(run, policy=remat)
+
+    def step(x: jax.Array, given: tuple[Block, jax.Array, jax.Array]) -> tuple[Any, Any]:
+        x = kept(x, *given)
+        return x, x if hidden_states else None
+
+    layers = jax.tree.map(lambda w, axis: jnp.moveaxis(w, axis, 1), blocks, first)
+    x, stacked = jax.lax.scan(step, x, (layers, jnp.array(windows), jnp.arange(len(windows))))
+    return x, list(stacked) if hidden_states else []
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("tree", "attend", "remat", "hidden_states"),
+    donate_argnames="layers",
+)
+def _run_group(
+    x: jax.Array,
+    leaves: list[jax.Array],
+    layers: tuple[Layer, ...] | None,
+    windows: jax.Array,
+    first: jax.Array,
+    context: Context,
+    *,
+    tree: Any,
+    attend: Callable[..., Any],
+    remat: Callable[..., Any] | None = None,
+    hidden_states: bool = False,
+) -> tuple[list[jax.Array], list[Layer | None]]:
+    """A few layers, of which `first` is the number of the first: x after each of them (unless
+    hidden_states, after the last alone), and what they keep. leaves and tree: of `groups`.
+    """
+
+    def run(x: jax.Array, block: Block, *of_layer: Any) -> tuple[jax.Array, Layer | None]:
+        return _run_block(x, block, *of_layer, context, attend)
+
+    kept = run if remat is None else jax.checkpoint(run, policy=remat)
+    after, new = [], []
+    for i, block in enumerate(tree.unflatten(leaves)):
+        x, layer = kept(x, block, windows[i], first + i, layers and layers[i])
+        after.append(x)
+        new.append(layer)
+    return after if hidden_states else after[-1:], new
+
+
+@functools.partial(jax.jit, static_argnames="attend")
 def _run_block(
     x: jax.Array,
     block: Block,
-    dropout: Dropout | None,
-    rotary: Rotary,
-    own: Mask,
-    past: Mask | None,
+    window: jax.Array,
+    number: jax.Array,
     layer: Layer | None,
-    index: jax.Array | None,
+    context: Context,
     attend: Callable[..., Any],
 ) -> tuple[jax.Array, Layer | None]:
-    return sharding.unshard(block, x.dtype)(x, dropout, rotary, own, past, layer, index, attend)
+    """One layer. Traced once for all that are alike."""
+    own, past = (
+        mask and dataclasses.replace(mask, window=window) for mask in (context.own, context.past)
+    )
+    dropout = context.dropout and context.dropout.in_layer(number)
+    block = sharding.unshard(block, x.dtype)
+    return block(x, dropout, context.rotary, own, past, layer, context.index, attend)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -327,7 +439,8 @@ def _final_norm(x: jax.Array, weight: Weight, eps: float) -> jax.Array:
 
 
 @jax.jit
-def _logits(x: jax.Array, head: Weight) -> jax.Array:
+def logits(x: jax.Array, head: Weight) -> jax.Array:
+    """[B, T, D] after the final norm and a head [V, D] -> float32 [B, T, V]."""
     head = sharding.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, head, preferred_element_type=jnp.float32)
 

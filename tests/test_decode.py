@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import core
 
 import qwen_jax
 from qwen_jax import attention, decode, meshes, rope, sharding
+from qwen_jax import model as model_module
 from qwen_jax.model import abstract
 from qwen_jax.sampling import Greedy, Nucleus
 from tests import compilations
-from tests.tiny import QUICK, on_mesh, replace_leaves, tiny_config
+from tests.tiny import QUICK, on_mesh, replace_leaves, tiny_config, tiny_decoder
 from train import collectives, programs
 
 
@@ -65,6 +67,40 @@ def test_the_cache_is_updated_in_place(
     if cache_dtype:
         whole = sum(x.nbytes for x in jax.tree.leaves(compiled(model, 4000, None)[1].cache))
         assert cache < whole * {"int8": 36, "int8_asymmetric": 40}[cache_dtype] / 128 + 1024
+
+
+def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is run operation by operation, nothing is sent for each layer, and layers share two
+    programs whatever their number: one of a whole group, one of the rest.
+    """
+    eager, groups = [], []
+    primitive, run = core.EvalTrace.process_primitive, model_module._run_group
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        groups.append(len(args[2]))
+        return run(*args, **kwargs)
+
+    def seen(trace: Any, which: Any, *args: Any) -> Any:
+        eager.append(which.name)
+        return primitive(trace, which, *args)
+
+    config = tiny_config(num_layers=10, layer_windows=[3, None] * 5)
+    prompt = np.ones((1, 40), np.int32), np.array([40]), np.ones((1, 8), np.float32), np.zeros(1)
+    with on_mesh():
+        decoder = tiny_decoder(config, jnp.float32)
+        rules = decode.make_rules(np.ones(config.vocab_size, bool), (), 0)
+        arguments = (decoder, *prompt, rules, Greedy(), 8, attention.xla)
+        programs = run._cache_size()
+        decode.prefill(*arguments)
+        assert run._cache_size() - programs == 2
+        monkeypatch.setattr(model_module, "_run_group", counted)
+        monkeypatch.setattr(core.EvalTrace, "process_primitive", seen)
+        state = decode.prefill(*arguments)
+    assert groups == [4, 4, 2]
+    assert len(state.cache.layers) == 10
+    assert len(eager) <= 3, eager
 
 
 def test_plan() -> None:

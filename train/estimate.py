@@ -172,7 +172,7 @@ def prefill(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> E
     chunks = -(-setting.length // chunk)
     times = chunks * program.runs
     every = [
-        dataclasses.replace(x, count=times * x.count, bytes=times * x.bytes)
+        dataclasses.replace(x, count=round(times * x.count), bytes=round(times * x.bytes))
         for x in program.collectives or []
     ]
     tokens = setting.batch * setting.length

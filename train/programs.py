@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_jax import attention, decode, meshes, model, rope, sampling, sharding
+from qwen_jax import attention, decode, meshes, model, sampling, sharding
 from qwen_jax import cache as kv
 from qwen_jax.config import Config
 from train import collectives, flops, step, trainee
@@ -70,14 +70,14 @@ class Memory:
 class Program:
     """A compiled program, or one that the compiler refused for want of memory. collectives: None
     where the program is not there to be read. runs: how often it is run (prefill: once for each
-    layer). seconds: to compile.
+    group of layers). seconds: to compile.
     """
 
     memory: Memory
     work: Work
     collectives: list[Collective] | None
     seconds: float
-    runs: int = 1
+    runs: float = 1
 
     @property
     def refused(self) -> bool:
@@ -150,8 +150,9 @@ def _state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
 
 
 def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
-    """A block of the decoder over a chunk of the prompt, with a cache of `length` slots behind it:
-    the program that prefill runs for each layer. Its memory is that of all layers.
+    """A group of layers over a chunk of the prompt, with a cache of `length` slots behind it: the
+    program that prefill runs for one group after the other. Its memory is that of all layers; a
+    last group of fewer layers counts as the part of a run that it is.
     """
     config = setting.config
     meshes.check({**config.sizes, "B": setting.batch}, mesh)
@@ -161,29 +162,31 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
         cache = state.cache
         tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
         places, segments = decode.positions(cache.start, cache.index, chunk)
-        rotary = rope.rotary(rope.from_config(config), places, state.frequencies)
-        window = jnp.int32(attention.FULL)
-        own = attention.Mask(places, places, segments, segments, window)
-        past = dataclasses.replace(cache.past_mask(places, segments), window=window)
-        x = decoder.embed(tokens)
-        return x, decoder.layers[0], None, rotary, own, past, cache.layers[0], cache.index
+        x, (_, leaves, _) = decoder.embed(tokens), model.groups(decoder.layers)[0]
+        layers, windows = cache.layers[: model.GROUP], jnp.array(decoder.windows[: model.GROUP])
+        context = decoder.context(places, segments, state.frequencies, cache)
+        return x, leaves, layers, windows, jnp.int32(0), context
 
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
         given = jax.eval_shape(arguments, decoder)
     given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
-    layer = {"weights": nbytes(given[1]), "cache": nbytes(given[6])}
-    layer["batch"] = nbytes(given) - sum(layer.values())
+    _, _, tree = model.groups(decoder.layers)[0]
+    group = {"weights": nbytes(given[1]), "cache": nbytes(given[2])}
+    group["batch"] = nbytes(given) - sum(group.values())
     attend = attention.get(setting.attention)
-    one = _compiled(lambda: model._run_block.trace(*given, attend), mesh, layer, 0)
+    one = _compiled(
+        lambda: model._run_group.trace(*given, tree=tree, attend=attend), mesh, group, 0
+    )
+    runs = config.num_layers / len(given[2])
     parts = {
         **one.memory.parts,
         "weights": nbytes(decoder),
-        "cache": config.num_layers * layer["cache"],
-        "padding": config.num_layers * one.memory.parts.get("padding", 0),
+        "cache": round(runs * group["cache"]),
+        "padding": round(runs * one.memory.parts.get("padding", 0)),
     }
     memory = dataclasses.replace(one.memory, parts=parts)
-    return dataclasses.replace(one, memory=memory, runs=config.num_layers)
+    return dataclasses.replace(one, memory=memory, runs=runs)
 
 
 def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:
