@@ -23,7 +23,14 @@ def _there(package: str) -> bool:
         return False
 
 
-COMPILED = ["test_cost.py", "test_pod.py", "test_cuda.py", "test_plan.py", "test_tpu.py"]
+COMPILED = [
+    "test_cache.py",
+    "test_cost.py",
+    "test_pod.py",
+    "test_cuda.py",
+    "test_plan.py",
+    "test_tpu.py",
+]
 collect_ignore = COMPILED
 if all(map(_there, PACKAGES)):
     aot.prepare()

@@ -1,0 +1,63 @@
+"""What decoding and prefill need beside the cache, compiled for accelerators that are not there.
+
+    JAX_PLATFORMS=cpu python benchmarks/cache.py [--target v5e:2x2 v5p:2x2x1 h100:1] [--length 4096]
+
+Two layers with the heads of the 7B (32 of 128) and little else, 8 rows, on one device; prefill is a
+chunk of 512 tokens. Prints Markdown, in MB. Needs the `aot` extra.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qwen_jax import PRESETS, meshes
+from train import programs, topology
+from train.programs import Program, Setting
+
+ROWS, CHUNK = 8, 512
+CONFIG = dataclasses.replace(
+    PRESETS["qwen-7b"], num_layers=2, vocab_size=1024, hidden_size=512, intermediate_size=1024
+)
+
+
+def row(where: str, kernel: str, kind: str | None, task: str, program: Program, length: int) -> str:
+    parts = program.memory.parts
+    cells = [where, task, kernel, kind or "bfloat16", f"{ROWS} x {length}"]
+    cells += [f"{parts[name] / 1e6:,.0f}" for name in ("cache", "temporaries")]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory beside the cache, from the compilers.")
+    parser.add_argument("--target", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "h100:1"])
+    parser.add_argument("--length", nargs="+", type=int, default=[4096])
+    parser.add_argument("--task", nargs="+", default=["decode", "prefill"])
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    for where in args.target:  # before any backend starts
+        topology.prepare(topology.parse(where).chip.platform)
+    print("| target | program | attention | cache | rows x slots | cache, MB | temporaries, MB |")
+    print("|---|---|---|---|---|---|---|")
+    for where in args.target:
+        asked = topology.parse(where)
+        mesh = meshes.make({}, topology.devices(asked)[:1])
+        for task in args.task:
+            for kernel in ("xla", asked.chip.kernel):
+                for kind in (None, "int8"):
+                    for length in args.length:
+                        setting = Setting(CONFIG, ROWS, length, kernel, cache_dtype=kind)
+                        program = (
+                            programs.decoding(setting, mesh)
+                            if task == "decode"
+                            else programs.prefill(setting, mesh, CHUNK)
+                        )
+                        print(row(where, kernel, kind, task, program, length), flush=True)
+
+
+if __name__ == "__main__":
+    main()
