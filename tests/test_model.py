@@ -197,11 +197,15 @@ def test_stack_and_unstack_are_inverse():
 
 
 def test_stacked_is_looped():
-    decoder = tiny_decoder(tiny_config(num_layers=3, layer_windows=(3, None, 5)))
+    """Of more layers than a program outside `jit` takes at a time, and not a multiple of them."""
+    windows = (3, None, 5, 1, 2, None)
+    assert len(windows) > model.GROUP and len(windows) % model.GROUP
+    decoder = tiny_decoder(tiny_config(num_layers=6, layer_windows=windows))
     tokens = tiny_tokens(2, 12)
     looped = full_pass(decoder, tokens, hidden_states=True)
     scanned = full_pass(stack(decoder), tokens, hidden_states=True)
-    assert len(looped.hidden_states) == len(scanned.hidden_states) == 4
+    assert len(looped.hidden_states) == len(scanned.hidden_states) == 7
+    assert_close(np.asarray(full_pass(decoder.grouped(), tokens).last), np.asarray(looped.last))
     for x, y in zip(looped.hidden_states, scanned.hidden_states, strict=True):
         assert_close(np.asarray(y), np.asarray(x))
     np.testing.assert_array_equal(looped.hidden_states[0], decoder.embed(place(tokens, "BT")))
