@@ -217,7 +217,7 @@ class Chosen:
     def __call__(
         self, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
     ) -> Any:
-        if q.shape[1] <= _FEW or self.forward == "xla":
+        if q.shape[1] <= FEW or self.forward == "xla":
             return xla(q, k, v, mask, scale, return_lse)
         return _forward_alone(self.forward, return_lse, q, k, v, mask, jnp.asarray(scale))
 
