@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import sharding
-from qwen_jax.model import Decoder
+from qwen_jax.model import Decoder, drop
 from qwen_jax.weights import (
     Leaf,
     Maker,
@@ -64,11 +64,7 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
     # Both small products are local; gradients are summed where there are R of them, not the width.
     low = jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
     if weight.key is not None:
-        key = jax.random.wrap_key_data(weight.key)
-        kept = jax.random.bernoulli(
-            key, 1 - weight.dropout, x.shape, out_sharding=P(*spec.partitions)
-        )
-        low = jnp.where(kept, low / (1 - weight.dropout), 0).astype(x.dtype)
+        low = drop(low, jax.random.wrap_key_data(weight.key), weight.dropout)
     into = None if out is None else P(*out.partitions[:-1], None)
     low = product(weight.a, f"{given},R{leaf[1]}->{given[:-1]}R", low, into, **kwargs)
     if spec.reduced:

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax import attention, meshes, rope, sharding, vocabulary
+from qwen_jax import attention, meshes, ring, rope, sharding, vocabulary
 from qwen_jax import cache as kv
 from qwen_jax.attention import Mask
 from qwen_jax.cache import Cache, Layer
@@ -39,7 +40,15 @@ def rms_norm(x: jax.Array, weight: Any, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back, then times the weight: the original's order."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight[...]
+    return _in_float32(jnp.multiply, wide.astype(x.dtype), weight)
+
+
+def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, weight: Any) -> jax.Array:
+    """x * weight or x + weight, of x's dtype. In float32 the result is rounded as it would be in
+    bfloat16 or float16, and the weight's gradient adds up over tokens in float32.
+    """
+    wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
+    return wide.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -77,7 +86,8 @@ class Attention(nnx.Module):
         k = contract("BTD,UD->BTU", keys, self.k)
         v = contract("BTD,UD->BTU", keys, self.v)
         if self.config.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            biases = self.q_bias, self.k_bias, self.v_bias
+            q, k, v = (_in_float32(jnp.add, x, b) for x, b in zip((q, k, v), biases, strict=True))
         q, k, v = (self._by_head(x) for x in (q, k, v))
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm, self.config.norm_eps)
@@ -146,7 +156,7 @@ _settled.defvjp(_settle, _settle_gradients, symbolic_zeros=True)
 @struct.dataclass
 class Dropout:
     """Elements set to 0 in training, the others scaled up: of the embeddings, and of what each half
-    of a block adds to the residual. key: of a step; within a pass, of a layer.
+    of a block adds to the residual. key: of a step; within a pass, of a layer. `drop` draws.
     """
 
     key: jax.Array
@@ -165,10 +175,25 @@ class Dropout:
         return Dropout(jax.random.fold_in(self.key, 3 + layer), self.rate)
 
     def _drop(self, x: jax.Array, place: int) -> jax.Array:
-        key = jax.random.fold_in(self.key, place)
-        spec = jax.typeof(x).sharding.spec
-        kept = jax.random.bernoulli(key, 1 - self.rate, x.shape, out_sharding=spec)
-        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+        return drop(x, jax.random.fold_in(self.key, place), self.rate)
+
+
+def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """x [B, T, ...] with the share `rate` of its elements set to 0, the others divided by 1 - rate.
+
+    An element's draw (Threefry, as of `jax.random`) follows
+    from the key, its row, its token's place in the sequence, wherever `ring.zigzag` has put that,
+    and its column: so it is the same on every mesh.
+    """
+    length = x.shape[1]
+    spec = P(*jax.typeof(x).sharding.spec.partitions)
+    iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, x.shape, out_sharding=spec)
+    order = jax.reshard(jnp.asarray(ring.zigzag_order(length), jnp.uint32), P(spec[1]))
+    places = jax.lax.broadcast_in_dim(order, x.shape, (1,), out_sharding=spec)
+    words = jax.random.key_data(key)
+    draw, _ = threefry2x32_p.bind(words[0], words[1], iota(0) * length + places, iota(2))
+    kept = draw < np.uint32(min(round((1 - rate) * 2**32), 2**32 - 1))
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 @struct.dataclass

@@ -25,16 +25,23 @@ from qwen_jax import sharding
 
 def zigzag(x: jax.Array) -> jax.Array:
     """[B, T] in the order of a sequence -> the same tokens, in the order of the devices."""
-    devices = sharding.axis_sizes()[sharding.CONTEXT]
-    if devices == 1:
+    if sharding.axis_sizes()[sharding.CONTEXT] == 1:
         return x
-    batch, length = x.shape
+    order = zigzag_order(x.shape[1])
+    rows = jax.typeof(x).sharding.spec[0]
+    return jax.reshard(jax.reshard(x, P(rows, None))[:, order], sharding.spec("BT"))
+
+
+def zigzag_order(length: int) -> np.ndarray:
+    """int32 [T]: the place in its sequence of each token, as `zigzag` orders them."""
+    devices = sharding.axis_sizes()[sharding.CONTEXT]
+    places = np.arange(length, dtype=np.int32)
+    if devices == 1:
+        return places
     if length % (2 * devices):
         raise ValueError(f"length T = {length} does not divide into two pieces a device")
     pieces = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
-    rows = jax.typeof(x).sharding.spec[0]
-    x = jax.reshard(x, P(rows, None)).reshape(batch, 2 * devices, -1)
-    return jax.reshard(x[:, np.array(pieces)].reshape(batch, length), sharding.spec("BT"))
+    return places.reshape(2 * devices, -1)[pieces].reshape(-1)
 
 
 def attend(

@@ -13,8 +13,9 @@ activation, `spec("FD")` a weight.
 Axes of size 1 appear in no partitioning. Nothing here knows of modules or files.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,37 +125,78 @@ def handed_over(x: jax.Array) -> jax.Array:
 
 
 def unshard(tree: Any, dtype: Any = None) -> Any:
-    """Weights just before their use: cast, then gathered over the axes that split weights.
+    """Weights just before their use: rounded to `dtype`, then gathered over the axes that split
+    weights.
 
-    The gradient scatters back. dtype: None keeps each leaf's own; whole numbers always do.
+    A leaf of a wider dtype than `dtype` keeps its own as its type, though its values are rounded
+    and travel as `dtype`: its gradient comes back, is summed over the mesh, and scattered in the
+    leaf's own. dtype: None keeps each leaf's own; whole numbers always do.
     """
 
     def gather(leaf: jax.Array) -> jax.Array:
-        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = leaf.astype(dtype)
-        partition = [entries(entry) for entry in jax.typeof(leaf).sharding.spec.partitions]
-        split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
-        if not split:
-            return leaf
-        if leaf.ndim == 1:
-            return jax.reshard(leaf, P(None))
-        # Along the first axis, where the parts lie one behind the other.
-        leaf = jnp.moveaxis(leaf, split[0], 0)
-        partition.insert(0, partition.pop(split[0]))
-        # `reduced` says of a copy that its gradient is still to be summed: each step back sums over
-        # one mesh axis and scatters, and the copies of `data` add up what is left.
-        first, *others = partition
-        summed: frozenset[str] = frozenset()
-        if axis_sizes()[COPIES] > 1:
-            summed |= {COPIES}
-            leaf = jax.reshard(leaf, P(*map(_entry, partition), reduced=summed))
-        for axis in reversed([axis for axis in first if axis in WEIGHTS]):
-            summed |= {axis}
-            first = tuple(a for a in first if a != axis)
-            leaf = jax.reshard(leaf, P(_entry(first), *map(_entry, others), reduced=summed))
-        return jnp.moveaxis(leaf, 0, split[0])
+        spec = jax.typeof(leaf).sharding.spec
+        if dtype in (None, leaf.dtype) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return _resharded(leaf, *_gathering(spec))
+        return _gathered(leaf, jnp.dtype(dtype), leaf.dtype, spec)
 
     return jax.tree.map(gather, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
+    """One leaf of `unshard`, of dtype `own` and partitioned by `spec`."""
+    whole = _resharded(leaf.astype(dtype), *_gathering(spec))
+    return whole.astype(jnp.promote_types(dtype, own))
+
+
+def _gathered_forward(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> tuple[jax.Array, None]:
+    return _gathered(leaf, dtype, own, spec), None
+
+
+def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """Each step of the gathering is undone by a sum over its mesh axis, of which every device keeps
+    its part; the copies of `data` add up what is left.
+    """
+    axis, places = _gathering(spec)
+    back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
+    return (_resharded(gradient, axis, back).astype(own),)
+
+
+_gathered.defvjp(_gathered_forward, _scatter)
+
+
+def _resharded(x: jax.Array, axis: int, places: Sequence[P]) -> jax.Array:
+    """x as one partitioning after the other, which are those of x with `axis` put first."""
+    x = jnp.moveaxis(x, axis, 0)
+    for place in places:
+        x = jax.reshard(x, place)
+    return jnp.moveaxis(x, 0, axis)
+
+
+def _gathering(spec: P) -> tuple[int, list[P]]:
+    """The axis of a weight that `WEIGHTS` split, and with that axis first, where the parts lie one
+    behind the other, the partitionings from the weight's own to that of the gathered weight.
+
+    `reduced` says of a copy that its gradient is still to be summed over those mesh axes.
+    """
+    partition = [entries(entry) for entry in spec.partitions]
+    split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
+    if not split:
+        return 0, [spec]
+    axis = split[0]
+    if len(partition) == 1:
+        return axis, [spec, P(None)]
+    first, *others = partition.pop(axis), *map(_entry, partition)
+    places = [P(_entry(first), *others)]
+    summed: frozenset[str] = frozenset()
+    if axis_sizes()[COPIES] > 1:
+        summed |= {COPIES}
+        places.append(P(_entry(first), *others, reduced=summed))
+    for name in reversed([name for name in first if name in WEIGHTS]):
+        summed |= {name}
+        first = tuple(a for a in first if a != name)
+        places.append(P(_entry(first), *others, reduced=summed))
+    return axis, places
 
 
 def leading_axis(stacked: jax.Array) -> int:

@@ -185,7 +185,9 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
             dlogits = dlogits + jnp.where(plan.is_target(rows, first), dlogit, 0)
             dlogits = dlogits.astype(x.dtype)
             dx = dx + jnp.einsum("tv,dv->td", dlogits, part, **settings)
-            dpart = jnp.einsum("tv,td->dv", dlogits, flat, **settings).astype(x.dtype)
+            dpart = jnp.einsum("tv,td->dv", dlogits, flat, **settings)
+            # Summed over the mesh in the head's own dtype, if that is the wider one.
+            dpart = dpart.astype(jnp.promote_types(x.dtype, head.dtype))
             return dx, plan.summed(dpart, head.dtype)
 
         dx, dhead = jax.lax.scan(step, jnp.zeros(flat.shape, jnp.float32), plan.chunks(head))

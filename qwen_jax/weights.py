@@ -82,17 +82,21 @@ def product(weight: Any, equation: str, x: jax.Array, out: P | None, **kwargs: A
 
 @product.register
 def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
-    multiply = functools.partial(
-        jnp.einsum, equation, x, weight[...], precision=precision(x), **kwargs
-    )
+    w, preferred = weight[...], kwargs.get("preferred_element_type")
+
+    def multiply(into: P | None) -> jax.Array:
+        if jnp.promote_types(w.dtype, x.dtype) != x.dtype:
+            return _rounded_product(x, w, equation, into, preferred)
+        return _einsum(equation, x, w, into, preferred)
+
     *kept, summed = jax.typeof(x).sharding.spec.partitions
     apart = frozenset(sharding.entries(summed))
     if out is None or not apart:
-        return multiply(out_sharding=out)
+        return multiply(out)
     # Each device has a part of the sum; that the parts are still to be added is said, so that the
     # gradient is gathered before it is multiplied. Whoever keeps products for the backward pass
     # keeps the sum, by its name.
-    parts = multiply(out_sharding=P(*kept, None, unreduced=apart))
+    parts = multiply(P(*kept, None, unreduced=apart))
     return checkpoint_name(jax.reshard(parts, out), SUMMED)
 
 
@@ -108,6 +112,52 @@ def scaled_product(
     wide = jnp.float32 if dtype == jnp.float16 else dtype
     sums = product(weight, equation, x, out, preferred_element_type=wide, **kwargs)
     return (sums * jnp.asarray(scale, wide)).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _rounded_product(
+    x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
+) -> jax.Array:
+    """einsum of x with a weight of a wider dtype, which is rounded to that of x.
+
+    The weight's gradient comes in its own dtype: the products of rounded operands add up unrounded,
+    over tokens here, and over the mesh in `sharding.unshard`.
+    """
+    return _einsum(equation, x, w.astype(x.dtype), out, preferred)
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array, out: P | None, preferred: Any) -> jax.Array:
+    settings: Any = {"precision": precision(x), "preferred_element_type": preferred}
+    return jnp.einsum(equation, x, y, out_sharding=out, **settings)
+
+
+def _rounded_product_forward(
+    x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
+) -> tuple[jax.Array, Any]:
+    rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # the latter says the dtype
+    return _einsum(equation, x, rounded, out, preferred), (x, rounded, no_weights)
+
+
+def _rounded_product_backward(
+    equation: str, out: P | None, preferred: Any, saved: Any, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w, like = saved
+    given, leaf, result = equation.replace("->", ",").split(",")
+    dy = dy.astype(x.dtype)
+    dx = _einsum(f"{result},{leaf}->{given}", dy, w, _of_gradient(x), None)
+    dw = _einsum(f"{result},{given}->{leaf}", dy, x, _of_gradient(w), like.dtype)
+    # XLA's CPU backend otherwise folds transpositions into this product after it has decided how to
+    # compute it, and then cannot.
+    return dx, jax.lax.optimization_barrier(dw)
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
+
+
+def _of_gradient(x: jax.Array) -> P:
+    """The partitioning of the gradient of x."""
+    spec = jax.typeof(x).sharding.spec
+    return P(*spec.partitions, unreduced=spec.reduced)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:

@@ -138,8 +138,10 @@ def test_unshard_casts_before_it_gathers():
         w = sharding.place(np.ones((8, 16), np.float32), "FD")
         assert sharding.unshard(w).dtype == jnp.float32
         made = jax.make_jaxpr(lambda w: sharding.unshard(w, jnp.bfloat16))(w)
-    names = [equation.primitive.name for equation in made.eqns]
+    (gathering,) = made.eqns
+    names = [equation.primitive.name for equation in gathering.params["call_jaxpr"].eqns]
     assert names.index("convert_element_type") < names.index("reshard")
+    assert made.out_avals[0].dtype == jnp.float32, "in which the gradient comes back"
 
 
 # Heads fewer than tp

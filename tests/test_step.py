@@ -218,12 +218,13 @@ def full_pass_logits(decoder, batch):
 
 
 def test_dropout():
-    """The masks follow from seed and step, and are the same on any mesh that leaves tokens in
-    order; on average they change nothing that they are applied to.
+    """The masks follow from seed and step, and are the same on any mesh, whatever the order of
+    tokens on it; on average they change nothing that they are applied to.
     """
     dropped = take({}, dropout=0.1)
     assert abs(dropped.loss - one_device().loss) > 1e-4
-    assert_same(take({"fsdp": 2, "tp": 2}, dropout=0.1), dropped)
+    assert_same(take({"data": 2, "context": 2, "tp": 2}, dropout=0.1, **SEQUENCE), dropped)
+    assert_same(take({"fsdp": 2, "context": 4}, dropout=0.1), dropped)
     assert take({}, dropout=0.1, seed=1).loss != dropped.loss
     with on_mesh(fsdp=2):
         x = sharding.place(np.ones((64, 64, 8), np.float32), "BTD")
@@ -286,6 +287,54 @@ def test_moments_in_bfloat16():
         after[optimizer.moments] = float(report.metrics.loss)
     assert after["bfloat16"] != after["float32"]
     assert after["bfloat16"] == pytest.approx(after["float32"], rel=1e-3)
+
+
+def test_moments_in_bfloat16_forget():
+    """A change of 0.1 % is less than bfloat16 can tell from none, and counts all the same, on
+    average and alike on every mesh; what bfloat16 holds stays as it is.
+    """
+    x = np.full((32, 32), 1 + 2**-10, np.float32)
+    draws = []
+    for sizes in ({}, {"fsdp": 4, "tp": 2}):
+        with on_mesh(**sizes):
+            placed = sharding.place(x, "FD")
+            draw = np.asarray(step._stochastically_rounded(placed, jax.random.key(0)))
+            draws.append(draw.astype(np.float32))
+    np.testing.assert_array_equal(*draws)
+    assert set(draws[0].flat) == {1, 1 + 2**-7} and draws[0].mean() == pytest.approx(x[0, 0], 1e-3)
+    optimizer = Optimizer(b2=0.999, moments="bfloat16")
+    weights = {"w": model.Weight(jnp.ones((32, 32)), letters="FD")}
+    nothing = jax.tree.map(jnp.zeros_like, weights)
+
+    def one(number: Any, moments: Any) -> Any:
+        return optimizer.transform(True, number).update(nothing, moments, weights)[1]
+
+    with on_mesh():
+        begin = optimizer.transform().init(weights)
+        begin = jax.tree.map(lambda m: m + 1 if m.dtype == jnp.bfloat16 else m, begin)
+        later = jax.jit(lambda m: jax.lax.fori_loop(0, 1000, one, m))(begin)
+    (nu,) = jax.tree.leaves(adam(State(None, later, jnp.int32(0))).nu)
+    assert nu.dtype == jnp.bfloat16
+    assert nu.astype(jnp.float32).mean() == pytest.approx(0.999**1000, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"moments": "int8"}, "moments 'int8': allowed are float32, bfloat16"),
+        ({"b2": 1.0}, "b2 1: at least 0, and in float32 below 1"),
+        ({"b1": 0.99999999}, "b1 0.99999999: at least 0, and in float32 below 1"),
+    ],
+)
+def test_an_optimizer_that_means_nothing(values, problem):
+    with pytest.raises(ValueError, match=problem):
+        Optimizer(**values)
+
+
+def test_gradients_in_a_dtype_that_is_none():
+    for dtype, wanted in (("bfloat16", "float16"), ("float32", "bfloat16")):
+        with pytest.raises(ValueError, match=f"gradient_dtype '{wanted}': float32, or bfloat16 wh"):
+            step.make_step(PLAIN, xla, dtype, gradient_dtype=wanted)
 
 
 def test_the_learning_rate_is_told():

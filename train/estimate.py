@@ -87,6 +87,7 @@ class Estimate:
             "lora_rank": setting.adapters.lora_rank if setting.adapters else 0,
             "remat": setting.remat if self.task == "training" else None,
             "sequence_parallel": setting.sequence_parallel,
+            "gradient_dtype": setting.gradient_dtype if self.task == "training" else None,
             "memory": {**memory.parts, "needed": memory.needed},
             "available": round(self.available),
             "hbm": round(chip.hbm),

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--remat", default="full", help="full, projections or none")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--accumulate", type=command.positive, default=1, help="parts of a batch")
+    parser.add_argument(
+        "--gradient-dtype", default="float32", help="of sums over the mesh: float32 or bfloat16"
+    )
     add_adapters = parser.add_argument_group("training adapters, as train/sft.py does").add_argument
     add_adapters(
         "--lora-rank", type=command.positive, metavar="N", help="as 64; the other values: sft_lora"
@@ -182,6 +185,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
             f"{', '.join(presets.PRESETS)}"
         )
     _choice("--remat", args.remat, step.REMAT)
+    _choice("--gradient-dtype", args.gradient_dtype, step.FLOATS)
     _choice("--cache-dtype", args.cache_dtype, (None, *kv.DTYPES))
     _choice("--attention", args.attention, ("auto", *attention.IMPLEMENTATIONS))
     adapters = None
@@ -207,6 +211,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         args.cache_dtype,
         args.accumulate,
         adapters,
+        args.gradient_dtype,
     )
 
 

@@ -6,6 +6,7 @@ to say. Knows no rates and prints nothing.
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -30,8 +31,9 @@ class Setting:
 
     batch: rows; length: tokens of a row, for decoding those in the cache. attention: a name of the
     registry, or "auto" for what a plan has to find out; by_auto: whether it has. remat,
-    sequence_parallel, accumulate (parts of a batch) and adapters (the recipe that has them; None
-    trains all weights) are of training, cache_dtype (None: that of the weights) of decoding.
+    sequence_parallel, accumulate (parts of a batch), gradient_dtype and adapters (the recipe that
+    has them; None trains all weights) are of training, cache_dtype (None: that of the weights) of
+    decoding.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Setting:
     accumulate: int = 1
     adapters: Recipe | None = None
     by_auto: bool = False
+    gradient_dtype: str = "float32"
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where an axis does not divide over the mesh."""
@@ -99,6 +102,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
         sequence_parallel=setting.sequence_parallel,
         accumulate=setting.accumulate,
         attach=trained.attach,
+        gradient_dtype=setting.gradient_dtype,
     )
     weights = {"weights": nbytes(state.weights)}
     if base is not None:
@@ -156,20 +160,9 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     """
     config = setting.config
     meshes.check({**config.sizes, "B": setting.batch}, mesh)
-
-    def arguments(decoder: Any) -> Any:
-        _, state = _state(setting, dtype)
-        cache = state.cache
-        tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
-        places, segments = decode.positions(cache.start, cache.index, chunk)
-        x, (_, leaves, _) = decoder.embed(tokens), model.groups(decoder.layers)[0]
-        layers, windows = cache.layers[: model.GROUP], jnp.array(decoder.windows[: model.GROUP])
-        context = decoder.context(places, segments, state.frequencies, cache)
-        return x, leaves, layers, windows, jnp.int32(0), context
-
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
-        given = jax.eval_shape(arguments, decoder)
+        given = jax.eval_shape(functools.partial(_of_a_group, setting, chunk, dtype), decoder)
     given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
     _, _, tree = model.groups(decoder.layers)[0]
     group = {"weights": nbytes(given[1]), "cache": nbytes(given[2])}
@@ -187,6 +180,18 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     }
     memory = dataclasses.replace(one.memory, parts=parts)
     return dataclasses.replace(one, memory=memory, runs=runs)
+
+
+def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> tuple[Any, ...]:
+    """The arguments of `model._run_group`, of the first layers in the middle of a prompt."""
+    _, state = _state(setting, dtype)
+    cache = state.cache
+    tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
+    places, segments = decode.positions(cache.start, cache.index, chunk)
+    x, (_, leaves, _) = decoder.embed(tokens), model.groups(decoder.layers)[0]
+    layers, windows = cache.layers[: model.GROUP], jnp.array(decoder.windows[: model.GROUP])
+    context = decoder.context(places, segments, state.frequencies, cache)
+    return x, leaves, layers, windows, jnp.int32(0), context
 
 
 def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qwen_jax.chat import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
@@ -70,6 +72,10 @@ class Recipe:
         "same",
     )
     moments: str = _about("what the optimizer's moments are kept in", "float32")
+    gradient_dtype: str = _about(
+        'what gradients are summed in over the mesh: "float32", or "bfloat16" if that is `dtype`',
+        "float32",
+    )
     remat: str = _about('what is recomputed: "full", "projections" or "none"', "full")
     sequence_parallel: bool = _about("split the residual over tp by tokens", False)
     attention: str = _about(
@@ -86,11 +92,18 @@ class Recipe:
                 raise ValueError(f"{name} {getattr(self, name)!r}: allowed are {said}")
         for name, (least, below) in _RANGES.items():
             value = getattr(self, name)
+            # A rate that float32 rounds to 1 is 1.
+            value = np.float32(value) if below == 1 else value
             if value is not None and not least <= value < below:
                 limit = "" if below == float("inf") else f", and below {below:g}"
                 raise ValueError(f"{name} {value:g}: a number, at least {least:g}{limit}")
         if self.rows % self.accumulate:
             raise ValueError(f"{self.rows} rows do not fall into {self.accumulate} parts")
+        if self.gradient_dtype == "bfloat16" != self.dtype:
+            raise ValueError(
+                f"gradient_dtype 'bfloat16' with dtype {self.dtype!r}: what is computed in float32 "
+                "is summed in float32"
+            )
 
     def warmup_steps(self, steps: int) -> int:
         """Of a run of so many."""
@@ -132,6 +145,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "base_dtype": BASE_DTYPES,
     "dtype": _FLOATS,
     "moments": _FLOATS,
+    "gradient_dtype": _FLOATS,
     "remat": ("full", "projections", "none"),
 }
 _MOST, _LEAST = float("inf"), 1e-30  # the least is more than nothing

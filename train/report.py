@@ -21,6 +21,7 @@ def text(x: Estimate, model: str) -> str:
             options += ["embeddings trained"] if adapters.train_embeddings else []
         options += [f"{setting.accumulate} parts"] if setting.accumulate > 1 else []
         options += ["sequence parallel"] if setting.sequence_parallel else []
+        options += [f"gradients summed in {setting.gradient_dtype}"]
     elif setting.cache_dtype:
         options.append(f"{setting.cache_dtype} cache")
     lines = [

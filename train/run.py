@@ -101,6 +101,7 @@ def _train(task: Task, settings: Settings) -> None:
             recipe.dropout,
             recipe.seed,
             trained.attach,
+            recipe.gradient_dtype,
         ),
         evaluate=step.make_evaluation(attend, dtype, recipe.sequence_parallel, trained.attach),
         base=trained.base,
@@ -222,7 +223,7 @@ def _steps(recipe: Recipe, rows: int) -> int:
 def _identity(task: Task, rows: Rows) -> dict[str, Any]:
     """What must be the same for a run to go on: anything that changes what is computed."""
     recipe = dataclasses.asdict(task.recipe)
-    for name in ("remat", "sequence_parallel", "attention"):
+    for name in ("remat", "sequence_parallel", "attention", "gradient_dtype"):
         del recipe[name]  # these change roundings alone
     if not (recipe["dropout"] or (recipe["lora_rank"] and recipe["lora_dropout"])):
         del recipe["accumulate"]  # as this does, where no part of a batch has a mask of its own

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from qwen_jax import meshes, sharding
 from train.hardware import Gpu
 from train.programs import Setting
@@ -106,16 +108,18 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     kept = config.num_layers * width * (whole + split / tp)
     if setting.remat == "none":
         kept += 2 * config.num_params() / tp
-    block = (config.num_params() / config.num_layers) * 4 / tp
+    summed = jnp.dtype(setting.gradient_dtype).itemsize
+    block = (config.num_params() / config.num_layers) * (2 + summed) / tp
     held = _STATE * config.num_params() / shards + kept + 6 * width + block
     compute = tokens * config.flops_per_token(setting.length) / tp * _PASSES[setting.remat]
     passes = 3 if setting.remat == "full" else 2
-    gathered = 2 * config.num_params() / tp * passes * (shards > tp)
+    # Weights forward, as often as that is computed, and their gradients once.
+    gathered = (2 * (passes - 1) + summed) * config.num_params() / tp * (shards > tp)
     reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
-    summed = 4 * config.num_params() / shards * (sizes[sharding.COPIES] > 1)
+    copies = 2 * summed * config.num_params() / shards * (sizes[sharding.COPIES] > 1)
     ring = 4 * config.num_layers * width / tp * (context - 1)
     across = gathered / _links(topology, shards // tp) + ring / chip.link
-    across += summed / chip.network
+    across += copies / chip.network
     # Of what is equally fast where all overlaps, what sends least comes first.
     seconds = max(compute / chip.flops, across) + across / 10 + reduced / _links(topology, tp)
     return held, seconds / (setting.batch * setting.length)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
@@ -42,6 +43,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "projections": _projections,
     "none": None,
 }
+FLOATS = ("float32", "bfloat16")  # of moments, and of gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) after clipping the gradients by their global norm.
 
     learning_rate: a number, or a function of the step. Weights decay where they are matrices; norms
-    and biases do not. moments: what they are kept as; they are computed in float32.
+    and biases do not. moments: what they are kept as, "float32" or "bfloat16"; they are computed in
+    float32. Raises ValueError for what cannot be.
     """
 
     learning_rate: float | Callable[[Any], Any] = 3e-4
@@ -60,14 +63,23 @@ class Optimizer:
     clip_norm: float = 1.0
     moments: str = "float32"
 
+    def __post_init__(self) -> None:
+        if self.moments not in FLOATS:
+            raise ValueError(f"moments {self.moments!r}: allowed are {', '.join(FLOATS)}")
+        for name, beta in {"b1": self.b1, "b2": self.b2}.items():
+            if not 0 <= np.float32(beta) < 1:
+                raise ValueError(f"{name} {beta:.9g}: at least 0, and in float32 below 1")
+
     def rate(self, step: jax.Array) -> jax.Array:
         """The learning rate of a step."""
         rate = self.learning_rate
         return jnp.asarray(rate(step) if callable(rate) else rate, jnp.float32)
 
-    def transform(self, finite: jax.Array | bool = True) -> optax.GradientTransformation:
-        """AdamW as optax has it, of clipped gradients. Where not `finite`, gradients of 0 leave the
-        moments as they are.
+    def transform(
+        self, finite: jax.Array | bool = True, step: jax.Array | int = 0
+    ) -> optax.GradientTransformation:
+        """AdamW as optax has it, of clipped gradients, for one step. Where not `finite`, gradients
+        of 0 leave the moments as they are.
         """
         b1, b2 = (b if finite is True else jnp.where(finite, b, 1.0) for b in (self.b1, self.b2))
         adamw = optax.adamw(
@@ -78,21 +90,46 @@ class Optimizer:
             weight_decay=self.weight_decay,
             mask=_is_matrix,
         )
-        return _kept_as(jnp.dtype(self.moments), adamw)
+        if self.moments == "float32":
+            return adamw
+        return _kept_in_bfloat16(adamw, jax.random.fold_in(jax.random.key(0), step))
 
 
-def _kept_as(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, its state in `dtype` between steps."""
+def _kept_in_bfloat16(
+    inner: optax.GradientTransformation, key: jax.Array
+) -> optax.GradientTransformation:
+    """`inner`, its state in bfloat16 between steps, stochastically rounded; key: of the step.
 
-    def cast(state: Any, to: Any) -> Any:
-        floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-        return jax.tree.map(lambda x: x.astype(to) if floats(x) else x, state)
+    To the nearest, a change of less than 2**-9 of a moment would be lost every time: with beta 2
+    0.999, a second moment would never shrink.
+    """
+
+    def cast(state: Any, one: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
+        leaves, tree = jax.tree.flatten(state)
+        keys = [jax.random.fold_in(key, number) for number in range(len(leaves))]
+        floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+        zipped = zip(leaves, floats, keys, strict=True)
+        return tree.unflatten([one(x, k) if floating else x for x, floating, k in zipped])
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), lambda x, _: x.astype(jnp.bfloat16))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+        wide = cast(state, lambda x, _: x.astype(jnp.float32))
+        updates, state = inner.update(updates, wide, params)
+        return updates, cast(state, _stochastically_rounded)
 
-    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+    return optax.GradientTransformation(init, update)
+
+
+def _stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 -> one of the two nearest in bfloat16, which is x on average, and x where x is one.
+    The draw of an element follows from the key and its place, not from the mesh.
+    """
+    spec = jax.typeof(x).sharding.spec
+    noise = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=spec) >> 16
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _is_matrix(tree: Any) -> Any:
@@ -156,7 +193,8 @@ def abstract_batch(batch: int, length: int, mesh: Any) -> Batch:
 @struct.dataclass
 class Report:
     """What a step says, scalars. gradient_norm: over all weights, before it is clipped; finite:
-    whether it and the loss are numbers. Where they are not, the step has changed nothing.
+    whether it and the loss are numbers, and the step's `so_far` true. Where not, the step has
+    changed nothing.
     """
 
     metrics: Metrics
@@ -176,18 +214,30 @@ def make_step(
     dropout: float = 0.0,
     seed: int = 0,
     attach: Callable[[Any, Any, jax.Array | None], Decoder] | None = None,
+    gradient_dtype: str = "float32",
 ) -> Any:
-    """A jitted (State, Batch, base) -> (State, Report); the state passed in is consumed.
+    """A jitted (State, Batch, base, so_far) -> (State, Report); the state passed in is consumed.
+
+    so_far: bool, true by default; where it is not, the step changes nothing: `Report.finite` of the
+    step before, for no step to follow one that has no numbers.
 
     remat: a name in `REMAT`. accumulate: how many parts of a batch's rows are computed one after
     the other; the gradient is that of the whole. dropout: a rate; its masks follow from `seed` and
     the step. attach: (weights, base, key) -> the decoder, where the weights are not one; base is
-    not trained, and None otherwise. The other arguments are those of `loss`.
+    not trained, and None otherwise. gradient_dtype: what the gradients of weights are summed in
+    over the mesh: "float32", or "bfloat16" where that is `dtype`. The other arguments are those of
+    `loss`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: allowed are {', '.join(REMAT)}")
+    if gradient_dtype not in ("float32", *({jnp.dtype(dtype).name} & {*FLOATS})):
+        raise ValueError(
+            f"gradient_dtype {gradient_dtype!r}: float32, or bfloat16 where dtype is bfloat16"
+        )
 
     def of(weights: Any, batch: Batch, total: Any, key: Any, base: Any) -> tuple[Any, Metrics]:
+        # Gradients are summed in the dtype of the leaves that they are of (`sharding.unshard`).
+        weights = jax.tree.map(lambda x: x.astype(gradient_dtype), weights)
         decoder = weights if attach is None else attach(weights, base, jax.random.fold_in(key, 1))
         drop = Dropout(jax.random.fold_in(key, 0), dropout) if dropout else None
         return loss(
@@ -211,12 +261,14 @@ def make_step(
         return jax.lax.scan(add, begin, (parts, jnp.arange(accumulate)))[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch: Batch, base: Any = None) -> tuple[State, Report]:
+    def step(
+        state: State, batch: Batch, base: Any = None, so_far: Any = True
+    ) -> tuple[State, Report]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         found, metrics = gradients(state.weights, batch, key, base)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(found)
-            finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss) & so_far
             report = Report(metrics, norm, optimizer.rate(state.step), finite)
 
             new = _updated(state, found, norm, finite, optimizer)
@@ -240,7 +292,8 @@ def _updated(
         return jnp.where(finite, shorter, 0)
 
     gradients = jax.tree.map(clipped, gradients)
-    updates, moments = optimizer.transform(finite).update(gradients, state.moments, state.weights)
+    transform = optimizer.transform(finite, state.step)
+    updates, moments = transform.update(gradients, state.moments, state.weights)
     weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), state.weights, updates)
 
     def counted(new: jax.Array, old: jax.Array) -> jax.Array:
