@@ -179,24 +179,36 @@ def test_fine_tuning_makes_a_chat_model(whole, given, tmp_path):
     assert history == [("3?", reply)]
 
 
-def test_a_number_that_is_none_stops_the_run(given, tmp_path, capsys, monkeypatch):
-    make = step.make_step
+def test_a_number_that_is_none_stops_the_run(whole, given, tmp_path, capsys, monkeypatch):
+    """At the state before it, which is saved: steps that were under way behind it take nothing. The
+    run goes on from there as if the number had been one.
+    """
+    make, taken = step.make_step, []
 
     def spoiled(*args: Any, **options: Any) -> Any:
         run = make(*args, **options)
 
-        def once(state: Any, batch: Any, base: Any) -> Any:
-            bad = batch.replace(weights=batch.weights * np.nan) if int(state.step) == 2 else batch
-            return run(state, bad, base)
+        def once(state: Any, batch: Any, *rest: Any) -> Any:
+            taken.append(batch)
+            bad = batch.replace(weights=batch.weights * np.nan) if len(taken) == 3 else batch
+            return run(state, bad, *rest)
 
         return once
 
-    monkeypatch.setattr(step, "make_step", spoiled)
-    line = fail(capsys, pretraining(given, tmp_path / "a"), pretrain)
+    out = tmp_path / "run"
+    arguments = pretraining(given, out, "--save-every", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "make_step", spoiled)
+        line = fail(capsys, arguments, pretrain)
+    assert len(taken) == 5, "two were under way"
     assert line.startswith("error: step 3: loss nan, gradient norm nan; the batch is in ")
-    batch = np.load(tmp_path / "a" / "batch-3.npz")
+    batch = np.load(out / "batch-3.npz")
     assert batch["tokens"].shape == (4, 32) and batch["weights"].all()
-    assert "--on-nan skip" in line
+    assert f"the state after step 2 is in {out / 'checkpoints'}: --resume goes on from" in line
+    assert line.endswith("with --on-nan skip without this batch")
+    succeed([*arguments, "--resume"])
+    assert "resumed from step 2" in capsys.readouterr().err
+    assert curve(out) == curve(whole)
 
 
 def test_a_batch_that_spoils_the_loss_is_skipped_on_request(given, tmp_path, capsys, monkeypatch):
@@ -289,6 +301,12 @@ def test_steps_are_profiled_on_request(given, tmp_path):
         (["--seed", "-1"], "seed -1: a number, at least 0"),
         (["--warmup", "1e30"], "warmup 1e+30: a number, at least 0, and below"),
         (["--eval-share", "nan"], "--eval-share nan: at least 0, and below 1"),
+        (["--b2", "0.99999999"], "b2 1: a number, at least 0, and below 1"),
+        (
+            ["--gradient-dtype", "float16"],
+            "gradient_dtype 'float16': allowed are float32, bfloat16",
+        ),
+        (["--gradient-dtype", "bfloat16"], "gradient_dtype 'bfloat16' with dtype 'float32': what"),
         (["--dropout", "1"], "dropout 1: a number, at least 0, and below 1"),
         (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share: one"),
         (["--profile-steps", "7"], "--profile-steps 7: write it as 10-12"),

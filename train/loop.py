@@ -7,6 +7,7 @@ host. Knows no recipe and no model.
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import tempfile
@@ -23,6 +24,7 @@ from train import hardware
 from train.batches import Batches, once
 from train.logs import HELD_OUT, Log
 from train.packing import Rows
+from train.run_folder import CHECKPOINTS
 from train.saving import Checkpoints
 from train.step import State
 
@@ -54,7 +56,7 @@ class Settings:
 
 
 class NotANumber(ValueError):
-    """A loss or gradient that is none; the batch has been saved."""
+    """A loss or gradient that is none; the batch and the state before it have been saved."""
 
 
 @dataclasses.dataclass
@@ -88,22 +90,24 @@ class Loop:
     def go(self, state: State, asked: dict[str, Any]) -> State:
         """Steps until the end, or until a signal has been heard by all processes."""
         settings, end = self.settings, self.steps
+        so_far = sharding.place(np.array(True), "")
         if self.owed:
             self._evaluated(state, asked)
             end = self.position if self.owed else end
         with _profile(settings) as profiled:
             while self.position < end:
-                profiled(self.position, self._all_heard)
+                profiled(self.position, functools.partial(self._all_heard, state))
                 if "signal" in asked and "at" not in asked:
                     notice = _NOTICE if processes.count() > 1 else 1
                     asked["at"] = processes.propose(self.position + notice)
                 end = min(end, asked.get("at") or processes.proposed() or end)
                 batch = next(self.batches)
-                state, report = self.run(state, batch, self.base)
+                state, report = self.run(state, batch, self.base, so_far)
+                so_far = report.finite if settings.on_nan == "stop" else so_far
                 self.position += 1
                 self._waiting.append((self.position, batch, report))
                 while len(self._waiting) > _IN_FLIGHT:
-                    self._hear()
+                    self._hear(state)
                 evaluated = None
                 wanted = _due(self.position, settings.evaluate) or self.position == self.steps
                 # What all processes know, not what one has heard: they evaluate together.
@@ -111,12 +115,15 @@ class Loop:
                     evaluated = self._evaluated(state, asked)
                     end = self.position if self.owed else end
                 if _due(self.position, settings.save) or self.position == end:
-                    self._all_heard()
-                    self.log.keep()  # before what goes on from them
-                    facts = {"position": self.position, "owed": self.owed}
-                    self.checkpoints.save(self.position, state, facts, evaluated)
-            self._all_heard()
+                    self._all_heard(state)
+                    self._save(self.position, state, evaluated)
+            self._all_heard(state)
         return state
+
+    def _save(self, position: int, state: State, loss: float | None = None) -> None:
+        self.log.keep()  # before what goes on from them
+        facts = {"position": position, "owed": self.owed}
+        self.checkpoints.save(position, state, facts, loss)
 
     def stopped(self, asked: dict[str, Any]) -> bool:
         """Whether a process has been asked to end, also after its last step. All call this."""
@@ -126,17 +133,17 @@ class Loop:
         processes.barrier()
         return heard or processes.proposed() is not None
 
-    def _all_heard(self) -> None:
+    def _all_heard(self, state: State) -> None:
         while self._waiting:
-            self._hear()
+            self._hear(state)
 
-    def _hear(self) -> None:
-        """Wait for the oldest step under way, and tell of it."""
+    def _hear(self, state: State) -> None:
+        """Wait for the oldest step under way, and tell of it. state: after the newest."""
         number, batch, report = self._waiting.popleft()
         report = jax.device_get(report)
         self._skipped = 0 if report.finite else self._skipped + 1
         if self._skipped:
-            self._not_a_number(number, batch, report)
+            self._not_a_number(number, batch, report, state)
         now = time.perf_counter()
         seconds, self._told = now - self._told, now
         rate = self.tokens / seconds
@@ -157,7 +164,7 @@ class Loop:
         shown |= {"mfu": f"{figures['mfu']:.0%}"} if "mfu" in figures else {}
         self.log.show(number, **shown)
 
-    def _not_a_number(self, number: int, batch: Any, report: Any) -> None:
+    def _not_a_number(self, number: int, batch: Any, report: Any, state: State) -> None:
         path = self.settings.out / f"batch-{number}.npz"
         whole: dict[str, Any] = {
             field.name: sharding.fetch(getattr(batch, field.name))
@@ -168,14 +175,26 @@ class Loop:
                 np.savez(file, **whole)
         what = f"step {number}: loss {report.metrics.loss}, gradient norm {report.gradient_norm}"
         if self._skipped >= _SKIPPED:
+            saved = self._save_good(self.position, state)
             raise NotANumber(
-                f"{what}, as in the {_SKIPPED - 1} steps before, whose batches are beside {path}: "
-                "lower --learning-rate, or go on from an earlier checkpoint"
+                f"{what}, as in the {_SKIPPED - 1} steps before, whose batches are beside {path}; "
+                f"{saved}: lower --learning-rate in a new run, or go on from an earlier checkpoint"
             )
         if self.settings.on_nan == "skip":
             command.say(f"{what}: skipped, its batch is in {path}")
             return
-        raise NotANumber(f"{what}; the batch is in {path}. --on-nan skip goes on without it")
+        saved = self._save_good(number - 1, state)  # no step after it has changed anything
+        raise NotANumber(
+            f"{what}; the batch is in {path}; {saved}: --resume goes on from there, with "
+            "--on-nan skip without this batch"
+        )
+
+    def _save_good(self, position: int, state: State) -> str:
+        """Save a state that no step without numbers has changed; where it is."""
+        if position == 0:
+            return "no step was taken before it"
+        self._save(position, state)
+        return f"the state after step {position} is in {self.settings.out / CHECKPOINTS}"
 
     def _evaluated(self, state: State, asked: dict[str, Any]) -> float | None:
         """The mean loss over what is held out, which is also told. A signal to a process that is
@@ -183,7 +202,7 @@ class Loop:
         """
         if self.held_out is None:
             return None
-        self._all_heard()
+        self._all_heard(state)
         sums = np.zeros(3)
         for batch in once(self.held_out, self.held_out_rows):
             self.owed = "signal" in asked and processes.count() == 1

@@ -211,7 +211,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         args.cache_dtype,
         args.accumulate,
         adapters,
-        args.gradient_dtype,
+        gradient_dtype=args.gradient_dtype,
     )
 
 
