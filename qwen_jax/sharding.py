@@ -103,14 +103,14 @@ def begin_fetch(x: jax.Array) -> jax.Array:
     wait for it, as `np.asarray` of the result does. All processes must call it.
     """
     if not (x.is_fully_addressable or x.is_fully_replicated):
-        x = _gathered(x)
+        x = _replicated(x)
     x = x if x.is_fully_addressable else x.addressable_data(0)
     x.copy_to_host_async()
     return x
 
 
 @jax.jit
-def _gathered(x: jax.Array) -> jax.Array:
+def _replicated(x: jax.Array) -> jax.Array:
     return jax.reshard(x, P(*[None] * x.ndim))
 
 
