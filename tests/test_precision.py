@@ -162,7 +162,7 @@ def decoding(kernel: str) -> Iterator[Any]:
         given = jax.eval_shape(group, decoder)
         _, _, tree = model.groups(decoder.layers)[0]
         yield model._run_group.trace(*given, tree=tree, attend=attend).jaxpr
-        yield model._logits.trace(given[0], decoder.output).jaxpr
+        yield jax.make_jaxpr(model.logits)(given[0], decoder.output)
 
 
 def merging() -> Any:

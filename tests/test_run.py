@@ -61,10 +61,10 @@ def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
     out = tmp_path / "run"
     hear = loop.Loop._hear
 
-    def stopped(self: Any) -> None:
+    def stopped(self: Any, state: Any) -> None:
         if self._waiting[0][0] == 11:
             raise RuntimeError("stopped")
-        hear(self)
+        hear(self, state)
 
     extra = ("--eval-every", 6, "--eval-data", given / "text.txt")
     with monkeypatch.context() as patch:
