@@ -85,14 +85,13 @@ def convert(args: argparse.Namespace) -> None:
     if (plan.target / checkpoint.MANIFEST).exists() and args.verify:
         verify(_as_stored(plan, args.dtype))
         return
-    copy(plan)
-    if args.verify:
-        verify(plan)
-    if processes.index() == 0:
-        shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
-        checkpoint.write_manifest(plan.target, shapes, **plan.facts)
-        target.end(plan.target)
-    processes.barrier()
+    with target.alone(plan.target):
+        copy(plan)
+        if args.verify:
+            verify(plan)
+        if processes.index() == 0:
+            checkpoint.finish(plan.target, plan.leaves, plan.facts)
+        processes.barrier()
     command.say(f"{plan.target} is complete")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
-from qwen_jax import directory, lora, paths, processes, sharding
+from qwen_jax import directory, lock, lora, paths, processes, sharding
 from qwen_jax.lora import Adapters
 from qwen_jax.model import Decoder
 from qwen_jax.weights import Weight, map_leaves, named_leaves
@@ -58,10 +58,10 @@ def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
         **settings,
     }
     if processes.index() == 0:
-        paths.make_folder(folder)
-        with paths.draft(folder / TENSORS) as draft:
-            save_file(tensors, str(draft), {"format": "pt"})
-        directory.write_json(folder / SETTINGS, said)
+        with lock.alone(folder):
+            with paths.draft(folder / TENSORS) as draft:
+                save_file(tensors, str(draft), {"format": "pt"})
+            directory.write_json(folder / SETTINGS, said)
     processes.barrier()
 
 

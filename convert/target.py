@@ -1,7 +1,8 @@
 """What both converters do around the copying: the folder written to.
 
 A target in work holds `unfinished.json`, which says what is being made of what. The same command
-finds it and continues; another one is refused. It goes when the target is complete.
+finds it and continues; another one is refused. It goes when the target is complete. While a command
+is at work in it, any other is refused (`alone`), the same one too.
 """
 
 import errno
@@ -11,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import command, paths
+from qwen_jax import command, lock, paths, processes
 from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
 from qwen_jax.config import read_json
-from qwen_jax.directory import carry
+from qwen_jax.directory import carry, names, remove_drafts
 
 
 def check_apart(source: Path, target: Path) -> None:
@@ -28,22 +29,42 @@ def is_unfinished(target: Path) -> bool:
     return (target / UNFINISHED).exists()
 
 
-def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether `target` holds unfinished work of the same command; writes nothing.
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """With no other program at work in `target`; of several processes the first speaks for all.
 
-    Raises ValueError when it holds anything else.
+    Raises ValueError for what is no folder, or a finished directory, and `lock.Busy`.
     """
-    if not target.exists():
-        return False
-    if not target.is_dir():
+    if processes.index():
+        yield
+        return
+    _check_unfinished(target)
+    try:
+        with lock.alone(target):
+            yield
+    except lock.Busy as error:
+        hint = "processes that share one conversion take --distributed"
+        raise lock.Busy(f"{error} ({hint})") from None
+
+
+def _check_unfinished(target: Path) -> None:
+    if target.exists() and not target.is_dir():
         raise ValueError(f"{target} exists and is not a folder: choose another place")
     if (target / MANIFEST).exists():
         raise ValueError(
             f"{target} is a finished model directory: choose another place, or add --verify to "
             "compare it with its source"
         )
+
+
+def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether `target` holds unfinished work of the same command; writes nothing.
+
+    Raises ValueError when it holds anything else.
+    """
+    _check_unfinished(target)
     if not is_unfinished(target):
-        if {file.name for file in target.iterdir()} - {f"{UNFINISHED}.tmp"}:
+        if names(target):
             raise ValueError(
                 f"{target} exists and is neither empty nor unfinished work of this command: choose "
                 "another place, or remove it"
@@ -89,6 +110,7 @@ def begin(
 
     Raises ValueError when the `needed` bytes have no room.
     """
+    remove_drafts(target)
     check_space(target, needed)
     if resumed:
         command.say(f"continuing: {command.size(done)} of {command.size(done + needed)} are there")

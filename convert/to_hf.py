@@ -26,7 +26,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, target
-from qwen_jax import checkpoint, command, paths, processes, store
+from qwen_jax import checkpoint, command, directory, paths, processes, store
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -107,12 +107,14 @@ def convert(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
-    copy(plan)
-    if args.verify:
-        verify(plan)
-    if processes.index() == 0:
-        target.end(plan.target)
-    processes.barrier()
+    with target.alone(plan.target):
+        copy(plan)
+        if args.verify:
+            verify(plan)
+        if processes.index() == 0:
+            check_sizes(plan)
+            target.end(plan.target)
+        processes.barrier()
     command.say(f"{plan.target} is complete")
 
 
@@ -206,24 +208,18 @@ Job = tuple[int, Callable[[], None]]
 def _jobs(plan: Plan, file: str, resumed: bool) -> tuple[int, list[Job]]:
     """The bytes of a file that are there already, and what is left to do, in order."""
     whole = plan.target / file
+    # Not a draft of this process's own: what a stopped export left is gone on with. Nobody ever
+    # shortens it, so that two exports, where no lock could keep them apart, write the same bytes.
     draft = whole.with_name(f"{file}.tmp")
-    shapes = {name: plan.wanted[name].shape for name in plan.shards[file]}
-    head = folder.header(shapes, plan.dtype)
-    bands = [
-        band
-        for name in shapes
-        for part in plan.wanted[name].parts
-        for band in plan.leaves[part.path].bands()
-    ]
-    sizes = [band.rows * band.row_elements * folder.ITEM_BYTES[plan.dtype] for band in bands]
-    if whole.exists():
+    head, bands, sizes = _layout(plan, file)
+    if whole.exists() and paths.size(whole) == len(head) + sum(sizes):
         return sum(sizes), []
     if paths.is_remote(whole):  # cannot be appended to: a file is one piece of work
         return 0, [(sum(sizes), functools.partial(_upload, plan, whole, head, bands))]
     written = draft.stat().st_size if resumed and draft.exists() else 0
     jobs: list[Job] = []
     if written < len(head):
-        jobs.append((0, functools.partial(_bytes, draft, head)))
+        jobs.append((0, functools.partial(_begin, draft, head)))
     done, position = 0, len(head)
     for band, size in zip(bands, sizes, strict=True):
         if position + size <= written:
@@ -235,12 +231,41 @@ def _jobs(plan: Plan, file: str, resumed: bool) -> tuple[int, list[Job]]:
     return done, jobs
 
 
-def _bytes(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
+def _layout(plan: Plan, file: str) -> tuple[bytes, list[store.Band], list[int]]:
+    """What a file consists of: its header, then bands of so many bytes each."""
+    shapes = {name: plan.wanted[name].shape for name in plan.shards[file]}
+    bands = [
+        band
+        for name in shapes
+        for part in plan.wanted[name].parts
+        for band in plan.leaves[part.path].bands()
+    ]
+    sizes = [band.rows * band.row_elements * folder.ITEM_BYTES[plan.dtype] for band in bands]
+    return folder.header(shapes, plan.dtype), bands, sizes
 
 
-def _rename(file: Path, name: Path) -> None:
-    file.rename(name)
+def check_sizes(plan: Plan) -> None:
+    """Raise ValueError unless every file of tensors is there with its full size."""
+    wanted = {}
+    for file in plan.shards:
+        head, _, sizes = _layout(plan, file)
+        wanted[file] = len(head) + sum(sizes)
+    files = [plan.target / file for file in wanted]
+    found = {file.name: paths.size(file) for file in files if file.exists()}
+    if problems := directory.differences(found, wanted):
+        raise ValueError(
+            f"{plan.target} was not written as it should be: {problems}; write it again"
+        )
+
+
+def _begin(file: Path, content: bytes) -> None:
+    file.touch()
+    with open(file, "r+b") as stream:
+        stream.write(content)
+
+
+def _rename(draft: Path, whole: Path) -> None:
+    draft.replace(whole)
 
 
 def _upload(plan: Plan, file: Path, head: bytes, bands: list[store.Band]) -> None:

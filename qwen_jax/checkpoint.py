@@ -10,14 +10,14 @@ cut, and nothing else: what was saved on one is restored on any other, by any nu
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import paths, store
+from qwen_jax import lock, paths, store
 from qwen_jax.config import Config, read_json
 from qwen_jax.directory import (
     CONFIG,
@@ -35,6 +35,8 @@ from qwen_jax.directory import (
     existing,
     file_sizes,
     mismatch,
+    names,
+    remove_drafts,
     verify_whole,
     write_json,
     write_manifest,
@@ -56,6 +58,7 @@ __all__ = [
     "UNFINISHED",
     "CheckpointError",
     "check_shapes",
+    "finish",
     "load",
     "load_config",
     "load_generation_config",
@@ -165,13 +168,14 @@ def save(
 
     Without its manifest, which comes last, nothing that was written counts: remains of a save that
     was stopped are never read, and are removed by the next one. Raises CheckpointError where `path`
-    holds anything else: an earlier directory is never touched.
+    holds anything else: an earlier directory is never touched. Raises `lock.Busy` while another
+    program writes there.
     """
     root = paths.absolute(path)
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
-    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    held = contextlib.ExitStack()
     facts = {
         "made_by": SAVED_BY,
         "dtype": next(iter(leaves.values())).dtype,
@@ -180,6 +184,8 @@ def save(
     }
 
     def begin() -> None:
+        _refuse_whole(root)
+        held.enter_context(lock.alone(root))
         _clear(root)
         files = [] if like is None else [file.name for file in carried(existing(like))]
         write_json(root / UNFINISHED, {**facts, "files": [*files, CONFIG]})
@@ -194,20 +200,23 @@ def save(
             for job in jobs:
                 job.result()
 
-    def end() -> None:
-        wanted = store.chunk_files(leaves)
-        found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
-        if problems := differences(found, {f"{PARAMS}/{n}": wanted[n] for n in wanted}):
-            raise CheckpointError(
-                f"{root} was not written as it should be: {problems}; save it again"
-            )
-        write_manifest(root, shapes, **facts)
-        (root / UNFINISHED).unlink()
-
-    with _one_line(root, "written"):
+    with _one_line(root, "written"), held:
         _together(begin, alone=True)
         _together(write)
-        _together(end, alone=True)
+        _together(lambda: finish(root, leaves, facts), alone=True)
+
+
+def finish(root: Path, leaves: Mapping[str, store.Leaf], facts: Mapping[str, Any]) -> None:
+    """Declare a directory whole that has every chunk of these leaves; facts: see `write_manifest`.
+
+    Raises CheckpointError where a chunk is missing or has another size, or a file is too many.
+    """
+    wanted = store.chunk_files(leaves)
+    found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
+    if problems := differences(found, {f"{PARAMS}/{n}": wanted[n] for n in wanted}):
+        raise CheckpointError(f"{root} was not written as it should be: {problems}; write it again")
+    write_manifest(root, {name: leaf.shape for name, leaf in leaves.items()}, **facts)
+    (root / UNFINISHED).unlink()
 
 
 def _pieces(
@@ -252,25 +261,28 @@ def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:
     return dict(place.mesh.shape) if isinstance(place, NamedSharding) else {}
 
 
-def _clear(root: Path) -> None:
-    """An empty folder; what a save left that was stopped is removed, and nothing else."""
+def _refuse_whole(root: Path) -> None:
     if (root / MANIFEST).exists():
         raise CheckpointError(
             f"{root} is a whole model directory already: save to another place, or remove it first"
         )
-    paths.make_folder(root)
-    names = {file.name for file in root.iterdir()} if root.exists() else set()
-    names -= {f"{UNFINISHED}.tmp"}
-    stopped = read_json(root / UNFINISHED) if UNFINISHED in names else {}
+
+
+def _clear(root: Path) -> None:
+    """An empty folder; what a save left that was stopped is removed, and nothing else."""
+    _refuse_whole(root)
+    found = names(root)
+    stopped = read_json(root / UNFINISHED) if UNFINISHED in found else {}
     left: set[str] = set()
     if stopped.get("made_by") == SAVED_BY:
         files = {*stopped.get("files", []), MANIFEST}
-        left = names & {*files, *(f"{name}.tmp" for name in files), PARAMS}
-        names -= left | {UNFINISHED}
-    if names:
+        left = found & {*files, *(f"{name}.tmp" for name in files), PARAMS}
+        found -= left | {UNFINISHED}
+    if found:
         raise CheckpointError(
-            f"{root} holds {sorted(names)[0]}, which no save left there: save to an empty place"
+            f"{root} holds {sorted(found)[0]}, which no save left there: save to an empty place"
         )
+    remove_drafts(root)
     # Its mark is written over, so that a kill here leaves what can be removed again.
     for name in left - {PARAMS}:
         (root / name).unlink()
@@ -316,7 +328,7 @@ def _one_line(root: Path, what: str) -> Iterator[None]:
     """TensorStore reports trouble in many ways; here it is one."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, lock.Busy):
         raise
     except (OSError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())[:300]

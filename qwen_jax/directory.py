@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import paths
+from qwen_jax import lock, paths
 from qwen_jax.config import read_json
 
 CONFIG = "config.json"
@@ -159,6 +159,20 @@ def carry(source: Path, target: Path) -> None:
     """Copy what is `carried`, byte for byte."""
     for file in carried(source):
         paths.copy(file, target / file.name)
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder, but for the lock of who works there, and what is left of drafts."""
+    found = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    left = {file.name for file in folder.glob(paths.DRAFTS)} | {f"{UNFINISHED}.tmp"}
+    return found - left - {lock.NAME}
+
+
+def remove_drafts(root: Path) -> None:
+    """Remove the drafts that writers which were killed have left in a model directory."""
+    if not paths.is_remote(root):
+        for file in [*root.glob(paths.DRAFTS), *(root / PARAMS).rglob("*.tmp")]:
+            file.unlink()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 A local path is a `pathlib.Path`, and what is done with it is done as directly as the system allows.
 `gs://...` is an `etils.epath.Path`, which has the same methods: names, `exists`, `is_dir`, `glob`,
-`iterdir`, `read_text`, `read_bytes`, `unlink`. For the rest there are functions here. An object
-appears whole or not at all, so it needs no draft that is renamed; it cannot be appended to.
+`iterdir`, `read_text`, `read_bytes`, `unlink`. For the rest there are functions here. A local file
+is written as a draft, which gets its name when it is whole; an object appears whole or not at all,
+and needs none. It cannot be appended to.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
+DRAFTS = f"*.{'[0-9a-f]' * 8}.tmp"  # a pattern of the names of drafts
 _PART = 16 * 2**20  # bytes of an upload that are sent at a time
 
 
@@ -108,6 +110,9 @@ def sizes(root: Path) -> dict[str, int]:
 def draft(path: Path) -> Iterator[Path]:
     """An empty local file, which becomes the file at `path`, local or remote, when this ends
     without exception.
+
+    No other writer, of this program or another, has a draft of that name: each writes one of its
+    own, and the last to end gives the file its content. A writer that is killed leaves its draft.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -131,17 +136,25 @@ def write(path: Path, data: bytes) -> None:
     if is_remote(path):
         _objects().pipe_file(str(path), data)
         return
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_bytes(data)
-    draft.replace(path)
+    with draft(path) as own:
+        own.write_bytes(data)
 
 
 def copy(source: Path, target: Path) -> None:
     """Copy a small file."""
-    if is_remote(source) or is_remote(target):
-        write(target, source.read_bytes())
-    else:
-        shutil.copyfile(source, target)
+    write(target, source.read_bytes())
+
+
+def create(path: Path, data: bytes) -> None:
+    """Write a small object unless there is one of that name: FileExistsError."""
+    _objects().pipe_file(str(path), data, mode="create")
+
+
+def remove_generation(path: Path, generation: int) -> None:
+    """Remove an object unless it has been written again since (`stamp`), or is gone."""
+    bucket, _, key = str(path).removeprefix("gs://").partition("/")
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        _objects().call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
 
 
 def upload(source: Path, target: Path) -> None:
@@ -205,7 +218,7 @@ def reader(path: Path) -> Iterator[int | Object]:
 
 @contextlib.contextmanager
 def writer(path: Path) -> Iterator[int | Upload]:
-    """To write from front to back: the descriptor of a local draft, or an Upload.
+    """To write from front to back: the descriptor of a `draft`, or an Upload.
 
     The file has its name when this ends without an exception: what has its name is complete.
     """
@@ -218,10 +231,8 @@ def writer(path: Path) -> Iterator[int | Upload]:
             raise
         upload.finish()
         return
-    draft = path.with_name(f"{path.name}.tmp")
-    with open(draft, "wb", buffering=0) as file:
+    with draft(path) as own, open(own, "r+b", buffering=0) as file:
         yield file.fileno()
-    draft.replace(path)
 
 
 def read(path: Path, offset: int, count: int) -> bytes:

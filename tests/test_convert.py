@@ -8,18 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
 from pathlib import Path
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import copying, folder, from_hf, names, to_hf
-from qwen_jax import checkpoint, store
+from convert import copying, folder, from_hf, names, peft, to_hf
+from qwen_jax import checkpoint, lock, lora, meshes, paths, store
+from qwen_jax import model as model_
 from qwen_jax.presets import PRESETS
 from tests.conversion import (
     GOLDEN,
@@ -34,8 +36,11 @@ from tests.conversion import (
     tensors,
     there,
 )
-from tests.tools.make_checkpoint import PRESETS as HF_PRESETS
+from tests.launch import environment
+from tests.programs.stopped import BLOCK, stopping
 from tests.tools.make_checkpoint import make_checkpoint
+
+STOPPED = "tests/programs/stopped.py"
 
 
 @pytest.fixture
@@ -49,20 +54,6 @@ def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "golden"
     there(GOLDEN, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """330 MB: converting takes long enough to be stopped in the middle."""
-    config = HF_PRESETS["tiny"] | {
-        "hidden_size": 512,
-        "num_attention_heads": 4,
-        "kv_channels": 128,
-        "num_hidden_layers": 6,
-        "intermediate_size": 2752,
-        "vocab_size": 151936,
-    }
-    return make_checkpoint(tmp_path_factory.mktemp("large") / "hf", config)
 
 
 # Round trips
@@ -230,65 +221,165 @@ def test_verify_of_an_export_finds_a_flipped_bit(tmp_path, model, monkeypatch, c
 # Stopped and continued
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, f"convert/{script}.py", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+BLOCKS = 60  # of 4 kB, of about 190: copied when a command is stopped, whichever files they are of
 
 
-def stop_midway(
-    script: str, source: Path, out: Path, number: signal.Signals, begun: Callable[[], bool]
-) -> tuple[int, str]:
-    """Run a converter and send it a signal once `begun()`; again if it was faster than that."""
-    for _ in range(5):
-        process = start(script, source, out)
-        while process.poll() is None and not begun():
-            time.sleep(0.001)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        if (out / "unfinished.json").exists():
-            return process.returncode, err
-        shutil.rmtree(out)
-    raise AssertionError("the converter was never caught at work")
+def stopped(
+    command: str, source: Path, out: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter that is stopped after so many blocks: killed, or by Ctrl-C."""
+    where = "convert.copying:_check_stop"
+    if how == "kill":
+        arguments = [STOPPED, where, BLOCKS, "-", f"convert.{command}", source, out]
+        ran = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment())
+        assert ran.returncode == -signal.SIGKILL
+        return
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+        copying._stop.wait()  # which the main thread sets; until then this one writes no more
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "BLOCK_BYTES", BLOCK)
+        stopping(where, BLOCKS, interrupt, patch.setattr)
+        assert {"from_hf": from_hf, "to_hf": to_hf}[command].main([str(source), str(out)]) == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_conversion_continues(tmp_path, large, number, capfd):
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_a_stopped_conversion_continues(tmp_path, how, monkeypatch, capfd):
     out = tmp_path / "model"
-    begun = (out / "params").glob
-    code, err = stop_midway("from_hf", large, out, number, lambda: any(begun("embedding/0.0")))
-    assert code == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in err
+    stopped("from_hf", GOLDEN, out, how, monkeypatch)
+    assert (out / lock.NAME).exists() == (how == "kill"), "what a killed one leaves"
     with pytest.raises(ValueError, match="unfinished conversion"):
         checkpoint.load(out)
-    assert from_hf.main([str(large), str(out), "--dtype", "float32"]) == 1
-    assert "unfinished work of another command (dtype was 'bfloat16')" in last_line(capfd)
-    first = (out / "params/embedding/0.0").stat().st_mtime_ns
-    there(large, out)
+    assert from_hf.main([str(GOLDEN), str(out), "--dtype", "bfloat16"]) == 1
+    assert "unfinished work of another command (dtype was 'float32')" in last_line(capfd)
+    there_already = [f for f in (out / "params").glob("*/*") if f.suffix != ".tmp"]
+    written = {f: f.stat().st_mtime_ns for f in there_already if f.name[0].isdecimal()}
+    assert 0 < len(written) < 45
+    there(GOLDEN, out)
     assert "continuing: " in capfd.readouterr().err
-    assert (out / "params/embedding/0.0").stat().st_mtime_ns == first
-    there(large, tmp_path / "whole")
+    assert {f: f.stat().st_mtime_ns for f in written} == written
+    there(GOLDEN, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_export_continues(tmp_path, large, number, capfd):
-    there(large, tmp_path / "model")
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_a_stopped_export_continues(tmp_path, model, how, monkeypatch, capfd):
     out = tmp_path / "hf"
-    draft = out / "model.safetensors.tmp"
-    stop_midway(
-        "to_hf",
-        tmp_path / "model",
-        out,
-        number,
-        lambda: draft.exists() and draft.stat().st_size > 1e8,
-    )
+    stopped("to_hf", model, out, how, monkeypatch)
+    assert (out / "model.safetensors.tmp").exists()
     assert from_hf.main([str(out), str(tmp_path / "other")]) == 1
     assert "is an unfinished export" in last_line(capfd)
-    back(tmp_path / "model", out, "--verify")
+    back(model, out, "--verify")
     told = re.search(r"continuing: (\S+) .B of", capfd.readouterr().err)
     assert told and float(told[1]) > 0
-    assert same(tensors(large), tensors(out))
-    assert {f.name for f in out.iterdir()} == {f.name for f in large.iterdir()}
+    assert same(tensors(GOLDEN), tensors(out))
+    whole = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {f.name for f in out.iterdir()} == whole
+
+
+# Two programs, one target
+
+
+def others_refused(out: Path, model: Path, capfd: Any) -> None:
+    """Whatever would write to `out` besides ends with a line."""
+    for main, arguments in (
+        (from_hf.main, [GOLDEN, out]),
+        (from_hf.main, [GOLDEN, out, "--dtype", "bfloat16"]),
+        (to_hf.main, [model, out]),
+    ):
+        capfd.readouterr()
+        assert main([str(x) for x in arguments]) == 1
+        assert re.search(BUSY.format(out), last_line(capfd))
+    config, decoder = checkpoint.load_config(model), checkpoint.load(model)
+    with pytest.raises(lock.Busy, match=BUSY.format(out)):
+        checkpoint.save(out, config, decoder)
+    with pytest.raises(lock.Busy, match=BUSY.format(out)):
+        peft.write(out, small_adapters(decoder))
+
+
+BUSY = (
+    rf"{{}}: process {os.getpid()} on \S+ has been at work there since .* UTC: wait for it or stop"
+)
+
+
+def small_adapters(decoder: Any) -> Any:
+    with meshes.entered(meshes.make()):
+        stacked, groups = model_.stack(decoder), peft.targets(["c_attn"], 3)
+        return lora.create(stacked, groups, 2, 4.0, jax.random.key(0))
+
+
+@pytest.mark.parametrize("first", ["from_hf", "to_hf", "save", "adapter"])
+def test_a_second_writer_is_refused(tmp_path, model, first, monkeypatch, capfd):
+    """In the middle of a file of the first, which ends as if nothing had been."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    config, decoder = checkpoint.load_config(model), checkpoint.load(model)
+    run, where = {
+        "from_hf": (lambda path: there(GOLDEN, path), "convert.copying:_copy"),
+        "to_hf": (lambda path: back(model, path), "convert.copying:_copy"),
+        "save": (
+            lambda path: checkpoint.save(path, config, decoder),
+            "qwen_jax.store:write_shards",
+        ),
+        "adapter": (
+            lambda path: peft.write(path, small_adapters(decoder)),
+            "convert.peft:save_file",
+        ),
+    }[first]
+    run(alone)
+    tried = []
+    with monkeypatch.context() as patch:
+        attempt = lambda: tried.append(others_refused(out, model, capfd))  # noqa: E731
+        stopping(where, 1 if first == "adapter" else 5, attempt, patch.setattr)
+        run(out)
+    assert len(tried) == 1
+    left, right = contents(out), contents(alone)
+    if first == "save":  # its manifest has an id
+        assert left.pop("manifest.json") != right.pop("manifest.json")
+    assert left == right
+
+
+def test_each_writer_has_a_draft_of_its_own(tmp_path):
+    """Where no lock could keep them apart, what gets its name is whole all the same."""
+    file = tmp_path / "0.0"
+    with paths.writer(file) as first:
+        os.write(first, b"aaa")
+        with pytest.raises(ZeroDivisionError), paths.writer(file) as second:
+            os.write(second, b"b")
+            raise ZeroDivisionError
+        os.write(first, b"a")
+        with paths.writer(file) as third:
+            os.write(third, b"cccc")
+        assert file.read_bytes() == b"cccc"
+        paths.write(file, b"dddd")
+    assert file.read_bytes() == b"aaaa" and [*tmp_path.iterdir()] == [file]
+
+
+def test_an_export_takes_nothing_away_from_another(tmp_path):
+    """Where no lock could keep them apart, and the second found no file when it looked."""
+    (tmp_path / "draft").write_bytes(b"headtensors")
+    to_hf._begin(tmp_path / "draft", b"head")
+    assert (tmp_path / "draft").read_bytes() == b"headtensors"
+
+
+@pytest.mark.parametrize("command", ["from_hf", "to_hf"])
+def test_sizes_are_compared_at_the_end(tmp_path, model, command, monkeypatch, capfd):
+    """Of a file that was cut short behind the converter's back nothing is declared whole."""
+    main, source = {"from_hf": (from_hf.main, GOLDEN), "to_hf": (to_hf.main, model)}[command]
+    out, run = tmp_path / "out", copying.run
+
+    def run_and_cut(*arguments: Any, **more: Any) -> None:
+        run(*arguments, **more)
+        file = next(out.glob("params/head/0.0" if command == "from_hf" else "*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-4])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "run", run_and_cut)
+        assert main([str(source), str(out)]) == 1
+    assert re.search(r"was not written as it should be: \S+ has [\d,]+ bytes", last_line(capfd))
+    assert (out / "unfinished.json").exists() and not (out / "manifest.json").exists()
+    assert main([str(source), str(out), "--verify"]) == 0
 
 
 def test_changed_source_is_not_continued(tmp_path, source, capfd, monkeypatch):

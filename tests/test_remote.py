@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -23,12 +24,13 @@ from jax._src import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
 import qwen_jax
-from convert import peft
+from convert import from_hf, peft
 from qwen_jax import (
     checkpoint,
     command,
     generate,
     inspect_checkpoint,
+    lock,
     lora,
     model,
     paths,
@@ -38,6 +40,7 @@ from qwen_jax import (
 from qwen_jax.checkpoint import CheckpointError
 from tests import training
 from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, there
+from tests.programs.stopped import stopping
 from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.tiny import tiny_config
 from tests.tools import object_store
@@ -359,14 +362,53 @@ def test_a_conversion_continues(bucket, tmp_path, capfd):
     assert paths.stamp(root / "params" / "embedding" / "0.0") == kept
 
 
-@pytest.mark.parametrize(("where", "count"), [("store.write_shards", 9), ("store.write_shards", 1)])
-def test_killed_while_saving(bucket, where, count):
-    command = [sys.executable, "-c", STOPPED, f"{bucket}/m", where, str(count)]
+def test_killed_while_saving(bucket):
+    """Of this machine, so that its lock is known to be left behind."""
+    command = [sys.executable, "-c", STOPPED, f"{bucket}/m", "store.write_shards", "9"]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert (paths.parse(f"{bucket}/m") / lock.NAME).exists()
     with pytest.raises(CheckpointError, match="a save that was stopped before its end"):
         checkpoint.load(f"{bucket}/m")
     decoder = save_on(f"{bucket}/m", mesh_of(2, 2))
     assert same(arrays(checkpoint.load(f"{bucket}/m")), arrays(decoder))
+    assert not (paths.parse(f"{bucket}/m") / lock.NAME).exists()
+
+
+def test_a_second_writer_is_refused(bucket, monkeypatch, capfd):
+    """In the middle of the first, which goes on to its end; with what to do, should it be gone."""
+    root, tried = paths.parse(f"{bucket}/m"), []
+
+    def others() -> None:
+        assert from_hf.main([str(GOLDEN), str(root)]) == 1
+        tried.append(last_line(capfd))
+        with pytest.raises(lock.Busy):
+            save_on(root, mesh_of(1, 1))
+
+    stopping("convert.copying:import_band", 5, others, monkeypatch.setattr)
+    there(GOLDEN, root)
+    assert f"{root}: process {os.getpid()} on {socket.gethostname()} has been at work" in tried[0]
+    assert f"remove its lock: gcloud storage rm {root}/{lock.NAME} (" in tried[0]
+    checkpoint.verify_whole(root)
+    assert lock.NAME not in paths.sizes(root)
+
+
+def test_a_lock_of_another_machine(bucket):
+    """It may live: only a person can tell. Two that find one left behind do not both take it."""
+    file = paths.parse(f"{bucket}/m") / lock.NAME
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = lock._me() | {"pid": gone.pid}
+    paths.create(file, json.dumps(left | {"machine": "other"}).encode())
+    with pytest.raises(lock.Busy, match=f"process {gone.pid} on"), lock.alone(file.parent):
+        pass
+    first = paths.stamp(file)[1]
+    paths.write(file, json.dumps(left).encode())
+    paths.remove_generation(file, first)  # by who has seen another lock there
+    with pytest.raises(FileExistsError):
+        paths.create(file, b"{}")
+    with lock.alone(file.parent):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert not file.exists()
 
 
 UPLOAD = """
@@ -414,7 +456,7 @@ def test_what_others_write_is_seen(bucket):
 
 
 def test_arguments_that_cannot_be(tmp_path, capfd, monkeypatch):
-    from convert import from_hf, to_hf
+    from convert import to_hf
 
     assert from_hf.main([str(GOLDEN), "s3://bucket/m"]) == 1
     assert "s3://bucket/m: only local paths and gs://BUCKET/... can be used" in last_line(capfd)

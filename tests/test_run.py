@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +412,8 @@ def test_two_runs_in_one_folder_at_a_time(given, tmp_path, capsys):
     arguments = pretraining(given, tmp_path, "--steps", 1)
     with run_folder.alone(tmp_path):
         before = list(tmp_path.iterdir())
-        assert f"{tmp_path}: another run is at work there" in fail(capsys, arguments, pretrain)
+        line = fail(capsys, arguments, pretrain)
+        assert f"{tmp_path}: process {os.getpid()} on {socket.gethostname()} has been at" in line
         assert list(tmp_path.iterdir()) == before
     succeed(arguments)
 

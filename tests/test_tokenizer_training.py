@@ -61,3 +61,15 @@ def test_an_earlier_one_is_never_overwritten(tmp_path, capsys):
     learned(tmp_path, 300)
     arguments = ["--data", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "qwen.tiktoken")]
     assert "exists: give another --out" in fail(capsys, arguments, tokenizer)
+
+
+def test_two_at_a_time_do_not_write_one_file(tmp_path, capsys, monkeypatch):
+    def again(*_: object) -> dict[bytes, int]:
+        assert "has been at work there since" in fail(capsys, arguments, tokenizer)
+        return {b"a": 0}
+
+    out = tmp_path / "qwen.tiktoken"
+    arguments = ["--data", "none.txt", "--out", str(out)]
+    monkeypatch.setattr(tokenizer, "learn", again)
+    succeed(arguments, tokenizer)
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen.tiktoken"]

@@ -1,12 +1,11 @@
 """The folder of a run: whose it is, and that one run at a time works in it. Knows no model."""
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import command, directory, paths, processes
+from qwen_jax import command, directory, lock, paths, processes
 
 FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
 RESULTS = MODEL, ADAPTER = "model", "adapter"
@@ -15,22 +14,16 @@ _RUN, _LOCK = "run.json", "run.lock"
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """With the folder made, and no other run in it, as far as process 0 of each can tell. A lock
-    ends with its process, however that ends; where a file system has none, there is none.
+    """With the folder made, and no other run in it, as far as process 0 of each can tell. Raises
+    `lock.Busy`.
     """
     paths.check_name(out)
-    if processes.index() or paths.is_remote(out):
+    if processes.index():
         yield
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out an empty or new folder")
-    paths.make_folder(out)
-    with open(out / _LOCK, "a", encoding="utf-8") as lock:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{out}: another run is at work there") from None
+    with lock.alone(out, out / _LOCK):
         yield
 
 

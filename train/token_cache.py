@@ -7,7 +7,6 @@ encoded. It appears whole or not at all. Knows no batches.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_jax import paths, processes
+from qwen_jax import lock, paths, processes
 from qwen_jax.tokenizer import Tokenizer
 from train import records
 from train.loss import IGNORED
@@ -83,13 +82,12 @@ def appear(folder: Path, whole: Callable[[Path], bool], fill: Callable[[Path], A
     not at all. Processes of one host wait for the one that makes it.
     """
     home = folder.parent
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home / f"{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
-        if whole(folder):
-            return
-        if folder.exists():
+    with lock.alone(folder, home / f"{folder.name}.lock", wait=True):
+        # In this order: where the lock holds for one host alone, another may be just giving it.
+        if folder.exists() and not whole(folder):
             shutil.rmtree(folder)
+        if folder.exists():
+            return
         host = socket.gethostname()  # over NFS, the lock may hold for this host alone
         for left in home.glob(f"{folder.name}.*@{host}.tmp"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)

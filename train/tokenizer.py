@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from qwen_jax import command, paths
+from qwen_jax import command, lock, paths
 from qwen_jax.texts import check_whole, described
 from qwen_jax.tokenizer import PATTERN
 
@@ -49,14 +49,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
-    from train import data, records
-
     if args.size <= _BYTES:
         raise command.UsageError(f"--size {args.size}: the {_BYTES} bytes alone are tokens")
     if args.size > _MOST:
         raise command.UsageError(f"--size {args.size}: {_MOST:,} at most")
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists: give another --out, or remove it")
+    with lock.alone(args.out, args.out.with_name(f"{args.out.name}.lock")):
+        if args.out.exists():
+            raise ValueError(f"{args.out} exists: give another --out, or remove it")
+        _learn(args)
+
+
+def _learn(args: argparse.Namespace) -> None:
+    from train import data, records
 
     def texts() -> Iterator[str]:
         for file in records.files(args.data):

@@ -11,14 +11,12 @@ import datetime
 import itertools
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import command
+from qwen_jax import command, lock, paths
 
 _EXAMPLES = """\
 On a machine with the device that is to be measured, and with nothing else running on it:
@@ -329,28 +327,22 @@ def _text(line: dict[str, Any]) -> str:
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Put lines into a table, sorted; those with the keys of a new one make room for it."""
+    """Put lines into a table, sorted; those with the keys of a new one make room for it. What
+    several programs write at the same time is all there.
+    """
     from qwen_jax.kernels import choice
 
     def key(line: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(line[x] for x in choice.KEYS)
 
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        kept = []
-    table = {key(line): line for line in [*kept, *lines]}
-    rows = ",\n".join(f"  {json.dumps(table[x])}" for x in sorted(table))
-    text = f"[\n{rows}\n]\n" if table else "[]\n"
-    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with lock.alone(path, path.with_name(f"{path.name}.lock"), wait=True):
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            kept = []
+        table = {key(line): line for line in [*kept, *lines]}
+        rows = ",\n".join(f"  {json.dumps(table[x])}" for x in sorted(table))
+        paths.write(path, (f"[\n{rows}\n]\n" if table else "[]\n").encode())
 
 
 if __name__ == "__main__":

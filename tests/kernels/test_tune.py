@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import attention, verdicts
+from qwen_jax import attention, lock, paths, verdicts
 from qwen_jax.kernels import choice, flash_hopper, flash_tpu, timing, tune
 from qwen_jax.kernels.timing import Case
 
@@ -63,6 +63,20 @@ def test_writing_replaces_and_sorts(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
     tune.write(path, [])
     assert json.loads(path.read_text()) == table
+
+
+def test_no_line_of_another_program_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody else reads the table between this program's reading and writing."""
+    path, write = tmp_path / "table.json", paths.write
+
+    def while_writing(*arguments: Any) -> None:
+        with pytest.raises(lock.Busy), lock.alone(path, tmp_path / "table.json.lock"):
+            pass
+        write(*arguments)
+
+    monkeypatch.setattr(paths, "write", while_writing)
+    tune.write(path, [line("a", 512)])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch):

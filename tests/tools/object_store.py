@@ -1,6 +1,7 @@
 """A stand-in of Google Cloud Storage on this machine, for the real clients: gcsfs, TensorStore."""
 
 import contextlib
+import http
 import socket
 import subprocess
 import sys
@@ -48,26 +49,50 @@ def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"the stand-in does not answer: {log.read_text()}")
 
 
-def _tell_generations() -> None:
+def _heed_generations() -> None:
     """The stand-in does not say which generation of an object it sends, without which TensorStore
-    cannot read an object twice, as Orbax's checkpoints do: here it does.
+    cannot read an object twice, as Orbax's checkpoints do; and takes no notice of
+    `ifGenerationMatch`, by which an object is made only where there is none, and removed only as it
+    was. Here it does both.
     """
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
 
     download = objects.download
 
+    def generation(request: Any, storage: Any) -> str:
+        key = request.params.get("object_id") or request.query.get("name", [None])[0]
+        key = key or request.data["meta"]["name"]
+        try:
+            return storage.get_file_obj(request.params["bucket_name"], key)["generation"]
+        except NotFound:
+            return "0"
+
     def telling(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> Any:
-        with contextlib.suppress(NotFound):
-            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-            response["x-goog-generation"] = found["generation"]
+        if (found := generation(request, storage)) != "0":
+            response["x-goog-generation"] = found
         return download(request, response, storage, *rest, **more)
 
+    def heeding(handler: Any, *conditions: str) -> Any:
+        """conditions: the generations that are heeded; none: all of them."""
+
+        def handle(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> Any:
+            wanted = request.query.get("ifGenerationMatch", [None])[0]
+            heeded = wanted is not None and (not conditions or wanted in conditions)
+            if heeded and generation(request, storage) != wanted:
+                response.status = http.HTTPStatus.PRECONDITION_FAILED
+                return response.json({"error": {"message": "conditionNotMet"}})
+            return handler(request, response, storage, *rest, **more)
+
+        return handle
+
     objects.download = telling
+    # Of writes, that there is no such object yet: TensorStore's own conditions would never be met.
+    objects.insert, objects.delete = heeding(objects.insert, "0"), heeding(objects.delete)
 
 
 if __name__ == "__main__":
-    _tell_generations()
+    _heed_generations()
     from gcp_storage_emulator.__main__ import main  # which looks the handlers up
 
     main()

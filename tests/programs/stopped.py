@@ -1,0 +1,51 @@
+"""`stopped.py WHERE COUNT PROCESS MODULE ...`: a command that is killed at a point of its work.
+
+It gets SIGKILL as the function WHERE, `package.module:name`, is called for the COUNT-th time; of
+several processes the one of the number PROCESS does. Bytes are copied in blocks of 4 kB, so that
+`convert.copying:_check_stop`, which is called before each, counts what has been written.
+"""
+
+import functools
+import importlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+BLOCK = 4096
+
+
+def stopping(
+    where: str, count: int, stop: Callable[[], Any], patch: Callable[..., Any] = setattr
+) -> None:
+    """Have `stop` called as the function `where` is called for the `count`-th time. patch: setattr,
+    or a monkeypatch's.
+    """
+    module, _, name = where.partition(":")
+    *path, name = name.split(".")
+    home = functools.reduce(getattr, path, importlib.import_module(module))
+    function, calls = getattr(home, name), itertools.count(1)
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == count:
+            stop()
+        return function(*arguments, **more)
+
+    patch(home, name, counted)
+
+
+def main() -> int:
+    where, count, victim, module, *arguments = sys.argv[1:]
+    number = arguments[arguments.index("--process") + 1] if "--process" in arguments else victim
+    from convert import copying
+
+    copying.BLOCK_BYTES = BLOCK
+    if number == victim:
+        stopping(where, int(count), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return importlib.import_module(module).main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
