@@ -11,6 +11,7 @@ import pytest
 
 import qwen_jax
 from qwen_jax import generate
+from tests.programs.stopped import stopping
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -92,14 +93,15 @@ def test_rate_counts_time_and_tokens_alike() -> None:
     assert generate.rate([(0.0, 1), (5.0, 8)]) is None
 
 
-def test_interrupted(chat_dir: Path) -> None:
-    command = [sys.executable, "-m", "qwen_jax.generate", "--ckpt", str(chat_dir)]
-    command += ["--prompt", "Hello", "--max-new-tokens", "7000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.read(1)  # it is writing
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+def test_interrupted(
+    chat_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C as it writes the third piece of text."""
+    interrupt = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    stopping("qwen_jax.tokenizer:TextStream.push", 3, interrupt, monkeypatch.setattr)
+    argv = ["--prompt", "Hello", "--max-new-tokens", "9"]
+    code, _, err = run(capsys, "--ckpt", str(chat_dir), *argv)
+    assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err
 
 
 def test_bench(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
