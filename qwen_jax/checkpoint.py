@@ -9,6 +9,7 @@ cut, and nothing else: what was saved on one is restored on any other, by any nu
 """
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,12 @@ def load(
     manifest = verify_whole(root)
     mesh = mesh or meshes.current()
     config = config or load_config(root)
+    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
+        logging.getLogger("qwen_jax").warning(
+            "%s: rope_scaling yarn has its ramp over the pair index, as Hugging Face and vLLM; "
+            "before 2026-11-28 it was the paper's, which is yarn_paper now",
+            path,
+        )
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
     check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
     meshes.check(config.sizes, mesh)

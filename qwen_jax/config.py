@@ -18,23 +18,34 @@ from qwen_jax import paths, texts
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """A RoPE scaling variant other than the original's dynamic NTK; formulas in `rope.py`."""
+    """A RoPE scaling variant other than the original's dynamic NTK; formulas in `rope.py`.
+
+    "yarn" has its ramp over the pair index, as Hugging Face, vLLM and checkpoints that were trained
+    with it; "yarn_paper" has the paper's, over the number of turns.
+    """
 
     type: str
     factor: float
-    original_max_position_embeddings: int | None = None  # yarn needs it
+    original_max_position_embeddings: int | None = None  # both kinds of YaRN need it
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True  # the ramp of yarn begins and ends at whole pairs
+    mscale: float | None = None  # of yarn, if both are there, in place of attention_factor
+    mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
-        if self.type not in ("linear", "ntk", "yarn"):
-            raise ValueError(f"rope_scaling type {self.type!r}: allowed are linear, ntk, yarn")
+        if self.type not in _ROPE_TYPES:
+            raise ValueError(
+                f"rope_scaling type {self.type!r}: allowed are {', '.join(_ROPE_TYPES)}"
+            )
         if not _is_number(self.factor) or self.factor < 1:
             raise ValueError(f"rope_scaling factor {self.factor!r}: must be a number of at least 1")
         trained = self.original_max_position_embeddings
-        if trained is None and self.type == "yarn":
-            raise ValueError("rope_scaling of type yarn needs original_max_position_embeddings")
+        if trained is None and self.type in _YARN:
+            raise ValueError(
+                f"rope_scaling of type {self.type} needs original_max_position_embeddings"
+            )
         if trained is not None and (type(trained) is not int or trained <= 0):
             raise ValueError(
                 f"rope_scaling original_max_position_embeddings {trained!r}: must be a positive "
@@ -46,12 +57,30 @@ class RopeScaling:
         factor = self.attention_factor
         if factor is not None and (not _is_number(factor) or factor <= 0):
             raise ValueError(f"rope_scaling attention_factor {factor!r}: must be positive")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"rope_scaling truncate {self.truncate!r}: must be true or false")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value < 0):
+                raise ValueError(f"rope_scaling {name} {value!r}: must be a number of at least 0")
+        if self.type != "yarn" and (self.mscale, self.mscale_all_dim, self.truncate) != _UNSET:
+            raise ValueError(
+                f"rope_scaling of type {self.type} has no truncate, mscale or mscale_all_dim: "
+                "leave them out, or take type yarn"
+            )
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_scaling` entry of a config.json, without what does not apply."""
         names = ["type", "factor", "original_max_position_embeddings"]
-        names += ["beta_fast", "beta_slow", "attention_factor"] if self.type == "yarn" else []
+        names += ["beta_fast", "beta_slow", "attention_factor"] if self.type in _YARN else []
+        names += [] if self.truncate else ["truncate"]
+        names += ["mscale", "mscale_all_dim"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+_YARN = ("yarn", "yarn_paper")
+_ROPE_TYPES = ("linear", "ntk", *_YARN)
+_UNSET = (None, None, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,8 +469,15 @@ def _rope_scaling(entry: Any) -> RopeScaling | None:
     if entry is None or isinstance(entry, RopeScaling):
         return entry
     known = {field.name for field in dataclasses.fields(RopeScaling)}
-    if not isinstance(entry, Mapping) or set(entry) - known:
+    if not isinstance(entry, Mapping) or set(entry) - known - {"rope_type"}:
         raise ValueError(f"rope_scaling {entry!r}: its keys are {', '.join(sorted(known))}")
+    entry = dict(entry)
+    if "rope_type" in entry:  # the later spelling of type
+        later = entry.pop("rope_type")
+        if entry.setdefault("type", later) != later:
+            raise ValueError(
+                f"rope_scaling type {entry['type']!r} and rope_type {later!r} disagree"
+            )
     if not {"type", "factor"} <= set(entry):
         raise ValueError(f"rope_scaling {entry!r} lacks type or factor")
     return RopeScaling(**entry)

@@ -98,7 +98,7 @@ class NTKAware(_Scaled):
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn(_Scaled):
+class YarnPaper(_Scaled):
     """YaRN (arXiv 2309.00071, def. 2 and 3): NTK-by-parts frequencies and a temperature.
 
     A pair that turns r times in the trained length keeps its frequency where r > beta_fast, is
@@ -112,15 +112,53 @@ class Yarn(_Scaled):
 
     def _scaled(self) -> np.ndarray:
         plain = _powers(self.base, self.head_dim).astype(np.float64)
-        turns = self.trained_length * plain / (2 * math.pi)
-        kept = np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
+        kept = self._kept(plain)
         return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
+
+    def _kept(self, plain: np.ndarray) -> np.ndarray:
+        """How much of each frequency [H/2] stays as it is: 1 all, 0 none; the rest is divided."""
+        turns = self.trained_length * plain / (2 * math.pi)
+        return np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
 
     def temperature(self) -> float:
         """1/t, where sqrt(1/t) = 0.1 ln(factor) + 1 scales queries and keys alike (eq. 15)."""
         if self.attention_factor is not None:
             return self.attention_factor**2
         return (0.1 * math.log(self.factor) + 1) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn(YarnPaper):
+    """YaRN as Hugging Face and vLLM compute it, and as checkpoints are trained with it: what is
+    interpolated is linear in the index of the pair, from the pair that turns beta_fast times in the
+    trained length to the one that turns beta_slow times; with `truncate` from and to whole pairs.
+    """
+
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def _kept(self, plain: np.ndarray) -> np.ndarray:
+        first, last = self._pair(self.beta_fast), self._pair(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, self.head_dim - 1)
+        width = last - first or 0.001
+        return 1 - np.clip((np.arange(len(plain)) - first) / width, 0, 1)
+
+    def _pair(self, turns: float) -> float:
+        """The pair, between two of them as a rule, that turns so often in the trained length."""
+        length = self.trained_length / (2 * math.pi * turns)
+        return self.head_dim * math.log(length) / (2 * math.log(self.base))
+
+    def temperature(self) -> float:
+        """As the paper's; with both mscales their ratio, 0.1 m ln(factor) + 1 each, squared."""
+        if self.attention_factor is None and self.mscale and self.mscale_all_dim:
+            ratio = [
+                0.1 * m * math.log(self.factor) + 1 for m in (self.mscale, self.mscale_all_dim)
+            ]
+            return (ratio[0] / ratio[1]) ** 2
+        return super().temperature()
 
 
 def from_config(config: Config) -> Rope:
@@ -138,8 +176,10 @@ def from_config(config: Config) -> Rope:
         return NTKAware(*plain)
     trained = scaling.original_max_position_embeddings
     assert trained is not None  # RopeScaling sees to it
-    betas = (scaling.beta_fast, scaling.beta_slow)
-    return Yarn(*plain, trained, *betas, scaling.attention_factor)
+    paper = (*plain, trained, scaling.beta_fast, scaling.beta_slow, scaling.attention_factor)
+    if scaling.type == "yarn_paper":
+        return YarnPaper(*paper)
+    return Yarn(*paper, scaling.truncate, scaling.mscale, scaling.mscale_all_dim)
 
 
 def rotary(rope: Rope, positions: jax.Array, frequencies: jax.Array) -> Rotary:

@@ -18,6 +18,7 @@ import pytest
 
 from qwen_jax import checkpoint, meshes, model, sharding, store
 from qwen_jax.checkpoint import CheckpointError
+from qwen_jax.config import RopeScaling
 from qwen_jax.weights import named_leaves
 from tests.conversion import GOLDEN, ROOT, back, same, tensors
 from tests.tiny import replace_leaves, tiny_config, tiny_decoder
@@ -154,6 +155,16 @@ def test_config_of_the_decoder_not_of_what_it_came_from(tmp_path, golden_dir):
     checkpoint.save(tmp_path / "m", config, decoder, like=golden_dir)
     assert checkpoint.load_config(tmp_path / "m") == config
     assert checkpoint.load_generation_config(tmp_path / "m").stops == ((319,),)
+
+
+@pytest.mark.parametrize(("kind", "lines"), [("yarn", 1), ("yarn_paper", 0)])
+def test_a_directory_with_yarn_says_which_it_is(tmp_path, caplog, kind, lines):
+    config = tiny_config(hidden_size=64, rope_scaling=RopeScaling(kind, 4.0, 16))
+    with meshes.entered(mesh_of(1, 1)):
+        checkpoint.save(tmp_path / "m", config, tiny_decoder(config))
+    checkpoint.load(tmp_path / "m")
+    said = [line for line in caplog.messages if "yarn has its ramp over the pair index" in line]
+    assert len(said) == lines and all("which is yarn_paper now" in line for line in said)
 
 
 def test_manifest_says_what_was_saved(tmp_path):

@@ -204,6 +204,8 @@ def test_optional_keys_have_the_meaning_of_the_format():
         tiny_config(layer_windows=(3, None)),
         tiny_config(rope_scaling=RopeScaling(**LINEAR)),
         tiny_config(rope_scaling=YARN, layer_windows=(None, 7)),
+        tiny_config(rope_scaling=RopeScaling("yarn", 2.0, 16, truncate=False, mscale=1.0)),
+        tiny_config(rope_scaling=RopeScaling("yarn_paper", 2.0, 16, beta_fast=8.0)),
     ],
 )
 def test_hf_round_trip(config):
@@ -322,6 +324,13 @@ def test_overrides(overrides, fields):
     assert config.with_overrides(overrides) == dataclasses.replace(config, **fields)
 
 
+def test_rope_type_is_the_later_spelling_of_type():
+    later = {("rope_type" if key == "type" else key): value for key, value in LINEAR.items()}
+    config = tiny_config(rope_scaling=RopeScaling(**LINEAR))
+    for entry in (later, LINEAR | later):
+        assert Config.from_hf(config.to_hf() | {"rope_scaling": entry}) == config
+
+
 def test_overrides_of_what_qwen_cannot_spell():
     config = tiny_config(num_kv_heads=2, qk_norm=True)
     assert config.with_overrides({"seq_length": 8}) == dataclasses.replace(config, seq_length=8)
@@ -343,7 +352,7 @@ def test_overrides_can_switch_our_keys_off():
         ({"seq_length": -1}, "seq_length is -1"),
         ({"layer_windows": [3]}, "layer_windows has 1 entries for 2 layers"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
-        ({"rope_scaling": {**LINEAR, "type": "su"}}, "allowed are linear, ntk, yarn"),
+        ({"rope_scaling": {**LINEAR, "type": "su"}}, "allowed are linear, ntk, yarn, yarn_paper"),
         ({"rope_scaling": {**LINEAR, "factor": 0.5}}, "factor 0.5: must be"),
         ({"rope_scaling": {**LINEAR, "factor": float("inf")}}, "factor inf"),
         ({"rope_scaling": {**LINEAR, "factor": float("nan")}}, "factor nan"),
@@ -351,7 +360,15 @@ def test_overrides_can_switch_our_keys_off():
         ({"rope_scaling": {"type": "linear"}}, "lacks type or factor"),
         ({"rope_scaling": {**LINEAR, "attention_factor": -1.0}}, "attention_factor -1.0"),
         ({"rope_scaling": {**LINEAR, "attention_factor": "x"}}, "attention_factor 'x'"),
-        ({"rope_scaling": {**LINEAR, "mscale": 1}}, "mscale"),
+        ({"rope_scaling": {**LINEAR, "mscale": 1}}, "type linear has no truncate, mscale"),
+        (
+            {"rope_scaling": {**LINEAR, "rope_type": "yarn"}},
+            "'linear' and rope_type 'yarn' disagree",
+        ),
+        ({"rope_scaling": {**LINEAR, "type": "yarn", "truncate": 1}}, "truncate 1: must be"),
+        ({"rope_scaling": {**LINEAR, "type": "yarn", "mscale": "x"}}, "mscale 'x': must be"),
+        ({"rope_scaling": {**LINEAR, "type": "yarn_paper", "truncate": False}}, "no truncate"),
+        ({"rope_scaling": {"type": "yarn_paper", "factor": 4.0}}, "type yarn_paper needs orig"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 0}}, "positive"),
         ({"rope_scaling": {**LINEAR, "beta_fast": 1.0}}, "beta_fast > beta_slow"),

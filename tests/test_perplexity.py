@@ -8,6 +8,7 @@ import pytest
 
 import qwen_jax
 from qwen_jax import attention, model
+from qwen_jax.config import RopeScaling
 from tests import compilations
 from tests.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.training import TEXT, fail, prepared, pretraining, succeed
@@ -79,6 +80,14 @@ def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
     assert (tmp_path / "perplexity.png").exists()
+
+
+def test_rope_scaling_is_of_the_directorys_own_mode():
+    """So that what is called plain is, and dynamic NTK can be compared with YaRN."""
+    yarn = tiny_config(rope_scaling=RopeScaling("yarn", 4.0, 16))
+    assert perplexity.setting_of(yarn, "own", None) == yarn
+    assert perplexity.setting_of(yarn, "plain", None) == tiny_config()
+    assert perplexity.setting_of(yarn, "ntk", None) == tiny_config(dynamic_ntk=True)
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,8 @@ def test_ntk_aware(factor):
 @pytest.mark.parametrize("trained", [2048, 8192])
 @pytest.mark.parametrize(("slow", "fast"), [(1.0, 32.0), (2.0, 8.0)])
 @pytest.mark.parametrize("factor", [1.0, 4.0, 16.0])
-def test_yarn_is_ntk_by_parts_with_a_temperature(factor, slow, fast, trained):
-    yarn = scaled("yarn", factor, trained, beta_fast=fast, beta_slow=slow)
+def test_paper_yarn_is_ntk_by_parts_with_a_temperature(factor, slow, fast, trained):
+    yarn = scaled("yarn_paper", factor, trained, beta_fast=fast, beta_slow=slow)
     expected = []
     for theta in paper_frequencies(128, 10000):
         turns = trained / (2 * math.pi / theta)  # r(d) = L / wavelength
@@ -114,12 +114,91 @@ def test_yarn_is_ntk_by_parts_with_a_temperature(factor, slow, fast, trained):
     assert yarn.temperature() == pytest.approx((0.1 * math.log(factor) + 1) ** 2)
 
 
-def test_yarn_attention_factor_replaces_the_temperature():
-    assert scaled("yarn", 4.0, attention_factor=1.5).temperature() == pytest.approx(2.25)
-    assert scaled("yarn", 4.0, attention_factor=1.0).temperature() == 1
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize(("slow", "fast"), [(1.0, 32.0), (2.0, 8.0)])
+@pytest.mark.parametrize(
+    ("dim", "base", "trained"), [(128, 1e6, 32768), (64, 1e4, 2048), (32, 5e6, 48), (16, 1e4, 16)]
+)
+@pytest.mark.parametrize("factor", [1.0, 4.0, 16.0])
+def test_yarn_has_its_ramp_over_the_pair_index(factor, dim, base, trained, slow, fast, truncate):
+    """Pair by pair: where in the row of pairs it lies between the two that turn so many times."""
+    yarn = scaled_at(dim, base, factor, trained, beta_fast=fast, beta_slow=slow, truncate=truncate)
+    # Pair i turns trained * base**(-2 i / dim) / (2 pi) times: solved for i.
+    ends = [
+        dim / 2 * (math.log(trained / (2 * math.pi * r)) / math.log(base)) for r in (fast, slow)
+    ]
+    if truncate:
+        ends = [np.floor(ends[0]), np.ceil(ends[1])]
+    low, high = max(ends[0], 0.0), min(ends[1], dim - 1.0)
+    high += 0.001 if high == low else 0
+    expected = []
+    for i, theta in enumerate(paper_frequencies(dim, base)):
+        divided = min(max((i - low) / (high - low), 0.0), 1.0)
+        expected.append(divided * theta / factor + (1 - divided) * theta)
+    np.testing.assert_allclose(yarn.frequencies(), expected, **CLOSE)
+    assert yarn.temperature() == pytest.approx((0.1 * math.log(factor) + 1) ** 2)
 
 
-@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def scaled_at(dim: int, base: float, factor: float, trained: int, **more) -> Rope:
+    return scheme(dim, base, rope_scaling=RopeScaling("yarn", factor, trained, **more))
+
+
+def test_yarn_by_hand():
+    """Of Qwen2.5 and 3: H 128, base 1e6, 32768 tokens, factor 4. The pair that turns 32 times is
+    64 ln(32768 / 64 pi) / ln 1e6 = 23.60, the one that turns once 39.65: the ramp goes from 23 to
+    40, 17 pairs. Pair 32 is 9/17 on its way, and theta is 1e6 ** -0.5 = 0.001 there.
+    """
+    found = scaled_at(128, 1e6, 4.0, 32768).frequencies()
+    np.testing.assert_allclose(found[32], 0.001 * (1 - 9 / 17 * 3 / 4), **CLOSE)
+    theta = 1e6 ** (-np.arange(64) / 64)
+    np.testing.assert_allclose(found[:24], theta[:24], **CLOSE)
+    np.testing.assert_allclose(found[40:], theta[40:] / 4, **CLOSE)
+    paper = scheme(128, 1e6, rope_scaling=RopeScaling("yarn_paper", 4.0, 32768)).frequencies()
+    assert abs(found[32] / paper[32] - 1) > 0.4, "the two are not the same model"
+
+
+@pytest.mark.parametrize(
+    ("dim", "base", "options", "pairs", "scaling"),
+    [
+        (
+            64,
+            1e6,
+            (4.0, 64),
+            [1, 0.17115123569965363, 0.04330432787537575, 3.84981632e-07],
+            1.13862944,
+        ),
+        (
+            32,
+            5e6,
+            (2.0, 48, 16.0, 2.0, 1.0, False),
+            [1, 0.027727654203772545, 0.004032198339700699, 2.62232164e-07],
+            1.0,
+        ),
+    ],
+)
+def test_yarn_is_that_of_transformers(dim, base, options, pairs, scaling):
+    """Pairs 0, 3, 5 and the last, and the factor on cos and sin, of transformers 5.24.0."""
+    yarn = scheme(dim, base, rope_scaling=RopeScaling("yarn", *options))
+    np.testing.assert_allclose(yarn.frequencies()[[0, 3, 5, -1]], pairs, **CLOSE)
+    assert yarn.temperature() == pytest.approx(scaling**2)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "yarn_paper"])
+def test_yarn_attention_factor_replaces_the_temperature(kind):
+    assert scaled(kind, 4.0, attention_factor=1.5).temperature() == pytest.approx(2.25)
+    assert scaled(kind, 4.0, attention_factor=1.0).temperature() == 1
+
+
+def test_yarn_mscales_are_a_ratio():
+    both = {"mscale": 1.0, "mscale_all_dim": 0.5}
+    ratio = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert scaled("yarn", 4.0, **both).temperature() == pytest.approx(ratio**2)
+    assert scaled("yarn", 4.0, **both, attention_factor=1.5).temperature() == pytest.approx(2.25)
+    plain = (0.1 * math.log(4) + 1) ** 2
+    assert scaled("yarn", 4.0, mscale=0.5).temperature() == pytest.approx(plain), "one is none"
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "yarn_paper"])
 def test_alpha_does_not_go_with_rope_scaling(kind):
     scheme = scaled(kind, 4.0)
     np.testing.assert_array_equal(scheme.alpha(np.array([1, 10**6])), [1, 1])

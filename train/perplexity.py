@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwen_jax.model import Decoder
 
 MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
+OWN = "own"  # what config.json says: the one mode with rope_scaling, such as YaRN
 _EXAMPLES = """examples:
   python -m train.perplexity --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
   python -m train.perplexity --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
@@ -42,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ckpt", required=True, metavar="DIR", help="model directory")
     add("--data", required=True, nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text")
     add("--lengths", default="1024,2048,4096,8192,16384,32768", metavar="N,...")
-    add("--modes", default=",".join(MODES), metavar="NAME,...", help="default: %(default)s")
+    add(
+        "--modes",
+        default=",".join(MODES),
+        metavar="NAME,...",
+        help="default: %(default)s; or own: as config.json",
+    )
     add(
         "--windows",
         metavar="LIST",
@@ -70,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace) -> None:
     lengths = _numbers(args.lengths)
     modes = args.modes.split(",")
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join(MODES)}")
+    if unknown := [mode for mode in modes if mode not in (*MODES, OWN)]:
+        raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join((*MODES, OWN))}")
     given = args.plot or (None if args.json else "perplexity.png")
     picture = paths.parse(given) if given else None
     if picture and (picture.is_dir() or not _is_place(picture)):
@@ -114,6 +120,8 @@ def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None
     mode "window"; None: the lower half of the layers see `seq_length`. ValueError for windows that
     are not one for each layer.
     """
+    if mode == OWN:
+        return config
     parts = mode.split("+")
     if windows is None:
         half = config.num_layers // 2
@@ -122,6 +130,7 @@ def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None
         config,
         dynamic_ntk="ntk" in parts,
         logn="logn" in parts,
+        rope_scaling=None,
         layer_windows=tuple(windows) if "window" in parts else None,
     )
 
