@@ -230,7 +230,7 @@ def stopped(
     """A converter that is stopped after so many blocks: killed, or by Ctrl-C."""
     where = "convert.copying:_check_stop"
     if how == "kill":
-        arguments = [STOPPED, where, BLOCKS, "-", f"convert.{command}", source, out]
+        arguments = [STOPPED, where, BLOCKS, "-", 9, f"convert.{command}", source, out]
         ran = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment())
         assert ran.returncode == -signal.SIGKILL
         return

@@ -249,8 +249,8 @@ def test_sigterm_ends_a_process():
 def test_a_conversion_continues_after_one_has_died(tmp_path, victim):
     """After so many blocks of its share, of some ninety."""
     out = tmp_path / "model"
-    dying = [STOPPED, "convert.copying:_check_stop", 40, victim, "convert.from_hf", GOLDEN, out]
-    with launch.group(dying, 2) as group:
+    dying = [STOPPED, "convert.copying:_check_stop", 40, victim, 9]
+    with launch.group([*dying, "convert.from_hf", GOLDEN, out], 2) as group:
         results = group.wait()
     assert results[victim].code == -signal.SIGKILL
     assert f"error: process {victim} (" in complaint(results[1 - victim])

@@ -5,6 +5,7 @@ KILLS=10 kills as often; fewer here, as each costs a start.
 
 import functools
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests import launch
 from tests.test_processes import complaint, succeeded
 from tests.training import curve, prepared, pretraining, weights
 
+STOPPED = "tests/programs/stopped.py"
+# Where a checkpoint of Orbax's gets its name: what is there before has all but that.
+NAMED = "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize"
 KILLS = int(os.environ.get("KILLS", "4"))
 STEPS = 60
 
@@ -45,12 +49,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, given: Path) -> Any:
     return run
 
 
-def last_step(out: Path) -> int:
-    """The last that a run has told of."""
-    file = out / "metrics.jsonl"
-    return file.read_bytes().count(b'"of": "train"') if file.exists() else 0
-
-
 def being_written(out: Path) -> bool:
     """Whether a checkpoint is half there."""
     folder = out / "checkpoints"
@@ -64,24 +62,20 @@ def test_killed_again_and_again(given, whole, tmp_path, count):
     the bit; some kills come at any step, some while a checkpoint is half written.
     """
     rng = np.random.default_rng(count)
-    out, half = tmp_path / "killed", 0
+    out = tmp_path / "killed"
     for number in range(KILLS):
-        with launch.group([*command(given, out), "--resume"], count) as group:
-            goal = last_step(out) + int(rng.integers(1, max(2, STEPS // (KILLS + 1))))
-            if number % 2:
-                group.until(lambda goal=goal: last_step(out) >= goal)
-            else:
-                group.until(lambda goal=goal: last_step(out) >= goal and being_written(out))
-            if count == 2 and number == KILLS - 1:
-                group.kill(0)  # the other is left alone, and says so
-                assert "has died" in complaint(group.wait(60)[1])
-            else:
-                for victim in range(count):
-                    group.kill(victim)
-                group.wait()
-        half += being_written(out)
-        assert not (out / "model").exists(), "killed too late to show anything"
-    assert half, "no checkpoint was cut short"
+        if half := number % 2 == 0:
+            where, calls = NAMED, 5  # of the second checkpoint: a checkpoint has three names
+        else:
+            where, calls = "train.logs:Log.tell", int(rng.integers(1, max(2, STEPS // (KILLS + 1))))
+        killed = [STOPPED, where, calls, 0, int(signal.SIGKILL), "train.pretrain"]
+        with launch.group([*killed, *command(given, out)[1:], "--resume"], count) as group:
+            results = group.wait()
+        assert results[0].code == -signal.SIGKILL
+        if count == 2:  # the other is left alone, and says so
+            assert "has died" in complaint(results[1])
+        assert not half or being_written(out), "a checkpoint is cut short"
+        assert not (out / "model").exists()
     with launch.group([*command(given, out), "--resume"], count) as group:
         assert "resumed from step" in succeeded(group)[0].err
     for of in ("train", "held_out"):
@@ -120,11 +114,10 @@ def test_an_error_while_encoding_ends_all_by_name(given, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(15, 0), (2, 130)])
 def test_a_signal_saves_first(given, tmp_path, number, code):
-    """SIGTERM and Ctrl-C; on two processes one of them alone may hear it."""
+    """SIGTERM and Ctrl-C; on two processes one of them alone may hear it, at its fifth step."""
     out = tmp_path / "run"
-    with launch.group(command(given, out), 2) as group:
-        group.until(lambda: last_step(out) >= 5)
-        group.kill(1 if number == 15 else 0, number)
+    stopped = [STOPPED, "train.loop:Loop._hear", 5, 1 if number == 15 else 0, number]
+    with launch.group([*stopped, "train.pretrain", *command(given, out)[1:]], 2) as group:
         results = group.wait()
     assert results[0].code == code, results[0].err[-2000:]
     assert "--resume goes on from there" in results[0].err

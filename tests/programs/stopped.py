@@ -1,15 +1,15 @@
-"""`stopped.py WHERE COUNT PROCESS MODULE ...`: a command that is killed at a point of its work.
+"""`stopped.py WHERE COUNT PROCESS SIGNAL MODULE ...`: a command that is stopped at a point of its
+work.
 
-It gets SIGKILL as the function WHERE, `package.module:name`, is called for the COUNT-th time; of
-several processes the one of the number PROCESS does. Bytes are copied in blocks of 4 kB, so that
-`convert.copying:_check_stop`, which is called before each, counts what has been written.
+It gets the signal of that number as the function WHERE, `package.module:name`, is called for the
+COUNT-th time; of several processes the one of the number PROCESS does. Bytes are copied in blocks
+of 4 kB, so that `convert.copying:_check_stop`, called before each, counts what has been written.
 """
 
 import functools
 import importlib
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,13 +37,13 @@ def stopping(
 
 
 def main() -> int:
-    where, count, victim, module, *arguments = sys.argv[1:]
+    where, count, victim, sent, module, *arguments = sys.argv[1:]
     number = arguments[arguments.index("--process") + 1] if "--process" in arguments else victim
     from convert import copying
 
     copying.BLOCK_BYTES = BLOCK
     if number == victim:
-        stopping(where, int(count), lambda: os.kill(os.getpid(), signal.SIGKILL))
+        stopping(where, int(count), lambda: os.kill(os.getpid(), int(sent)))
     return importlib.import_module(module).main(arguments)
 
 
