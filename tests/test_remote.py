@@ -260,10 +260,10 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
     assert contents(fetched) == contents(tmp_path / "adapter")
 
     settings = loop.Settings(root, profile=(1, 1))
-    at_work = SimpleNamespace(settings=settings, _skipped=1)
+    at_work = SimpleNamespace(settings=settings, _skipped=1, _save_good=lambda *_: "it is saved")
     report = SimpleNamespace(metrics=SimpleNamespace(loss=math.nan), gradient_norm=math.nan)
     with pytest.raises(loop.NotANumber, match=f"the batch is in {bucket}/batch-7.npz"):
-        loop.Loop._not_a_number(at_work, 7, batch, report)  # pyright: ignore
+        loop.Loop._not_a_number(at_work, 7, batch, report, None)  # pyright: ignore
     with np.load(io.BytesIO((root / "batch-7.npz").read_bytes())) as found:
         np.testing.assert_array_equal(found["tokens"], ids)
 
