@@ -132,7 +132,7 @@ def keep(verdict: Verdict) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}.")
         try:
-            with os.fdopen(handle, "w") as out:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
                 out.write(verdict.to_json())
             os.replace(draft, file)
         except BaseException:
@@ -212,7 +212,8 @@ def driver() -> str:
 
     said = str(getattr(jax.local_devices()[0].client, "platform_version", "no driver"))
     with contextlib.suppress(OSError):
-        said += f" {Path('/proc/driver/nvidia/version').read_text().splitlines()[0]}"
+        version = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        said += f" {version.splitlines()[0]}"
     return " ".join(said.split())[:200]
 
 
