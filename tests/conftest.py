@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -52,7 +53,12 @@ def _own_programs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that fails in a test silences its own threads, not those of other tests."""
+    """What a command does to the process lasts as long as its test: where the library's log goes,
+    and that a command which fails silences its threads.
+    """
+    log = logging.getLogger("qwen_jax")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
