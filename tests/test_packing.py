@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import threading
 import tracemalloc
 import zlib
@@ -154,6 +155,16 @@ def test_drafts_of_killed_processes_go(tmp_path):
     other.mkdir()
     make_again(tmp_path)
     assert sorted(folders(tmp_path)) == sorted([folder, other])
+
+
+def test_a_draft_of_a_part_may_be_of_a_killed_process_with_our_number(tmp_path):
+    """As in a container that starts again, where processes get the same numbers."""
+    left = tmp_path / f"part.{os.getpid()}@{token_cache.socket.gethostname()}.tmp"
+    left.mkdir()
+    (left / "ids.u4").touch()
+    with shared_cache._draft(tmp_path, "part") as draft:
+        assert draft.is_dir() and not list(draft.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_records_are_counted_and_named(tmp_path):

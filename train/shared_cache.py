@@ -97,9 +97,8 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
     """An empty folder that goes in the end; those of processes that were killed go now."""
     host = socket.gethostname()
     for left in home.glob(f"{name}.*@{host}.tmp"):
-        try:
-            os.kill(int(left.name.removeprefix(f"{name}.").partition("@")[0]), 0)
-        except ProcessLookupError:
+        number = int(left.name.removeprefix(f"{name}.").partition("@")[0])
+        if number == os.getpid() or not _lives(number):  # the first: in a container, numbers recur
             shutil.rmtree(left, ignore_errors=True)
     folder = home / f"{name}.{os.getpid()}@{host}.tmp"
     folder.mkdir()
@@ -107,6 +106,16 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to someone else
+        pass
+    return True
 
 
 def _put(draft: Path, folder: Path) -> None:
