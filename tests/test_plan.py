@@ -485,9 +485,17 @@ def test_a_plan_is_compiled_with_what_auto_takes(
 ) -> None:
     """Measured lines of the chip decide, and the programs themselves take the name."""
     lines = [
-        {"device": "cpu", "kernel": name, "task": "forward", "head_dim": 16, "dtype": "bfloat16"}
+        {"device": "cpu", "kernel": name, "task": task, "head_dim": 16, "dtype": "bfloat16"}
         | {"length": 256, "milliseconds": milliseconds}
-        for name, milliseconds in (("splash", 1.0), ("pallas_tpu", 2.0), ("xla", 3.0))
+        for name, task, milliseconds in (
+            ("flash", "forward", 0.5),  # a step needs both
+            ("splash", "forward", 1.0),
+            ("splash", "backward", 1.0),
+            ("pallas_tpu", "forward", 2.0),
+            ("pallas_tpu", "backward", 2.0),
+            ("xla", "forward", 3.0),
+            ("xla", "backward", 3.0),
+        )
     ]
     monkeypatch.setattr(choice, "measured", lambda: lines)
     compiled = []

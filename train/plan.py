@@ -117,7 +117,7 @@ def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -
     """
     import jax
 
-    for name in _expected(setting, topology, sizes, task.__name__ == "decoding"):
+    for name in _expected(setting, topology, sizes, task.__name__):
         named = dataclasses.replace(setting, attention=name, by_auto=True)
         try:
             return task(named, topology, sizes)
@@ -126,7 +126,7 @@ def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -
     return task(dataclasses.replace(setting, attention="xla", by_auto=True), topology, sizes)
 
 
-def _expected(setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool) -> list[str]:
+def _expected(setting: Any, topology: Any, sizes: Mapping[str, int], task: str) -> list[str]:
     """Names of the registry that `auto` may take there, the likeliest first."""
     import jax
 
@@ -134,13 +134,14 @@ def _expected(setting: Any, topology: Any, sizes: Mapping[str, int], decode: boo
     from train import topology as topologies
 
     config, dtype = setting.config, "bfloat16"
-    if decode:
+    if task == "decoding":
         calls = prove.decoding(
             config, dtype, setting.batch, setting.length, setting.cache_dtype, sizes
         )
     else:
         rows = setting.batch // setting.accumulate
-        calls = prove.passes(config, dtype, rows, setting.length, mesh=sizes)
+        backward = task == "training"
+        calls = prove.passes(config, dtype, rows, setting.length, backward, mesh=sizes)
     with jax.set_mesh(topologies.mesh(topology, sizes)):
         names, measured = prove.candidates(calls)
     return names if measured else sorted(names, key=lambda name: name != topology.chip.kernel)
