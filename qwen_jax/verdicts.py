@@ -14,7 +14,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,14 +129,7 @@ def keep(verdict: Verdict) -> None:
     file = verdict.key.file()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(verdict.to_json())
-            os.replace(draft, file)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        paths.write(file, verdict.to_json().encode())
 
 
 def kept() -> list[Verdict]:
