@@ -81,9 +81,8 @@ REFUSED = frozenset(
     )
 )
 _ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
-MATCHING_SECONDS = (
-    1.0  # of the processor, for all patterns of a file: a real one takes microseconds
-)
+# Of the processor, for all patterns of a file: a real one takes microseconds.
+MATCHING_SECONDS = 1.0
 MERGED_IN_PEFT = (
     "merge it in PEFT, PeftModel.from_pretrained(base, FOLDER).merge_and_unload(), save that with "
     "save_pretrained(NEW, safe_serialization=True), and convert NEW"

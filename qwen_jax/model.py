@@ -181,9 +181,9 @@ class Dropout:
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     """x [B, T, ...] with the share `rate` of its elements set to 0, the others divided by 1 - rate.
 
-    An element's draw (Threefry, as of `jax.random`) follows
-    from the key, its row, its token's place in the sequence, wherever `ring.zigzag` has put that,
-    and its column: so it is the same on every mesh.
+    An element's draw (Threefry, as of `jax.random`) follows from the key, its row, its token's
+    place in the sequence, wherever `ring.zigzag` has put that, and its column: so it is the same on
+    every mesh.
     """
     length = x.shape[1]
     spec = P(*jax.typeof(x).sharding.spec.partitions)
