@@ -1,8 +1,8 @@
 """From prompts to new tokens, on device: chunked prefill and the decode loop. No text, no files.
 
 A pass is left-padded, so that all rows end together. The prompt runs in chunks of a few fixed
-lengths (`buckets`), block by block through one compiled program; decoding is one program, a loop
-over tokens that stops when every row has, so nothing is traced again as the sequence grows.
+lengths (`buckets`), a few blocks at a time through one compiled program; decoding is one program, a
+loop over tokens that stops when every row has, so nothing is traced again as the sequence grows.
 """
 
 import collections
