@@ -408,6 +408,14 @@ def test_another_directory_of_the_same_shape_is_another(whole, given, tmp_path, 
     assert "holds another run: another --ckpt" in fail(capsys, again)
 
 
+def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_empty(tmp_path):
+    (tmp_path / "run.json.0123abcd.tmp").touch()
+    run_folder.check(tmp_path, resume=False)
+    (tmp_path / "other.tmp").touch()
+    with pytest.raises(ValueError, match="holds something else"):
+        run_folder.check(tmp_path, resume=False)
+
+
 def test_two_runs_in_one_folder_at_a_time(given, tmp_path, capsys):
     arguments = pretraining(given, tmp_path, "--steps", 1)
     with run_folder.alone(tmp_path):

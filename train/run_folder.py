@@ -34,7 +34,7 @@ def check(out: Path, resume: bool) -> None:
     if (out / _RUN).exists():
         if not resume:
             raise ValueError(f"{out} holds a run already: --resume goes on with it")
-    elif out.exists() and any(path.name not in (_LOCK, TOKENS) for path in out.iterdir()):
+    elif directory.names(out) - {_LOCK, TOKENS}:
         raise ValueError(f"{out} holds something else: give --out an empty or new folder")
 
 
