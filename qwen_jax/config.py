@@ -31,7 +31,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True  # the ramp of yarn begins and ends at whole pairs
-    mscale: float | None = None  # of yarn, if both are there, in place of attention_factor
+    mscale: float | None = None  # of yarn, if both are there and no attention_factor
     mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
