@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import logging
+import math
 import os
 import sys
 import threading
@@ -41,14 +42,29 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_programs() -> Iterator[None]:
+def _programs() -> Iterator[None]:
     """What the tests of a file have compiled and traced is kept, as later files use some of it, and
     taken from what Python's garbage collector looks through: tracing is several times slower in the
-    end without that.
+    end without that. Where there are so many programs that the system would soon give no memory
+    for more (each has mappings of its own, of which a Linux process may have 65,530), all go.
     """
     yield
+    if _mappings() > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def _mappings() -> float:
+    """How many mappings of memory this process has; without /proc, more than any limit."""
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps)
+    except OSError:
+        return math.inf
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from tests.conversion import contents
 from tests.training import curve, fail, fine_tuning, prepared, pretraining, succeed, weights
 from train import sft
 
+pytestmark = pytest.mark.slow
+
 RANK = ("--recipe", "sft_lora", "--lora-rank", 4)
 
 

@@ -10,6 +10,7 @@ from qwen_jax import attention
 from qwen_jax.kernels.timing import Case
 
 
+@pytest.mark.slow
 def test_runs_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "table.md"
     args = ["--shapes", "tiny", "--only", "xla", "--rounds", "1", "--markdown", str(path)]

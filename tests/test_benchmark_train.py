@@ -17,6 +17,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(benchmark, "CHECKED", 2)
 
 
+@pytest.mark.slow
 def test_runs_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, trace = tmp_path / "table.md", tmp_path / "trace"
     args = ["--rounds", "1", "--markdown", str(path), "--profile", str(trace), "--remat", "full"]
@@ -39,6 +40,7 @@ def test_scopes_of_operations():
     assert benchmark._scope("f32[2] copy(x)") == ("other", "")
 
 
+@pytest.mark.slow
 def test_adapters(capsys: pytest.CaptureFixture[str]):
     """A step of theirs runs, and it needs no gradient of the weights below."""
     args = ["--rounds", "1", "--lora", "4", "--remat", "full"]

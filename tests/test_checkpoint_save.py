@@ -250,6 +250,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "count"), MOMENTS)
 def test_killed_at_any_moment(tmp_path, where, count):
     """Never whole, the one before still is, and the next save goes through."""
@@ -284,6 +285,7 @@ with meshes.entered(mesh_of(2, 4)):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_restore_together(tmp_path):
     decoder = arrays(save_on(tmp_path / "one", mesh_of(4, 2)))
     with socket.socket() as free:

@@ -41,6 +41,7 @@ def documents(vocabulary: Tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]
     return [ids[i] for i in kept], [ids[i] for i in out]
 
 
+@pytest.mark.slow
 def test_it_knows_more_than_pairs_of_tokens(demo):
     """Of chapters that it has not read; by far."""
     config = checkpoint.load_config(demo)

@@ -102,7 +102,14 @@ def test_int8_cache_in_the_kernels(golden_dir: Path, name: str, cache_dtype: str
     assert worst(actual, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}, {"fsdp": 2}, {"fsdp": 4, "tp": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"tp": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2}, marks=pytest.mark.slow),
+        {"fsdp": 4, "tp": 2},  # both
+    ],
+)
 def test_on_a_mesh(golden_dir: Path, sizes: dict[str, int]) -> None:
     """A batch of three rows on meshes that three does not divide over."""
     with jax.set_mesh(meshes.make(sizes)):

@@ -103,6 +103,7 @@ def test_fresh_adapters_change_nothing_and_are_what_is_trained():
         jax.tree.map(np.testing.assert_array_equal, before, base)
 
 
+@pytest.mark.slow
 def test_dropout_of_what_goes_into_adapters():
     def loss(made: Any, batch: Any) -> Any:
         return losses.loss(made, batch, xla, jnp.float32)[0]

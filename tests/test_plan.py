@@ -99,6 +99,7 @@ def test_flops_of_training_by_hand(on_cpu: None, trained: estimate.Estimate) -> 
     assert trained.program.work.kept < x.program.work.kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "size"), [("same", 2), ("int8", 1)])
 def test_training_of_adapters_by_hand(on_cpu: None, base: str, size: int) -> None:
     """Nothing is kept or computed for weights that are not trained but their products."""

@@ -130,6 +130,7 @@ def test_export_and_verification(tmp_path, model):
     assert not (tmp_path / "hf/unfinished.json").exists()
 
 
+@pytest.mark.slow
 def test_restore_reads_each_byte_once(tmp_path, large):
     there(large, tmp_path / "model", "--mesh", "fsdp=2")
     command = [COUNTED, tmp_path / "bytes", "tests.programs.restore", tmp_path / "model"]
@@ -234,6 +235,7 @@ def test_the_others_stop_when_one_dies_in_a_computation(count, victim):
             assert complaint(result).startswith(f"error: process {victim} ({host}) has died")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_process():
     """As Slurm and Kubernetes stop one."""
     with launch.group([BUSY], 2) as group:

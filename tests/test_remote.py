@@ -85,6 +85,7 @@ def downloaded(address: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(), ("--mesh", "fsdp=2,tp=2")])
 def test_converted_there_and_back(bucket, tmp_path, mesh):
     there(GOLDEN, tmp_path / "model", *mesh)
@@ -187,6 +188,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(logs.Log, "tell", signalled)
 
 
+@pytest.mark.slow
 def test_a_run(bucket, tmp_path, monkeypatch, capsys):
     """Stopped by a signal, resumed by another host, and at its end what a local run is, to the bit;
     what has been encoded is there for both.
@@ -362,6 +364,7 @@ def test_a_conversion_continues(bucket, tmp_path, capfd):
     assert paths.stamp(root / "params" / "embedding" / "0.0") == kept
 
 
+@pytest.mark.slow
 def test_killed_while_saving(bucket):
     """Of this machine, so that its lock is known to be left behind."""
     command = [sys.executable, "-c", STOPPED, f"{bucket}/m", "store.write_shards", "9"]

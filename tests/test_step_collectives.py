@@ -187,6 +187,7 @@ def test_state_is_split_over_all_devices(monkeypatch, sizes):
 # What scale costs
 
 
+@pytest.mark.slow
 def test_depth_costs_what_a_layer_must(monkeypatch):
     """No instruction; and in temporary memory, of each layer, the residual that is saved, float32
     gradients of a device's part of the weights, and at most one copy of that part to compute with.
@@ -206,6 +207,7 @@ def test_depth_costs_what_a_layer_must(monkeypatch):
     assert WHOLE / 8 + gradients <= growth <= WHOLE / 8 + 2 * gradients
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_devices(monkeypatch):
     """At two rows a device, temporary memory is a constant and what is split over the devices: the
     latter halves, gradients and all, and nothing else changes.

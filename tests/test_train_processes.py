@@ -39,7 +39,9 @@ def alone(tmp_path_factory, model) -> Any:
     ("count", "mesh", "bound"),
     [
         (2, "context=2,tp=2", 1e-5),  # keys go round between the processes
-        (4, "fsdp=2,tp=2", 1e-5),  # every collective does; sums of another order
+        pytest.param(
+            4, "fsdp=2,tp=2", 1e-5, marks=pytest.mark.slow
+        ),  # every collective does; sums of another order
     ],
 )
 def test_a_step_is_that_of_one_process(tmp_path, model, alone, count, mesh, bound):
@@ -54,6 +56,7 @@ def test_a_step_is_that_of_one_process(tmp_path, model, alone, count, mesh, boun
         np.testing.assert_allclose(moments[name], value, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_other_stops_when_one_dies_in_a_step(tmp_path, model, victim):
     """And the checkpoint that training began with is as it was."""

@@ -15,6 +15,8 @@ from qwen_jax.attention import FULL, Mask
 from qwen_jax.kernels import others
 from tests.kernels.test_flash import TOLERANCE, Shape, draw
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [Shape(40, 60, 4, 2, 128, "float32"), Shape(50, 50, 2, 1, 128, "bfloat16")]
 WITH_LSE = ("dot_product", "splash")
 

@@ -22,6 +22,7 @@ def line(kernel: str, length: int, milliseconds: float = 1.0) -> dict[str, Any]:
     return dict(zip(choice.KEYS, values, strict=True)) | {"milliseconds": milliseconds}
 
 
+@pytest.mark.slow
 def test_writes_lines_that_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "lines.json"
     args = ["--dtype", "float32", "--kernel", "xla", "--task", "forward", "decode"]
