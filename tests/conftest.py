@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,11 @@ if _JAXLIB < (0, 12) and importlib.util.find_spec("libtpu") is None:
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+
+# A shell starts what it runs in the background with SIGINT ignored, and so would be every command
+# that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Commands that tests start inherit these: they compile what an earlier run compiled once only.
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
