@@ -15,7 +15,7 @@ Axes of size 1 appear in no partitioning. Nothing here knows of modules or files
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,15 +103,18 @@ def begin_fetch(x: jax.Array) -> jax.Array:
     wait for it, as `np.asarray` of the result does. All processes must call it.
     """
     if not (x.is_fully_addressable or x.is_fully_replicated):
-        x = _replicated(x)
+        mesh = x.sharding.mesh  # type: ignore[attr-defined]
+        with jax.set_mesh(mesh):  # as everywhere, so that the program is made once
+            x = _replicator(mesh)(x)
     x = x if x.is_fully_addressable else x.addressable_data(0)
     x.copy_to_host_async()
     return x
 
 
-@jax.jit
-def _replicated(x: jax.Array) -> jax.Array:
-    return jax.reshard(x, P(*[None] * x.ndim))
+@functools.cache
+def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """The program that puts a copy on every device of a mesh, which need not be in force."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
