@@ -29,11 +29,12 @@ QUICK = {
 
 
 CASES = [
-    parameter(task, where, kernel, kind, smoke=(task, where, kernel, kind) in QUICK)
+    parameter(task, where, kernel, kind, smoke=quick, release=not quick)
     for task in ("decoding", "prefill")
     for where, own in KERNELS.items()
     for kernel in ("xla", own)
     for kind in (None, "int8")
+    for quick in [(task, where, kernel, kind) in QUICK]
 ]
 
 
