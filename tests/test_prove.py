@@ -308,7 +308,7 @@ except TimeoutError:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.skip(reason="not reliable yet: the process has ended with a segmentation fault, too")
 def test_a_process_ends_beside_a_compiler_that_does_not():
     """Without an abort, and with its own exit code."""
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
