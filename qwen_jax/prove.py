@@ -321,8 +321,8 @@ def _let_go(thread: threading.Thread) -> None:
 
     At the end Python stops a thread that comes back to it by unwinding its stack, which C++ answers
     with an abort; and what a compiler's thread uses is taken down before it has ended. So an abort
-    only stops its thread, and the process is over as soon as Python is done. (CPython 3.11 to 3.13
-    with glibc: elsewhere the exit code may be that of an abort.)
+    only stops its thread, and the process is over as soon as Python is done. Not reliable yet: the
+    process has also ended with a segmentation fault (CPython 3.11, glibc, jax 0.10.2).
     """
     libc = ctypes.CDLL(None)
     if not (thread.is_alive() and hasattr(libc, "on_exit")):
