@@ -85,10 +85,11 @@ def convert(args: argparse.Namespace) -> None:
     if (plan.target / checkpoint.MANIFEST).exists() and args.verify:
         verify(_as_stored(plan, args.dtype))
         return
-    with target.alone(plan.target):
+    with target.alone(plan.target) as check:
         copy(plan)
         if args.verify:
             verify(plan)
+        check()
         if processes.index() == 0:
             checkpoint.finish(plan.target, plan.leaves, plan.facts)
         processes.barrier()

@@ -7,7 +7,7 @@ is at work in it, any other is refused (`alone`), the same one too.
 
 import errno
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,19 @@ def is_unfinished(target: Path) -> bool:
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[None]:
+def alone(target: Path) -> Iterator[Callable[[], None]]:
     """With no other program at work in `target`; of several processes the first speaks for all.
 
-    Raises ValueError for what is no folder, or a finished directory, and `lock.Busy`.
+    Yields what `lock.alone` does. Raises ValueError for what is no folder, or a finished directory,
+    and `lock.Busy`.
     """
     if processes.index():
-        yield
+        yield lambda: None
         return
     _check_unfinished(target)
     try:
-        with lock.alone(target):
-            yield
+        with lock.alone(target) as check:
+            yield check
     except lock.Busy as error:
         hint = "processes that share one conversion take --distributed"
         raise lock.Busy(f"{error} ({hint})") from None

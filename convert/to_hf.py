@@ -107,10 +107,11 @@ def convert(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
-    with target.alone(plan.target):
+    with target.alone(plan.target) as check:
         copy(plan)
         if args.verify:
             verify(plan)
+        check()
         if processes.index() == 0:
             check_sizes(plan)
             target.end(plan.target)

@@ -183,6 +183,7 @@ def save(
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
     held = contextlib.ExitStack()
+    check: Callable[[], None]  # from `begin` on, where the lock is
     facts = {
         "made_by": SAVED_BY,
         "dtype": next(iter(leaves.values())).dtype,
@@ -191,8 +192,9 @@ def save(
     }
 
     def begin() -> None:
+        nonlocal check
         _refuse_whole(root)
-        held.enter_context(lock.alone(root))
+        check = held.enter_context(lock.alone(root))
         _clear(root)
         files = [] if like is None else [file.name for file in carried(existing(like))]
         write_json(root / UNFINISHED, {**facts, "files": [*files, CONFIG]})
@@ -207,10 +209,14 @@ def save(
             for job in jobs:
                 job.result()
 
+    def end() -> None:
+        check()
+        finish(root, leaves, facts)
+
     with _one_line(root, "written"), held:
         _together(begin, alone=True)
         _together(write)
-        _together(lambda: finish(root, leaves, facts), alone=True)
+        _together(end, alone=True)
 
 
 def finish(root: Path, leaves: Mapping[str, store.Leaf], facts: Mapping[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 On a disk the kernel holds the lock (`flock`, which Linux hands on to the server of an NFS) and
 frees it when its process ends, however it ends: a lock that a killed program left locks nobody out.
-Where a file system has no locks there is none, and a line says so. In `gs://` the lock is an object
-that is made only if there is none. It counts as left behind when its process was one of this
-machine and is gone; of another machine nobody can tell, and the error says how to remove it.
+Where a file system has no locks there is none, and a line says so.
+
+In `gs://` the lock is an object that is made only if there is none, and written again every few
+seconds while its program lives. One that has not been written for `LEASE` was left behind by a
+program that was killed, wherever it ran, and the next one takes its place. A program that was only
+halted for so long learns that when it next asks whether it may still write.
 """
 
 import contextlib
@@ -12,9 +15,10 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +30,8 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = "writer.lock"
+BEAT = 15.0  # seconds between two signs of life in gs://
+LEASE = 60.0  # seconds without one, after which a lock there was left behind
 
 
 class Busy(ValueError):
@@ -33,8 +39,13 @@ class Busy(ValueError):
 
 
 @contextlib.contextmanager
-def alone(place: Path, file: Path | None = None, wait: bool = False) -> Iterator[None]:
+def alone(
+    place: Path, file: Path | None = None, wait: bool = False
+) -> Iterator[Callable[[], None]]:
     """Work in a place while every other program that asks for its lock is refused.
+
+    Yields a function to be called before a file is written that makes what was written count: it
+    raises Busy where another program has taken the place meanwhile, which happens in `gs://` alone.
 
     place: a folder, or a file that is to be written. file: the lock's, which goes at the end; None:
     `writer.lock` in the folder. Its folder is made where it is not there, and removed again where
@@ -44,17 +55,17 @@ def alone(place: Path, file: Path | None = None, wait: bool = False) -> Iterator
     Raises Busy while another program, or another part of this one, is at work there.
     """
     file = file or place / NAME
-    with _object(place, file) if paths.is_remote(file) else _file(place, file, wait):
-        yield
+    with _object(place, file) if paths.is_remote(file) else _file(place, file, wait) as check:
+        yield check
 
 
 @contextlib.contextmanager
-def _file(place: Path, file: Path, wait: bool) -> Iterator[None]:
+def _file(place: Path, file: Path, wait: bool) -> Iterator[Callable[[], None]]:
     made = not file.parent.exists()
     try:
         stream = _locked(place, file, wait)
         try:
-            yield
+            yield lambda: None
         finally:
             if _is(stream, file):
                 file.unlink()
@@ -108,46 +119,118 @@ def _is(stream: IO[str], file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _object(place: Path, file: Path) -> Iterator[None]:
-    mine = json.dumps(_me()).encode()
-    while not _created(file, mine):
+def _object(place: Path, file: Path) -> Iterator[Callable[[], None]]:
+    lease = _Lease(place, file)
+    while not lease.begin():
         try:
-            generation, text = paths.stamp(file)[1], file.read_text(encoding="utf-8")
+            generation, holder = paths.stamp(file)[1], _read(file.read_text(encoding="utf-8"))
         except FileNotFoundError:  # gone meanwhile
             continue
-        if text.encode() == mine:  # made after all, by a request that was sent twice
-            break
-        if not _is_left(holder := _read(text)):
-            remove = f"if it no longer runs, remove its lock: gcloud storage rm {file}"
-            raise Busy(f"{_busy(place, holder)}; {remove}")
+        if holder.get("machine") == _machine() and isinstance(holder.get("pid"), int):
+            left = not lives(holder["pid"])
+        else:
+            left = _expires(place, file, generation, holder)
+        if not left:
+            raise Busy(_busy(place, holder))
         paths.remove_generation(file, generation)
+    beats = threading.Thread(target=lease.keep, daemon=True, name=f"lock of {place}")
+    beats.start()
     try:
-        yield
+        yield lease.check
     finally:
+        lease.over.set()
+        beats.join()
+        lease.end()
+
+
+class _Lease:
+    """A lock that is an object: this program's, as long as it is written again and again."""
+
+    def __init__(self, place: Path, file: Path):
+        self._place, self._file = place, file
+        self._content = json.dumps(_me()).encode()
+        self._generation = 0
+        self._writing = threading.Lock()
+        self._taken_by: dict[str, Any] | None = None
+        self.over = threading.Event()
+
+    def begin(self) -> bool:
+        """Write the lock, unless there is one."""
+        try:
+            paths.create(self._file, self._content)
+        except FileExistsError:
+            if self._file_content() != self._content:
+                return False  # else made after all, by a request that was sent twice
+        self._generation = paths.stamp(self._file)[1]
+        return True
+
+    def keep(self) -> None:
+        """Write it again and again; a thread of its own."""
+        while self._taken_by is None and not self.over.wait(BEAT):
+            with contextlib.suppress(Exception):  # the network's: the next one may arrive
+                self._beat()
+
+    def _beat(self) -> None:
+        with self._writing:
+            if self._taken_by is not None:
+                return
+            try:
+                self._generation = paths.rewrite(self._file, self._content, self._generation)
+            except (FileExistsError, FileNotFoundError):  # removed, taken, or a request sent twice
+                if not self.begin() and (other := self._file_content()) is not None:
+                    self._taken_by = _read(other.decode())
+
+    def check(self) -> None:
+        self._beat()
+        if (other := self._taken_by) is not None:
+            who = f"process {other.get('pid')} on {other.get('host')}"
+            raise Busy(
+                f"{self._place}: {who} has taken over, as this program gave no sign of life for "
+                f"{LEASE:g} s: what it has written since does not count"
+            )
+
+    def end(self) -> None:
+        """Remove the lock, if it is still this program's."""
         with contextlib.suppress(FileNotFoundError):
-            if file.read_bytes() == mine:
-                file.unlink()
+            if self._file_content() == self._content:
+                self._file.unlink()
+
+    def _file_content(self) -> bytes | None:
+        try:
+            return self._file.read_bytes()
+        except FileNotFoundError:
+            return None
 
 
-def _created(file: Path, content: bytes) -> bool:
-    try:
-        paths.create(file, content)
-    except FileExistsError:
-        return False
+def _expires(place: Path, file: Path, generation: int, holder: dict[str, Any]) -> bool:
+    """Whether a lock is not written again, nor removed, for as long as a lease. No clock but our
+    own has a part in it.
+    """
+    logging.getLogger("qwen_jax").warning(
+        "%s: waiting up to %g s for a sign of life of process %s on %s, which began to work there "
+        "at %s",
+        *(place, LEASE, holder.get("pid"), holder.get("host"), holder.get("since")),
+    )
+    end = time.monotonic() + LEASE
+    while time.monotonic() < end:
+        time.sleep(BEAT / 5)
+        try:
+            if paths.stamp(file)[1] != generation:
+                return False
+        except FileNotFoundError:
+            break
     return True
 
 
-def _is_left(holder: dict[str, Any]) -> bool:
-    """Whether the lock's process was one of this machine, and is no more."""
-    if holder.get("machine") != _machine() or not isinstance(holder.get("pid"), int):
-        return False
+def lives(process: int) -> bool:
+    """Whether a process of this machine, and of its numbering, still runs."""
     try:
-        os.kill(holder["pid"], 0)
+        os.kill(process, 0)
     except ProcessLookupError:
-        return True
+        return False
     except OSError:  # it belongs to someone else
         pass
-    return False
+    return True
 
 
 def _me() -> dict[str, Any]:

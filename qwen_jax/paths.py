@@ -150,6 +150,18 @@ def create(path: Path, data: bytes) -> None:
     _objects().pipe_file(str(path), data, mode="create")
 
 
+def rewrite(path: Path, data: bytes, generation: int) -> int:
+    """Write a small object again as long as it is of that generation (`stamp`); the new one.
+
+    Raises FileExistsError or FileNotFoundError where it is of another, or gone.
+    """
+    bucket, _, key = str(path).removeprefix("gs://").partition("/")
+    system, wanted = _objects(), {"uploadType": "media", "name": key}
+    address = f"{system._location}/upload/storage/v1/b/{bucket}/o"
+    wanted["ifGenerationMatch"] = str(generation)
+    return int(system.call("POST", address, data=data, json_out=True, **wanted)["generation"])
+
+
 def remove_generation(path: Path, generation: int) -> None:
     """Remove an object unless it has been written again since (`stamp`), or is gone."""
     bucket, _, key = str(path).removeprefix("gs://").partition("/")

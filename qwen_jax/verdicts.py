@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import paths
+from qwen_jax import lock, paths
 
 _DEATHS = 2  # of programs, while they proved a kernel, after which it is left alone
 _SHOWN = 60  # characters of an error in the table
@@ -177,15 +177,7 @@ def begun(key: Key) -> Iterator[bool]:
 def _lives(note: Path) -> bool:
     """Whether the program that has left a note still runs, and is another one."""
     process = int(note.suffixes[-2][1:])
-    if process in (0, os.getpid()):
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's
-    return True
+    return process not in (0, os.getpid()) and lock.lives(process)
 
 
 @functools.cache

@@ -67,15 +67,12 @@ def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_are_told_apart(monkeypatch):
-    """One of another machine, or of another numbering, may live under the same number."""
+def test_processes_that_live(monkeypatch):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    mine = {"pid": gone.pid, "machine": lock._machine()}
-    assert lock._is_left(mine) and not lock._is_left({**mine, "pid": os.getpid()})
-    assert not lock._is_left({**mine, "machine": "other"}) and not lock._is_left({})
+    assert lock.lives(os.getpid()) and not lock.lives(gone.pid)
     monkeypatch.setattr(lock.os, "kill", raises(PermissionError()))
-    assert not lock._is_left(mine), "someone else's"
+    assert lock.lives(gone.pid), "someone else's"
 
 
 def test_drafts_have_names_of_their_kind(tmp_path):

@@ -378,7 +378,7 @@ def test_killed_while_saving(bucket):
 
 
 def test_a_second_writer_is_refused(bucket, monkeypatch, capfd):
-    """In the middle of the first, which goes on to its end; with what to do, should it be gone."""
+    """In the middle of the first, which goes on to its end."""
     root, tried = paths.parse(f"{bucket}/m"), []
 
     def others() -> None:
@@ -390,28 +390,92 @@ def test_a_second_writer_is_refused(bucket, monkeypatch, capfd):
     stopping("convert.copying:import_band", 5, others, monkeypatch.setattr)
     there(GOLDEN, root)
     assert f"{root}: process {os.getpid()} on {socket.gethostname()} has been at work" in tried[0]
-    assert f"remove its lock: gcloud storage rm {root}/{lock.NAME} (" in tried[0]
     checkpoint.verify_whole(root)
     assert lock.NAME not in paths.sizes(root)
 
 
-def test_a_lock_of_another_machine(bucket):
-    """It may live: only a person can tell. Two that find one left behind do not both take it."""
+@pytest.fixture
+def quick_beats(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "LEASE", 2.0)
+
+
+def test_a_lock_that_was_left_behind(bucket, quick_beats, caplog):
+    """By a process of this machine that is gone: at once. By one elsewhere: when it shows no sign
+    of life. Two that find it do not both take it.
+    """
     file = paths.parse(f"{bucket}/m") / lock.NAME
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     left = lock._me() | {"pid": gone.pid}
     paths.create(file, json.dumps(left | {"machine": "other"}).encode())
-    with pytest.raises(lock.Busy, match=f"process {gone.pid} on"), lock.alone(file.parent):
-        pass
+    with lock.alone(file.parent) as check:
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+        check()
+    assert f"waiting up to 2 s for a sign of life of process {gone.pid} on" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and not file.exists()
+    paths.create(file, json.dumps(left).encode())
     first = paths.stamp(file)[1]
-    paths.write(file, json.dumps(left).encode())
+    paths.rewrite(file, json.dumps(left).encode(), first)
     paths.remove_generation(file, first)  # by who has seen another lock there
     with pytest.raises(FileExistsError):
         paths.create(file, b"{}")
     with lock.alone(file.parent):
         assert json.loads(file.read_text())["pid"] == os.getpid()
-    assert not file.exists()
+    assert len(caplog.messages) == 1 and not file.exists()
+
+
+def test_a_program_elsewhere_that_lives(bucket, quick_beats, monkeypatch):
+    """It goes on writing its lock, and is seen to."""
+    place = paths.parse(f"{bucket}/m")
+    with lock.alone(place) as check:
+        monkeypatch.setattr(lock, "_machine", lambda: "other")
+        with pytest.raises(lock.Busy, match=f"process {os.getpid()} on"), lock.alone(place):
+            pass
+        check()
+
+
+def test_a_program_that_was_halted(bucket, quick_beats, monkeypatch):
+    """Another one has taken its place: it must not declare anything whole, and leaves the lock."""
+    place = paths.parse(f"{bucket}/m")
+    with lock.alone(place) as check:
+        monkeypatch.setattr(lock._Lease, "keep", lambda _: None)
+        monkeypatch.setattr(lock, "_machine", lambda: "other")
+        (place / lock.NAME).unlink()
+        check()
+        assert (place / lock.NAME).exists(), "removed by somebody: it is there again"
+    with lock.alone(place) as check:
+        monkeypatch.setattr(lock, "_machine", lambda: "a third")
+        took_over = pytest.raises(lock.Busy, match=f"process {os.getpid()} on .* has taken over")
+        with lock.alone(place), took_over:
+            check()
+        assert not (place / lock.NAME).exists()
+
+
+def taken_over(monkeypatch) -> None:
+    """From now on, every lock has been taken by another program."""
+    taken = lambda self: setattr(self, "_taken_by", {"pid": 1, "host": "other"})  # noqa: E731
+    monkeypatch.setattr(lock._Lease, "_beat", taken)
+
+
+def test_nothing_counts_after_another_has_taken_over(bucket, monkeypatch, capfd):
+    """A conversion and a save that were halted end with an error, and declare nothing whole."""
+    taken_over(monkeypatch)
+    assert from_hf.main([str(GOLDEN), f"{bucket}/m"]) == 1
+    assert "process 1 on other has taken over" in last_line(capfd)
+    with pytest.raises(lock.Busy, match="has taken over"):
+        save_on(f"{bucket}/s", mesh_of(1, 1))
+    for name in "ms":
+        assert not (paths.parse(f"{bucket}/{name}") / checkpoint.MANIFEST).exists()
+
+
+@pytest.mark.slow
+def test_a_run_saves_nothing_after_another_has_taken_over(bucket, tmp_path, monkeypatch, capsys):
+    taken_over(monkeypatch)
+    out = paths.parse(f"{bucket}/run")
+    arguments = training.pretraining(training.prepared(tmp_path), out)
+    assert "process 1 on other has taken over" in training.fail(capsys, arguments, pretrain)
+    assert not any(name.startswith("checkpoints/") for name in paths.sizes(out))
 
 
 UPLOAD = """

@@ -63,8 +63,8 @@ class NotANumber(ValueError):
 class Loop:
     """run, evaluate: of `step.make_step` and `make_evaluation`, base their last argument. steps: of
     the whole run; position: how many have been taken. tokens: of a batch, without padding; flops:
-    of a token. held_out_rows: that are evaluated at a time. owed: whether a signal has cut off the
-    evaluation at `position`.
+    of a token. check: of `run_folder.alone`. held_out_rows: that are evaluated at a time. owed:
+    whether a signal has cut off the evaluation at `position`.
     """
 
     settings: Settings
@@ -75,6 +75,7 @@ class Loop:
     held_out: Rows | None
     held_out_rows: int
     checkpoints: Checkpoints
+    check: Callable[[], None]
     log: Log
     steps: int
     position: int
@@ -121,6 +122,7 @@ class Loop:
         return state
 
     def _save(self, position: int, state: State, loss: float | None = None) -> None:
+        self.check()
         self.log.keep()  # before what goes on from them
         facts = {"position": position, "owed": self.owed}
         self.checkpoints.save(position, state, facts, loss)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,11 @@ def train(task: Task, settings: Settings) -> None:
     Raises ValueError for data, a model or a folder that cannot be; KeyboardInterrupt after Ctrl-C,
     when the state has been saved.
     """
-    with run_folder.alone(settings.out):
-        _train(_settled(task), settings)
+    with run_folder.alone(settings.out) as check:
+        _train(_settled(task), settings, check)
 
 
-def _train(task: Task, settings: Settings) -> None:
+def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     recipe, out = task.recipe, settings.out
     if processes.index() == 0:
         run_folder.check(out, settings.resume)
@@ -109,6 +110,7 @@ def _train(task: Task, settings: Settings) -> None:
         held_out=held_out,
         held_out_rows=rows_at_once,
         checkpoints=checkpoints,
+        check=check,
         log=Log(out, position, steps, owed),
         steps=steps,
         position=position,
@@ -129,6 +131,7 @@ def _train(task: Task, settings: Settings) -> None:
         if asked.get("signal") == signal.SIGINT:
             raise KeyboardInterrupt
         return
+    check()
     weights, loop.base = state.weights, None
     del state  # its moments, and the base: a merged model may need their room
     command.say(f"done: {trained.save(weights, out, files, settings.merge)}")

@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, and that one run at a time works in it. Knows no model."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,18 @@ _RUN, _LOCK = "run.json", "run.lock"
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """With the folder made, and no other run in it, as far as process 0 of each can tell. Raises
-    `lock.Busy`.
+def alone(out: Path) -> Iterator[Callable[[], None]]:
+    """With the folder made, and no other run in it, as far as process 0 of each can tell. Yields
+    what `lock.alone` does. Raises `lock.Busy`.
     """
     paths.check_name(out)
     if processes.index():
-        yield
+        yield lambda: None
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out an empty or new folder")
-    with lock.alone(out, out / _LOCK):
-        yield
+    with lock.alone(out, out / _LOCK) as check:
+        yield check
 
 
 def check(out: Path, resume: bool) -> None:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwen_jax import command, paths, processes
+from qwen_jax import command, lock, paths, processes
 from qwen_jax.tokenizer import Tokenizer
 from train import records, token_cache, token_files
 from train.token_cache import Encoding
@@ -98,7 +98,7 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
     host = socket.gethostname()
     for left in home.glob(f"{name}.*@{host}.tmp"):
         number = int(left.name.removeprefix(f"{name}.").partition("@")[0])
-        if number == os.getpid() or not _lives(number):  # the first: in a container, numbers recur
+        if number == os.getpid() or not lock.lives(number):  # a container's numbers recur
             shutil.rmtree(left, ignore_errors=True)
     folder = home / f"{name}.{os.getpid()}@{host}.tmp"
     folder.mkdir()
@@ -106,16 +106,6 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it belongs to someone else
-        pass
-    return True
 
 
 def _put(draft: Path, folder: Path) -> None:

@@ -73,13 +73,10 @@ def _heed_generations() -> None:
             response["x-goog-generation"] = found
         return download(request, response, storage, *rest, **more)
 
-    def heeding(handler: Any, *conditions: str) -> Any:
-        """conditions: the generations that are heeded; none: all of them."""
-
+    def heeding(handler: Any) -> Any:
         def handle(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> Any:
             wanted = request.query.get("ifGenerationMatch", [None])[0]
-            heeded = wanted is not None and (not conditions or wanted in conditions)
-            if heeded and generation(request, storage) != wanted:
+            if wanted is not None and generation(request, storage) != wanted:
                 response.status = http.HTTPStatus.PRECONDITION_FAILED
                 return response.json({"error": {"message": "conditionNotMet"}})
             return handler(request, response, storage, *rest, **more)
@@ -87,8 +84,7 @@ def _heed_generations() -> None:
         return handle
 
     objects.download = telling
-    # Of writes, that there is no such object yet: TensorStore's own conditions would never be met.
-    objects.insert, objects.delete = heeding(objects.insert, "0"), heeding(objects.delete)
+    objects.insert, objects.delete = heeding(objects.insert), heeding(objects.delete)
 
 
 if __name__ == "__main__":
