@@ -8,13 +8,13 @@ what agrees on all of them.
 
 import atexit
 import contextlib
-import ctypes
 import datetime
 import functools
 import json
 import logging
 import math
-import signal
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -308,7 +308,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
         thread.join(seconds)
     finally:
         if thread.is_alive():
-            atexit.register(_let_go, thread)
+            atexit.register(_wait, thread)
     if thread.is_alive():
         raise TimeoutError
     if errors:
@@ -316,23 +316,17 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def _let_go(thread: threading.Thread) -> None:
-    """Let the process end with its own exit code while a thread is still within a compiler.
-
-    At the end Python stops a thread that comes back to it by unwinding its stack, which C++ answers
-    with an abort; and what a compiler's thread uses is taken down before it has ended. So an abort
-    only stops its thread, and the process is over as soon as Python is done. Not reliable yet: the
-    process has also ended with a segmentation fault (CPython 3.11, glibc, jax 0.10.2).
+def _wait(thread: threading.Thread) -> None:
+    """At the end of the process, wait for a self-test that is still within a compiler: what it uses
+    would be taken down under it. One that hangs does not keep the process for ever.
     """
-    libc = ctypes.CDLL(None)
-    if not (thread.is_alive() and hasattr(libc, "on_exit")):
+    if not thread.is_alive():
         return
-
-    def address(function: Any) -> ctypes.c_void_p:
-        return ctypes.cast(function, ctypes.c_void_p)
-
-    libc.on_exit.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    libc.on_exit(address(libc._exit), None)
-    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(signal.SIGABRT, address(libc.pause))
+    attention.say(f"attention: up to {LIMIT:g} s more for the compiler of a self-test to end")
+    thread.join(LIMIT)
+    if thread.is_alive():
+        line = "attention: the compiler of a self-test hangs: this process ends with exit code 1"
+        attention.say(line, logging.WARNING)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
