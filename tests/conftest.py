@@ -18,10 +18,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAG = "--xla_force_host_platform_device_count"
 FLAGS = {FLAG: "8"}
 _JAXLIB = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
-if _JAXLIB < (0, 12) and importlib.util.find_spec("libtpu") is None:
+if _JAXLIB < (0, 11) and importlib.util.find_spec("libtpu") is None:
     # Without its newer emitters XLA compiles for a CPU in less than half the time: steps of the
-    # tiny decoder on meshes took 24 instead of 58 CPU seconds. jaxlib 0.12 has no such choice, and
-    # libtpu, which reads the same variable, ends the process over flags that it does not know.
+    # tiny decoder on meshes took 24 instead of 58 CPU seconds. Later jaxlibs have no such choice,
+    # and they, as libtpu, end the process over flags that they do not know.
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
