@@ -105,7 +105,11 @@ def _hush() -> None:
     threads, fails with it: of that no traceback.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = threading.excepthook = lambda _: None
+    sys.unraisablehook = threading.excepthook = _say_nothing
+
+
+def _say_nothing(_: Any) -> None:
+    """Not a lambda: a thread may be about to call a hook that is replaced, which must not go."""
 
 
 def show_log(debug: bool = False) -> None:

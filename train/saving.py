@@ -91,13 +91,20 @@ def ignore_late_callbacks() -> None:
     """For a program: when Orbax gives up reading or writing, TensorStore goes on, and tells an
     event loop that is closed; Python would show a traceback for each array.
     """
-    before = sys.unraisablehook
+    global _told_before
+    if sys.unraisablehook is not _tell_others:
+        _told_before, sys.unraisablehook = sys.unraisablehook, _tell_others
 
-    def hook(what: Any) -> None:
-        if str(what.exc_value) != "Event loop is closed":
-            before(what)
 
-    sys.unraisablehook = hook
+_told_before = sys.unraisablehook
+
+
+def _tell_others(what: Any) -> None:
+    """Functions of a module, which never go: Python holds no reference to the hook that a thread is
+    about to call, and one that another thread replaces then would take the process down.
+    """
+    if str(what.exc_value) != "Event loop is closed":
+        _told_before(what)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
