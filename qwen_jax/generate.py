@@ -52,9 +52,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sampling = result.add_argument_group("sampling (defaults: the checkpoint's generation_config)")
     add = sampling.add_argument
-    add("--max-new-tokens", type=command.positive, metavar="N")
+    add("--max-new-tokens", type=command.positive, metavar="N", help="most tokens to generate")
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token")
-    add("--top-p", type=float, metavar="P")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the most likely tokens that together have probability P",
+    )
     add("--top-k", type=int, metavar="K", help="0 = no limit")
     add("--repetition-penalty", type=float, metavar="R", help="1 = none")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default 0)")
@@ -71,7 +76,12 @@ def parser() -> argparse.ArgumentParser:
         "is taken), xla, pallas_tpu, pallas_triton, pallas_hopper and others, taken as they are: "
         "docs/attention.md",
     )
-    add("--max-length", type=command.positive, metavar="N", help="slots of the cache for a row")
+    add(
+        "--max-length",
+        type=command.positive,
+        metavar="N",
+        help="most prompt and new tokens of a row",
+    )
     add(
         "--mesh",
         metavar="SPEC",
@@ -88,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "--ntk",
         choices=("prompt", "total"),
         default="prompt",
-        help="what fixes dynamic NTK's alpha",
+        help="dynamic NTK's alpha from the prompt, or from prompt and new tokens (default: prompt)",
     )
     result.add_argument("--json", action="store_true", help="print one JSON object, no stream")
     command.add_processes(result)

@@ -38,8 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         "itself; xla: what it takes otherwise; or another name (docs/attention.md)",
     )
     parser.add_argument("--remat", default="full", help="full, projections or none")
-    parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--accumulate", type=command.positive, default=1, help="parts of a batch")
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="split the residual over tp by tokens"
+    )
+    parser.add_argument(
+        "--accumulate", type=command.positive, default=1, help="parts of a batch, one by one"
+    )
     parser.add_argument(
         "--gradient-dtype", default="float32", help="of sums over the mesh: float32 or bfloat16"
     )
@@ -51,7 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     add_adapters("--train-embeddings", action="store_true", help="embedding and head whole, too")
     parser.add_argument("--cache-dtype", help="int8 or int8_asymmetric; default: bfloat16")
     parser.add_argument("--search", action="store_true", help="try meshes, remat and batch sizes")
-    parser.add_argument("--tries", type=command.positive, default=6, help="programs of a search")
+    parser.add_argument(
+        "--tries",
+        type=command.positive,
+        default=6,
+        help="most programs that a search compiles (default: 6)",
+    )
     parser.add_argument("--json", action="store_true", help="one object for programs")
     command.add_debug(parser)
     return command.run(parser, _work, argv)
