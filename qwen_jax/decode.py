@@ -149,8 +149,9 @@ def decode(
     new: int,
     at_once: int = STRIDE,
 ) -> Iterator[np.ndarray]:
-    """The new tokens, `new` in all: int32 [B, 1], which `prefill` chose, then [B, n] a time with n
-    at most `at_once`.
+    """Yield the new tokens as they are generated, `new` for each row in all.
+
+    First int32 [B, 1], which `prefill` chose, then int32 [B, n] with n at most `at_once`.
 
     Ends early when every row has met a stop. The state passed in is consumed. The device is a
     stride ahead: while the tokens of one are fetched and used, the next is under way, which does

@@ -38,7 +38,9 @@ def load(
     cache_dtype: str | None = None,
     max_length: int | None = None,
 ) -> "LanguageModel":
-    """The model in a directory written by `convert/from_hf.py`, on the mesh in force or on (1, 1).
+    """Load the model directory that `convert/from_hf.py` or `checkpoint.save` has written.
+
+    It is loaded on the mesh in force (`jax.set_mesh`), or else on one device.
 
     dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
     values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of

@@ -29,9 +29,11 @@ from qwen_jax.weights import (
 
 @struct.dataclass
 class Adapters:
-    """Of every layer, stacked. groups: the leaves that share an `a`, by the group's name; a: by
-    group, [L, R, in]; b: by leaf, [L, out, R]; both are float32 while they are trained. embedding,
-    head: trained whole, in place of the decoder's, or None. scale: of what adapters add.
+    """The adapters of every layer, stacked.
+
+    groups: the leaves that share an `a`, by the group's name. a: by group, [L, R, in]; b: by leaf,
+    [L, out, R]; both are float32 while they are trained. embedding, head: trained whole, in place
+    of the decoder's, or None. scale: the factor, alpha / rank for instance, of what adapters add.
     """
 
     a: dict[str, Weight]

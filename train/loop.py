@@ -35,7 +35,9 @@ _NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every pr
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Where and how a run goes on; none of it changes what is computed.
+    """Settings of a run beside its recipe: its folder, and when to evaluate, save and stop.
+
+    Apart from on_nan, none changes what is computed.
 
     evaluate, save: every so many steps, and at the end; 0 for the end alone. keep_last, keep_best:
     checkpoints; to know the best, what is saved is evaluated, too. on_nan: "stop" or "skip" the
@@ -56,15 +58,18 @@ class Settings:
 
 
 class NotANumber(ValueError):
-    """A loss or gradient that is none; the batch and the state before it have been saved."""
+    """A loss or gradient is NaN or infinite; the batch and the state before it have been saved."""
 
 
 @dataclasses.dataclass
 class Loop:
-    """run, evaluate: of `step.make_step` and `make_evaluation`, base their last argument. steps: of
-    the whole run; position: how many have been taken. tokens: of a batch, without padding; flops:
-    of a token. check: of `run_folder.alone`. held_out_rows: that are evaluated at a time. owed:
-    whether a signal has cut off the evaluation at `position`.
+    """The steps of a run and what goes with them: log, evaluation, checkpoints and signals.
+
+    run, evaluate: what `step.make_step` and `make_evaluation` return. base: the weights that are
+    not trained, which both take. steps: of the whole run; position: how many have been taken.
+    tokens: of a batch, without padding; flops: of a token. check: what `run_folder.alone` yields.
+    held_out_rows: how many are evaluated at a time. owed: whether a signal has cut off the
+    evaluation at `position`.
     """
 
     settings: Settings

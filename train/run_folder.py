@@ -14,8 +14,9 @@ _RUN, _LOCK = "run.json", "run.lock"
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[Callable[[], None]]:
-    """With the folder made, and no other run in it, as far as process 0 of each can tell. Yields
-    what `lock.alone` does. Raises `lock.Busy`.
+    """Make the folder of a run, and keep every other run out of it meanwhile.
+
+    Process 0 takes the lock. Yields what `lock.alone` does; raises `lock.Busy`.
     """
     paths.check_name(out)
     if processes.index():

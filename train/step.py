@@ -143,8 +143,10 @@ def _is_matrix(tree: Any) -> Any:
 
 @struct.dataclass
 class State:
-    """weights: what is trained, float32: a stacked decoder, or whatever is attached to one;
-    moments: the optimizer's state; step int32: updates made.
+    """What a training run carries from step to step.
+
+    weights: what is trained, float32: a stacked decoder, or whatever is attached to one.
+    moments: the optimizer's state. step: int32 [], the updates made so far.
     """
 
     weights: Any
@@ -192,9 +194,10 @@ def abstract_batch(batch: int, length: int, mesh: Any) -> Batch:
 
 @struct.dataclass
 class Report:
-    """What a step says, scalars. gradient_norm: over all weights, before it is clipped; finite:
-    whether it and the loss are numbers, and the step's `so_far` true. Where not, the step has
-    changed nothing.
+    """What a step reports: its metrics, and scalars.
+
+    gradient_norm: the global norm over all weights, before clipping. finite: whether it and the
+    loss are finite and the step's `so_far` was true; otherwise the step has changed nothing.
     """
 
     metrics: Metrics
@@ -216,17 +219,18 @@ def make_step(
     attach: Callable[[Any, Any, jax.Array | None], Decoder] | None = None,
     gradient_dtype: str = "float32",
 ) -> Any:
-    """A jitted (State, Batch, base, so_far) -> (State, Report); the state passed in is consumed.
+    """The training step, a jitted (State, Batch, base, so_far) -> (State, Report).
 
-    so_far: bool, true by default; where it is not, the step changes nothing: `Report.finite` of the
-    step before, for no step to follow one that has no numbers.
+    The state passed in is consumed (donated). so_far: bool, true by default; a step to which it is
+    false changes nothing. Pass `Report.finite` of the step before, and no step follows one whose
+    loss or gradient was NaN or infinite.
 
     remat: a name in `REMAT`. accumulate: how many parts of a batch's rows are computed one after
     the other; the gradient is that of the whole. dropout: a rate; its masks follow from `seed` and
     the step. attach: (weights, base, key) -> the decoder, where the weights are not one; base is
     not trained, and None otherwise. gradient_dtype: what the gradients of weights are summed in
     over the mesh: "float32", or "bfloat16" where that is `dtype`. The other arguments are those of
-    `loss`.
+    `loss.loss`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: allowed are {', '.join(REMAT)}")
