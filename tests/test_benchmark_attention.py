@@ -52,8 +52,8 @@ def test_rates_and_ratios(monkeypatch: pytest.MonkeyPatch):
     assert first.ratio == "2.00" and second.ratio == "1.00" and third.ratio == "0.50"
     # 2 products of 2 FLOPs, half of 4096 x 4096 pairs, 8 heads of 128, in a millisecond.
     assert first.rate == "34.36 TFLOP/s" and first.share == "3436 %"
-    # 4 sequences of a quarter of the pairs each have a quarter of plain causal's pairs.
-    assert first.features == "4.00" and second.features == ""
+    # 4 sequences have a quarter of plain causal's pairs, and windows of half of them 3/4 of that.
+    assert first.features == "5.33" and second.features == ""
     assert limit.rate == "1 TFLOP/s"
 
 

@@ -23,6 +23,7 @@ from qwen_jax.kernels import choice, others
 TASKS = ("forward", "backward", "decode")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 _LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # keys and values of all layers of a program
+_PACKED = 4  # sequences of a row with features
 _SECONDS = 0.02  # that a turn takes at least, so that the clock and the host do not count
 
 Program = Callable[[], Any]
@@ -32,8 +33,8 @@ Program = Callable[[], Any]
 class Case:
     """A call that is timed. length: of queries and keys, or the slots of a cache, all written.
 
-    cache: of what a cache is, "int8" or "int8_asymmetric"; None: of `dtype`. features: LogN, a
-    window of half the length, and four packed sequences; else plain causal.
+    cache: of what a cache is, "int8" or "int8_asymmetric"; None: of `dtype`. features: LogN, four
+    packed sequences, and a window of half a sequence; else plain causal.
     """
 
     task: str
@@ -68,11 +69,16 @@ class Case:
     def layers(self) -> int:
         return max(1, min(_MOST_LAYERS, _LAYERS_BYTES // self.bytes()))
 
+    @property
+    def window(self) -> int:
+        """Tokens that a query sees of its sequence, itself included."""
+        return max(1, self.length // (2 * _PACKED)) if self.features else FULL
+
     def pairs(self) -> int:
         """Visible pairs of a row and head."""
         if not self.features:
             return self.length * (self.length + 1) // 2
-        part, window = -(-self.length // 4), self.length // 2
+        part, window = -(-self.length // _PACKED), self.window
         parts = [min(part, self.length - at) for at in range(0, self.length, part)]
         return sum(min(i + 1, window) for n in parts for i in range(n))
 
@@ -223,12 +229,11 @@ def _n(case: Case) -> range:
 
 def _mask(case: Case) -> Mask:
     index = jnp.arange(case.length, dtype=jnp.int32)
-    part = -(-case.length // 4) if case.features else case.length
+    part = -(-case.length // _PACKED) if case.features else case.length
     positions, segments = (
         jnp.broadcast_to(x, (case.batch, case.length)) for x in (index % part, index // part + 1)
     )
-    window = jnp.int32(case.length // 2 if case.features else FULL)
-    return Mask(positions, positions, segments, segments, window)
+    return Mask(positions, positions, segments, segments, jnp.int32(case.window))
 
 
 def _scale(case: Case) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import attention, lock, paths, verdicts
+from qwen_jax.attention import FULL
 from qwen_jax.kernels import choice, flash_hopper, flash_tpu, timing, tune
 from qwen_jax.kernels.timing import Case
 
@@ -149,7 +150,10 @@ def test_the_best_blocks_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("features", [False, True])
 def test_pairs_are_counted_as_the_mask_has_them(features: bool):
     case = dataclasses.replace(TINY, length=131, features=features)
-    assert case.pairs() == int(np.asarray(timing._mask(case).visible())[0].sum())
+    mask = timing._mask(case)
+    assert case.pairs() == int(np.asarray(mask.visible())[0].sum())
+    unlimited = dataclasses.replace(mask, window=jnp.int32(FULL)).visible()
+    assert features == bool((unlimited != mask.visible()).any())  # the window cuts
 
 
 def test_programs_take_turns():
