@@ -239,10 +239,6 @@ def _proved(key: Key, case: Case, timed: bool) -> Verdict:
         date=str(datetime.date.today()),
         ran=ran,
     )
-    attention.say(
-        f"attention: proving {key.kernel} on {key.device}, once ({case.task}, {case.dtype}, head "
-        f"dim {case.head_dim}, {case.length} tokens)"
-    )
     with verdicts.begun(key) as should:
         if not should:
             verdict = said("crashed", detail="programs have died while it was proved")
@@ -250,8 +246,8 @@ def _proved(key: Key, case: Case, timed: bool) -> Verdict:
             return verdict
         lasting = True
         try:
-            error, times = _within(LIMIT, functools.partial(_self_test, case, key.kernel, timed))
-        except NotImplementedError as refusal:
+            error, times = _within(LIMIT, functools.partial(_self_test, case, key, timed))
+        except _Declined as refusal:
             return said("declined", detail=_one_line(refusal))
         except TimeoutError:
             verdict = said("timed out", detail=f"not done after {LIMIT:g} s")
@@ -270,8 +266,24 @@ def _proved(key: Key, case: Case, timed: bool) -> Verdict:
     return verdict
 
 
-def _self_test(case: Case, name: str, timed: bool) -> tuple[float, tuple[float, float] | None]:
-    """The worst error; and seconds of the kernel's program and of the reference's, if it agrees."""
+class _Declined(Exception):
+    """A kernel is not for such calls, as its trace says. What a compiler lacks is a failure."""
+
+
+def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, float] | None]:
+    """The worst error; and seconds of the kernel's program and of the reference's, if it agrees.
+
+    Raises _Declined before anything is said, compiled or run.
+    """
+    name = key.kernel
+    try:
+        timing.check(case, name)
+    except NotImplementedError as refusal:
+        raise _Declined(*refusal.args) from None
+    attention.say(
+        f"attention: proving {name} on {key.device}, once ({case.task}, {case.dtype}, head dim "
+        f"{case.head_dim}, {case.length} tokens)"
+    )
     error = timing.error(case, name, in_parts=True)
     if not (timed and error <= timing.TOLERANCE[case.dtype]):
         return error, None
@@ -284,7 +296,7 @@ def _self_test(case: Case, name: str, timed: bool) -> tuple[float, tuple[float, 
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
-    named = isinstance(error, NotImplementedError)
+    named = isinstance(error, _Declined)
     return (text if named else f"{type(error).__name__}: {text}")[:300]
 
 

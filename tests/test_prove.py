@@ -186,7 +186,8 @@ def says(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> list[str]:
     """Self-tests answer (error, (seconds, seconds of the reference)), or raise; those that ran."""
     ran: list[str] = []
 
-    def self_test(case: Case, name: str, timed: bool) -> Any:
+    def self_test(case: Case, key: Key, timed: bool) -> Any:
+        name = key.kernel
         ran.append(f"{name} {case.task}" + ("" if timed else ", not timed"))
         answer = answers.get(f"{name}_{case.task}", answers.get(name))
         if isinstance(answer, Exception):
@@ -253,13 +254,32 @@ def test_a_kernel_that_fails_is_reported_and_left(
     assert ran[again:] == ([] if kept else ["pallas_tpu forward"])
 
 
+@pytest.mark.parametrize("calls", [[TINY], [TINY, BACKWARD], [DECODE]])
 def test_what_is_declined_is_no_failure(
+    calls: list[Case], monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+):
+    """Nor is it proved: a trace tells."""
+
+    def declines(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("pallas_tpu: head dim 16, only 32")
+
+    kernel(monkeypatch, declines, decoder=declines)
+    monkeypatch.setattr(timing, "_results", lambda *_: pytest.fail("something was run"))
+    prove.resolve("auto", calls)
+    assert "attention: not pallas_tpu: pallas_tpu: head dim 16, only 32" in said()
+    assert not verdicts.kept()
+    assert not any("send us" in line or "proving" in line for line in said())
+
+
+def test_what_a_compiler_lacks_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ):
-    says(monkeypatch, pallas_tpu=NotImplementedError("pallas_tpu: head dim 16, only 32"))
+    """It says so as a kernel declines, but when it has been asked: once is enough."""
+    says(monkeypatch, pallas_tpu=NotImplementedError("no lowering of sin"))
     assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
-    assert "attention: not pallas_tpu: pallas_tpu: head dim 16, only 32" in said()
-    assert not verdicts.kept() and not any("send us" in line for line in said())
+    assert [x.found for x in verdicts.kept()] == [
+        "refused: NotImplementedError: no lowering of sin"
+    ]
 
 
 def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
@@ -467,7 +487,7 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     kernel(monkeypatch, right, "pallas_triton")
     me = threading.local()
     said_by: dict[tuple[int, int], str] = {}
-    meet = threading.Barrier(2, timeout=60)
+    meet = threading.Barrier(2, timeout=600)
 
     def gather(text: str) -> list[str]:
         me.count = getattr(me, "count", 0) + 1
@@ -475,8 +495,8 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         meet.wait()
         return [said_by[me.count, i] for i in range(2)]
 
-    def self_test(case: Case, name: str, timed: bool) -> Any:
-        return (0.5, None) if ran_by.index == 1 and name == "pallas_tpu" else FAST
+    def self_test(case: Case, key: Key, timed: bool) -> Any:
+        return (0.5, None) if ran_by.index == 1 and key.kernel == "pallas_tpu" else FAST
 
     ran_by = me
     monkeypatch.setattr(processes, "gather", gather)

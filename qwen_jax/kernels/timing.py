@@ -278,18 +278,36 @@ def error(case: Case, name: str, in_parts: bool = False) -> float:
     heads. in_parts: also of the same call in two parts of its keys, merged by their log-sum-exp, as
     the chunks of a prompt and a ring of devices need it.
     """
-    length = min(case.length, 4096) - 19
-    small = dataclasses.replace(
-        case, batch=2, length=length, heads=4, kv_heads=2, features=case.task != "decode"
-    )
-    ways = [attention.get(name)]
-    if in_parts and case.task != "decode":
-        ways.append(functools.partial(_in_parts, ways[0]))
+    small, ways = _small(case), _ways(case, name, in_parts)
     wanted = len(ways) * _wanted(small)
     got = [x for attend in ways for x in _results(small, attend, case.dtype)]
     pairs = [(jnp.asarray(x, jnp.float32), y) for x, y in zip(got, wanted, strict=True)]
     worst = [jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
     return max(float(x) if jnp.isfinite(x) else math.inf for x in worst)
+
+
+def check(case: Case, name: str) -> None:
+    """Trace the calls of `error` and run nothing. NotImplementedError where the implementation
+    declines them.
+    """
+    small = _small(case)
+    arrays = jax.eval_shape(lambda: _arguments(small, _drawn, _leaf))
+    for attend in _ways(case, name, in_parts=True):
+        jax.eval_shape(_call(small, attend), *arrays)
+
+
+def _small(case: Case) -> Case:
+    """The call by which an implementation is compared with the reference."""
+    features, length = case.task != "decode", min(case.length, 4096) - 19
+    shape = {"batch": 2, "length": length, "heads": 4, "kv_heads": 2}
+    return dataclasses.replace(case, features=features, **shape)
+
+
+def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
+    attend = attention.get(name)
+    if in_parts and case.task != "decode":
+        return [attend, functools.partial(_in_parts, attend)]
+    return [attend]
 
 
 @functools.lru_cache(maxsize=1)
@@ -326,25 +344,36 @@ def _results(case: Case, attend: Callable[..., Any], dtype: str) -> list[jax.Arr
         x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
         return x if hasattr(x, "dequantize") else x.astype(dtype)
 
+    arrays = [cast(x) for x in _arguments(case, _normal, _leaf)]
+    return _call(case, attend)(*arrays)
+
+
+def _arguments(case: Case, normal: Callable[..., Any], leaf: Callable[..., Any]) -> list[Any]:
+    """Of `_call`, drawn with `normal` and `leaf`."""
     if case.task == "decode":
         token = dataclasses.replace(case, length=1)
-        own = [cast(_normal(token, n, i)) for i, n in enumerate((case.heads, 2, 2))]
-        leaves = [cast(x) for x in _leaves(case, 0)]
+        own = [normal(token, n, i) for i, n in enumerate((case.heads, 2, 2))]
+        return [*own, leaf(case, 0), leaf(case, 1)]
+    return [normal(case, n, i) for i, n in enumerate((case.heads, 2, 2, case.heads))]
+
+
+def _call(case: Case, attend: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+    """(q, k, v, and the gradient of the result, or the leaves of a cache) -> what is compared."""
+    if case.task == "decode":
         start = jnp.array([case.length // 3, case.length // 2], jnp.int32)
         index, window = jnp.int32(case.length + 5), jnp.int32(case.length // 2 + 7)
+        scale = _scale(dataclasses.replace(case, length=1))
         step = jax.jit(functools.partial(decode, attend))
-        return [step(*own, *leaves, start, index, window, _scale(token))]
+        return lambda *arrays: [step(*arrays, start, index, window, scale)]
     mask, scale = _with_all(_mask(case)), _scale(case)
-    heads = (case.heads, 2, 2, case.heads)
-    q, k, v, do = (cast(_normal(case, n, i)) for i, n in enumerate(heads))
 
     @jax.jit
-    def run(q: Any, k: Any, v: Any, do: Any) -> Any:
+    def run(q: Any, k: Any, v: Any, do: Any) -> list[jax.Array]:
         if case.task == "forward":
             return [attend(q, k, v, mask, scale)]
         return list(jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)[1](do))
 
-    return run(q, k, v, do)
+    return run
 
 
 def product(dtype: str) -> tuple[Program, float]:
