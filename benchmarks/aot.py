@@ -512,9 +512,11 @@ def main() -> None:
     parser.add_argument("file", help="python file that defines fn and args, or build(target)")
     parser.add_argument("--target", nargs="+", choices=[*TPUS, *GPUS], default=["v5e", "v6e"])
     parser.add_argument("--pairs", type=int, help="(query, key) pairs of a computing step")
-    parser.add_argument("--trips", type=int, default=1, help="of loops whose trips are not known")
+    parser.add_argument("--trips", type=int, help="of loops whose trips are not known; default: 1")
     parser.add_argument("--regions", action="store_true", help="print each program's regions too")
     args = parser.parse_args()
+    if not {*args.target} & {*TPUS} and (args.pairs or args.trips or args.regions):
+        parser.error("--pairs, --trips and --regions are of TPUs: name one in --target")
     names = runpy.run_path(args.file)
     print(HEADER)
     for target in args.target:
@@ -523,7 +525,7 @@ def main() -> None:
             print("\n".join(map(str, compile_gpu(fn, given, target)[1])))
             continue
         for program in compile_tpu(fn, given, target)[1]:
-            cost = steady(program, args.trips)
+            cost = steady(program, args.trips or 1)
             pairs = args.pairs or names.get("pairs")
             for step in sorted(cost.steps, key=lambda step: step.cycles):
                 kind = dataclasses.replace(cost, steps=(step,))

@@ -198,7 +198,12 @@ def chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
+    if args.list:
+        others = [name for name in args.given if name != "list"]
+        command.refuse(args, others, "means nothing beside --list, which times nothing")
     on_cpu = choice.device().platform == "cpu"
+    if not on_cpu:
+        command.refuse(args, ("interpreted",), "is of a CPU: here kernels are compiled")
     known = shapes(args.dtype or ("float32" if on_cpu else "bfloat16"))
     names = timing.available(attention.IMPLEMENTATIONS, args.interpreted)
     if args.list:

@@ -20,6 +20,7 @@ from train import programs, topology
 from train.programs import Program, Setting
 
 ROWS, CHUNK = 8, 512
+TASKS = ["decode", "prefill"]
 CONFIG = dataclasses.replace(
     PRESETS["qwen-7b"], num_layers=2, vocab_size=1024, hidden_size=512, intermediate_size=1024
 )
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory beside the cache, from the compilers.")
     parser.add_argument("--target", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "h100:1"])
     parser.add_argument("--length", nargs="+", type=int, default=[4096])
-    parser.add_argument("--task", nargs="+", default=["decode", "prefill"])
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     for where in args.target:  # before any backend starts

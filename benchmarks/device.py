@@ -262,6 +262,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
+    if args.list:
+        command.refuse(args, ("again",), "means nothing beside --list, which runs nothing")
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         given = environment(args.rehearse, temporary / "site")

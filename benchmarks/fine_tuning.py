@@ -41,11 +41,14 @@ THEIRS: dict[tuple[str, str], tuple[float | None, float | None]] = {
     ("qwen-14b", INT8): (18.7, 27.9),
     ("qwen-72b", INT8): (61.4, 75.6),
 }
+MODELS = tuple(dict.fromkeys(model for model, _ in THEIRS))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What fine-tuning takes of one GPU.")
-    parser.add_argument("--only", nargs="*", default=[], help="models")
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=MODELS, metavar="MODEL", help=", ".join(MODELS)
+    )
     parser.add_argument("--cache", type=Path, default=Path(".cache/scaling.jsonl"))
     args = parser.parse_args()
     names = ["model", "trained", "tokens", "GB", "original, GB", "80 GB", "141 GB"]

@@ -138,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
+    if args.no_kernels:
+        command.refuse(args, ("length",), "is of kernels: drop it, or --no-kernels")
     command.use_compilation_cache()
     names = args.attention or timing.available(attention.IMPLEMENTATIONS)
     for name in names:

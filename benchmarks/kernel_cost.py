@@ -574,26 +574,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cycles of attention kernels.")
     tables = ("flash", "masks", "decode", "gpu")
     parser.add_argument("table", nargs="*", help=", ".join(tables))
-    parser.add_argument("--target", nargs="+", choices=aot.TPUS, default=["v5e", "v5p", "v6e"])
-    parser.add_argument("--length", nargs="+", type=int, choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--target", nargs="+", choices=aot.TPUS, help="default: v5e v5p v6e")
+    parser.add_argument("--length", nargs="+", type=int, choices=LENGTHS, help="default: all")
     parser.add_argument("--only", default="", help="of a sweep: entries whose name holds this")
     parser.add_argument("--sweep", action="store_true", help="find the best blocks again")
     args = parser.parse_args()
+    wanted = args.table or tables
+    if unknown := set(wanted) - {*tables}:
+        parser.error(f"{min(unknown)}: choose from {', '.join(tables)}")
+    if args.only and not args.sweep:
+        parser.error("--only is of a sweep: add --sweep")
+    if args.table and args.sweep:
+        parser.error(f"{args.table[0]}: --sweep prints no table")
+    if args.length and not {*wanted} & {"flash", "masks"}:
+        parser.error("--length is of the tables flash and masks, and of a sweep")
+    if args.target and {*wanted} == {"gpu"}:
+        parser.error("--target is of TPUs, and the table gpu of none")
+    targets: list[str] = args.target or ["v5e", "v5p", "v6e"]
+    lengths: list[int] = args.length or [*LENGTHS]
     if args.sweep:
         entries = [*OURS.values(), *itertools.chain(*RIVALS.values())]
-        for target, entry in itertools.product(args.target, entries):
+        for target, entry in itertools.product(targets, entries):
             if args.only in entry.name:
-                sweep(entry, target, args.length)
+                sweep(entry, target, lengths)
         return
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
     print(f"{versions}, {datetime.date.today()}: `python {' '.join(sys.argv)}`\n")
-    for table in args.table or tables:
+    for table in wanted:
         if table == "flash":
-            flash_table(args.target, args.length)
+            flash_table(targets, lengths)
         elif table == "masks":
-            masks_table(args.target, args.length)
+            masks_table(targets, lengths)
         elif table == "decode":
-            decode_table(args.target)
+            decode_table(targets)
         else:
             gpu_table()
         print()

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/scaling.jsonl"))
     parser.add_argument("--tries", type=int, default=3, help="programs compiled for a row")
     args = parser.parse_args()
+    if unknown := set(args.only) - {*MODELS, *TOPOLOGIES}:
+        parser.error(f"--only {min(unknown)}: choose from {', '.join((*MODELS, *TOPOLOGIES))}")
     models = [x for x in MODELS if x in args.only] or MODELS
     topologies = [x for x in TOPOLOGIES if x in args.only] or TOPOLOGIES
     print(_head())

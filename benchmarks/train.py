@@ -529,6 +529,8 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     if args.profile:  # else a program may come with the scopes of another version of this library
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     wanted = cases(args)
+    if all(case.name != SMALL for case in wanted):
+        command.refuse(args, ("hidden",), f"is of the small model: add --model {SMALL}")
     if args.torch_python and (args.lora or {x.dtype for x in wanted} != {"float32"} or not on_cpu):
         raise command.UsageError("--torch-python: on a CPU, in float32, without --lora")
     title, found = head(argv), []

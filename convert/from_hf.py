@@ -83,7 +83,7 @@ def convert(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
     if (plan.target / checkpoint.MANIFEST).exists() and args.verify:
-        verify(_as_stored(plan, args.dtype))
+        verify(_as_stored(plan, args.dtype, args.mesh is not None))
         return
     with target.alone(plan.target) as check:
         copy(plan)
@@ -246,8 +246,10 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
     return done, needed, jobs
 
 
-def _as_stored(plan: Plan, dtype: str | None) -> Plan:
-    """The plan for a finished directory, with the dtype and the chunks that it has."""
+def _as_stored(plan: Plan, dtype: str | None, cut: bool) -> Plan:
+    """The plan for a finished directory, with the dtype and the chunks that it has. dtype, cut:
+    what the command asks for; cut: the plan's mesh.
+    """
     manifest = checkpoint.verify_whole(plan.target)
     shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
     checkpoint.check_shapes(plan.target, manifest, shapes)
@@ -255,6 +257,12 @@ def _as_stored(plan: Plan, dtype: str | None) -> Plan:
     if dtype not in (None, stored):
         raise ValueError(
             f"{plan.target} holds {stored}, not {dtype}: drop --dtype, or convert to another place"
+        )
+    mesh = {axis: n for axis, n in manifest.get("mesh", {}).items() if n > 1}
+    if cut and mesh != {axis: n for axis, n in plan.facts["mesh"].items() if n > 1}:
+        raise ValueError(
+            f"{plan.target} is in the pieces of another mesh: drop --mesh, or convert to another "
+            "place"
         )
     return dataclasses.replace(plan, leaves=store.read_leaves(plan.params, stored))
 

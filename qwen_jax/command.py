@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qwen_jax import errors, paths, processes, roll_call
@@ -34,6 +34,7 @@ def run(
     """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
     _settle_streams()
     args = parser.parse_args(argv)
+    args.given = _given(parser, argv, vars(args))
     show_log(args.debug)
     warnings.formatwarning = _as_line
     try:
@@ -61,6 +62,28 @@ def run(
         say(f"error: {detail}")
         return code
     return 0
+
+
+class _Absent(list[Any]):
+    """Stands for an argument that a command line does not name. A list: some are appended to."""
+
+
+def _given(
+    parser: argparse.ArgumentParser, argv: list[str] | None, names: Iterable[str]
+) -> tuple[str, ...]:
+    """Those of the arguments that a command line names, whatever their defaults are."""
+    absent = _Absent()
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return tuple(name for name, value in sorted(vars(found).items()) if value is not absent)
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise UsageError for the first of these arguments that the command line names: beside others
+    it means nothing. why: goes on after the option, and says what to do.
+    """
+    for name in names:
+        if name in args.given:
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
@@ -160,6 +183,8 @@ def join(args: argparse.Namespace) -> None:
     """Join the processes that `add_processes` speaks of, if any, before jax is used."""
     named = (args.coordinator, args.processes, args.process)
     if not args.distributed and named == (None, None, None):
+        how = "is of several processes: add --distributed, or --coordinator and its like"
+        refuse(args, ("start_timeout", "heartbeat_timeout"), how)
         return
     if not args.distributed and None in named:
         raise UsageError(
@@ -177,7 +202,7 @@ def join(args: argparse.Namespace) -> None:
     processes.initialize(*named, args.start_timeout, args.heartbeat_timeout)
     if processes.count() > 1:
         _keep_stdout(processes.index() == 0)
-        own = ("coordinator", "processes", "process", "distributed")
+        own = ("coordinator", "processes", "process", "distributed", "given")
         options = {name: str(x) for name, x in vars(args).items() if name not in own}
         processes.agree("arguments", json.dumps(options))
 

@@ -125,6 +125,21 @@ def sampler(args: argparse.Namespace, default: Any) -> Any:
         raise command.UsageError(str(error)) from None
 
 
+_DRAWS = ("top_k", "top_p", "seed")
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Raise UsageError for an option that means nothing beside the others."""
+    if args.bench:
+        names = ("temperature", *_DRAWS, "repetition_penalty", "ntk")
+        command.refuse(args, names, "means nothing beside --bench, which draws no text: drop it")
+        if args.max_new_tokens == 1:
+            raise command.UsageError("--max-new-tokens 1: --bench times the tokens after the first")
+    if args.temperature == 0:
+        how = "means nothing beside --temperature 0, which draws nothing: drop one of them"
+        command.refuse(args, _DRAWS, how)
+
+
 def prompt_text(args: argparse.Namespace) -> str | None:
     """What to continue or to answer; None with --bench alone."""
     text = args.prompt if args.chat is None else args.chat
@@ -154,13 +169,18 @@ def load(args: argparse.Namespace) -> "LanguageModel":
     import jax
 
     import qwen_jax
+    from qwen_jax import checkpoint
 
     command.use_compilation_cache(args.compilation_cache)
+    overrides = dict(command.key_value(item) for item in args.set)
     with jax.set_mesh(mesh(args)):
+        if not checkpoint.load_config(args.ckpt).with_overrides(overrides).dynamic_ntk:
+            how = "is of dynamic NTK, which this model has not: add --set use_dynamic_ntk=true"
+            command.refuse(args, ("ntk",), how)
         return qwen_jax.load(
             args.ckpt,
             dtype=args.dtype,
-            overrides=dict(command.key_value(item) for item in args.set),
+            overrides=overrides,
             attention=args.attention,
             cache_dtype=args.cache_dtype,
             max_length=args.max_length,
@@ -192,6 +212,7 @@ def mesh(args: argparse.Namespace) -> "Mesh":
 
 def work(args: argparse.Namespace) -> None:
     command.join(args)
+    _refuse_idle(args)
     text = prompt_text(args)
     sampler(args, None)  # settings that cannot be are found before the weights are loaded
     started = time.perf_counter()
@@ -202,7 +223,7 @@ def work(args: argparse.Namespace) -> None:
     if args.bench or ids is None:
         from qwen_jax import bench
 
-        result = bench.run(model, max(2, args.max_new_tokens or 32), ids)
+        result = bench.run(model, args.max_new_tokens or 32, ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
     if args.chat is not None and model.is_base:

@@ -13,8 +13,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks import aot, device, fine_tuning, golden, kernel_cost, scaling
+from benchmarks import attention as attend
+from benchmarks import cache as caches
+from benchmarks import train as steps
 from convert import from_hf
 from qwen_jax import command, errors, expand_vocab, generate, inspect_checkpoint
+from qwen_jax.kernels import tune
 from train import perplexity, plan, pretrain, sft
 from train import tokenizer as learning
 
@@ -213,6 +218,70 @@ def test_usage(program, argv, message, capsys, monkeypatch):
     monkeypatch.setattr(plan, "_setting", lambda *_: None)
     monkeypatch.setattr("train.topology.prepare", lambda *_: None)
     assert program.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+PLAN = ["--model", "qwen-7b", "--topology", "v5e:2x2"]
+BENCH = [*CKPT, "--bench"]
+READS = [*CKPT, "--data", "a", "--modes", "plain,own"]
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (generate, [*BENCH, "--seed", "0"], "--seed means nothing beside --bench, which draws no"),
+        (generate, [*BENCH, "--temperature", "1"], "--temperature means nothing beside --bench"),
+        (generate, [*BENCH, "--ntk", "prompt"], "--ntk means nothing beside --bench"),
+        (generate, [*BENCH, "--max-new-tokens", "1"], "--max-new-tokens 1: --bench times"),
+        (generate, [*CKPT, "--temperature", "0", "--top-p", "1"], "--top-p means nothing beside"),
+        (generate, [*BENCH, "--start-timeout", "9"], "--start-timeout is of several processes"),
+        (from_hf, ["a", "b", "--heartbeat-timeout", "30"], "--heartbeat-timeout is of several"),
+        (tune, ["--show", "--dtype", "bfloat16"], "--dtype means nothing beside --show"),
+        (tune, ["--forget", "--out", "a"], "--out means nothing beside --forget"),
+        (pretrain, ["--final", "0.1", "--schedule", "constant"], "--final is where a cosine ends"),
+        (sft, ["--recipe", "code_chat", "--final", "0"], "--final is where a cosine ends"),
+        (pretrain, ["--too-long", "cut"], "--too-long is of examples that stay whole"),
+        (pretrain, [*CKPT, *DATA, "--eval-every", "9"], "--eval-every goes with --eval-data or"),
+        (perplexity, [*READS, "--windows", "[64]"], "--windows is of a mode with window"),
+        (plan, [*PLAN, "--cache-dtype", "int8"], "--cache-dtype is of decoding: add --decode"),
+        (plan, [*PLAN, "--decode", "--remat", "full"], "--remat is of training"),
+        (plan, [*PLAN, "--decode", "--lora-rank", "8"], "--lora-rank is of training"),
+        (plan, [*PLAN, "--tries", "6"], "--tries is of a search: add --search"),
+        (plan, [*PLAN, "--search", "--mesh", "tp=4"], "--mesh is what --search tries all of"),
+        (plan, [*PLAN, "--base-dtype", "same"], "--base-dtype is of adapters: give --lora-rank"),
+        (plan, [*PLAN, "--sequence-parallel", "--mesh", "fsdp=4"], "mesh fsdp=4 has none"),
+        (attend, ["--list", "--quick"], "--quick means nothing beside --list"),
+        (golden, ["--no-kernels", "--length", "64"], "--length is of kernels"),
+        (steps, ["--model", "qwen-1.8b", "--hidden", "64"], "--hidden is of the small model"),
+        (device, ["--list", "--again"], "--again means nothing beside --list"),
+    ],
+)
+def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monkeypatch):
+    """It is refused, also where it is the default."""
+    monkeypatch.setattr("train.topology.prepare", lambda *_: None)
+    assert program.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --") and message in line
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (scaling, ["--only", "qwen-7b", "qwen-8b"], "--only qwen-8b: choose from qwen-1.8b"),
+        (fine_tuning, ["--only", "qwen-8b"], "invalid choice: 'qwen-8b'"),
+        (caches, ["--task", "train"], "invalid choice: 'train'"),
+        (kernel_cost, ["flush"], "flush: choose from flash"),
+        (kernel_cost, ["--only", "flash"], "--only is of a sweep"),
+        (kernel_cost, ["flash", "--sweep"], "flash: --sweep prints no table"),
+        (kernel_cost, ["decode", "--length", "2048"], "--length is of the tables flash"),
+        (kernel_cost, ["gpu", "--target", "v5e"], "--target is of TPUs"),
+        (aot, ["a.py", "--target", "h100", "--trips", "1"], "are of TPUs: name one"),
+    ],
+)
+def test_what_means_nothing_to_a_script(program, argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", *argv])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
     assert message in capsys.readouterr().err
 
 

@@ -145,6 +145,20 @@ def test_bench_of_a_prompt(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -
             "query heads N = 2 does not divide",
         ),
         (["--ckpt", "{dir}", "--prompt", "a", "--attention", "nope"], 1, "nope"),
+        (
+            [
+                "--ckpt",
+                "{dir}",
+                "--prompt",
+                "a",
+                "--ntk",
+                "total",
+                "--set",
+                "use_dynamic_ntk=false",
+            ],
+            2,
+            "--ntk is of dynamic NTK",
+        ),
         (["--ckpt", "/no/such/dir", "--prompt", "a"], 1, "/no/such/dir"),
     ],
 )

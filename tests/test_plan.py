@@ -519,7 +519,10 @@ def test_a_plan_is_compiled_with_what_auto_takes(
         (["--model", "qwen-7b", "--topology", "v5e"], "CHIP:SIZE"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--remat", "some"], "full, projections"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--attention", "best"], "pallas_tpu"),
-        (["--model", "qwen-7b", "--topology", "v5e:2x2", "--cache-dtype", "int4"], cache.DTYPES[0]),
+        (
+            ["--model", "qwen-7b", "--topology", "v5e:2x2", "--decode", "--cache-dtype", "int4"],
+            cache.DTYPES[0],
+        ),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--mesh", "foo=2"], "(axes: data, fsdp"),
         (
             ["--model", "qwen-7b", "--topology", "v5e:2x2", "--decode", "--mesh", "context=2,tp=2"],
@@ -527,7 +530,7 @@ def test_a_plan_is_compiled_with_what_auto_takes(
         ),
         (
             ["--model", "qwen-7b", "--topology", "v5e:2x2", "--base-dtype", "int8"],
-            "--base-dtype and --train-embeddings are of adapters: give --lora-rank",
+            "--base-dtype is of adapters: give --lora-rank",
         ),
     ],
 )

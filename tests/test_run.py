@@ -312,6 +312,8 @@ def test_steps_are_profiled_on_request(given, tmp_path):
         (["--dropout", "1"], "dropout 1: a number, at least 0, and below 1"),
         (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share: one"),
         (["--profile-steps", "7"], "--profile-steps 7: write it as 10-12"),
+        (["--profile-steps", "13-14"], "--profile-steps 13-14: the run has 12 steps"),
+        (["--sequence-parallel", "--mesh", "fsdp=2"], "--sequence-parallel splits over tp, and"),
         (["--out", "s3://bucket/run"], "s3://bucket/run: only local paths and gs://BUCKET/..."),
         (["--token-cache", "s3://b/t"], "s3://b/t: only local paths and gs://BUCKET/..."),
         (["--compilation-cache", "s3://b/c"], "s3://b/c: only local paths and gs://BUCKET/..."),

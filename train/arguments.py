@@ -110,19 +110,19 @@ def recipe(args: argparse.Namespace) -> Recipe:
         made = dataclasses.replace(made, **changes)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
-    given = [*changes, *(["merge"] if args.merge else [])]
-    idle = [name for name in given if name in _OF_ADAPTERS] if not made.lora_rank else []
-    if idle:
-        option = idle[0].replace("_", "-")
-        raise command.UsageError(
-            f"--{option} is of adapters: take --recipe sft_lora of train/sft.py"
-        )
-    for name in changes:
-        if (kind := _OF_KIND.get(name, made.data)) != made.data:
-            option = name.replace("_", "-")
-            raise command.UsageError(
-                f"--{option} is of {_KINDS[kind]}: recipe {args.recipe} learns {_KINDS[made.data]}"
-            )
+    if not made.lora_rank:
+        how = "is of adapters: take --recipe sft_lora of train/sft.py"
+        command.refuse(args, _OF_ADAPTERS, how)
+    for name, kind in _OF_KIND.items():
+        if kind != made.data:
+            how = f"is of {_KINDS[kind]}: recipe {args.recipe} learns {_KINDS[made.data]}"
+            command.refuse(args, (name,), how)
+    if made.schedule == "constant":
+        how = "is where a cosine ends: drop it, or take --schedule cosine"
+        command.refuse(args, ("final",), how)
+    if made.data == "text" and made.pack == "joined":
+        how = "is of examples that stay whole: drop it, or take --pack fitted or alone"
+        command.refuse(args, ("too_long",), how)
     return made
 
 
@@ -152,6 +152,8 @@ def work(args: argparse.Namespace) -> None:
             f"--keep-best {args.keep_best} goes with --eval-data or --eval-share, whose loss tells "
             "the best"
         )
+    if args.eval_every > 0 and not (args.eval_data or args.eval_share):
+        command.refuse(args, ("eval_every",), "goes with --eval-data or --eval-share")
     for name in ("eval_every", "save_every", "keep_best"):
         if getattr(args, name) < 0:
             option = name.replace("_", "-")
@@ -170,7 +172,7 @@ def work(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     import jax
 
-    from qwen_jax import PRESETS, checkpoint, directory, meshes, paths
+    from qwen_jax import PRESETS, checkpoint, directory, meshes, paths, sharding
     from qwen_jax.config import Config, read_json
     from qwen_jax.tokenizer import Tokenizer
     from train import loop, records, run, saving
@@ -223,6 +225,9 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         devices = jax.devices()
         slices = meshes.count_slices(devices)
         sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
+    if sizes[sharding.TENSOR] == 1 and wanted.sequence_parallel:
+        how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
+        command.refuse(args, ("sequence_parallel",), how)
     meshes.check(lengths, sizes, wanted.sequence_parallel)
     saving.ignore_late_callbacks()
     with meshes.entered(meshes.make(sizes)):

@@ -78,6 +78,9 @@ def work(args: argparse.Namespace) -> None:
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in (*MODES, OWN)]:
         raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join((*MODES, OWN))}")
+    if not any("window" in mode.split("+") for mode in modes):
+        how = "is of a mode with window: add ntk+logn+window to --modes, or drop it"
+        command.refuse(args, ("windows",), how)
     given = args.plot or (None if args.json else "perplexity.png")
     picture = paths.parse(given) if given else None
     if picture and (picture.is_dir() or not _is_place(picture)):

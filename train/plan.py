@@ -66,7 +66,26 @@ def main(argv: list[str] | None = None) -> int:
     return command.run(parser, _work, argv)
 
 
+_OF_TRAINING = ("remat", "sequence_parallel", "accumulate", "gradient_dtype", "lora_rank")
+_OF_TRAINING += ("base_dtype", "train_embeddings")
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Raise UsageError for an option that means nothing beside the others."""
+    if args.decode:
+        command.refuse(args, _OF_TRAINING, "is of training: drop it, or --decode")
+    else:
+        command.refuse(args, ("cache_dtype",), "is of decoding: add --decode")
+    if args.search:
+        command.refuse(args, ("mesh", "remat"), "is what --search tries all of: drop one of them")
+    else:
+        command.refuse(args, ("tries",), "is of a search: add --search")
+    if args.lora_rank is None:
+        command.refuse(args, ("base_dtype", "train_embeddings"), "is of adapters: give --lora-rank")
+
+
 def _work(args: argparse.Namespace) -> None:
+    _refuse_idle(args)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing of this machine is used
     from train import topology as topologies
 
@@ -75,7 +94,7 @@ def _work(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     topologies.prepare(topology.chip.platform)
-    from qwen_jax import meshes
+    from qwen_jax import meshes, sharding
     from train import report, search
 
     setting = _setting(args, topology)
@@ -99,6 +118,9 @@ def _work(args: argparse.Namespace) -> None:
                     f"{args.model} and --batch {args.batch} do not divide over the "
                     f"{topology.devices} devices of {topology}, but over {meshes.describe(sizes)}"
                 )
+        if sizes[sharding.TENSOR] == 1:
+            how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
+            command.refuse(args, ("sequence_parallel",), how)
         found = list(estimates(setting, topology, sizes, args.decode))
     if args.json:
         print(json.dumps({"model": args.model, "plans": [x.to_json() for x in found]}))
@@ -207,8 +229,6 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
             base_dtype=args.base_dtype,
             train_embeddings=args.train_embeddings,
         )
-    elif args.base_dtype != "same" or args.train_embeddings:
-        raise UsageError("--base-dtype and --train-embeddings are of adapters: give --lora-rank")
     if args.batch % args.accumulate:
         raise UsageError(f"--batch {args.batch} does not fall into {args.accumulate} parts")
     return Setting(

@@ -66,6 +66,9 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
         run_folder.check(out, settings.resume)
     rows, held_out = _rows(task, settings)
     steps = _steps(recipe, len(rows))
+    if settings.profile and settings.profile[0] > steps:
+        first, last = settings.profile
+        raise ValueError(f"--profile-steps {first}-{last}: the run has {steps} steps")
     if (warm := recipe.warmup_steps(steps)) >= steps:
         command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
     dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate

@@ -131,6 +131,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> None:
+    for alone in ("show", "forget"):
+        if getattr(args, alone):
+            others = [name for name in args.given if name not in (alone, "debug")]
+            command.refuse(args, others, f"means nothing beside --{alone}, which times nothing")
     if args.show:
         print(shown())
         return
