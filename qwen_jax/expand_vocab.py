@@ -22,7 +22,7 @@ from pathlib import Path
 
 import tiktoken
 
-from qwen_jax import command, paths, texts
+from qwen_jax import command, lock, paths, texts
 from qwen_jax.tokenizer import PATTERN, Tokenizer
 
 
@@ -124,8 +124,18 @@ def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> No
     lines = [
         f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens, start_id)
     ]
-    with open(path, "x", encoding="ascii", newline="\n") as file:
-        file.writelines(lines)
+    path = paths.parse(path)
+    _check_place(path)
+    with lock.alone(path, path.with_name(f"{path.name}.lock")):
+        _check_place(path)
+        paths.write(path, "".join(lines).encode())
+
+
+def _check_place(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another name or remove it")
+    if not paths.is_place(path):
+        raise FileNotFoundError(f"no such folder: {path.parent}")
 
 
 def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
@@ -141,10 +151,7 @@ def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
 
 def expand(vocab_file: Path, words_file: Path, out_file: Path, start_id: int | None) -> None:
     """What the command does; prints a line for each refused word (stderr) and a summary."""
-    if out_file.exists():
-        raise FileExistsError(f"{out_file} exists already; choose another name or remove it")
-    if not out_file.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {out_file.parent}")
+    _check_place(out_file)
     tokenizer = Tokenizer.from_file(vocab_file)
     first = len(tokenizer) if start_id is None else start_id
     if first < len(tokenizer):

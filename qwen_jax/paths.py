@@ -69,6 +69,11 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def is_place(file: Path) -> bool:
+    """Whether a file can be written there: in `gs://` there are no folders to be missing."""
+    return is_remote(file) or file.parent.is_dir()
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder, if it is there."""
     with contextlib.suppress(FileNotFoundError):

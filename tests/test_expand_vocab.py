@@ -1,4 +1,5 @@
 import base64
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -161,6 +162,18 @@ def test_an_existing_file_is_never_overwritten(files, capsys):
     assert Path(files[2]).read_text() == "precious"
     with pytest.raises(FileExistsError):
         write_tokens(files[2], [b"x"], 500)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    out = tmp_path / "extra.tiktoken"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError):
+            write_tokens(out, [b"%d" % i for i in range(10_000)], 500)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

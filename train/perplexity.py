@@ -83,7 +83,7 @@ def work(args: argparse.Namespace) -> None:
         command.refuse(args, ("windows",), how)
     given = args.plot or (None if args.json else "perplexity.png")
     picture = paths.parse(given) if given else None
-    if picture and (picture.is_dir() or not _is_place(picture)):
+    if picture and (picture.is_dir() or not paths.is_place(picture)):
         raise command.UsageError(f"--plot {picture}: a file in a folder that is there")
     from qwen_jax import checkpoint, meshes
 
@@ -235,11 +235,6 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
     if not kept:
         raise ValueError(f"no document has {longest} tokens: give longer ones or less --lengths")
     return np.array(kept[: max(1, args.tokens // longest) * longest], np.int32)
-
-
-def _is_place(file: Path) -> bool:
-    """Whether a file can be written there: in `gs://` there are no folders to be missing."""
-    return paths.is_remote(file) or file.parent.is_dir()
 
 
 def _windows(text: str | None) -> list[int | None] | None:
