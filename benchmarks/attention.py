@@ -16,14 +16,11 @@ named and left out. Nothing else should run on the device.
 
 import argparse
 import dataclasses
-import datetime
 import fnmatch
 import functools
-import shlex
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 from tqdm import tqdm
 
+from benchmarks import section
 from qwen_jax import attention, command
 from qwen_jax.kernels import choice, others, timing
 from qwen_jax.kernels.timing import Case
@@ -147,27 +145,6 @@ def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]
     return result
 
 
-def where() -> str:
-    """Device, versions and date, as every section of docs/benchmarks.md begins."""
-    here = choice.device()
-    return (
-        f"{here.device_kind} ({here.platform}), jax {jax.__version__}, jaxlib "
-        f"{metadata.version('jaxlib')}, Python {sys.version.split()[0]}, {datetime.date.today()}"
-    )
-
-
-def markdown(lines: list[Row], argv: list[str]) -> str:
-    """A section for docs/benchmarks.md."""
-    head = [
-        f"{where()}; `{shlex.join(['python', 'benchmarks/attention.py', *argv])}`:",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-    ]
-    body = [f"| {' | '.join(x.replace('*', chr(92) + '*') for x in row)} |" for row in lines]
-    return "\n".join([*head, *body]) + "\n"
-
-
 def parser() -> argparse.ArgumentParser:
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
@@ -228,8 +205,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         lines += new
         for row in new:
             print(f"{row[0]:26} {row[1]:16} {row[2]:>9} {row[3]:>15} ", *row[4:], flush=True)
-        if args.markdown:
-            args.markdown.write_text(markdown(lines, argv), encoding="utf-8")
+        section.write(args.markdown, section.title("attention.py", argv), COLUMNS, lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import gc
-import shlex
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.attention import where
+from benchmarks import section
 from qwen_jax import cache as kv
 from qwen_jax import command, meshes, model
 from qwen_jax.config import Config
@@ -148,13 +147,6 @@ def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namesp
     )
 
 
-def markdown(rows: list[Row], argv: list[str]) -> str:
-    """A section for docs/benchmarks.md."""
-    command_line = shlex.join(["python", "benchmarks/decoding.py", *argv])
-    table = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-    return "\n".join([f"{where()}; `{command_line}`:", "", *table, ""])
-
-
 def parser() -> argparse.ArgumentParser:
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
@@ -199,8 +191,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
                     command.say(f"{line}: {' '.join(str(error).split())[:200]}")
                     continue
                 print("  ".join(rows[-1]), flush=True)
-                if args.markdown:
-                    args.markdown.write_text(markdown(rows, argv), encoding="utf-8")
+                section.write(args.markdown, section.title("decoding.py", argv), COLUMNS, rows)
             del decoder
             gc.collect()
     if not rows:

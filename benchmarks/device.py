@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qwen_jax import command  # noqa: E402
+from qwen_jax import command, paths  # noqa: E402
 
 KEPT = ROOT / "benchmarks" / "device.json"
 WHEELS = ROOT / ".wheels"
@@ -237,9 +237,7 @@ def write(out: Path, found: list[dict[str, Any]]) -> None:
         ("device.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
         ("device.md", markdown(found)),
     ):
-        draft = out / f"{name}.{os.getpid()}.tmp"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(out / name)
+        paths.write(out / name, text.encode())
 
 
 def parser() -> argparse.ArgumentParser:

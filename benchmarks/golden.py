@@ -13,7 +13,6 @@ differs by more than its bound.
 import argparse
 import fnmatch
 import functools
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import qwen_jax
-from benchmarks.attention import where
+from benchmarks import section
 from convert import from_hf
 from qwen_jax import attention, command
 from qwen_jax.kernels import choice, timing
@@ -115,13 +114,6 @@ def measured(check: Check) -> Row | None:
     return Row(what, name, f"{found:.1e}", f"{bound:g}", "" if found <= bound else "WRONG")
 
 
-def markdown(rows: list[Row], argv: list[str]) -> str:
-    """A section for docs/benchmarks.md."""
-    command_line = shlex.join(["python", "benchmarks/golden.py", *argv])
-    table = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-    return "\n".join([f"{where()}; `{command_line}`:", "", *table, ""])
-
-
 def parser() -> argparse.ArgumentParser:
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
@@ -161,8 +153,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
             if row is not None:
                 rows.append(row)
                 print("  ".join(row), flush=True)
-                if args.markdown:
-                    args.markdown.write_text(markdown(rows, argv), encoding="utf-8")
+                section.write(args.markdown, section.title("golden.py", argv), COLUMNS, rows)
     wrong = [row for row in rows if row.verdict]
     print(f"{len(rows) - len(wrong)} of {len(rows)} checks agree")
     if wrong or not rows:

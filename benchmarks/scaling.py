@@ -21,6 +21,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # started as a file: this folder has a `train`, too
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from qwen_jax import paths
+
 MODELS = ("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b")
 TOPOLOGIES = (
     "v5e:4x4",
@@ -84,8 +89,7 @@ def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any
 def plans(options: Sequence[str], cache: Path) -> list[Any]:
     """What `train.plan` prints for these options, or has printed before."""
     key = " ".join((*options, *versions().values()))
-    known = cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []
-    for line in map(json.loads, known):
+    for line in map(json.loads, _lines(cache)):
         if line["key"] == key:
             return line["plans"]
     command = [sys.executable, "-m", "train.plan", *options]
@@ -95,9 +99,13 @@ def plans(options: Sequence[str], cache: Path) -> list[Any]:
         return []
     plans = json.loads(ran.stdout)["plans"]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with cache.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"key": key, "plans": plans}) + "\n")
+    line = json.dumps({"key": key, "plans": plans})
+    paths.write(cache, "".join(f"{x}\n" for x in (*_lines(cache), line)).encode())
     return plans
+
+
+def _lines(cache: Path) -> list[str]:
+    return cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []
 
 
 def versions() -> dict[str, str]:

@@ -25,14 +25,11 @@ no name there: XLA_FLAGS=--xla_gpu_enable_command_buffer= does without graphs.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import gc
 import json
 import os
-import platform
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -41,7 +38,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +49,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import trange
 
+from benchmarks import section
 from benchmarks.generate import processor
 from convert import peft
 from qwen_jax import command, lora, meshes, model, prove
@@ -484,12 +481,7 @@ def head(argv: list[str]) -> str:
     here = choice.device()
     name = processor() if here.platform == "cpu" else here.device_kind
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return (
-        f"{name}, {threads()} threads{load}, jax {jax.__version__}, jaxlib "
-        f"{metadata.version('jaxlib')}, Python {platform.python_version()}, "
-        f"{datetime.date.today()}; "
-        f"`{shlex.join(['python', 'benchmarks/train.py', *argv])}`:"
-    )
+    return section.title("train.py", argv, f"{name}, {threads()} threads{load}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -517,12 +509,6 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def markdown(head: str, found: list[Row]) -> str:
-    """A section for docs/benchmarks.md."""
-    table = [f"| {' | '.join(row)} |" for row in found]
-    return "\n".join([head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *table])
-
-
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     on_cpu = choice.device().platform == "cpu"
     command.use_compilation_cache()
@@ -543,8 +529,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
             found += new
             for row in new:
                 print("  ".join(filter(None, row)), flush=True)
-            if args.markdown:
-                args.markdown.write_text(markdown(title, found) + "\n", encoding="utf-8")
+            section.write(args.markdown, title, COLUMNS, found)
 
 
 def main(argv: list[str] | None = None) -> int:

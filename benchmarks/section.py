@@ -1,0 +1,44 @@
+"""A section of docs/benchmarks.md: what was run and where, and a table of what came out."""
+
+import datetime
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from qwen_jax import paths
+from qwen_jax.kernels import choice
+
+
+def where(device: str | None = None) -> str:
+    """Device, versions and date. device: what it is called, if not as jax calls it."""
+    here = choice.device()
+    return (
+        f"{device or f'{here.device_kind} ({here.platform})'}, jax {jax.__version__}, jaxlib "
+        f"{metadata.version('jaxlib')}, Python {sys.version.split()[0]}, {datetime.date.today()}"
+    )
+
+
+def title(script: str, argv: Sequence[str], device: str | None = None) -> str:
+    """The line above the table. script: the name of the file in benchmarks/."""
+    return f"{where(device)}; `{shlex.join(['python', f'benchmarks/{script}', *argv])}`:"
+
+
+def text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The section."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(row)} |".replace("*", "\\*") for row in rows]
+    return "\n".join([title, "", *lines, ""])
+
+
+def write(
+    path: Path | None, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Write the section, whole or not at all; None: nowhere. After each line, so that a run that is
+    cut off keeps what it has.
+    """
+    if path is not None:
+        paths.write(path, text(title, columns, rows).encode())
