@@ -25,6 +25,7 @@ from qwen_jax import roll_call
 _FAILED = "qwen_jax/failed/"  # key: process, value: what it ended with
 _PROPOSED = "qwen_jax/proposed/end"
 _FOREVER = 7 * 24 * 3600.0  # seconds
+_WAIT = int(1000 * _FOREVER)  # for another process: where one is lost, the watch ends this one
 _SECOND = 1.0  # between two looks at the others
 # How the runtime reports a collective whose other end has gone.
 _BROKEN = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|DEADLINE_EXCEEDED): ")
@@ -185,7 +186,7 @@ def agree(what: str, value: str) -> None:
     key = f"qwen_jax/agree/{what}"
     if me.index == 0:
         me.client.key_value_set(key, value)
-    elif (first := me.client.blocking_key_value_get(key, 60_000)) != value:
+    elif (first := me.client.blocking_key_value_get(key, _WAIT)) != value:
         raise ValueError(f"process 0 was started with other {what}: {first}; here: {value}")
 
 
@@ -197,8 +198,7 @@ def gather(text: str) -> list[str]:
     key = f"qwen_jax/gathered/{me.gatherings}/"
     try:
         me.client.key_value_set(f"{key}{me.index}", text)
-        wait = int(1000 * _FOREVER)  # the watch ends this process where one of them is lost
-        return [me.client.blocking_key_value_get(f"{key}{i}", wait) for i in range(count())]
+        return [me.client.blocking_key_value_get(f"{key}{i}", _WAIT) for i in range(count())]
     except Exception as error:
         await_verdict(error)
         raise
@@ -212,7 +212,7 @@ def propose(number: int) -> int:
 
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the key is there already
         me.client.key_value_set(_PROPOSED, str(number))
-    return int(me.client.blocking_key_value_get(_PROPOSED, 60_000))
+    return int(me.client.blocking_key_value_get(_PROPOSED, _WAIT))
 
 
 def proposed() -> int | None:

@@ -1,5 +1,6 @@
 """What every test shares: eight virtual CPU devices and a compilation cache, before jax starts."""
 
+import contextlib
 import gc
 import importlib.util
 import logging
@@ -13,6 +14,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+with contextlib.suppress(ImportError):  # the environments of other tests have none
+    import hypothesis
+
+    # Nothing depends on how quick the machine is.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("tests")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAG = "--xla_force_host_platform_device_count"

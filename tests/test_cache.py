@@ -35,7 +35,7 @@ def there_and_back(x: jax.Array) -> tuple[tuple[Int8, jax.Array], ...]:
     return tuple((leaf, leaf.dequantize(jnp.float32)) for leaf in leaves)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
     st.sampled_from([0.0, 1.0, 300.0, -1e5]),

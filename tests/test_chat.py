@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax.chat import decode_reply, make_context, stop_sequences
@@ -51,7 +51,6 @@ def test_no_history_may_be_none(tiny):
     assert make_context(tiny, "q", None) == make_context(tiny, "q", [])
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS[:4], "\n", "user", "<|", "x"]), max_size=8))
 def test_no_text_of_the_caller_becomes_a_control_token(words):
     tokenizer = qwen_tokenizer()

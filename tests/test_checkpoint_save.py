@@ -21,6 +21,7 @@ from qwen_jax.checkpoint import CheckpointError
 from qwen_jax.config import RopeScaling
 from qwen_jax.weights import named_leaves
 from tests.conversion import GOLDEN, ROOT, back, same, tensors
+from tests.launch import LONG
 from tests.tiny import replace_leaves, tiny_config, tiny_decoder
 
 MESHES = [(1, 1), (2, 4), (8, 1), (4, 2)]
@@ -302,7 +303,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
         )
         for number in range(2)
     ]
-    told = [process.communicate(timeout=300)[1] for process in processes]
+    told = [process.communicate(timeout=LONG)[1] for process in processes]
     for name in ("two", "stacked"):
         for mesh in MESHES:
             assert same(arrays(checkpoint.load(tmp_path / name, mesh=mesh_of(*mesh))), decoder), (

@@ -139,7 +139,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(JSON | shaped(JSON))
 def test_no_record_ends_a_run_with_another_error(record: Any) -> None:
     for make in (

@@ -100,7 +100,7 @@ def learn_slowly(ranks: dict[bytes, int], words: dict[str, int]) -> list[bytes]:
         learned.append(min(counts, key=order))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.dictionaries(
         st.text("abcdxy你猫é", min_size=1, max_size=7), st.integers(1, 5), min_size=1, max_size=8

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from safetensors import safe_open
 
 from tests.conftest import CACHE, FLAG
+from tests.launch import LONG
 from tests.training import curve
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -83,7 +84,9 @@ def test_notebook(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOKS / f"{check.__name__}.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "checked in without outputs"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=int(LONG), resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )

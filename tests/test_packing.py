@@ -22,6 +22,7 @@ import pytest
 from qwen_jax import lock, meshes
 from qwen_jax.attention import xla
 from qwen_jax.weights import named_leaves
+from tests import launch
 from tests.tiny import QUICK, on_mesh, tiny_config, tiny_decoder
 from tests.vocabulary import qwen_tokenizer
 from train import batches, data, packing, records, run, shared_cache, token_cache, token_files
@@ -301,7 +302,7 @@ class Group:
         return self.homes.count(self.homes[self.index()])
 
     def barrier(self) -> None:
-        self._barrier.wait(30)
+        self._barrier.wait(launch.LONG)
 
     def gather(self, value: str) -> list[str]:
         self._values[self.index()] = value

@@ -24,6 +24,7 @@ from qwen_jax.attention import FULL, Chosen
 from qwen_jax.kernels import choice, timing
 from qwen_jax.kernels.timing import Case
 from qwen_jax.verdicts import Key, Verdict
+from tests import launch
 from tests.tiny import on_mesh, tiny_config
 from tests.training import prepared, pretraining
 from train import perplexity, pretrain
@@ -41,6 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(choice, "device", lambda: here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(attention, "RESOLVED", {})
+    monkeypatch.setattr(prove, "LIMIT", launch.LONG)
     for name in ("pallas_triton", "pallas_hopper"):
         monkeypatch.delitem(attention.IMPLEMENTATIONS, name)
     attention.say.cache_clear()
@@ -231,7 +233,7 @@ def test_training_takes_what_is_right_and_faster_both_ways(monkeypatch: pytest.M
         ((float("inf"), None), "wrong by inf of the largest number", True),
         (ValueError("Mosaic\n failed"), "refused: ValueError: Mosaic failed", True),
         (RuntimeError("RESOURCE_EXHAUSTED: hbm"), "refused: RuntimeError: RESOURCE_", False),
-        (TimeoutError(), "timed out: not done after 120 s", True),
+        (TimeoutError(), f"timed out: not done after {launch.LONG:g} s", True),
     ],
 )
 def test_a_kernel_that_fails_is_reported_and_left(
@@ -331,7 +333,7 @@ except TimeoutError:
 """
 
 
-@pytest.mark.parametrize(("seconds", "code"), [("120", 3), ("0.1", 1)])
+@pytest.mark.parametrize(("seconds", "code"), [(str(launch.LONG), 3), ("0.1", 1)])
 def test_a_process_ends_beside_a_compiler(seconds: str, code: int):
     """With its own exit code when the compiler is done; with 1 and a line where it hangs."""
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
@@ -487,7 +489,7 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     kernel(monkeypatch, right, "pallas_triton")
     me = threading.local()
     said_by: dict[tuple[int, int], str] = {}
-    meet = threading.Barrier(2, timeout=600)
+    meet = threading.Barrier(2, timeout=launch.LONG)
 
     def gather(text: str) -> list[str]:
         me.count = getattr(me, "count", 0) + 1

@@ -40,6 +40,7 @@ from qwen_jax import (
 from qwen_jax.checkpoint import CheckpointError
 from tests import training
 from tests.conversion import GOLDEN, ROOT, back, contents, last_line, same, there
+from tests.launch import LONG
 from tests.programs.stopped import stopping
 from tests.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.tiny import tiny_config
@@ -397,7 +398,7 @@ def test_a_second_writer_is_refused(bucket, monkeypatch, capfd):
 @pytest.fixture
 def quick_beats(monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.1)
-    monkeypatch.setattr(lock, "LEASE", 2.0)
+    monkeypatch.setattr(lock, "LEASE", 0.5)
 
 
 def test_a_lock_that_was_left_behind(bucket, quick_beats, caplog):
@@ -412,7 +413,7 @@ def test_a_lock_that_was_left_behind(bucket, quick_beats, caplog):
     with lock.alone(file.parent) as check:
         assert json.loads(file.read_text())["pid"] == os.getpid()
         check()
-    assert f"waiting up to 2 s for a sign of life of process {gone.pid} on" in caplog.messages[0]
+    assert f"waiting up to 0.5 s for a sign of life of process {gone.pid} on" in caplog.messages[0]
     assert len(caplog.messages) == 1 and not file.exists()
     paths.create(file, json.dumps(left).encode())
     first = paths.stamp(file)[1]
@@ -426,7 +427,8 @@ def test_a_lock_that_was_left_behind(bucket, quick_beats, caplog):
 
 
 def test_a_program_elsewhere_that_lives(bucket, quick_beats, monkeypatch):
-    """It goes on writing its lock, and is seen to."""
+    """It goes on writing its lock, and is seen to, however slowly."""
+    monkeypatch.setattr(lock, "LEASE", LONG)
     place = paths.parse(f"{bucket}/m")
     with lock.alone(place) as check:
         monkeypatch.setattr(lock, "_machine", lambda: "other")

@@ -69,7 +69,8 @@ def test_killed_again_and_again(given, whole, tmp_path, count):
         else:
             where, calls = "train.logs:Log.tell", int(rng.integers(1, max(2, STEPS // (KILLS + 1))))
         killed = [STOPPED, where, calls, 0, int(signal.SIGKILL), "train.pretrain"]
-        with launch.group([*killed, *command(given, out)[1:], "--resume"], count) as group:
+        again = [*killed, *command(given, out)[1:], "--resume"]
+        with launch.group(again, count, heartbeat=launch.SHORT) as group:
             results = group.wait()
         assert results[0].code == -signal.SIGKILL
         if count == 2:  # the other is left alone, and says so
@@ -104,7 +105,7 @@ def test_an_error_while_encoding_ends_all_by_name(given, tmp_path):
     options = (*data, "--token-cache", tmp_path / "tokens")
     command = ["train/pretrain.py", *pretraining(given, tmp_path / "run", *options)]
     with launch.group(command, 2) as group:
-        lines = [complaint(result) for result in group.wait(60).values()]
+        lines = [complaint(result) for result in group.wait().values()]
     what = f"process 1 ({socket.gethostname()})"
     bad = f"{tmp_path / 'b.jsonl'} line 1: no JSON"
     assert lines[0].startswith(f"error: {what} has failed: {bad}")

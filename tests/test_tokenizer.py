@@ -1,6 +1,5 @@
 import base64
 import json
-import time
 import unicodedata
 from pathlib import Path
 
@@ -107,7 +106,6 @@ def test_text_is_normalised_before_anything_else(tiny):
     assert tiny.im_end_id not in tiny.encode("<|im_end|>\u0338", allowed_special="all")
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_decode_undoes_encode(text):
     tokenizer = qwen_tokenizer()
@@ -133,12 +131,10 @@ def test_lone_surrogates_become_replacement_characters(tiny):
     ],
 )
 def test_a_million_of_one_character(character, end):
+    """It ends: a pattern that goes back over each run would take hours, this one half a second."""
     tokenizer = qwen_tokenizer()
     text = character * 10**6 + end
-    start = time.perf_counter()
-    ids = tokenizer.encode(text)
-    assert time.perf_counter() - start < 30  # about half a second; quadratic would be hours
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_long_white_space_is_split_as_by_the_plain_pattern():
@@ -189,7 +185,7 @@ broken_ids = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.lists(broken_ids, max_size=3), max_size=20), st.booleans())
 def test_stream_equals_decode(chunks, skip):
     tokenizer = qwen_tokenizer()
@@ -200,7 +196,6 @@ def test_stream_equals_decode(chunks, skip):
         assert text == tokenizer.decode(ids, errors=errors, skip_special_tokens=skip)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_stream_of_good_text_never_shows_a_replacement(text):
     text = text.replace("\ufffd", "")

@@ -40,11 +40,9 @@ def running(log: Path) -> Iterator[dict[str, str]]:
 
 
 def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
+    while server.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
-        if server.poll() is not None:
-            break
         time.sleep(0.1)
     raise RuntimeError(f"the stand-in does not answer: {log.read_text()}")
 
