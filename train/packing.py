@@ -11,6 +11,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import shutil
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ from train.token_files import TokenCache, mapped
 _OPEN = 256  # rows that an example may still join
 _AT_A_TIME = 2**18  # examples that are looked at together
 _VERSION = 1  # of what is kept; another one where `joined`, `fitted` or the files change
+_KEPT = 8  # rows of a cache; a run has two, with those held out
 _FACTS, _ORDER, _ORDER_DTYPE = "facts.json", "order", "<u4"
 # A piece is not longer than its row; a document may have any length.
 _DTYPES = {"example": "<u4", "start": "<i8", "length": "<u4", "first": "<i8"}
@@ -164,23 +168,32 @@ def _mapped(folder: Path) -> Pieces:
     return Pieces(**{name: mapped(folder / name, _DTYPES[name]) for name in _DTYPES})
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """The size and checksum of each file of rows that are kept."""
-    found = {}
-    for name in (_ORDER, *_DTYPES):
-        size = checksum = 0
-        with open(folder / name, "rb") as file:
-            while block := file.read(2**22):
-                size, checksum = size + len(block), zlib.crc32(block, checksum)
-        found[name] = [size, checksum]
-    return found
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of the files of rows that are kept."""
+    return {name: (folder / name).stat().st_size for name in (_ORDER, *_DTYPES)}
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return json.loads((folder / _FACTS).read_text(encoding="utf-8")) == _checksums(folder)
+        return json.loads((folder / _FACTS).read_text(encoding="utf-8")) == _sizes(folder)
     except (FileNotFoundError, ValueError):
         return False
+
+
+def _used_now(folder: Path) -> None:
+    """Note when rows were used last, by which they are kept (`_tidy`)."""
+    now = time.time_ns()
+    with contextlib.suppress(OSError):  # not there yet, or another user's
+        os.utime(folder, ns=(now, now))
+
+
+def _tidy(cache: Path) -> None:
+    """Remove rows of a cache, but for those that were used last. Who reads them goes on."""
+    kept = [path for path in cache.glob("rows-*") if path.is_dir() and not path.suffix]
+    with contextlib.suppress(FileNotFoundError):  # another process is doing the same
+        kept.sort(key=lambda path: path.stat().st_mtime_ns)
+        for path in kept[:-_KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Rows:
@@ -188,8 +201,9 @@ class Rows:
 
     pack: "joined" documents, "fitted" examples, or "alone". examples: the numbers of those to take,
     None for all; they are shuffled by `seed` before they are packed. Which examples are in which
-    row is kept in the cache's folder, named after all that it depends on, and made again where it
-    is damaged. fingerprint: says which examples are in these rows; the recipe says the rest.
+    row is kept in the cache's folder, named after all that it depends on, and made again where a
+    file has not its size; the rows that were used last are kept. fingerprint: says which examples
+    are in these rows; the recipe says the rest.
     """
 
     def __init__(
@@ -217,11 +231,14 @@ class Rows:
                 raise ValueError(f"an example has {lengths.max()} tokens, a row {length}")
             order.tofile(draft / _ORDER)
             make(lengths, length, draft)
-            paths.write(draft / _FACTS, json.dumps(_checksums(draft)).encode())
+            paths.write(draft / _FACTS, json.dumps(_sizes(draft)).encode())
 
+        _used_now(folder)
         appear(folder, _is_whole, fill)
         self._order = mapped(folder / _ORDER, _ORDER_DTYPE)
         self._pieces = _mapped(folder)
+        _used_now(folder)
+        _tidy(cache.folder)
 
     def __len__(self) -> int:
         return len(self._pieces.first) - 1
