@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src import core
 
 import qwen_jax
@@ -44,7 +45,8 @@ def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
             model.attend,
             cache_dtype,
         )
-        arguments = (model.decoder, state, Greedy(), rules, jnp.int32(8), model.attend)
+        leaves, tree = jax.tree.flatten(model.decoder)
+        arguments = (leaves, state, Greedy(), rules, jnp.int32(8), tree, model.attend)
         return decode._decode.lower(*arguments).compile(), state
 
 
@@ -192,7 +194,8 @@ def test_a_decode_step_gathers_no_logits() -> None:
         decoder, (rules, state) = (
             sharding.on_devices(mesh, x) for x in (abstract(config, jnp.float32), shapes)
         )
-        step = decode._decode.lower(decoder, state, DRAW, rules, np.int32(8), attention.xla)
+        leaves, tree = jax.tree.flatten(decoder)
+        step = decode._decode.lower(leaves, state, DRAW, rules, np.int32(8), tree, attention.xla)
         sent = list(collectives.each(step.compile(compiler_options=QUICK), mesh))
     exchanged = [x for x in sent if x.kind == "all-to-all"]
     assert [(x.axes, x.bytes) for x in exchanged] == [(("tp",), batch // 2 * 4096 // 4 * 4)]
@@ -249,6 +252,18 @@ def test_a_stride_is_under_way_before_the_one_before_is_fetched(
     assert events == ["fetch", "start", *one, *one], "one stride for nothing"
     events.clear()
     assert len(streamed(model, max_new_tokens=1)) == 1 and events == ["fetch"]
+
+
+def test_a_stride_takes_no_module_apart(
+    model: qwen_jax.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host that costs more than all else of a stride, the more the deeper the model is."""
+    given: list[Any] = []
+    run = decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda *each: given.append(each) or run(*each))
+    streamed(model)
+    parts = [jax.tree.leaves(each, is_leaf=lambda x: isinstance(x, nnx.Module)) for each in given]
+    assert len(parts) == 4 and not any(isinstance(x, nnx.Module) for each in parts for x in each)
 
 
 def test_nothing_is_compiled_after_the_first_stride(model: qwen_jax.LanguageModel) -> None:

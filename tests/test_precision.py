@@ -156,7 +156,8 @@ def decoding(kernel: str) -> Iterator[Any]:
         decoder = model.abstract(config, jnp.float32)
         rules, state = jax.eval_shape(lambda: programs._state(setting, jnp.float32))
         limit = jax.ShapeDtypeStruct((), jnp.int32)
-        traced = decode._decode.trace(decoder, state, sampling.Greedy(), rules, limit, attend)
+        leaves, tree = jax.tree.flatten(decoder)
+        traced = decode._decode.trace(leaves, state, sampling.Greedy(), rules, limit, tree, attend)
         yield traced.jaxpr
         group = functools.partial(programs._of_a_group, setting, 8, jnp.float32)
         given = jax.eval_shape(group, decoder)

@@ -123,7 +123,8 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
     held = {"weights": nbytes(decoder), "cache": nbytes(state.cache.layers)}
     held["batch"] = nbytes(state) - held["cache"] + nbytes((rules, limit))
     attend = attention.get(setting.attention)
-    arguments = decoder, state, sampling.Greedy(), rules, limit, attend
+    leaves, tree = jax.tree.flatten(decoder)
+    arguments = leaves, state, sampling.Greedy(), rules, limit, tree, attend
     return _compiled(lambda: decode._decode.trace(*arguments), mesh, held, config.num_layers)
 
 
