@@ -515,7 +515,9 @@ def _stack(arrays: list[jax.Array]) -> jax.Array:
 
 
 def unstack(decoder: Decoder) -> Decoder:
-    """The inverse of `stack`."""
+    """The inverse of `stack`, for whoever trains and then decodes: under `jit`, else each layer of
+    each leaf is a program of its own. Donating saves nothing, as no part has the size of the whole.
+    """
 
     def block(i: int) -> Block:
         def one(leaf: Weight) -> Weight:
