@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
-from qwen_jax import PRESETS, attention, cache, meshes
+from qwen_jax import PRESETS, attention, cache, meshes, prove
 from qwen_jax.kernels import choice
 from tests.tiny import tiny_config
 from train import estimate, flops, hardware, plan, programs, recipes, report, search, step, topology
@@ -451,10 +451,12 @@ def test_what_auto_takes_there_is_planned(
 def test_a_kernel_that_cannot_there_is_passed_over(
     uncompiled: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Declined in the trace, or refused by the compiler; what it lacks in memory is a result."""
+    """Declined in the trace, or refused by the compiler, as `auto`'s self-test is; with the reason
+    in the report.
+    """
     tried = []
     training = estimate.training
-    error: Exception = NotImplementedError("pallas_hopper: head dim 16, only 128")
+    error: Exception = NotImplementedError("head dim 16, only 128")
 
     def refusing(setting: Setting, *rest: Any) -> estimate.Estimate:
         tried.append(setting.attention)
@@ -462,23 +464,77 @@ def test_a_kernel_that_cannot_there_is_passed_over(
             raise error
         return training(setting, *rest)
 
+    def proving(_: Any, name: str, mesh: Any) -> None:
+        assert mesh.size == 1
+        if name in refused:
+            raise error
+
     refusing.__name__ = "training"
     monkeypatch.setattr(estimate, "training", refusing)
+    monkeypatch.setattr(programs, "compile_calls", proving)
     where = topology.parse("h100:4")
     setting = dataclasses.replace(SETTING, attention="auto")
     refused = {"pallas_hopper", "pallas_tpu"}
     (found,) = plan.estimates(setting, where, SIZES, False)
     assert found.setting.attention == "pallas_triton" and found.setting.by_auto
     assert tried[0] == "pallas_hopper"
-    assert "not pallas_hopper: pallas_hopper: head dim 16, only 128" in capsys.readouterr().err
-    assert "attention: pallas_triton (what auto takes on H100 once" in report.text(found, "tiny")
+    told = report.text(found, "tiny")
+    assert "attention: pallas_triton (what auto takes on H100 once" in told
+    assert "\n  not pallas_hopper: head dim 16, only 128\n" in told
+    assert "\n  not pallas_hopper: head dim 16, only 128" in report.ranking([found])
     error, refused = jax.errors.JaxRuntimeError("INTERNAL: Mosaic"), {*attention.IMPLEMENTATIONS}
     refused.remove("xla")
     (found,) = plan.estimates(setting, where, SIZES, False)
-    assert "xla (what auto takes on H100: no kernel there takes this)" in report.text(found, "t")
+    told = report.text(found, "t")
+    assert "xla (what auto takes on H100: no kernel there takes this)" in told
+    assert told.count("INTERNAL: Mosaic") == 3
+    assert len(found.to_json()["attention_passed_over"]) == 3
     # A name that was asked for is not replaced.
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         list(plan.estimates(dataclasses.replace(SETTING, attention="pallas_tpu"), where, SIZES, 0))
+
+
+@pytest.mark.parametrize("where", ["hbm", "smem"])
+def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """`auto` would take the kernel there, as its self-test is small, and the run would fail."""
+    error = f"RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G {where}."
+
+    def refuse(_: Any) -> None:
+        raise jax.errors.JaxRuntimeError(error)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr(programs, "compile_calls", lambda *_: None)
+    monkeypatch.setattr(prove, "candidates", lambda _: (["dot_product"], True))
+    setting = dataclasses.replace(SETTING, attention="auto")
+    planned = plan.estimates(setting, topology.parse("v5e:2x2"), SIZES, False)
+    if where == "hbm":
+        (found,) = planned
+        assert found.setting.attention == "dot_product" and not found.fits
+    else:
+        with pytest.raises(
+            ValueError, match=r"with dot_product, which auto .* smem\.; take a small"
+        ):
+            list(planned)
+        tried = [search.Candidate(setting, SIZES, 0, 0)] * 2
+        with pytest.raises(plan.NotCompiled):
+            plan._found(tried, topology.parse("v5e:2x2"), False)
+
+
+def test_the_calls_of_a_self_test_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are timed: forward, backward, and decoding with an int8 cache."""
+    calls = prove.passes(CONFIG, "bfloat16", 2, 16, backward=True)
+    calls += prove.decoding(CONFIG, "bfloat16", 2, 16, "int8")
+    compiled: list[jax.stages.Lowered] = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda x: compiled.append(x))
+    one = meshes.make({}, jax.devices()[:1])
+    programs.compile_calls(calls, "xla", one)
+    results = [[x.shape for x in jax.tree.leaves(each.out_info)] for each in compiled]
+    rows = (2, 256, 4, 16)
+    assert results == [[rows], [rows] * 3, [(2, 1, 4, 16)]]
+    with pytest.raises(NotImplementedError, match="head dim 16"):
+        programs.compile_calls(calls, "pallas_tpu", one)
 
 
 def test_a_plan_is_compiled_with_what_auto_takes(

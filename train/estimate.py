@@ -83,6 +83,7 @@ class Estimate:
             "length": setting.length,
             "attention": setting.attention,
             "attention_by_auto": setting.by_auto,
+            "attention_passed_over": setting.passed_over,
             "accumulate": setting.accumulate,
             "lora_rank": setting.adapters.lora_rank if setting.adapters else 0,
             "remat": setting.remat if self.task == "training" else None,

@@ -12,11 +12,13 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen_jax import command
 from qwen_jax.command import UsageError
+
+_LONGEST = 300  # characters of what a kernel or a compiler says
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +107,7 @@ def _work(args: argparse.Namespace) -> None:
                 f"--search: no mesh of {topology.devices} devices divides this model and "
                 f"--batch {args.batch} or its halves"
             )
-        found = [x for c in tried for x in estimates(c.setting, topology, c.mesh, args.decode)]
+        found = _found(tried, topology, args.decode)
         found.sort(key=rank)
     else:
         sizes = _mesh(args)
@@ -130,6 +132,28 @@ def _work(args: argparse.Namespace) -> None:
         print("\n\n".join(report.text(x, args.model) for x in found))
 
 
+class NotCompiled(ValueError):
+    """A program that does not compile with the implementation that `auto` would take."""
+
+
+def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
+    """The estimates of a search's candidates. One that does not compile is said, and left out;
+    where that is every one, it is the error.
+    """
+    from qwen_jax import meshes
+
+    found, failed = [], None
+    for one in tried:
+        try:
+            found += estimates(one.setting, topology, one.mesh, decode)
+        except NotCompiled as error:
+            command.say(f"{one.setting.batch} rows, mesh {meshes.describe(one.mesh)}: {error}")
+            failed = error
+    if failed and not found:
+        raise failed
+    return found
+
+
 def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool) -> Iterator[Any]:
     """The estimates of a setting: of training, or of prefill and decoding."""
     from train import estimate
@@ -143,22 +167,61 @@ def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: boo
 
 
 def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -> Any:
-    """The estimate with the first implementation that takes the calls there and compiles, in the
-    order in which `auto` would have them: by measured lines of the chip, else its kernel first.
+    """The estimate with the implementation that `auto` would take there: the first whose self-test
+    compiles, in the order of measured lines of the chip, else its own kernel first.
+
+    Raises NotCompiled where the program does not compile with that one, as it would not there.
     """
     import jax
 
-    for name in _expected(setting, topology, sizes, task.__name__):
-        named = dataclasses.replace(setting, attention=name, by_auto=True)
+    names, calls = _expected(setting, topology, sizes, task.__name__)
+    passed: list[str] = []
+    for name in names:
+        named = dataclasses.replace(
+            setting, attention=name, by_auto=True, passed_over=tuple(passed)
+        )
         try:
             return task(named, topology, sizes)
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            command.say(f"attention: not {name}: {' '.join(str(error).split())[:200]}")
-    return task(dataclasses.replace(setting, attention="xla", by_auto=True), topology, sizes)
+            reason = _refusal(name, calls, topology, sizes)
+            if reason is None:
+                raise NotCompiled(
+                    f"{task.__name__} does not compile with {name}, which auto would take there, "
+                    f"as its self-test does: {_one_line(error)}; take a smaller --batch or "
+                    "--length, or --attention xla"
+                ) from error
+        passed.append(f"{name}: {reason}")
+    named = dataclasses.replace(setting, attention="xla", by_auto=True, passed_over=tuple(passed))
+    return task(named, topology, sizes)
 
 
-def _expected(setting: Any, topology: Any, sizes: Mapping[str, int], task: str) -> list[str]:
-    """Names of the registry that `auto` may take there, the likeliest first."""
+def _refusal(name: str, calls: Any, topology: Any, sizes: Mapping[str, int]) -> str | None:
+    """Why `auto` would not take that kernel there: what its self-test is refused with."""
+    import jax
+
+    from qwen_jax import meshes
+    from train import programs
+    from train import topology as topologies
+
+    device = topologies.mesh(topology, sizes).devices.flat[:1]
+    try:
+        programs.compile_calls(calls, name, meshes.make({}, device))
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+
+
+def _expected(
+    setting: Any, topology: Any, sizes: Mapping[str, int], task: str
+) -> tuple[list[str], Any]:
+    """Names of the registry that `auto` may take there, the likeliest first, and the calls with
+    which it would prove them.
+    """
     import jax
 
     from qwen_jax import prove
@@ -175,7 +238,9 @@ def _expected(setting: Any, topology: Any, sizes: Mapping[str, int], task: str) 
         calls = prove.passes(config, dtype, rows, setting.length, backward, mesh=sizes)
     with jax.set_mesh(topologies.mesh(topology, sizes)):
         names, measured = prove.candidates(calls)
-    return names if measured else sorted(names, key=lambda name: name != topology.chip.kernel)
+    if not measured:
+        names = sorted(names, key=lambda name: name != topology.chip.kernel)
+    return names, calls
 
 
 def rank(x: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from qwen_jax import attention, decode, meshes, model, sampling, sharding
 from qwen_jax import cache as kv
 from qwen_jax.config import Config
+from qwen_jax.kernels import timing
+from qwen_jax.kernels.timing import Case
 from train import collectives, flops, step, trainee
 from train.collectives import Collective
 from train.flops import Work, nbytes
@@ -30,7 +32,8 @@ class Setting:
     """What a program is compiled for; sizes by axis letter are checked against the mesh.
 
     batch: rows; length: tokens of a row, for decoding those in the cache. attention: a name of the
-    registry, or "auto" for what a plan has to find out; by_auto: whether it has. remat,
+    registry, or "auto" for what a plan has to find out; by_auto: whether it has, and passed_over:
+    the kernels that `auto` cannot take there, each with the reason. remat,
     sequence_parallel, accumulate (parts of a batch), gradient_dtype and adapters (the recipe that
     has them; None trains all weights) are of training, cache_dtype (None: that of the weights) of
     decoding.
@@ -46,6 +49,7 @@ class Setting:
     accumulate: int = 1
     adapters: Recipe | None = None
     by_auto: bool = False
+    passed_over: tuple[str, ...] = ()
     gradient_dtype: str = "float32"
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -193,6 +197,18 @@ def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> tuple
     layers, windows = cache.layers[: model.GROUP], jnp.array(decoder.windows[: model.GROUP])
     context = decoder.context(places, segments, state.frequencies, cache)
     return x, leaves, layers, windows, jnp.int32(0), context
+
+
+def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:
+    """Compile the calls with which `auto` proves a kernel, for a device of the mesh.
+
+    Raises NotImplementedError where the kernel declines one, and jax's JaxRuntimeError where the
+    compiler refuses it.
+    """
+    for case in cases:
+        run, shapes = timing.call(case, name)
+        with jax.set_mesh(mesh):
+            jax.jit(run).lower(*sharding.on_devices(mesh, shapes)).compile()
 
 
 def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:

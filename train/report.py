@@ -30,6 +30,7 @@ def text(x: Estimate, model: str) -> str:
         f"{', '.join([f'{setting.batch} rows of {setting.length} tokens', *options])}; compiled in "
         f"{x.program.seconds:.0f} s",
         f"attention: {_attention(x)}",
+        *[f"  not {line}" for line in setting.passed_over],
         "",
         "memory of a device, GB",
     ]
@@ -82,6 +83,7 @@ def ranking(found: Sequence[Estimate]) -> str:
             f"{x.available / 1e9:>6.1f} {rate}"
         )
     lines += sorted({f"attention: {_attention(x)}" for x in found if x.setting.by_auto})
+    lines += sorted({f"  not {line}" for x in found for line in x.setting.passed_over})
     return "\n".join(lines)
 
 

@@ -130,6 +130,37 @@ def program(case: Case, name: str) -> Program:
     return _attention(case, lambda q, k, v: attend(q, k, v, mask, scale))
 
 
+def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
+    """What `program` runs for one layer, to be compiled, and the shapes of its arguments: for
+    devices that are not there.
+    """
+    attend, kv_heads = attention.get(name), case.heads // case.groups
+    if case.task == "decode":
+        token = dataclasses.replace(case, length=1)
+
+        def arguments() -> Any:
+            own = [_drawn(token, n, 0) for n in (case.heads, kv_heads, kv_heads)]
+            start, index = jnp.zeros((case.batch,), jnp.int32), jnp.int32(case.length)
+            return (
+                *own,
+                _leaf(case, 0),
+                _leaf(case, 1),
+                start,
+                index,
+                jnp.int32(FULL),
+                _scale(token),
+            )
+
+        return functools.partial(decode, attend), jax.eval_shape(arguments)
+
+    def run(q: Any, k: Any, v: Any, do: Any) -> Any:
+        o, pull = jax.vjp(lambda *x: attend(*x, _mask(case), _scale(case)), q, k, v)
+        return pull(do) if case.task == "backward" else o
+
+    heads = (case.heads, kv_heads, kv_heads, case.heads)
+    return run, jax.eval_shape(lambda: tuple(_drawn(case, n, 0) for n in heads))
+
+
 def rival(case: Case, name: str) -> Program:
     """`case` as another implementation does it best: see `others.CAUSAL` and `others.CACHED`."""
     if case.features:
