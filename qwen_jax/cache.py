@@ -211,9 +211,9 @@ def attend(
             held = (x if isinstance(x, Int8) else x.astype(q.dtype) for x in (layer.k, layer.v))
             o = decode(q, k, v, *held, start, index, own.window, scale)
         else:
-            parts = [implementation(q, k, v, own, scale, return_lse=True)]
-            parts.append(_earlier(implementation, q, layer, past, scale, index))
-            o = ring.merge(parts)[0].astype(q.dtype)
+            found = implementation(q, k, v, own, scale, return_lse=True)
+            found = _with_earlier(found, implementation, q, layer, past, scale, index)
+            o = found[0].astype(q.dtype)
         # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
         # the leaf. XLA otherwise keeps one for every layer and step.
         after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
@@ -222,7 +222,8 @@ def attend(
     return local(q, k, v, own, past, scale, layer, index)
 
 
-def _earlier(
+def _with_earlier(
+    found: tuple[jax.Array, jax.Array],
     implementation: Callable[..., Any],
     q: jax.Array,
     layer: Layer,
@@ -230,14 +231,16 @@ def _earlier(
     scale: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention to a layer's keys of earlier passes: o in float32 and its log-sum-exp.
+    """`found`, o in float32 and log-sum-exp, with attention to a layer's keys of earlier passes.
 
     Many queries go through a long cache in pieces, as far as it is written, and fold the results:
-    scores, and what an implementation copies or dequantises, do not grow with the cache.
+    scores, and what an implementation copies or dequantises, do not grow with the cache. The loop
+    begins with what was found: zeros would be made once for all layers of a program, and be kept,
+    with a copy for each layer, from its beginning.
     """
     slots = past.k_positions.shape[1]
     if slots <= _PIECE or q.shape[1] <= attention.FEW:
-        return implementation(q, *layer.read(), past, scale, return_lse=True)
+        return ring.merge([found, implementation(q, *layer.read(), past, scale, return_lse=True)])
 
     def fold(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first = jnp.minimum(i * _PIECE, slots - _PIECE)
@@ -251,9 +254,8 @@ def _earlier(
         keys = layer.piece(first, _PIECE).laid_out().read()
         return ring.merge([found, implementation(q, *keys, mask, scale, return_lse=True)])
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     pieces = -(-jnp.minimum(index, slots) // _PIECE)
-    return jax.lax.fori_loop(0, pieces, fold, nothing)
+    return jax.lax.fori_loop(0, pieces, fold, found)
 
 
 def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:

@@ -429,6 +429,10 @@ def _run_group(
     after, new = [], []
     for i, block in enumerate(tree.unflatten(leaves)):
         x, layer = kept(x, block, windows[i], first + i, layers and layers[i])
+        if layers is not None and x.shape[1] > attention.FEW:
+            # A compiler otherwise puts off writing keys and values, and adding up x, to the end of
+            # the program, and keeps what it needs for that of every layer.
+            x, layer = jax.lax.optimization_barrier((x, layer))
         after.append(x)
         new.append(layer)
     return after if hidden_states else after[-1:], new

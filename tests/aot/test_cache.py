@@ -4,9 +4,11 @@ A compiler that lays a loop's cache out in another order than its arguments copi
 one that dequantises or transposes it holds it twice.
 """
 
+import dataclasses
+
 import pytest
 
-from qwen_jax import meshes
+from qwen_jax import meshes, model
 from tests.aot.conftest import parameter
 from tests.tiny import tiny_config
 from train import programs, topology
@@ -54,3 +56,19 @@ def test_temporaries_do_not_grow_with_the_cache(
     leaf = (long["cache"] - short["cache"]) / (2 * CONFIG.num_layers)
     assert long["temporaries"] - short["temporaries"] < leaf / 4
     assert long["padding"] < long["cache"] / 100
+
+
+def test_layers_of_a_program_share_their_temporaries() -> None:
+    """Prefill runs four layers a program: they need what one needs, and what goes between them, x
+    [B, T, D].
+    """
+    mesh = meshes.make({}, topology.devices(topology.parse("h100:1"))[:1])
+    rows, chunk = 16, 2048
+
+    def temporaries(layers: int) -> int:
+        config = dataclasses.replace(CONFIG, hidden_size=512, num_layers=layers)
+        setting = Setting(config, rows, 4096, "pallas_hopper")
+        return programs.prefill(setting, mesh, chunk).memory.parts["temporaries"]
+
+    x = rows * chunk * 512 * 2
+    assert temporaries(model.GROUP) < temporaries(1) + 1.1 * x
