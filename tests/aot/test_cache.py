@@ -31,7 +31,7 @@ QUICK = {
 
 
 CASES = [
-    parameter(task, where, kernel, kind, smoke=quick, release=not quick)
+    parameter(task, where, kernel, kind, smoke=quick)
     for task in ("decoding", "prefill")
     for where, own in KERNELS.items()
     for kernel in ("xla", own)
