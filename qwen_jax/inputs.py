@@ -34,7 +34,7 @@ def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarra
         raise ValueError("empty prompt: every row needs at least one token")
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
-    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    mask = np.ones(tokens.shape, bool) if mask is None else _mask(mask)
     if mask.shape != tokens.shape:
         raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
     lengths = mask.sum(axis=1)
@@ -47,6 +47,20 @@ def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarra
     if bad.size:
         raise ValueError(f"token id {bad[0]} is out of range: 0 to {vocab_size - 1}")
     return tokens.astype(np.int32), lengths
+
+
+def _mask(given: Any) -> np.ndarray:
+    """bool of any shape. ValueError for what is no array of 0 and 1."""
+    try:
+        mask = np.asarray(given)
+        if not np.isin(mask, (0, 1)).all() or mask.dtype.kind not in "biuf":
+            raise ValueError
+    except (TypeError, ValueError):
+        got = texts.described(given)
+        raise ValueError(
+            f"mask must be 0 (padding) or 1 for each token, rows of one length, got {got}"
+        ) from None
+    return mask.astype(bool)
 
 
 def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
