@@ -83,6 +83,7 @@ REFUSED = frozenset(
 _ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
 # Of the processor, for all patterns of a file: a real one takes microseconds.
 MATCHING_SECONDS = 1.0
+LONGEST_PATTERN = 50_000  # characters
 MERGED_IN_PEFT = (
     "merge it in PEFT, PeftModel.from_pretrained(base, FOLDER).merge_and_unload(), save that with "
     "save_pretrained(NEW, safe_serialization=True), and convert NEW"
@@ -115,15 +116,21 @@ class Patterns:
     def match(self, field: str, pattern: str, path: str, whole: bool = False) -> Any:
         """As `re.match` does, or `re.fullmatch`."""
         left = max(self._end - time.process_time(), 1e-3)
+        shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
+        if len(pattern) > LONGEST_PATTERN:  # compiling has no limit of time
+            raise ValueError(
+                f"{field} {shown}: {len(pattern):,} characters, {LONGEST_PATTERN:,} at most: name "
+                "the modules in a list instead"
+            )
         try:
             compiled = regex.compile(pattern)
             find = compiled.fullmatch if whole else compiled.match
             return find(path, timeout=left)
         except (regex.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{field} {pattern!r}: no pattern: {error}") from None
+            raise ValueError(f"{field} {shown}: no pattern: {error}") from None
         except TimeoutError:
             raise ValueError(
-                f"{field} {pattern!r}: no end of matching it with {path}: name the modules in a "
+                f"{field} {shown}: no end of matching it with {path}: name the modules in a "
                 "list instead"
             ) from None
 

@@ -286,6 +286,15 @@ def test_a_pattern_that_does_not_end_is_refused(tmp_path, monkeypatch, field, pa
         shape_of(tmp_path, **{field: value})
 
 
+def test_a_pattern_that_is_slow_to_compile_is_refused(tmp_path):
+    pattern = "|".join("x" * i for i in range(400))
+    with pytest.raises(
+        ValueError, match=r"target_modules .*: 80,199 characters, 50,000 at most"
+    ) as e:
+        shape_of(tmp_path, target_modules=pattern)
+    assert len(str(e.value)) < 1000
+
+
 @pytest.mark.parametrize("pattern", ["(" * 3000 + ")" * 3000, "a{99999999999}", "["])
 def test_what_is_no_pattern_is_refused(tmp_path, pattern):
     with pytest.raises(ValueError, match=r"exclude_modules .*: no pattern"):
