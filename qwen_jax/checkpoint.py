@@ -70,6 +70,7 @@ __all__ = [
     "write_manifest",
 ]
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+DTYPES = tuple(store.ITEM_BYTES)  # that a directory may have
 _READERS, _WRITERS = 2, 4  # leaves at the same time
 
 
@@ -124,6 +125,8 @@ def load(
     from qwen_jax import meshes, sharding
     from qwen_jax.weights import Weight, map_leaves
 
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)} or None")
     root = existing(path)
     manifest = verify_whole(root)
     mesh = mesh or meshes.current()
@@ -254,10 +257,10 @@ def _pieces(
         for name, layer in names.items():
             pieces[name] = (store.Leaf(name, shape, chunks, str(array.dtype)), array, layer)
     dtypes = {leaf.dtype for leaf, _, _ in pieces.values()}
-    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16", "float16"}:
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise CheckpointError(
-            f"the decoder has leaves of dtype {', '.join(sorted(dtypes))}: a directory holds one, "
-            "float32, bfloat16 or float16; cast the decoder first"
+            f"the decoder has leaves of dtype {', '.join(sorted(dtypes))}: a directory holds one "
+            f"of {', '.join(DTYPES)}; cast the decoder first"
         )
     wanted = {n: tuple(leaf.shape) for n, leaf in abstract_leaves(config, "float32")[1].items()}
     if problems := mismatch({name: leaf.shape for name, (leaf, _, _) in pieces.items()}, wanted):

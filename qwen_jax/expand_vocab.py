@@ -182,15 +182,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vocab_size in config.json).",
     )
     parser.add_argument(
-        "vocab_file", metavar="VOCAB_FILE", type=Path, help="the vocabulary, qwen.tiktoken"
+        "vocab_file", metavar="VOCAB_FILE", type=command.path, help="the vocabulary, qwen.tiktoken"
     )
     parser.add_argument(
         "words_file",
         metavar="WORDS_FILE",
-        type=Path,
+        type=command.path,
         help="UTF-8 lines 'word<TAB>frequency'; without a frequency it is 1",
     )
-    parser.add_argument("out_file", metavar="OUT_FILE", type=Path, help="must not exist yet")
+    parser.add_argument(
+        "out_file", metavar="OUT_FILE", type=command.path, help="must not exist yet"
+    )
     parser.add_argument(
         "--start-id",
         type=int,

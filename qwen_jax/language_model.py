@@ -27,7 +27,6 @@ from qwen_jax.model import Decoder
 from qwen_jax.tokenizer import TextStream, Tokenizer
 
 BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not stop or make sense"
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
@@ -52,8 +51,8 @@ def load(
     Raises ValueError for a directory that is not whole, or an argument that is not allowed;
     NotImplementedError where that attention cannot do this model on this device.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_DTYPES)} or None")
+    if dtype is not None and dtype not in checkpoint.DTYPES:
+        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(checkpoint.DTYPES)} or None")
     if cache_dtype is not None and cache_dtype not in kv.DTYPES:
         raise ValueError(f"cache_dtype {cache_dtype!r}: allowed are {', '.join(kv.DTYPES)} or None")
     attention_registry.get(attention)  # a name that is not known, before anything is read

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from qwen_jax.sharding import AXES, BATCH, CONTEXT, COPIES, TENSOR, WEIGHTS, axis_sizes
+from qwen_jax.texts import described
 
 _MOST_TRIED = 2**13  # devices of a mesh that is suggested
 
@@ -46,8 +47,9 @@ def make(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
 
     devices: None is all of this run's, over all processes. Of several TPU slices, `data` goes over
     slices before anything else. Raises ValueError when there are fewer devices than the mesh asks
-    for, or when another axis would go over slices.
+    for, when another axis would go over slices, or for sizes that are none.
     """
+    _check_sizes({} if sizes is None else sizes)
     shape = tuple((sizes or {}).get(axis, 1) for axis in AXES)
     devices = jax.devices() if devices is None else devices
     if math.prod(shape) > len(devices):
@@ -68,6 +70,17 @@ def make(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
     ]
     explicit = (AxisType.Explicit,) * len(AXES)
     return in_planes(Mesh(np.concatenate(parts), AXES, axis_types=explicit))
+
+
+def _check_sizes(sizes: Any) -> None:
+    """Raise ValueError unless these are whole numbers above 0 by names of axes."""
+    allowed = f"sizes of at least 1 by axis, such as {{'fsdp': 4}} (axes: {', '.join(AXES)})"
+    if not isinstance(sizes, Mapping):
+        raise ValueError(f"mesh must be {allowed}, got {described(sizes)}")
+    for axis, size in sizes.items():
+        whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+        if axis not in AXES or not whole or size < 1:
+            raise ValueError(f"mesh: {axis!r}: {described(size)}: must be {allowed}")
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:

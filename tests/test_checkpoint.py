@@ -105,6 +105,12 @@ def test_a_mesh_in_the_files_is_a_grid_of_raw_chunks(tmp_path, original):
     assert chunk == o[32:48, 32:].tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float64", 5, ["float32"]])
+def test_a_dtype_that_is_none_of_a_directory(converted, dtype):
+    with pytest.raises(ValueError, match=r"^dtype .*: allowed are float32, bfloat16, float16"):
+        checkpoint.load(converted, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cast_while_restoring(converted, original, dtype):
     decoder = checkpoint.load(converted, dtype=dtype)

@@ -64,6 +64,14 @@ def test_a_mesh_of_the_first_devices():
         meshes.make({"fsdp": 8, "tp": 2})
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"tensor": 4}, {"tp": 0}, {"tp": "2"}, {"tp": True}, {"tp": 1.0}, "fsdp=1", [2]]
+)
+def test_sizes_of_a_mesh_that_are_none(sizes):
+    with pytest.raises(ValueError, match=r"^mesh.* must be sizes of at least 1 by axis, such as"):
+        meshes.make(sizes)
+
+
 def test_the_mesh_in_force():
     assert meshes.current().size == 1
     with on_mesh(tp=2) as mesh:

@@ -28,6 +28,7 @@ from convert import from_hf, peft
 from qwen_jax import (
     checkpoint,
     command,
+    expand_vocab,
     generate,
     inspect_checkpoint,
     lock,
@@ -57,6 +58,7 @@ from train import (
     run_folder,
     saving,
     token_cache,
+    tokenizer,
     topology,
 )
 from train.data import text_example
@@ -478,6 +480,20 @@ def test_a_run_saves_nothing_after_another_has_taken_over(bucket, tmp_path, monk
     arguments = training.pretraining(training.prepared(tmp_path), out)
     assert "process 1 on other has taken over" in training.fail(capsys, arguments, pretrain)
     assert not any(name.startswith("checkpoints/") for name in paths.sizes(out))
+
+
+def test_files_of_tokens(bucket, tmp_path):
+    """A vocabulary that is learned, and an expansion of it."""
+    (tmp_path / "text.txt").write_text("aab " * 30 + "ab " * 10)
+    (tmp_path / "words.txt").write_text("aabab\n")
+    vocabulary, expansion = f"{bucket}/q.tiktoken", f"{bucket}/more.tiktoken"
+    learning = ["--data", str(tmp_path / "text.txt"), "--size", "258", "--out", vocabulary]
+    assert tokenizer.main(learning) == 0
+    assert len(paths.parse(vocabulary).read_bytes().splitlines()) == 258
+    words = paths.parse(f"{bucket}/words.txt")
+    paths.write(words, (tmp_path / "words.txt").read_bytes())
+    assert expand_vocab.main([vocabulary, str(words), expansion]) == 0
+    assert paths.parse(expansion).read_bytes()
 
 
 UPLOAD = """

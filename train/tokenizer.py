@@ -8,7 +8,6 @@ import argparse
 import base64
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from qwen_jax import command, lock, paths
 from qwen_jax.texts import check_whole, described
@@ -43,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens, the 256 bytes among them; control tokens come after (default %(default)s)",
     )
-    add("--out", type=Path, required=True, metavar="FILE", help="the qwen.tiktoken to write")
+    add(
+        "--out", type=command.path, required=True, metavar="FILE", help="the qwen.tiktoken to write"
+    )
     command.add_debug(result)
     return result
 

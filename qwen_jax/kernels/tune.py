@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the last run (default: 9)",
     )
-    add("--out", type=Path, metavar="FILE", help="default: the package's own table")
+    add("--out", type=command.path, metavar="FILE", help="default: the package's own table")
     kept = result.add_mutually_exclusive_group()
     kept.add_argument(
         "--show", action="store_true", help="time nothing; print what is known of kernels here"
