@@ -101,6 +101,11 @@ def test_tools_may_be_written_as_json() -> None:
         ({"conversations": ["x"]}, "turn 1 is no object"),
         ({"messages": ["x"]}, "message 1 is no object"),
         (["x"], "a conversation is an object, not list"),
+        ({"conversations": TALK, "messages": MESSAGES}, "'messages' do not go together"),
+        ({"conversations": TALK, "tools": [{"name": "x"}]}, "'tools' do not go together"),
+        ({"messages": MESSAGES, "tools": [1], "functions": [1]}, "'functions' do not go together"),
+        ({"messages": [MESSAGES[0] | {"weight": 0}]}, "turn 1 has 'weight' 0: every reply"),
+        ({"conversations": [TALK[0], TALK[1] | {"train": False}]}, "turn 2 has 'train' False"),
     ],
 )
 def test_records_that_are_refused(record: Any, message: str) -> None:

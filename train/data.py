@@ -16,6 +16,7 @@ from train.loss import IGNORED
 
 LOSS_ON = ("qwen", "assistant")
 _ROLES = ("user", "assistant")
+_SHARES = ("weight", "train", "trainable", "loss")  # of a turn in the loss, as others write it
 
 
 def text_example(
@@ -48,10 +49,11 @@ def chat_example(
     record: {"conversations": [{"from", "value"}]}, the original's, or {"messages": [{"role",
     "content"}]} with `tools` (or `functions`), a list or JSON of one, where there are any
     (`tools.turns`). Both may have a "system"; else the one given is taken. Raises ValueError for
-    anything else.
+    anything else, and for what other trainers heed and this one would pass over.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
+    _check_whole(record)
     system = system if record.get("system") is None else record["system"]
     if not isinstance(system, str):
         raise ValueError(f"'system' is no text, but {texts.described(system)}")
@@ -61,6 +63,27 @@ def chat_example(
         raise ValueError("there are neither 'conversations' nor 'messages'")
     said, turns = tools.turns(record["messages"], _offered(record))
     return _encoded(tokenizer, system if said is None else said, turns, max_len, loss_on)
+
+
+def _check_whole(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for parts of a record that, were they heeded, would change what is learned."""
+    for one, other in (
+        ("conversations", "messages"),
+        ("conversations", "tools"),
+        ("conversations", "functions"),
+        ("tools", "functions"),
+    ):
+        if record.get(one) and record.get(other):
+            raise ValueError(f"{one!r} and {other!r} do not go together: leave one of them out")
+    turns = record.get("conversations") or record.get("messages")
+    for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
+        for name in _SHARES if isinstance(turn, Mapping) else ():
+            if turn.get(name) not in (None, 1):  # True is 1
+                got = reprlib.repr(turn[name])
+                raise ValueError(
+                    f"turn {number} has {name!r} {got}: every reply is trained with a weight of 1; "
+                    "leave the field out, or the record"
+                )
 
 
 def _offered(record: Mapping[str, Any]) -> list[Any]:
