@@ -137,8 +137,8 @@ def _say_nothing(_: Any) -> None:
 
 
 def show_log(debug: bool = False) -> None:
-    """What the library logs goes the way of `say`; what Orbax logs, for debugging alone: warnings
-    of what is meant, and errors which it also raises.
+    """What the library logs goes the way of `say`; what Orbax and gcsfs log, for debugging alone:
+    warnings of what is meant, and errors which they also raise.
     """
     handler = logging.Handler()
     handler.emit = lambda record: say(record.getMessage())
@@ -146,7 +146,8 @@ def show_log(debug: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries that log to the root would say it again
-    logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
+    for name in ("absl", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ _EXTRAS = {
     "libtpu": "aot",
 }
 _OWN = ("convert", "train")
+_CLOUD = ("gcsfs", "aiohttp", "google")  # packages whose errors are of gs://, or on the way there
 _PLATFORMS = {
     "cuda": (
         "CUDA device",
@@ -63,7 +64,8 @@ def explain(error: BaseException, options: Collection[str] = ()) -> str:
     """The line. options: names of the command's arguments, of which some may be named in it."""
     words = " ".join(str(error).split())
     line = (
-        _file(error)
+        _cloud(error, words)
+        or _file(error)
         or _package(error)
         or _devices(error, words)
         or _memory(error, words, options)
@@ -79,6 +81,16 @@ def explain(error: BaseException, options: Collection[str] = ()) -> str:
 
 def _short(words: str) -> str:
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+
+
+def _cloud(error: BaseException, words: str) -> str | None:
+    """An error on the way to Google Cloud Storage: no network, no credentials."""
+    if type(error).__module__.partition(".")[0] not in _CLOUD:
+        return None
+    return (
+        f"Google Cloud Storage cannot be used: {_short(words) or type(error).__name__}; see to the "
+        "network, and to credentials: gcloud auth application-default login"
+    )
 
 
 def _file(error: BaseException) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gcsfs.retry import HttpError
 
 from benchmarks import aot, device, fine_tuning, golden, kernel_cost, scaling
 from benchmarks import attention as attend
@@ -54,6 +55,10 @@ def raising(error: BaseException) -> Callable[..., Any]:
         (OSError(errno.EXDEV, "Other disk", "a", None, b"b\xbe"), "Other disk: a -> b\\udcbe"),
         (FileNotFoundError(2, "No such file", NOT_UTF8), "No such file: \\udcbe\\udca8\\udcd3"),
         (OSError("a line of ours"), "a line of ours"),
+        (
+            HttpError({"code": 401, "message": "Anonymous caller"}),
+            "Google Cloud Storage cannot be used: Anonymous caller, 401; see to the network, and",
+        ),
         (AssertionError(), "AssertionError: no message; --debug shows where"),
         (StopIteration(), "StopIteration: no message; --debug shows where"),
         (ValueError(), "ValueError: no message; --debug shows where"),

@@ -66,7 +66,7 @@ def chat_example(
 
 
 def _check_whole(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for parts of a record that, were they heeded, would change what is learned."""
+    """Raise ValueError for parts of a record that other trainers heed and this one does not."""
     for one, other in (
         ("conversations", "messages"),
         ("conversations", "tools"),
