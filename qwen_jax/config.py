@@ -230,7 +230,8 @@ class Config:
         """
         values = _canonical(hf)
         for key, allowed in _FIXED.items():
-            if key in values and values[key] not in allowed:
+            off = values.get(key) is None and not any(allowed)  # null is false to the original
+            if key in values and values[key] not in allowed and not off:
                 raise ValueError(
                     f"config key {key} is {values[key]!r}: only "
                     f"{' or '.join(map(repr, allowed))} can be computed"
@@ -471,13 +472,15 @@ def _rope_scaling(entry: Any) -> RopeScaling | None:
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     if not isinstance(entry, Mapping) or set(entry) - known - {"rope_type"}:
         raise ValueError(f"rope_scaling {entry!r}: its keys are {', '.join(sorted(known))}")
-    entry = dict(entry)
+    entry = {key: value for key, value in entry.items() if value is not None}
     if "rope_type" in entry:  # the later spelling of type
         later = entry.pop("rope_type")
         if entry.setdefault("type", later) != later:
             raise ValueError(
                 f"rope_scaling type {entry['type']!r} and rope_type {later!r} disagree"
             )
+    if not entry or entry == {"type": "default"}:  # as later generations say that there is none
+        return None
     if not {"type", "factor"} <= set(entry):
         raise ValueError(f"rope_scaling {entry!r} lacks type or factor")
     return RopeScaling(**entry)

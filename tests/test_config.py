@@ -285,6 +285,27 @@ def test_wrong_values_are_refused_by_name(key, value):
         Config.from_hf({**QWEN_7B, key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {}),
+        ("rope_scaling", {"rope_type": "default"}),
+        ("rope_scaling", {"type": "default", "factor": None}),
+        ("pruned_heads", None),
+        ("is_encoder_decoder", None),
+        ("add_cross_attention", None),
+    ],
+)
+def test_what_says_that_there_is_none(key, value):
+    assert Config.from_hf({**QWEN_7B, key: value}) == PRESETS["qwen-7b"]
+
+
+@pytest.mark.parametrize("key", ["no_bias", "scale_attn_weights", "rotary_pct"])
+def test_null_that_would_turn_something_off_is_refused(key):
+    with pytest.raises(ValueError, match=f"config key {key} is None"):
+        Config.from_hf({**QWEN_7B, key: None})
+
+
 def test_missing_keys_are_all_listed():
     lacking = without(QWEN_7B, "seq_length", "kv_channels", "vocab_size")
     with pytest.raises(ValueError, match=r"lacks kv_channels, seq_length, vocab_size$"):
