@@ -196,7 +196,7 @@ def get(name: str) -> Callable[..., Any]:
     """
     if name == "auto":
         return auto
-    if name not in IMPLEMENTATIONS:
+    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"attention {name!r} is not known: choose one of {known}")
     return IMPLEMENTATIONS[name]

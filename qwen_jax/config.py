@@ -209,6 +209,9 @@ class Config:
 
         Raises ValueError for a name that is not part of the architecture.
         """
+        if not isinstance(overrides, Mapping) or not all(isinstance(x, str) for x in overrides):
+            got = texts.described(overrides)
+            raise ValueError(f"config overrides must be values by their names, got {got}")
         overrides = _canonical(overrides)
         unknown = sorted(set(overrides) - set(_KEYS) - set(_OURS))
         if unknown:

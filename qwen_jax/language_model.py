@@ -55,13 +55,13 @@ def load(
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(checkpoint.DTYPES)} or None")
     if cache_dtype is not None and cache_dtype not in kv.DTYPES:
         raise ValueError(f"cache_dtype {cache_dtype!r}: allowed are {', '.join(kv.DTYPES)} or None")
+    if max_length is not None and (not isinstance(max_length, int | np.integer) or max_length < 2):
+        raise ValueError(f"max_length {max_length!r}: must be a whole number of at least 2")
     attention_registry.get(attention)  # a name that is not known, before anything is read
     generation_config = checkpoint.load_generation_config(path)
     tokenizer = checkpoint.load_tokenizer(path)
-    config = checkpoint.load_config(path).with_overrides(overrides or {})
+    config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)
     longest = max(config.max_position_embeddings, config.seq_length)
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length {max_length}: must be at least 2")
     mesh = meshes.current()
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
         raise ValueError("a context axis is for training: decode with tp and fsdp")
@@ -369,8 +369,8 @@ class LanguageModel:
         """
         left = self.max_length - prompt
         new = min(self.generation_config.max_new_tokens, max(left, 1)) if asked is None else asked
-        if new < 1:
-            raise ValueError(f"max_new_tokens {new}: must be at least 1")
+        if not isinstance(new, int | np.integer) or new < 1:
+            raise ValueError(f"max_new_tokens {new!r}: a whole number of at least 1")
         if new > left:
             raise ValueError(
                 f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "

@@ -44,6 +44,11 @@ def test_import_is_cheap() -> None:
         ({"overrides": {"no_such_key": 1}}, "no_such_key"),
         ({"overrides": {"layer_windows": [1]}}, "layer_windows"),
         ({"max_length": 1}, "max_length"),
+        ({"max_length": "256"}, "max_length '256': must be a whole number"),
+        ({"max_length": 256.5}, "max_length 256.5"),
+        ({"attention": ["xla"]}, "attention .* is not known"),
+        ({"overrides": "a=1"}, "config overrides must be values by their names"),
+        ({"overrides": {1: 2}}, "config overrides must be values by their names"),
     ],
 )
 def test_load_refuses(golden_dir: Path, settings: dict, message: str) -> None:
