@@ -277,7 +277,7 @@ def kvstore(folder: Path) -> dict[str, Any]:
         bucket, _, path = str(folder).removeprefix("gs://").partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
     check_name(folder)
-    return {"driver": "file", "path": f"{folder}{os.sep}"}
+    return {"driver": "file", "path": f"{folder.resolve()}{os.sep}"}  # it refuses ".."
 
 
 @functools.cache

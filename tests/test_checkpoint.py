@@ -111,6 +111,15 @@ def test_a_dtype_that_is_none_of_a_directory(converted, dtype):
         checkpoint.load(converted, dtype=dtype)
 
 
+def test_a_path_that_goes_up(tmp_path, converted, monkeypatch):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    (tmp_path / "model").symlink_to(converted)
+    decoder = checkpoint.load("../model")
+    checkpoint.save("../in/../copy", decoder.config, decoder)
+    assert leaves(checkpoint.load("../copy")).keys() == leaves(decoder).keys()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cast_while_restoring(converted, original, dtype):
     decoder = checkpoint.load(converted, dtype=dtype)
