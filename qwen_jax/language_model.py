@@ -67,13 +67,14 @@ def load(
         raise ValueError("a context axis is for training: decode with tp and fsdp")
     meshes.check(config.sizes, mesh)
     dtype = dtype or default_dtype()
-    attend = attention_for(attention, config, dtype, max_length or longest, cache_dtype, mesh)
+    length = longest if max_length is None else int(max_length)
+    attend = attention_for(attention, config, dtype, length, cache_dtype, mesh)
     decoder = checkpoint.load(path, config, dtype, mesh)
     return LanguageModel(
         config=config,
         tokenizer=tokenizer,
         generation_config=generation_config,
-        max_length=max_length or longest,
+        max_length=length,
         decoder=decoder,
         mesh=mesh,
         attend=attend,
@@ -200,6 +201,7 @@ class LanguageModel:
         tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens!r}: a whole number of at least 1")
+        max_new_tokens = int(max_new_tokens)
         if at_once is not None and (not isinstance(at_once, int | np.integer) or at_once < 1):
             raise ValueError(f"at_once {at_once!r}: a whole number of at least 1")
         longest = int(lengths.max())
@@ -376,7 +378,7 @@ class LanguageModel:
                 f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "
                 f"max_length {self.max_length}: raise max_length (--max-length) or ask for fewer"
             )
-        return new
+        return int(new)
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError for a directory without one."""

@@ -56,6 +56,11 @@ def test_load_refuses(golden_dir: Path, settings: dict, message: str) -> None:
         qwen_jax.load(golden_dir, **settings)
 
 
+def test_whole_numbers_of_numpy(golden_dir: Path) -> None:
+    model = qwen_jax.load(golden_dir, max_length=np.int64(64))
+    assert model.generate([[1, 2, 3]], max_new_tokens=np.int32(3)).shape == (1, 3)
+
+
 def test_attention_that_cannot_declines_before_weights_are_read(golden_dir, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(NotImplementedError, match="pallas_hopper is for Hopper GPUs, this is cpu"):
