@@ -76,7 +76,7 @@ device: ## measure the accelerator here, in four parts of five minutes (PART=2 f
 	env -u JAX_PLATFORMS $(PYTHON) benchmarks/device.py --part $(PART) $(DEVICE_ARGS)
 
 demo: venv ## convert the small model of examples/moby_dick and let it write
-	rm -rf demo
+	rm -rf demo/ckpt
 	$(BIN)/python convert/from_hf.py examples/moby_dick/model demo/ckpt --verify
 	$(BIN)/python -m qwen_jax.generate --ckpt demo/ckpt --prompt "$(PROMPT)" --max-new-tokens 40
 

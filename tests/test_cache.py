@@ -13,7 +13,15 @@ from qwen_jax.attention import FULL
 from qwen_jax.cache import Cache, Int8, Layer, quantize
 from qwen_jax.decode import positions
 from qwen_jax.sharding import place
-from tests.tiny import cached_logits, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
+from tests.tiny import (
+    cached_logits,
+    frequencies,
+    full_logits,
+    on_mesh,
+    tiny_config,
+    tiny_decoder,
+    tiny_tokens,
+)
 
 KINDS = [None, *cache.DTYPES]
 
@@ -24,8 +32,15 @@ def mesh():
         yield
 
 
-def empty(kind: str | None, start: list[int], capacity: int, dtype: Any = jnp.float32) -> Cache:
-    return cache.empty(tiny_config(), place(np.int32(start), "B"), capacity, dtype, kind)
+def empty(
+    kind: str | None,
+    start: list[int],
+    capacity: int,
+    dtype: Any = jnp.float32,
+    **changes: Any,
+) -> Cache:
+    rows = place(np.int32(start), "B")
+    return cache.empty(tiny_config(**changes), rows, capacity, dtype, kind)
 
 
 @jax.jit
@@ -190,13 +205,18 @@ def test_a_pass_never_reads_its_own_keys_from_int8(kind):
     assert 1e-4 < error < 0.02  # rounded, and only a little
 
 
-def test_a_cpu_holds_what_the_dtype_would_have_held(monkeypatch: pytest.MonkeyPatch):
-    """In float32, as it rewrites bfloat16 arrays whole; the logits have the same bits."""
+def test_a_cpu_holds_what_the_dtype_would_have_held():
+    """In float32, as it rewrites bfloat16 arrays whole; what it holds are numbers of bfloat16."""
     decoder = tiny_decoder(tiny_config(num_layers=1), jnp.bfloat16)
-    tokens = tiny_tokens(1, 8)
-    held = cached_logits(decoder, tokens, [4, 4])
-    monkeypatch.setattr(cache, "held_dtype", jnp.dtype)
-    np.testing.assert_array_equal(held, cached_logits(decoder, tokens, [4, 4]))
+    held = empty(None, [0], 8, jnp.bfloat16, num_layers=1)
+    assert jax.tree.leaves(held.layers)[0].dtype == jnp.float32
+    tokens = place(tiny_tokens(1, 4), "BT")
+    places, segments = positions(held.start, held.index, 4)
+    rates = frequencies(decoder.config, 1, 1.0)
+    written = decoder(decoder.embed(tokens), places, segments, rates, held).cache
+    for leaf in jax.tree.leaves(written.layers):
+        assert np.any(leaf)
+        np.testing.assert_array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_a_long_cache_is_attended_to_in_pieces(monkeypatch: pytest.MonkeyPatch):

@@ -369,11 +369,13 @@ def test_rms_norm_casts_back_before_the_weight():
     weight = jnp.asarray(1 + 0.5 * rng.standard_normal(32), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
     normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
-    rounded = np.asarray(jnp.asarray(normed.astype(np.float32)).astype(jnp.bfloat16), np.float32)
-    product = jnp.asarray(rounded * np.asarray(weight, np.float32)).astype(jnp.bfloat16)
+    # What float32 may compute a little smaller or larger: the same bfloat16 but for a few.
+    least, most = (jnp.asarray(normed * (1 + e), jnp.bfloat16) for e in (-1e-5, 1e-5))
+    sure = np.asarray(least == most)
+    product = jnp.asarray(np.asarray(least, np.float32) * np.asarray(weight, np.float32))
     got = rms_norm(x, weight, 1e-6)
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(product))
+    assert got.dtype == jnp.bfloat16 and sure.mean() > 0.98
+    np.testing.assert_array_equal(got[sure], product.astype(jnp.bfloat16)[sure])
     late = jnp.asarray(normed * np.asarray(weight, np.float64), jnp.bfloat16)
     assert (np.asarray(got) != np.asarray(late)).any(), "the order makes a difference here"
 
