@@ -253,7 +253,7 @@ def test_what_initialize_refuses():
 # Who is lost
 
 
-@pytest.mark.parametrize(("count", "victim"), [(2, 1), (2, 0)])
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_the_others_stop_when_one_dies_in_a_computation(count, victim):
     with launch.group([BUSY], count, heartbeat=launch.SHORT) as group:
         group.until(lambda: "the sum is" in group.read(0, "out"))

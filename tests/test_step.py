@@ -217,20 +217,35 @@ def full_pass_logits(decoder, batch):
     return full_logits(decoder, batch.tokens, places=batch.positions, segments=batch.segments)
 
 
-def test_dropout():
-    """The masks follow from seed and step, and are the same on any mesh, whatever the order of
-    tokens on it; on average they change nothing that they are applied to.
-    """
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ({"fsdp": 2, "context": 2, "tp": 2}, SEQUENCE),
+        pytest.param({"fsdp": 2, "context": 4}, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_dropout_on_a_mesh(sizes, how):
+    """The masks are the same on any mesh, whatever the order of tokens on it."""
     dropped = take({}, dropout=0.1)
     assert abs(dropped.loss - one_device().loss) > 1e-4
-    assert_same(take({"data": 2, "context": 2, "tp": 2}, dropout=0.1, **SEQUENCE), dropped)
-    assert_same(take({"fsdp": 2, "context": 4}, dropout=0.1), dropped)
-    assert take({}, dropout=0.1, seed=1).loss != dropped.loss
+    assert_same(take(sizes, dropout=0.1, **how), dropped)
+
+
+@pytest.mark.slow
+def test_the_seed_of_a_run_is_that_of_its_masks():
+    assert take({}, dropout=0.1, seed=1).loss != take({}, dropout=0.1).loss
+
+
+def test_dropout():
+    """On average the masks change nothing that they are applied to; each follows from the seed."""
     with on_mesh(fsdp=2):
         x = sharding.place(np.ones((64, 64, 8), np.float32), "BTD")
         drop = model.Dropout(jax.random.key(0), 0.25)
         layers = [np.asarray(drop.in_layer(i).of_attention(x)) for i in range(2)]
         other = np.asarray(drop.in_layer(0).of_feed_forward(x))
+        again, seed = (model.Dropout(jax.random.key(i), 0.25).in_layer(0) for i in (0, 1))
+        np.testing.assert_array_equal(again.of_attention(x), layers[0])
+        assert (seed.of_attention(x) != layers[0]).any()
     assert np.unique(layers[0]).tolist() == [0, pytest.approx(4 / 3)]
     for one, two in ((layers[0], layers[1]), (layers[0], other)):
         assert np.mean(one == two) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
