@@ -237,12 +237,14 @@ _MIB = 2**20
 _MIDDLE, _LARGE = Blocks(1024, 1024, 512), Blocks(2048, 2048, 256)
 _V5 = {0: _MIDDLE, 16384: _LARGE}, {0: Blocks(512, 512, 512), 4096: _MIDDLE}
 _V6 = {0: _MIDDLE, 16384: Blocks(2048, 1024, 512)}, {0: _MIDDLE}
+_V7 = {0: _MIDDLE, 8192: Blocks(2048, 1024, 512)}, {0: _MIDDLE, 8192: Blocks(1024, 2048, 256)}
 # By device_kind. Chosen by `benchmarks/kernel_cost.py`, not measured: no such chip was at hand.
 CHIPS = {
     "TPU v4": Chip({0: Blocks(512, 1024, 512)}, {0: Blocks(512, 512, 512)}, 2048, 15 * _MIB),
     "TPU v5 lite": Chip(*_V5, 32768, 100 * _MIB),
     "TPU v5": Chip(*_V5, 16384, 60 * _MIB),
     "TPU v6 lite": Chip(*_V6, 32768, 100 * _MIB),
+    "TPU7x": Chip(*_V7, 16384, 60 * _MIB),
 }
 _TINY = {0: Blocks(128, 256, 128)}
 _SMALL = Chip(_TINY, _TINY, 256, 15 * _MIB)  # interpreted

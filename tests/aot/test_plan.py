@@ -29,7 +29,7 @@ CASES = [
     pytest.param("v5e:2x2", "fsdp=2,tp=2", "pallas_tpu", marks=pytest.mark.smoke, id="v5e"),
     pytest.param("v4:2x2x1", "fsdp=4", "pallas_tpu", id="v4"),
     pytest.param("v5p:2x2x1*2", "data=2,fsdp=2,tp=2", "pallas_tpu", id="v5p-slices"),
-    pytest.param("tpu7x:2x2x1", "fsdp=4,tp=2", "xla", id="tpu7x"),
+    pytest.param("tpu7x:2x2x1", "fsdp=4,tp=2", "pallas_tpu", id="tpu7x"),
     pytest.param("h100:2x2", "fsdp=2,tp=2", "pallas_hopper", marks=pytest.mark.smoke, id="h100"),
     pytest.param("h200:4", "context=2,tp=2", "pallas_triton", id="h200"),
     pytest.param("a100:4", "fsdp=4", "pallas_triton", id="a100"),

@@ -16,7 +16,7 @@ HEADS = (16, 32, 40, 64)  # of the 1.8B, the 7B, the 14B and the 72B
 LENGTHS = (512, 2048, 8192, 32768)
 # Temporary bytes for each element of q: float32 sums of dq, dk, dv, and q, k, v with heads first.
 # Where dq is summed part by part, as few queries fit into VMEM, dk and dv are there twice.
-TEMPORARY = {"v4": 32, "v5e": 24, "v5p": 36, "v6e": 24}
+TEMPORARY = {"v4": 32, "v5e": 24, "v5p": 36, "v6e": 24, "v7x": 36}
 TARGETS = tuple(TEMPORARY)
 
 # Every size on every target, and every length: in each target another size has the longest. A
