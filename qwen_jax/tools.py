@@ -7,7 +7,7 @@ which thoughts, calls, their results and the answer follow each other. Knows no 
 import dataclasses
 import json
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_jax import texts
@@ -33,6 +33,25 @@ _TOOL = (
     "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? "
     "{description} Parameters: {parameters}"
 )
+# What is read of a message beside its role and content, by its role.
+_READ: dict[str, tuple[str, ...]] = {
+    "system": (),
+    "user": (),
+    "assistant": ("tool_calls", "function_call"),
+    "tool": ("tool_call_id", "name"),
+    "function": ("tool_call_id", "name"),
+}
+# Notes about a message, which say nothing to a model. The last four are its share in the loss,
+# which whoever trains judges.
+_NOTES = frozenset(
+    (
+        "id", "uuid", "message_id", "parent_id", "index", "turn", "turn_id",
+        "created", "created_at", "updated_at", "timestamp", "time", "date",
+        "lang", "language", "model", "source", "metadata", "meta", "cache_control",
+        "annotations", "logprobs", "finish_reason", "usage", "token_count", "score", "rating",
+        "weight", "train", "trainable", "loss",
+    )
+)  # fmt: skip
 _ANSWER = "Thought: I now know the final answer.\nFinal Answer: {text}"
 
 
@@ -107,8 +126,8 @@ def turns(
     trained, so none may call what it was not told of (the original's server, which needs the next
     reply alone, puts it in the last turn but one).
 
-    Raises ValueError, naming the message, for another role, an order that cannot be, no text, or
-    what has another shape.
+    Raises ValueError, naming the message, for another role, an order that cannot be, no text, what
+    has another shape, or a key that is not read (`check_read`).
     """
     system: str | None = None
     found: list[tuple[str, list[_Step]]] = []
@@ -119,6 +138,9 @@ def turns(
                 f"message {number} is no object with role and content: {texts.described(message)}"
             )
         role = message.get("role")
+        if isinstance(role, str) and role in _READ:
+            read = ("role", "content", *_READ[role])
+            check_read(f"message {number} ({role})", message, read)
         last, steps = found[-1] if found else (None, [])
         if role == "system":
             if number > 1:
@@ -145,6 +167,22 @@ def turns(
         question = found[0][1][0]
         question.text = f"{instruction(tools)}\n\nQuestion: {question.text}"
     return system, [_turn(role, steps) for role, steps in found]
+
+
+def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raise ValueError for a key that is not in `read` and may say something: what is passed over
+    would be missing from the conversation. Null, empty and false say nothing, and notes neither.
+    """
+    for key, value in message.items():
+        if key in read or key in _NOTES:
+            continue
+        if isinstance(value, Mapping) and all(part is None for part in value.values()):
+            continue  # as Parquet has it, where other rows have more
+        if value:
+            raise ValueError(
+                f"{what} has {texts.shown(key)} {texts.shown(value)}, which is not read there: "
+                "leave the field out, or say it in the text"
+            )
 
 
 def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.chat import decode_reply, make_context, stop_sequences
+from qwen_jax.chat import decode_reply, make_context, stop_sequences, turns_of
 from qwen_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.vocabulary import qwen_tokenizer, tiny_ranks
 
@@ -45,6 +45,13 @@ def test_the_first_turn_that_does_not_fit_ends_the_history(tiny):
     history = [("tiny", "x"), ("long " * 100, "x"), ("new", "x")]
     text, _ = make_context(tiny, "q", history, max_window_size=200)
     assert "new" in text and "long" not in text and "tiny" not in text
+
+
+def test_a_history_with_more_than_is_read_is_refused():
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert turns_of([message | {"refusal": None} for message in said], "")[1] == [("x", "y")]
+    with pytest.raises(ValueError, match=r"history must be .*'reasoning_content' 'z', which"):
+        turns_of([said[0], said[1] | {"reasoning_content": "z"}], "")
 
 
 def test_no_history_may_be_none(tiny):

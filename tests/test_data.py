@@ -106,6 +106,12 @@ def test_tools_may_be_written_as_json() -> None:
         ({"messages": MESSAGES, "tools": [1], "functions": [1]}, "'functions' do not go together"),
         ({"messages": [MESSAGES[0] | {"weight": 0}]}, "turn 1 has 'weight' 0: every reply"),
         ({"conversations": [TALK[0], TALK[1] | {"train": False}]}, "turn 2 has 'train' False"),
+        ({"conversations": [TALK[0], TALK[1] | {"thought": "x"}]}, "turn 2 has 'thought' 'x', whi"),
+        ({"messages": MESSAGES, "images": ["x"]}, "the record has 'images' .'x'., which is"),
+        (
+            {"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"},
+            "'system' and a message of the system differ",
+        ),
     ],
 )
 def test_records_that_are_refused(record: Any, message: str) -> None:

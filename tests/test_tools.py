@@ -95,6 +95,15 @@ def test_null_is_what_is_not_there():
     assert reply.text.endswith("Action: b\nAction Input: {}")
 
 
+def test_keys_that_say_nothing():
+    said = [ASKED, {"role": "assistant", "content": "No."}]
+    nothing = {
+        "refusal": None, "reasoning_content": "", "images": [], "audio": {}, "prefix": False,
+        "video": {"bytes": None, "path": None}, "tool_calls": [], "id": "x", "timestamp": 5,
+    }  # fmt: skip
+    assert turns([message | nothing for message in said]) == turns(said)
+
+
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "dry"}
 ANSWER = {"role": "assistant", "content": "No."}
 
@@ -135,6 +144,17 @@ def calling(*calls: Any) -> list[Any]:
         (calling(CALL, {"function": None}), (), "call 2 of message 2 is no object"),
         (calling({"function": {}}), (), "call 1 of message 2 has no name"),
         (calling({"name": "b", "arguments": [1]}), (), "call 1 of message 2 has arguments that"),
+        ([ASKED | {"name": "Bob"}], (), r"message 1 \(user\) has 'name' 'Bob', which is not read"),
+        ([ASKED | {"images": ["x"]}], (), "has 'images' .'x'., which is not read there: leave"),
+        ([ASKED | {"tool_calls": [CALL]}], (), r"message 1 \(user\) has 'tool_calls'"),
+        (
+            [ASKED, ANSWER | {"reasoning_content": "x"}],
+            (),
+            r"\(assistant\) has 'reasoning_content'",
+        ),
+        ([ASKED, ANSWER | {"refusal": "x"}], (), "has 'refusal' 'x'"),
+        ([ASKED, ANSWER | {"tool_call_id": "x"}], (), "has 'tool_call_id' 'x'"),
+        ([ASKED, ANSWER | {"a_key_of_tomorrow": 5}], (), "has 'a_key_of_tomorrow' 5"),
         ([ASKED, {"role": "assistant", "tool_calls": "x"}], (), "message 2 has 'tool_calls' that"),
         ([ASKED, {"role": "assistant", "function_call": "x"}], (), "call 1 of message 2 is no obj"),
     ],

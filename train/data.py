@@ -16,6 +16,7 @@ from train.loss import IGNORED
 
 LOSS_ON = ("qwen", "assistant")
 _ROLES = ("user", "assistant")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _SHARES = ("weight", "train", "trainable", "loss")  # of a turn in the loss, as others write it
 
 
@@ -62,6 +63,8 @@ def chat_example(
     if not isinstance(record.get("messages"), list):
         raise ValueError("there are neither 'conversations' nor 'messages'")
     said, turns = tools.turns(record["messages"], _offered(record))
+    if said is not None and record.get("system") and said != system:
+        raise ValueError("'system' and a message of the system differ: leave one of them out")
     return _encoded(tokenizer, system if said is None else said, turns, max_len, loss_on)
 
 
@@ -75,6 +78,8 @@ def _check_whole(record: Mapping[str, Any]) -> None:
     ):
         if record.get(one) and record.get(other):
             raise ValueError(f"{one!r} and {other!r} do not go together: leave one of them out")
+    shown = {name: record[name] for name in _MEDIA if name in record}
+    tools.check_read("the record", shown, ())
     turns = record.get("conversations") or record.get("messages")
     for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         for name in _SHARES if isinstance(turn, Mapping) else ():
@@ -116,7 +121,8 @@ def sft_example(
     replies and their end alone, and of replies not the results of tools. Labels that are not
     trained are `IGNORED`.
 
-    Raises ValueError for another role, a turn without text, or no reply to a user.
+    Raises ValueError for another role, a turn without text, a key that is not read, or no reply to
+    a user.
     """
     if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
         got = texts.described(conversations)
@@ -132,6 +138,7 @@ def sft_example(
         if not isinstance(turn.get("value"), str):
             got = texts.described(turn.get("value"))
             raise ValueError(f"turn {number} has no text in 'value', but {got}")
+        tools.check_read(f"turn {number}", turn, ("from", "value"))
         value = texts.check_whole(f"turn {number}", turn["value"])
         if turns or role == "user":
             turns.append(Turn(role, ((value, True),)))
