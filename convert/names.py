@@ -7,7 +7,7 @@ tensor's bytes: nothing is ever transposed. This file knows names and shapes, an
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 # tensor: the leaves stacked on its rows. In the order in which the original has its modules. {L} is
 # the number of the layer.
@@ -38,6 +38,7 @@ INERT = re.compile(
     r"transformer\.rotary_emb\.inv_freq|transformer\.logn_tensor"
     r"|transformer\.h\.\d+\.attn\.(rotary_emb\.inv_freq|logn_tensor|bias|masked_bias)"
 )
+_LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,19 @@ def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> E
         start += math.prod(leaves[path])
     rows = sum(leaves[path][0] for path in paths)
     return Expected((rows, *leaves[paths[0]][1:]), tuple(parts))
+
+
+def check_depth(found: Iterable[str], depth: int) -> None:
+    """Raise ValueError unless config.json has as many layers as the tensors; without tensors of
+    layers, the list of what is missing says more.
+    """
+    numbers = [int(match[1]) for name in found if (match := _LAYER.match(name))]
+    if numbers and max(numbers) + 1 != depth:
+        raise ValueError(
+            f"config.json says num_hidden_layers {depth}, the tensors are of {max(numbers) + 1} "
+            "layers: put the config.json there that came with these weights, or download the "
+            "tensors that are missing"
+        )
 
 
 def check(

@@ -124,7 +124,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     src, dst = paths.parse(args.src), paths.parse(args.dst)
     target.check_apart(src, dst)
     manifest = checkpoint.verify_whole(src)
-    config = Config.from_hf(read_json(src / checkpoint.CONFIG))
+    config = Config.read(src / checkpoint.CONFIG)
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     checkpoint.check_shapes(src, manifest, shapes)

@@ -6,8 +6,10 @@ Read and checked once, when a model is loaded. A key that is null counts as abse
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from qwen_jax import texts, values
 from qwen_jax.sampling import Greedy, Nucleus
 
 _READ = frozenset(
@@ -17,7 +19,8 @@ _READ = frozenset(
     )
 )  # fmt: skip
 # Keys that change no token, whatever they say: bookkeeping, caches, what else is returned, how
-# drafts are made that are checked afterwards.
+# drafts are made that are checked afterwards. cache_implementation chooses where keys and values
+# lie (static, hybrid, offloaded, ...); "quantized" alone rounds them, and is said (`_not_done`).
 _INERT = frozenset(
     (
         "_commit_hash", "_from_model_config", "assistant_confidence_threshold",
@@ -57,57 +60,77 @@ class GenerationConfig:
     max_window_size: int
 
     @classmethod
-    def from_hf(cls, values: Mapping[str, Any]) -> "GenerationConfig":
-        """Raises ValueError that names the key whose value cannot be. Warns in one line of what is
-        asked for and not done.
+    def from_hf(
+        cls, hf: Mapping[str, Any], file: str | Path = "generation_config.json"
+    ) -> "GenerationConfig":
+        """Read the values of a generation_config.json. file: its name, for messages.
+
+        Raises ValueError that names the file and the key whose value cannot be. Warns in one line
+        of what is asked for and not done.
         """
-        given = {key: value for key, value in values.items() if value is not None}
+        hf = values.mapping("hf, the values of a generation_config.json,", hf)
+        given = {key: value for key, value in hf.items() if value is not None}
         if asked := _not_done(given):
             said = ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items()))
             warnings.warn(
-                f"generation_config.json asks for what is not done: {said}; heeded are "
-                f"{', '.join(sorted(_READ))}",
+                f"{file} asks for what is not done: {said}; heeded are {', '.join(sorted(_READ))}",
                 stacklevel=3,
             )
+        with values.named(file):
+            return cls(**_fields(given))
 
-        def read(key: str, default: Any, kind: Any, least: float | None = None) -> Any:
-            value = given.get(key, default)
-            wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-            if wrong or (least is not None and not value >= least):
-                raise ValueError(f"generation_config {key} is {value!r}")
-            return value
 
-        number = int | float
-        sampler = make_sampler(
-            read("do_sample", False, bool),
-            read("temperature", 1.0, number, 0),
-            read("top_k", 0, int, 0),
-            read("top_p", 1.0, number, 0),
-            read("repetition_penalty", 1.0, number),
-        )
-        eos = given.get("eos_token_id", [])
-        stops = [[i] for i in (eos if isinstance(eos, list) else [eos])]
-        stops += read("stop_words_ids", [], list)
-        for stop in stops:
-            if not isinstance(stop, list) or not stop or not all(map(_is_id, stop)):
-                raise ValueError(f"generation_config has a stop {stop!r}: ids are whole numbers")
-        return cls(
-            sampler=sampler,
-            stops=tuple(dict.fromkeys(map(tuple, stops))),
-            max_new_tokens=read("max_new_tokens", 512, int, 1),
-            pad_id=read("pad_token_id", -1, int) if "pad_token_id" in given else None,
-            chat_format=read("chat_format", "", str) or None,
-            max_window_size=read("max_window_size", 6144, int, 0),
-        )
+def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `GenerationConfig`. ValueError that names a key whose value cannot be."""
+    top_k = values.whole("top_k is", given.get("top_k", 0), -1, values.INT64)
+    sampler = make_sampler(
+        values.flag("do_sample is", given.get("do_sample", False)),
+        values.number("temperature is", given.get("temperature", 1.0), 0),
+        max(top_k, 0),  # -1 is vLLM's word for no limit
+        values.number("top_p is", given.get("top_p", 1.0), 0),
+        values.number("repetition_penalty is", given.get("repetition_penalty", 1.0)),
+    )
+    chat_format = given.get("chat_format", "")
+    if not isinstance(chat_format, str):
+        raise ValueError(f"chat_format is {texts.shown(chat_format)}: must be a text, or null")
+    pad_id = given.get("pad_token_id")
+    return {
+        "sampler": sampler,
+        "stops": _stops(given),
+        "max_new_tokens": values.whole(
+            "max_new_tokens is", given.get("max_new_tokens", 512), most=values.INT64
+        ),
+        "pad_id": None if pad_id is None else values.whole("pad_token_id is", pad_id, 0),
+        "chat_format": chat_format or None,
+        "max_window_size": values.whole(
+            "max_window_size is", given.get("max_window_size", 6144), 0, values.INT64
+        ),
+    }
+
+
+def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """The sequences of ids that end a row, each once, in the order of the file."""
+    eos, words = given.get("eos_token_id", []), given.get("stop_words_ids", [])
+    ends = eos if isinstance(eos, list) else [eos]
+    if not isinstance(words, list) or not all(isinstance(x, list) and x for x in words):
+        shown = texts.shown(words)
+        raise ValueError(f"stop_words_ids is {shown}: must be a list of lists of token ids")
+    stops = [(values.whole("a stop of eos_token_id is", i, 0),) for i in ends]
+    stops += [tuple(values.whole("a stop of stop_words_ids is", i, 0) for i in x) for x in words]
+    return tuple(dict.fromkeys(stops))
 
 
 def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that would change tokens if they were heeded, and are not."""
-    over = {"max_length"} if "max_new_tokens" in given else set()  # which goes before it
+    passed: set[str] = {*_READ, *_INERT}
+    if "max_new_tokens" in given:  # which goes before it
+        passed.add("max_length")
+    if given.get("cache_implementation") == "quantized":
+        passed.remove("cache_implementation")
     return {
         key: value
         for key, value in given.items()
-        if key not in _READ | _INERT | over and value and value != _OFF.get(key)
+        if key not in passed and value and value != _OFF.get(key)
     }
 
 
@@ -120,7 +143,3 @@ def make_sampler(
         sampler = Nucleus(temperature, top_k, top_p, repetition_penalty)
     sampler.check()
     return sampler
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -63,6 +63,20 @@ def _mask(given: Any) -> np.ndarray:
     return mask.astype(bool)
 
 
+def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
+    """float64 [rows]: one NTK alpha for all rows, or one for each."""
+    try:
+        found = np.asarray(ntk_alpha)
+        if found.dtype.kind in "bcSUOMm" or found.shape not in ((), (rows,)):
+            raise ValueError
+        return np.broadcast_to(found.astype(np.float64), rows)
+    except (TypeError, ValueError):
+        got = texts.described(ntk_alpha)
+        raise ValueError(
+            f"ntk_alpha must be a number of at least 1, or one for each of {rows} rows, got {got}"
+        ) from None
+
+
 def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     """Ids, or sequences of ids, as sequences."""
     if isinstance(stop, str | bytes | bytearray) or not isinstance(stop, Iterable):

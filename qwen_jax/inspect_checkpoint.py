@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from qwen_jax import command, directory
-from qwen_jax.config import Config, read_json
+from qwen_jax.config import Config
 from qwen_jax.presets import PRESETS
 
 _EXAMPLES = """examples:
@@ -73,7 +73,7 @@ def describe(path: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": path, "whole": False, "reason": None}
     try:
         root = directory.existing(path)
-        config = Config.from_hf(read_json(root / directory.CONFIG))
+        config = Config.read(root / directory.CONFIG)
         facts |= {
             "model": model_name(config),
             "sizes": {word: getattr(config, field) for word, field in _SIZES.items()},

@@ -396,10 +396,9 @@ class LanguageModel:
     def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
         """float32 [B, H/2] for rows of these lengths, or for the alpha given."""
         scheme = rope.from_config(self.config)
-        alpha = scheme.alpha(lengths) if ntk_alpha is None else np.asarray(ntk_alpha, np.float64)
-        if alpha.shape not in ((), lengths.shape):
-            raise ValueError(f"ntk_alpha {alpha.tolist()}: a number, or one for each row")
-        return scheme.frequencies(np.broadcast_to(alpha, lengths.shape))
+        if ntk_alpha is None:
+            return scheme.frequencies(scheme.alpha(lengths))
+        return scheme.frequencies(inputs.alphas(ntk_alpha, len(lengths)))
 
     def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
         """Rows repeated until the batch divides over the mesh; callers drop them again."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from qwen_jax import values
 from qwen_jax.config import Config
 
 
@@ -50,7 +51,9 @@ class Rope:
         alpha = np.asarray(alpha, np.float64)
         if not (np.isfinite(alpha).all() and (alpha >= 1).all()):
             raise ValueError(f"ntk_alpha {alpha.tolist()}: must be at least 1")
-        return _powers(self.base * alpha ** (self.head_dim / (self.head_dim - 2)), self.head_dim)
+        with np.errstate(over="ignore"):  # `_powers` refuses what has become infinite
+            base = self.base * alpha ** (self.head_dim / (self.head_dim - 2))
+        return _powers(base, self.head_dim)
 
     def temperature(self) -> float:
         """A constant factor on every attention score."""
@@ -199,5 +202,10 @@ def rotary(rope: Rope, positions: jax.Array, frequencies: jax.Array) -> Rotary:
 
 def _powers(base: Any, head_dim: int) -> np.ndarray:
     """base**(-2i/H), float32 [..., H/2], rounded as the original rounds."""
+    if np.any(np.asarray(base) > values.FLOAT32):
+        raise ValueError(
+            f"a RoPE base of {np.max(base):g}, scaled by ntk_alpha or rope_scaling: must be at "
+            f"most {values.FLOAT32:g}, the largest of float32"
+        )
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return np.float32(1) / np.power(np.asarray(base, np.float32)[..., None], exponents)

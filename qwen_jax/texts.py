@@ -52,7 +52,15 @@ def described(value: Any) -> str:
     """Type and value for a message, short and in one line."""
     if value is None:
         return "None"
-    return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
+    return f"{type(value).__name__} {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, short and in one line."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # Python prints no number of so many digits
+        return "of thousands of digits"
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +252,14 @@ def test_unknown_keys_are_refused_and_all_listed():
         ("is_encoder_decoder", True),
         ("hidden_size", 0),
         ("hidden_size", "4096"),
-        ("hidden_size", 4096.0),
+        ("hidden_size", 4096.5),
+        ("hidden_size", 2**31),
+        ("kv_channels", 10**18),
+        ("intermediate_size", 10**400),
+        ("num_hidden_layers", 10**9),
+        ("rotary_emb_base", 10**400),
+        ("rotary_emb_base", 1e39),
+        pytest.param("layer_norm_epsilon", 10**5000, id="too long to be printed"),
         ("num_hidden_layers", True),
         ("intermediate_size", 22017),
         ("intermediate_size", None),
@@ -281,8 +289,9 @@ def test_wrong_values_are_refused_by_name(key, value):
         "use_dynamic_ntk": "dynamic_ntk",
         "use_logn_attn": "logn",
     }
-    with pytest.raises(ValueError, match=names.get(key, key)):
-        Config.from_hf({**QWEN_7B, key: value})
+    with pytest.raises(ValueError, match=f"^dir/config.json: .*{names.get(key, key)}") as caught:
+        Config.from_hf({**QWEN_7B, key: value}, "dir/config.json")
+    assert key in str(caught.value) and len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -291,6 +300,19 @@ def test_wrong_values_are_refused_by_name(key, value):
         ("rope_scaling", {}),
         ("rope_scaling", {"rope_type": "default"}),
         ("rope_scaling", {"type": "default", "factor": None}),
+        ("rope_scaling", {"type": "default", "factor": 1.0}),
+        ("rope_scaling", {"type": None, "attention_factor": None, "low_freq_factor": None}),
+        ("seq_length", 8192.0),
+        ("intermediate_size", 22016.0),
+        ("rope_theta", None),
+        ("padded_vocab_size", None),
+        ("use_sliding_window", False),
+        ("sliding_window", None),
+        ("layer_types", ["full_attention"] * 32),
+        ("layer_windows", None),
+        ("use_cache_quantization", False),
+        ("use_cache_kernel", True),
+        ("fp32", True),
         ("pruned_heads", None),
         ("is_encoder_decoder", None),
         ("add_cross_attention", None),
@@ -302,7 +324,7 @@ def test_what_says_that_there_is_none(key, value):
 
 @pytest.mark.parametrize("key", ["no_bias", "scale_attn_weights", "rotary_pct"])
 def test_null_that_would_turn_something_off_is_refused(key):
-    with pytest.raises(ValueError, match=f"config key {key} is None"):
+    with pytest.raises(ValueError, match=f"^config.json: {key} is None: only"):
         Config.from_hf({**QWEN_7B, key: None})
 
 
@@ -391,7 +413,11 @@ def test_overrides_can_switch_our_keys_off():
         ({"rope_scaling": {**LINEAR, "type": "yarn_paper", "truncate": False}}, "no truncate"),
         ({"rope_scaling": {"type": "yarn_paper", "factor": 4.0}}, "type yarn_paper needs orig"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
-        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 0}}, "positive"),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 0}}, "embeddings 0: must"),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 10**18}}, "1 to 2147"),
+        ({"rope_scaling": {**LINEAR, "factor": 10**400}}, "factor 1000.*: must be a number from 1"),
+        ({"rope_scaling": {**LINEAR, "type": "yarn"}, "rope_theta": 1}, "rope_base. is 1: must be"),
+        ({"num_hidden_layers": 10**9}, "num_layers. is 1000000000: .* from 1 to 10000"),
         ({"rope_scaling": {**LINEAR, "beta_fast": 1.0}}, "beta_fast > beta_slow"),
         ({"rope_scaling": LINEAR, "use_dynamic_ntk": True}, "two schemes"),
     ],
@@ -399,6 +425,46 @@ def test_overrides_can_switch_our_keys_off():
 def test_bad_overrides_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_config().with_overrides(overrides)
+
+
+def test_no_windows_beside_sizes_that_then_mean_nothing():
+    none = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+    assert Config.from_hf({**QWEN_7B, **none}) == PRESETS["qwen-7b"]
+    for some in (none | {"use_sliding_window": True}, {"layer_types": ["sliding_attention"] * 32}):
+        with pytest.raises(ValueError, match=r"(layer_types|use_sliding_window) is not known"):
+            Config.from_hf({**QWEN_7B, **some})
+
+
+def test_null_in_an_entry_of_yarn_is_what_is_not_there():
+    entry = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16.0}
+    nulls = dict.fromkeys(("truncate", "attention_factor", "beta_fast", "mscale"))
+    config = tiny_config(rope_scaling=RopeScaling("yarn", 4.0, 16))
+    read = Config.from_hf(config.to_hf() | {"rope_scaling": entry | nulls})
+    assert read == config and isinstance(read.seq_length, int)
+    assert isinstance(read.rope_scaling.original_max_position_embeddings, int)
+
+
+def test_numbers_that_are_whole_become_ints():
+    config = Config.from_hf({**QWEN_7B, "seq_length": 2048.0, "layer_windows": [4.0] * 32})
+    assert type(config.seq_length) is int and {type(w) for w in config.windows} == {int}
+
+
+@pytest.mark.parametrize("given", ["config.json", Path("config.json"), None, [1], {1: 2}])
+def test_from_hf_takes_values_and_read_a_path(given, tmp_path):
+    with pytest.raises(ValueError, match=r"Config\.read takes a path.*must be a mapping"):
+        Config.from_hf(given)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B | {"no_bias": False}))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json: no_bias is False"):
+        Config.read(tmp_path / "config.json")
+
+
+def test_what_changes_answers_and_is_not_done_is_said():
+    asked = {"use_cache_quantization": True, "use_cache_kernel": True, "prefix": "x"}
+    with pytest.warns(UserWarning) as caught:
+        assert Config.from_hf({**QWEN_7B, **asked}) == PRESETS["qwen-7b"]
+    (line,) = [str(warning.message) for warning in caught]
+    assert line.startswith("config.json asks for what is not done: prefix='x' (")
+    assert "use_cache_quantization=True (for a cache of 8 bits, give cache_dtype int8" in line
 
 
 def test_configs_are_values():

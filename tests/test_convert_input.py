@@ -175,6 +175,10 @@ def unknown_key(path: Path) -> None:
     edit(path / "config.json", use_magic=True)
 
 
+def too_deep(path: Path) -> None:
+    edit(path / "config.json", num_hidden_layers=9999)
+
+
 def quantised(path: Path) -> None:
     edit(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
 
@@ -210,6 +214,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (no_weights, "holds no *.safetensors files"),
     (no_config, "has no config.json: it is not a checkpoint folder"),
     (unknown_key, "use_magic is not known"),
+    (too_deep, "config.json says num_hidden_layers 9999, the tensors are of 3 layers: put"),
     (quantised, "is quantised (gptq), which is not supported yet"),
     (integers, "quantised checkpoints are not supported yet"),
     (mixed, "tensors of different dtypes (26 float32, 1 float16): choose one with --dtype"),

@@ -58,12 +58,37 @@ def test_several_stops_keep_their_order() -> None:
         {"repetition_penalty": 0},
         {"do_sample": "yes"},
         {"pad_token_id": [1]},
+        {"pad_token_id": -1},
+        {"pad_token_id": 10**18},
+        {"top_k": -2},
+        {"max_new_tokens": 10**400},
+        {"chat_format": 5},
     ],
 )
 def test_refused_by_name(change: dict) -> None:
     key = next(iter(change))
-    with pytest.raises(ValueError, match="stop" if "id" in key and "pad" not in key else key):
+    told = "stop" if "id" in key and "pad" not in key else key
+    with pytest.raises(ValueError, match=f"^generation_config.json: .*{told}") as caught:
         GenerationConfig.from_hf({**BASE, **change})
+    assert len(str(caught.value)) < 200
+    with pytest.raises(ValueError, match=r"^dir/other.json: "):
+        GenerationConfig.from_hf({**BASE, **change}, "dir/other.json")
+
+
+def test_other_words_for_the_same() -> None:
+    """Whole numbers as floats, and vLLM's word for no limit."""
+    config = GenerationConfig.from_hf(
+        {"do_sample": True, "top_k": -1, "max_new_tokens": 512.0, "eos_token_id": 7.0}
+    )
+    assert config.sampler == Nucleus(1.0, 0, 1.0, 1.0) and config.stops == ((7,),)
+    assert type(config.max_new_tokens) is int
+    sampler = GenerationConfig.from_hf({"do_sample": True, "top_k": 50.0}).sampler
+    assert isinstance(sampler, Nucleus) and sampler.top_k == 50
+
+
+def test_what_is_no_mapping() -> None:
+    with pytest.raises(ValueError, match=r"the values of a generation_config.json, must be a map"):
+        GenerationConfig.from_hf("generation_config.json")  # type: ignore[arg-type]
 
 
 def test_temperature_zero_is_greedy() -> None:
@@ -75,11 +100,14 @@ def test_what_is_asked_for_and_not_done_is_said_in_one_line() -> None:
     asked = {"num_beams": 4, "min_p": 0.05, "bad_words_ids": [[1]], "a_key_of_tomorrow": "x"}
     off = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "max_length": 9999}
     inert = {"use_cache": False, "trust_remote_code": True, "bos_token_id": 5}
+    inert |= {"cache_implementation": "static"}
     with pytest.warns(UserWarning) as caught:
         config = GenerationConfig.from_hf({**BASE, **asked, **off, **inert, "do_sample": False})
     (line,) = [str(warning.message) for warning in caught]
     said = line.split(";")[0].partition(": ")[2]
     assert said == "a_key_of_tomorrow='x', bad_words_ids=[[1]], min_p=0.05, num_beams=4"
     assert config.sampler == Greedy()
-    with pytest.warns(UserWarning, match="max_length=9999"):
-        GenerationConfig.from_hf({"max_length": 9999})
+    for asked in ({"max_length": 9999}, {"cache_implementation": "quantized"}):
+        ((key, value),) = asked.items()
+        with pytest.warns(UserWarning, match=f"^dir/config.json asks .*{key}={value!r}"):
+            GenerationConfig.from_hf(asked, "dir/config.json")

@@ -71,6 +71,13 @@ def test_alpha_below_one_is_refused(alpha, dynamic):
         scheme(dynamic_ntk=dynamic).frequencies(alpha)
 
 
+def test_a_base_that_float32_has_no_number_for_is_refused():
+    large = scheme(16, 1e38, rope_scaling=RopeScaling("ntk", 100.0))
+    for make in (lambda: scheme().frequencies(1e306), large.frequencies):
+        with pytest.raises(ValueError, match=r"a RoPE base of .*: must be at most 3\.4"):
+            make()
+
+
 def scaled(kind: str, factor: float, trained: int = 2048, **more) -> Rope:
     return scheme(rope_scaling=RopeScaling(kind, factor, trained, **more))
 

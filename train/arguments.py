@@ -173,7 +173,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     import jax
 
     from qwen_jax import PRESETS, checkpoint, directory, meshes, paths, sharding
-    from qwen_jax.config import Config, read_json
+    from qwen_jax.config import Config
     from qwen_jax.tokenizer import Tokenizer
     from train import loop, records, run, saving
 
@@ -184,7 +184,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     elif args.model in PRESETS:
         config = PRESETS[args.model]
     elif Path(args.model).is_file():
-        config = Config.from_hf(read_json(Path(args.model)))
+        config = Config.read(Path(args.model))
     else:
         names = ", ".join(PRESETS)
         raise command.UsageError(f"--model {args.model}: a config.json, or one of {names}")

@@ -268,14 +268,14 @@ def _mesh(args: argparse.Namespace) -> dict[str, int]:
 def _setting(args: argparse.Namespace, topology: Any) -> Any:
     from qwen_jax import attention, paths, presets
     from qwen_jax import cache as kv
-    from qwen_jax.config import Config, read_json
+    from qwen_jax.config import Config
     from train import recipes, step
     from train.programs import Setting
 
     if args.model in presets.PRESETS:
         config = presets.PRESETS[args.model]
     elif (stored := paths.parse(args.model) / "config.json").exists():
-        config = Config.from_hf(read_json(stored))
+        config = Config.read(stored)
     else:
         raise UsageError(
             f"--model {args.model}: no folder with a config.json, and no preset; these are "
