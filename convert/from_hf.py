@@ -6,6 +6,7 @@ share the work when each is given the same command; DST must then be where all o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -105,8 +106,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)
     config = read_config(source)
+    if processes.index() == 0:
+        # For its warnings. Tokenizer files that cannot be read are copied; loading refuses them.
+        with contextlib.suppress(ValueError):
+            checkpoint.load_tokenizer(source)
     meshes.check(config.sizes, mesh)
     tensors = folder.read(source)
+    names.check_depth(tensors, config.num_layers)
     inert = [name for name in tensors if names.INERT.fullmatch(name)]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     abstract = checkpoint.abstract_leaves(config, "float32")[1]
@@ -180,7 +186,7 @@ def read_config(source: Path) -> Config:
             f"{source} is quantised ({method or 'quantization_config'}), which is not supported "
             "yet: take the checkpoint it was made from"
         )
-    return Config.from_hf(values)
+    return Config.from_hf(values, source / checkpoint.CONFIG)
 
 
 def _leaves(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import lock, paths, store
+from qwen_jax import hf_config, lock, paths, store
 from qwen_jax.config import Config, read_json
 from qwen_jax.directory import (
     CONFIG,
@@ -76,22 +76,29 @@ _READERS, _WRITERS = 2, 4  # leaves at the same time
 
 def load_config(path: str | Path) -> Config:
     """The architecture of a model directory. Raises CheckpointError or ValueError."""
-    return Config.from_hf(read_json(existing(path) / CONFIG))
+    return Config.read(existing(path) / CONFIG)
 
 
 def load_generation_config(path: str | Path) -> "GenerationConfig":
-    """The directory's generation_config.json, checked; without one, that of an empty file."""
+    """The directory's generation_config.json, checked; without one, as in transformers, what its
+    config.json says of how to generate.
+    """
     from qwen_jax.generation_config import GenerationConfig
 
-    file = existing(path) / GENERATION_CONFIG
-    return GenerationConfig.from_hf(read_json(file) if file.exists() else {})
+    root = existing(path)
+    file = root / GENERATION_CONFIG
+    if file.exists():
+        return GenerationConfig.from_hf(read_json(file), file)
+    file = root / CONFIG
+    return GenerationConfig.from_hf(hf_config.generation(read_json(file)), file)
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     """The directory's tokenizer, None where it has no vocabulary file.
 
     An expansion of the vocabulary is the file of the directory that `extra_vocab_file` of
-    tokenizer_config.json names. Warns of what that file asks for and is not done.
+    tokenizer_config.json names. Warns of what that file, special_tokens_map.json and
+    added_tokens.json ask for and is not done.
     """
     from qwen_jax import tokenizer_config
     from qwen_jax.tokenizer import Tokenizer
@@ -102,8 +109,9 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     settings = root / _TOKENIZER_CONFIG
     values = read_json(settings) if settings.exists() else {}
     extra = tokenizer_config.extra_vocab_file(root, values)
-    tokenizer_config.warn(values)
-    return Tokenizer.from_file(root / TOKENIZER, extra)
+    tokenizer = Tokenizer.from_file(root / TOKENIZER, extra)
+    tokenizer_config.warn(root, values, tokenizer)
+    return tokenizer
 
 
 def load(
@@ -309,9 +317,11 @@ def _clear(root: Path) -> None:
 def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
     """The config.json to write: that of `like`, as it is, where it says what `config` says."""
     if like is not None:
-        values = read_json(existing(like) / CONFIG)
-        if Config.from_hf(values) == config:
+        file = existing(like) / CONFIG
+        values = read_json(file)
+        if Config.from_hf(values, file) == config:
             return values
+        return config.to_hf() | hf_config.generation(values)
     return config.to_hf()
 
 

@@ -1,15 +1,18 @@
-"""What a checkpoint says of its tokenizer beside the vocabulary: its tokenizer_config.json.
+"""What a checkpoint says of its tokenizer beside the vocabulary: its tokenizer_config.json, and the
+files in which transformers keeps tokens that were added.
 
 One key is heeded, `extra_vocab_file`; what others ask for and is not done is said in one line.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_jax import paths
-from qwen_jax.tokenizer import SPECIAL_TOKENS
+from qwen_jax.config import read_json
+from qwen_jax.directory import some
+from qwen_jax.tokenizer import Tokenizer
 
 # Keys that would change ids or text, and the values that mean what is done here.
 _DONE: dict[str, tuple[Any, ...]] = {
@@ -20,6 +23,7 @@ _DONE: dict[str, tuple[Any, ...]] = {
     "add_eos_token": (False,),
     "add_prefix_space": (False,),
 }
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # transformers' names of tokens
 _CHATML = "<|im_start|>"
 
 
@@ -49,15 +53,26 @@ def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
     return file
 
 
-def warn(values: Mapping[str, Any]) -> None:
-    """Say in one line which keys ask for what is not done."""
+def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Say what the files beside the vocabulary ask for and is not done, a line for each file.
+
+    values: those of tokenizer_config.json. Raises ValueError for a file that is no JSON object.
+    """
     asked = [
         f"{key}={values[key]!r}"
         for key, done in _DONE.items()
         if values.get(key) is not None and values[key] not in done
     ]
-    if unknown := sorted(_added(values) - set(SPECIAL_TOKENS)):
-        asked.append(f"added tokens {', '.join(unknown)}")
+    told: set[str] = set()
+
+    def lacking(names: Iterable[str]) -> list[str]:
+        """Those of the tokens that are not in the vocabulary, nor told of already."""
+        found = sorted(name for name in {*names} - told if not _holds(tokenizer, name))
+        told.update(found)
+        return found
+
+    if unknown := lacking(_added(values)):
+        asked.append(f"added tokens {some(unknown)}")
     template = values.get("chat_template")
     if template is not None and _CHATML not in str(template):
         asked.append("chat_template, which is not ChatML")
@@ -65,12 +80,25 @@ def warn(values: Mapping[str, Any]) -> None:
         warnings.warn(
             f"tokenizer_config.json asks for what is not done: {'; '.join(asked)}", stacklevel=3
         )
+    for name, tokens_of in (("special_tokens_map.json", _added), ("added_tokens.json", iter)):
+        file = root / name
+        if file.exists() and (unknown := lacking(tokens_of(read_json(file)))):
+            warnings.warn(
+                f"{name} asks for what is not done: added tokens {some(unknown)}", stacklevel=3
+            )
+
+
+def _holds(tokenizer: Tokenizer, text: str) -> bool:
+    return text in tokenizer.special_tokens or text.encode("utf-8", "replace") in tokenizer.ranks
 
 
 def _added(values: Mapping[str, Any]) -> set[str]:
-    """The text of the tokens that a library has added to the vocabulary, or means to."""
+    """The text of the tokens that a library has added to the vocabulary, or means to: as a text, as
+    an object with its "content", or as a list of such.
+    """
     decoder, more = values.get("added_tokens_decoder"), values.get("additional_special_tokens")
     entries = [*(decoder.values() if isinstance(decoder, dict) else ())]
-    entries += more if isinstance(more, list) else []
+    entries += more if isinstance(more, list) else [more]
+    entries += [values.get(f"{role}_token") for role in _ROLES]
     texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
-    return {text for text in texts if isinstance(text, str)}
+    return {text for text in texts if isinstance(text, str) and text}

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from convert import from_hf
 from qwen_jax import checkpoint, meshes, sharding
 from qwen_jax.checkpoint import CheckpointError
+from qwen_jax.sampling import Greedy
 from qwen_jax.weights import named_leaves
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint"
@@ -135,6 +136,15 @@ def test_the_rest_of_the_directory(converted, copied):
     assert checkpoint.load_tokenizer(converted) is None
     (copied / "generation_config.json").unlink()
     assert checkpoint.load_generation_config(copied).stops == ()
+    # As transformers: without that file, and only then, config.json says how to generate.
+    edit(copied / "config.json", repetition_penalty=1.5, eos_token_id=7, pad_token_id=3)
+    config = checkpoint.load_generation_config(copied)
+    assert config.sampler == Greedy(1.5) and config.stops == ((7,),) and config.pad_id == 3
+    edit(copied / "config.json", temperature=-1)
+    with pytest.raises(ValueError, match=r"config\.json: temperature is -1: must be a number from"):
+        checkpoint.load_generation_config(copied)
+    (copied / "generation_config.json").write_text("{}")
+    assert checkpoint.load_generation_config(copied).sampler == Greedy()
 
 
 def test_tokenizer_with_its_expansion(copied):
@@ -177,6 +187,33 @@ def test_an_expansion_is_a_file_of_the_directory(tmp_path, name):
     settings.write_text(json.dumps(asked))
     with pytest.warns(UserWarning, match="errors='strict'; added tokens <mine>; chat_template"):
         checkpoint.load_tokenizer(root)
+
+
+def test_tokens_that_the_vocabulary_has_not_are_said(tmp_path):
+    """Each once, whichever of transformers' three files names it, and not those that it has."""
+    from tests.vocabulary import write_tiny_vocab
+
+    (tmp_path / "config.json").write_text("{}")
+    write_tiny_vocab(tmp_path / "qwen.tiktoken")
+    own = {"pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_end|>"]}
+    files = {
+        "tokenizer_config.json": own | {"additional_special_tokens": "<a>", "extra_vocab_file": ""},
+        "special_tokens_map.json": own | {"eos_token": {"content": "</s>"}, "mask_token": None},
+        "added_tokens.json": {"<a>": 1, "</s>": 2, "<b>": 3, "<|im_start|>": 4, "abcd": 258},
+    }
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    with pytest.warns(UserWarning) as caught:
+        checkpoint.load_tokenizer(tmp_path)
+    assert [str(warning.message) for warning in caught] == [
+        f"{name} asks for what is not done: added tokens {token}"
+        for name, token in zip(files, ("<a>", "</s>", "<b>"), strict=True)
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(own))
+    (tmp_path / "added_tokens.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"added_tokens\.json is not a JSON object"):
+        checkpoint.load_tokenizer(tmp_path)
 
 
 def chunk(path: Path) -> Path:
