@@ -29,9 +29,7 @@ def named(file: Any) -> Iterator[None]:
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
     """Values by their names, as JSON has them."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(
-            f"{name} must be a mapping of names to values, got {texts.described(value)}"
-        )
+        raise ValueError(f"{name} must be values by their names, got {texts.described(value)}")
     return value
 
 
