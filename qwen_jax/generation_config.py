@@ -87,7 +87,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
         values.flag("do_sample is", given.get("do_sample", False)),
         values.number("temperature is", given.get("temperature", 1.0), 0),
         max(top_k, 0),  # -1 is vLLM's word for no limit
-        values.number("top_p is", given.get("top_p", 1.0), 0),
+        values.number("top_p is", given.get("top_p", 1.0), 0, 1),
         values.number("repetition_penalty is", given.get("repetition_penalty", 1.0)),
     )
     chat_format = given.get("chat_format", "")

@@ -75,10 +75,10 @@ class RopeScaling:
         known = {field.name for field in dataclasses.fields(cls)}
         given = entry if isinstance(entry, Mapping) else {}
         given = {key: value for key, value in given.items() if value is not None}
-        if not isinstance(entry, Mapping) or set(given) - known - {"rope_type"}:
-            raise ValueError(
-                f"rope_scaling {texts.shown(entry)}: its keys are {', '.join(sorted(known))}"
-            )
+        unknown = [texts.shown(key) for key in given if key not in {*known, "rope_type"}]
+        if not isinstance(entry, Mapping) or unknown:
+            said = f"has {', '.join(unknown)}" if unknown else texts.shown(entry)
+            raise ValueError(f"rope_scaling {said}: its keys are {', '.join(sorted(known))}")
         if "rope_type" in given:  # the later spelling of type
             later = given.pop("rope_type")
             if given.setdefault("type", later) != later:

@@ -395,6 +395,7 @@ def test_overrides_can_switch_our_keys_off():
         ({"seq_length": -1}, "seq_length is -1"),
         ({"layer_windows": [3]}, "layer_windows has 1 entries for 2 layers"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
+        ({"rope_scaling": {**LINEAR, "short_factor": [1.0]}}, "has 'short_factor': its keys are"),
         ({"rope_scaling": {**LINEAR, "type": "su"}}, "allowed are linear, ntk, yarn, yarn_paper"),
         ({"rope_scaling": {**LINEAR, "factor": 0.5}}, "factor 0.5: must be"),
         ({"rope_scaling": {**LINEAR, "factor": float("inf")}}, "factor inf"),
