@@ -140,6 +140,11 @@ def test_the_rest_of_the_directory(converted, copied):
     edit(copied / "config.json", repetition_penalty=1.5, eos_token_id=7, pad_token_id=3)
     config = checkpoint.load_generation_config(copied)
     assert config.sampler == Greedy(1.5) and config.stops == ((7,),) and config.pad_id == 3
+    other = checkpoint.load_config(copied).with_overrides({"seq_length": 9})
+    saved = checkpoint._settings(other, copied)
+    assert saved == other.to_hf() | {
+        "repetition_penalty": 1.5, "eos_token_id": 7, "pad_token_id": 3
+    }  # fmt: skip
     edit(copied / "config.json", temperature=-1)
     with pytest.raises(ValueError, match=r"config\.json: temperature is -1: must be a number from"):
         checkpoint.load_generation_config(copied)

@@ -32,6 +32,7 @@ from tests.conversion import (
     tensors,
     there,
 )
+from tests.vocabulary import write_tiny_vocab
 
 
 @pytest.fixture
@@ -227,6 +228,14 @@ def test_bad_source(tmp_path, source, damage, told, capfd):
     assert from_hf.main([str(source), str(tmp_path / "out")]) == 1
     assert told in last_line(capfd)
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_the_vocabulary_has_not_are_said_before_anything_is_copied(tmp_path, source):
+    write_tiny_vocab(source / "qwen.tiktoken")
+    (source / "added_tokens.json").write_text('{"<mine>": 500}')
+    asked = from_hf.parser().parse_args([str(source), str(tmp_path / "out")])
+    with pytest.warns(UserWarning, match=r"added_tokens\.json asks for .*: added tokens <mine>$"):
+        from_hf.make_plan(asked)
 
 
 def test_mixed_dtypes_convert_when_one_is_chosen(tmp_path, source):
