@@ -7,6 +7,7 @@ which thoughts, calls, their results and the answer follow each other. Knows no 
 import dataclasses
 import json
 import reprlib
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,15 @@ _NOTES = frozenset(
         "lang", "language", "model", "source", "metadata", "meta", "cache_control",
         "annotations", "logprobs", "finish_reason", "usage", "token_count", "score", "rating",
         "weight", "train", "trainable", "loss",
+    )
+)  # fmt: skip
+# What says something to a model, and is no text of the conversation as Qwen has it.
+_CONTENT = frozenset(
+    (
+        "reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "thoughts",
+        "refusal", "image", "images", "image_url", "video", "videos", "audio", "audios", "file",
+        "files", "attachments", "parts", "name", "prefix", "tool_calls", "tool_call_id",
+        "function_call",
     )
 )  # fmt: skip
 _ANSWER = "Thought: I now know the final answer.\nFinal Answer: {text}"
@@ -127,7 +137,7 @@ def turns(
     reply alone, puts it in the last turn but one).
 
     Raises ValueError, naming the message, for another role, an order that cannot be, no text, what
-    has another shape, or a key that is not read (`check_read`).
+    has another shape, or a key that says what is not read (`check_read`).
     """
     system: str | None = None
     found: list[tuple[str, list[_Step]]] = []
@@ -170,18 +180,22 @@ def turns(
 
 
 def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> None:
-    """Raise ValueError for a key that is not in `read` and may say something: what is passed over
-    would be missing from the conversation. Null, empty and false say nothing, and notes neither.
+    """Raise ValueError for a key that is not in `read` and says something that the conversation
+    would lack; warn of a key that is not known. Null, empty and false say nothing, nor do notes.
     """
     for key, value in message.items():
         if key in read or key in _NOTES:
             continue
         if isinstance(value, Mapping) and all(part is None for part in value.values()):
             continue  # as Parquet has it, where other rows have more
-        if value:
+        if value and key in _CONTENT:
             raise ValueError(
                 f"{what} has {texts.shown(key)} {texts.shown(value)}, which is not read there: "
                 "leave the field out, or say it in the text"
+            )
+        if value:  # Python shows a warning of one text once
+            warnings.warn(
+                f"messages have {texts.shown(key)}, which is not known and not read", stacklevel=2
             )
 
 

@@ -121,8 +121,8 @@ def sft_example(
     replies and their end alone, and of replies not the results of tools. Labels that are not
     trained are `IGNORED`.
 
-    Raises ValueError for another role, a turn without text, a key that is not read, or no reply to
-    a user.
+    Raises ValueError for another role, a turn without text, a key that says what is not read, or no
+    reply to a user.
     """
     if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
         got = texts.described(conversations)
