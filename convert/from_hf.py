@@ -6,7 +6,6 @@ share the work when each is given the same command; DST must then be where all o
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import math
@@ -106,10 +105,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)
     config = read_config(source)
-    if processes.index() == 0:
-        # For its warnings. Tokenizer files that cannot be read are copied; loading refuses them.
-        with contextlib.suppress(ValueError):
-            checkpoint.load_tokenizer(source)
+    checkpoint.load_generation_config(source)  # what a load would refuse of them is refused now
+    checkpoint.load_tokenizer(source)
+    if (source / "adapter_config.json").exists():
+        how = f"python convert/to_hf.py {dst} NEW --adapter {source}"
+        command.say(f"warning: {source} has an adapter, which is not merged: `{how}` does that")
     meshes.check(config.sizes, mesh)
     tensors = folder.read(source)
     names.check_depth(tensors, config.num_layers)

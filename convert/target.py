@@ -19,7 +19,10 @@ from qwen_jax.directory import carry, names, remove_drafts
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raise UsageError when one folder is the other, or is within it."""
+    """Raise UsageError when one folder is the other, or is within it; ValueError for a target of a
+    name that not everybody could open.
+    """
+    paths.check_name(target)
     source, target = (p if paths.is_remote(p) else p.resolve() for p in (source, target))
     if source == target or source in target.parents:
         raise command.UsageError(f"DST {target} is within SRC {source}: choose another place")

@@ -26,7 +26,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, target
-from qwen_jax import checkpoint, command, directory, paths, processes, store
+from qwen_jax import checkpoint, command, directory, paths, processes, store, token_ids
 from qwen_jax.config import Config, read_json
 
 EXAMPLES = """examples:
@@ -147,6 +147,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         facts["adapter"] = target.fingerprint(files)
         if (adapter / checkpoint.GENERATION_CONFIG).exists():
             settings = adapter / checkpoint.GENERATION_CONFIG
+            token_ids.check_range(settings, config.vocab_size)
     leaves = store.read_leaves(src / checkpoint.PARAMS, manifest["dtype"])
     shards = split(sizes, args.max_shard_size)
     return Plan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)

@@ -83,14 +83,17 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
     """The directory's generation_config.json, checked; without one, as in transformers, what its
     config.json says of how to generate.
     """
+    from qwen_jax import token_ids
     from qwen_jax.generation_config import GenerationConfig
 
     root = existing(path)
     file = root / GENERATION_CONFIG
-    if file.exists():
-        return GenerationConfig.from_hf(read_json(file), file)
-    file = root / CONFIG
-    return GenerationConfig.from_hf(hf_config.generation(read_json(file)), file)
+    file = file if file.exists() else root / CONFIG
+    values = read_json(file)
+    values = hf_config.generation(values) if file.name == CONFIG else values
+    made = GenerationConfig.from_hf(values, file)
+    token_ids.check(root)
+    return made
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":
@@ -98,9 +101,10 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
 
     An expansion of the vocabulary is the file of the directory that `extra_vocab_file` of
     tokenizer_config.json names. Warns of what that file, special_tokens_map.json and
-    added_tokens.json ask for and is not done.
+    added_tokens.json ask for and is not done. Raises ValueError where the vocabulary is not that of
+    the other files (`token_ids.check`).
     """
-    from qwen_jax import tokenizer_config
+    from qwen_jax import token_ids, tokenizer_config
     from qwen_jax.tokenizer import Tokenizer
 
     root = existing(path)
@@ -111,6 +115,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     extra = tokenizer_config.extra_vocab_file(root, values)
     tokenizer = Tokenizer.from_file(root / TOKENIZER, extra)
     tokenizer_config.warn(root, values, tokenizer)
+    token_ids.check(root, tokenizer)
     return tokenizer
 
 
@@ -190,6 +195,7 @@ def save(
     program writes there.
     """
     root = paths.absolute(path)
+    paths.check_name(root)
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}

@@ -24,19 +24,38 @@ _PART = 16 * 2**20  # bytes of an upload that are sent at a time
 
 
 def parse(text: "str | os.PathLike[str]") -> Path:
-    """The path of that name. ValueError for an address that cannot be used, or not yet."""
-    if not isinstance(text, str | os.PathLike):
+    """The path of that name. ValueError for one that cannot be used, or not yet."""
+    if not isinstance(text, str | os.PathLike) or not isinstance(os.fspath(text), str):
         raise ValueError(f"a path must be a str or a Path, got {type(text).__name__} {text!r}")
-    scheme = re.match(r"([A-Za-z][\w+.-]*)://", os.fspath(text))
+    name = os.fspath(text)
+    if not name or "\0" in name:
+        what = "holds a zero" if name else "is empty"
+        raise ValueError(f"the path {name!r} {what}: name a file or a folder (. is this folder)")
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", name)
     if scheme is None:
+        _check_links(Path(text))
         return Path(text)
     if scheme[1] != "gs":
-        raise ValueError(f"{os.fspath(text)}: only local paths and gs://BUCKET/... can be used")
+        raise ValueError(f"{name}: only local paths and gs://BUCKET/... can be used")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{os.fspath(text)} needs gcsfs: pip install 'qwen-jax[gcs]'")
+        raise ValueError(f"{name} needs gcsfs: pip install 'qwen-jax[gcs]'")
     from etils import epath
 
     return cast(Path, epath.Path(text))
+
+
+def _check_links(path: Path) -> None:
+    """Raise ValueError for a path through a symbolic link that leads nowhere: nothing can be read
+    there, and no folder be made.
+    """
+    if os.path.exists(path):
+        return
+    for step in (path, *path.parents):
+        if os.path.islink(step) and not os.path.exists(step):
+            raise ValueError(
+                f"{path}: {step} is a symbolic link to {os.readlink(step)}, which leads nowhere: "
+                "make what it leads to, or remove it"
+            )
 
 
 def is_remote(path: Path) -> bool:
@@ -262,21 +281,28 @@ def read(path: Path, offset: int, count: int) -> bytes:
 
 
 def check_name(folder: Path) -> None:
-    """Raise ValueError for a name that TensorStore, and so Orbax, cannot open."""
+    """Raise ValueError for a name that TensorStore, and so Orbax, cannot open: of the folder, or of
+    one that it is in.
+    """
+    whole = str(folder if is_remote(folder) else folder.resolve())
     try:
-        str(folder).encode()
+        whole.encode()
     except UnicodeEncodeError:
         raise ValueError(
             f"{folder}: its name is not UTF-8, which TensorStore cannot open: choose another"
         ) from None
+    if "\\" in whole and os.sep != "\\":
+        raise ValueError(
+            f"{folder}: its name has a backslash, which TensorStore cannot open: choose another"
+        )
 
 
 def kvstore(folder: Path) -> dict[str, Any]:
     """A folder as TensorStore is told of it."""
+    check_name(folder)
     if is_remote(folder):
         bucket, _, path = str(folder).removeprefix("gs://").partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-    check_name(folder)
     return {"driver": "file", "path": f"{folder.resolve()}{os.sep}"}  # it refuses ".."
 
 

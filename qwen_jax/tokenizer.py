@@ -41,7 +41,7 @@ SPECIAL_TOKENS = (
 )
 # A download cut at a line's end looks like a smaller vocabulary. The published one is recognised
 # by one of its tokens, and then must have all its ranks.
-_PUBLISHED_RANKS = 151_643
+PUBLISHED_RANKS = 151_643
 _LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
 _UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
 Line = tuple[int, bytes, int]  # of a vocabulary file: its number, the token, the id
@@ -227,11 +227,11 @@ def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
             raise ValueError(f"{path}:{number}: expected rank {len(ranks)}, found {rank}")
         else:
             ranks[token] = rank
-            if _is_published(ranks) and len(ranks) > _PUBLISHED_RANKS:
+            if _is_published(ranks) and len(ranks) > PUBLISHED_RANKS:
                 raise ValueError(
-                    f"{path}:{number}: the published vocabulary of {_PUBLISHED_RANKS} tokens, but "
+                    f"{path}:{number}: the published vocabulary of {PUBLISHED_RANKS} tokens, but "
                     f"has {len(ranks)}: {rank} is the id of {SPECIAL_TOKENS[0]}, an expansion "
-                    f"begins at {_PUBLISHED_RANKS + len(SPECIAL_TOKENS)}"
+                    f"begins at {PUBLISHED_RANKS + len(SPECIAL_TOKENS)}"
                 )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
@@ -239,9 +239,9 @@ def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
             f"{path}: {len(ranks)} tokens, but none for {len(missing)} of the 256 bytes "
             f"(the first: 0x{missing[0]:02x}): truncated, or not a vocabulary"
         )
-    if _is_published(ranks) and len(ranks) < _PUBLISHED_RANKS:
+    if _is_published(ranks) and len(ranks) < PUBLISHED_RANKS:
         raise ValueError(
-            f"{path}: begins as the published vocabulary of {_PUBLISHED_RANKS} tokens, but "
+            f"{path}: begins as the published vocabulary of {PUBLISHED_RANKS} tokens, but "
             f"has {len(ranks)}: truncated, download or copy it again"
         )
     return ranks, expansion
@@ -257,7 +257,7 @@ def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
     """
     first = len(ranks) + len(SPECIAL_TOKENS)
     if _is_published(ranks):
-        return len(ranks) == _PUBLISHED_RANKS and rank >= first
+        return len(ranks) == PUBLISHED_RANKS and rank >= first
     return rank == first
 
 

@@ -174,7 +174,7 @@ def test_an_expansion_is_a_file_of_the_directory(tmp_path, name):
 
     root = tmp_path / "model"
     root.mkdir()
-    (root / "config.json").write_text("{}")
+    shutil.copyfile(GOLDEN / "config.json", root / "config.json")
     write_tiny_vocab(root / "qwen.tiktoken")
     (tmp_path / "secret").write_text("eHl6 500\n")
     (root / "link").symlink_to(tmp_path / "secret")

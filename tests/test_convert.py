@@ -29,6 +29,7 @@ from tests.conversion import (
     ROOT,
     back,
     contents,
+    edit,
     flip,
     last_line,
     raises,
@@ -39,6 +40,7 @@ from tests.conversion import (
 from tests.launch import environment
 from tests.programs.stopped import BLOCK, stopping
 from tests.tools.make_checkpoint import make_checkpoint
+from tests.vocabulary import write_tiny_vocab
 
 STOPPED = "tests/programs/stopped.py"
 
@@ -155,10 +157,13 @@ def test_inert_buffers_are_passed_over(tmp_path, source):
 
 
 def test_other_files_are_carried(tmp_path, source):
-    texts = ["qwen.tiktoken", "more.tiktoken", "LICENSE", "modeling_qwen.py"]
-    texts += ["tokenizer_config.json"]
+    texts = ["more.tiktoken", "LICENSE", "modeling_qwen.py"]
     for name in (*texts, "model.onnx", "train.bin"):
         (source / name).write_text(name)
+    write_tiny_vocab(source / "qwen.tiktoken")
+    edit(source / "generation_config.json", eos_token_id=261)
+    (source / "tokenizer_config.json").write_text("{}")
+    texts += ["qwen.tiktoken", "tokenizer_config.json"]
     there(source, tmp_path / "model")
     back(tmp_path / "model", tmp_path / "hf")
     carried = {f.name for f in (tmp_path / "hf").iterdir()} - {"model.safetensors"}

@@ -6,7 +6,6 @@ import inspect
 import types
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qwen_jax import command
@@ -172,29 +171,33 @@ def work(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     import jax
 
-    from qwen_jax import PRESETS, checkpoint, directory, meshes, paths, sharding
+    from qwen_jax import PRESETS, checkpoint, directory, meshes, paths, sharding, token_ids
     from qwen_jax.config import Config
     from qwen_jax.tokenizer import Tokenizer
     from train import loop, records, run, saving
 
-    ckpt = paths.absolute(paths.parse(args.ckpt)) if args.ckpt else None
+    ckpt = None if args.ckpt is None else paths.absolute(args.ckpt)
     if ckpt is not None:
         checkpoint.verify_whole(ckpt)
         config = checkpoint.load_config(ckpt)
     elif args.model in PRESETS:
         config = PRESETS[args.model]
-    elif Path(args.model).is_file():
-        config = Config.read(Path(args.model))
+    elif paths.parse(args.model).is_file():
+        config = Config.read(paths.parse(args.model))
     else:
         names = ", ".join(PRESETS)
         raise command.UsageError(f"--model {args.model}: a config.json, or one of {names}")
     own = checkpoint.load_tokenizer(ckpt) if ckpt else None
-    if own is not None and args.tokenizer:
+    given = None if args.tokenizer is None else paths.parse(args.tokenizer)
+    if own is not None and given is not None:
         raise command.UsageError(f"{args.ckpt} has its own tokenizer: drop --tokenizer")
-    file = ckpt / directory.TOKENIZER if ckpt and own else paths.parse(args.tokenizer or "")
-    if own is None and not (args.tokenizer and file.exists()):
+    file = ckpt / directory.TOKENIZER if ckpt and own else given
+    if file is None or not file.exists():
         raise ValueError(f"{args.ckpt or args.model} has no tokenizer: give --tokenizer FILE")
     tokenizer = own or Tokenizer.from_file(file)
+    token_ids.check_whole(file, tokenizer, config.vocab_size)
+    if ckpt is not None and own is None:
+        token_ids.check(ckpt, tokenizer, file)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}")
     task = run.Task(
@@ -218,7 +221,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         args.on_nan,
         _steps(args.profile_steps),
         args.merge,
-        paths.absolute(args.token_cache) if args.token_cache else None,
+        None if args.token_cache is None else paths.absolute(args.token_cache),
     )
     lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
     if sizes is None:

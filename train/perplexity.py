@@ -81,8 +81,8 @@ def work(args: argparse.Namespace) -> None:
     if not any("window" in mode.split("+") for mode in modes):
         how = "is of a mode with window: add ntk+logn+window to --modes, or drop it"
         command.refuse(args, ("windows",), how)
-    given = args.plot or (None if args.json else "perplexity.png")
-    picture = paths.parse(given) if given else None
+    given = "perplexity.png" if args.plot is None and not args.json else args.plot
+    picture = None if given is None else paths.parse(given)
     if picture and (picture.is_dir() or not paths.is_place(picture)):
         raise command.UsageError(f"--plot {picture}: a file in a folder that is there")
     from qwen_jax import checkpoint, meshes

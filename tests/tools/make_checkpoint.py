@@ -129,6 +129,15 @@ CHAT_GENERATION: dict[str, Any] = {
 }
 
 
+def generation(chat: bool, vocab_size: int) -> dict[str, Any]:
+    """The published settings; of a smaller vocabulary the last id ends a reply."""
+    settings = CHAT_GENERATION if chat else GENERATION
+    if vocab_size > settings["eos_token_id"]:
+        return settings
+    end = vocab_size - 1
+    return settings | {"eos_token_id": end, "pad_token_id": end, "stop_words_ids": [[end]]}
+
+
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor's shape, in the order of the original's modules."""
     width, vocab = config["hidden_size"], config["vocab_size"]
@@ -255,7 +264,7 @@ def make_checkpoint(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
-    write_json(out / "generation_config.json", CHAT_GENERATION if chat else GENERATION)
+    write_json(out / "generation_config.json", generation(chat, config["vocab_size"]))
     if tokenizer or chat:
         shutil.copyfile(find_tiktoken(), out / "qwen.tiktoken")
         length = config["max_position_embeddings"]

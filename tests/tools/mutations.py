@@ -116,8 +116,8 @@ FAULTS = [
     ),
     Fault(
         "qwen_jax/tokenizer.py",
-        "        return len(ranks) == _PUBLISHED_RANKS and rank >= first",
-        "        return len(ranks) == _PUBLISHED_RANKS and rank > first",
+        "        return len(ranks) == PUBLISHED_RANKS and rank >= first",
+        "        return len(ranks) == PUBLISHED_RANKS and rank > first",
         "tests/test_tokenizer.py",
     ),
     Fault(
