@@ -8,6 +8,7 @@ field that no list names may only be empty.
 import dataclasses
 import json
 import math
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
+_BIASES = ("none", "all", "lora_only")
 # Fields of PEFT that would compute something else: other products, other modules, or none.
 REFUSED = frozenset(
     (
@@ -203,10 +205,15 @@ def read_shape(folder: Path, layers: int) -> Shape:
             f"{MERGED_IN_PEFT}"
         )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"{file}: r {rank!r}: a whole number, at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"{file}: lora_alpha {alpha!r}: a number above 0")
+    if type(rank) is not int or not 0 < rank < 2**31:
+        shown = reprlib.repr(rank)
+        raise ValueError(f"{file}: r {shown}: a whole number, at least 1 and of an int32")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e38:
+        raise ValueError(
+            f"{file}: lora_alpha {reprlib.repr(alpha)}: a number above 0 and of a float32"
+        )
+    if not _empty(bias := settings.get("bias")) and bias not in _BIASES:
+        raise ValueError(f"{file}: bias {reprlib.repr(bias)}: one of {', '.join(_BIASES)}")
     stabilised = settings.get("use_rslora") or False
     if not isinstance(stabilised, bool):
         raise ValueError(f"{file}: use_rslora {stabilised!r}: true or false")
@@ -240,7 +247,8 @@ def _list(file: Path, settings: Mapping[str, Any], name: str, or_pattern: bool =
     value = settings.get(name) or []
     pattern = isinstance(value, str) and or_pattern
     if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
-        raise ValueError(f"{file}: {name} {value!r}: a list of names")
+        hint = f", [{json.dumps(value)}]" if isinstance(value, str) else ""
+        raise ValueError(f"{file}: {name} {value!r}: a list of names{hint}")
     return value
 
 
@@ -273,9 +281,11 @@ class _Judge:
         matches the end of its path.
         """
         if not isinstance(value, dict):
-            return True
+            raise ValueError(f"{field} {reprlib.repr(value)}: an object of patterns and numbers")
         if all(number == common for number in value.values()):
             return False
+        for pattern in value:  # by itself, so that a message shows it as it is written
+            self.patterns.match(field, pattern, "")
 
         def own(path: str) -> Any:
             for pattern, number in value.items():

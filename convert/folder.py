@@ -8,9 +8,10 @@ Everything that may be wrong with a folder is found here, before anything is wri
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qwen_jax import paths
 from qwen_jax.config import read_json
@@ -139,35 +140,50 @@ def read_header(file: Path) -> dict[str, Tensor]:
     text = paths.read(file, 8, length)
     try:
         header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
         header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        tensors, end = {}, 0
-        for name, entry in entries:
-            tensors[name], end = _entry(file, 8 + length, entry, end)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        entries = [(*_offsets(name, entry), name, entry) for name, entry in header.items()]
+        tensors, position = {}, 0
+        for begin, end, name, entry in sorted(entries, key=lambda found: found[:2]):
+            if begin != position:
+                raise ValueError("tensors overlap or leave gaps")
+            tensors[name], position = _tensor(file, 8 + length, name, entry), end
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not a safetensors file: its header is damaged ({error}); download it again"
         ) from None
-    if size != 8 + length + end:
-        what = "is truncated" if size < 8 + length + end else "has bytes that belong to no tensor"
+    whole = 8 + length + position
+    if size != whole:
+        what = "is truncated" if size < whole else "has bytes that belong to no tensor"
         raise ValueError(
-            f"{file} {what}: it has {size:,} bytes, its header speaks of {8 + length + end:,}; "
+            f"{file} {what}: it has {size:,} bytes, its header speaks of {whole:,}; "
             "download it again"
         )
     return tensors
 
 
-def _entry(file: Path, base: int, entry: Any, start: int) -> tuple[Tensor, int]:
-    """The tensor of a header's entry, and where its bytes end; they must begin at `start`."""
-    shape, code = tuple(entry["shape"]), entry["dtype"]
-    begin, end = entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("a size is no number")
-    if begin != start:
-        raise ValueError("tensors overlap or leave gaps")
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    """Where the bytes of a header's entry begin and end, after the header."""
+    found = entry.get("data_offsets") if isinstance(entry, dict) else entry
+    if not _sizes(found) or len(found) != 2 or found[0] > found[1]:
+        raise ValueError(f"{name!r} has data_offsets {reprlib.repr(found)}, not [begin, end]")
+    return found[0], found[1]
+
+
+def _tensor(file: Path, base: int, name: str, entry: Mapping[str, Any]) -> Tensor:
+    """The tensor of an entry whose offsets are right. base: where the header has its end."""
+    shape, code, (begin, end) = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
+    if not _sizes(shape) or not isinstance(code, str):
+        raise ValueError(f"{name!r} has shape {reprlib.repr(shape)}, dtype {reprlib.repr(code)}")
     if code in _DTYPES and end - begin != math.prod(shape) * ITEM_BYTES[_DTYPES[code]]:
-        raise ValueError(f"{end - begin} bytes for shape {list(shape)}")
-    return Tensor(file, base + begin, code, shape), end
+        raise ValueError(f"{name!r} has {end - begin} bytes for shape {reprlib.repr(shape)}")
+    return Tensor(file, base + begin, code, tuple(shape))
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers from 0 on that a file may have."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:

@@ -5,6 +5,7 @@ we put on ours what PEFT has trained.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
+from convert.folder import Tensor, read_header
 from qwen_jax import directory, lock, lora, paths, processes, sharding
 from qwen_jax.lora import Adapters
 from qwen_jax.model import Decoder
@@ -26,6 +28,9 @@ __all__ = [
 TENSORS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.7
 _PREFIX = "base_model.model."
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_INNER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$|\.(modules_to_save\.[^.]+|original_module)\.")
+_LARGEST = float(np.finfo(np.float32).max)
 _EMBEDDING, _HEAD = WHOLE
 
 
@@ -127,17 +132,29 @@ def changes(
         whole = tensors["whole", 0, name]
         return lambda at, rows: whole[at : at + len(rows)].astype(np.float32)
 
-    def added(a: np.ndarray, b: np.ndarray) -> Any:
+    def added(tensor: str, a: np.ndarray, b: np.ndarray) -> Any:
         b = shape.scale * b.astype(np.float32)
-        return lambda at, rows: rows.astype(np.float32) + b[at : at + len(rows)] @ a
+
+        def change(at: int, rows: np.ndarray) -> np.ndarray:
+            with np.errstate(over="ignore", invalid="ignore"):
+                merged = rows.astype(np.float32) + b[at : at + len(rows)] @ a
+            if not np.isfinite(merged).all():
+                raise ValueError(
+                    f"{tensor} with the adapter of {folder} is not all numbers: use an earlier "
+                    "checkpoint of the training, or another copy of the model"
+                )
+            return merged
+
+        return change
 
     found = {WHOLE[name]: replaced(name) for name in shape.whole}
     for layer in range(layers):
         for module, members in shape.groups.items():
             a, b = (tensors[kind, layer, module] for kind in "ab")
             ends = np.cumsum([sizes[leaf][0] for leaf in members])[:-1]
+            tensor = f"{LAYER.replace('{L}', str(layer))}{module}.weight"
             for leaf, rows in zip(members, np.split(b, ends), strict=True):
-                found[f"layers.{layer}.{leaf}"] = added(a.astype(np.float32), rows)
+                found[f"layers.{layer}.{leaf}"] = added(tensor, a.astype(np.float32), rows)
     return found
 
 
@@ -164,9 +181,11 @@ def _read(
     file = folder / TENSORS
     if not file.is_file():
         raise ValueError(_without_tensors(folder))
+    entries = read_header(file)
+    _check_entries(file, entries)
     try:
         with safe_open(str(file), framework="numpy") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            found = {name: _narrow(tensors.get_tensor(name)) for name in entries}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: {error}: download or save it again") from error
     shape, found = _with_embeddings(file, shape, found, sizes)
@@ -182,12 +201,61 @@ def _read(
             f"{file} is not of this model: {directory.some(problems)}; give the model that it was "
             "trained on"
         )
-    if spoiled := [name for name, x in found.items() if not np.isfinite(x).all()]:
+    by_place = {wanted[name]: tensor for name, tensor in found.items()}
+    _check_numbers(file, shape, wanted, by_place)
+    return shape, by_place
+
+
+def _check_numbers(
+    file: Path,
+    shape: Shape,
+    wanted: Mapping[str, tuple[str, int, str]],
+    found: Mapping[tuple[str, int, str], np.ndarray],
+) -> None:
+    """Raise ValueError for tensors that are not all numbers, or that would add what is none."""
+    if spoiled := [name for name, x in wanted.items() if not np.isfinite(found[x]).all()]:
         raise ValueError(
             f"{file}: not all are numbers: {directory.some(spoiled)}; use an earlier checkpoint of "
             "the training"
         )
-    return shape, {wanted[name]: tensor for name, tensor in found.items()}
+    for name, (kind, layer, module) in wanted.items():
+        if kind != "b":
+            continue
+        most = _most_added(shape.scale, found["a", layer, module], found["b", layer, module])
+        if most > _LARGEST:
+            raise ValueError(
+                f"{file}: {name} with its lora_A and the scale {shape.scale:.3g} of lora_alpha "
+                f"adds up to {most:.3g}, for which float32 has no room: use an earlier checkpoint "
+                "of the training, or the lora_alpha that it was trained with"
+            )
+
+
+def _narrow(tensor: np.ndarray) -> np.ndarray:
+    """What is wider than float32 as float32, infinite where that has no room."""
+    if tensor.dtype.itemsize <= 4:
+        return tensor
+    with np.errstate(over="ignore"):
+        return tensor.astype(np.float32)
+
+
+def _most_added(scale: float, a: np.ndarray, b: np.ndarray) -> float:
+    """No number is larger in scale b a, nor on the way there, in whatever order."""
+    largest = [np.abs(x.astype(np.float64)).max(axis) for x, axis in ((a, 1), (b, 0))]
+    return float(np.maximum(largest[0], 1) @ largest[1]) * max(scale, 1)
+
+
+def _check_entries(file: Path, entries: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that are no floats, and for names of another kind of file."""
+    if strange := [f"{name} is {x.code}" for name, x in entries.items() if x.code not in _FLOATS]:
+        raise ValueError(
+            f"{file}: adapters are of {', '.join(_FLOATS)}: {directory.some(strange)}; save the "
+            "adapter again as floats"
+        )
+    if inner := [name for name in entries if _INNER.search(name)]:
+        raise ValueError(
+            f"{file}: {directory.some(inner)}: such are the names within PEFT, of a state_dict(): "
+            "save the adapter with its save_pretrained(FOLDER)"
+        )
 
 
 def _without_tensors(folder: Path) -> str:

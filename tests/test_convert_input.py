@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import copying, from_hf, target, to_hf
+from convert import copying, folder, from_hf, peft, target, to_hf
 from tests.conversion import (
     GOLDEN,
     INDEX,
@@ -120,6 +120,46 @@ def overlapping(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
     assert len(text) == length
     file.write_bytes(file.read_bytes()[:8] + text + file.read_bytes()[8 + length :])
+
+
+def with_header(file: Path, header: Any) -> None:
+    """Put another header before the bytes of the tensors."""
+    data = file.read_bytes()
+    text = json.dumps(header).encode()
+    rest = data[8 + int.from_bytes(data[:8], "little") :]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+
+
+NO_HEADERS: list[tuple[Any, str]] = [
+    ([], "it is no JSON object"),
+    (5, "it is no JSON object"),
+    ({"a": 5}, "'a' has data_offsets 5, not"),
+    ({"a": {}}, "'a' has data_offsets None, not"),
+    *(
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}, "'a' has data_offsets")
+        for offsets in (None, "ab", ["0", "4"], [-4, 0], [0], [4, 0], [0, 4.0], [False, 4], 10**30)
+    ),
+    ({"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}, "'a' has shape '1'"),
+    ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "'a' has shape [-1]"),
+    ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, "dtype ['F32']"),
+    ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "4 bytes for shape [2]"),
+]
+
+
+@pytest.mark.parametrize(("header", "told"), NO_HEADERS)
+def test_headers_that_are_none(tmp_path, header, told):
+    """Of a checkpoint, and of an adapter."""
+    file = tmp_path / peft.TENSORS
+    file.write_bytes(bytes(8))
+    with_header(file, header)
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["w1"]}
+    (tmp_path / peft.SETTINGS).write_text(json.dumps(settings))
+    for work in (folder.read, lambda path: peft.changes(path, {"layers.0.ffn.up": (4, 4)})):
+        with pytest.raises(ValueError) as caught:
+            work(tmp_path)
+        said = str(caught.value)
+        assert said.startswith(f"{file} is not a safetensors file: its header is damaged (")
+        assert told in said and said.endswith("; download it again") and "\n" not in said
 
 
 def empty_file(path: Path) -> None:
@@ -308,6 +348,14 @@ def test_bad_places(tmp_path, source, model, capfd):
     empty = tmp_path / "empty"
     empty.mkdir()
     there(source, empty)
+
+
+def test_an_adapter_beside_the_weights_is_told_of(tmp_path, source, capfd):
+    """It is not merged."""
+    (source / "adapter_config.json").write_text("{}")
+    there(source, tmp_path / "out")
+    told = f"warning: {source} has an adapter, which is not merged: `python convert/to_hf.py"
+    assert told in capfd.readouterr().err
 
 
 def test_damaged_model_directory_is_not_exported(tmp_path, model, capfd):

@@ -16,11 +16,12 @@ from convert import adapter_config, peft
 from qwen_jax import lora, meshes
 from qwen_jax.attention import xla
 from qwen_jax.lora import Adapters
+from qwen_jax.sharding import place
 from qwen_jax.weights import Weight, contract, named_leaves
 from tests.test_step import CONFIG, packed_batch
 from tests.tiny import QUICK, on_mesh, replace_leaves, small_noise, tiny_decoder
 from train import loss as losses
-from train import step
+from train import step, trainee
 
 GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"), CONFIG.num_layers)
 MESHES: list[tuple[dict[str, int], bool]] = [
@@ -174,12 +175,19 @@ def test_written_and_read_again(tmp_path):
         ({"modules_to_save": ["ln_f"]}, "modules_to_save ln_f: only wte and lm_head"),
         ({"target_modules": ["q_proj"]}, "no module is called q_proj"),
         ({"target_modules": [5]}, r"target_modules \[5\]: a list of names"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save 'lm_head': a list of names"),
+        ({"modules_to_save": "wte"}, r"modules_to_save 'wte': a list of names, \[\"wte\"\]"),
         ({"target_modules": None}, "names no target_modules"),
         ({"use_rslora": "false"}, "use_rslora 'false': true or false"),
         ({"r": 0}, "r 0: a whole number, at least 1"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan: a number above 0"),
         ({"lora_alpha": 0}, "lora_alpha 0: a number above 0"),
+        ({"lora_alpha": 1e300}, r"lora_alpha 1e\+300: a number above 0 and of a float32"),
+        ({"lora_alpha": 10**400}, r"lora_alpha 10+\.\.\.0+: a number above 0 and of a float32"),
+        ({"r": 10**400}, r"r 10+\.\.\.0+: a whole number, at least 1 and of an int32"),
+        ({"bias": 5}, "bias 5: one of none, all, lora_only"),
+        ({"alpha_pattern": {"(": 16}}, r"alpha_pattern '\(': no pattern: missing"),
+        ({"rank_pattern": {"w1": 4, "(": 16}}, r"rank_pattern '\(': no pattern: missing"),
+        ({"alpha_pattern": 5}, "alpha_pattern 5: an object of patterns and numbers"),
         ({"r": 8}, r"c_attn.lora_A.weight is \[4, 32\] instead of \[8, 32\]"),
         ({"target_modules": ["c_attn"]}, "w1.lora_A.weight is not known"),
     ],
@@ -200,6 +208,55 @@ def test_adapters_that_are_no_numbers_are_refused(tmp_path):
     save_file(tensors, tmp_path / peft.TENSORS)
     with on_mesh(), pytest.raises(ValueError, match=f"not all are numbers: {name}"):
         peft.read(tmp_path, step.stacked(tiny_decoder(CONFIG)))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda x: np.full_like(x, 1e38), "with its lora_A .* adds up to .*float32 has no room"),
+        (lambda x: x.astype(np.int32), "adapters are of F32.*lora_B.weight is I32; save .*floats"),
+        (lambda x: x.astype(bool), "adapters are of F32.*lora_B.weight is BOOL"),
+        (lambda x: np.full(x.shape, 1e300), "not all are numbers: .*lora_B.weight"),
+        (lambda x: x.astype(np.float64), None),
+    ],
+)
+def test_what_cannot_be_added_is_refused_by_name(tmp_path, change, problem):
+    adapter_of(tmp_path)
+    tensors = load_file(tmp_path / peft.TENSORS)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {name: change(tensors[name])}, tmp_path / peft.TENSORS)
+    if problem is None:
+        assert peft.changes(tmp_path, UNTIED)["layers.0.ffn.up"](0, np.ones((1, 8)))[0, 0] == 9
+        return
+    with pytest.raises(ValueError, match=problem) as caught:
+        peft.changes(tmp_path, UNTIED)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_merge_that_is_not_finite_is_refused(tmp_path):
+    adapter_of(tmp_path)
+    change = peft.changes(tmp_path, UNTIED)["layers.0.ffn.up"]
+    for value in (np.inf, np.nan):
+        with pytest.raises(
+            ValueError, match=r"h\.0\.mlp\.w1\.weight with the adapter .* not all num"
+        ):
+            change(3, np.full((2, 8), value, np.float32))
+    with on_mesh(tp=2):
+        good = Weight(place(np.ones((8, 4), np.float32), "FD"), letters="FD")
+        bad = Weight(place(np.full((8, 4), np.inf, np.float32), "FD"), letters="FD")
+        trainee._check_numbers({"up": good}, tmp_path)
+        with pytest.raises(ValueError, match="not all merged weights are numbers: gate: no model"):
+            trainee._check_numbers({"up": good, "gate": bad}, tmp_path)
+
+
+@pytest.mark.parametrize("end", ["lora_A.default.weight", "modules_to_save.default.weight"])
+def test_names_within_peft_are_told_of(tmp_path, end):
+    adapter_of(tmp_path)
+    tensors = load_file(tmp_path / peft.TENSORS)
+    name = f"base_model.model.transformer.h.0.mlp.w1.{end}"
+    save_file(tensors | {name: np.ones((4, 8), np.float32)}, tmp_path / peft.TENSORS)
+    with pytest.raises(ValueError, match=f"{end}: such are the names within PEFT.*save_pretrained"):
+        peft.changes(tmp_path, UNTIED)
 
 
 def test_what_peft_writes_always_is_no_obstacle(tmp_path):

@@ -17,7 +17,7 @@ from convert import peft
 from qwen_jax import checkpoint, directory, int8, lora, model, paths, processes, sharding
 from qwen_jax.config import Config
 from qwen_jax.model import Decoder
-from qwen_jax.weights import Weight, map_leaves
+from qwen_jax.weights import Weight, map_leaves, named_leaves
 from train import recipes, step
 from train.recipes import Recipe
 from train.run_folder import ADAPTER, MODEL
@@ -146,8 +146,22 @@ class Adapted:
         self.__dict__.pop("base", None)
         decoder = model.stack(checkpoint.load(self.ckpt, self.config), consume=True)
         merged = jax.jit(lora.merge, donate_argnums=0)(decoder, weights)
+        _check_numbers(merged, out / ADAPTER)
         checkpoint.save(out / MODEL, self.config, merged, like=files)
         return out / MODEL
+
+
+def _check_numbers(merged: Any, adapter: Path) -> None:
+    """Raise ValueError where a merged weight is NaN or infinite."""
+    finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
+    leaves = named_leaves(merged)
+    found = finite([leaf[...] for leaf in leaves.values()])
+    if spoiled := [name for name, good in zip(leaves, found, strict=True) if not good]:
+        raise ValueError(
+            f"not all merged weights are numbers: {directory.some(spoiled)}: no model was written; "
+            f"python convert/to_hf.py CKPT DST --adapter {adapter} --dtype float32 says whether "
+            "they only lack room in the dtype of CKPT"
+        )
 
 
 def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
