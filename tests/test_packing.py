@@ -21,10 +21,11 @@ import pytest
 
 from qwen_jax import lock, meshes
 from qwen_jax.attention import xla
+from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.weights import named_leaves
 from tests import launch
 from tests.tiny import QUICK, on_mesh, tiny_config, tiny_decoder
-from tests.vocabulary import qwen_tokenizer
+from tests.vocabulary import qwen_tokenizer, tiny_ranks
 from train import batches, data, packing, records, run, shared_cache, token_cache, token_files
 from train import loss as losses
 from train.loss import IGNORED, Batch
@@ -422,6 +423,39 @@ def test_a_share_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     (tmp_path / "draft").mkdir()
     with pytest.raises(ValueError, match=f"{store / '2'} is damaged: remove {store}"):
         shared_cache.join(tmp_path / "draft", store, parts)
+
+
+def test_parts_that_another_program_is_at_stay(tmp_path, monkeypatch):
+    """It waits, and then finds the cache."""
+    monkeypatch.setattr(records, "_PART", 300)
+    file, home = tmp_path / "a.jsonl", tmp_path / "home"
+    file.write_text("".join(json.dumps(value) + "\n" for value in examples(40, 12)))
+    group, calls, came = Group([home, home]), [], threading.Event()
+    for module in (shared_cache, token_cache):
+        monkeypatch.setattr(module, "processes", group)
+    group._local.index = 0  # of this thread, which stands for the other program
+    encoding = dataclasses.replace(PLAIN, encode=lambda x: calls.append(x) or encode(x))
+    tokenizer = Tokenizer(tiny_ranks())
+    name = token_cache.fingerprint([file], tokenizer, encoding)
+    store = home / f"{name}.parts"
+
+    def program() -> None:
+        came.set()
+        made.extend(
+            group.run(lambda home: shared_cache.make([file], tokenizer, encoding, home, tmp_path))
+        )
+
+    made: list[Any] = []
+    other = threading.Thread(target=program)
+    with lock.alone(store, home / f"{store.name}.lock", wait=True):  # as another program has it
+        other.start()
+        came.wait()
+        shared_cache.encode_share(store, records.parts([file]), encoding, 0, 1, home)
+        assert len(calls) == 40 and not made
+    other.join()
+    assert len(calls) == 40, "parts that are there are taken"
+    assert [cache.counts.examples for cache in made] == [40, 40]
+    assert [path.name for path in home.iterdir()] == [name]
 
 
 def test_hosts_with_other_files_encode_all_of_them(tmp_path, monkeypatch):

@@ -47,24 +47,53 @@ def make(
         command.say("the hosts' data files differ in path or date: each host encodes all of them")
         return token_cache.make(files, tokenizer, encoding, home)
     leaders = _leaders(home)
-    whole = processes.gather("whole" if token_files.is_whole(home / name) else "")
-    if not all(whole):
-        own_disk = len(set(leaders)) == 1 and remote is None
-        store = (remote or (home if own_disk else common)) / f"{name}.parts"
-        lacking = [i for i in range(processes.count()) if not whole[i]]
-        parts = records.parts(files)
-        if processes.index() in lacking:
-            share = lacking.index(processes.index())
-            encode_share(store, parts, encoding, share, len(lacking), home)
-        processes.barrier()
-        if leaders[processes.index()] == processes.index():
-            fill = lambda draft: join(draft, store, parts)  # noqa: E731
-            token_cache.appear(home / name, token_files.is_whole, fill)
-        processes.barrier()
-        if own_disk and processes.index() == 0:
-            shutil.rmtree(store, ignore_errors=True)
-        os.listdir(home)  # over NFS, that a folder was not there is remembered until then
+    own_disk = len(set(leaders)) == 1 and remote is None
+    store = (remote or (home if own_disk else common)) / f"{name}.parts"
+    with _alone(store) if own_disk else contextlib.nullcontext():
+        there = "whole" if token_files.is_whole(home / name) else ""
+        whole = [said == "whole" for said in processes.gather(there)]
+        if not all(whole):
+            _make(files, encoding, home / name, store, whole, leaders)
+            if own_disk and processes.index() == 0:
+                shutil.rmtree(store, ignore_errors=True)
+            os.listdir(home)  # over NFS, that a folder was not there is remembered until then
     return token_cache.opened(home / name, encoding)
+
+
+def _make(
+    files: Sequence[Path],
+    encoding: Encoding,
+    folder: Path,
+    store: Path,
+    whole: Sequence[bool],
+    leaders: Sequence[int],
+) -> None:
+    """Encode the parts into `store`, and join them in the folder of the cache where it is not whole
+    yet. whole, leaders: of each process.
+    """
+    parts, index = records.parts(files), processes.index()
+    lacking = [i for i, there in enumerate(whole) if not there]
+    if index in lacking:
+        share = lacking.index(index)
+        encode_share(store, parts, encoding, share, len(lacking), folder.parent)
+    processes.barrier()
+    if leaders[index] == index:
+        fill = lambda draft: join(draft, store, parts)  # noqa: E731
+        token_cache.appear(folder, token_files.is_whole, fill)
+    processes.barrier()
+
+
+@contextlib.contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """With no other program at the same parts: it would remove them when it is done. Process 0
+    holds the lock, and all wait for it.
+    """
+    with contextlib.ExitStack() as stack:
+        if processes.index() == 0:
+            file = store.with_name(f"{store.name}.lock")
+            stack.enter_context(lock.alone(store, file, wait=True))
+        processes.barrier()
+        yield
 
 
 def encode_share(
