@@ -105,7 +105,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)
     config = read_config(source)
-    checkpoint.load_generation_config(source)  # what a load would refuse of them is refused now
+    directory.carried(source)  # what a load would refuse of these files is refused now
+    checkpoint.load_generation_config(source)
     checkpoint.load_tokenizer(source)
     if (source / "adapter_config.json").exists():
         how = f"python convert/to_hf.py {dst} NEW --adapter {source}"

@@ -149,8 +149,11 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
 
 
 def carried(source: Path) -> list[Path]:
-    """The files of a model beside weights and config.json."""
-    found = {file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()}
+    """The files of a model beside weights and config.json. Raises ValueError for a link to a file
+    that is gone, as a cache of downloads may hold.
+    """
+    named = (paths.parse(file) for pattern in CARRIED for file in source.glob(pattern))
+    found = {file for file in named if file.is_file()}
     kept = {f for f in found if not f.name.endswith(".index.json") and f.name not in _NOT_CARRIED}
     return sorted(kept)
 

@@ -232,7 +232,14 @@ def mixed(path: Path) -> None:
     rewrite(path, lambda held: held.update({"lm_head.weight": np.zeros((320, 64), np.float16)}))
 
 
+def dangling(path: Path) -> None:
+    """As in a cache of downloads that was cleared in part."""
+    (path / "generation_config.json").unlink()
+    (path / "generation_config.json").symlink_to("../blobs/0123")
+
+
 BAD: list[tuple[Callable[[Path], None], str]] = [
+    (dangling, "generation_config.json is a symbolic link to ../blobs/0123, which leads nowhere"),
     (no_shard, "lacks model-00002-of-00002.safetensors: download it again"),
     (truncated, "model-00002-of-00002.safetensors is truncated: it has"),
     (truncated_header, "is truncated within its header"),

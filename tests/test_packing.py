@@ -153,10 +153,12 @@ def test_drafts_of_killed_processes_go(tmp_path):
     folder = cached(tmp_path, examples(10, 5)).folder
     host = token_cache.socket.gethostname()
     own, other = (folder.with_name(f"{folder.name}.1@{name}.tmp") for name in (host, "other"))
+    part = folder.with_name(f"{folder.name}.parts-3.1@{host}.tmp")  # of a program that lives
     folder.rename(own)
     other.mkdir()
+    part.mkdir()
     make_again(tmp_path)
-    assert sorted(folders(tmp_path)) == sorted([folder, other])
+    assert sorted(folders(tmp_path)) == sorted([folder, other, part])
 
 
 def test_a_draft_of_a_part_may_be_of_a_killed_process_with_our_number(tmp_path):

@@ -89,7 +89,8 @@ def appear(folder: Path, whole: Callable[[Path], bool], fill: Callable[[Path], A
         if folder.exists():
             return
         host = socket.gethostname()  # over NFS, the lock may hold for this host alone
-        for left in home.glob(f"{folder.name}.*@{host}.tmp"):  # by a process that was killed
+        # By a process that was killed; those of parts are others' (`shared_cache`).
+        for left in home.glob(f"{folder.name}.[0-9]*@{host}.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         draft = home / f"{folder.name}.{os.getpid()}@{host}.tmp"
         draft.mkdir()
