@@ -208,7 +208,7 @@ def read_shape(folder: Path, layers: int) -> Shape:
     if type(rank) is not int or not 0 < rank < 2**31:
         shown = reprlib.repr(rank)
         raise ValueError(f"{file}: r {shown}: a whole number, at least 1 and of an int32")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e38:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 3.4e38:
         raise ValueError(
             f"{file}: lora_alpha {reprlib.repr(alpha)}: a number above 0 and of a float32"
         )

@@ -123,6 +123,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be found wrong without writing is found here."""
     src, dst = paths.parse(args.src), paths.parse(args.dst)
     target.check_apart(src, dst)
+    if args.verify:
+        paths.check_name(src)  # which TensorStore reads then
     manifest = checkpoint.verify_whole(src)
     config = Config.read(src / checkpoint.CONFIG)
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]

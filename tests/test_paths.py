@@ -116,3 +116,5 @@ def test_names_that_tensorstore_cannot_open(tmp_path, golden_dir, capfd, name):
     (tmp_path / "link").symlink_to(name)
     with pytest.raises(ValueError, match=told):
         paths.check_name(tmp_path / "link")
+    assert to_hf.main([str(tmp_path / "link"), str(tmp_path / "out"), "--verify"]) == 1
+    assert told in last_line(capfd)
