@@ -88,10 +88,8 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
 
     root = existing(path)
     file = root / GENERATION_CONFIG
-    file = file if file.exists() else root / CONFIG
-    values = read_json(file)
-    values = hf_config.generation(values) if file.name == CONFIG else values
-    made = GenerationConfig.from_hf(values, file)
+    values = read_json(file) if file.exists() else hf_config.generation(read_json(root / CONFIG))
+    made = GenerationConfig.from_hf(values, file if file.exists() else root / CONFIG)
     token_ids.check(root)
     return made
 

@@ -202,8 +202,23 @@ def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of how to generate."""
-    return {key: value for key, value in hf.items() if key in _GENERATION}
+    """What a config.json says of how to generate. An id that the model has no row for is left out:
+    it is the default of whoever wrote the file.
+    """
+    rows = _canonical(hf).get("vocab_size")
+    found = {key: value for key, value in hf.items() if key in _GENERATION}
+    return {
+        key: value
+        for key, value in found.items()
+        if not (key in ("eos_token_id", "pad_token_id") and _beyond(value, rows))
+    }
+
+
+def _beyond(value: Any, rows: Any) -> bool:
+    """Whether an id, or one of several, has no row."""
+    ids = value if isinstance(value, list) else [value]
+    numbers = all(isinstance(x, int) for x in (*ids, rows))
+    return numbers and not all(0 <= x < rows for x in ids)
 
 
 def warn(hf: Mapping[str, Any], file: Any) -> None:

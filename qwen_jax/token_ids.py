@@ -36,8 +36,8 @@ def check(root: Path, tokenizer: Tokenizer | None = None, vocabulary: Path | Non
 
     vocabulary: the file of the tokenizer; None is that of the folder.
     """
-    values, settings = read_json(root / CONFIG), root / GENERATION_CONFIG
-    rows = Config.from_hf(values).vocab_size
+    config, settings = root / CONFIG, root / GENERATION_CONFIG
+    rows = Config.read(config).vocab_size
     if settings.exists():
         check_range(settings, rows)
     if tokenizer is None:
@@ -45,20 +45,21 @@ def check(root: Path, tokenizer: Tokenizer | None = None, vocabulary: Path | Non
     vocabulary = vocabulary or root / TOKENIZER
     check_whole(vocabulary, tokenizer, rows)
     named = list(_ids(read_json(settings))) if settings.exists() else []
-    # Nothing heeds those of config.json, so that they may be anybody's defaults.
-    others = [(key, i) for key, i in _ids(values) if key == "eos_token_id" and 0 <= i < rows]
-    for file, ids in ((settings, named), (root / CONFIG, others)):
+    # Those of config.json may be anybody's defaults, and count where they can be meant.
+    others = [(key, i) for key, i in _ids(read_json(config)) if key == "eos_token_id"]
+    others = [(key, i) for key, i in others if 0 <= i < rows]
+    for file, ids in ((settings, named), (config, others)):
         for key, i in ids:
             if i not in tokenizer.id_to_bytes:
                 raise ValueError(
                     f"{vocabulary} has {tokenizer.eod_id} ranks and no id {i}, which {file} has "
                     f"as {key}: the vocabulary was cut short, or is of another model: {_AGAIN}"
                 )
-    ends = {i for key, i in named if key == "eos_token_id"}
+    ends = {i for key, i in named or others if key == "eos_token_id"}
     said = [name for name, i in tokenizer.special_tokens.items() if i in ends]
     if said and not {"<|endoftext|>", "<|im_end|>"} & set(said):
         warnings.warn(
-            f"{settings}: eos_token_id is {', '.join(said)} of {vocabulary}: where that is not "
+            f"{root}: eos_token_id is {', '.join(said)} of {vocabulary}: where that is not "
             f"meant, the vocabulary was cut short: {_AGAIN}",
             stacklevel=3,
         )

@@ -196,9 +196,10 @@ def test_an_expansion_is_a_file_of_the_directory(tmp_path, name):
 
 def test_tokens_that_the_vocabulary_has_not_are_said(tmp_path):
     """Each once, whichever of transformers' three files names it, and not those that it has."""
+    from tests.tiny import tiny_config
     from tests.vocabulary import write_tiny_vocab
 
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_hf()))
     write_tiny_vocab(tmp_path / "qwen.tiktoken")
     own = {"pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_end|>"]}
     files = {

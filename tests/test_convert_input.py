@@ -280,6 +280,7 @@ def test_bad_source(tmp_path, source, damage, told, capfd):
 def test_tokens_that_the_vocabulary_has_not_are_said_before_anything_is_copied(tmp_path, source):
     write_tiny_vocab(source / "qwen.tiktoken")
     (source / "added_tokens.json").write_text('{"<mine>": 500}')
+    (source / "generation_config.json").unlink()
     asked = from_hf.parser().parse_args([str(source), str(tmp_path / "out")])
     with pytest.warns(UserWarning, match=r"added_tokens\.json asks for .*: added tokens <mine>$"):
         from_hf.make_plan(asked)

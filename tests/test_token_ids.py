@@ -89,9 +89,9 @@ def test_a_vocabulary_that_was_cut_short_is_refused(refuses):
     ("key", "value", "told"),
     [
         ("eos_token_id", ROWS, f"eos_token_id {ROWS}: ids are 0 to {ROWS - 1}"),
-        ("eos_token_id", [RANKS, 10**30], f"eos_token_id {10**30}: ids are"),
+        ("eos_token_id", [RANKS, 10**30], "eos_token_id is 10000"),
         ("stop_words_ids", [[5], [5, ROWS]], f"stop_words_ids {ROWS}: ids are"),
-        ("pad_token_id", -1, "pad_token_id -1: ids are"),
+        ("pad_token_id", -1, "pad_token_id is -1: must be"),
         ("pad_token_id", ROWS - 1, f"no id {ROWS - 1}, which"),
     ],
 )
@@ -115,6 +115,7 @@ def test_what_config_json_says_counts_where_it_can_be(tmp_path):
     with pytest.raises(ValueError, match=f"no id 600, which .*config.json has .*{AGAIN}"):
         token_ids.check(tmp_path, tokenizer)
     token_ids.check(tmp_path, folder_of(tmp_path, vocabulary(300), {"eos_token_id": 151643}))
+    assert checkpoint.load_generation_config(tmp_path).stops == ()
 
 
 def test_a_few_lines_less_are_warned_of(tmp_path):
