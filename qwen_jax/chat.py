@@ -34,14 +34,14 @@ def make_context(
 
     Raises ValueError that names the argument where anything is no text, or half a character.
     """
+    inputs.instance("tokenizer", tokenizer, Tokenizer)
     _check_format(chat_format)
     query = texts.check_whole("query", query)
     if chat_format == "raw":
         return query, tokenizer.encode(query)
     system, pairs = texts.check_whole("system", system), _pairs(history)
-    if not isinstance(max_window_size, int | float) and not hasattr(max_window_size, "__index__"):
-        got = texts.described(max_window_size)
-        raise ValueError(f"max_window_size must be a number of tokens, got {got}")
+    if not inputs.number("max_window_size", max_window_size) >= 0:
+        raise ValueError(f"max_window_size {max_window_size}: must be a number of at least 0")
 
     newline = tokenizer.encode("\n")
 

@@ -1,29 +1,98 @@
-"""What callers pass, turned into host arrays and checked: one clear ValueError for each mistake."""
+"""What callers pass, turned into Python's own values or host arrays, and checked.
 
+Each mistake is a ValueError of one line that names the argument, its value and what is allowed.
+Scalars of numpy and jax are what they hold. Nothing here knows what an argument is for.
+"""
+
+import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
 
 from qwen_jax import texts
 
+_NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)
 
-def ids(name: str, values: Any) -> list[int]:
-    """Whole numbers, out of any sequence or array of one axis. ValueError that names the argument
-    for anything else: a float may be a number's rounding, and a text is no ids.
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number, at least `least`, as Python's own. A float is none, and neither is True."""
+    plain = _plain(value)
+    try:
+        found = None if isinstance(plain, bool) else operator.index(plain)
+    except TypeError:
+        found = None
+    if found is None or (least is not None and found < least):
+        limit = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} {texts.shown(plain)}: must be a whole number{limit}")
+    return found
+
+
+def number(name: str, value: Any) -> int | float:
+    """A real number as Python's own; NaN counts as one, which every range refuses."""
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+        raise ValueError(f"{name} {texts.shown(plain)}: must be a number")
+    return plain if isinstance(plain, int) else float(plain)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or jax as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, as Python's own."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} {texts.shown(value)}: must be True or False")
+    return bool(value)
+
+
+def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False) -> None:
+    """Raise ValueError unless the value is one of these texts, or None where that is allowed."""
+    known = list(allowed)
+    if not ((value is None and or_none) or (isinstance(value, str) and value in known)):
+        others = " or None" if or_none else ""
+        raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
+
+
+def instance(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+    """The value, which must be an object of this class, or of one of these."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        what = " or a ".join(one.__name__ for one in kinds)
+        raise ValueError(f"{name} {texts.shown(value)}: must be a {what}")
+    return value
+
+
+def ids(name: str, values: Any, below: int | None = None) -> list[int]:
+    """Token ids, out of any sequence or array of one axis: whole numbers from 0, and below `below`.
+
+    ValueError for anything else: a float may be a number's rounding, a text is no ids, and a set or
+    a mapping has no order.
     """
     try:
-        if isinstance(values, str | bytes | bytearray):
+        if isinstance(values, _NO_SEQUENCE):
             raise TypeError
-        return list(map(operator.index, values))
+        given = list(values)
+        found = list(map(operator.index, given))
+        if bool in set(map(type, given)):
+            raise TypeError
     except TypeError:
         got = texts.described(values)
         raise ValueError(f"{name} must be whole numbers (token ids), got {got}") from None
+    if found and (min(found) < 0 or (below is not None and max(found) >= below)):
+        bad = next(i for i in found if i < 0 or (below is not None and i >= below))
+        limit = "from 0" if below is None else f"from 0 to {below - 1}"
+        raise ValueError(f"{name}: token id {texts.shown(bad)} is out of range: {limit}")
+    return found
 
 
 def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [B, T] and the number of real tokens of each row, checked."""
+    """Prompts as int32 [B, T], and the number of real tokens of each row, [B]. vocab_size: one past
+    the largest id that is allowed.
+    """
     try:
         tokens = np.asarray(tokens)
     except ValueError:
@@ -50,7 +119,7 @@ def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _mask(given: Any) -> np.ndarray:
-    """bool of any shape. ValueError for what is no array of 0 and 1."""
+    """A mask as a bool array. ValueError for what is no array of 0 and 1."""
     try:
         mask = np.asarray(given)
         if not np.isin(mask, (0, 1)).all() or mask.dtype.kind not in "biuf":
@@ -78,16 +147,18 @@ def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
 
 
 def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
-    """Ids, or sequences of ids, as sequences."""
-    if isinstance(stop, str | bytes | bytearray) or not isinstance(stop, Iterable):
-        raise ValueError(f"stop {stop!r}: must be a sequence of ids, or of sequences of ids")
+    """What ends a row, given as ids or as sequences of ids, as sequences of ids."""
+    words = isinstance(stop, str | bytes | bytearray | memoryview | Mapping)
+    if words or not isinstance(stop, Iterable):
+        shown = texts.shown(stop)
+        raise ValueError(f"stop {shown}: must be a sequence of ids, or of sequences of ids")
     try:
         sequences = [np.atleast_1d(np.asarray(ids)) for ids in stop]
     except ValueError:  # a sequence of ids among ids
-        raise ValueError(f"stop {stop!r}: must be ids, or sequences of ids") from None
+        raise ValueError(f"stop {texts.shown(stop)}: must be ids, or sequences of ids") from None
     for ids in sequences:
-        whole = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
-        if not whole or not ((ids >= 0) & (ids < vocab_size)).all():
+        right = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
+        if not right or not ((ids >= 0) & (ids < vocab_size)).all():
             raise ValueError(
                 f"stop {ids.tolist()}: ids are whole numbers from 0 to {vocab_size - 1}"
             )
@@ -95,18 +166,22 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
 
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
-    """uint32 [batch]: one seed for all rows, or one for each; they are taken modulo 2**32."""
-    alone = not isinstance(seed, Iterable) or getattr(seed, "ndim", 1) == 0
-    given: list[Any] = [seed] if alone else list(seed)
+    """The seed of each row, uint32 [batch], from one for all or one for each, modulo 2**32."""
+    several = isinstance(seed, Iterable) and not isinstance(seed, _NO_SEQUENCE)
+    given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
     if len(given) not in (1, batch):
         raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")
-    wrapped = [_seed(one) % 2**32 for one in given]
+    wrapped = [whole("seed", one) % 2**32 for one in given]
     return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))
 
 
-def _seed(value: Any) -> int:
-    """A whole number as Python's own."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"seed {value!r}: must be a whole number")
-    return value
+def alphas(alpha: Any, batch: int) -> np.ndarray:
+    """The NTK alpha of all rows or of each, float64 [] or [batch]."""
+    try:
+        found = np.asarray(alpha)
+    except ValueError:  # rows of different lengths
+        found = np.asarray(None)
+    if found.dtype.kind not in "iuf" or found.shape not in ((), (batch,)):
+        shown = texts.shown(alpha)
+        raise ValueError(f"ntk_alpha {shown}: must be a number, or one for each of {batch} rows")
+    return found.astype(np.float64)

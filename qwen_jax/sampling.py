@@ -5,8 +5,6 @@ original's: repetition penalty, temperature, top-k, top-p. Rows are independent 
 whole: nothing here knows of devices.
 """
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from qwen_jax import inputs
 
 _TINY = float(np.finfo(np.float32).tiny)  # the smallest number that hardware does not round to 0
 _LARGEST = float(np.finfo(np.float32).max)
@@ -38,13 +38,16 @@ class Greedy:
         _check_penalty(self.repetition_penalty)
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
-        """logits float32 [B, V], seen bool [B, V] -> the penalised logits."""
+        """The logits after the repetition penalty, float32 [B, V].
+
+        seen: bool [B, V], the ids that are in the row already.
+        """
         return _penalise(logits, seen, self.repetition_penalty)
 
     def __call__(
         self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
     ) -> jax.Array:
-        """int32 [B]: the token chosen for each row."""
+        """Choose a token for each row: int32 [B]."""
         return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
 
 
@@ -66,21 +69,23 @@ class Nucleus:
     def check(self) -> None:
         """Raise ValueError for a setting out of range."""
         _check_penalty(self.repetition_penalty)
-        temperature = _number("temperature", self.temperature)
+        temperature = inputs.number("temperature", self.temperature)
         if not 0 < temperature <= _LARGEST:
             raise ValueError(
                 f"temperature {temperature}: must be positive, and finite in float32 (0: use "
                 "Greedy)"
             )
-        top_k = _number("top_k", self.top_k)
-        if not (0 <= top_k <= _LARGEST and top_k.is_integer()):
-            raise ValueError(f"top_k {self.top_k}: must be a whole number, 0 for no limit")
-        top_p = _number("top_p", self.top_p)
+        top_k = inputs.number("top_k", self.top_k)
+        if not (0 <= top_k <= _LARGEST and top_k % 1 == 0):
+            raise ValueError(f"top_k {top_k}: must be a whole number, 0 for no limit")
+        top_p = inputs.number("top_p", self.top_p)
         if not 0 <= top_p <= 1:
             raise ValueError(f"top_p {top_p}: must be from 0 to 1")
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
-        """logits float32 [B, V], seen bool [B, V] -> logits of the distribution drawn from."""
+        """The logits of the distribution that tokens are drawn from: float32 [B, V], -inf for a
+        token that is cut off. Arguments as `Greedy.scores`.
+        """
         logits = _divide(_penalise(logits, seen, self.repetition_penalty), self.temperature)
 
         def most_likely(logits: jax.Array) -> jax.Array:
@@ -96,7 +101,9 @@ class Nucleus:
     def __call__(
         self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
     ) -> jax.Array:
-        """int32 [B]: a draw that depends on the row's seed, uint32 [B], the step and its logits."""
+        """Draw a token for each row, int32 [B]; a draw depends on the row's seed, uint32 [B], the
+        step and the row's logits alone.
+        """
 
         def noise(seed: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(seed), step)
@@ -107,7 +114,7 @@ class Nucleus:
 
 
 def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax.Array:
-    """int32 [B]: 0 where a token can be chosen, else a code of `FAULTS`.
+    """Find the rows for which no token can be chosen: int32 [B], a code of `FAULTS`, else 0.
 
     Arguments as of `scores`. A logit of -inf is an id that may not be chosen and no fault. Logits
     that overflow by the repetition penalty count as infinite.
@@ -118,19 +125,8 @@ def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax
     return jnp.where(broken, 1, jnp.where(empty, 2, 0)).astype(jnp.int32)
 
 
-def _number(name: str, value: Any) -> float:
-    """A setting as a float. ValueError for what is no real number: True, a text, an array."""
-    value = value.item() if isinstance(value, np.ndarray | jax.Array) and not value.ndim else value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} {value!r}: must be a number")
-    try:
-        return float(value)
-    except OverflowError:  # a whole number beyond all floats
-        return math.inf
-
-
 def _check_penalty(penalty: float) -> None:
-    penalty = _number("repetition_penalty", penalty)
+    penalty = inputs.number("repetition_penalty", penalty)
     if not _TINY <= penalty <= _LARGEST:
         raise ValueError(
             f"repetition_penalty {penalty}: must be positive, and a normal number of float32, from "

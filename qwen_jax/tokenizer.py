@@ -44,6 +44,7 @@ SPECIAL_TOKENS = (
 PUBLISHED_RANKS = 151_643
 _LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
 _UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
+_PADDED = 1024  # a model's vocabulary is filled up to a multiple of this, or of less
 Line = tuple[int, bytes, int]  # of a vocabulary file: its number, the token, the id
 
 
@@ -58,16 +59,21 @@ class Tokenizer:
     def __init__(self, ranks: Mapping[bytes, int], extra: Mapping[bytes, int] | None = None):
         """Build from ranks 0..n-1; the special tokens take n..n+207, `extra` any ids still free.
 
-        Tokens of `extra` that already exist are skipped. ValueError if an id is taken.
+        Tokens of `extra` that already exist are skipped. ValueError if an id is taken, the ranks
+        lack one of the 256 bytes, or either is no mapping of bytes to whole numbers.
         """
+        self.ranks = _ids_by_token("ranks", ranks)
+        if problem := _lacks_bytes(self.ranks):
+            raise ValueError(f"ranks: {problem}: give every byte a token")
+        if set(self.ranks.values()) != set(range(len(ranks))):
+            raise ValueError(f"ranks must be 0 to {len(ranks) - 1}, each of them once")
         self.eod_id, self.im_start_id, self.im_end_id = range(len(ranks), len(ranks) + 3)
         self._special_ids = range(len(ranks), len(ranks) + len(SPECIAL_TOKENS))
         self.extra_ids = self._special_ids[3:]
         self.special_tokens = dict(zip(SPECIAL_TOKENS, self._special_ids, strict=True))
-        self.ranks = dict(ranks)
         self.id_to_bytes = {i: token for token, i in self.ranks.items()}
         self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
-        for token, i in (extra or {}).items():
+        for token, i in _ids_by_token("extra", {} if extra is None else extra).items():
             if token in self.ranks:
                 continue
             if i in self.id_to_bytes:
@@ -139,14 +145,16 @@ class Tokenizer:
         return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
-        """The bytes of the ids; an id that does not exist gives the byte 0xff. ValueError for what
-        is no whole number.
+        """The bytes of the ids. ValueError for what is no whole number, and for an id that no model
+        of this vocabulary has.
 
-        `skip_special_tokens` drops the 208 special tokens, not those of an expansion.
+        Models have a few ids beyond the vocabulary, which is filled up to a multiple of at most
+        1024; such an id gives the byte 0xff. `skip_special_tokens` drops the 208 special tokens,
+        not those of an expansion.
         """
         skip = self._special_ids if skip_special_tokens else range(0)
         table = self.id_to_bytes
-        numbers = inputs.ids("ids", ids)
+        numbers = inputs.ids("ids", ids, -(-self._size // _PADDED) * _PADDED)
         return b"".join([table.get(i, _UNDECODABLE) for i in numbers if i not in skip])
 
     def decode(
@@ -154,8 +162,9 @@ class Tokenizer:
     ) -> str:
         """Text of the ids.
 
-        Bytes that are not UTF-8, and ids that do not exist, are left to `errors`: "replace"
-        (U+FFFD), "ignore" or "strict" (UnicodeDecodeError).
+        Bytes that are not UTF-8, and ids that fill up a model's vocabulary, are left to `errors`:
+        "replace" (U+FFFD), "ignore" or "strict" (UnicodeDecodeError). ValueError for other ids that
+        do not exist.
         """
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", _handler(errors))
 
@@ -188,6 +197,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, errors: str = "replace", skip_special_tokens: bool = False
     ):
+        inputs.instance("tokenizer", tokenizer, Tokenizer)
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(_handler(errors))
@@ -212,6 +222,26 @@ def _handler(errors: str) -> str:
     return errors
 
 
+def _ids_by_token(name: str, given: Mapping[bytes, int]) -> dict[bytes, int]:
+    """The ids of tokens, checked here: tiktoken would panic."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} must be ids by token (bytes), got {texts.described(given)}")
+    if wrong := [token for token in given if not isinstance(token, bytes) or not token]:
+        raise ValueError(f"{name}: tokens must be bytes, got {texts.described(wrong[0])}")
+    return dict(zip(given, inputs.ids(f"{name}: ids", given.values(), 2**31), strict=True))
+
+
+def _lacks_bytes(ranks: Mapping[bytes, int]) -> str | None:
+    """Which bytes have no token, in words; None where all have."""
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if not missing:
+        return None
+    return (
+        f"{len(ranks)} tokens, but none for {len(missing)} of the 256 bytes (the first: "
+        f"0x{missing[0]:02x})"
+    )
+
+
 def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
     """The ranks of a vocabulary, and the lines of an expansion that follows them in the file."""
     ranks: dict[bytes, int] = {}
@@ -233,12 +263,8 @@ def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
                     f"has {len(ranks)}: {rank} is the id of {SPECIAL_TOKENS[0]}, an expansion "
                     f"begins at {PUBLISHED_RANKS + len(SPECIAL_TOKENS)}"
                 )
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(
-            f"{path}: {len(ranks)} tokens, but none for {len(missing)} of the 256 bytes "
-            f"(the first: 0x{missing[0]:02x}): truncated, or not a vocabulary"
-        )
+    if problem := _lacks_bytes(ranks):
+        raise ValueError(f"{path}: {problem}: truncated, or not a vocabulary")
     if _is_published(ranks) and len(ranks) < PUBLISHED_RANKS:
         raise ValueError(
             f"{path}: begins as the published vocabulary of {PUBLISHED_RANKS} tokens, but "
@@ -263,12 +289,17 @@ def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
 
 def _read_lines(path: str | Path) -> Iterator[Line]:
     """Line number, token and id of each line "base64 id" that is not blank."""
+    file = paths.parse(path)
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder: give the vocabulary in it, such as qwen.tiktoken")
+    if not file.exists():
+        raise ValueError(f"{path} does not exist: give the qwen.tiktoken of a checkpoint")
     # At once: the file object of a remote file takes a minute for the lines of a vocabulary.
-    data = paths.parse(path).read_bytes()
+    data = file.read_bytes()
     if problem := texts.foreign(data):
         raise ValueError(f"{path} is not UTF-8 text: {problem}")
-    with io.BytesIO(texts.unmarked(data)) as file:
-        for number, line in enumerate(file, start=1):
+    with io.BytesIO(texts.unmarked(data)) as lines:
+        for number, line in enumerate(lines, start=1):
             fields = line.split()
             if not fields:
                 continue

@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda f: [f[0] + "x", *f[1:]], "No such file"),
+        (lambda f: [f[0] + "x", *f[1:]], "tiny.tiktokenx does not exist: give the qwen.tiktoken"),
         (lambda f: [f[0], f[1] + "x", f[2]], "No such file"),
         (lambda f: [f[1], *f[1:]], "expected 'base64 id'"),
         (lambda f: [f[0], f[0] + "/..", f[2]], "directory"),

@@ -153,10 +153,13 @@ def test_messages_that_are_no_history(history, problem):
 def test_ids_are_whole_numbers(work):
     for right in ([97], np.array([97]), (97,), iter([97]), np.array([97], np.uint8)):
         assert work(right) == "a"
-    for wrong in ("97", b"a", [97.0], [None], ["97"], 97, None, np.array([97.0]), [[97]]):
+    wrong = ["97", b"a", [97.0], [None], ["97"], 97, None, np.array([97.0]), [[97]]]
+    for ids in (*wrong, [True], np.array([True]), {97}, {97: 1}, memoryview(b"a")):
         with pytest.raises(ValueError, match=r"^ids must be whole numbers \(token ids\), got"):
-            work(wrong)
-    assert TINY.decode([-1, 10**30, 97]) == "\ufffd\ufffda"
+            work(ids)
+    for ids in ([97, -1], [10**9], [10**30], np.array([1024])):  # 1024: beyond all padding
+        with pytest.raises(ValueError, match=r"^ids: token id .* is out of range: from 0"):
+            work(ids)
 
 
 @pytest.mark.parametrize("stop", ["Human:", ["Human:"], [b"ab"], [[1.5]], 3, [3]])
@@ -179,21 +182,39 @@ def test_other_arguments_beside_texts():
     for work in (lambda: TINY.decode([], "nope"), lambda: TextStream(TINY, None)):  # pyright: ignore
         with pytest.raises(ValueError, match="allowed are replace, ignore, strict"):
             work()
-    with pytest.raises(ValueError, match="max_window_size must be a number"):
-        prompt(max_window_size=None)
+    for window in (None, "9", float("nan"), -1, True):
+        with pytest.raises(ValueError, match=r"^max_window_size .*: must be a number"):
+            prompt(max_window_size=window)
+    assert prompt(max_window_size=np.int64(9)) == prompt(max_window_size=9.0)
+    for tokenizer in (None, "qwen.tiktoken"):
+        for work in (
+            lambda x: TextStream(x),
+            lambda x: chat.make_context(x, "q"),
+            lambda x: data.sft_example(x, TALK, "", None),
+        ):
+            with pytest.raises(ValueError, match=r"^tokenizer .*: must be a Tokenizer"):
+                work(tokenizer)
+    for length in ("5", 5.0, True, 0, -1, float("nan")):
+        with pytest.raises(ValueError, match=r"^max_len .*: must be a whole number of at least 1"):
+            data.sft_example(TINY, TALK, "", length)  # pyright: ignore
+    assert len(data.sft_example(TINY, TALK, "", np.int16(5))[0]) == 5  # pyright: ignore
     for messages in (None, 3, "hi", ASKED):
         with pytest.raises(ValueError, match=r"^messages must be a list of objects, got"):
             tools.turns(messages)  # pyright: ignore
     for talk in (None, "hi", TALK[0]):
         with pytest.raises(ValueError, match=r"^conversations must be a list of turns, got"):
             data.sft_example(TINY, talk, "", None)  # pyright: ignore
-    for words in (["a"], "a", {"xyz": 0}, {"xyz": "3"}):
+    for words in (["a"], "a", {"xyz": 0}, {"xyz": "3"}, {"xyz": True}):
         with pytest.raises(ValueError, match=r"^(words must be|the frequency of)"):
             expand_vocab.learn_tokens(TINY, words)  # pyright: ignore
     with pytest.raises(ValueError, match=r"^words must be a list"):
         expand_vocab.splittable("whale")
     with pytest.raises(ValueError, match=r"^tokens must be bytes, got str 'a'"):
         expand_vocab.write_tokens("/no/such/folder", ["a"], 1)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^start_id '1': must be a whole number"):
+        expand_vocab.write_tokens("/no/such/folder", [b"a"], "1")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^size '300': must be a whole number"):
+        learning.learn(["a"], "300")  # pyright: ignore
     with pytest.raises(ValueError, match=r"^sources must be a list of paths, got str"):
         records.files("a.txt")
     for path in (None, b"a", 3):

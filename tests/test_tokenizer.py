@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.tokenizer import SPECIAL_TOKENS, TextStream, Tokenizer
-from tests.vocabulary import qwen_tokenizer, qwen_vocab_path, tiny_ranks
+from tests.vocabulary import qwen_tokenizer, qwen_vocab_path, tiny_ranks, write_tiny_vocab
 
 # Figures made by running the original tokenizer on the published vocabulary.
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text("utf-8"))
@@ -154,13 +154,59 @@ def test_long_white_space_is_split_as_by_the_plain_pattern():
                     assert tokenizer.encode(text) == plain.encode_ordinary(text), ascii(text)
 
 
-@pytest.mark.parametrize("ids", [[-1], [151851], [151935], [2**40]])
-def test_ids_that_do_not_exist_are_undecodable_bytes(ids):
+@pytest.mark.parametrize("ids", [[151851], [151935], [152063]])
+def test_ids_that_fill_up_a_model_are_undecodable_bytes(ids):
     tokenizer = qwen_tokenizer()
     assert tokenizer.decode([64, *ids, 65]) == "a\ufffdb"
     assert tokenizer.decode([64, *ids, 65], errors="ignore") == "ab"
     with pytest.raises(ValueError):
         tokenizer.decode([64, *ids, 65], errors="strict")
+
+
+@pytest.mark.parametrize("i", [-1, 10**9, 2**40, 152_576])
+def test_ids_that_no_model_has_are_refused(i):
+    for work in (qwen_tokenizer().decode, TextStream(qwen_tokenizer()).push):
+        with pytest.raises(
+            ValueError, match=rf"^ids: token id {i} is out of range: from 0 to 15257"
+        ):
+            work([64, i])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extra", "message"),
+    [
+        ({b"a": 0}, None, r"^ranks: 1 tokens, but none for 255 of the 256 bytes \(the first: 0x00"),
+        ({}, None, "^ranks: 0 tokens, but none for 256"),
+        (None, None, "^ranks must be ids by token .bytes., got None"),
+        ([b"a"], None, "^ranks must be ids by token"),
+        (tiny_ranks() | {b"xyz": 300}, None, "^ranks must be 0 to 261, each of them once"),
+        (tiny_ranks() | {b"xyz": -1}, None, "^ranks: ids: token id -1 is out of range"),
+        (tiny_ranks() | {b"xyz": "261"}, None, "^ranks: ids must be whole numbers"),
+        (tiny_ranks() | {"xyz": 261}, None, "^ranks: tokens must be bytes, got str 'xyz'"),
+        (tiny_ranks(), {"xyz": 500}, "^extra: tokens must be bytes, got str 'xyz'"),
+        (tiny_ranks(), {b"xyz": 5.0}, "^extra: ids must be whole numbers"),
+        (tiny_ranks(), {b"xyz": 2**40}, "^extra: ids: token id 1099511627776 is out of range"),
+    ],
+)
+def test_vocabularies_that_are_none(ranks, extra, message):
+    """tiktoken would panic over them."""
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(ranks, extra)
+
+
+def test_ids_of_numpy_are_ids():
+    ranks = {token: np.int64(rank) for token, rank in tiny_ranks().items()}
+    tokenizer = Tokenizer(ranks, {b"xy": np.int32(500)})
+    assert tokenizer.encode("xyab") == [500, 256] and type(tokenizer.encode("xy")[0]) is int
+
+
+def test_a_vocabulary_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/no does not exist: give the qwen\.tik"):
+        Tokenizer.from_file(tmp_path / "no")
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is a folder: give the vocabulary in it"):
+        Tokenizer.from_file(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is a folder"):
+        Tokenizer.from_file(write_tiny_vocab(tmp_path / "a"), tmp_path)
 
 
 def test_decode_takes_arrays(tiny):
@@ -181,7 +227,7 @@ broken_ids = st.one_of(
     st.integers(0, 255),  # in the published vocabulary too, the first 256 ids are the bytes
     st.integers(90_000, 151_642),
     st.integers(151_643, 151_852),
-    st.sampled_from([-1, 2**31, 2**40]),
+    st.sampled_from([151_935, 152_063]),
 )
 
 

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qwen_jax import texts, tools
+from qwen_jax import inputs, texts, tools
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tools import Turn
 from train.loss import IGNORED
@@ -23,10 +23,9 @@ _SHARES = ("weight", "train", "trainable", "loss")  # of a turn in the loss, as 
 def text_example(
     tokenizer: Tokenizer, record: Any, field: str = "text", ends: bool = True
 ) -> list[int]:
-    """ids of a document, and of its end if that is in the record: the text, or what has it in
-    `field`.
+    """Encode a document: the ids of its text, and of its end if that is in the record.
 
-    Raises ValueError where there is none.
+    record: the text, or an object that has it in `field`. Raises ValueError where there is none.
     """
     text = text_of(record, field)
     return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
@@ -45,7 +44,7 @@ def text_of(record: Any, field: str) -> str:
 def chat_example(
     tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
 ) -> tuple[list[int], list[int]]:
-    """`sft_example` of a record in either form.
+    """Encode a conversation as `sft_example` does, from a record in either form.
 
     record: {"conversations": [{"from", "value"}]}, the original's, or {"messages": [{"role",
     "content"}]} with `tools` (or `functions`), a list or JSON of one, where there are any
@@ -112,7 +111,7 @@ def sft_example(
     max_len: int | None,
     loss_on: str = "qwen",
 ) -> tuple[list[int], list[int]]:
-    """ids and labels of a conversation in ChatML, cut to `max_len`; labels are not shifted.
+    """Encode a conversation in ChatML: ids and labels, cut to `max_len`; labels are not shifted.
 
     max_len: None for any length. conversations: turns {"from": "user" or "assistant", "value":
     text}; what comes before the first of a user is left out. loss_on: "qwen" is the choice of the
@@ -124,6 +123,7 @@ def sft_example(
     Raises ValueError for another role, a turn without text, a key that says what is not read, or no
     reply to a user.
     """
+    inputs.instance("tokenizer", tokenizer, Tokenizer)
     if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
         got = texts.described(conversations)
         raise ValueError(f"conversations must be a list of turns, got {got}")
@@ -148,8 +148,9 @@ def sft_example(
 def _encoded(
     tokenizer: Tokenizer, system: str, turns: Sequence[Turn], max_len: int | None, loss_on: str
 ) -> tuple[list[int], list[int]]:
-    if loss_on not in LOSS_ON:
-        raise ValueError(f"loss_on {loss_on!r}: allowed are {', '.join(LOSS_ON)}")
+    inputs.choice("loss_on", loss_on, LOSS_ON)
+    if max_len is not None:
+        max_len = inputs.whole("max_len", max_len, 1)
     system = texts.check_whole("system", system)
     if "assistant" not in {turn.role for turn in turns}:
         raise ValueError("the conversation has no reply to a user: there is nothing to learn")

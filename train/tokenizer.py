@@ -1,4 +1,4 @@
-"""`python -m train.tokenizer`: a vocabulary of one's own, learned from text: a qwen.tiktoken.
+"""Learn a vocabulary from text and write it as a qwen.tiktoken: `python -m train.tokenizer`.
 
 Byte-pair encoding (arXiv 1508.07909) by Hugging Face's `tokenizers`, on the pieces into which
 Qwen's tokenizer cuts text: a model of any size needs no vocabulary of 151 643 tokens.
@@ -9,7 +9,7 @@ import base64
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from qwen_jax import command, lock, paths
+from qwen_jax import command, inputs, lock, paths
 from qwen_jax.texts import check_whole, described
 from qwen_jax.tokenizer import PATTERN
 
@@ -22,7 +22,7 @@ _BYTES, _MOST = 256, 10**7
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m train.tokenizer",
-        description=(__doc__ or "").split("\n\n")[0],
+        description="Learn a vocabulary from text and write it as a qwen.tiktoken.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,6 +86,7 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be a list of texts, got {described(texts)}")
+    size = inputs.whole("size", size, _BYTES + 1)
     import unicodedata
 
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
