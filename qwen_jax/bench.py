@@ -17,7 +17,7 @@ from qwen_jax import cache as kv
 from qwen_jax import meshes
 from qwen_jax.language_model import LanguageModel
 
-PROMPT, ROUNDS = 128, 5
+PROMPT, NEW, ROUNDS = 128, 32, 5  # tokens of a prompt, and new ones; rounds
 
 
 def run(model: LanguageModel, new: int, ids: Sequence[int] | None = None) -> dict[str, Any]:

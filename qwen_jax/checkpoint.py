@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import hf_config, lock, paths, store
+from qwen_jax import hf_config, inputs, lock, paths, store
 from qwen_jax.config import Config, read_json
 from qwen_jax.directory import (
     CONFIG,
@@ -136,8 +136,9 @@ def load(
     from qwen_jax import meshes, sharding
     from qwen_jax.weights import Weight, map_leaves
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)} or None")
+    inputs.choice("dtype", dtype, DTYPES, or_none=True)
+    if config is not None:
+        inputs.instance("config", config, Config)
     root = existing(path)
     manifest = verify_whole(root)
     mesh = mesh or meshes.current()
@@ -192,6 +193,10 @@ def save(
     holds anything else: an earlier directory is never touched. Raises `lock.Busy` while another
     program writes there.
     """
+    from qwen_jax.model import Decoder
+
+    inputs.instance("config", config, Config)
+    inputs.instance("decoder", decoder, Decoder)
     root = paths.absolute(path)
     paths.check_name(root)
     settings = _settings(config, like)

@@ -34,8 +34,7 @@ def run(
 ) -> int:
     """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
     _settle_streams()
-    args = parser.parse_args(argv)
-    args.given = _given(parser, argv, vars(args))
+    args = parse(parser, argv)
     show_log(args.debug)
     warnings.formatwarning = _as_line
     try:
@@ -65,17 +64,27 @@ def run(
     return 0
 
 
-class _Absent(list[Any]):
-    """Stands for an argument that a command line does not name. A list: some are appended to."""
+class _Named(argparse.Namespace):
+    """The arguments that a command line names, and no others: argparse adds the default of one that
+    is not there yet, and finds here that all are.
+    """
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):  # what argparse and Python keep for themselves
+            raise AttributeError(name)
 
 
-def _given(
-    parser: argparse.ArgumentParser, argv: list[str] | None, names: Iterable[str]
-) -> tuple[str, ...]:
-    """Those of the arguments that a command line names, whatever their defaults are."""
-    absent = _Absent()
-    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-    return tuple(name for name, value in sorted(vars(found).items()) if value is not absent)
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line, and in `given` the names of those that it names, be they
+    what the default is.
+    """
+    named = vars(parser.parse_args(argv, _Named()))
+    actions = [x for x in parser._actions if argparse.SUPPRESS not in (x.dest, x.default)]
+    defaults = {
+        x.dest: parser._get_value(x, x.default) if isinstance(x.default, str) else x.default
+        for x in actions
+    }
+    return argparse.Namespace(**{**defaults, **named}, given=tuple(sorted(named)))
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
@@ -125,20 +134,24 @@ def say(line: str) -> None:
 
 
 def _hush() -> None:
-    """What is under way elsewhere when a command fails, such as a checkpoint that is written by
-    threads, fails with it: of that no traceback.
+    """Show no traceback of what else is under way when a command fails, such as a checkpoint that
+    threads write: it fails with the command.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = threading.excepthook = _say_nothing
 
 
 def _say_nothing(_: Any) -> None:
-    """Not a lambda: a thread may be about to call a hook that is replaced, which must not go."""
+    """Do nothing. Not a lambda: a thread may be about to call a hook that is replaced, which must
+    not go.
+    """
 
 
 def show_log(debug: bool = False) -> None:
-    """What the library logs goes the way of `say`; what Orbax and gcsfs log, for debugging alone:
-    warnings of what is meant, and errors which they also raise.
+    """Say what the library logs as `say` does.
+
+    What Orbax and gcsfs log is shown for debugging alone: warnings of what is meant, and errors
+    that they also raise.
     """
     handler = logging.Handler()
     handler.emit = lambda record: say(record.getMessage())
@@ -151,10 +164,12 @@ def show_log(debug: bool = False) -> None:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add the option that shows tracebacks."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of several processes, for `join`."""
     group = parser.add_argument_group("several processes, on one host or many (docs/hosts.md)")
     add = group.add_argument
     add(
@@ -210,7 +225,8 @@ def join(args: argparse.Namespace) -> None:
 
 
 def _keep_stdout(shown: bool) -> None:
-    """stdout for what Python prints, if it is to be shown; native code says there how sockets fare.
+    """Keep stdout for what Python prints, if it is to be shown: native code says there how sockets
+    fare.
 
     NVIDIA's NCCL, when asked to, speaks there too: that goes to stderr.
     """
@@ -264,12 +280,22 @@ def mesh_sizes(option: str | None) -> dict[str, int]:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes, for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
+def overrides(items: Iterable[str]) -> dict[str, Any]:
+    """The values of every `--set KEY=VALUE`, by key. UsageError for a key that is given twice."""
+    found: dict[str, Any] = {}
+    for key, value in map(key_value, items):
+        if key in found:
+            raise UsageError(f"--set {key} is given twice: give it once")
+        found[key] = value
+    return found
+
+
 def key_value(text: str) -> tuple[str, Any]:
-    """`use_dynamic_ntk=true` -> ("use_dynamic_ntk", True); the value is JSON."""
+    """Read KEY=VALUE, the value in JSON: `use_dynamic_ntk=true` is ("use_dynamic_ntk", True)."""
     key, equals, value = text.partition("=")
     try:
         if not (key and equals):
@@ -281,6 +307,7 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `use_compilation_cache` takes."""
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
@@ -301,7 +328,7 @@ def use_compilation_cache(place: str | None = None) -> None:
 
     if place is None and jax.config.values["jax_compilation_cache_dir"]:
         return
-    folder = paths.own_cache() / "jax" if place is None else paths.absolute(place)
+    folder = paths.own_cache("jax") if place is None else paths.absolute(place)
     if place is not None:
         paths.make_folder(folder)  # jax would say with each program that it is not there
     jax.config.update("jax_compilation_cache_dir", str(folder))

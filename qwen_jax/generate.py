@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from qwen_jax import command, texts
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from qwen_jax.description import Description
     from qwen_jax.language_model import LanguageModel
 
 _EXAMPLES = """examples:
@@ -154,47 +155,54 @@ def prompt_text(args: argparse.Namespace) -> str | None:
     return text
 
 
-def prompt_ids(args: argparse.Namespace, text: str, model: "LanguageModel") -> list[int]:
+def describe(args: argparse.Namespace) -> "Description":
+    """What the directory says beside its weights, with what the command line changes of it."""
+    from qwen_jax import description
+
+    about = description.read(args.ckpt, command.overrides(args.set), args.max_length)
+    if not about.config.dynamic_ntk:
+        how = "is of dynamic NTK, which this model has not: add --set use_dynamic_ntk=true"
+        command.refuse(args, ("ntk",), how)
+    return about
+
+
+def prompt_ids(args: argparse.Namespace, text: str, about: "Description") -> list[int]:
+    """The ids of the prompt: the text itself, or with --chat in the chat format."""
     from qwen_jax import chat
     from qwen_jax.chat import DEFAULT_SYSTEM
 
     if args.chat is None:
-        return model.need_tokenizer().encode(text)
+        return about.need_tokenizer().encode(text)
     system = DEFAULT_SYSTEM if args.system is None else args.system
-    return chat.make_context(model.need_tokenizer(), text, (), system)[1]
+    return chat.make_context(about.need_tokenizer(), text, (), system)[1]
 
 
-def load(args: argparse.Namespace) -> "LanguageModel":
+def load(
+    args: argparse.Namespace, about: "Description", sizes: Mapping[str, int]
+) -> "LanguageModel":
     """The model as the command line asks for it, on the mesh it asks for."""
     import jax
 
-    import qwen_jax
-    from qwen_jax import checkpoint
+    from qwen_jax import language_model
 
     command.use_compilation_cache(args.compilation_cache)
-    overrides = dict(command.key_value(item) for item in args.set)
-    with jax.set_mesh(mesh(args)):
-        if not checkpoint.load_config(args.ckpt).with_overrides(overrides).dynamic_ntk:
-            how = "is of dynamic NTK, which this model has not: add --set use_dynamic_ntk=true"
-            command.refuse(args, ("ntk",), how)
-        return qwen_jax.load(
-            args.ckpt,
-            dtype=args.dtype,
-            overrides=overrides,
-            attention=args.attention,
-            cache_dtype=args.cache_dtype,
-            max_length=args.max_length,
+    started = time.perf_counter()
+    with jax.set_mesh(mesh(args, about, sizes)):
+        model = language_model.with_weights(
+            args.ckpt, about, args.dtype, args.attention, args.cache_dtype
         )
+    seconds = time.perf_counter() - started
+    command.say(f"loaded {model.config.num_params():,} weights in {seconds:.1f} s")
+    return model
 
 
-def mesh(args: argparse.Namespace) -> "Mesh":
-    """The mesh asked for, in which every process must have a device."""
+def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int]) -> "Mesh":
+    """The mesh asked for, in which every process must have a device. sizes: those of --mesh."""
     import jax
 
-    from qwen_jax import checkpoint, meshes, processes
+    from qwen_jax import meshes, processes
 
-    sizes = command.mesh_sizes(args.mesh)
-    lengths = {**checkpoint.load_config(args.ckpt).sizes, "B": 1}
+    lengths = {**about.config.sizes, "B": 1}
     meshes.check(lengths, sizes)
     command.virtual_cpu_devices(sizes)
     if args.mesh is None:
@@ -214,27 +222,30 @@ def work(args: argparse.Namespace) -> None:
     command.join(args)
     _refuse_idle(args)
     text = prompt_text(args)
-    sampler(args, None)  # settings that cannot be are found before the weights are loaded
-    started = time.perf_counter()
-    model = load(args)
-    loaded = time.perf_counter()
-    command.say(f"loaded {model.config.num_params():,} weights in {loaded - started:.1f} s")
-    ids = None if text is None else prompt_ids(args, text, model)
-    if args.bench or ids is None:
-        from qwen_jax import bench
+    sampler(args, None)
+    # All that cannot be is found before the weights are read.
+    sizes = command.mesh_sizes(args.mesh)
+    from qwen_jax import bench, language_model
 
-        result = bench.run(model, args.max_new_tokens or 32, ids)
+    language_model.check_names(args.dtype, args.attention, args.cache_dtype)
+    about = describe(args)
+    ids = None if text is None else prompt_ids(args, text, about)
+    asked = args.max_new_tokens or (bench.NEW if args.bench else None)
+    new = about.room(bench.PROMPT if ids is None else len(ids), asked)
+    choose = sampler(args, about.generation_config.sampler)
+    model = load(args, about, sizes)
+    loaded = time.perf_counter()
+    if args.bench or ids is None:
+        result = bench.run(model, new, ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
     if args.chat is not None and model.is_base:
-        from qwen_jax.language_model import BASE_NOTE
-
-        command.say(f"note: {BASE_NOTE}")
+        command.say(f"note: {language_model.BASE_NOTE}")
     stops = model.generation_config.stops if args.chat is None else model.chat_stops()
     parts = model.stream(
         np.array([ids]),
-        max_new_tokens=model.room(len(ids), args.max_new_tokens),
-        sampler=sampler(args, model.generation_config.sampler),
+        max_new_tokens=new,
+        sampler=choose,
         stop=stops,
         seed=args.seed,
         ntk=args.ntk,

@@ -133,7 +133,7 @@ def _mask(given: Any) -> np.ndarray:
 
 
 def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
-    """float64 [rows]: one NTK alpha for all rows, or one for each."""
+    """The NTK alpha of each row, float64 [rows], from one for all or one for each."""
     try:
         found = np.asarray(ntk_alpha)
         if found.dtype.kind in "bcSUOMm" or found.shape not in ((), (rows,)):
@@ -173,15 +173,3 @@ def seeds(seed: Any, batch: int) -> np.ndarray:
         raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")
     wrapped = [whole("seed", one) % 2**32 for one in given]
     return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))
-
-
-def alphas(alpha: Any, batch: int) -> np.ndarray:
-    """The NTK alpha of all rows or of each, float64 [] or [batch]."""
-    try:
-        found = np.asarray(alpha)
-    except ValueError:  # rows of different lengths
-        found = np.asarray(None)
-    if found.dtype.kind not in "iuf" or found.shape not in ((), (batch,)):
-        shown = texts.shown(alpha)
-        raise ValueError(f"ntk_alpha {shown}: must be a number, or one for each of {batch} rows")
-    return found.astype(np.float64)

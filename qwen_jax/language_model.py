@@ -19,14 +19,23 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention as attention_registry
 from qwen_jax import cache as kv
-from qwen_jax import chat, checkpoint, decode, inputs, meshes, prove, rope, sampling, sharding
+from qwen_jax import (
+    chat,
+    checkpoint,
+    decode,
+    description,
+    inputs,
+    meshes,
+    prove,
+    rope,
+    sampling,
+    sharding,
+)
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.config import Config
-from qwen_jax.generation_config import GenerationConfig
+from qwen_jax.description import BASE_NOTE, Description
 from qwen_jax.model import Decoder
-from qwen_jax.tokenizer import TextStream, Tokenizer
-
-BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not stop or make sense"
+from qwen_jax.tokenizer import TextStream
 
 
 def load(
@@ -51,34 +60,41 @@ def load(
     Raises ValueError for a directory that is not whole, or an argument that is not allowed;
     NotImplementedError where that attention cannot do this model on this device.
     """
-    if dtype is not None and dtype not in checkpoint.DTYPES:
-        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(checkpoint.DTYPES)} or None")
-    if cache_dtype is not None and cache_dtype not in kv.DTYPES:
-        raise ValueError(f"cache_dtype {cache_dtype!r}: allowed are {', '.join(kv.DTYPES)} or None")
-    if max_length is not None and (not isinstance(max_length, int | np.integer) or max_length < 2):
-        raise ValueError(f"max_length {max_length!r}: must be a whole number of at least 2")
-    attention_registry.get(attention)  # a name that is not known, before anything is read
-    generation_config = checkpoint.load_generation_config(path)
-    tokenizer = checkpoint.load_tokenizer(path)
-    config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)
-    longest = max(config.max_position_embeddings, config.seq_length)
-    mesh = meshes.current()
+    check_names(dtype, attention, cache_dtype)
+    about = description.read(path, overrides, max_length)
+    return with_weights(path, about, dtype, attention, cache_dtype)
+
+
+def check_names(dtype: str | None, attention: str, cache_dtype: str | None) -> None:
+    """Raise ValueError for one of these arguments of `load` that is not known, before anything is
+    read.
+    """
+    inputs.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
+    inputs.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
+    attention_registry.get(attention)
+
+
+def with_weights(
+    path: str | Path,
+    about: Description,
+    dtype: str | None = None,
+    attention: str = "auto",
+    cache_dtype: str | None = None,
+) -> "LanguageModel":
+    """Read the weights of a directory that has been described; arguments as in `load`, checked.
+
+    A mesh or attention that cannot run this model is refused before they are read.
+    """
+    mesh, config = meshes.current(), about.config
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
         raise ValueError("a context axis is for training: decode with tp and fsdp")
     meshes.check(config.sizes, mesh)
     dtype = dtype or default_dtype()
-    length = longest if max_length is None else int(max_length)
-    attend = attention_for(attention, config, dtype, length, cache_dtype, mesh)
+    attend = attention_for(attention, config, dtype, about.max_length, cache_dtype, mesh)
     decoder = checkpoint.load(path, config, dtype, mesh)
+    fields = {name: getattr(about, name) for name in Description.__dataclass_fields__}
     return LanguageModel(
-        config=config,
-        tokenizer=tokenizer,
-        generation_config=generation_config,
-        max_length=length,
-        decoder=decoder,
-        mesh=mesh,
-        attend=attend,
-        cache_dtype=cache_dtype,
+        **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype
     )
 
 
@@ -121,20 +137,16 @@ def default_dtype() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """See `load`."""
+class LanguageModel(Description):
+    """A model that runs: what its directory says, and its weights on a mesh. `load` makes one."""
 
-    config: Config
-    tokenizer: Tokenizer | None
-    generation_config: GenerationConfig
-    max_length: int
     decoder: Decoder
     mesh: Mesh
     attend: Any
     cache_dtype: str | None
 
     def logits(self, tokens: Any, mask: Any = None, ntk_alpha: Any = None) -> jax.Array:
-        """float32 [B, T, V]: one full pass over int [B, T].
+        """Compute the logits of every token, float32 [B, T, V], in one pass over int [B, T].
 
         mask int [B, T]: 1 = real; rows are left-padded, and logits at padding mean nothing.
         ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
@@ -166,7 +178,7 @@ class LanguageModel:
         ntk: str = "prompt",
         ntk_alpha: Any = None,
     ) -> np.ndarray:
-        """int32 [B, max_new_tokens] after prompts int [B, T]; after a row's stop, the pad id.
+        """Generate int32 [B, max_new_tokens] after prompts int [B, T]; after a row's stop, pad ids.
 
         mask: as in `logits`. sampler: None = `Greedy()`. stop: ids, or sequences of ids, that end a
         row; the stop itself is returned. seed: one for all rows, or one for each; a row's draws
@@ -179,7 +191,7 @@ class LanguageModel:
             self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
         )
         made = np.concatenate(parts, axis=1)
-        missing = max_new_tokens - made.shape[1]
+        missing = int(max_new_tokens) - made.shape[1]
         return np.pad(made, ((0, 0), (0, missing)), constant_values=self.pad_id)
 
     def stream(
@@ -194,27 +206,18 @@ class LanguageModel:
         ntk_alpha: Any = None,
         at_once: int | None = None,
     ) -> Iterator[np.ndarray]:
-        """`generate` while it runs: int32 [B, n], the first token alone, then `at_once` a time.
+        """Yield what `generate` makes as it is made: int32 [B, n], the first token alone, then
+        `at_once` a time.
 
         Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
         """
         tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens!r}: a whole number of at least 1")
-        max_new_tokens = int(max_new_tokens)
-        if at_once is not None and (not isinstance(at_once, int | np.integer) or at_once < 1):
-            raise ValueError(f"at_once {at_once!r}: a whole number of at least 1")
-        longest = int(lengths.max())
-        if longest + max_new_tokens > self.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a cache of "
-                f"max_length {self.max_length}: load with a larger max_length or ask for fewer"
-            )
-        if ntk not in ("prompt", "total"):
-            raise ValueError(f"ntk {ntk!r}: allowed are prompt, total")
+        max_new_tokens = inputs.whole("max_new_tokens", max_new_tokens, 1)
+        at_once = None if at_once is None else inputs.whole("at_once", at_once, 1)
+        self.room(int(lengths.max()), max_new_tokens)
+        inputs.choice("ntk", ntk, ("prompt", "total"))
         sampler = sampling.Greedy() if sampler is None else sampler
-        if not isinstance(sampler, sampling.Greedy | sampling.Nucleus):
-            raise ValueError(f"sampler {sampler!r}: must be a Greedy or a Nucleus")
+        inputs.instance("sampler", sampler, (sampling.Greedy, sampling.Nucleus))
         sampler.check()
         # As float32 all of them, so that 1 and 1.0 are one program.
         sampler = jax.tree.map(lambda x: jnp.float32(float(x)), sampler)
@@ -222,7 +225,7 @@ class LanguageModel:
         frequencies = self._frequencies(counted, ntk_alpha)
         seeds = inputs.seeds(seed, len(tokens))
         rules = decode.make_rules(
-            self._allowed(), inputs.stops(stop, self.config.vocab_size), self.pad_id
+            self.known_ids(), inputs.stops(stop, self.config.vocab_size), self.pad_id
         )
         return self._run(
             tokens, lengths, frequencies, seeds, rules, sampler, max_new_tokens, at_once
@@ -277,11 +280,12 @@ class LanguageModel:
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> tuple[str, list[Any]]:
-        """(reply, history with this turn). None = what the checkpoint's generation_config says.
+        """Answer a query: the reply, and the history with this turn.
 
-        history: pairs (query, reply), or messages {"role": ..., "content": ...}, whose system
-        message takes the place of `system`; it comes back in the same form. stop: ids or sequences
-        of ids that end the reply. Raises ValueError that names an argument which is no text.
+        What is None is as the checkpoint's generation_config says. history: pairs (query, reply),
+        or messages {"role": ..., "content": ...}, whose system message takes the place of `system`;
+        it comes back in the same form. stop: ids or sequences of ids that end the reply. Raises
+        ValueError that names an argument which is no text.
         """
         ids = self._reply(
             query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
@@ -301,7 +305,7 @@ class LanguageModel:
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> Iterator[str]:
-        """The reply so far, again and again as it grows; a character is shown when it is whole.
+        """Yield the reply so far, again and again as it grows; a character comes when it is whole.
 
         Arguments as in `chat`; they are checked at the call.
         """
@@ -346,52 +350,6 @@ class LanguageModel:
             seed=seed,
         )
         return chat.until_stop((part[0] for part in parts), stops)
-
-    @property
-    def is_base(self) -> bool:
-        """Whether the checkpoint says of itself that it was not trained for chat."""
-        return self.generation_config.chat_format != "chatml"
-
-    @property
-    def pad_id(self) -> int:
-        """What follows the end of a row."""
-        if self.generation_config.pad_id is not None:
-            return self.generation_config.pad_id
-        return self.tokenizer.eod_id if self.tokenizer else 0
-
-    def chat_stops(self) -> tuple[tuple[int, ...], ...]:
-        """What ends a reply: generation_config's stops, and the ids that end a turn."""
-        tokenizer = self.need_tokenizer()
-        turn = (*chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,))
-        return tuple(dict.fromkeys((*self.generation_config.stops, *turn)))
-
-    def room(self, prompt: int, asked: int | None = None) -> int:
-        """How many tokens to make after a prompt of that many: `asked`, or generation_config's
-        max_new_tokens as far as the cache has room. ValueError where it has not.
-        """
-        left = self.max_length - prompt
-        new = min(self.generation_config.max_new_tokens, max(left, 1)) if asked is None else asked
-        if not isinstance(new, int | np.integer) or new < 1:
-            raise ValueError(f"max_new_tokens {new!r}: a whole number of at least 1")
-        if new > left:
-            raise ValueError(
-                f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "
-                f"max_length {self.max_length}: raise max_length (--max-length) or ask for fewer"
-            )
-        return int(new)
-
-    def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ValueError for a directory without one."""
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model directory has no qwen.tiktoken: text cannot be encoded; copy the "
-                "checkpoint's vocabulary there"
-            )
-        return self.tokenizer
-
-    def _allowed(self) -> np.ndarray:
-        size = self.config.vocab_size
-        return np.ones(size, bool) if self.tokenizer is None else self.tokenizer.known_ids(size)
 
     def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
         """float32 [B, H/2] for rows of these lengths, or for the alpha given."""

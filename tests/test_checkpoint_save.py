@@ -313,3 +313,14 @@ def test_two_processes_save_and_restore_together(tmp_path):
     # An error of one is an error of both: none waits for the other.
     assert "is a whole model directory already" in told[0].splitlines()[-1]
     assert "1: process 0 could not write" in told[1].splitlines()[-1]
+
+
+def test_a_config_or_decoder_that_is_none(tmp_path):
+    for config in (None, "qwen-7b", CONFIG.to_hf()):
+        with pytest.raises(ValueError, match=r"^config .*: must be a Config$"):
+            checkpoint.save(tmp_path / "a", config, None)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^decoder \{\}: must be a Decoder$"):
+        checkpoint.save(tmp_path / "a", CONFIG, {})  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^config 3: must be a Config$"):
+        checkpoint.load(tmp_path, 3)  # pyright: ignore
+    assert not (tmp_path / "a").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qwen_jax
-from qwen_jax import generate
+from qwen_jax import checkpoint, generate
 from tests.programs.stopped import stopping
 
 
@@ -174,6 +174,32 @@ def test_bad_input(
     assert message in err and "Traceback" not in err
     if code == 1:
         assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--max-new-tokens", "100000"], 1, "tokens and 100000 new ones do not fit a cache of"),
+        (["--max-length", "2"], 1, "do not fit a cache of max_length 2"),
+        (["--bench", "--max-new-tokens", "100000"], 1, "100000 new ones do not fit"),
+        (["--attention", "nope"], 1, "attention 'nope' is not known: choose one of auto"),
+        (["--top-k", "-1"], 2, "top_k -1"),
+        (["--set", "seq_length=64", "--set", "seq_length=128"], 2, "--set seq_length is given twi"),
+        (["--set", "a=1", "--set", "a=1"], 2, "--set a is given twice: give it once"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_weights_are_read(
+    chat_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("the weights are read"))
+    result, _, err = run(capsys, "--ckpt", str(chat_dir), "--prompt", "Hello there", *argv)
+    (line,) = err.splitlines()
+    assert result == code and message in line
 
 
 def test_real_process(chat_dir: Path) -> None:

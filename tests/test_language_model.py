@@ -46,6 +46,10 @@ def test_import_is_cheap() -> None:
         ({"max_length": 1}, "max_length"),
         ({"max_length": "256"}, "max_length '256': must be a whole number"),
         ({"max_length": 256.5}, "max_length 256.5"),
+        ({"max_length": True}, "max_length True: must be a whole number of at least 2"),
+        ({"dtype": 32}, "dtype 32: allowed are .*float32.* or None"),
+        ({"dtype": ["float32"]}, "dtype .*: allowed are"),
+        ({"cache_dtype": {}}, "cache_dtype {}: allowed are int8"),
         ({"attention": ["xla"]}, "attention .* is not known"),
         ({"overrides": "a=1"}, "config overrides must be values by their names"),
         ({"overrides": {1: 2}}, "config overrides must be values by their names"),
@@ -212,6 +216,12 @@ def test_ntk_from_the_total(golden_dir: Path) -> None:
         ([[1, 2]], {"ntk_alpha": True}, "ntk_alpha must be a number"),
         ([[1, 2]], {"ntk_alpha": [[1], [1, 2]]}, "ntk_alpha must be a number"),
         ([[1, 2]], {"ntk_alpha": 10**400}, "ntk_alpha must be a number"),
+        ([[1, 2]], {"ntk_alpha": float("nan")}, "ntk_alpha .*nan"),
+        ([[1, 2]], {"max_new_tokens": True}, "max_new_tokens True: must be a whole number of at"),
+        ([[1, 2]], {"max_new_tokens": "5"}, "max_new_tokens '5': must be a whole number of at"),
+        ([[1, 2]], {"max_new_tokens": None}, "max_new_tokens None"),
+        ([[1, 2]], {"ntk": ["prompt"]}, "ntk .*: allowed are prompt, total"),
+        ([[1, 2]], {"stop": {5: 1}}, "stop {5: 1}"),
         ([[1, 2], [1, 2, 3]], {}, "pad on the left"),
         ([[1, 2]], {"max_new_tokens": 2.0}, "max_new_tokens"),
         ([[1, 2]], {"stop": 5}, "stop"),
@@ -223,6 +233,9 @@ def test_ntk_from_the_total(golden_dir: Path) -> None:
         ([[1, 2]], {"seed": True}, "seed True"),
         ([[1, 2]], {"seed": [False]}, "seed False"),
         ([[1, 2]], {"seed": "7"}, "seed '7'"),
+        ([[1, 2]], {"seed": b"1"}, "seed b'1': must be a whole number"),
+        ([[1, 2]], {"seed": {1}}, r"seed \{1\}: must be a whole number"),
+        ([[1, 2]], {"seed": {1: 2}}, r"seed \{1: 2\}: must be a whole number"),
         ([[1, 2]], {"seed": np.ones((1, 2), int)}, "seed"),
         ([[1, 2]], {"seed": np.array(1.0)}, r"seed 1\.0"),
         ([[1, 2]], {"sampler": Nucleus}, "sampler"),
@@ -280,6 +293,24 @@ def test_chat_stops_before_a_stop(chat_model: qwen_jax.LanguageModel) -> None:
     reply, _ = chat_model.chat("hello", None, "", stop=[stop], **settings)
     *_, streamed = chat_model.chat_stream("hello", system="", stop=[stop], **settings)
     assert streamed == expected and reply == expected.strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": True}, "^max_new_tokens True: must be a whole number of at least 1"),
+        ({"max_new_tokens": 2.0}, "^max_new_tokens 2.0: must be a whole number"),
+        ({"seed": b"1"}, "^seed b'1': must be a whole number"),
+        ({"max_window_size": float("nan")}, "^max_window_size nan: must be a number"),
+        ({"sampler": "greedy"}, "^sampler 'greedy': must be a Greedy or a Nucleus"),
+    ],
+)
+def test_chat_refuses(chat_model: qwen_jax.LanguageModel, settings: dict, message: str) -> None:
+    for work in (chat_model.chat, chat_model.chat_stream):
+        with pytest.raises(ValueError, match=message):
+            work("hello", **settings)
+    with pytest.raises(ValueError, match=r"^at_once 1\.5: must be a whole number"):
+        chat_model.stream([[1, 2]], at_once=1.5)  # pyright: ignore
 
 
 def test_chat_takes_zeros_seriously(chat_model: qwen_jax.LanguageModel) -> None:
