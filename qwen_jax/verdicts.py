@@ -26,7 +26,7 @@ _SHOWN = 60  # characters of an error in the table
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a verdict is about: it holds for nothing else.
+    """What a kernel was proved for: a verdict holds for equal values of all of these alone.
 
     device: jax's `device_kind`. task: "forward", "backward" or "decode". dtype: of the queries;
     cache: "int8" or "int8_asymmetric", None for keys of that dtype. length: tokens, rounded up to a
@@ -112,7 +112,8 @@ def from_json(text: str | bytes) -> Verdict:
 
 
 def folder() -> Path:
-    return paths.own_cache() / "attention"
+    """Where verdicts are kept."""
+    return paths.own_cache("attention")
 
 
 def find(key: Key) -> Verdict | None:
@@ -125,11 +126,9 @@ def find(key: Key) -> Verdict | None:
 
 
 def keep(verdict: Verdict) -> None:
-    """Write a verdict; nothing where the folder cannot be written to: it is found out again."""
-    file = verdict.key.file()
+    """Write a verdict; nothing where it cannot be written: it is found out again."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        paths.write(file, verdict.to_json().encode())
+        paths.write(verdict.key.file(), verdict.to_json().encode())
 
 
 def kept() -> list[Verdict]:
@@ -163,7 +162,6 @@ def begun(key: Key) -> Iterator[bool]:
         yield False
         return
     with contextlib.suppress(OSError):
-        folder().mkdir(parents=True, exist_ok=True)
         if own in notes:  # of an earlier program with this number
             own.rename(own.with_name(f"{prefix}0.begun"))
         own.touch()

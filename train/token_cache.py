@@ -36,8 +36,11 @@ Encode = Callable[[records.Record], tuple[Sequence[int], Sequence[int] | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How records become examples. encode: a record -> ids and labels, or None where all ids are
-    learned; ValueError says what is wrong with it. name: says which encoding that is.
+    """How records become examples.
+
+    encode: takes a record and returns its ids and labels, or None in place of labels where all ids
+    are learned; raises ValueError that says what is wrong with it. name: values that tell this
+    encoding from others, for the name of the cache.
 
     longest: most ids of an example, None for any; what has more is cut, or with `drop` left out.
     strict: stop at the first bad record, which otherwise is left out.
@@ -53,7 +56,7 @@ class Encoding:
 def make(
     files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding, home: Path | None = None
 ) -> TokenCache:
-    """The cache of these files, made now by this process unless it is there already, and whole.
+    """Open the cache of these files, made now by this process unless it is there, and whole.
 
     home: the folder of all caches. Processes of one host wait for the one that makes it; hosts that
     share it may each make it, and use that of the first to end. Raises ValueError where the files
@@ -67,7 +70,7 @@ def make(
 
 
 def opened(folder: Path, encoding: Encoding) -> TokenCache:
-    """A cache that is whole, with a word on what became of the records. Raises ValueError for a bad
+    """Open a cache that is whole, and say what became of the records. Raises ValueError for a bad
     record when strict.
     """
     cache = TokenCache(folder)
@@ -116,7 +119,7 @@ def publish(draft: Path, folder: Path) -> None:
 
 def default_home() -> Path:
     """Where caches are kept unless somebody names another place."""
-    return paths.own_cache() / "tokens"
+    return paths.own_cache("tokens")
 
 
 def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding) -> str:
@@ -197,7 +200,9 @@ def encode(
 
 
 def progress(parts: Sequence[records.Part], what: str = "encode") -> tqdm:
-    """A line with what has been read, how fast, and how long it still takes; of process 0."""
+    """A progress bar of what has been read, how fast, and how long it still takes; process 0 alone
+    shows it.
+    """
     return tqdm(
         desc=what,
         total=sum(part.size for part in parts),
