@@ -49,8 +49,10 @@ PARTS = (1, 2, 3, 4)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A command of a part. {out} in an argument is the folder of results, {work} one that is thrown
-    away; table: the file in {work} whose text goes into device.md. seconds: its time limit.
+    """A measurement: a command that is run in a process of its own, within a limit of `seconds`.
+
+    part: the part that it belongs to. {out} in an argument is the folder of results, {work} one
+    that is thrown away. table: the file in {work} whose text goes into device.md.
     """
 
     name: str
@@ -145,7 +147,9 @@ def device_kind(environment: dict[str, str]) -> dict[str, str]:
 
 
 def environment(rehearse: bool, site: Path) -> dict[str, str]:
-    """Of the commands: this checkout first, then the wheels, then what is installed."""
+    """The environment of the commands: they find this checkout first, then the wheels, then what is
+    installed.
+    """
     result = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
@@ -169,8 +173,16 @@ def install_wheels(site: Path) -> None:
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """What a ledger holds; nothing where there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    """Read the records of a ledger; none where there is no file. ValueError names a broken one."""
+    if not file.exists():
+        return []
+    try:
+        found = json.loads(file.read_bytes())
+        if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+            raise ValueError("it is no list of objects")
+        return found
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}; remove it, or repair it") from None
 
 
 def done_before(task: Task, here: dict[str, str], ledgers: Iterable[dict[str, Any]]) -> Any:
@@ -219,7 +231,7 @@ def run(task: Task, out: Path, work: Path, given: dict[str, str]) -> dict[str, A
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    """All records as one page."""
+    """Write all records as one page of Markdown."""
     parts = []
     for record in found:
         title = f"## Part {record['part']}: {record['task']}"
@@ -232,7 +244,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def write(out: Path, found: list[dict[str, Any]]) -> None:
-    """Both files anew, after every task, so that a run that is cut off keeps what it has."""
+    """Write both files anew, after every task, so that a run that is cut off keeps what it has."""
     for name, text in (
         ("device.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
         ("device.md", markdown(found)),

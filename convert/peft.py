@@ -35,8 +35,8 @@ _EMBEDDING, _HEAD = WHOLE
 
 
 def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
-    """Adapters as PEFT writes them; every process calls this, one writes. settings: what else is
-    to be said, such as base_model_name_or_path.
+    """Write adapters as PEFT does; every process calls this, one writes. settings: other fields of
+    adapter_config.json, such as base_model_name_or_path.
     """
     shape = _shape(adapters)
     fetched = {name: sharding.fetch(leaf[...]) for name, leaf in named_leaves(adapters).items()}
@@ -77,7 +77,7 @@ def _shape(adapters: Adapters) -> Shape:
 
 
 def read(folder: Path, decoder: Decoder) -> Adapters:
-    """Adapters in PEFT's format for a stacked decoder, float32 on the mesh in force.
+    """Read adapters in PEFT's format for a stacked decoder, float32 on the mesh in force.
 
     Raises ValueError where they are for another model, or not supported.
     """
@@ -119,8 +119,10 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 def changes(
     folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
-    """What merging makes of the leaves of a model directory, by path: (number of the first row,
-    rows [n, in]) -> rows, float32. Leaves that stay are not there. shapes: of all leaves.
+    """The functions that merge an adapter into the leaves of a model directory, by the leaf's path.
+
+    Each takes the number of its first row and rows [n, in] of the leaf, and returns the merged
+    rows, float32. A leaf that merging does not change has none. shapes: the shapes of all leaves.
 
     Raises ValueError as `read` does.
     """
@@ -159,8 +161,8 @@ def changes(
 
 
 def _tensors(shape: Shape, layers: int) -> dict[str, tuple[str, int, str]]:
-    """Each tensor of an adapter: ("a", layer, module), ("b", layer, module), or ("whole", 0,
-    module).
+    """What each tensor of an adapter is, by its name: ("a", layer, module), ("b", layer, module),
+    or ("whole", 0, module).
     """
     found = {}
     for layer in range(layers):

@@ -42,8 +42,11 @@ DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export whose input has been found right. shards: file -> its tensors, in order. changes:
-    what an adapter makes of leaves; settings: its generation_config.json, if it has one.
+    """What an export will write, once its input has been checked.
+
+    wanted: the tensors by name; leaves: the stored leaves that they come from, by path. shards: the
+    names of the tensors in each file, in order. facts: the source's manifest. changes: what merges
+    an adapter into leaves (`peft.changes`). settings: the adapter's generation_config.json, if any.
     """
 
     source: Path

@@ -212,7 +212,7 @@ def attend(
             o = decode(q, k, v, *held, start, index, own.window, scale)
         else:
             found = implementation(q, k, v, own, scale, return_lse=True)
-            found = _with_earlier(found, implementation, q, layer, past, scale, index)
+            found = _merge_cached(found, implementation, q, layer, past, scale, index)
             o = found[0].astype(q.dtype)
         # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
         # the leaf. XLA otherwise keeps one for every layer and step.
@@ -222,7 +222,7 @@ def attend(
     return local(q, k, v, own, past, scale, layer, index)
 
 
-def _with_earlier(
+def _merge_cached(
     found: tuple[jax.Array, jax.Array],
     implementation: Callable[..., Any],
     q: jax.Array,
@@ -231,7 +231,8 @@ def _with_earlier(
     scale: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """`found`, o in float32 and log-sum-exp, with attention to a layer's keys of earlier passes.
+    """Merge attention to a layer's keys of earlier passes into `found`: o in float32 and the
+    log-sum-exp of its scores.
 
     Many queries go through a long cache in pieces, as far as it is written, and fold the results:
     scores, and what an implementation copies or dequantises, do not grow with the cache. The loop

@@ -29,7 +29,7 @@ from qwen_jax.weights import (
 
 @struct.dataclass
 class Adapters:
-    """The adapters of every layer, stacked.
+    """The trained parameters of LoRA, the adapters of all layers stacked.
 
     groups: the leaves that share an `a`, by the group's name. a: by group, [L, R, in]; b: by leaf,
     [L, out, R]; both are float32 while they are trained. embedding, head: trained whole, in place
@@ -46,8 +46,10 @@ class Adapters:
 
 @struct.dataclass
 class Lora(Leaf):
-    """A leaf with an adapter: multiplies as base + scale b a does. key uint32 [2]: of the dropout
-    of what goes into `a`; None for none.
+    """A weight with an adapter on it, which multiplies as `base + scale * b a` would.
+
+    base: the weight below, of any kind. key: uint32 [2], which draws the dropout of what goes into
+    `a`; None for no dropout.
     """
 
     base: Any
@@ -89,7 +91,7 @@ def create(
     key: jax.Array,
     embeddings: bool = False,
 ) -> Adapters:
-    """Fresh adapters for a stacked decoder: b is 0, so they change nothing yet; a is drawn from
+    """Make adapters for a stacked decoder that change nothing yet: b is 0; a is drawn from
     U(-1/sqrt(in), 1/sqrt(in)), as PEFT's.
 
     groups: leaves of a block by path, "attn.q" for instance, that share an `a`. embeddings: train
@@ -118,7 +120,7 @@ def create(
 def attach(
     decoder: Decoder, adapters: Adapters, key: jax.Array | None = None, dropout: float = 0.0
 ) -> Decoder:
-    """The stacked decoder with adapters on its leaves. key: of dropout, None for none."""
+    """Put adapters on the leaves of a stacked decoder. key: draws the dropout; None for none."""
     layers = decoder.config.num_layers
     group_of = {leaf: name for name, members in adapters.groups for leaf in members}
     keys = {}
@@ -144,7 +146,7 @@ def attach(
 
 
 def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
-    """The stacked decoder with adapters added into its leaves, in the leaves' own dtype."""
+    """Add adapters into the leaves of a stacked decoder, in the leaves' own dtype."""
     group_of = {leaf: name for name, members in adapters.groups for leaf in members}
 
     def one(path: str, leaf: Weight) -> Weight:

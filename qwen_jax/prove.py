@@ -38,8 +38,10 @@ REFERENCE = "xla"
 def passes(
     config: Config, dtype: Any, rows: int, length: int, backward: bool = False, mesh: Any = None
 ) -> list[Case]:
-    """The calls of a pass over `rows` rows of `length` tokens, on a device of the mesh (None: the
-    one in force). backward: of a training step.
+    """The calls of attention that a pass makes, for `resolve` to prove kernels on.
+
+    The pass goes over `rows` rows of `length` tokens, of which a device of the mesh (None: the one
+    in force) has its share. backward: the pass of a training step, with gradients.
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
@@ -51,8 +53,8 @@ def passes(
 def decoding(
     config: Config, dtype: Any, rows: int, slots: int, cache: str | None = None, mesh: Any = None
 ) -> list[Case]:
-    """The call of a token of each row against a cache. cache: None (of `dtype`), "int8" or
-    "int8_asymmetric".
+    """The call of attention that decoding makes, for `resolve` to prove kernels on: a token of each
+    of `rows` rows against `slots` keys. cache: None (of `dtype`), "int8" or "int8_asymmetric".
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
@@ -68,7 +70,9 @@ def _case(
     sizes: Mapping[str, int],
     cache: str | None = None,
 ) -> Case:
-    """Bounded, so that the reference's scores fit beside it and a turn takes milliseconds."""
+    """A call of attention, smaller than the program's where that is large: the reference's scores
+    must fit beside it, and a turn take milliseconds.
+    """
     tp = sizes[sharding.TENSOR]
     length = min(max(_SHORTEST, 1 << (length - 1).bit_length()), _LONGEST)
     return Case(
@@ -139,9 +143,10 @@ def _choose(cases: Sequence[Case]) -> str:
 
 
 def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
-    """What may be taken instead of the reference, and whether in order of measured lines.
+    """The implementations that may be taken instead of the reference, and whether they are in the
+    order of measured lines.
 
-    Those are names that have a line for each task on this device, as far as they are faster than
+    They are names that have a line for each task on this device, as far as they are faster than
     the reference. Where there are no lines: our own kernels.
     """
     times: list[dict[str, float]] = []
@@ -168,7 +173,8 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
 def decide(
     trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool
 ) -> tuple[str, list[tuple[str, int]]]:
-    """What all processes take, and lines that say why not another, with their level of logging.
+    """Choose the implementation that all processes take, and say why not another: lines, each with
+    its level of logging.
 
     trials: by name, in the order of trial: for each process its verdicts, of each task. ordered:
     the first that agrees is the fastest; else the one whose slowest process is.

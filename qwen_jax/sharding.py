@@ -37,10 +37,10 @@ _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
 def spec(letters: str, lengths: Mapping[str, int] | None = None, mesh: Any = None) -> P:
-    """The partitioning of an array by its axis letters; one with a batch axis is an activation.
+    """Say how an array is partitioned over a mesh, by its axis letters.
 
-    lengths: of axes by letter, where they are known: key/value heads fewer than `tp` stay whole.
-    mesh: None is the one in force.
+    An array with a batch axis is an activation. lengths: the lengths of axes by letter, where they
+    are known: key/value heads fewer than `tp` stay whole. mesh: None is the mesh in force.
     """
     sizes = axis_sizes(mesh)
     activation = "B" in letters
@@ -76,8 +76,8 @@ def named(letters: str, mesh: Any, lengths: Mapping[str, int] | None = None) -> 
 
 
 def on_devices(mesh: Mesh, tree: Any) -> Any:
-    """Shapes with partitionings, as `jax.eval_shape` gives them -> with shardings on the devices
-    of a mesh, which need not be there.
+    """Give shapes that have partitionings, as `jax.eval_shape` returns them, shardings on the
+    devices of a mesh, which need not be there.
     """
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
@@ -88,19 +88,21 @@ def on_devices(mesh: Mesh, tree: Any) -> Any:
 
 
 def place(value: np.ndarray, letters: str, lengths: Mapping[str, int] | None = None) -> jax.Array:
-    """A host array on the mesh in force. With several processes, all have the same array."""
+    """Put a host array on the mesh in force. All processes call this with the same array."""
     sharding = named(letters, jax.sharding.get_mesh(), lengths)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """The whole of a global array, on every process; all of them must call it."""
+    """Copy the whole of a global array to the host of every process; all of them must call this."""
     return np.asarray(begin_fetch(x))
 
 
 def begin_fetch(x: jax.Array) -> jax.Array:
-    """An array of this process with the whole of a global one, on its way to the host: does not
-    wait for it, as `np.asarray` of the result does. All processes must call it.
+    """Begin to copy the whole of a global array to the host of every process.
+
+    The result is an array of this process; `np.asarray` of it waits for the copy, this does not.
+    All processes must call this.
     """
     if not (x.is_fully_addressable or x.is_fully_replicated):
         mesh = x.sharding.mesh  # type: ignore[attr-defined]
@@ -113,12 +115,14 @@ def begin_fetch(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """The program that puts a copy on every device of a mesh, which need not be in force."""
+    """A program that copies an array to every device of a mesh, which need not be in force."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
-    """The same buffers for callers: with no mesh entered, any jax function takes them."""
+    """Make an array one that callers can give to any jax function, with no mesh entered. It has the
+    same buffers.
+    """
     if not jax.sharding.get_mesh().empty:
         return x
     sharding = x.sharding
@@ -128,8 +132,8 @@ def handed_over(x: jax.Array) -> jax.Array:
 
 
 def unshard(tree: Any, dtype: Any = None) -> Any:
-    """Weights just before their use: rounded to `dtype`, then gathered over the axes that split
-    weights.
+    """Round weights to `dtype` and gather them over the mesh axes that split weights, just before
+    their use.
 
     A leaf of a wider dtype than `dtype` keeps its own as its type, though its values are rounded
     and travel as `dtype`: its gradient comes back, is summed over the mesh, and scattered in the
@@ -147,7 +151,7 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
-    """One leaf of `unshard`, of dtype `own` and partitioned by `spec`."""
+    """Do for one leaf, of dtype `own` and partitioned by `spec`, what `unshard` does."""
     whole = _resharded(leaf.astype(dtype), *_gathering(spec))
     return whole.astype(jnp.promote_types(dtype, own))
 
@@ -157,8 +161,8 @@ def _gathered_forward(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> tuple[j
 
 
 def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Each step of the gathering is undone by a sum over its mesh axis, of which every device keeps
-    its part; the copies of `data` add up what is left.
+    """Scatter the gradient of a gathered leaf: each step of the gathering is undone by a sum over
+    its mesh axis, of which every device keeps its part; the copies of `data` add up what is left.
     """
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
@@ -169,7 +173,7 @@ _gathered.defvjp(_gathered_forward, _scatter)
 
 
 def _resharded(x: jax.Array, axis: int, places: Sequence[P]) -> jax.Array:
-    """x as one partitioning after the other, which are those of x with `axis` put first."""
+    """Reshard x to one partitioning after the other, which are those of x with `axis` put first."""
     x = jnp.moveaxis(x, axis, 0)
     for place in places:
         x = jax.reshard(x, place)
@@ -177,10 +181,11 @@ def _resharded(x: jax.Array, axis: int, places: Sequence[P]) -> jax.Array:
 
 
 def _gathering(spec: P) -> tuple[int, list[P]]:
-    """The axis of a weight that `WEIGHTS` split, and with that axis first, where the parts lie one
-    behind the other, the partitionings from the weight's own to that of the gathered weight.
+    """Plan how a weight is gathered: over which of its axes, and by which partitionings.
 
-    `reduced` says of a copy that its gradient is still to be summed over those mesh axes.
+    The axis is the one that `WEIGHTS` split. The partitionings, from the weight's own to that of
+    the gathered weight, are of the weight with that axis first, where parts lie one behind the
+    other. `reduced` says of a copy that its gradient is still to be summed over those mesh axes.
     """
     partition = [entries(entry) for entry in spec.partitions]
     split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
@@ -215,14 +220,14 @@ def leading_axis(stacked: jax.Array) -> int:
 
 
 def sequence_parallel(x: jax.Array) -> jax.Array:
-    """An activation [B, T, D] with its tokens split over `tp` too, as a residual may be kept."""
+    """Split the tokens of an activation [B, T, D] over `tp` too, as a residual may be kept."""
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
 def to_columns(x: jax.Array, split: bool = True) -> jax.Array:
-    """An activation [B, T, D] as column-parallel products take it: all tokens on each device of
-    `tp`. The gradients of all products with one result are summed over `tp` once.
+    """Gather the tokens of an activation [B, T, D] on each device of `tp`, as column-parallel
+    products take it. The gradients of all products with one result are summed over `tp` once.
 
     split: whether the weights are; where each device has all of them (key/value heads fewer than
     `tp`), each has all of the gradient too, and there is nothing to sum.
@@ -240,7 +245,9 @@ def held_heads(heads: int) -> int:
 
 
 def spread_heads(x: jax.Array) -> jax.Array:
-    """Keys or values [B, T, K, H]: heads fewer than `tp` repeated, one for each device."""
+    """Repeat the heads of keys or values [B, T, K, H] that are fewer than `tp`, so that each device
+    has one.
+    """
     batch, length, heads, dim = x.shape
     held = held_heads(heads)
     if held == heads:
@@ -255,21 +262,21 @@ def spread_heads(x: jax.Array) -> jax.Array:
 
 
 def rows_spec(ndim: int) -> P:
-    """The partitioning of an array of that many axes, whose first is rows over every device."""
+    """The partitioning of an array of `ndim` axes whose rows are split over all devices."""
     sizes = axis_sizes()
     axes = _entry(tuple(axis for axis in (*BATCH, TENSOR) if sizes[axis] > 1))
     return P(axes, *[None] * (ndim - 1))
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows such an array has for a batch of that many: those that fill up included."""
+    """How many rows an array of `rows_spec` has for a batch of `rows`, filled up with zeros."""
     sizes = axis_sizes()
     shards = math.prod(sizes[axis] for axis in BATCH)
     return shards * -(-rows // (shards * sizes[TENSOR])) * sizes[TENSOR]
 
 
 def own_rows(x: jax.Array) -> jax.Array:
-    """In `shard_map`: rows [b, ...] that the devices of `tp` all have -> this device's share."""
+    """Take this device's share of rows [b, ...] that all devices of `tp` have, in `shard_map`."""
     parts = axis_sizes()[TENSOR]
     if parts == 1:
         return x
@@ -279,7 +286,9 @@ def own_rows(x: jax.Array) -> jax.Array:
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """In `shard_map`: columns [b, V of this device] -> this device's share of the rows, whole."""
+    """Exchange the columns [b, V of this device] of all rows for this device's share of whole rows,
+    in `shard_map`.
+    """
     parts = axis_sizes()[TENSOR]
     if parts == 1:
         return x
@@ -287,14 +296,14 @@ def whole_rows(x: jax.Array) -> jax.Array:
 
 
 def all_rows(x: jax.Array, rows: int) -> jax.Array:
-    """In `shard_map`: the inverse of `own_rows`, of so many rows."""
+    """Gather `rows` rows that `own_rows` has dealt out, in `shard_map`."""
     if axis_sizes()[TENSOR] == 1:
         return x
     return jax.lax.all_gather(x, TENSOR, axis=0, tiled=True)[:rows]
 
 
 def _filled_up(x: jax.Array, parts: int) -> jax.Array:
-    """Rows of zeros behind those of x, so that their number is a multiple of `parts`."""
+    """Append rows of zeros to x, so that the number of rows is a multiple of `parts`."""
     return jnp.pad(x, ((0, -x.shape[0] % parts), *[(0, 0)] * (x.ndim - 1)))
 
 

@@ -26,7 +26,7 @@ _SCATTERED = 4096
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a table [V, D] by int [B, T] -> [B, T, D] of `dtype`.
+    """Look up the rows of a table [V, D] for tokens int [B, T]: [B, T, D] of `dtype`.
 
     Each device looks up every token in its own rows and columns, then they exchange columns for
     tokens: what travels is the size of the result, not of the table. Differentiable in reverse.
@@ -51,7 +51,9 @@ def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: Any) -> tuple[j
 
 
 def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
-    """The way back: tokens for columns, then every token's gradient is added to its own row."""
+    """Add the gradient of every token to its row of the table, once tokens were exchanged for
+    columns.
+    """
     table, tokens = saved
     split, over_rows = _split(table, 1), _split(table, 0)
     over_tokens = [axis for entry in sharding.spec("BT") for axis in sharding.entries(entry)]
@@ -70,7 +72,7 @@ def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
             return sums.at[rows].add(columns.T.astype(jnp.float32), mode="drop"), None
 
         def chunks(x: jax.Array, filler: int) -> jax.Array:
-            """[devices, C, tokens] -> [chunks, C, size]; what fills up the last is dropped."""
+            """Cut [devices, C, tokens] into [chunks, C, size]; what fills it up is dropped."""
             size = min(tokens.size, _SCATTERED)
             count = -(-tokens.size // size)
             beyond = count * size - tokens.size
@@ -90,7 +92,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _own_rows(table: jax.Array, ids: jax.Array, over: tuple[str, ...]) -> tuple[Any, Any]:
-    """ids as rows of this device's part of the table, and which of them it has."""
+    """The ids as rows of this device's part of the table, and which of them it has."""
     rows = ids - jax.lax.axis_index(over) * table.shape[0] if over else ids
     return rows, (rows >= 0) & (rows < table.shape[0])
 
@@ -101,7 +103,9 @@ def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
 
 
 class TokenScores(NamedTuple):
-    """Of each target token, float32 [B, T]: its logit; the log-sum-exp of all logits; the largest.
+    """What the logits say of each target token: three arrays float32 [B, T].
+
+    logit: its logit; lse: the log-sum-exp of all logits; largest: the largest of all logits.
 
     The log-probability is `logit - lse`. The gradient of `largest` is not defined: it is 0.
     """
@@ -112,8 +116,10 @@ class TokenScores(NamedTuple):
 
 
 def token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
-    """What the logits x head^T say of int [B, T] targets. x [B, T, D]; head [V, D], of any dtype.
-    The tokens of x may be split over `tp`, those of targets and results are not.
+    """Compute what the logits x head^T say of targets, int [B, T], without the logits ever whole.
+
+    x: [B, T, D]; head: [V, D], of any dtype. The tokens of x may be split over `tp`, those of
+    targets and results are not.
 
     Products take the dtype of x and add up in float32, as does the softmax.
     """
@@ -233,26 +239,28 @@ class _Plan(NamedTuple):
         return _Plan(size, tensor, split, copies, rows, parted)
 
     def tokens(self, x: jax.Array) -> jax.Array:
-        """[B, T of this device, D] -> [tokens of all devices of `tensor`, D]."""
+        """Gather x [B, T of this device, D] as [tokens of all devices of `tensor`, D]."""
         x = jax.lax.all_gather(x, self.tensor, axis=1, tiled=True) if self.parted else x
         return x.reshape(-1, x.shape[-1])
 
     def own_tokens(self, dx: jax.Array, x: jax.Array) -> jax.Array:
-        """The gradient of `tokens`, each device's being a part of the sum -> of the shape of x."""
+        """Sum the gradient of `tokens`, of which each device has a part, in the shape of x."""
         dx = dx.reshape(x.shape[0], -1, x.shape[2])
         if self.parted:
             return jax.lax.psum_scatter(dx, self.tensor, scatter_dimension=1, tiled=True)
         return jax.lax.psum(dx, self.tensor) if self.tensor else dx
 
     def chunks(self, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[chunks, size, D of this device], zeros behind the last row; and their first rows."""
+        """Cut the head into [chunks, size, D of this device], with zeros behind the last row; also
+        the number of each chunk's first row.
+        """
         count = -(-head.shape[0] // self.size)
         padded = jnp.pad(head, ((0, count * self.size - head.shape[0]), (0, 0)))
         firsts = jnp.arange(count, dtype=jnp.int32) * self.size
         return padded.reshape(count, self.size, head.shape[1]), firsts
 
     def gathered(self, part: jax.Array, dtype: Any) -> jax.Array:
-        """[size, D of this device] -> [D, size]: gathered along the first axis, as `unshard`."""
+        """Gather a chunk [size, D of this device] as [D, size], along its first axis."""
         part = part.astype(dtype).T
         return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
 
@@ -260,17 +268,17 @@ class _Plan(NamedTuple):
         return self.product(x, self.gathered(part, x.dtype), first, rows)
 
     def product(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
-        """float32 [tokens, size]; -inf for rows that are not there."""
+        """The logits of a chunk, float32 [tokens, size]; -inf for rows that are not there."""
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
         logits = jnp.einsum("td,dv->tv", x, part, **settings)
         return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
 
     def is_target(self, rows: jax.Array, first: jax.Array) -> jax.Array:
-        """bool [tokens, size]."""
+        """Where a chunk's row is a token's target, bool [tokens, size]."""
         return (rows - first)[:, None] == jnp.arange(self.size)
 
     def summed(self, dpart: jax.Array, dtype: Any) -> jax.Array:
-        """The gradient [D, size] of a chunk over all tokens -> [size, D of this device]."""
+        """Sum the gradient [D, size] of a chunk over all tokens: [size, D of this device]."""
         if self.split:
             dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=0, tiled=True)
         dpart = jax.lax.psum(dpart, self.copies) if self.copies else dpart

@@ -1,6 +1,7 @@
 """What every command does with arguments, streams and errors: one line, and the right exit code."""
 
 import argparse
+import dataclasses
 import errno
 import io
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from gcsfs.retry import HttpError
 
@@ -19,10 +21,11 @@ from benchmarks import attention as attend
 from benchmarks import cache as caches
 from benchmarks import train as steps
 from convert import from_hf
-from qwen_jax import command, errors, expand_vocab, generate, inspect_checkpoint
+from qwen_jax import command, errors, expand_vocab, generate, inspect_checkpoint, paths, verdicts
 from qwen_jax.kernels import tune
-from train import perplexity, plan, pretrain, sft
+from train import perplexity, plan, pretrain, sft, token_cache
 from train import tokenizer as learning
+from train.recipes import Recipe
 
 NOT_UTF8 = os.fsdecode("鲸鱼".encode("gbk"))
 
@@ -295,6 +298,63 @@ def test_a_setting_that_is_nested_too_deeply():
         command.key_value("a=" + "[" * 100_000)
 
 
+def test_the_arguments_that_a_command_line_names():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", nargs="?", default="a")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--fast", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--count", action="count", default=0)
+    parser.add_argument("--size", type=int, default="7")
+    args = command.parse(parser, ["--rows", "1", "--set", "b", "--set", "c", "--no-fast", "-"])
+    assert args.given == ("fast", "file", "rows", "set") and args.set == ["b", "c"]
+    assert (args.file, args.rows, args.fast, args.count) == ("-", 1, False, 0)
+    args = command.parse(parser, [])
+    assert (args.set, args.rows, args.fast, args.size) == ([], 1, None, 7)
+    with pytest.raises(AttributeError):
+        args.no_such_argument  # noqa: B018
+
+
+@pytest.mark.parametrize("program", [generate, pretrain, sft, perplexity, learning, plan])
+def test_help_opens_with_what_the_command_does(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    _, does, *_ = capsys.readouterr().out.split("\n\n")
+    assert does.split()[0] in ("Generate", "Train", "Fine-tune", "Measure", "Learn", "Plan")
+
+
+def test_options_of_a_recipe_are_sentences(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        sft.main(["--help"])
+    assert all(
+        field.metadata["help"][0].isupper() and field.metadata["help"].endswith(".")
+        for field in dataclasses.fields(Recipe)
+    )
+
+
+@pytest.mark.parametrize("home", ["file", "none"])
+def test_without_a_home_that_can_be_written_to(home, tmp_path, monkeypatch):
+    """One warning, and caches that go with the process."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
+    if home == "none":
+        monkeypatch.setattr(paths.Path, "home", no_home)
+    paths._passing_root.cache_clear()
+    reason = "this user has no home" if home == "none" else f"{tmp_path}/file/.cache/qwen_jax can"
+    with pytest.warns(UserWarning, match=rf"^{reason}.* are not kept after this run; set XDG") as w:
+        command.use_compilation_cache()
+        folders = [verdicts.folder(), token_cache.default_home()]
+    assert len(w) == 1 and all(folder.is_dir() for folder in folders)
+    assert verdicts.kept() == [] and not folders[0].is_relative_to(tmp_path / "file")
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_files_in_messages(tmp_path, capsys):
     name = str(tmp_path / NOT_UTF8)
     assert generate.main(["--ckpt", name, "--prompt-file", name]) == 1
@@ -302,7 +362,7 @@ def test_files_in_messages(tmp_path, capsys):
     assert expand_vocab.main([name, name, f"{name}/out"]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"error: No such file or directory: {tmp_path}/\\udcbe\\udca8\\udcd3\\udce3"
-    assert second.startswith("error: Is a directory: ")
+    assert second.startswith(f"error: {tmp_path}/\\udcbe") and " is a folder: give" in second
 
 
 def test_a_real_process(golden_dir):

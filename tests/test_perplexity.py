@@ -99,11 +99,15 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
         (["--windows", "[64]"], "layer_windows"),
         (["--plot", "."], "--plot .: a file in a folder that is there"),
         (["--plot", "none/x.png"], "--plot none/x.png: a file in a folder that is there"),
+        (["--plot", "x.jpq"], "--plot x.jpq: its suffix must be one of "),
+        (["--attention", "xxla"], "attention 'xxla' is not known: choose one of auto"),
         (["--modes", "yarn"], "mode 'yarn': allowed are plain, ntk"),
         (["--lengths", "65536"], "no document has 65536 tokens"),
     ],
 )
 def test_what_cannot_be(given, capsys, monkeypatch, change, problem):
-    """Said before anything is measured."""
+    """Said before anything is measured, and but for the data before that is encoded."""
     monkeypatch.setattr(perplexity, "perplexity", lambda *_: pytest.fail("it is measured"))
+    if "no document" not in problem:
+        monkeypatch.setattr(perplexity, "_ids", lambda *_: pytest.fail("it is encoded"))
     assert problem in fail(capsys, command(given, *change), perplexity)

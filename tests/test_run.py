@@ -319,6 +319,7 @@ def test_steps_are_profiled_on_request(given, tmp_path):
         (["--compilation-cache", "s3://b/c"], "s3://b/c: only local paths and gs://BUCKET/..."),
         (["--steps", "4", "--epochs", "1"], "--epochs and --steps: one of them"),
         (["--keep-best", "-1"], "--keep-best -1: 0 or more"),
+        (["--lora-rank", "8", "--lora-targets", "c_atn"], "adapters go on a trained model"),
         (["--merge"], "--merge is of adapters: take --recipe sft_lora"),
         (["--base-dtype", "int8"], "--base-dtype is of adapters: take --recipe sft_lora"),
         (["--lora-rank", "4"], "adapters go on a trained model: give --ckpt"),
@@ -351,6 +352,12 @@ def test_a_folder_is_refused_before_anything_is_encoded(
 ):
     monkeypatch.setattr(run, "_rows", lambda *_: 1 / 0)
     assert "holds a run already" in fail(capsys, pretraining(given, whole), pretrain)
+    bad = pretraining(given, tmp_path / "new", "--attention", "xxla")
+    assert "attention 'xxla' is not known: choose one of auto" in fail(capsys, bad, pretrain)
+    lora = ("--recipe", "sft_lora", "--lora-targets", "c_atn")
+    bad = fine_tuning(given, whole / "model", tmp_path / "new", *lora)
+    assert "no module is called c_atn: there are" in fail(capsys, bad)
+    assert not (tmp_path / "new").exists()
     (tmp_path / "letter.txt").write_text("dear")
     assert "holds something else" in fail(capsys, pretraining(given, tmp_path), pretrain)
 
@@ -477,6 +484,57 @@ def test_recipes_have_the_published_values():
     assert recipes.code_chat("qwen-14b").learning_rate == 2e-6
     made = recipes.math()
     assert (made.length, made.learning_rate, made.steps) == (1024, 2e-5, 50_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": "2048"}, "length '2048': must be a whole number"),
+        ({"rows": 128.0}, "rows 128.0: must be a whole number"),
+        ({"steps": "100"}, "steps '100': must be a whole number"),
+        ({"steps": True}, "steps True: must be a whole number"),
+        ({"seed": None}, "seed None: must be a whole number"),
+        ({"learning_rate": "1e-4"}, "learning_rate '1e-4': must be a number"),
+        ({"learning_rate": True}, "learning_rate True: must be a number"),
+        ({"learning_rate": float("nan")}, "learning_rate nan: a number, at least 0"),
+        ({"warmup": float("inf")}, "warmup inf: a number, at least 0, and below"),
+        ({"epochs": [1]}, "epochs [1]: must be a number"),
+        ({"b1": np.float64("nan")}, "b1 nan: a number, at least 0, and below 1"),
+        ({"sequence_parallel": 1}, "sequence_parallel 1: must be True or False"),
+        ({"train_embeddings": "yes"}, "train_embeddings 'yes': must be True or False"),
+        ({"schedule": ["cosine"]}, "schedule must be text (str), got list"),
+        ({"system": None}, "system must be text (str), got None"),
+        ({"lora_targets": "c_attn"}, "lora_targets 'c_attn': must be a tuple or a list"),
+        ({"lora_targets": (1,)}, "each of lora_targets must be text (str), got int 1"),
+        ({"steps": None}, "steps None and epochs None: give one of them"),
+    ],
+)
+def test_values_that_a_recipe_cannot_have(change, message):
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(recipes.sft(), **change)
+    assert str(caught.value).startswith(message)
+
+
+def test_arguments_of_recipes():
+    for length in ("2048", 2048.0, True, 0):
+        with pytest.raises(ValueError, match=r"^length .*: must be a whole number of at least 2"):
+            recipes.pretrain(length=length)  # pyright: ignore
+    for make in recipes.RECIPES.values():
+        with pytest.raises(ValueError, match=r"^source \['memo'\]: allowed here are"):
+            make(source=["memo"])
+    for make in (recipes.pretrain, recipes.code, recipes.code_chat):
+        with pytest.raises(ValueError, match=r"^model must be text \(str\), got int 7"):
+            make(7)  # pyright: ignore
+    made = dataclasses.replace(
+        recipes.pretrain(length=np.int64(512)),  # pyright: ignore
+        seed=np.uint8(3),
+        clip_norm=np.float32(0.5),
+        sequence_parallel=np.bool_(True),
+        lora_targets=["w1"],
+    )
+    plain = json.loads(json.dumps(dataclasses.asdict(made)))  # as a run keeps it
+    kept = [plain[x] for x in ("length", "rows", "seed", "clip_norm", "lora_targets")]
+    assert kept == [512, 8192, 3, 0.5, ["w1"]] and made.lora_targets == ("w1",)
 
 
 def test_what_follows_from_a_length(capsys):

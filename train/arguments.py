@@ -3,13 +3,11 @@
 import argparse
 import dataclasses
 import inspect
-import types
-import typing
 from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax import command
-from train.recipes import RECIPES, Recipe
+from train.recipes import RECIPES, Recipe, kind_of
 
 _FIXED = ("name", "data")  # of a recipe
 _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "base_dtype", "merge")
@@ -18,46 +16,109 @@ _OF_KIND = {"field": "text", "system": "chat", "loss_on": "chat"}
 _KINDS = {"text": "text", "chat": "conversations"}
 
 
-def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
-    """kind: "text" or "chat", of the recipes that the command takes. Each field of a recipe is an
-    option; what is not given is the recipe's.
+def parser(default: str, kind: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a training command. Each field of a recipe is an option; what is not given is
+    the recipe's.
+
+    default: the recipe without --recipe. kind: "text" or "chat", of the recipes that the command
+    takes. about: what the command does.
     """
     recipes = [name for name, make in RECIPES.items() if make().data == kind]
     result = argparse.ArgumentParser(
-        description="Train a Qwen model: " + (RECIPES[default].__doc__ or "").split("\n\n")[0],
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = result.add_argument
-    add("--recipe", choices=recipes, default=default, help="default: %(default)s")
-    add("--source", metavar="NAME", help="where sources differ: report, memo or script")
-    add("--dry-run", action="store_true", help="print the recipe, with what is changed, and end")
-    model = result.add_argument_group("model")
-    model.add_argument("--ckpt", metavar="DIR", help="model directory to begin from")
-    model.add_argument("--model", metavar="NAME", help="fresh weights: a size, or a config.json")
-    model.add_argument("--tokenizer", metavar="FILE", help="qwen.tiktoken")
+    add(
+        "--recipe",
+        choices=recipes,
+        default=default,
+        help="Take the values of this published recipe (default: %(default)s).",
+    )
+    add(
+        "--source",
+        metavar="NAME",
+        help="Take the values of this source where sources differ: report, memo or script.",
+    )
+    add("--dry-run", action="store_true", help="Print the recipe, with what is changed, and end.")
+    add = result.add_argument_group("model").add_argument
+    add("--ckpt", metavar="DIR", help="Begin from the weights of this model directory.")
+    add(
+        "--model",
+        metavar="NAME",
+        help="Begin from fresh weights of this size (qwen-1.8b, for instance) or config.json.",
+    )
+    add("--tokenizer", metavar="FILE", help="Encode with this qwen.tiktoken.")
     add = result.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text; folders; gs://")
-    add("--eval-data", nargs="+", default=[], metavar="FILE", help="held out")
-    add("--eval-share", type=float, default=0.0, metavar="S", help="of the data, held out")
+    add(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="Train on these files (JSONL, JSON, Parquet or text), folders of such, or gs://.",
+    )
+    add(
+        "--eval-data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Measure the loss on these files.",
+    )
+    add(
+        "--eval-share",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="Hold out this share of the data, and measure the loss on it.",
+    )
     add(
         "--token-cache",
         metavar="DIR",
-        help="for encoded data; gs:// (default: a cache of the user)",
+        help="Keep encoded data in this folder, or in gs:// (default: a cache of the user).",
     )
-    add("--strict", action="store_true", help="stop at a record that cannot be used")
+    add("--strict", action="store_true", help="Stop at a record that cannot be used.")
     add = result.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", help="folder of the run, new or empty")
-    add("--resume", action="store_true", help="go on with the run in --out, where there is one")
-    add("--eval-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
-    add("--keep-last", type=command.positive, default=2, metavar="N", help="checkpoints")
-    add("--keep-best", type=int, metavar="N", help="checkpoints of least held-out loss (default 1)")
-    add("--on-nan", choices=("stop", "skip"), default="stop", help="for a loss that is no number")
-    add("--profile-steps", metavar="A-B", help="record these steps for TensorBoard's profiler")
-    add("--merge", action="store_true", help="of adapters: write the merged model, too")
-    add("--mesh", metavar="SPEC", help="e.g. fsdp=4,tp=2 (default: all devices that divide)")
-    group = result.add_argument_group("recipe (default: its own value)")
+    add("--out", metavar="DIR", help="Write the run into this folder, which is new or empty.")
+    add("--resume", action="store_true", help="Go on with the run in --out, if there is one.")
+    add(
+        "--eval-every",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Measure the loss on held-out data every N steps (default: %(default)s).",
+    )
+    add(
+        "--save-every",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Save a checkpoint every N steps (default: %(default)s).",
+    )
+    add(
+        "--keep-last",
+        type=command.positive,
+        default=2,
+        metavar="N",
+        help="Keep the last N checkpoints (default: %(default)s).",
+    )
+    add(
+        "--keep-best",
+        type=int,
+        metavar="N",
+        help="Keep the N checkpoints of least held-out loss, too (default: 1).",
+    )
+    add(
+        "--on-nan",
+        choices=("stop", "skip"),
+        default="stop",
+        help="Stop at a loss that is no number, or skip its batch (default: %(default)s).",
+    )
+    add("--profile-steps", metavar="A-B", help="Record steps A to B for TensorBoard's profiler.")
+    add("--merge", action="store_true", help="Write the model with its adapters merged, too.")
+    add(
+        "--mesh",
+        metavar="SPEC",
+        help="Train on this mesh, such as fsdp=4,tp=2 (default: all devices that divide).",
+    )
+    group = result.add_argument_group("recipe (default: the value of --recipe)")
     for field in dataclasses.fields(Recipe):
         if field.name not in _FIXED:
             _add_field(group, field)
@@ -68,7 +129,7 @@ def parser(default: str, kind: str, examples: str) -> argparse.ArgumentParser:
 
 
 def _add_field(group: Any, field: Any) -> None:
-    kind = _kind(field)
+    kind, _ = kind_of(field)
     options: dict[str, Any] = {"help": field.metadata["help"], "default": None}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -78,13 +139,6 @@ def _add_field(group: Any, field: Any) -> None:
         name = {int: "N", float: "X", str: "NAME"}[kind]
         options |= {"type": command.text if kind is str else kind, "metavar": name}
     group.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def _kind(field: Any) -> type:
-    kind = typing.get_origin(field.type) or field.type
-    if kind is types.UnionType:  # with None
-        kind = next(k for k in typing.get_args(field.type) if k is not types.NoneType)
-    return kind
 
 
 def recipe(args: argparse.Namespace) -> Recipe:

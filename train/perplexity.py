@@ -1,5 +1,5 @@
-"""`python -m train.perplexity`: how well a model predicts long text, by length and by what extends
-its context: the table of the report (table 3), and a plot of it.
+"""Measure how well a model predicts long text, by length and by what extends its context: the table
+of the report (table 3), and a plot of it. `python -m train.perplexity`.
 
 Every length sees the same tokens, cut into rows of that length, so that its figures differ by what
 comes before a token alone.
@@ -35,7 +35,8 @@ _EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m train.perplexity",
-        description=(__doc__ or "").split("\n\n")[0],
+        description="Measure how well a model predicts long text, by length and by what extends "
+        "its context. Prints a table, and writes a plot.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -83,9 +84,11 @@ def work(args: argparse.Namespace) -> None:
         command.refuse(args, ("windows",), how)
     given = "perplexity.png" if args.plot is None and not args.json else args.plot
     picture = None if given is None else paths.parse(given)
-    if picture and (picture.is_dir() or not paths.is_place(picture)):
-        raise command.UsageError(f"--plot {picture}: a file in a folder that is there")
-    from qwen_jax import checkpoint, meshes
+    if picture:
+        _check_picture(picture)
+    from qwen_jax import attention, checkpoint, meshes
+
+    attention.get(args.attention)
 
     sizes = command.mesh_sizes(args.mesh)
     command.virtual_cpu_devices(sizes)
@@ -204,7 +207,22 @@ def plot(found: Mapping[str, Mapping[int, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     with paths.draft(path) as draft:
-        figure.savefig(draft, dpi=150, format=path.suffix[1:] or "png")
+        figure.savefig(draft, dpi=150, format=_format(path))
+
+
+def _format(path: Path) -> str:
+    """The format that the name of a picture asks for."""
+    return path.suffix[1:].lower() or "png"
+
+
+def _check_picture(path: Path) -> None:
+    """Raise UsageError where no plot can be written, before anything is measured."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.is_dir() or not paths.is_place(path):
+        raise command.UsageError(f"--plot {path}: a file in a folder that is there")
+    if _format(path) not in (known := FigureCanvasBase.filetypes):
+        raise command.UsageError(f"--plot {path}: its suffix must be one of {', '.join(known)}")
 
 
 def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:

@@ -24,7 +24,8 @@ _LONGEST = 300  # characters of what a kernel or a compiler says
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.plan",
-        description="What a run needs and can reach on accelerators that are not there.",
+        description="Plan a run on accelerators that are not there: compile its programs here, and "
+        "print the memory, work and time that they need.",
     )
     parser.add_argument("--model", required=True, help="a preset, or a folder with a config.json")
     parser.add_argument("--topology", required=True, help="v5p:8x8x8, v5e:16x16*2, h100:8x8, ...")

@@ -1,4 +1,4 @@
-"""`python train/pretrain.py`: a model from text, fresh or continued."""
+"""Train a Qwen model to continue text, fresh or from a model: `python train/pretrain.py`."""
 
 import argparse
 import sys
@@ -19,7 +19,8 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    return arguments.parser("pretrain", "text", _EXAMPLES)
+    about = "Train a Qwen model to continue text, from fresh weights or from those of a model."
+    return arguments.parser("pretrain", "text", about, _EXAMPLES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

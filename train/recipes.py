@@ -6,11 +6,14 @@ What no source states is said at each recipe. Knows no files, devices or program
 """
 
 import dataclasses
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_jax import inputs, texts
 from qwen_jax.chat import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
@@ -30,66 +33,86 @@ def _about(text: str, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Every field is an option of the commands, by its own name."""
+    """All that decides what a training run computes. Every field is an option of the commands."""
 
-    name: str = _about("what the run calls itself")
-    data: str = _about('what records are: "text" or "chat"')
-    length: int = _about("tokens of a row")
-    rows: int = _about("rows of a batch, over all devices")
-    learning_rate: float = _about("the highest")
-    steps: int | None = _about("updates; None: by `epochs`", None)
-    epochs: float | None = _about("how often every row is seen, where `steps` is None", None)
-    warmup: float = _about("steps of linear warm-up; below 1, a share of all steps", 0.0)
-    schedule: str = _about('after it: "cosine" or "constant"', "cosine")
-    final: float = _about("what is left of the learning rate at the end of a cosine", 0.1)
-    b1: float = _about("AdamW's beta 1", 0.9)
-    b2: float = _about("AdamW's beta 2", 0.95)
-    eps: float = _about("AdamW's epsilon", 1e-8)
-    weight_decay: float = _about("of matrices", 0.1)
-    clip_norm: float = _about("the largest global norm of the gradients", 1.0)
-    dropout: float = _about("of embeddings, and of what blocks add", 0.0)
-    z_loss: float = _about("weight of log(Z)^2 in what is minimised", 0.0)
-    accumulate: int = _about("parts of a batch that are computed one after the other", 1)
-    pack: str = _about('rows hold documents "joined", examples "fitted", or one "alone"', "fitted")
-    too_long: str = _about('examples longer than a row: "cut" or "drop"', "cut")
-    field: str = _about("where a record of text has its text", "text")
-    loss_on: str = _about('of chats: "qwen", as the original, or "assistant"', "assistant")
-    system: str = _about("system message of chats that have none", DEFAULT_SYSTEM)
-    lora_rank: int = _about("of adapters; 0 trains all weights", 0)
-    lora_alpha: float = _about("adapters add alpha / rank times their product", 16.0)
-    lora_dropout: float = _about("of what goes into adapters", 0.05)
+    name: str = _about("The name of the recipe.")
+    data: str = _about('What a record of the data is: "text" or "chat".')
+    length: int = _about("Cut or pack the data into rows of N tokens.")
+    rows: int = _about("Train on batches of N rows, over all devices together.")
+    learning_rate: float = _about("Let the learning rate rise to X at most.")
+    steps: int | None = _about("Train for N updates (default: as many as --epochs make).", None)
+    epochs: float | None = _about("Train on every row X times, in place of --steps.", None)
+    warmup: float = _about(
+        "Raise the learning rate over X steps; below 1, X is a share of all steps.", 0.0
+    )
+    schedule: str = _about(
+        "After the warm-up, let the learning rate follow a cosine, or keep it constant: cosine or "
+        "constant.",
+        "cosine",
+    )
+    final: float = _about("End the cosine at X times the highest learning rate.", 0.1)
+    b1: float = _about("Let AdamW average gradients with a beta 1 of X.", 0.9)
+    b2: float = _about("Let AdamW average squared gradients with a beta 2 of X.", 0.95)
+    eps: float = _about("Let AdamW divide with an epsilon of X.", 1e-8)
+    weight_decay: float = _about("Let matrices decay by X times the learning rate a step.", 0.1)
+    clip_norm: float = _about("Scale gradients down to a global norm of X where it is larger.", 1.0)
+    dropout: float = _about("Drop a share X of embeddings, and of what blocks add.", 0.0)
+    z_loss: float = _about("Add X times log(Z)^2 to what is minimised.", 0.0)
+    accumulate: int = _about("Compute a batch in N parts, one after the other.", 1)
+    pack: str = _about(
+        "Fill rows with documents joined end to end, with whole examples that are fitted in, or "
+        "with one example alone: joined, fitted or alone.",
+        "fitted",
+    )
+    too_long: str = _about("Cut or drop examples that are longer than a row: cut or drop.", "cut")
+    field: str = _about("Read the text of a record from its field of this name.", "text")
+    loss_on: str = _about(
+        "Train on replies alone, or as the original script does on control tokens too: assistant "
+        "or qwen.",
+        "assistant",
+    )
+    system: str = _about("Give this system message to chats that have none.", DEFAULT_SYSTEM)
+    lora_rank: int = _about("Train adapters of rank N; 0 trains all weights.", 0)
+    lora_alpha: float = _about("Scale what adapters add by X over their rank.", 16.0)
+    lora_dropout: float = _about("Drop a share X of what goes into adapters.", 0.05)
     lora_targets: tuple[str, ...] = _about(
-        "modules that get adapters, as PEFT's target_modules: names, or one pattern",
+        "Put adapters on the modules of these names, or that one pattern matches, as PEFT's "
+        "target_modules.",
         ("c_attn", "c_proj", "w1", "w2"),
     )
     train_embeddings: bool | None = _about(
-        "with adapters: train embedding and head whole, too; None: if the model knows no ChatML",
+        "Beside adapters, train the embedding and the head whole (default: if the model has not "
+        "seen ChatML).",
         None,
     )
-    dtype: str = _about("what steps compute in", "bfloat16")
+    dtype: str = _about("Compute in float32 or bfloat16.", "bfloat16")
     base_dtype: str = _about(
-        'with adapters: what the weights below are kept in: "int8", or as `dtype` says "same"',
+        "Keep the weights below adapters in 8 bits, or in the same dtype as --dtype: int8 or same.",
         "same",
     )
-    moments: str = _about("what the optimizer's moments are kept in", "float32")
+    moments: str = _about("Keep the optimizer's moments in float32 or bfloat16.", "float32")
     gradient_dtype: str = _about(
-        'what gradients are summed in over the mesh: "float32", or "bfloat16" if that is `dtype`',
-        "float32",
+        "Sum gradients over the mesh in float32; or in bfloat16, if --dtype is that.", "float32"
     )
-    remat: str = _about('what is recomputed: "full", "projections" or "none"', "full")
-    sequence_parallel: bool = _about("split the residual over tp by tokens", False)
+    remat: str = _about(
+        "Compute all activations again for gradients, or those between the projections, or none: "
+        "full, projections or none.",
+        "full",
+    )
+    sequence_parallel: bool = _about("Split the residual stream by tokens over tp.", False)
     attention: str = _about(
-        "auto (kernels prove themselves on this device, once) or a name in docs/attention.md",
+        "Compute attention with this implementation of docs/attention.md; auto takes the fastest "
+        "kernel that proves itself on this device, once.",
         "auto",
     )
-    seed: int = _about("of fresh weights, the order of data, and dropout", 0)
+    seed: int = _about("Draw fresh weights, the order of the data and dropout from seed N.", 0)
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be, by name."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                said = ", ".join(allowed)
-                raise ValueError(f"{name} {getattr(self, name)!r}: allowed are {said}")
+            inputs.choice(name, getattr(self, name), allowed)
         for name, (least, below) in _RANGES.items():
             value = getattr(self, name)
             # A rate that float32 rounds to 1 is 1.
@@ -97,6 +120,8 @@ class Recipe:
             if value is not None and not least <= value < below:
                 limit = "" if below == float("inf") else f", and below {below:g}"
                 raise ValueError(f"{name} {value:g}: a number, at least {least:g}{limit}")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps None and epochs None: give one of them")
         if self.rows % self.accumulate:
             raise ValueError(f"{self.rows} rows do not fall into {self.accumulate} parts")
         if self.gradient_dtype == "bfloat16" != self.dtype:
@@ -106,11 +131,11 @@ class Recipe:
             )
 
     def warmup_steps(self, steps: int) -> int:
-        """Of a run of so many."""
+        """How many steps of a run of `steps` are warm-up."""
         return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
 
     def schedule_of(self, steps: int) -> Callable[[Any], Any]:
-        """The learning rate by step, for a run of so many."""
+        """The learning rate as a function of the step, for a run of `steps`."""
         import optax
 
         warm = self.warmup_steps(steps)
@@ -123,6 +148,7 @@ class Recipe:
         )
 
     def optimizer(self, steps: int) -> "Optimizer":
+        """AdamW with this recipe's values, for a run of `steps`."""
         from train.step import Optimizer
 
         return Optimizer(
@@ -134,6 +160,25 @@ class Recipe:
             self.clip_norm,
             self.moments,
         )
+
+
+def kind_of(field: "dataclasses.Field[Any]") -> tuple[type, bool]:
+    """The type of a recipe's field, of a tuple its own, and whether the field may be None."""
+    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else ()
+    (kind,) = [k for k in kinds if k is not types.NoneType] or [field.type]
+    return typing.get_origin(kind) or kind, types.NoneType in kinds
+
+
+def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value of a field as Python's own. ValueError where it is not of the field's type."""
+    kind, optional = kind_of(field)
+    if value is None and optional:
+        return None
+    if kind is tuple:
+        names = inputs.instance(field.name, value, (tuple, list))
+        return tuple(texts.check(f"each of {field.name}", name) for name in names)
+    check = {int: inputs.whole, float: inputs.number, bool: inputs.flag, str: texts.check}[kind]
+    return check(field.name, value)
 
 
 _FLOATS = ("float32", "bfloat16")  # float16 would lose small gradients, and their squares
@@ -179,13 +224,14 @@ def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Rec
     The memo alone has warm-up, weight decay and clipping; it has another epsilon. Steps are those
     that make up the published tokens of the model's size.
     """
+    length = inputs.whole("length", length, 2)
     return Recipe(
         name="pretrain",
         data="text",
         length=length,
         rows=max(1, _TOKENS // length),
         learning_rate=3e-4,
-        steps=round(_PRETRAINED.get(model, _PRETRAINED["qwen-7b"]) / _TOKENS),
+        steps=round(_of_size(model, _PRETRAINED) / _TOKENS),
         warmup=2000,
         eps=_eps(source),
         pack="joined",
@@ -241,7 +287,7 @@ def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
     return dataclasses.replace(
         pretrain(model, 8192, source),
         name="code",
-        learning_rate=_CODE_RATES.get(model, _CODE_RATES["qwen-7b"]),
+        learning_rate=_of_size(model, _CODE_RATES),
         steps=round(90e9 / _TOKENS),
         warmup=0.03,
         schedule="constant",
@@ -256,7 +302,7 @@ def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
     return dataclasses.replace(
         sft(model, source),
         name="code_chat",
-        learning_rate=_CODE_CHAT_RATES.get(model, _CODE_CHAT_RATES["qwen-7b"]),
+        learning_rate=_of_size(model, _CODE_CHAT_RATES),
         warmup=0.03,
         schedule="constant",
     )
@@ -286,6 +332,12 @@ def _eps(source: str) -> float:
 
 def _of(source: str, **values: Any) -> Any:
     """The value that a source states."""
-    if source not in values:
-        raise ValueError(f"source {source!r}: allowed here are {', '.join(values)}")
+    if not isinstance(source, str) or source not in values:
+        shown = texts.shown(source)
+        raise ValueError(f"source {shown}: allowed here are {', '.join(values)}")
     return values[source]
+
+
+def _of_size(model: str, values: Mapping[str, float]) -> float:
+    """The value that is published for a model's size; for others, that of the 7B."""
+    return values.get(texts.check("model", model), values["qwen-7b"])

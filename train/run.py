@@ -23,7 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import checkpoint, command, directory, paths, processes, prove
+from qwen_jax import attention, checkpoint, command, directory, paths, processes, prove
 from qwen_jax.config import Config
 from qwen_jax.tokenizer import Tokenizer
 from train import data, records, run_folder, shared_cache, step, token_cache, trainee
@@ -62,6 +62,9 @@ def train(task: Task, settings: Settings) -> None:
 
 def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     recipe, out = task.recipe, settings.out
+    # What cannot be is said before anything is encoded.
+    attention.get(recipe.attention)
+    trained = trainee.of(task.config, task.ckpt, recipe)
     if processes.index() == 0:
         run_folder.check(out, settings.resume)
     rows, held_out = _rows(task, settings)
@@ -74,7 +77,6 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate
     calls = prove.passes(task.config, dtype, rows_at_once, recipe.length, backward=True)
     attend = prove.resolve(recipe.attention, calls)
-    trained = trainee.of(task.config, task.ckpt, recipe)
     optimizer = recipe.optimizer(steps)
     like = trained.abstract(optimizer)
     identity = _identity(task, rows)
@@ -218,8 +220,7 @@ def _encoding(task: Task) -> token_cache.Encoding:
 def _steps(recipe: Recipe, rows: int) -> int:
     if recipe.steps is not None:
         return recipe.steps
-    if recipe.epochs is None:
-        raise ValueError("the recipe says neither steps nor epochs")
+    assert recipe.epochs is not None  # a recipe has one of the two
     steps = math.ceil(recipe.epochs * rows / recipe.rows)
     if steps >= 2**31:
         raise ValueError(f"{recipe.epochs:g} epochs are {steps:g} steps: an int32 counts them")

@@ -17,8 +17,9 @@ STATE, FACTS = "state", "facts"
 
 
 class Checkpoints:
-    """Of one run, in a folder that all its processes see. last, best: how many of each to keep;
-    the best have the least loss.
+    """The checkpoints of one run, in a folder that all its processes see.
+
+    last: how many of the latest to keep. best: how many of those with the least loss to keep, too.
     """
 
     def __init__(self, folder: Path, last: int = 2, best: int = 0):
@@ -46,8 +47,9 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, facts: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Copy the state now, write it while the caller goes on. A step is saved once; one whose
-        loss is no number is not among the best.
+        """Copy the state now, and write it while the caller goes on.
+
+        A step is saved once; one whose loss is no number is not among the best.
         """
         if self.latest == step:
             return
@@ -59,7 +61,8 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, facts) of the last checkpoint. like: the state as shapes with shardings.
+        """Read the state and the facts of the last checkpoint. like: the state as shapes with
+        shardings.
 
         Raises ValueError where it is damaged, or of another state.
         """
@@ -80,7 +83,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(found[FACTS])
 
     def wait(self) -> None:
-        """Until everything that was saved is on disk."""
+        """Wait until everything that was saved is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -88,8 +91,9 @@ class Checkpoints:
 
 
 def ignore_late_callbacks() -> None:
-    """For a program: when Orbax gives up reading or writing, TensorStore goes on, and tells an
-    event loop that is closed; Python would show a traceback for each array.
+    """Keep quiet, in this process, about callbacks that come after Orbax has given up reading or
+    writing: TensorStore goes on, and tells an event loop that is closed; Python would show a
+    traceback for each array.
     """
     global _told_before
     if sys.unraisablehook is not _tell_others:
@@ -100,7 +104,9 @@ _told_before = sys.unraisablehook
 
 
 def _tell_others(what: Any) -> None:
-    """Functions of a module, which never go: Python holds no reference to the hook that a thread is
+    """Hand on what Python could not raise, but for late callbacks.
+
+    A function of a module, which never goes: Python holds no reference to the hook that a thread is
     about to call, and one that another thread replaces then would take the process down.
     """
     if str(what.exc_value) != "Event loop is closed":

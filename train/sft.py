@@ -1,4 +1,4 @@
-"""`python train/sft.py`: a model that answers, from conversations."""
+"""Fine-tune a Qwen model on conversations: `python train/sft.py`."""
 
 import argparse
 import sys
@@ -18,7 +18,8 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    return arguments.parser("sft", "chat", _EXAMPLES)
+    about = "Fine-tune a Qwen model on conversations, all of its weights or adapters on them."
+    return arguments.parser("sft", "chat", about, _EXAMPLES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

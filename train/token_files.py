@@ -30,10 +30,12 @@ _HELD = 2**22  # tokens of an example that are in memory before it ends
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """records: of a long text, the document is one, and is cut, dropped or bad as a whole; examples
-    and tokens are those kept; trained: tokens that are learned; cut and dropped: for being too
-    long; bad: records that could not be used; problems: what was wrong with the first.
-    digest: of the examples, wherever their files lie.
+    """What became of the records that a token cache was made of, in numbers.
+
+    records: how many were read; a long text is one, and is cut, dropped or bad as a whole.
+    examples, tokens: how many were kept. trained: how many of the tokens are learned. cut, dropped:
+    how many records were too long. bad: how many could not be used; problems: what was wrong with
+    the first of them. digest: a hash of the examples, the same wherever their files lie.
     """
 
     records: int = 0
@@ -103,7 +105,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_counts(folder: Path, counts: Counts) -> None:
-    """Declare files that are written whole."""
+    """Declare the files of a cache whole, now that they are written."""
     paths.write(folder / _COUNTS, json.dumps(dataclasses.asdict(counts)).encode())
 
 
@@ -170,7 +172,7 @@ class Writer:
         self._next()
 
     def append(self, cache: TokenCache) -> None:
-        """All examples of another cache."""
+        """Append all examples of another cache."""
         if not len(cache):
             return
         maps = []

@@ -171,11 +171,12 @@ def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
 
 
 def of(config: Config, ckpt: Path | None, recipe: Recipe) -> Whole | Adapted:
-    """What a recipe trains. Raises ValueError for adapters on nothing."""
+    """What a recipe trains. Raises ValueError for adapters on nothing, or on no module."""
     if not recipe.lora_rank:
         return Whole(config, ckpt, recipe)
     if ckpt is None:
         raise ValueError("adapters go on a trained model: give --ckpt")
+    _targets(recipe.lora_targets, config.num_layers)
     return Adapted(config, ckpt, recipe)
 
 
