@@ -277,14 +277,14 @@ def work(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         given = environment(args.rehearse, temporary / "site")
+        args.out.mkdir(parents=True, exist_ok=True)
+        found = records(args.out / "device.json")
+        known = [*records(KEPT), *found]
         if not (args.list or args.rehearse):
             install_wheels(temporary / "site")
         here = {**device_kind(given), "code": fingerprint()}
         if here["platform"] == "cpu" and not args.rehearse:
             raise ValueError("there is no accelerator here: --rehearse tries the commands on a CPU")
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = records(args.out / "device.json")
-        known = [*records(KEPT), *found]
         print(f"{here['device']}, jax {here['jax']}, code {here['code']}", flush=True)
         tasks = [x for x in (REHEARSAL if args.rehearse else TASKS) if x.part in args.part]
         before = {task.name: done_before(task, here, known) for task in tasks}

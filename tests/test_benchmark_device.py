@@ -104,6 +104,18 @@ def test_a_cpu_is_no_accelerator(
     assert "--rehearse" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_hold_results(tmp_path, monkeypatch, capsys) -> None:
+    """It is refused before the device is asked."""
+    monkeypatch.setattr(device, "device_kind", lambda _: pytest.fail("the device is asked"))
+    (tmp_path / "device.json").write_text('{"a": 1}')
+    for out, line in (
+        (tmp_path, f"error: {tmp_path}/device.json cannot be read: it is no list of objects; rem"),
+        (tmp_path / "device.json", f"error: File exists: {tmp_path}/device.json"),
+    ):
+        assert device.main(["--rehearse", "--out", str(out)]) == 1
+        assert capsys.readouterr().err.startswith(line)
+
+
 def test_parts_take_at_most_five_minutes() -> None:
     for part in device.PARTS:
         assert 0 < sum(x.seconds for x in device.TASKS if x.part == part) <= 300

@@ -315,21 +315,26 @@ def test_the_arguments_that_a_command_line_names():
         args.no_such_argument  # noqa: B018
 
 
-@pytest.mark.parametrize("program", [generate, pretrain, sft, perplexity, learning, plan])
-def test_help_opens_with_what_the_command_does(program, capsys):
+@pytest.mark.parametrize(
+    ("program", "does"),
+    [
+        (generate, "Generate text from a directory"),
+        (pretrain, "Train a Qwen model to continue text"),
+        (sft, "Fine-tune a Qwen model on conversations"),
+        (perplexity, "Measure how well a model predicts long text"),
+        (learning, "Learn a vocabulary from text"),
+        (plan, "Plan a run on accelerators that are not there"),
+    ],
+)
+def test_help_opens_with_what_the_command_does(program, does, capsys):
     with pytest.raises(SystemExit, match="0"):
         program.main(["--help"])
-    _, does, *_ = capsys.readouterr().out.split("\n\n")
-    assert does.split()[0] in ("Generate", "Train", "Fine-tune", "Measure", "Learn", "Plan")
+    assert capsys.readouterr().out.split("\n\n")[1].startswith(does)
 
 
-def test_options_of_a_recipe_are_sentences(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        sft.main(["--help"])
-    assert all(
-        field.metadata["help"][0].isupper() and field.metadata["help"].endswith(".")
-        for field in dataclasses.fields(Recipe)
-    )
+def test_options_of_a_recipe_are_sentences():
+    said = [field.metadata["help"] for field in dataclasses.fields(Recipe)]
+    assert not [text for text in said if not text[0].isupper() or not text.endswith(".")]
 
 
 @pytest.mark.parametrize("home", ["file", "none"])
