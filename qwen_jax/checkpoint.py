@@ -137,12 +137,10 @@ def load(
     from qwen_jax.weights import Weight, map_leaves
 
     inputs.choice("dtype", dtype, DTYPES, or_none=True)
-    if config is not None:
-        inputs.instance("config", config, Config)
+    own = None if config is None else inputs.instance("config", config, Config)
     root = existing(path)
     manifest = verify_whole(root)
-    mesh = mesh or meshes.current()
-    config = config or load_config(root)
+    mesh, config = mesh or meshes.current(), own or load_config(root)
     if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
         logging.getLogger("qwen_jax").warning(
             "%s: rope_scaling yarn has its ramp over the pair index, as Hugging Face and vLLM; "

@@ -150,8 +150,8 @@ def _say_nothing(_: Any) -> None:
 def show_log(debug: bool = False) -> None:
     """Say what the library logs as `say` does.
 
-    What Orbax and gcsfs log is shown for debugging alone: warnings of what is meant, and errors
-    that they also raise.
+    What Orbax, gcsfs and matplotlib log is shown for debugging alone: warnings of what is meant,
+    or of caches of theirs, and errors that they also raise.
     """
     handler = logging.Handler()
     handler.emit = lambda record: say(record.getMessage())
@@ -159,7 +159,7 @@ def show_log(debug: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries that log to the root would say it again
-    for name in ("absl", "gcsfs"):
+    for name in ("absl", "gcsfs", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 

@@ -7,12 +7,13 @@ Scalars of numpy and jax are what they hold. Nothing here knows what an argument
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Set
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qwen_jax import texts
 
+_T = TypeVar("_T")
 _NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
@@ -57,7 +58,7 @@ def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False)
         raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
 
 
-def instance(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...]) -> _T:
     """The value, which must be an object of this class, or of one of these."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -180,7 +180,6 @@ def test_bad_input(
     ("argv", "code", "message"),
     [
         (["--max-new-tokens", "100000"], 1, "tokens and 100000 new ones do not fit a cache of"),
-        (["--max-length", "2"], 1, "do not fit a cache of max_length 2"),
         (["--bench", "--max-new-tokens", "100000"], 1, "100000 new ones do not fit"),
         (["--attention", "nope"], 1, "attention 'nope' is not known: choose one of auto"),
         (["--top-k", "-1"], 2, "top_k -1"),

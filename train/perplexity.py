@@ -149,7 +149,8 @@ def perplexity(
     dtype: Any,
     length: int,
 ) -> float:
-    """exp of the mean cross-entropy of ids [N], in rows of `length`, each from its second token on.
+    """Measure the perplexity of ids [N] in rows of `length`: exp of the mean cross-entropy of all
+    tokens but the first of each row.
 
     decoder: stacked; config: what it computes as. On the mesh in force, whose `data` and `fsdp`
     split nothing here.
@@ -168,7 +169,9 @@ def perplexity(
 
 @functools.cache
 def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
-    """A jitted (decoder, batch, float32 [1, H/2] of RoPE) -> the sum of the cross-entropies."""
+    """A jitted program that sums the cross-entropies of a batch: it takes the decoder, the batch
+    and the frequencies of RoPE, float32 [1, H/2].
+    """
     import jax
     import jax.numpy as jnp
 

@@ -37,7 +37,11 @@ from train.saving import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained on what. held_out: files; or the share of the examples that is held out."""
+    """A model, its data and the recipe that it is trained by.
+
+    ckpt: the model directory to begin from; None for fresh weights. held_out: files to measure the
+    loss on; or share: how much of the examples is held out for that. strict: stop at a bad record.
+    """
 
     recipe: Recipe
     config: Config
