@@ -1,7 +1,8 @@
 """What callers pass, turned into Python's own values or host arrays, and checked.
 
 Each mistake is a ValueError of one line that names the argument, its value and what is allowed.
-Scalars of numpy and jax are what they hold. Nothing here knows what an argument is for.
+Scalars of numpy and jax are what they hold. Values out of files are checked by `values.py`, which
+takes 50.0 for 50 and has limits. Nothing here knows what an argument is for.
 """
 
 import numbers
