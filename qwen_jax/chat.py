@@ -9,7 +9,7 @@ end a reply, and turns the reply's ids into text.
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
-from qwen_jax import inputs, texts, tools
+from qwen_jax import inputs, texts, tools, values
 from qwen_jax.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -34,15 +34,13 @@ def make_context(
 
     Raises ValueError that names the argument where anything is no text, or half a character.
     """
-    inputs.instance("tokenizer", tokenizer, Tokenizer)
+    values.instance("tokenizer", tokenizer, Tokenizer)
     _check_format(chat_format)
     query = texts.check_whole("query", query)
     if chat_format == "raw":
         return query, tokenizer.encode(query)
     system, pairs = texts.check_whole("system", system), _pairs(history)
-    if not inputs.number("max_window_size", max_window_size) >= 0:
-        raise ValueError(f"max_window_size {max_window_size}: must be a number of at least 0")
-
+    values.number("max_window_size", max_window_size, 0)
     newline = tokenizer.encode("\n")
 
     def message(role: str, content: str) -> tuple[str, list[int]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import hf_config, inputs, lock, paths, store
+from qwen_jax import hf_config, lock, paths, store, values
 from qwen_jax.config import Config, read_json
 from qwen_jax.directory import (
     CONFIG,
@@ -88,8 +88,8 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
 
     root = existing(path)
     file = root / GENERATION_CONFIG
-    values = read_json(file) if file.exists() else hf_config.generation(read_json(root / CONFIG))
-    made = GenerationConfig.from_hf(values, file if file.exists() else root / CONFIG)
+    said = read_json(file) if file.exists() else hf_config.generation(read_json(root / CONFIG))
+    made = GenerationConfig.from_hf(said, file if file.exists() else root / CONFIG)
     token_ids.check(root)
     return made
 
@@ -109,10 +109,10 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     if not (root / TOKENIZER).exists():
         return None
     settings = root / _TOKENIZER_CONFIG
-    values = read_json(settings) if settings.exists() else {}
-    extra = tokenizer_config.extra_vocab_file(root, values)
+    said = read_json(settings) if settings.exists() else {}
+    extra = tokenizer_config.extra_vocab_file(root, said)
     tokenizer = Tokenizer.from_file(root / TOKENIZER, extra)
-    tokenizer_config.warn(root, values, tokenizer)
+    tokenizer_config.warn(root, said, tokenizer)
     token_ids.check(root, tokenizer)
     return tokenizer
 
@@ -136,8 +136,8 @@ def load(
     from qwen_jax import meshes, sharding
     from qwen_jax.weights import Weight, map_leaves
 
-    inputs.choice("dtype", dtype, DTYPES, or_none=True)
-    own = None if config is None else inputs.instance("config", config, Config)
+    values.choice("dtype", dtype, DTYPES, or_none=True)
+    own = None if config is None else values.instance("config", config, Config)
     root = existing(path)
     manifest = verify_whole(root)
     mesh, config = mesh or meshes.current(), own or load_config(root)
@@ -193,8 +193,8 @@ def save(
     """
     from qwen_jax.model import Decoder
 
-    inputs.instance("config", config, Config)
-    inputs.instance("decoder", decoder, Decoder)
+    values.instance("config", config, Config)
+    values.instance("decoder", decoder, Decoder)
     root = paths.absolute(path)
     paths.check_name(root)
     settings = _settings(config, like)
@@ -325,10 +325,10 @@ def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
     """The config.json to write: that of `like`, as it is, where it says what `config` says."""
     if like is not None:
         file = existing(like) / CONFIG
-        values = read_json(file)
-        if Config.from_hf(values, file) == config:
-            return values
-        return config.to_hf() | hf_config.generation(values)
+        said = read_json(file)
+        if Config.from_hf(said, file) == config:
+            return said
+        return config.to_hf() | hf_config.generation(said)
     return config.to_hf()
 
 

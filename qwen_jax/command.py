@@ -64,27 +64,19 @@ def run(
     return 0
 
 
-class _Named(argparse.Namespace):
-    """The arguments that a command line names, and no others: argparse adds the default of one that
-    is not there yet, and finds here that all are.
-    """
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):  # what argparse and Python keep for themselves
-            raise AttributeError(name)
+class _Absent(list[Any]):
+    """Stands for an argument that a command line does not name. A list: some are appended to."""
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line, and in `given` the names of those that it names, be they
-    what the default is.
+    what the default is. argparse tells these apart when the others are there already, so that it
+    parses twice.
     """
-    named = vars(parser.parse_args(argv, _Named()))
-    actions = [x for x in parser._actions if argparse.SUPPRESS not in (x.dest, x.default)]
-    defaults = {
-        x.dest: parser._get_value(x, x.default) if isinstance(x.default, str) else x.default
-        for x in actions
-    }
-    return argparse.Namespace(**{**defaults, **named}, given=tuple(sorted(named)))
+    args, absent = parser.parse_args(argv), _Absent()
+    named = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    args.given = tuple(sorted(name for name, value in vars(named).items() if value is not absent))
+    return args
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:

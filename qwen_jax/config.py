@@ -52,8 +52,8 @@ class Config:
             most = _MOST_LAYERS if name == "num_layers" else values.INT32
             number = values.whole(f"{hf_config.spelled(name)} is", getattr(self, name), 1, most)
             object.__setattr__(self, name, number)
-        for name in ("norm_eps", "rope_base", "initializer_range"):
-            values.number(f"{hf_config.spelled(name)} is", getattr(self, name))
+        for name in hf_config.REAL:
+            values.number(f"{hf_config.spelled(name)} is", getattr(self, name), *values.POSITIVE)
         for name in _FLAGS:
             values.flag(f"{hf_config.spelled(name)} is", getattr(self, name))
         if self.num_heads % self.num_kv_heads:
@@ -80,7 +80,9 @@ class Config:
                     f"{self.num_layers} layers"
                 )
             windows = tuple(
-                None if width is None else values.whole("a width of layer_windows is", width)
+                None
+                if width is None
+                else values.whole("a width of layer_windows is", width, 1, values.INT32)
                 for width in self.layer_windows
             )
             object.__setattr__(self, "layer_windows", windows)

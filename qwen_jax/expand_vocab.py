@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tiktoken
 
-from qwen_jax import command, inputs, lock, paths, texts
+from qwen_jax import command, lock, paths, texts, values
 from qwen_jax.tokenizer import PATTERN, Tokenizer
 
 
@@ -70,7 +70,7 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     if not isinstance(words, Mapping):
         raise ValueError(f"words must be word to frequency, got {texts.described(words)}")
     for word, frequency in words.items():
-        inputs.whole(f"the frequency of {word!r}", frequency, 1)
+        values.whole(f"the frequency of {word!r}", frequency, 1)
     if refused := splittable(words):
         raise ValueError(f"the pre-tokenizer splits {refused[0]!r}: it cannot be a token")
     ranks = dict(tokenizer.ranks)
@@ -116,7 +116,7 @@ def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> No
     tokens = list(tokens)
     if wrong := [token for token in tokens if not isinstance(token, bytes)]:
         raise ValueError(f"tokens must be bytes, got {texts.described(wrong[0])}")
-    start_id = inputs.whole("start_id", start_id, 0)
+    start_id = values.whole("start_id", start_id, 0)
     lines = [
         f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens, start_id)
     ]

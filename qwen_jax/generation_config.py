@@ -82,29 +82,33 @@ class GenerationConfig:
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `GenerationConfig`. ValueError that names a key whose value cannot be."""
-    top_k = values.whole("top_k is", given.get("top_k", 0), -1, values.INT64)
+
+    def whole(key: str, default: int, least: int) -> int:
+        value = values.from_file(given.get(key, default))
+        return values.whole(f"{key} is", value, least, values.INT64)
+
+    def number(key: str, default: float, least: float, most: float) -> float:
+        return values.number(f"{key} is", given.get(key, default), least, most)
+
     sampler = make_sampler(
         values.flag("do_sample is", given.get("do_sample", False)),
-        values.number("temperature is", given.get("temperature", 1.0), 0),
-        max(top_k, 0),  # -1 is vLLM's word for no limit
-        values.number("top_p is", given.get("top_p", 1.0), 0, 1),
-        values.number("repetition_penalty is", given.get("repetition_penalty", 1.0)),
+        number("temperature", 1.0, 0, values.FLOAT32),
+        max(whole("top_k", 0, -1), 0),  # -1 is vLLM's word for no limit
+        number("top_p", 1.0, 0, 1),
+        number("repetition_penalty", 1.0, *values.POSITIVE),
     )
     chat_format = given.get("chat_format", "")
     if not isinstance(chat_format, str):
         raise ValueError(f"chat_format is {texts.shown(chat_format)}: must be a text, or null")
-    pad_id = given.get("pad_token_id")
     return {
         "sampler": sampler,
         "stops": _stops(given),
-        "max_new_tokens": values.whole(
-            "max_new_tokens is", given.get("max_new_tokens", 512), most=values.INT64
-        ),
-        "pad_id": None if pad_id is None else values.whole("pad_token_id is", pad_id, 0),
+        "max_new_tokens": whole("max_new_tokens", 512, 1),
+        "pad_id": _id("pad_token_id is", given["pad_token_id"])
+        if "pad_token_id" in given
+        else None,
         "chat_format": chat_format or None,
-        "max_window_size": values.whole(
-            "max_window_size is", given.get("max_window_size", 6144), 0, values.INT64
-        ),
+        "max_window_size": whole("max_window_size", 6144, 0),
     }
 
 
@@ -115,9 +119,13 @@ def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     if not isinstance(words, list) or not all(isinstance(x, list) and x for x in words):
         shown = texts.shown(words)
         raise ValueError(f"stop_words_ids is {shown}: must be a list of lists of token ids")
-    stops = [(values.whole("a stop of eos_token_id is", i, 0),) for i in ends]
-    stops += [tuple(values.whole("a stop of stop_words_ids is", i, 0) for i in x) for x in words]
+    stops = [(_id("a stop of eos_token_id is", i),) for i in ends]
+    stops += [tuple(_id("a stop of stop_words_ids is", i) for i in x) for x in words]
     return tuple(dict.fromkeys(stops))
+
+
+def _id(name: str, value: Any) -> int:
+    return values.whole(name, values.from_file(value), 0, values.INT32)
 
 
 def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:

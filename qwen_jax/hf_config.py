@@ -29,6 +29,7 @@ KEYS = {
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "initializer_range",
 }
+REAL = ("norm_eps", "rope_base", "initializer_range")  # fields that are no whole numbers
 # Keys of ours, written to a config.json only when they are set.
 OURS = ("layer_windows", "rope_scaling")
 # Other spellings of the same keys: August 2023, and later duplicates.
@@ -272,9 +273,11 @@ def _without_windows(given: Mapping[str, Any]) -> dict[str, Any]:
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Config` for the keys that are part of the architecture."""
     fields = {field: given[key] for key, field in KEYS.items() if key in given}
+    for field in set(fields) - set(REAL):
+        fields[field] = values.from_file(fields[field])
     if "intermediate_size" in fields:
         name = "intermediate_size"
-        doubled = values.whole(f"{name} is", fields[name])
+        doubled = values.whole(f"{name} is", fields[name], 1, values.INT32)
         if doubled % 2:
             raise ValueError(f"{name} is {doubled}: must be even (twice the FFN width)")
         fields[name] = doubled // 2
@@ -283,7 +286,9 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(windows, list | tuple | None):
             shown = texts.shown(windows)
             raise ValueError(f"layer_windows {shown}: must be a list of widths, null = full")
-        fields["layer_windows"] = None if windows is None else tuple(windows)
+        fields["layer_windows"] = windows
+        if windows is not None:
+            fields["layer_windows"] = tuple(map(values.from_file, windows))
     if "rope_scaling" in given:
         fields["rope_scaling"] = RopeScaling.from_hf(given["rope_scaling"])
     return fields

@@ -1,71 +1,17 @@
-"""What callers pass, turned into Python's own values or host arrays, and checked.
+"""Token ids, masks, stops and seeds that callers pass, turned into host arrays and checked.
 
 Each mistake is a ValueError of one line that names the argument, its value and what is allowed.
-Scalars of numpy and jax are what they hold. Values out of files are checked by `values.py`, which
-takes 50.0 for 50 and has limits. Nothing here knows what an argument is for.
 """
 
-import numbers
 import operator
 from collections.abc import Iterable, Mapping, Set
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from qwen_jax import texts
+from qwen_jax import texts, values
 
-_T = TypeVar("_T")
 _NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)
-
-
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number, at least `least`, as Python's own. A float is none, and neither is True."""
-    plain = _plain(value)
-    try:
-        found = None if isinstance(plain, bool) else operator.index(plain)
-    except TypeError:
-        found = None
-    if found is None or (least is not None and found < least):
-        limit = "" if least is None else f" of at least {least}"
-        raise ValueError(f"{name} {texts.shown(plain)}: must be a whole number{limit}")
-    return found
-
-
-def number(name: str, value: Any) -> int | float:
-    """A real number as Python's own; NaN counts as one, which every range refuses."""
-    plain = _plain(value)
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
-        raise ValueError(f"{name} {texts.shown(plain)}: must be a number")
-    return plain if isinstance(plain, int) else float(plain)
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of numpy or jax as Python's own; anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or False, as Python's own."""
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} {texts.shown(value)}: must be True or False")
-    return bool(value)
-
-
-def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False) -> None:
-    """Raise ValueError unless the value is one of these texts, or None where that is allowed."""
-    known = list(allowed)
-    if not ((value is None and or_none) or (isinstance(value, str) and value in known)):
-        others = " or None" if or_none else ""
-        raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
-
-
-def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...]) -> _T:
-    """The value, which must be an object of this class, or of one of these."""
-    if not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        what = " or a ".join(one.__name__ for one in kinds)
-        raise ValueError(f"{name} {texts.shown(value)}: must be a {what}")
-    return value
 
 
 def ids(name: str, values: Any, below: int | None = None) -> list[int]:
@@ -173,5 +119,5 @@ def seeds(seed: Any, batch: int) -> np.ndarray:
     given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
     if len(given) not in (1, batch):
         raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")
-    wrapped = [whole("seed", one) % 2**32 for one in given]
+    wrapped = [values.whole("seed", one) % 2**32 for one in given]
     return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))

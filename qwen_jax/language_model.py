@@ -30,6 +30,7 @@ from qwen_jax import (
     rope,
     sampling,
     sharding,
+    values,
 )
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.config import Config
@@ -69,8 +70,8 @@ def check_names(dtype: str | None, attention: str, cache_dtype: str | None) -> N
     """Raise ValueError for one of these arguments of `load` that is not known, before anything is
     read.
     """
-    inputs.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
-    inputs.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
+    values.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
+    values.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
     attention_registry.get(attention)
 
 
@@ -212,12 +213,12 @@ class LanguageModel(Description):
         Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
         """
         tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
-        max_new_tokens = inputs.whole("max_new_tokens", max_new_tokens, 1)
-        at_once = None if at_once is None else inputs.whole("at_once", at_once, 1)
+        max_new_tokens = values.whole("max_new_tokens", max_new_tokens, 1)
+        at_once = None if at_once is None else values.whole("at_once", at_once, 1)
         self.room(int(lengths.max()), max_new_tokens)
-        inputs.choice("ntk", ntk, ("prompt", "total"))
+        values.choice("ntk", ntk, ("prompt", "total"))
         sampler = sampling.Greedy() if sampler is None else sampler
-        inputs.instance("sampler", sampler, (sampling.Greedy, sampling.Nucleus))
+        values.instance("sampler", sampler, (sampling.Greedy, sampling.Nucleus))
         sampler.check()
         # As float32 all of them, so that 1 and 1.0 are one program.
         sampler = jax.tree.map(lambda x: jnp.float32(float(x)), sampler)

@@ -46,7 +46,9 @@ class RopeScaling:
             )
         if trained is not None:
             name = "original_max_position_embeddings"
-            object.__setattr__(self, name, values.whole(f"rope_scaling {name}", trained))
+            object.__setattr__(
+                self, name, values.whole(f"rope_scaling {name}", trained, 1, values.INT32)
+            )
         least = {"factor": 1, "mscale": 0, "mscale_all_dim": 0}
         for name in ("factor", "beta_fast", "beta_slow", *_OPTIONAL):
             value = getattr(self, name)
@@ -85,6 +87,8 @@ class RopeScaling:
                 raise ValueError(
                     f"rope_scaling type {given['type']!r} and rope_type {later!r} disagree"
                 )
+        for key in {"original_max_position_embeddings"} & set(given):
+            given[key] = values.from_file(given[key])
         if not given or given.get("type") == "default":  # as later generations say: none
             return None
         if not {"type", "factor"} <= set(given):

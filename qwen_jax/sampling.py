@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from qwen_jax import inputs
+from qwen_jax import values
 
 _TINY = float(np.finfo(np.float32).tiny)  # the smallest number that hardware does not round to 0
 _LARGEST = float(np.finfo(np.float32).max)
@@ -69,16 +69,16 @@ class Nucleus:
     def check(self) -> None:
         """Raise ValueError for a setting out of range."""
         _check_penalty(self.repetition_penalty)
-        temperature = inputs.number("temperature", self.temperature)
+        temperature = values.number("temperature", self.temperature)
         if not 0 < temperature <= _LARGEST:
             raise ValueError(
                 f"temperature {temperature}: must be positive, and finite in float32 (0: use "
                 "Greedy)"
             )
-        top_k = inputs.number("top_k", self.top_k)
+        top_k = values.number("top_k", self.top_k)
         if not (0 <= top_k <= _LARGEST and top_k % 1 == 0):
             raise ValueError(f"top_k {top_k}: must be a whole number, 0 for no limit")
-        top_p = inputs.number("top_p", self.top_p)
+        top_p = values.number("top_p", self.top_p)
         if not 0 <= top_p <= 1:
             raise ValueError(f"top_p {top_p}: must be from 0 to 1")
 
@@ -126,7 +126,7 @@ def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax
 
 
 def _check_penalty(penalty: float) -> None:
-    penalty = inputs.number("repetition_penalty", penalty)
+    penalty = values.number("repetition_penalty", penalty)
     if not _TINY <= penalty <= _LARGEST:
         raise ValueError(
             f"repetition_penalty {penalty}: must be positive, and a normal number of float32, from "

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from qwen_jax import inputs, paths, texts
+from qwen_jax import inputs, paths, texts, values
 
 # A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
 # backtracks through the whole run, and tiktoken panics at a million characters; the alternative
@@ -197,7 +197,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, errors: str = "replace", skip_special_tokens: bool = False
     ):
-        inputs.instance("tokenizer", tokenizer, Tokenizer)
+        values.instance("tokenizer", tokenizer, Tokenizer)
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(_handler(errors))

@@ -1,20 +1,25 @@
-"""Numbers and flags out of files that somebody else wrote, and out of arguments, checked.
+"""Numbers, flags, names and objects that others pass or write into files, checked one by one.
 
-Each function returns the value that it was given, as the type that it must have, or raises a
-ValueError of one line: name, value, what is allowed. `name` is the field with what comes before the
-value, as in "seq_length is". Nothing here knows what a value is for.
+Each function returns the value that it was given as Python's own, or raises a ValueError of one
+line: name, value, what is allowed. `name` is whatever comes before the value, as "seq_length is".
+True and False are no numbers; scalars of numpy and jax are what they hold. Nothing here knows what
+a value is for.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import numbers
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from qwen_jax import texts
 
+_T = TypeVar("_T")
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
-FLOAT32 = 3.4028234663852886e38  # the largest number of float32, and the smallest without loss
-TINY = 1.1754943508222875e-38
+TINY = 1.1754943508222875e-38  # the smallest number that float32 holds in full, and the largest
+FLOAT32 = 3.4028234663852886e38
+POSITIVE = (TINY, FLOAT32)
 
 
 @contextlib.contextmanager
@@ -33,29 +38,72 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def whole(name: str, value: Any, least: int = 1, most: int = INT32) -> int:
-    """A whole number; some tools write one as 50.0."""
-    number = int(value) if isinstance(value, float) and value.is_integer() else value
-    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
-        said = texts.shown(value)
-        raise ValueError(f"{name} {said}: must be a whole number from {least} to {most}")
-    return number
+def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number, from `least` to `most` where those are given."""
+    plain = _plain(value)
+    try:
+        found = None if isinstance(plain, bool) else operator.index(plain)
+    except TypeError:
+        found = None
+    if found is None or not _within(found, least, most):
+        raise ValueError(f"{name} {texts.shown(plain)}: must be a whole number{_said(least, most)}")
+    return found
 
 
-def number(name: str, value: Any, least: float = TINY, most: float = FLOAT32) -> float:
-    """A number within limits, so neither NaN nor infinite."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not least <= value <= most  # exact for an int that no float holds
-    ):
-        said = texts.shown(value)
-        raise ValueError(f"{name} {said}: must be a number from {least:g} to {most:g}")
-    return value
+def from_file(value: Any) -> Any:
+    """A value of a file where a whole number is wanted: some tools write 50.0 for 50."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def number(
+    name: str, value: Any, least: float | None = None, most: float | None = None
+) -> int | float:
+    """A real number, from `least` to `most` where those are given; NaN is within no limits."""
+    plain = _plain(value)
+    real = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
+    if not real or not _within(plain, least, most):
+        raise ValueError(f"{name} {texts.shown(plain)}: must be a number{_said(least, most)}")
+    return plain if isinstance(plain, int) else float(plain)
 
 
 def flag(name: str, value: Any) -> bool:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} {texts.shown(value)}: must be true or false")
+    """True or False."""
+    plain = _plain(value)
+    if not isinstance(plain, bool):
+        raise ValueError(f"{name} {texts.shown(plain)}: must be true or false")
+    return plain
+
+
+def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False) -> None:
+    """Raise ValueError unless the value is one of these texts, or None where that is allowed."""
+    known = list(allowed)
+    if not ((value is None and or_none) or (isinstance(value, str) and value in known)):
+        others = " or None" if or_none else ""
+        raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
+
+
+def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...]) -> _T:
+    """The value, which must be an object of this class, or of one of these."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        what = " or a ".join(one.__name__ for one in kinds)
+        raise ValueError(f"{name} {texts.shown(value)}: must be a {what}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or jax as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _within(value: Any, least: float | None, most: float | None) -> bool:
+    """Exact for an int that no float holds."""
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def _said(least: float | None, most: float | None) -> str:
+    """The limits, for a message."""
+    if least is None:
+        return ""
+    shown = [f"{x:d}" if isinstance(x, int) else f"{x:g}" for x in (least, most) if x is not None]
+    return f" from {' to '.join(shown)}" if most is not None else f" of at least {shown[0]}"

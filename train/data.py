@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qwen_jax import inputs, texts, tools
+from qwen_jax import texts, tools, values
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tools import Turn
 from train.loss import IGNORED
@@ -123,7 +123,7 @@ def sft_example(
     Raises ValueError for another role, a turn without text, a key that says what is not read, or no
     reply to a user.
     """
-    inputs.instance("tokenizer", tokenizer, Tokenizer)
+    values.instance("tokenizer", tokenizer, Tokenizer)
     if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
         got = texts.described(conversations)
         raise ValueError(f"conversations must be a list of turns, got {got}")
@@ -148,9 +148,9 @@ def sft_example(
 def _encoded(
     tokenizer: Tokenizer, system: str, turns: Sequence[Turn], max_len: int | None, loss_on: str
 ) -> tuple[list[int], list[int]]:
-    inputs.choice("loss_on", loss_on, LOSS_ON)
+    values.choice("loss_on", loss_on, LOSS_ON)
     if max_len is not None:
-        max_len = inputs.whole("max_len", max_len, 1)
+        max_len = values.whole("max_len", max_len, 1)
     system = texts.check_whole("system", system)
     if "assistant" not in {turn.role for turn in turns}:
         raise ValueError("the conversation has no reply to a user: there is nothing to learn")

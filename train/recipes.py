@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax import inputs, texts
+from qwen_jax import texts, values
 from qwen_jax.chat import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Recipe:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name, allowed in _ALLOWED.items():
-            inputs.choice(name, getattr(self, name), allowed)
+            values.choice(name, getattr(self, name), allowed)
         for name, (least, below) in _RANGES.items():
             value = getattr(self, name)
             # A rate that float32 rounds to 1 is 1.
@@ -175,9 +175,9 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if value is None and optional:
         return None
     if kind is tuple:
-        names = inputs.instance(field.name, value, (tuple, list))
+        names = values.instance(field.name, value, (tuple, list))
         return tuple(texts.check(f"each of {field.name}", name) for name in names)
-    check = {int: inputs.whole, float: inputs.number, bool: inputs.flag, str: texts.check}[kind]
+    check = {int: values.whole, float: values.number, bool: values.flag, str: texts.check}[kind]
     return check(field.name, value)
 
 
@@ -224,7 +224,7 @@ def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Rec
     The memo alone has warm-up, weight decay and clipping; it has another epsilon. Steps are those
     that make up the published tokens of the model's size.
     """
-    length = inputs.whole("length", length, 2)
+    length = values.whole("length", length, 2)
     return Recipe(
         name="pretrain",
         data="text",
@@ -330,14 +330,14 @@ def _eps(source: str) -> float:
     return _of(source, report=1e-8, memo=1e-6)
 
 
-def _of(source: str, **values: Any) -> Any:
+def _of(source: str, **stated: Any) -> Any:
     """The value that a source states."""
-    if not isinstance(source, str) or source not in values:
+    if not isinstance(source, str) or source not in stated:
         shown = texts.shown(source)
-        raise ValueError(f"source {shown}: allowed here are {', '.join(values)}")
-    return values[source]
+        raise ValueError(f"source {shown}: allowed here are {', '.join(stated)}")
+    return stated[source]
 
 
-def _of_size(model: str, values: Mapping[str, float]) -> float:
+def _of_size(model: str, published: Mapping[str, float]) -> float:
     """The value that is published for a model's size; for others, that of the 7B."""
-    return values.get(texts.check("model", model), values["qwen-7b"])
+    return published.get(texts.check("model", model), published["qwen-7b"])

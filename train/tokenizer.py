@@ -9,7 +9,7 @@ import base64
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from qwen_jax import command, inputs, lock, paths
+from qwen_jax import command, lock, paths, values
 from qwen_jax.texts import check_whole, described
 from qwen_jax.tokenizer import PATTERN
 
@@ -86,7 +86,7 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be a list of texts, got {described(texts)}")
-    size = inputs.whole("size", size, _BYTES + 1)
+    size = values.whole("size", size, _BYTES + 1)
     import unicodedata
 
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
