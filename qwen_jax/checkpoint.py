@@ -193,10 +193,10 @@ def save(
     """
     from qwen_jax.model import Decoder
 
-    values.instance("config", config, Config)
-    values.instance("decoder", decoder, Decoder)
     root = paths.absolute(path)
     paths.check_name(root)
+    values.instance("config", config, Config)
+    values.instance("decoder", decoder, Decoder)
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
