@@ -175,7 +175,7 @@ def remove_drafts(root: Path) -> None:
     """Remove the drafts that writers which were killed have left in a model directory."""
     if not paths.is_remote(root):
         for file in [*root.glob(paths.DRAFTS), *(root / PARAMS).rglob("*.tmp")]:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -153,7 +153,9 @@ def stamp(path: Path) -> list[int]:
 
 
 def sizes(root: Path) -> dict[str, int]:
-    """The size of every file under `root`, by its path within it. One listing when remote."""
+    """The size of every file under `root`, by its path within it. One listing when remote. Files
+    that somebody moves or removes meanwhile may be there or not.
+    """
     if is_remote(root):
         top = str(root).removeprefix("gs://") + "/"
         found = _objects().find(str(root), detail=True)
@@ -162,7 +164,8 @@ def sizes(root: Path) -> dict[str, int]:
     for folder, _, names in os.walk(root):
         for name in names:
             file = Path(folder, name)
-            local[file.relative_to(root).as_posix()] = file.stat().st_size
+            with contextlib.suppress(FileNotFoundError):
+                local[file.relative_to(root).as_posix()] = file.stat().st_size
     return dict(sorted(local.items()))
 
 

@@ -118,3 +118,10 @@ def test_names_that_tensorstore_cannot_open(tmp_path, golden_dir, capfd, name):
         paths.check_name(tmp_path / "link")
     assert to_hf.main([str(tmp_path / "link"), str(tmp_path / "out"), "--verify"]) == 1
     assert told in last_line(capfd)
+
+
+def test_a_file_that_goes_while_sizes_are_read(tmp_path, monkeypatch):
+    """As the draft of another process does, which becomes a part of a token cache."""
+    (tmp_path / "there").write_text("four")
+    monkeypatch.setattr(os, "walk", lambda root: [(str(root), [], ["gone", "there"])])
+    assert paths.sizes(tmp_path) == {"there": 4}
