@@ -8,7 +8,6 @@ field that no list names may only be empty.
 import dataclasses
 import json
 import math
-import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import regex
 
 from convert import names
+from qwen_jax import texts, values
 from qwen_jax.config import read_json
 
 SETTINGS = "adapter_config.json"
@@ -204,19 +204,12 @@ def read_shape(folder: Path, layers: int) -> Shape:
             f"{file}: peft_type {settings.get('peft_type')!r}, only LORA is supported: "
             f"{MERGED_IN_PEFT}"
         )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank < 2**31:
-        shown = reprlib.repr(rank)
-        raise ValueError(f"{file}: r {shown}: a whole number, at least 1 and of an int32")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 3.4e38:
-        raise ValueError(
-            f"{file}: lora_alpha {reprlib.repr(alpha)}: a number above 0 and of a float32"
-        )
-    if not _empty(bias := settings.get("bias")) and bias not in _BIASES:
-        raise ValueError(f"{file}: bias {reprlib.repr(bias)}: one of {', '.join(_BIASES)}")
-    stabilised = settings.get("use_rslora") or False
-    if not isinstance(stabilised, bool):
-        raise ValueError(f"{file}: use_rslora {stabilised!r}: true or false")
+    with values.named(file):
+        rank = values.whole("r", settings.get("r"), 1, values.INT32)
+        alpha = values.number("lora_alpha", settings.get("lora_alpha"), *values.POSITIVE)
+        stabilised = values.flag("use_rslora", settings.get("use_rslora") or False)
+        if not _empty(bias := settings.get("bias")):
+            values.choice("bias", bias, _BIASES)
     known = {module.rpartition(".")[2]: module for module in WHOLE}
     wanted = _list(file, settings, "target_modules", or_pattern=True)
     saved = _list(file, settings, "modules_to_save")
@@ -248,7 +241,7 @@ def _list(file: Path, settings: Mapping[str, Any], name: str, or_pattern: bool =
     pattern = isinstance(value, str) and or_pattern
     if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
         hint = f", [{json.dumps(value)}]" if isinstance(value, str) else ""
-        raise ValueError(f"{file}: {name} {value!r}: a list of names{hint}")
+        raise ValueError(f"{file}: {name} {texts.shown(value)}: must be a list of names{hint}")
     return value
 
 
@@ -281,7 +274,9 @@ class _Judge:
         matches the end of its path.
         """
         if not isinstance(value, dict):
-            raise ValueError(f"{field} {reprlib.repr(value)}: an object of patterns and numbers")
+            raise ValueError(
+                f"{field} {texts.shown(value)}: must be an object of patterns and numbers"
+            )
         if all(number == common for number in value.values()):
             return False
         for pattern in value:  # by itself, so that a message shows it as it is written

@@ -8,12 +8,11 @@ Everything that may be wrong with a folder is found here, before anything is wri
 import dataclasses
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from qwen_jax import paths
+from qwen_jax import paths, texts
 from qwen_jax.config import read_json
 from qwen_jax.store import ITEM_BYTES
 
@@ -167,7 +166,7 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     """Where the bytes of a header's entry begin and end, after the header."""
     found = entry.get("data_offsets") if isinstance(entry, dict) else entry
     if not _sizes(found) or len(found) != 2 or found[0] > found[1]:
-        raise ValueError(f"{name!r} has data_offsets {reprlib.repr(found)}, not [begin, end]")
+        raise ValueError(f"{name!r} has data_offsets {texts.shown(found)}, not [begin, end]")
     return found[0], found[1]
 
 
@@ -175,9 +174,9 @@ def _tensor(file: Path, base: int, name: str, entry: Mapping[str, Any]) -> Tenso
     """The tensor of an entry whose offsets are right. base: where the header has its end."""
     shape, code, (begin, end) = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
     if not _sizes(shape) or not isinstance(code, str):
-        raise ValueError(f"{name!r} has shape {reprlib.repr(shape)}, dtype {reprlib.repr(code)}")
+        raise ValueError(f"{name!r} has shape {texts.shown(shape)}, dtype {texts.shown(code)}")
     if code in _DTYPES and end - begin != math.prod(shape) * ITEM_BYTES[_DTYPES[code]]:
-        raise ValueError(f"{name!r} has {end - begin} bytes for shape {reprlib.repr(shape)}")
+        raise ValueError(f"{name!r} has {end - begin} bytes for shape {texts.shown(shape)}")
     return Tensor(file, base + begin, code, tuple(shape))
 
 

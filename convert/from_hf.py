@@ -180,14 +180,14 @@ def read_config(source: Path) -> Config:
             f"{source} has no {checkpoint.CONFIG}: it is not a checkpoint folder; give the "
             "one that has it beside the weights, or download it"
         )
-    values = read_json(source / checkpoint.CONFIG)
-    if (quantisation := values.get("quantization_config")) is not None:
+    file = source / checkpoint.CONFIG
+    if (quantisation := read_json(file).get("quantization_config")) is not None:
         method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
         raise ValueError(
             f"{source} is quantised ({method or 'quantization_config'}), which is not supported "
             "yet: take the checkpoint it was made from"
         )
-    return Config.from_hf(values, source / checkpoint.CONFIG)
+    return Config.read(file)
 
 
 def _leaves(

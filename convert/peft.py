@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
 from convert.folder import Tensor, read_header
-from qwen_jax import directory, lock, lora, paths, processes, sharding
+from qwen_jax import directory, lock, lora, paths, processes, sharding, values
 from qwen_jax.lora import Adapters
 from qwen_jax.model import Decoder
 from qwen_jax.weights import Weight, map_leaves, named_leaves
@@ -30,7 +30,6 @@ _PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.7
 _PREFIX = "base_model.model."
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _INNER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$|\.(modules_to_save\.[^.]+|original_module)\.")
-_LARGEST = float(np.finfo(np.float32).max)
 _EMBEDDING, _HEAD = WHOLE
 
 
@@ -88,7 +87,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
         sizes["head"] = tuple(decoder.head.shape)
     shape, tensors = _read(folder, read_shape(folder, len(layers)), len(layers), sizes)
 
-    def values(path: str) -> np.ndarray:
+    def found(path: str) -> np.ndarray:
         kind, _, name = path.partition(".")
         if kind in WHOLE.values():
             (module,) = [m for m, whole in WHOLE.items() if whole == kind]
@@ -103,7 +102,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
         return np.stack([tensors["b", i, module][rows] for i in layers])
 
     def put(path: str, leaf: Weight) -> Weight:
-        array = values(path).astype(np.float32)
+        array = found(path).astype(np.float32)
         placed = sharding.place(array, leaf.letters, decoder.config.sizes)
         return Weight(placed, letters=leaf.letters)
 
@@ -224,7 +223,7 @@ def _check_numbers(
         if kind != "b":
             continue
         most = _most_added(shape.scale, found["a", layer, module], found["b", layer, module])
-        if most > _LARGEST:
+        if most > values.FLOAT32:
             raise ValueError(
                 f"{file}: {name} with its lora_A and the scale {shape.scale:.3g} of lora_alpha "
                 f"adds up to {most:.3g}, for which float32 has no room: use an earlier checkpoint "

@@ -50,7 +50,11 @@ _OFF = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """stops: sequences of ids that end a row; None where the file is silent."""
+    """How a checkpoint generates unless a caller says otherwise.
+
+    stops: sequences of ids that end a row. pad_id, chat_format: None where the file names none.
+    max_window_size: most tokens of a chat's prompt, beyond which old turns are left out.
+    """
 
     sampler: Greedy | Nucleus
     stops: tuple[tuple[int, ...], ...]

@@ -14,21 +14,21 @@ from qwen_jax import texts, values
 _NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
-def ids(name: str, values: Any, below: int | None = None) -> list[int]:
+def ids(name: str, given: Any, below: int | None = None) -> list[int]:
     """Token ids, out of any sequence or array of one axis: whole numbers from 0, and below `below`.
 
     ValueError for anything else: a float may be a number's rounding, a text is no ids, and a set or
     a mapping has no order.
     """
     try:
-        if isinstance(values, _NO_SEQUENCE):
+        if isinstance(given, _NO_SEQUENCE):
             raise TypeError
-        given = list(values)
-        found = list(map(operator.index, given))
-        if bool in set(map(type, given)):
+        each = list(given)
+        found = list(map(operator.index, each))
+        if bool in set(map(type, each)):
             raise TypeError
     except TypeError:
-        got = texts.described(values)
+        got = texts.described(given)
         raise ValueError(f"{name} must be whole numbers (token ids), got {got}") from None
     if found and (min(found) < 0 or (below is not None and max(found) >= below)):
         bad = next(i for i in found if i < 0 or (below is not None and i >= below))
@@ -100,17 +100,13 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     if words or not isinstance(stop, Iterable):
         shown = texts.shown(stop)
         raise ValueError(f"stop {shown}: must be a sequence of ids, or of sequences of ids")
-    try:
-        sequences = [np.atleast_1d(np.asarray(ids)) for ids in stop]
-    except ValueError:  # a sequence of ids among ids
-        raise ValueError(f"stop {texts.shown(stop)}: must be ids, or sequences of ids") from None
-    for ids in sequences:
-        right = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
-        if not right or not ((ids >= 0) & (ids < vocab_size)).all():
-            raise ValueError(
-                f"stop {ids.tolist()}: ids are whole numbers from 0 to {vocab_size - 1}"
-            )
-    return [tuple(ids.tolist()) for ids in sequences]
+    found = []
+    for each in stop:
+        several = isinstance(each, Iterable) and getattr(each, "ndim", 1)
+        found.append(tuple(ids("stop", each if several else [each], vocab_size)))
+        if not found[-1]:
+            raise ValueError(f"stop {texts.shown(stop)}: an empty sequence ends nothing: drop it")
+    return found
 
 
 def seeds(seed: Any, batch: int) -> np.ndarray:

@@ -93,7 +93,7 @@ def with_weights(
     dtype = dtype or default_dtype()
     attend = attention_for(attention, config, dtype, about.max_length, cache_dtype, mesh)
     decoder = checkpoint.load(path, config, dtype, mesh)
-    fields = {name: getattr(about, name) for name in Description.__dataclass_fields__}
+    fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
     return LanguageModel(
         **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype
     )

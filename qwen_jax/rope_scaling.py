@@ -11,7 +11,16 @@ from qwen_jax import texts, values
 
 YARN = ("yarn", "yarn_paper")
 _TYPES = ("linear", "ntk", *YARN)
+_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
 _UNSET = (None, None, True)
+_LEAST = {
+    "factor": 1,
+    "beta_fast": values.TINY,
+    "beta_slow": values.TINY,
+    "attention_factor": values.TINY,
+    "mscale": 0,
+    "mscale_all_dim": 0,
+}
 # No position is larger, so that no factor has to be; powers and squares of it fit float32.
 _MOST = 2**31
 
@@ -49,12 +58,10 @@ class RopeScaling:
             object.__setattr__(
                 self, name, values.whole(f"rope_scaling {name}", trained, 1, values.INT32)
             )
-        least = {"factor": 1, "mscale": 0, "mscale_all_dim": 0}
-        for name in ("factor", "beta_fast", "beta_slow", *_OPTIONAL):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                least_of = least.get(name, values.TINY)
-                values.number(f"rope_scaling {name}", value, least_of, _MOST)
+                values.number(f"rope_scaling {name}", value, least, _MOST)
         if not self.beta_fast > self.beta_slow:
             raise ValueError(
                 f"rope_scaling needs beta_fast > beta_slow > 0, got {self.beta_fast} and "
@@ -87,7 +94,7 @@ class RopeScaling:
                 raise ValueError(
                     f"rope_scaling type {given['type']!r} and rope_type {later!r} disagree"
                 )
-        for key in {"original_max_position_embeddings"} & set(given):
+        if (key := "original_max_position_embeddings") in given:
             given[key] = values.from_file(given[key])
         if not given or given.get("type") == "default":  # as later generations say: none
             return None
@@ -102,6 +109,3 @@ class RopeScaling:
         names += [] if self.truncate else ["truncate"]
         names += ["mscale", "mscale_all_dim"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")

@@ -10,13 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from qwen_jax import values
 
-_TINY = float(np.finfo(np.float32).tiny)  # the smallest number that hardware does not round to 0
-_LARGEST = float(np.finfo(np.float32).max)
+_TINY, _LARGEST = values.POSITIVE  # of float32: hardware rounds to 0 what is smaller
 _HOTTEST = 2.0**64  # at this temperature float32 probabilities are equal; a power of 2 keeps order
 _SAFE = 1e38  # scores up to here leave room for rounding below the largest float32
 

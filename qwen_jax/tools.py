@@ -6,7 +6,6 @@ which thoughts, calls, their results and the answer follow each other. Knows no 
 
 import dataclasses
 import json
-import reprlib
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -172,7 +171,7 @@ def turns(
             _answered(steps, message, number)
         else:
             allowed = "system, user, assistant, tool, function"
-            raise ValueError(f"message {number} is of {reprlib.repr(role)}: allowed are {allowed}")
+            raise ValueError(f"message {number} is of {texts.shown(role)}: allowed are {allowed}")
     if tools and found:  # the first turn is of a user: a reply before it is refused
         question = found[0][1][0]
         question.text = f"{instruction(tools)}\n\nQuestion: {question.text}"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,18 @@ def test_tokens_that_the_vocabulary_has_not_are_said_before_anything_is_copied(t
     asked = from_hf.parser().parse_args([str(source), str(tmp_path / "out")])
     with pytest.warns(UserWarning, match=r"added_tokens\.json asks for .*: added tokens <mine>$"):
         from_hf.make_plan(asked)
+
+
+def test_a_conversion_warns_of_a_key_once(tmp_path, source):
+    """Python shows a warning once for each place in the code that reads the file."""
+    edit(source / "config.json", prefix="Hello")
+    asked = from_hf.parser().parse_args([str(source), str(tmp_path / "out")])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        from_hf.make_plan(asked)
+    assert [str(warning.message) for warning in said] == [
+        f"{source}/config.json asks for what is not done: prefix='Hello' (write it into the prompt)"
+    ]
 
 
 def test_mixed_dtypes_convert_when_one_is_chosen(tmp_path, source):

@@ -162,7 +162,7 @@ def test_ids_are_whole_numbers(work):
             work(ids)
 
 
-@pytest.mark.parametrize("stop", ["Human:", ["Human:"], [b"ab"], [[1.5]], 3, [3]])
+@pytest.mark.parametrize("stop", ["Human:", ["Human:"], [b"ab"], [[1.5]], [[True]], 3, [3]])
 def test_stops_are_ids(stop):
     with pytest.raises(ValueError, match="stop must be"):
         chat.decode_reply(TINY, [97], stop=stop)

@@ -5,7 +5,6 @@ Knows no files and no batches.
 """
 
 import json
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +82,7 @@ def _check_whole(record: Mapping[str, Any]) -> None:
     for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         for name in _SHARES if isinstance(turn, Mapping) else ():
             if turn.get(name) not in (None, 1):  # True is 1
-                got = reprlib.repr(turn[name])
+                got = texts.shown(turn[name])
                 raise ValueError(
                     f"turn {number} has {name!r} {got}: every reply is trained with a weight of 1; "
                     "leave the field out, or the record"
@@ -134,7 +133,7 @@ def sft_example(
         role = turn.get("from")
         if role not in _ROLES:
             allowed = ", ".join(_ROLES)
-            raise ValueError(f"turn {number} is from {reprlib.repr(role)}: allowed are {allowed}")
+            raise ValueError(f"turn {number} is from {texts.shown(role)}: allowed are {allowed}")
         if not isinstance(turn.get("value"), str):
             got = texts.described(turn.get("value"))
             raise ValueError(f"turn {number} has no text in 'value', but {got}")
