@@ -27,7 +27,7 @@ def read(
     Raises ValueError for a directory that is not whole, or an argument that is not allowed.
     """
     if max_length is not None:
-        max_length = values.whole("max_length", max_length, 2)
+        max_length = values.whole("max_length", max_length, 2, values.INT32)
     generation_config = checkpoint.load_generation_config(path)
     tokenizer = checkpoint.load_tokenizer(path)
     config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)
@@ -72,7 +72,7 @@ class Description:
         if asked is None:
             new = min(self.generation_config.max_new_tokens, max(left, 1))
         else:
-            new = values.whole("max_new_tokens", asked, 1)
+            new = values.whole("max_new_tokens", asked, 1, values.INT32)
         if new > left:
             raise ValueError(
                 f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from qwen_jax import values
+from qwen_jax import texts, values
 
 _TINY, _LARGEST = values.POSITIVE  # of float32: hardware rounds to 0 what is smaller
 _HOTTEST = 2.0**64  # at this temperature float32 probabilities are equal; a power of 2 keeps order
@@ -70,15 +70,13 @@ class Nucleus:
         temperature = values.number("temperature", self.temperature)
         if not 0 < temperature <= _LARGEST:
             raise ValueError(
-                f"temperature {temperature}: must be positive, and finite in float32 (0: use "
-                "Greedy)"
+                f"temperature {texts.shown(temperature)}: must be positive, and finite in float32 "
+                "(0: use Greedy)"
             )
         top_k = values.number("top_k", self.top_k)
         if not (0 <= top_k <= _LARGEST and top_k % 1 == 0):
-            raise ValueError(f"top_k {top_k}: must be a whole number, 0 for no limit")
-        top_p = values.number("top_p", self.top_p)
-        if not 0 <= top_p <= 1:
-            raise ValueError(f"top_p {top_p}: must be from 0 to 1")
+            raise ValueError(f"top_k {texts.shown(top_k)}: must be a whole number, 0 for no limit")
+        values.number("top_p", self.top_p, 0, 1)
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
         """The logits of the distribution that tokens are drawn from: float32 [B, V], -inf for a
@@ -127,7 +125,7 @@ def _check_penalty(penalty: float) -> None:
     penalty = values.number("repetition_penalty", penalty)
     if not _TINY <= penalty <= _LARGEST:
         raise ValueError(
-            f"repetition_penalty {penalty}: must be positive, and a normal number of float32, from "
+            f"repetition_penalty {texts.shown(penalty)}: must be positive, and a normal number of float32, from "
             f"{_TINY:.3g} to {_LARGEST:.3g} (1 = none)"
         )
 
