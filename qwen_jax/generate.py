@@ -202,11 +202,10 @@ def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int
 
     from qwen_jax import meshes, processes
 
-    lengths = {**about.config.sizes, "B": 1}
-    meshes.check(lengths, sizes)
+    meshes.check(about.config.sizes, sizes)
     command.virtual_cpu_devices(sizes)
     if args.mesh is None:
-        here = jax.devices()
+        here, lengths = jax.devices(), {**about.config.sizes, "B": 1}  # of one prompt
         sizes = meshes.default(lengths, len(here), slices=meshes.count_slices(here))
     made = meshes.make(sizes)
     used = {device.process_index for device in made.devices.flat}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qwen_jax
-from qwen_jax import checkpoint, generate
+from qwen_jax import checkpoint, description, generate, meshes
 from tests.programs.stopped import stopping
 
 
@@ -199,6 +199,17 @@ def test_what_cannot_be_is_said_before_the_weights_are_read(
     result, _, err = run(capsys, "--ckpt", str(chat_dir), "--prompt", "Hello there", *argv)
     (line,) = err.splitlines()
     assert result == code and message in line
+
+
+def test_a_mesh_may_split_more_rows_than_one_prompt_has(chat_dir: Path) -> None:
+    """As docs/hosts.md has it for a pod: `fsdp` splits the weights, and the row is repeated."""
+    args = generate.parser().parse_args(["--ckpt", str(chat_dir), "--mesh", "fsdp=2,tp=2"])
+    about = description.read(chat_dir)
+    made = generate.mesh(args, about, meshes.parse(args.mesh))
+    assert meshes.describe(made.shape) == args.mesh
+    args.mesh = None
+    alone = generate.mesh(args, about, meshes.parse(None))
+    assert meshes.describe(alone.shape) == "tp=2"
 
 
 def test_real_process(chat_dir: Path) -> None:
