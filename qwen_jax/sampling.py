@@ -125,8 +125,8 @@ def _check_penalty(penalty: float) -> None:
     penalty = values.number("repetition_penalty", penalty)
     if not _TINY <= penalty <= _LARGEST:
         raise ValueError(
-            f"repetition_penalty {texts.shown(penalty)}: must be positive, and a normal number of float32, from "
-            f"{_TINY:.3g} to {_LARGEST:.3g} (1 = none)"
+            f"repetition_penalty {texts.shown(penalty)}: must be positive, and a normal number of "
+            f"float32, from {_TINY:.3g} to {_LARGEST:.3g} (1 = none)"
         )
 
 
