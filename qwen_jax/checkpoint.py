@@ -88,9 +88,11 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
 
     root = existing(path)
     file = root / GENERATION_CONFIG
-    said = read_json(file) if file.exists() else hf_config.generation(read_json(root / CONFIG))
-    made = GenerationConfig.from_hf(said, file if file.exists() else root / CONFIG)
-    token_ids.check(root)
+    if not file.exists():
+        file = root / CONFIG
+        return GenerationConfig.from_hf(hf_config.generation(read_json(file)), file)
+    made = GenerationConfig.from_hf(read_json(file), file)
+    token_ids.check_range(file, Config.read(root / CONFIG).vocab_size)
     return made
 
 

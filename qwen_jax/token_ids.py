@@ -29,9 +29,9 @@ def check_range(file: Path, vocab_size: int) -> None:
             )
 
 
-def check(root: Path, tokenizer: Tokenizer | None = None, vocabulary: Path | None = None) -> None:
+def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> None:
     """Raise ValueError where the ids in generation_config.json and config.json of a model directory
-    or checkpoint folder are not of its model, or not of a tokenizer. Warns where replies end at a
+    or checkpoint folder are not of its model, or not of its tokenizer. Warns where replies end at a
     token that is seldom meant to end them.
 
     vocabulary: the file of the tokenizer; None is that of the folder.
@@ -40,8 +40,6 @@ def check(root: Path, tokenizer: Tokenizer | None = None, vocabulary: Path | Non
     rows = Config.read(config).vocab_size
     if settings.exists():
         check_range(settings, rows)
-    if tokenizer is None:
-        return
     vocabulary = vocabulary or root / TOKENIZER
     check_whole(vocabulary, tokenizer, rows)
     named = list(_ids(read_json(settings))) if settings.exists() else []

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import meshes, sharding
+from tests import compilations
 from tests.tiny import QUICK, cached_logits, full_logits, on_mesh, tiny_config, tiny_decoder
 from tests.tiny import tiny_tokens as tokens_of
 
@@ -71,6 +72,17 @@ def test_place_and_fetch_are_inverse(sizes):
             placed = sharding.place(value, letters)
             assert placed.sharding == sharding.named(letters, mesh)
             np.testing.assert_array_equal(sharding.fetch(placed), value)
+
+
+def test_the_program_that_fetches_from_other_processes_is_made_once():
+    """Otherwise each stride of decoding compiles one where rows are split over processes."""
+    value = np.arange(8, dtype=np.int32)
+    with on_mesh(fsdp=2) as mesh:
+        placed = sharding.place(value, "B")
+    sharding._replicator(mesh)(placed)
+    with compilations.counted() as programs:
+        np.testing.assert_array_equal(sharding._replicator(mesh)(placed), value)
+    assert not programs
 
 
 def test_arrays_handed_over_go_into_any_function():
