@@ -35,9 +35,9 @@ def main() -> None:
         (args.batch, config.vocab_size), jnp.float32, sharding=sharding.named("BV", mesh)
     )
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: programs._state(setting, jnp.bfloat16))
+        shapes = jax.eval_shape(lambda: programs.decode_state(setting, jnp.bfloat16))
         rules, state = sharding.on_devices(mesh, shapes)
-        choose = jax.jit(decode._choose, donate_argnames="state")
+        choose = jax.jit(decode.choose, donate_argnames="state")
         compiled = choose.lower(logits, state, rules, sampler).compile()
     memory = compiled.memory_analysis()
     assert memory is not None

@@ -166,7 +166,7 @@ def decode(
         # Nothing goes ahead of the first token, which would wait for the loop to be compiled.
         while made and new > 0 and len(reports) < 2:
             limit = min(new, at_once, STRIDE)
-            state, report = _decode(leaves, state, sampler, rules, np.int32(limit), tree, attend)
+            state, report = run_stride(leaves, state, sampler, rules, np.int32(limit), tree, attend)
             reports.append(sharding.begin_fetch(report))
             new -= limit
         if not reports:
@@ -188,7 +188,7 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "attend"), donate_argnames="state")
-def _decode(
+def run_stride(
     leaves: list[jax.Array],
     state: State,
     sampler: Any,
@@ -197,8 +197,9 @@ def _decode(
     tree: Any,
     attend: Callable[..., Any],
 ) -> tuple[State, jax.Array]:
-    """Up to `limit` tokens (at most STRIDE): the state, and a `_report` of them. leaves, tree: of
-    the decoder.
+    """Decode up to `limit` tokens (at most STRIDE): the state after them, and a `_report` of them.
+
+    leaves, tree: of the decoder.
     """
     decoder: Decoder = tree.unflatten(leaves)
     tokens = jnp.broadcast_to(rules.pad, (state.token.shape[0], STRIDE))
@@ -216,7 +217,7 @@ def _decode(
         x = decoder.embed(state.token[:, None])
         output = decoder(x, places, segments, state.frequencies, cache, attend)
         state = dataclasses.replace(state, cache=output.cache)
-        state = _choose(decoder.logits(output.last)[:, 0], state, rules, sampler)
+        state = choose(decoder.logits(output.last)[:, 0], state, rules, sampler)
         tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, written))
         return state, tokens, written + 1
 
@@ -237,10 +238,10 @@ def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.A
 @jax.jit
 def _first(head: Weight, last: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
     """The state after the prompt: the head alone of the decoder, the state without its cache."""
-    return _choose(model.logits(last[:, -1:], head)[:, 0], state, rules, sampler)
+    return choose(model.logits(last[:, -1:], head)[:, 0], state, rules, sampler)
 
 
-def _choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
+def choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
     """Append one token to every row that has not ended; `pad` to those that have."""
     rows = sharding.spec("BT")
 

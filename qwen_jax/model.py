@@ -335,7 +335,7 @@ class Decoder(nnx.Module):
             for first, leaves, tree in groups(self.layers):
                 numbers = slice(first, first + GROUP)
                 layers = None if cache is None else cache.layers[numbers]
-                after, written = _run_group(
+                after, written = run_group(
                     x, leaves, layers, windows[numbers], np.int32(first), context,
                     tree=tree, attend=attend, remat=remat, hidden_states=hidden_states,
                 )  # fmt: skip
@@ -405,7 +405,7 @@ def _scan(
     static_argnames=("tree", "attend", "remat", "hidden_states"),
     donate_argnames="layers",
 )
-def _run_group(
+def run_group(
     x: jax.Array,
     leaves: list[jax.Array],
     layers: tuple[Layer, ...] | None,
@@ -418,7 +418,7 @@ def _run_group(
     remat: Callable[..., Any] | None = None,
     hidden_states: bool = False,
 ) -> tuple[list[jax.Array], list[Layer | None]]:
-    """A few layers, of which `first` is the number of the first: x after each of them (unless
+    """Run a few layers, of which `first` is the number of the first: x after each of them (unless
     hidden_states, after the last alone), and what they keep. leaves and tree: of `groups`.
     """
 

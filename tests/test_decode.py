@@ -47,7 +47,7 @@ def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
         )
         leaves, tree = jax.tree.flatten(model.decoder)
         arguments = (leaves, state, Greedy(), rules, jnp.int32(8), tree, model.attend)
-        return decode._decode.lower(*arguments).compile(), state
+        return decode.run_stride.lower(*arguments).compile(), state
 
 
 def test_the_cache_is_donated_and_not_copied(model: qwen_jax.LanguageModel) -> None:
@@ -78,7 +78,7 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
     programs whatever their number: one of a whole group, one of the rest.
     """
     eager, groups = [], []
-    primitive, run = core.EvalTrace.process_primitive, model_module._run_group
+    primitive, run = core.EvalTrace.process_primitive, model_module.run_group
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         groups.append(len(args[2]))
@@ -97,7 +97,7 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
         programs = run._cache_size()
         decode.prefill(*arguments)
         assert run._cache_size() - programs == 2
-        monkeypatch.setattr(model_module, "_run_group", counted)
+        monkeypatch.setattr(model_module, "run_group", counted)
         monkeypatch.setattr(core.EvalTrace, "process_primitive", seen)
         state = decode.prefill(*arguments)
     assert groups == [4, 4, 2]
@@ -148,7 +148,7 @@ def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.State:
 def chosen(logits: np.ndarray, ids: np.ndarray, seeds: np.ndarray, sampler: Any) -> decode.State:
     rules = decode.make_rules(ALLOWED, [], 0)
     state = state_of(ids, seeds)
-    choose = jax.jit(decode._choose, compiler_options=QUICK)
+    choose = jax.jit(decode.choose, compiler_options=QUICK)
     return choose(sharding.place(logits, "BV"), state, rules, sampler)
 
 
@@ -190,12 +190,12 @@ def test_a_decode_step_gathers_no_logits() -> None:
     batch, mesh = 8, meshes.make({"data": 2, "tp": 4})
     setting = programs.Setting(config, batch, 256, "xla")
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: programs._state(setting, jnp.float32))
+        shapes = jax.eval_shape(lambda: programs.decode_state(setting, jnp.float32))
         decoder, (rules, state) = (
             sharding.on_devices(mesh, x) for x in (abstract(config, jnp.float32), shapes)
         )
         leaves, tree = jax.tree.flatten(decoder)
-        step = decode._decode.lower(leaves, state, DRAW, rules, np.int32(8), tree, attention.xla)
+        step = decode.run_stride.lower(leaves, state, DRAW, rules, np.int32(8), tree, attention.xla)
         sent = list(collectives.each(step.compile(compiler_options=QUICK), mesh))
     exchanged = [x for x in sent if x.kind == "all-to-all"]
     assert [(x.axes, x.bytes) for x in exchanged] == [(("tp",), batch // 2 * 4096 // 4 * 4)]
@@ -233,13 +233,13 @@ def test_a_stride_is_under_way_before_the_one_before_is_fetched(
     assert stop not in [i for part in plain[:2] for row in part for i in row]
     stopped = streamed(model, stop=[stop, plain[2][1][0]])
     events: list[str] = []
-    run, begin = decode._decode, sharding.begin_fetch
+    run, begin = decode.run_stride, sharding.begin_fetch
 
     def recorded(*arguments: Any) -> Any:
         events.append("start")
         return run(*arguments)
 
-    monkeypatch.setattr(decode, "_decode", recorded)
+    monkeypatch.setattr(decode, "run_stride", recorded)
     monkeypatch.setattr(sharding, "begin_fetch", lambda x: Recorded(begin(x), events))
     assert streamed(model) == plain
     lengths = [len(part[0]) for part in plain]
@@ -259,8 +259,8 @@ def test_a_stride_takes_no_module_apart(
 ) -> None:
     """On the host that costs more than all else of a stride, the more the deeper the model is."""
     given: list[Any] = []
-    run = decode._decode
-    monkeypatch.setattr(decode, "_decode", lambda *each: given.append(each) or run(*each))
+    run = decode.run_stride
+    monkeypatch.setattr(decode, "run_stride", lambda *each: given.append(each) or run(*each))
     streamed(model)
     parts = [jax.tree.leaves(each, is_leaf=lambda x: isinstance(x, nnx.Module)) for each in given]
     assert len(parts) == 4 and not any(isinstance(x, nnx.Module) for each in parts for x in each)

@@ -152,12 +152,12 @@ def test_stream_is_generate(model: qwen_jax.LanguageModel) -> None:
 def test_decode_compiles_once(golden_dir: Path) -> None:
     """One program: for every step, and for another temperature, stop, seed or stride."""
     model = qwen_jax.load(golden_dir, dtype="float32")
-    decode._decode.clear_cache()
+    decode.run_stride.clear_cache()
     model.generate(PROMPT, max_new_tokens=60, sampler=Nucleus(), stop=[1])
-    assert decode._decode._cache_size() == 1
+    assert decode.run_stride._cache_size() == 1
     model.generate(PROMPT[:, :7], max_new_tokens=50, sampler=Nucleus(0.5, 9, 0.7), stop=[2], seed=3)
     list(model.stream(PROMPT, max_new_tokens=60, sampler=Nucleus(0.1), stop=[3], at_once=1))
-    assert decode._decode._cache_size() == 1
+    assert decode.run_stride._cache_size() == 1
 
 
 def test_few_prefill_buckets() -> None:

@@ -154,15 +154,17 @@ def decoding(kernel: str) -> Iterator[Any]:
     attend = attention.get(kernel)
     with on_mesh(tp=2):
         decoder = model.abstract(config, jnp.float32)
-        rules, state = jax.eval_shape(lambda: programs._state(setting, jnp.float32))
+        rules, state = jax.eval_shape(lambda: programs.decode_state(setting, jnp.float32))
         limit = jax.ShapeDtypeStruct((), jnp.int32)
         leaves, tree = jax.tree.flatten(decoder)
-        traced = decode._decode.trace(leaves, state, sampling.Greedy(), rules, limit, tree, attend)
+        traced = decode.run_stride.trace(
+            leaves, state, sampling.Greedy(), rules, limit, tree, attend
+        )
         yield traced.jaxpr
         group = functools.partial(programs._of_a_group, setting, 8, jnp.float32)
         given = jax.eval_shape(group, decoder)
         _, _, tree = model.groups(decoder.layers)[0]
-        yield model._run_group.trace(*given, tree=tree, attend=attend).jaxpr
+        yield model.run_group.trace(*given, tree=tree, attend=attend).jaxpr
         yield jax.make_jaxpr(model.logits)(given[0], decoder.output)
 
 

@@ -121,7 +121,7 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
     config = setting.config
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
-        rules, state = jax.eval_shape(lambda: _state(setting, dtype))
+        rules, state = jax.eval_shape(lambda: decode_state(setting, dtype))
     decoder, rules, state = (sharding.on_devices(mesh, tree) for tree in (decoder, rules, state))
     limit = sharding.on_devices(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     held = {"weights": nbytes(decoder), "cache": nbytes(state.cache.layers)}
@@ -129,10 +129,10 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
     attend = attention.get(setting.attention)
     leaves, tree = jax.tree.flatten(decoder)
     arguments = leaves, state, sampling.Greedy(), rules, limit, tree, attend
-    return _compiled(lambda: decode._decode.trace(*arguments), mesh, held, config.num_layers)
+    return _compiled(lambda: decode.run_stride.trace(*arguments), mesh, held, config.num_layers)
 
 
-def _state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
+def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
     """A batch between two tokens, its cache in use."""
     config, batch = setting.config, setting.batch
 
@@ -173,9 +173,7 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     group = {"weights": nbytes(given[1]), "cache": nbytes(given[2])}
     group["batch"] = nbytes(given) - sum(group.values())
     attend = attention.get(setting.attention)
-    one = _compiled(
-        lambda: model._run_group.trace(*given, tree=tree, attend=attend), mesh, group, 0
-    )
+    one = _compiled(lambda: model.run_group.trace(*given, tree=tree, attend=attend), mesh, group, 0)
     runs = config.num_layers / len(given[2])
     parts = {
         **one.memory.parts,
@@ -188,8 +186,8 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
 
 
 def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> tuple[Any, ...]:
-    """The arguments of `model._run_group`, of the first layers in the middle of a prompt."""
-    _, state = _state(setting, dtype)
+    """The arguments of `model.run_group`, of the first layers in the middle of a prompt."""
+    _, state = decode_state(setting, dtype)
     cache = state.cache
     tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
     places, segments = decode.positions(cache.start, cache.index, chunk)
