@@ -112,12 +112,29 @@ def damaged_header(path: Path) -> None:
 
 def overlapping(path: Path) -> None:
     """Two norms of one length share their bytes."""
+
+    def change(first: dict[str, Any], second: dict[str, Any]) -> None:
+        second["data_offsets"] = first["data_offsets"]
+
+    change_norms(path, change)
+
+
+def with_a_gap(path: Path) -> None:
+    """Between two tensors, so that the file has the size of which its header speaks."""
+
+    def change(first: dict[str, Any], second: dict[str, Any]) -> None:
+        first["data_offsets"][0] += 4
+        first["shape"][0] -= 1
+
+    change_norms(path, change)
+
+
+def change_norms(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """Change what the header of a file says of the norms of the first layer, not its length."""
     file = path / "model-00001-of-00002.safetensors"
     length = int.from_bytes(file.read_bytes()[:8], "little")
     header = json.loads(file.read_bytes()[8 : 8 + length])
-    for number in (1, 2):
-        name = f"transformer.h.0.ln_{number}.weight"
-        header[name]["data_offsets"] = header["transformer.h.0.ln_1.weight"]["data_offsets"]
+    change(*(header[f"transformer.h.0.ln_{number}.weight"] for number in (1, 2)))
     text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
     assert len(text) == length
     file.write_bytes(file.read_bytes()[:8] + text + file.read_bytes()[8 + length :])
@@ -248,6 +265,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (garbage, "is not a safetensors file"),
     (damaged_header, "is not a safetensors file: its header is damaged"),
     (overlapping, "tensors overlap or leave gaps"),
+    (with_a_gap, "tensors overlap or leave gaps"),
     (empty_file, "is not a safetensors file"),
     (wrong_shape, "wrong shape: lm_head.weight is [320, 63], expected [320, 64]"),
     (

@@ -279,6 +279,14 @@ def test_chat_takes_its_defaults_from_the_checkpoint(chat_model: qwen_jax.Langua
     assert chat_model.room(10) == 512
 
 
+def test_room_ends_with_the_cache(chat_model: qwen_jax.LanguageModel) -> None:
+    most = chat_model.max_length
+    assert chat_model.room(most - 3) == chat_model.room(most - 3, 3) == 3
+    for prompt, new in ((most - 3, 4), (most, None)):
+        with pytest.raises(ValueError, match=f"do not fit a cache of max_length {most}"):
+            chat_model.room(prompt, new)
+
+
 def test_chat_stops_before_a_stop(chat_model: qwen_jax.LanguageModel) -> None:
     """A stop of several ordinary tokens shows in neither the reply nor the stream."""
     settings = {"sampler": Greedy(1.3), "max_new_tokens": 12}

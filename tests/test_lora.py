@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import adapter_config, peft
-from qwen_jax import lora, meshes
+from qwen_jax import lock, lora, meshes
 from qwen_jax.attention import xla
 from qwen_jax.lora import Adapters
 from qwen_jax.sharding import place
@@ -149,6 +149,11 @@ def test_targets_are_chosen_as_peft_does():
 def written(folder: Path, **settings: Any) -> None:
     with on_mesh(fsdp=2):
         peft.write(folder, drawn(), **settings)
+
+
+def test_one_program_at_a_time_writes_adapters(tmp_path):
+    with lock.alone(tmp_path / "adapter"), pytest.raises(lock.Busy, match="at work there"):
+        written(tmp_path / "adapter")
 
 
 def test_written_and_read_again(tmp_path):

@@ -115,11 +115,14 @@ class Recipe:
             values.choice(name, getattr(self, name), allowed)
         for name, (least, below) in _RANGES.items():
             value = getattr(self, name)
-            # A rate that float32 rounds to 1 is 1.
-            value = np.float32(value) if below == 1 else value
-            if value is not None and not least <= value < below:
-                limit = "" if below == float("inf") else f", and below {below:g}"
-                raise ValueError(f"{name} {value:g}: a number, at least {least:g}{limit}")
+            if value is None:
+                continue
+            rounds_to_1 = below == 1 and 0 < value < 1 and np.float32(value) == 1
+            if rounds_to_1 or not least <= value < below:
+                limit = "" if below == _MOST else f", and below {below}"
+                limit += " in float32" if below == 1 else ""
+                shown = texts.shown(value)
+                raise ValueError(f"{name} {shown}: a number, at least {least:g}{limit}")
         if self.steps is None and self.epochs is None:
             raise ValueError("steps None and epochs None: give one of them")
         if self.rows % self.accumulate:
