@@ -162,6 +162,11 @@ def test_ids_are_whole_numbers(work):
             work(ids)
 
 
+def test_what_stands_in_padding_does_not_matter():
+    tokens, lengths = inputs.rows([[-100, 5], [7, 8]], [[0, 1], [1, 1]], 300)
+    assert tokens.tolist() == [[0, 5], [7, 8]] and lengths.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("stop", ["Human:", ["Human:"], [b"ab"], [[1.5]], [[True]], 3, [3]])
 def test_stops_are_ids(stop):
     with pytest.raises(ValueError, match="stop must be"):
