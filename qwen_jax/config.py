@@ -57,7 +57,9 @@ class Config:
         for name in _FLAGS:
             values.flag(f"{hf_config.spelled(name)} is", getattr(self, name))
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is no multiple of {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.head_dim % 2 or self.head_dim < 4:
             said = f"{hf_config.spelled('head_dim')} is {self.head_dim}"
             raise ValueError(f"{said}: must be even, and at least 4")
@@ -77,7 +79,7 @@ class Config:
             if len(self.layer_windows) != self.num_layers:
                 raise ValueError(
                     f"layer_windows has {len(self.layer_windows)} entries for "
-                    f"{self.num_layers} layers"
+                    f"{self.num_layers} layers: give a width for each, null for all tokens"
                 )
             windows = tuple(
                 None

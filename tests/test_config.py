@@ -480,7 +480,7 @@ def test_configs_are_values():
 
 
 def test_heads_must_divide():
-    with pytest.raises(ValueError, match="num_heads 4 is no multiple of 3"):
+    with pytest.raises(ValueError, match="num_heads 4 is no multiple of num_kv_heads 3"):
         tiny_config(num_kv_heads=3)
 
 

@@ -126,7 +126,10 @@ class Recipe:
         if self.steps is None and self.epochs is None:
             raise ValueError("steps None and epochs None: give one of them")
         if self.rows % self.accumulate:
-            raise ValueError(f"{self.rows} rows do not fall into {self.accumulate} parts")
+            raise ValueError(
+                f"rows {self.rows}, accumulate {self.accumulate}: {self.rows} rows do not fall "
+                f"into {self.accumulate} parts: accumulate must divide rows"
+            )
         if self.gradient_dtype == "bfloat16" != self.dtype:
             raise ValueError(
                 f"gradient_dtype 'bfloat16' with dtype {self.dtype!r}: what is computed in float32 "
