@@ -4,6 +4,7 @@ A decode step reads every weight but the embedding table once, and the filled ca
 over the time of a step, over the bandwidth of float32 matrix-vector products: the share reported.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import cache as kv
-from qwen_jax import meshes
+from qwen_jax import meshes, sharding
 from qwen_jax.language_model import LanguageModel
 
 PROMPT, NEW, ROUNDS = 128, 32, 5  # tokens of a prompt, and new ones; rounds
@@ -71,14 +72,15 @@ def run(model: LanguageModel, new: int, ids: Sequence[int] | None = None) -> dic
 
 
 def _cache_bytes(model: LanguageModel) -> int:
-    """Bytes that the cache holds for a token."""
+    """Bytes that the cache holds for a token of a row."""
     dtype = model.decoder.embedding[...].dtype
+    rows = math.prod(sharding.axis_sizes(model.mesh)[axis] for axis in sharding.BATCH)
     with meshes.entered(model.mesh):
-        start = jax.ShapeDtypeStruct((1,), jnp.int32)
+        start = jax.ShapeDtypeStruct((rows,), jnp.int32)
         cache = jax.eval_shape(
             lambda start: kv.empty(model.config, start, 256, dtype, model.cache_dtype), start
         )
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers)) // 256
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers)) // (256 * rows)
 
 
 def text(result: dict[str, Any]) -> str:

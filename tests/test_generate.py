@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import qwen_jax
-from qwen_jax import checkpoint, description, generate, meshes
+from qwen_jax import bench, checkpoint, description, generate, meshes
 from tests.programs.stopped import stopping
 
 
@@ -210,6 +211,11 @@ def test_a_mesh_may_split_more_rows_than_one_prompt_has(chat_dir: Path) -> None:
     args.mesh = None
     alone = generate.mesh(args, about, meshes.parse(None))
     assert meshes.describe(alone.shape) == "tp=2"
+    sizes = []
+    for mesh in (made, alone):
+        with jax.set_mesh(mesh):
+            sizes.append(bench._cache_bytes(qwen_jax.load(chat_dir, dtype="float32")))
+    assert sizes[0] == sizes[1] > 0
 
 
 def test_real_process(chat_dir: Path) -> None:
