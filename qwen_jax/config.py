@@ -53,9 +53,12 @@ class Config:
             number = values.whole(f"{hf_config.spelled(name)} is", getattr(self, name), 1, most)
             object.__setattr__(self, name, number)
         for name in hf_config.REAL:
-            values.number(f"{hf_config.spelled(name)} is", getattr(self, name), *values.POSITIVE)
+            said = f"{hf_config.spelled(name)} is"
+            real = values.number(said, getattr(self, name), *values.POSITIVE)
+            object.__setattr__(self, name, real)
         for name in _FLAGS:
-            values.flag(f"{hf_config.spelled(name)} is", getattr(self, name))
+            flag = values.flag(f"{hf_config.spelled(name)} is", getattr(self, name))
+            object.__setattr__(self, name, flag)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"

@@ -69,8 +69,7 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     """
     if not isinstance(words, Mapping):
         raise ValueError(f"words must be word to frequency, got {texts.described(words)}")
-    for word, frequency in words.items():
-        values.whole(f"the frequency of {word!r}", frequency, 1)
+    words = {w: values.whole(f"the frequency of {w!r}", n, 1) for w, n in words.items()}
     if refused := splittable(words):
         raise ValueError(f"the pre-tokenizer splits {refused[0]!r}: it cannot be a token")
     ranks = dict(tokenizer.ranks)

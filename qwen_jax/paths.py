@@ -72,12 +72,18 @@ def absolute(path: "str | os.PathLike[str]") -> Path:
 
 def is_within(folder: Path, name: str) -> bool:
     """Whether a name that came with a folder stays inside it: no absolute path, no `..`, and no
-    symbolic link that leads elsewhere.
+    symbolic link that leads elsewhere. In the cache of the Hugging Face hub every file is a link
+    to the folder `blobs` beside `snapshots`, and belongs to the snapshot.
     """
     plain = PurePath(name)
     if plain.is_absolute() or ".." in plain.parts:
         return False
-    return is_remote(folder) or (folder / name).resolve().is_relative_to(folder.resolve())
+    if is_remote(folder):
+        return True
+    own = [root := folder.resolve()]
+    if root.parent.name == "snapshots":
+        own.append(root.parents[1] / "blobs")
+    return any((folder / name).resolve().is_relative_to(place) for place in own)
 
 
 def own_cache(name: str) -> Path:

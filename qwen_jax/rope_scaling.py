@@ -61,13 +61,15 @@ class RopeScaling:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                values.number(f"rope_scaling {name}", value, least, _MOST)
+                real = values.number(f"rope_scaling {name}", value, least, _MOST)
+                object.__setattr__(self, name, real)
         if not self.beta_fast > self.beta_slow:
             raise ValueError(
                 f"rope_scaling needs beta_fast > beta_slow > 0, got {self.beta_fast} and "
                 f"{self.beta_slow}"
             )
-        values.flag("rope_scaling truncate", self.truncate)
+        truncate = values.flag("rope_scaling truncate", self.truncate)
+        object.__setattr__(self, "truncate", truncate)
         if self.type != "yarn" and (self.mscale, self.mscale_all_dim, self.truncate) != _UNSET:
             raise ValueError(
                 f"rope_scaling of type {self.type} has no truncate, mscale or mscale_all_dim: "

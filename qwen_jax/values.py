@@ -12,6 +12,8 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from qwen_jax import texts
 
 _T = TypeVar("_T")
@@ -75,9 +77,12 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False) -> None:
-    """Raise ValueError unless the value is one of these texts, or None where that is allowed."""
+    """Raise ValueError unless the value is one of these texts, or None where that is allowed. A
+    dtype of numpy is equal to its name.
+    """
     known = list(allowed)
-    if not ((value is None and or_none) or (isinstance(value, str) and value in known)):
+    named = isinstance(value, str | np.dtype) and value in known
+    if not (named or (value is None and or_none)):
         others = " or None" if or_none else ""
         raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -123,7 +124,7 @@ def test_a_path_that_goes_up(tmp_path, converted, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cast_while_restoring(converted, original, dtype):
-    decoder = checkpoint.load(converted, dtype=dtype)
+    decoder = checkpoint.load(converted, dtype=jnp.dtype(dtype))  # is equal to its name
     found = leaves(decoder)
     assert {str(array.dtype) for array in found.values()} == {dtype}
     head = original["lm_head.weight"].astype(found["head"].dtype)
@@ -191,6 +192,26 @@ def test_an_expansion_is_a_file_of_the_directory(tmp_path, name):
     asked = {"added_tokens_decoder": added, "errors": "strict", "chat_template": "[INST]"}
     settings.write_text(json.dumps(asked))
     with pytest.warns(UserWarning, match="errors='strict'; added tokens <mine>; chat_template"):
+        checkpoint.load_tokenizer(root)
+
+
+def test_an_expansion_in_the_cache_of_the_hub(tmp_path):
+    """Where every file is a link to one of another folder."""
+    from tests.vocabulary import write_tiny_vocab
+
+    root, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    root.mkdir(parents=True)
+    blobs.mkdir()
+    write_tiny_vocab(blobs / "qwen.tiktoken")
+    shutil.copyfile(GOLDEN / "config.json", blobs / "config.json")
+    (blobs / "extra").write_text("eHl6 500\n")
+    (blobs / "tokenizer_config.json").write_text(json.dumps({"extra_vocab_file": "extra"}))
+    for file in blobs.iterdir():
+        (root / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert len(checkpoint.load_tokenizer(root) or "") == 501
+    (root / "extra").unlink()
+    (root / "extra").symlink_to("../../../blobs/extra")
+    with pytest.raises(ValueError, match="which is not within that directory"):
         checkpoint.load_tokenizer(root)
 
 

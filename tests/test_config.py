@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen_jax import PRESETS, Config, model
@@ -477,6 +478,17 @@ def test_configs_are_values():
     assert len({windowed, same, tiny_config()}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         windowed.vocab_size = 1  # type: ignore[misc]
+
+
+def test_scalars_of_numpy_and_jax_become_plain_values():
+    """What is kept can be hashed, compared and written."""
+    sizes = {"factor": np.float32(4), "original_max_position_embeddings": np.int32(16)}
+    scaling = {"type": "yarn", **sizes, "truncate": np.bool_(False), "mscale": jnp.float32(1)}
+    changes = {"rotary_emb_base": jnp.float32(1e5), "use_logn_attn": np.bool_(True)}
+    layers = {"layer_norm_epsilon": np.float64(0.5), "layer_windows": list(np.array([3, 4]))}
+    config = tiny_config().with_overrides({**changes, **layers, "rope_scaling": scaling})
+    read = Config.from_hf(json.loads(json.dumps(config.to_hf())))
+    assert read == config and hash(read) == hash(config)
 
 
 def test_heads_must_divide():

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,8 @@ def test_worked_example_of_the_original(tmp_path):
 def test_most_frequent_pair_comes_first(tiny):
     tokens = learn_tokens(tiny, {"pq": 1, "xy": 3, "xz": 2, "xyq": 2})
     assert tokens == [b"xy", b"xz", b"xyq", b"pq"]
+    several = {"xy": np.int8(100), "xya": np.int8(100), "zq": np.int8(120)}  # 200 is no int8
+    assert learn_tokens(tiny, several)[0] == b"xy"
 
 
 def test_ties_go_to_fewer_characters_then_fewer_bytes_then_text(tiny):
