@@ -117,7 +117,8 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
         if not all(isinstance(text, str) for text in (name, human, told)):
             raise ValueError(f"{what} has a name or a description that is no text")
         names.append(name)
-        parameters = _json(function.get("parameters", {}), f"the parameters of {what}")
+        parameters = function.get("parameters")
+        parameters = _json({} if parameters is None else parameters, f"the parameters of {what}")
         text = _TOOL.format(name=name, human=human, description=told, parameters=parameters)
         shown.append(texts.check_whole(what, text))
     return _INSTRUCTION.format(tools="\n\n".join(shown), names=", ".join(names))
@@ -180,22 +181,37 @@ def turns(
 
 def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> None:
     """Raise ValueError for a key that is not in `read` and says something that the conversation
-    would lack; warn of a key that is not known. Null, empty and false say nothing, nor do notes.
+    would lack; warn of a key that is not known. What is not `given` says nothing, nor do notes.
     """
     for key, value in message.items():
-        if key in read or key in _NOTES:
+        if key in read or key in _NOTES or not given(value):
             continue
-        if isinstance(value, Mapping) and all(part is None for part in value.values()):
-            continue  # as Parquet has it, where other rows have more
-        if value and key in _CONTENT:
+        if key in _CONTENT:
             raise ValueError(
                 f"{what} has {texts.shown(key)} {texts.shown(value)}, which is not read there: "
                 "leave the field out, or say it in the text"
             )
-        if value:  # Python shows a warning of one text once
-            warnings.warn(
-                f"messages have {texts.shown(key)}, which is not known and not read", stacklevel=2
-            )
+        warnings.warn(  # Python shows a warning of one text once
+            f"messages have {texts.shown(key)}, which is not known and not read", stacklevel=2
+        )
+
+
+def given(value: Any) -> bool:
+    """Whether a field of a record holds more than null, NaN, false, 0, empty text, and lists and
+    objects of such: Parquet and pandas have those where other rows have more.
+    """
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            left += part.values()
+        elif hasattr(part, "tolist"):  # of numpy
+            left.append(part.tolist())
+        elif isinstance(part, Iterable) and not isinstance(part, str | bytes):
+            left += part
+        elif part and part == part:
+            return True
+    return False
 
 
 def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -> None:
@@ -214,10 +230,12 @@ def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_S
     """An assistant's message: its calls, or its answer. What is said beside calls is the thought
     that comes before the first.
     """
-    calls = message.get("tool_calls") or []
+    calls = message.get("tool_calls")
+    calls = calls if given(calls) else []
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise ValueError(f"message {number} has 'tool_calls' that are no list")
-    calls = [*calls, *([message["function_call"]] if message.get("function_call") else [])]
+    older = message.get("function_call")
+    calls = [*calls, *([older] if given(older) else [])]
     text = _content(message, number, needed=not calls)
     if not calls:
         return [_Step(_ANSWER.format(text=text) if with_tools else text)]
@@ -243,7 +261,8 @@ def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_S
 
 def _function(value: Any, what: str) -> Mapping[str, Any]:
     """The function of a tool or of a call: what is in "function", or all of it."""
-    function = value.get("function", value) if isinstance(value, Mapping) else None
+    function = value.get("function") if isinstance(value, Mapping) else None
+    function = function if given(function) else value
     if not isinstance(function, Mapping):
         raise ValueError(f"{what} is no object that holds a function")
     return function

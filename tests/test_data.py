@@ -90,6 +90,15 @@ def test_tools_may_be_written_as_json() -> None:
     assert plain == written and "weather" in qwen_tokenizer().decode(plain[0])
 
 
+@pytest.mark.parametrize("none", ["", "[]", "null", [], [None], {"name": None}])
+def test_no_tools(none: Any) -> None:
+    """As a column has them that other rows have need of."""
+    for record in ({"conversations": TALK}, {"messages": MESSAGES}):
+        columns = record | {"tools": none, "functions": none, "images": [None]}
+        plain, filled = (chat_example(qwen_tokenizer(), r, "", None) for r in (record, columns))
+        assert plain == filled
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -1,7 +1,9 @@
 """Messages as turns: calls and results as ReAct text, orders that cannot be."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen_jax.tools import instruction, turns
@@ -89,6 +91,7 @@ def test_tools_are_told_of_before_any_reply(count):
 def test_null_is_what_is_not_there():
     """As Parquet has it, where other rows have more."""
     tool = {"name_for_model": None, "name": "b", "description": None, "name_for_human": None}
+    tool |= {"parameters": None, "function": {"name": None}}
     assert instruction([tool]) == instruction([{"name": "b"}])
     call = {"function": {"name": "b", "arguments": None}}
     _, (_, reply) = turns([ASKED, {"role": "assistant", "tool_calls": [call]}], [tool])
@@ -100,6 +103,12 @@ def test_keys_that_say_nothing():
     nothing = {
         "refusal": None, "reasoning_content": "", "images": [], "audio": {}, "prefix": False,
         "video": {"bytes": None, "path": None}, "tool_calls": [], "id": "x", "timestamp": 5,
+    }  # fmt: skip
+    assert turns([message | nothing for message in said]) == turns(said)
+    hollow = {"id": None, "function": {"name": None, "arguments": None}}
+    nothing = {
+        "tool_calls": [hollow], "function_call": hollow, "audio": {"data": {"x": None}},
+        "images": np.array([None, ""]), "name": math.nan, "parts": np.array([]),
     }  # fmt: skip
     assert turns([message | nothing for message in said]) == turns(said)
 
@@ -147,8 +156,9 @@ def calling(*calls: Any) -> list[Any]:
         ([ASKED], [{"name": "b", "description": {}, "name_for_human": 1}], "tool 1 has a name or"),
         ([ASKED], [{"name": "b", "parameters": {"x": {1}}}], "the parameters of tool 1 cannot be"),
         (calling("x"), (), "call 1 of message 2 is no object"),
-        (calling(CALL, {"function": None}), (), "call 2 of message 2 is no object"),
-        (calling({"function": {}}), (), "call 1 of message 2 has no name"),
+        (calling(CALL, {"function": None}), (), "call 2 of message 2 has no name"),
+        (calling({"id": "1", "function": {}}), (), "call 1 of message 2 has no name"),
+        (calling({"function": {}}), (), "message 2 has no text in 'content', but None"),
         (calling({"name": "b", "arguments": [1]}), (), "call 1 of message 2 has arguments that"),
         ([ASKED | {"name": "Bob"}], (), r"message 1 \(user\) has 'name' 'Bob', which is not read"),
         ([ASKED | {"images": ["x"]}], (), "has 'images' .'x'., which is not read there: leave"),

@@ -52,6 +52,7 @@ def chat_example(
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
+    record = {**record, **{field: _offered(record, field) for field in ("tools", "functions")}}
     _check_whole(record)
     system = system if record.get("system") is None else record["system"]
     if not isinstance(system, str):
@@ -60,7 +61,7 @@ def chat_example(
         return sft_example(tokenizer, record["conversations"], system, max_len, loss_on)
     if not isinstance(record.get("messages"), list):
         raise ValueError("there are neither 'conversations' nor 'messages'")
-    said, turns = tools.turns(record["messages"], _offered(record))
+    said, turns = tools.turns(record["messages"], record["tools"] or record["functions"])
     if said is not None and record.get("system") and said != system:
         raise ValueError("'system' and a message of the system differ: leave one of them out")
     return _encoded(tokenizer, system if said is None else said, turns, max_len, loss_on)
@@ -74,7 +75,7 @@ def _check_whole(record: Mapping[str, Any]) -> None:
         ("conversations", "functions"),
         ("tools", "functions"),
     ):
-        if record.get(one) and record.get(other):
+        if tools.given(record.get(one)) and tools.given(record.get(other)):
             raise ValueError(f"{one!r} and {other!r} do not go together: leave one of them out")
     shown = {name: record[name] for name in _MEDIA if name in record}
     tools.check_read("the record", shown, ())
@@ -89,15 +90,16 @@ def _check_whole(record: Mapping[str, Any]) -> None:
                 )
 
 
-def _offered(record: Mapping[str, Any]) -> list[Any]:
+def _offered(record: Mapping[str, Any], field: str) -> list[Any]:
     """The tools of a record. Data sets often hold them as JSON, for a column has one type."""
-    field = "tools" if record.get("tools") else "functions"
-    offered = record.get(field) or []
-    if isinstance(offered, str):
+    offered = record.get(field)
+    if isinstance(offered, str) and offered:
         try:
             offered = json.loads(offered)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{field!r} is a text that is no JSON: {error}") from error
+    if not tools.given(offered):
+        return []
     if not isinstance(offered, list):
         raise ValueError(f"{field!r} is no list")
     return offered
