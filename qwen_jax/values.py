@@ -60,12 +60,21 @@ def from_file(value: Any) -> Any:
 def number(
     name: str, value: Any, least: float | None = None, most: float | None = None
 ) -> int | float:
-    """A real number, from `least` to `most` where those are given; NaN is within no limits."""
+    """A real number, from `least` to `most` where those are given; NaN is within no limits.
+
+    An int that no int32 holds comes back as a float: jax takes no other.
+    """
     plain = _plain(value)
     real = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
     if not real or not _within(plain, least, most):
         raise ValueError(f"{name} {texts.shown(plain)}: must be a number{_said(least, most)}")
-    return plain if isinstance(plain, int) else float(plain)
+    if isinstance(plain, int) and abs(plain) <= INT32:
+        return plain
+    try:
+        return float(plain)
+    except OverflowError:
+        shown = texts.shown(plain)
+        raise ValueError(f"{name} {shown}: must be a number that a float holds") from None
 
 
 def flag(name: str, value: Any) -> bool:

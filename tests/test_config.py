@@ -486,7 +486,9 @@ def test_scalars_of_numpy_and_jax_become_plain_values():
     scaling = {"type": "yarn", **sizes, "truncate": np.bool_(False), "mscale": jnp.float32(1)}
     changes = {"rotary_emb_base": jnp.float32(1e5), "use_logn_attn": np.bool_(True)}
     layers = {"layer_norm_epsilon": np.float64(0.5), "layer_windows": list(np.array([3, 4]))}
-    config = tiny_config().with_overrides({**changes, **layers, "rope_scaling": scaling})
+    large = {"initializer_range": 10**20}
+    config = tiny_config().with_overrides({**changes, **layers, **large, "rope_scaling": scaling})
+    assert isinstance(config.initializer_range, float)  # as an int, it would be none of jax
     read = Config.from_hf(json.loads(json.dumps(config.to_hf())))
     assert read == config and hash(read) == hash(config)
 

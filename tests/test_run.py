@@ -511,6 +511,8 @@ def test_recipes_have_the_published_values():
         ({"lora_targets": "c_attn"}, "lora_targets 'c_attn': must be a tuple or a list"),
         ({"lora_targets": (1,)}, "each of lora_targets must be text (str), got int 1"),
         ({"steps": None}, "steps None and epochs None: give one of them"),
+        ({"data": "chats"}, "data 'chats': allowed are text, chat"),
+        ({"clip_norm": 10**400}, "clip_norm 100000000000000000...0"),
     ],
 )
 def test_values_that_a_recipe_cannot_have(change, message):

@@ -189,6 +189,7 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
 _FLOATS = ("float32", "bfloat16")  # float16 would lose small gradients, and their squares
 _ALLOWED: dict[str, tuple[str, ...]] = {
+    "data": ("text", "chat"),
     "schedule": ("cosine", "constant"),
     "pack": ("joined", "fitted", "alone"),
     "too_long": ("cut", "drop"),
