@@ -46,9 +46,11 @@ def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> N
     # Those of config.json may be anybody's defaults, and count where they can be meant.
     others = [(key, i) for key, i in _ids(read_json(config)) if key == "eos_token_id"]
     others = [(key, i) for key, i in others if 0 <= i < rows]
+    # Nothing is missing of the published vocabulary: the rows after it are as good to pad with.
+    padding = "pad_token_id" if tokenizer.eod_id == PUBLISHED_RANKS else None
     for file, ids in ((settings, named), (config, others)):
         for key, i in ids:
-            if i not in tokenizer.id_to_bytes:
+            if key != padding and i not in tokenizer.id_to_bytes:
                 raise ValueError(
                     f"{vocabulary} has {tokenizer.eod_id} ranks and no id {i}, which {file} has "
                     f"as {key}: the vocabulary was cut short, or is of another model: {_AGAIN}"

@@ -118,6 +118,16 @@ def test_what_config_json_says_counts_where_it_can_be(tmp_path):
     assert checkpoint.load_generation_config(tmp_path).stops == ()
 
 
+def test_an_unused_row_is_padding(tmp_path):
+    """Of a vocabulary that is known to be whole."""
+    lines, config = qwen_vocab_path().read_text(), {"vocab_size": 151_936}
+    tokenizer = folder_of(tmp_path, lines, config, {"pad_token_id": 151_935})
+    token_ids.check(tmp_path, tokenizer)
+    edit(tmp_path / "generation_config.json", eos_token_id=151_935)
+    with pytest.raises(ValueError, match=r"no id 151935, which .* has as eos_token_id"):
+        token_ids.check(tmp_path, tokenizer)
+
+
 def test_a_few_lines_less_are_warned_of(tmp_path):
     """Replies would end at another control token, which somebody may mean."""
     for lines, name in ((RANKS - 1, "im_start"), (RANKS - 10, "extra_7")):
