@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_jax import texts, values
 from qwen_jax.sampling import Greedy, Nucleus
+from qwen_jax.token_ids import NO_PAD
 
 _READ = frozenset(
     (
@@ -94,6 +95,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     def number(key: str, default: float, least: float, most: float) -> float:
         return values.number(f"{key} is", given.get(key, default), least, most)
 
+    pad = given.get("pad_token_id", NO_PAD)
     sampler = make_sampler(
         values.flag("do_sample is", given.get("do_sample", False)),
         number("temperature", 1.0, 0, values.FLOAT32),
@@ -108,9 +110,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
         "sampler": sampler,
         "stops": _stops(given),
         "max_new_tokens": whole("max_new_tokens", 512, 1),
-        "pad_id": _id("pad_token_id is", given["pad_token_id"])
-        if "pad_token_id" in given
-        else None,
+        "pad_id": None if pad == NO_PAD else _id("pad_token_id is", pad),
         "chat_format": chat_format or None,
         "max_window_size": whole("max_window_size", 6144, 0),
     }

@@ -13,6 +13,7 @@ from qwen_jax.config import Config, read_json
 from qwen_jax.directory import CONFIG, GENERATION_CONFIG, TOKENIZER
 from qwen_jax.tokenizer import PUBLISHED_RANKS, SPECIAL_TOKENS, Tokenizer
 
+NO_PAD = -1  # some tools write this for a pad_token_id that is not there
 _KEYS = ("eos_token_id", "pad_token_id", "stop_words_ids")
 # A token of the published vocabulary that is in every part of it which somebody might take for it.
 _EARLY_RANK, _EARLY = 1000, b"atus"
@@ -86,5 +87,5 @@ def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
             value = left.pop(0)
             if isinstance(value, list):
                 left += value
-            elif isinstance(value, int) and not isinstance(value, bool):
+            elif type(value) is int and (key, value) != ("pad_token_id", NO_PAD):
                 yield key, value

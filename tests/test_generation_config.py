@@ -26,7 +26,7 @@ def test_published_file() -> None:
 
 
 def test_what_is_absent_or_null_is_off() -> None:
-    for values in ({}, dict.fromkeys(BASE)):
+    for values in ({}, dict.fromkeys(BASE), {"pad_token_id": -1}):
         config = GenerationConfig.from_hf(values)
         assert config.sampler == Greedy() and config.stops == () and config.pad_id is None
         assert config.max_new_tokens == 512 and config.max_window_size == 6144
@@ -58,7 +58,7 @@ def test_several_stops_keep_their_order() -> None:
         {"repetition_penalty": 0},
         {"do_sample": "yes"},
         {"pad_token_id": [1]},
-        {"pad_token_id": -1},
+        {"pad_token_id": -2},
         {"pad_token_id": 10**18},
         {"top_k": -2},
         {"max_new_tokens": 10**400},

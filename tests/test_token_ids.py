@@ -91,7 +91,7 @@ def test_a_vocabulary_that_was_cut_short_is_refused(refuses):
         ("eos_token_id", ROWS, f"eos_token_id {ROWS}: ids are 0 to {ROWS - 1}"),
         ("eos_token_id", [RANKS, 10**30], "eos_token_id is 10000"),
         ("stop_words_ids", [[5], [5, ROWS]], f"stop_words_ids {ROWS}: ids are"),
-        ("pad_token_id", -1, "pad_token_id is -1: must be"),
+        ("pad_token_id", -2, "pad_token_id is -2: must be"),
         ("pad_token_id", ROWS - 1, f"no id {ROWS - 1}, which"),
     ],
 )
@@ -145,6 +145,7 @@ def test_a_few_lines_less_are_warned_of(tmp_path):
         {"eos_token_id": [RANKS + 2, RANKS], "pad_token_id": RANKS + 3},
         {"eos_token_id": RANKS + 2, "stop_words_ids": [[1, 2], [RANKS + 1]]},
         {"eos_token_id": 7, "pad_token_id": None},
+        {"pad_token_id": -1},
     ],
 )
 def test_what_is_right_is_accepted(tmp_path, settings):
