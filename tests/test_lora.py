@@ -24,13 +24,20 @@ from train import loss as losses
 from train import step, trainee
 
 GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"), CONFIG.num_layers)
-MESHES: list[tuple[dict[str, int], bool]] = [
-    ({"tp": 2}, False),
+MESHES = [
+    pytest.param({"tp": 2}, False, marks=pytest.mark.slow),
     ({"tp": 8}, True),  # more than key/value heads
     ({"fsdp": 2, "tp": 4}, False),
     ({"fsdp": 2, "context": 2, "tp": 2}, True),
     ({"data": 2, "fsdp": 2, "tp": 2}, False),
 ]
+
+
+def name_of(value: dict[str, int] | bool) -> str:
+    """For the name of a test: a mesh, or how its tokens are split."""
+    if isinstance(value, dict):
+        return meshes.describe(value)
+    return "sequence" if value else "plain"
 
 
 def drawn(embeddings: bool = True) -> Adapters:
@@ -68,9 +75,7 @@ def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple
     return float(value), {n: np.asarray(x[...]) for n, x in named_leaves(gradients).items()}
 
 
-@pytest.mark.parametrize(
-    ("sizes", "sequence"), MESHES, ids=[f"{meshes.describe(s)}{' sequence' * q}" for s, q in MESHES]
-)
+@pytest.mark.parametrize(("sizes", "sequence"), MESHES, ids=name_of)
 def test_on_a_mesh_as_on_one_device(sizes, sequence):
     value, gradients = graded(tuple(sizes.items()), sequence)
     expected, exact = graded((), False)

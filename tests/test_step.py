@@ -38,11 +38,11 @@ SEQUENCE: dict[str, Any] = {"sequence_parallel": True}
 MESHES = [
     ({"fsdp": 8}, {}),
     ({"fsdp": 4, "tp": 2}, {}),
-    ({"fsdp": 2, "tp": 4}, {}),
+    pytest.param({"fsdp": 2, "tp": 4}, {}, marks=pytest.mark.slow),
     ({"tp": 8}, {}),
     # Not of fsdp=8: without tp there is nothing to split the tokens over.
     ({"fsdp": 4, "tp": 2}, SEQUENCE),
-    ({"fsdp": 2, "tp": 4}, SEQUENCE),
+    pytest.param({"fsdp": 2, "tp": 4}, SEQUENCE, marks=pytest.mark.slow),
     ({"tp": 8}, SEQUENCE),
     ({"context": 2}, {}),
     ({"context": 4}, {}),
@@ -127,11 +127,12 @@ def assert_same(got: Taken, expected: Taken, bound: float = 2e-5) -> None:
         np.testing.assert_allclose(got.leaves[key], wanted, rtol=0, atol=atol, err_msg=str(key))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "options"),
-    MESHES,
-    ids=[f"{meshes.describe(sizes)}{' sequence' * bool(o)}" for sizes, o in MESHES],
-)
+def name_of(value: dict[str, Any]) -> str:
+    """For the name of a test: a mesh, or how its tokens are split."""
+    return "sequence" if value == SEQUENCE else meshes.describe(value) if value else "plain"
+
+
+@pytest.mark.parametrize(("sizes", "options"), MESHES, ids=name_of)
 def test_a_step_on_a_mesh_is_that_of_one_device(sizes, options):
     """Its loss, and by the moments and new weights its gradients."""
     assert_same(take(sizes, **options), one_device())

@@ -20,9 +20,12 @@ TEMPORARY = {"v4": 32, "v5e": 24, "v5p": 36, "v6e": 24, "v7x": 36}
 TARGETS = tuple(TEMPORARY)
 
 # Every size on every target, and every length: in each target another size has the longest. A
-# shape of each target is run by `make test`.
+# shape of each target but v7x is run by `make test`.
 SIZES = [
-    parameter(Case(target, length, HEADS[(i + j) % len(HEADS)]), smoke=length == 2048)
+    parameter(
+        Case(target, length, HEADS[(i + j) % len(HEADS)]),
+        smoke=length == 2048 and target != "v7x",  # whose blocks are those of a v6e there
+    )
     for i, target in enumerate(TARGETS)
     for j, length in enumerate(LENGTHS)
 ]
