@@ -35,21 +35,22 @@ CONFIG = tiny_config(
 # smooth in them.
 PLAIN = Optimizer(learning_rate=1e-2, b1=0.9, eps=1e-2, clip_norm=1e9)
 SEQUENCE: dict[str, Any] = {"sequence_parallel": True}
+# Slow where others show the same: more devices on an axis, or the same axes and more.
 MESHES = [
     ({"fsdp": 8}, {}),
-    ({"fsdp": 4, "tp": 2}, {}),
+    pytest.param({"fsdp": 4, "tp": 2}, {}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 2, "tp": 4}, {}, marks=pytest.mark.slow),
     ({"tp": 8}, {}),
     # Not of fsdp=8: without tp there is nothing to split the tokens over.
     ({"fsdp": 4, "tp": 2}, SEQUENCE),
     pytest.param({"fsdp": 2, "tp": 4}, SEQUENCE, marks=pytest.mark.slow),
     ({"tp": 8}, SEQUENCE),
-    ({"context": 2}, {}),
-    ({"context": 4}, {}),
+    pytest.param({"context": 2}, {}, marks=pytest.mark.slow),
+    pytest.param({"context": 4}, {}, marks=pytest.mark.slow),
     ({"context": 8}, {}),
     ({"fsdp": 2, "context": 2, "tp": 2}, SEQUENCE),
     ({"data": 2, "fsdp": 2, "tp": 2}, {}),
-    ({"data": 2, "fsdp": 2, "tp": 2}, SEQUENCE),
+    pytest.param({"data": 2, "fsdp": 2, "tp": 2}, SEQUENCE, marks=pytest.mark.slow),
     ({"fsdp_outer": 2, "fsdp": 2}, {}),
 ]
 

@@ -26,7 +26,7 @@ def plan(task: Any, where: str, mesh: str, batch: int, length: int, kernel: str)
 
 
 CASES = [
-    pytest.param("v5e:2x2", "fsdp=2,tp=2", "pallas_tpu", marks=pytest.mark.smoke, id="v5e"),
+    pytest.param("v5e:2x2", "fsdp=2,tp=2", "pallas_tpu", id="v5e"),
     pytest.param("v4:2x2x1", "fsdp=4", "pallas_tpu", id="v4"),
     pytest.param("v5p:2x2x1*2", "data=2,fsdp=2,tp=2", "pallas_tpu", id="v5p-slices"),
     pytest.param("tpu7x:2x2x1", "fsdp=4,tp=2", "pallas_tpu", id="tpu7x"),
