@@ -206,7 +206,8 @@ def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says of how to generate. An id that the model has no row for is left out:
     it is the default of whoever wrote the file.
     """
-    rows = _canonical(hf).get("vocab_size")
+    padded = hf.get("padded_vocab_size")  # then vocab_size is the number of real tokens
+    rows = hf.get("vocab_size") if padded is None else padded
     found = {key: value for key, value in hf.items() if key in _GENERATION}
     return {
         key: value

@@ -13,15 +13,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import adapter_config, peft
-from qwen_jax import lock, lora, meshes
+from qwen_jax import checkpoint, lock, lora, meshes
 from qwen_jax.attention import xla
 from qwen_jax.lora import Adapters
-from qwen_jax.sharding import place
 from qwen_jax.weights import Weight, contract, named_leaves
 from tests.test_step import CONFIG, packed_batch
-from tests.tiny import QUICK, on_mesh, replace_leaves, small_noise, tiny_decoder
+from tests.tiny import QUICK, on_mesh, replace_leaves, small_noise, tiny_config, tiny_decoder
 from train import loss as losses
-from train import step, trainee
+from train import recipes, step, trainee
 
 GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"), CONFIG.num_layers)
 MESHES = [
@@ -254,12 +253,22 @@ def test_a_merge_that_is_not_finite_is_refused(tmp_path):
             ValueError, match=r"h\.0\.mlp\.w1\.weight with the adapter .* not all num"
         ):
             change(3, np.full((2, 8), value, np.float32))
+
+
+def test_a_run_writes_no_model_that_is_not_finite(tmp_path):
+    """The adapter that it trained stays."""
+    config = tiny_config(num_layers=1)
     with on_mesh(tp=2):
-        good = Weight(place(np.ones((8, 4), np.float32), "FD"), letters="FD")
-        bad = Weight(place(np.full((8, 4), np.inf, np.float32), "FD"), letters="FD")
-        trainee._check_numbers({"up": good}, tmp_path)
-        with pytest.raises(ValueError, match="not all merged weights are numbers: gate: no model"):
-            trainee._check_numbers({"up": good, "gate": bad}, tmp_path)
+        decoder = tiny_decoder(config)
+        checkpoint.save(tmp_path / "ckpt", config, decoder)
+        (tmp_path / "ckpt/generation_config.json").write_text("{}")
+        stacked = step.stacked(decoder)
+        fresh = lora.create(stacked, GROUPS, 4, 8.0, jax.random.key(0), embeddings=False)
+        huge = jax.tree.map(lambda x: x + 1e30, fresh)
+        made = trainee.Adapted(config, tmp_path / "ckpt", recipes.sft_lora())
+        with pytest.raises(ValueError, match=r"not all merged weights are numbers: .*: no model"):
+            made.save(huge, tmp_path, tmp_path / "ckpt", merge=True)
+    assert (tmp_path / "adapter").is_dir() and not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("end", ["lora_A.default.weight", "modules_to_save.default.weight"])
