@@ -59,8 +59,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train import topology
-from train.hardware import GPUS
+from qwen_jax.meshes.hardware import GPUS
+from train.planning import topology
 
 SLOTS: tuple[str, ...] = (
     "MATMUL",

@@ -30,9 +30,11 @@ import jax
 from tqdm import tqdm
 
 from benchmarks import section
-from qwen_jax import attention, command
-from qwen_jax.kernels import choice, others, timing
-from qwen_jax.kernels.timing import Case
+from qwen_jax import attention
+from qwen_jax.attention import timing
+from qwen_jax.attention.timing import Case
+from qwen_jax.kernels import choice, others
+from qwen_jax.runtime import command
 
 HEADS = {"1.8b": 16, "7b": 32, "14b": 40, "72b": 64}
 LENGTHS = {512: 64, 2048: 16, 8192: 4, 32768: 1}  # tokens of a row, and rows

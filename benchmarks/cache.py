@@ -18,8 +18,8 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen_jax import PRESETS, meshes, model
-from train import programs, topology
-from train.programs import Program, Setting
+from train.planning import programs, topology
+from train.planning.programs import Program, Setting
 
 ROWS, CHUNK, WHOLE_CHUNK = 8, 512, 2048
 TASKS = ["decode", "prefill"]

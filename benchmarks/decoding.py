@@ -29,14 +29,16 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import section
-from qwen_jax import cache as kv
-from qwen_jax import command, meshes, model
+from qwen_jax import meshes, model
+from qwen_jax.attention import cache as kv
+from qwen_jax.attention import timing
+from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import Config
-from qwen_jax.generation_config import GenerationConfig
-from qwen_jax.kernels import choice, timing
-from qwen_jax.language_model import LanguageModel, attention_for
+from qwen_jax.config.presets import PRESETS
+from qwen_jax.generate.language_model import LanguageModel, attention_for
+from qwen_jax.kernels import choice
 from qwen_jax.model import Decoder
-from qwen_jax.presets import PRESETS
+from qwen_jax.runtime import command
 
 COLUMNS = (
     "model", "cache", "rows", "attention", "prefill tokens/s", "of product",

@@ -38,12 +38,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qwen_jax import command, paths  # noqa: E402
+from qwen_jax.runtime import command, paths  # noqa: E402
 
 KEPT = ROOT / "benchmarks" / "device.json"
 WHEELS = ROOT / ".wheels"
 # The programs that a figure depends on; the table of measured blocks is a result, not a program.
-CODE = ("qwen_jax/**/*.py", "convert/*.py", "train/*.py", "benchmarks/*.py")
+CODE = ("qwen_jax/**/*.py", "convert/*.py", "train/**/*.py", "benchmarks/*.py")
 PARTS = (1, 2, 3, 4)
 
 

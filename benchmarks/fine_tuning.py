@@ -16,7 +16,7 @@ if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import scaling
-from train import hardware
+from qwen_jax.meshes import hardware
 
 LENGTHS = (256, 8192)
 LORA, EMBEDDINGS, INT8, WHOLE = "LoRA", "LoRA, embeddings trained", "LoRA on int8", "all weights"

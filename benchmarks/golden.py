@@ -28,10 +28,12 @@ from tqdm import tqdm
 import qwen_jax
 from benchmarks import section
 from convert import from_hf
-from qwen_jax import attention, command
-from qwen_jax.kernels import choice, timing
-from qwen_jax.language_model import LanguageModel
-from tests.golden_figures import GOLDEN, arrays, overrides, scalars, worst
+from qwen_jax import attention
+from qwen_jax.attention import timing
+from qwen_jax.generate.language_model import LanguageModel
+from qwen_jax.kernels import choice
+from qwen_jax.runtime import command
+from tests.support.golden_figures import GOLDEN, arrays, overrides, scalars, worst
 
 COLUMNS = ("what", "attention", "difference", "bound", "")
 LOGITS = 2e-4  # standard deviations of the original's logits; its own float32 noise reaches 5e-5

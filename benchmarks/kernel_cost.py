@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import aot
 from qwen_jax import attention
-from qwen_jax.cache import Int8
+from qwen_jax.attention.cache import Int8
 from qwen_jax.kernels import (
     choice,
     decode_tpu,

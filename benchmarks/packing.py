@@ -20,9 +20,9 @@ if not __package__:  # started as a file: this folder has a `train`, too
 
 import numpy as np
 
-from qwen_jax import command
-from train.packing import Rows
-from train.token_files import Counts, TokenCache
+from qwen_jax.runtime import command
+from train.data.packing import Rows
+from train.data.token_files import Counts, TokenCache
 
 _MEAN = {"joined": 600, "fitted": 300, "alone": 300}  # tokens of a document, of a conversation
 _ROW = 2048

@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train import topology as topologies
+from train.planning import topology as topologies
 
 GB = 1e9
 
@@ -68,7 +68,7 @@ def compiled(case: Case) -> dict[str, float]:
     """Bytes of a device, and seconds: wall from the start of tracing, and of all cores."""
     topologies.prepare("tpu")
     from qwen_jax import PRESETS, meshes
-    from train import programs
+    from train.planning import programs
 
     config = PRESETS[case.model]
     if case.layers is not None:

@@ -16,8 +16,10 @@ if not __package__:  # started as a file: this folder has a `train`, too
 import jax
 import jax.numpy as jnp
 
-from qwen_jax import PRESETS, decode, meshes, sampling, sharding
-from train import collectives, programs, topology
+from qwen_jax import PRESETS, meshes
+from qwen_jax.decoding import decode, sampling
+from qwen_jax.meshes import sharding
+from train.planning import collectives, programs, topology
 
 
 def main() -> None:

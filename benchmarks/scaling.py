@@ -24,7 +24,7 @@ from typing import Any
 if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from qwen_jax import paths
+from qwen_jax.runtime import paths
 
 MODELS = ("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b")
 TOPOLOGIES = (

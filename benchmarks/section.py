@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-from qwen_jax import paths
 from qwen_jax.kernels import choice
+from qwen_jax.runtime import paths
 
 
 def where(device: str | None = None) -> str:

@@ -52,14 +52,19 @@ from tqdm import trange
 from benchmarks import section
 from benchmarks.generate import processor
 from convert import peft
-from qwen_jax import command, lora, meshes, model, prove
+from qwen_jax import meshes, model
+from qwen_jax.attention import prove, timing
 from qwen_jax.config import Config
-from qwen_jax.kernels import choice, timing
-from qwen_jax.presets import PRESETS
-from qwen_jax.weights import named_leaves
-from train import hardware, recipes, step, trainee
-from train.loss import Batch, batch_of, place
+from qwen_jax.config.presets import PRESETS
+from qwen_jax.kernels import choice
+from qwen_jax.leaves import lora
+from qwen_jax.leaves.weights import named_leaves
+from qwen_jax.meshes import hardware
+from qwen_jax.runtime import command
+from train import step
+from train.run import parameters, recipes
 from train.step import Optimizer
+from train.step.loss import Batch, batch_of, place
 
 SMALL = "small"
 TORCH = Path(__file__).with_name("torch_train.py")
@@ -103,7 +108,7 @@ class Case:
         adapters = dataclasses.replace(
             recipes.sft_lora(), lora_rank=self.rank, train_embeddings=False
         )
-        trained = trainee.abstract(self.config, adapters if self.rank else None)
+        trained = parameters.abstract(self.config, adapters if self.rank else None)
         return self.tokens * trained.flops_per_token(self.length)
 
     def batch(self) -> Batch:

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.folder import ITEM_BYTES
-from qwen_jax import paths, processes
-from qwen_jax.store import Band
+from qwen_jax.checkpoint.store import Band
+from qwen_jax.runtime import paths, processes
 
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor

@@ -20,8 +20,10 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, shares, target
-from qwen_jax import checkpoint, command, directory, paths, processes, store
+from qwen_jax import checkpoint
+from qwen_jax.checkpoint import directory, store
 from qwen_jax.config import Config, read_json
+from qwen_jax.runtime import command, paths, processes
 
 EXAMPLES = """examples:
   python convert/from_hf.py ~/Qwen-7B models/qwen-7b             a folder
@@ -98,7 +100,8 @@ def convert(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be found wrong without writing is found here."""
-    from qwen_jax import meshes, sharding
+    from qwen_jax import meshes
+    from qwen_jax.meshes import sharding
 
     mesh = command.mesh_sizes(args.mesh)
     dst = paths.parse(args.dst)

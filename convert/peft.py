@@ -17,10 +17,13 @@ from safetensors.numpy import save_file
 
 from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
 from convert.folder import Tensor, read_header
-from qwen_jax import directory, lock, lora, paths, processes, sharding, values
-from qwen_jax.lora import Adapters
+from qwen_jax.checkpoint import directory
+from qwen_jax.leaves import lora
+from qwen_jax.leaves.lora import Adapters
+from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
+from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder
-from qwen_jax.weights import Weight, map_leaves, named_leaves
+from qwen_jax.runtime import lock, paths, processes, values
 
 __all__ = [
     "SETTINGS", "TENSORS", "Shape", "changes", "modules", "read", "read_shape", "targets", "write",

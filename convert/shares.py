@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qwen_jax.store import Band, Leaf
+from qwen_jax.checkpoint.store import Band, Leaf
 
 Partition = tuple[tuple[str, ...], ...]  # for each axis of a leaf, the mesh axes that cut it
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import command, lock, paths, processes
 from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
+from qwen_jax.checkpoint.directory import carry, names, remove_drafts
 from qwen_jax.config import read_json
-from qwen_jax.directory import carry, names, remove_drafts
+from qwen_jax.runtime import command, lock, paths, processes
 
 
 def check_apart(source: Path, target: Path) -> None:

@@ -26,8 +26,10 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, target
-from qwen_jax import checkpoint, command, directory, paths, processes, store, token_ids
+from qwen_jax import checkpoint
+from qwen_jax.checkpoint import directory, store, token_ids
 from qwen_jax.config import Config, read_json
+from qwen_jax.runtime import command, paths, processes
 
 EXAMPLES = """examples:
   python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB

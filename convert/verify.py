@@ -14,8 +14,9 @@ import numpy as np
 from convert import copying
 from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, Part
-from qwen_jax import paths, processes, store
-from qwen_jax.store import Band, Leaf
+from qwen_jax.checkpoint import store
+from qwen_jax.checkpoint.store import Band, Leaf
+from qwen_jax.runtime import paths, processes
 
 
 def verify(

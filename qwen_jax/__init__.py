@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_jax import attention, chat
+    from qwen_jax.chat.tokenizer import TextStream, Tokenizer
     from qwen_jax.config import Config
-    from qwen_jax.language_model import LanguageModel, load
-    from qwen_jax.presets import PRESETS
-    from qwen_jax.processes import initialize
-    from qwen_jax.sampling import Greedy, Nucleus
-    from qwen_jax.tokenizer import TextStream, Tokenizer
+    from qwen_jax.config.presets import PRESETS
+    from qwen_jax.decoding.sampling import Greedy, Nucleus
+    from qwen_jax.generate.language_model import LanguageModel, load
+    from qwen_jax.runtime.processes import initialize
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "PRESETS": "presets",
-    "Greedy": "sampling",
-    "LanguageModel": "language_model",
-    "Nucleus": "sampling",
-    "TextStream": "tokenizer",
-    "Tokenizer": "tokenizer",
-    "initialize": "processes",
-    "load": "language_model",
+    "PRESETS": "config.presets",
+    "Greedy": "decoding.sampling",
+    "LanguageModel": "generate.language_model",
+    "Nucleus": "decoding.sampling",
+    "TextStream": "chat.tokenizer",
+    "Tokenizer": "chat.tokenizer",
+    "initialize": "runtime.processes",
+    "load": "generate.language_model",
 }
 
 __all__ = [

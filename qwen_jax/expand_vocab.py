@@ -21,8 +21,8 @@ from pathlib import Path
 
 import tiktoken
 
-from qwen_jax import command, lock, paths, texts, values
-from qwen_jax.tokenizer import PATTERN, Tokenizer
+from qwen_jax.chat.tokenizer import PATTERN, Tokenizer
+from qwen_jax.runtime import command, lock, paths, texts, values
 
 
 def read_words(path: str | Path) -> dict[str, int]:

@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 import qwen_jax
 from convert import from_hf
 from qwen_jax import attention, chat, checkpoint, meshes, model
-from qwen_jax.tokenizer import Tokenizer
-from tests.bigram import held_out_loss
-from tests.conversion import contents
-from tests.training import curve, succeed, weights
-from train import data, loss, packing, pretrain, records, run, sft, step, token_cache, tokenizer
+from qwen_jax.chat.tokenizer import Tokenizer
+from tests.support.bigram import held_out_loss
+from tests.support.conversion import contents
+from tests.support.training import curve, succeed, weights
+from train import data, pretrain, run, sft, step, tokenizer
+from train.data import packing, records, token_cache
+from train.step import loss
 
 HOME = Path(__file__).parent.parent / "examples" / "moby_dick"
 TEXT = HOME / "moby_dick.jsonl"

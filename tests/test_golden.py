@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import cache, decode, meshes, rope, sharding
-from tests.golden_figures import arrays, overrides, scalars, worst
-from tests.tiny import KERNELS
+from qwen_jax import meshes
+from qwen_jax.attention import cache
+from qwen_jax.decoding import decode
+from qwen_jax.meshes import sharding
+from qwen_jax.model import rope
+from tests.support.golden_figures import arrays, overrides, scalars, worst
+from tests.support.tiny import KERNELS
 
 # The original's own float32 noise reaches 5e-5 of a standard deviation of its logits.
 TOLERANCE = 2e-4

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 from safetensors import safe_open
 
 from tests.conftest import CACHE, FLAG
-from tests.launch import LONG
-from tests.training import curve
+from tests.support.launch import LONG
+from tests.support.training import curve
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 LORA = "--steps 8 --rows 4 --length 64 --lora-rank 8 --learning-rate 0.01 --dtype float32"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_jax import command, paths
+from qwen_jax.runtime import command, paths
 
 if TYPE_CHECKING:
     from qwen_jax.config import Config
@@ -95,7 +95,8 @@ def work(args: argparse.Namespace) -> None:
     command.use_compilation_cache(args.compilation_cache)
     import jax
 
-    from qwen_jax import language_model, prove
+    from qwen_jax.attention import prove
+    from qwen_jax.generate import language_model
     from train import step
 
     config = checkpoint.load_config(args.ckpt)
@@ -155,8 +156,8 @@ def perplexity(
     decoder: stacked; config: what it computes as. On the mesh in force, whose `data` and `fsdp`
     split nothing here.
     """
-    from qwen_jax import rope
-    from train import loss
+    from qwen_jax.model import rope
+    from train.step import loss
 
     scheme = rope.from_config(config)
     rates = scheme.frequencies(scheme.alpha(np.array([length])))
@@ -175,7 +176,7 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
     import jax
     import jax.numpy as jnp
 
-    from train import loss
+    from train.step import loss
 
     @jax.jit
     def total(decoder: "Decoder", batch: loss.Batch, rates: jax.Array) -> jax.Array:
@@ -231,7 +232,8 @@ def _check_picture(path: Path) -> None:
 def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
     """Tokens of documents that are as long as the longest row at least, each cut to whole rows."""
     from qwen_jax import checkpoint
-    from train import data, records
+    from train import data
+    from train.data import records
 
     tokenizer = checkpoint.load_tokenizer(args.ckpt)
     if tokenizer is None:

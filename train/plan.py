@@ -15,8 +15,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_jax import command
-from qwen_jax.command import UsageError
+from qwen_jax.runtime import command
+from qwen_jax.runtime.command import UsageError
 
 _LONGEST = 300  # characters of what a kernel or a compiler says
 
@@ -90,15 +90,16 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 def _work(args: argparse.Namespace) -> None:
     _refuse_idle(args)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing of this machine is used
-    from train import topology as topologies
+    from train.planning import topology as topologies
 
     try:
         topology = topologies.parse(args.topology)
     except ValueError as error:
         raise UsageError(str(error)) from None
     topologies.prepare(topology.chip.platform)
-    from qwen_jax import meshes, sharding
-    from train import report, search
+    from qwen_jax import meshes
+    from qwen_jax.meshes import sharding
+    from train.planning import report, search
 
     setting = _setting(args, topology)
     if args.search:
@@ -157,7 +158,7 @@ def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
 
 def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool) -> Iterator[Any]:
     """The estimates of a setting: of training, or of prefill and decoding."""
-    from train import estimate
+    from train.planning import estimate
 
     tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
     for task in tasks:
@@ -201,8 +202,8 @@ def _refusal(name: str, calls: Any, topology: Any, sizes: Mapping[str, int]) -> 
     import jax
 
     from qwen_jax import meshes
-    from train import programs
-    from train import topology as topologies
+    from train.planning import programs
+    from train.planning import topology as topologies
 
     device = topologies.mesh(topology, sizes).devices.flat[:1]
     try:
@@ -225,8 +226,8 @@ def _expected(
     """
     import jax
 
-    from qwen_jax import prove
-    from train import topology as topologies
+    from qwen_jax.attention import prove
+    from train.planning import topology as topologies
 
     config, dtype = setting.config, "bfloat16"
     if task == "decoding":
@@ -255,7 +256,7 @@ def rank(x: Any) -> tuple[Any, ...]:
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
     """The sizes asked for, by axis; all 1 where none are."""
-    from qwen_jax import sharding
+    from qwen_jax.meshes import sharding
 
     sizes = command.mesh_sizes(args.mesh)
     if args.decode and sizes[sharding.CONTEXT] > 1:
@@ -267,11 +268,13 @@ def _mesh(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _setting(args: argparse.Namespace, topology: Any) -> Any:
-    from qwen_jax import attention, paths, presets
-    from qwen_jax import cache as kv
-    from qwen_jax.config import Config
-    from train import recipes, step
-    from train.programs import Setting
+    from qwen_jax import attention
+    from qwen_jax.attention import cache as kv
+    from qwen_jax.config import Config, presets
+    from qwen_jax.runtime import paths
+    from train import step
+    from train.planning.programs import Setting
+    from train.run import recipes
 
     if args.model in presets.PRESETS:
         config = presets.PRESETS[args.model]

@@ -8,7 +8,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train import arguments
+from train.run import arguments
 
 _EXAMPLES = """examples:
   python train/sft.py --ckpt DIR --data chats.jsonl --out RUN

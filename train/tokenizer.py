@@ -9,9 +9,9 @@ import base64
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from qwen_jax import command, lock, paths, values
-from qwen_jax.texts import check_whole, described
-from qwen_jax.tokenizer import PATTERN
+from qwen_jax.chat.tokenizer import PATTERN
+from qwen_jax.runtime import command, lock, paths, values
+from qwen_jax.runtime.texts import check_whole, described
 
 _EXAMPLES = """examples:
   python -m train.tokenizer --data book.txt --size 4096 --out qwen.tiktoken
@@ -61,7 +61,8 @@ def work(args: argparse.Namespace) -> None:
 
 
 def _learn(args: argparse.Namespace) -> None:
-    from train import data, records
+    from train import data
+    from train.data import records
 
     def texts() -> Iterator[str]:
         for file in records.files(args.data):

@@ -10,9 +10,9 @@ import pytest
 
 from qwen_jax import meshes, model
 from tests.aot.conftest import parameter
-from tests.tiny import tiny_config
-from train import programs, topology
-from train.programs import Setting
+from tests.support.tiny import tiny_config
+from train.planning import programs, topology
+from train.planning.programs import Setting
 
 # Both so long that a pass goes through them in pieces, and the need is level (H100, prefill,
 # int8 and xla: 31 MB with 4096 slots, 44 with 12288 and with 24576).

@@ -6,10 +6,11 @@ import pytest
 
 from qwen_jax import PRESETS, meshes
 from qwen_jax.config import Config
-from tests.tiny import tiny_config
-from train import estimate, recipes, topology
-from train.estimate import Estimate
-from train.programs import Setting
+from tests.support.tiny import tiny_config
+from train.planning import estimate, topology
+from train.planning.estimate import Estimate
+from train.planning.programs import Setting
+from train.run import recipes
 
 
 def small() -> Config:

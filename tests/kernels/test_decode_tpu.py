@@ -8,7 +8,7 @@ import pytest
 
 from qwen_jax.kernels import decode_tpu
 from tests.kernels.decode_cases import FULL, Case, check, draw
-from tests.tiny import QUICK
+from tests.support.tiny import QUICK
 
 CASES = {
     "one token": Case(1, 8, 1, 256, 64, 200, (0, 72, 199), block=128),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask
-from tests.tiny import KERNELS, QUICK
+from tests.support.tiny import KERNELS, QUICK
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import adapter_config, names, peft
-from qwen_jax import lora
-from qwen_jax.lora import Adapters
+from qwen_jax.leaves import lora
+from qwen_jax.leaves.lora import Adapters
+from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.model import Decoder
-from qwen_jax.weights import named_leaves
 from tests.peft.torch_model import Model
-from tests.tiny import (
+from tests.support.tiny import (
     full_logits,
     on_mesh,
     replace_leaves,

@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from qwen_jax import command, processes
+from qwen_jax.runtime import command, processes
 
 
 def work(args: argparse.Namespace) -> None:
@@ -38,9 +38,9 @@ def attention_of(wrong: int) -> list[str]:
     """What each process takes where one of them has a device on which a kernel is wrong."""
     from types import SimpleNamespace
 
-    from qwen_jax import prove
+    from qwen_jax.attention import prove
+    from qwen_jax.attention.timing import Case
     from qwen_jax.kernels import choice
-    from qwen_jax.kernels.timing import Case
 
     def self_test(*_: object) -> tuple[float, tuple[float, float]]:
         return (0.5 if processes.index() == wrong else 0.0), (1.0, 2.0)

@@ -16,7 +16,7 @@ def bytes_read() -> int:
 
 def main() -> int:
     file, module, *arguments = sys.argv[1:]
-    for name in ("tensorstore", "convert.copying", "qwen_jax.language_model"):
+    for name in ("tensorstore", "convert.copying", "qwen_jax.generate.language_model"):
         importlib.import_module(name)
     command = importlib.import_module(module)
     before = bytes_read()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 
-from qwen_jax import command
+from qwen_jax.runtime import command
 
 
 def work(args: argparse.Namespace) -> None:
@@ -15,9 +15,10 @@ def work(args: argparse.Namespace) -> None:
     import jax
 
     import qwen_jax
-    from qwen_jax import meshes, sharding
-    from qwen_jax.weights import named_leaves
-    from tests import compilations
+    from qwen_jax import meshes
+    from qwen_jax.leaves.weights import named_leaves
+    from qwen_jax.meshes import sharding
+    from tests.support import compilations
 
     sizes = meshes.parse(args.mesh)
     command.virtual_cpu_devices(sizes)

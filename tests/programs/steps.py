@@ -7,18 +7,20 @@ import argparse
 import json
 import sys
 
-from qwen_jax import command, processes
+from qwen_jax.runtime import command, processes
 
 
 def work(args: argparse.Namespace) -> None:
     command.join(args)
     import numpy as np
 
-    from qwen_jax import checkpoint, meshes, sharding
+    from qwen_jax import checkpoint, meshes
     from qwen_jax.attention import xla
-    from qwen_jax.weights import named_leaves
-    from tests.golden_figures import arrays
-    from train import loss, step
+    from qwen_jax.leaves.weights import named_leaves
+    from qwen_jax.meshes import sharding
+    from tests.support.golden_figures import arrays
+    from train import step
+    from train.step import loss
 
     sizes = meshes.parse(args.mesh)
     command.virtual_cpu_devices(sizes)

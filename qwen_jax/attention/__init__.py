@@ -1,0 +1,47 @@
+"""Attention: which keys a query sees, the reference, the registry of implementations and their
+proof on the device, the ring over devices, and the KV cache.
+
+Nothing here knows of RoPE, of layers or of files.
+"""
+
+from qwen_jax.attention.registry import (
+    DECODERS,
+    FEW,
+    FULL,
+    IMPLEMENTATIONS,
+    RESOLVED,
+    Chosen,
+    Mask,
+    auto,
+    cached,
+    decoder,
+    get,
+    on_shards,
+    pallas_hopper,
+    pallas_tpu,
+    pallas_triton,
+    resolved,
+    say,
+    xla,
+)
+
+__all__ = [
+    "DECODERS",
+    "FEW",
+    "FULL",
+    "IMPLEMENTATIONS",
+    "RESOLVED",
+    "Chosen",
+    "Mask",
+    "auto",
+    "cached",
+    "decoder",
+    "get",
+    "on_shards",
+    "pallas_hopper",
+    "pallas_tpu",
+    "pallas_triton",
+    "resolved",
+    "say",
+    "xla",
+]

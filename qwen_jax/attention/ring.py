@@ -1,0 +1,148 @@
+"""Ring attention: queries stay, keys and values go round the devices that share a sequence.
+
+Ring Attention (arXiv 2310.01889) over any implementation of `attention.IMPLEMENTATIONS`: each part
+of the keys gives an output and a log-sum-exp, and the parts merge into one softmax. No device holds
+the keys of the others for longer than a step. Runs within `jax.shard_map`.
+
+Positions and segments travel with the keys, so causality, windows, packing and LogN need no rule of
+their own, and tokens may be in any order. `zigzag` is the one in which causal work is equal: device
+i of n holds piece i and piece 2n - 1 - i of 2n.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.meshes import sharding
+
+
+def zigzag(x: jax.Array) -> jax.Array:
+    """[B, T] in the order of a sequence -> the same tokens, in the order of the devices."""
+    if sharding.axis_sizes()[sharding.CONTEXT] == 1:
+        return x
+    order = zigzag_order(x.shape[1])
+    rows = jax.typeof(x).sharding.spec[0]
+    return jax.reshard(jax.reshard(x, P(rows, None))[:, order], sharding.spec("BT"))
+
+
+def zigzag_order(length: int) -> np.ndarray:
+    """int32 [T]: the place in its sequence of each token, as `zigzag` orders them."""
+    devices = sharding.axis_sizes()[sharding.CONTEXT]
+    places = np.arange(length, dtype=np.int32)
+    if devices == 1:
+        return places
+    if length % (2 * devices):
+        raise ValueError(f"length T = {length} does not divide into two pieces a device")
+    pieces = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
+    return places.reshape(2 * devices, -1)[pieces].reshape(-1)
+
+
+def attend(
+    implementation: Callable[..., Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Any,
+    scale: jax.Array,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over the keys of all devices; arguments and results as `attention.xla`, each the
+    part of this device.
+    """
+    out: Any = _ring(implementation, q, k, v, mask, scale)
+    return out if return_lse else out[0].astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    """o and its log-sum-exp, in float32."""
+    keys = (k, v, mask.k_positions, mask.k_segments)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        o, lse, keys = carry
+        following = _pass_on(keys)  # travels while this part is computed
+        part = implementation(*_arguments(q, keys, mask, scale), return_lse=True)
+        return (*merge([(o, lse), part]), following), None
+
+    o = jnp.zeros(q.shape, jnp.float32)
+    lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    (o, lse, _), _ = jax.lax.scan(step, (o, lse, keys), length=jax.lax.axis_size(sharding.CONTEXT))
+    return o, lse
+
+
+def _forward(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    out: Any = _ring(implementation, q, k, v, mask, scale)
+    return out, (q, k, v, mask, scale, *out)
+
+
+def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
+    """Keys go round once more, and their gradients with them until both are home again."""
+    q, k, v, mask, scale, o, lse = saved
+    do, dlse = cotangents
+    keys = (k, v, mask.k_positions, mask.k_segments)
+
+    # A kernel takes the whole's o and lse, and need not compute those of a part again.
+    options = {"known": (o, lse)} if "known" in inspect.signature(implementation).parameters else {}
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        dq, dscale, dk, dv, keys = carry
+        following = _pass_on(keys)
+
+        def part(q: Any, k: Any, v: Any, scale: Any) -> Any:
+            arguments = _arguments(q, (k, v, *keys[2:]), mask, scale)
+            return implementation(*arguments, return_lse=True, **options)
+
+        (own, own_lse), gradient = jax.vjp(part, q, *keys[:2], scale)
+        if options:
+            gradients = gradient((do, dlse))
+        else:
+            # o = sum of share * own, share = exp(own_lse - lse), and lse is their log-sum-exp.
+            share = jnp.where(own_lse > -jnp.inf, jnp.exp(own_lse - lse), 0)
+            inner = jnp.sum(do * (own - o), -1)
+            gradients = gradient((share[..., None] * do, share * (inner + dlse)))
+        dq, dk, dv, dscale = (
+            old + new.astype(jnp.float32)
+            for old, new in zip((dq, dk, dv, dscale), gradients, strict=True)
+        )
+        return (dq, dscale, *_pass_on((dk, dv)), following), None
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, scale, k, v)]
+    length = jax.lax.axis_size(sharding.CONTEXT)
+    (dq, dscale, dk, dv, _), _ = jax.lax.scan(step, (*zeros, keys), length=length)
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none, dscale
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _arguments(q: Any, keys: Any, mask: Any, scale: Any) -> tuple[Any, ...]:
+    k, v, positions, segments = keys
+    return q, k, v, dataclasses.replace(mask, k_positions=positions, k_segments=segments), scale
+
+
+def _pass_on(x: Any) -> Any:
+    """To the next device of the ring."""
+    size = jax.lax.axis_size(sharding.CONTEXT)
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, sharding.CONTEXT, ring), x)
+
+
+def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """One softmax from several sets of keys: o and log-sum-exp of each, as return_lse gives them,
+    and so of all.
+    """
+    lse = jnp.stack([lse for _, lse in parts])  # [parts, B, T, N]
+    largest = jnp.maximum(jnp.max(lse, 0), jnp.finfo(jnp.float32).min)
+    shares = jnp.exp(lse - largest)
+    total = jnp.sum(shares, 0)
+    divisor = jnp.where(total > 0, total, 1)
+    o = sum(share[..., None] * o for share, (o, _) in zip(shares / divisor, parts, strict=True))
+    return jnp.asarray(o), jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)

@@ -1,0 +1,355 @@
+"""Time attention on the device here and write what was found into `measured.json`.
+
+Block sizes that are tried are put where measured ones are looked up, so a line means what was
+timed. A kernel whose results differ from the reference's is named and not entered. The quickest of
+each kernel take turns with all other implementations in one last run, whose medians are written.
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.runtime import command, lock, paths
+
+_EXAMPLES = """\
+On a machine with the device that is to be measured, and with nothing else running on it:
+
+  python -m qwen_jax.kernels.tune
+      every implementation, all tasks, head dim 128 in bfloat16, at three lengths
+  python -m qwen_jax.kernels.tune --head-dim 64 --dtype float16
+      another shape: a call takes the lines of its own head dim and dtype, at the nearest length
+  python -m qwen_jax.kernels.tune --task decode --kernel xla pallas_triton --out /tmp/lines.json
+      some of it, into a file of one's own
+  python -m qwen_jax.kernels.tune --show
+      what `auto` has found out on this machine, and the table's lines for this device
+  python -m qwen_jax.kernels.tune --forget
+      remove what it has found out, so that it proves each kernel anew
+
+Lines of the same device, kernel, task, head dim, dtype and length are replaced, others are kept.
+`auto` compares the lines of a task, so measure all kernels alike. The table is part of the package:
+commit what changes in it, with the output of `python benchmarks/attention.py --markdown`.
+"""
+_TOKENS = 16384  # of a batch, where the length allows more than one row
+_FINALISTS = 3  # block sizes of a kernel that take part in the last run
+
+
+def _grid(**values: tuple[int, ...]) -> list[dict[str, int]]:
+    """All combinations."""
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+_MOSAIC = [
+    x for x in _grid(q=(256, 512, 1024, 2048), k=(512, 1024, 2048), compute=(256, 512, 1024))
+]
+_TRITON = {"tile": (64, 128), "block": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
+
+
+def _of(part: str) -> list[dict[str, int]]:
+    """Triton's blocks with the name of a backward kernel before each."""
+    return _grid(**{f"{part}_{key}": values for key, values in _TRITON.items()})
+
+
+# kernel -> task -> grids; each grid is searched with what was best in those before it
+CANDIDATES: dict[str, dict[str, list[list[dict[str, int]]]]] = {
+    "pallas_tpu": {
+        "forward": [_MOSAIC],
+        "backward": [_MOSAIC],
+        "decode": [_grid(block=(256, 512, 1024, 2048))],
+    },
+    "pallas_triton": {
+        "forward": [_grid(**{**_TRITON, "stages": (2, 3, 4)})],
+        "backward": [_of("dkv"), _of("dq")],
+        "decode": [_grid(block=(16, 32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4))],
+    },
+    "pallas_hopper": {
+        "forward": [_grid(block=(64, 128), stages=(2, 3, 4))],
+        "backward": [
+            _grid(dkv_block=(64, 128), dkv_stages=(2, 3, 4)),
+            _grid(dq_block=(64, 128), dq_stages=(2, 3, 4)),
+        ],
+    },  # it decodes with Triton's kernel, whose blocks are pallas_triton's
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m qwen_jax.kernels.tune",
+        description="Time attention on this device and write lines for `auto` to choose by.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--kernel", nargs="+", metavar="NAME", help="implementations (default: all)")
+    tasks = ("forward", "backward", "decode")
+    add("--task", nargs="+", choices=tasks, default=list(tasks), help="default: all three")
+    add("--head-dim", type=command.positive, default=128, metavar="N", help="default: 128")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
+    add(
+        "--length",
+        nargs="+",
+        type=command.positive,
+        default=[2048, 8192, 32768],
+        metavar="N",
+        help="tokens, or slots of a cache (default: 2048 8192 32768)",
+    )
+    add("--heads", type=command.positive, default=32, metavar="N", help="default: 32")
+    add(
+        "--batch",
+        type=command.positive,
+        metavar="N",
+        help="default: 16384 tokens in all; decode: 8",
+    )
+    add(
+        "--rounds",
+        type=command.positive,
+        default=9,
+        metavar="N",
+        help="of the last run (default: 9)",
+    )
+    add("--out", type=command.path, metavar="FILE", help="default: the package's own table")
+    kept = result.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--show", action="store_true", help="time nothing; print what is known of kernels here"
+    )
+    kept.add_argument(
+        "--forget", action="store_true", help="time nothing; have `auto` prove kernels anew"
+    )
+    command.add_debug(result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(parser(), _work, argv)
+
+
+def _work(args: argparse.Namespace) -> None:
+    for alone in ("show", "forget"):
+        if getattr(args, alone):
+            others = [name for name in args.given if name not in (alone, "debug")]
+            command.refuse(args, others, f"means nothing beside --{alone}, which times nothing")
+    if args.show:
+        print(shown())
+        return
+    if args.forget:
+        from qwen_jax.attention import verdicts
+
+        print(f"forgot {verdicts.forget()} verdicts in {verdicts.folder()}")
+        return
+    from qwen_jax.attention import registry, timing
+    from qwen_jax.kernels import choice
+
+    unknown = sorted(set(args.kernel or ()) - set(registry.IMPLEMENTATIONS))
+    if unknown:
+        known = ", ".join(registry.IMPLEMENTATIONS)
+        raise command.UsageError(f"--kernel {unknown[0]}: choose from {known}")
+    out = choice.TABLE if args.out is None else args.out
+    if paths.is_remote(out):
+        raise command.UsageError(f"--out {out}: a table is a file on a disk")
+    if choice.device().platform == "cpu":
+        if out.resolve() == choice.TABLE.resolve():
+            raise command.UsageError(
+                "on a CPU kernels run interpreted, and their times mean nothing: "
+                "to try this command, name another file with --out"
+            )
+        command.say("on a CPU kernels run interpreted: these times are no measurements of them")
+    command.use_compilation_cache()
+    names = args.kernel or timing.available(registry.IMPLEMENTATIONS)
+    cases = [case for task in args.task for case in _cases(args, task)]
+    total = sum(_steps(name, case.task) for name in names for case in cases)
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="program", smoothing=0) as bar:
+        for case in cases:
+            bar.set_description(f"{case.task} {case.stored} {case.length}")
+            lines = _tuned(case, names, args.rounds, bar)
+            timing.forget()
+            write(out, lines)  # after each case: an interrupted run keeps what it has
+            for line in lines:
+                bar.write(_text(line), file=sys.stderr)
+    command.say(f"wrote {out}")
+
+
+def shown() -> str:
+    """The verdicts of `auto` that are kept for this machine, and the table's lines for this device,
+    as text.
+    """
+    from qwen_jax.attention import verdicts
+    from qwen_jax.kernels import choice
+
+    device = choice.device().device_kind
+    if found := verdicts.kept():
+        parts = [f"found out by auto, kept in {verdicts.folder()}:", verdicts.table(found)]
+    else:
+        parts = [
+            f"auto has found out nothing yet (it would be in {verdicts.folder()}): on a TPU or GPU "
+            "it proves each kernel where one is first used, as python -m qwen_jax.generate --ckpt "
+            "DIR --bench does"
+        ]
+    lines = [line for line in choice.measured() if line["device"] == device]
+    if lines:
+        parts.append(f"\nmeasured on {device}, in {choice.TABLE}:")
+        parts += [f"  {_what(line)} {_text(line)}" for line in lines]
+    else:
+        parts.append(
+            f"\nno lines for {device} in {choice.TABLE}: "
+            "python -m qwen_jax.kernels.tune, on that device, makes them"
+        )
+    return "\n".join(parts)
+
+
+def _what(line: dict[str, Any]) -> str:
+    return f"{line['task']:8} {line['dtype']:8} {line['head_dim']:4} {line['length']:6}"
+
+
+def _cases(args: argparse.Namespace, task: str) -> list[Any]:
+    from qwen_jax.attention.timing import Case
+
+    shape = {"heads": args.heads, "head_dim": args.head_dim, "dtype": args.dtype}
+    if task == "decode":
+        caches = (None, "int8")
+        sizes = [(args.batch or 8, n, c) for n in args.length for c in caches]
+        return [Case(task, b, n, cache=c, **shape) for b, n, c in sizes]
+    return [Case(task, args.batch or max(1, _TOKENS // n), n, **shape) for n in args.length]
+
+
+def _sweeps(name: str, task: str) -> list[list[dict[str, int]]]:
+    return CANDIDATES.get(name, {}).get(task, [])
+
+
+def _steps(name: str, task: str) -> int:
+    return 1 + sum(len(grid) for grid in _sweeps(name, task))
+
+
+def _tuned(case: Any, names: list[str], rounds: int, bar: Any) -> list[dict[str, Any]]:
+    """A line for each implementation that takes the case and is right."""
+    from qwen_jax.attention import timing
+
+    entrants: dict[str, tuple[str, dict[str, int], Any]] = {}
+    for name in names:
+        for blocks, program in _finalists(case, name, bar):
+            entrants[f"{name} {blocks}"] = name, blocks, program
+    times = timing.medians({key: x[2] for key, x in entrants.items()}, rounds)
+    best: dict[str, dict[str, Any]] = {}
+    for key, seconds in sorted(times.items(), key=lambda x: x[1]):
+        name, blocks, _ = entrants[key]
+        best.setdefault(name, _line(case, name, blocks, seconds / case.layers()))
+    return list(best.values())
+
+
+def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any]]:
+    """The quickest blocks of a kernel, {} for its own choice, and their programs."""
+    from qwen_jax.attention import timing
+
+    tried: dict[str, tuple[float, dict[str, int], Any]] = {}
+
+    def attempt(blocks: dict[str, int]) -> None:
+        bar.update()
+        try:
+            with trying(case, name, blocks):
+                program = timing.program(case, name)
+                seconds = timing.medians({name: program}, 3)[name]
+                slowest = max((x[0] for x in tried.values()), default=math.inf)
+                if len(tried) == _FINALISTS and seconds >= slowest:
+                    return
+                wrong = timing.error(case, name)
+        except Exception as error:  # a compiler refuses blocks in ways of its own
+            reason = " ".join(str(error).split())[:200]
+            bar.write(f"{name} {blocks or ''}: {reason}", file=sys.stderr)
+            return
+        if not wrong <= timing.TOLERANCE[case.dtype]:
+            bar.write(f"{name} {blocks or ''}: WRONG, by {wrong:.1e}", file=sys.stderr)
+            return
+        tried[str(blocks)] = seconds, blocks, program
+        for key in sorted(tried, key=lambda x: tried[x][0])[_FINALISTS:]:
+            del tried[key]  # and its program's memory
+
+    attempt({})
+    before: dict[str, int] = {}
+    for grid in _sweeps(name, case.task):
+        for blocks in grid:
+            attempt(before | blocks)
+        if not tried:
+            return []
+        before = min(tried.values(), key=lambda x: x[0])[1]
+    return [(blocks, program) for _, blocks, program in tried.values()]
+
+
+@contextlib.contextmanager
+def trying(case: Any, name: str, blocks: dict[str, int]) -> Iterator[None]:
+    """The table has one line, with these blocks; {}: none, and a kernel takes its own choice."""
+    from qwen_jax.kernels import choice
+
+    measured = choice.measured
+    lines = [_line(case, name, blocks, math.inf)] if blocks else []
+    choice.measured = lambda: lines
+    try:
+        yield
+    finally:
+        choice.measured = measured
+
+
+def _line(case: Any, name: str, blocks: dict[str, int], seconds: float) -> dict[str, Any]:
+    import jax
+
+    from qwen_jax.kernels import choice
+
+    if case.task == "decode":
+        rate = {"gbytes_per_second": _rounded(case.bytes() / seconds / 1e9)}
+    else:
+        rate = {"tflops": _rounded(case.flops() / seconds / 1e12)}
+    return {
+        "device": choice.device().device_kind,
+        "kernel": name,
+        "task": case.task,
+        "head_dim": case.head_dim,
+        "dtype": case.stored,
+        "length": case.length,
+        "blocks": blocks,
+        "milliseconds": _rounded(seconds * 1e3),
+        **rate,
+        "batch": case.batch,
+        "heads": case.heads,
+        "jax": jax.__version__,
+        "date": str(datetime.date.today()),
+    }
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def _text(line: dict[str, Any]) -> str:
+    rate = line.get("tflops", line.get("gbytes_per_second"))
+    unit = "TFLOP/s" if "tflops" in line else "GB/s"
+    return f"{line['kernel']:14} {line['milliseconds']:10.4f} ms {rate:8} {unit} {line['blocks']}"
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Put lines into a table, sorted; those with the keys of a new one make room for it. What
+    several programs write at the same time is all there.
+    """
+    from qwen_jax.kernels import choice
+
+    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(line[x] for x in choice.KEYS)
+
+    with lock.alone(path, path.with_name(f"{path.name}.lock"), wait=True):
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            kept = []
+        table = {key(line): line for line in [*kept, *lines]}
+        rows = ",\n".join(f"  {json.dumps(table[x])}" for x in sorted(table))
+        paths.write(path, (f"[\n{rows}\n]\n" if table else "[]\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

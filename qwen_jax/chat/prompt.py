@@ -1,0 +1,208 @@
+"""Prompts and replies of the two chat formats: "chatml" (chat models) and "raw" (base models).
+
+A prompt is put together from ids, never by encoding the finished text: the control tokens are
+placed here, and what users and callers wrote is encoded as ordinary text, whatever it spells.
+This module knows nothing of the model or of sampling: it makes the ids that go in, says which ids
+end a reply, and turns the reply's ids into text.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+from qwen_jax.chat import tools
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.decoding import inputs
+from qwen_jax.runtime import texts, values
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+History = Sequence[Sequence[str]] | Sequence[Mapping[str, Any]]  # pairs, or messages
+_PAIRS = "history must be pairs (query, reply) of text, oldest first"
+
+
+def make_context(
+    tokenizer: Tokenizer,
+    query: str,
+    history: Sequence[Sequence[str]] | None = (),
+    system: str = "",
+    max_window_size: int = 6144,
+    chat_format: str = "chatml",
+) -> tuple[str, list[int]]:
+    """The prompt of one query, as text and as ids.
+
+    `history`: pairs (query, reply), oldest first (`turns_of` makes them of messages). The newest
+    pairs are kept as long as system, kept pairs and the next one together stay below
+    `max_window_size` tokens; the query is never counted or cut. "raw" takes the query alone. Any
+    other format is a NotImplementedError.
+
+    Raises ValueError that names the argument where anything is no text, or half a character.
+    """
+    values.instance("tokenizer", tokenizer, Tokenizer)
+    _check_format(chat_format)
+    query = texts.check_whole("query", query)
+    if chat_format == "raw":
+        return query, tokenizer.encode(query)
+    system, pairs = texts.check_whole("system", system), _pairs(history)
+    values.number("max_window_size", max_window_size, 0)
+    newline = tokenizer.encode("\n")
+
+    def message(role: str, content: str) -> tuple[str, list[int]]:
+        # The role, the newline and the content are encoded one by one: a content that begins
+        # with a newline would otherwise merge with the one before it.
+        ids = tokenizer.encode(role) + newline + tokenizer.encode(content)
+        return (
+            f"<|im_start|>{role}\n{content}<|im_end|>",
+            [tokenizer.im_start_id, *ids, tokenizer.im_end_id],
+        )
+
+    head_text, head_ids = message("system", system)
+    kept_text, kept_ids = "", []
+    for past_query, past_reply in reversed(pairs):
+        user_text, user_ids = message("user", past_query)
+        reply_text, reply_ids = message("assistant", past_reply)
+        turn_ids = newline + user_ids + newline + reply_ids
+        if len(head_ids) + len(turn_ids) + len(kept_ids) >= max_window_size:
+            break
+        kept_text = f"\n{user_text}\n{reply_text}{kept_text}"
+        kept_ids = turn_ids + kept_ids
+
+    query_text, query_ids = message("user", query)
+    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *newline]
+    return (
+        f"{head_text}{kept_text}\n{query_text}\n<|im_start|>assistant\n",
+        head_ids + kept_ids + newline + query_ids + newline + opening,
+    )
+
+
+def turns_of(history: History | None, system: str) -> tuple[str, list[tuple[str, str]]]:
+    """(system, pairs) of a conversation so far: what `make_context` takes.
+
+    `history`: pairs (query, reply) of text, or messages {"role": ..., "content": ...} as the
+    OpenAI API has them, which end with a reply. Of messages, a first one of role "system" takes the
+    place of `system`, and calls and results of tools become part of the reply (`tools.turns`).
+    Raises ValueError, saying what history is, for anything else.
+    """
+    system = texts.check_whole("system", system)
+    items = _items(history)
+    if not any(isinstance(item, Mapping) for item in items):
+        return system, _pairs(items)
+    try:
+        said, turns = tools.turns(items)
+        roles = [turn.role for turn in turns]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            raise ValueError("users and assistants take turns, and a reply is the last")
+    except ValueError as error:
+        raise ValueError(
+            'history must be messages {"role": ..., "content": ...}, or pairs (query, reply) of '
+            f"text, oldest first: {error}"
+        ) from None
+    spoken = [turn.text for turn in turns]
+    return system if said is None else said, list(zip(spoken[::2], spoken[1::2], strict=True))
+
+
+def _items(history: History | None) -> list[Any]:
+    if history is None:
+        return []
+    ordered = isinstance(history, Iterable) and isinstance(history, Sized)
+    if not ordered or isinstance(history, str | bytes | Mapping | set | frozenset):
+        raise ValueError(f"{_PAIRS}, got {texts.described(history)}")
+    return list(history)
+
+
+def _pairs(history: History | None) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for number, item in enumerate(_items(history), 1):
+        if isinstance(item, Mapping):
+            raise ValueError(
+                f"{_PAIRS}: item {number} is a message, of which `turns_of` makes pairs"
+            )
+        if isinstance(item, str | bytes | set | frozenset) or not isinstance(item, Iterable):
+            raise ValueError(f"{_PAIRS}: item {number} is {texts.described(item)}")
+        parts = list(item)
+        if len(parts) != 2:
+            raise ValueError(f"{_PAIRS}: item {number} has {len(parts)} parts")
+        what = f"history: the {{}} of pair {number}"
+        query, reply = (
+            texts.check_whole(what.format(name), part)
+            for name, part in zip(("query", "reply"), parts, strict=True)
+        )
+        found.append((query, reply))
+    return found
+
+
+def with_turn(history: History | None, query: str, reply: str) -> list[Any]:
+    """The history with one turn more, in the form that it has: pairs, or messages."""
+    past: list[Any] = [] if history is None else list(history)
+    if any(isinstance(item, Mapping) for item in past):
+        said = (("user", query), ("assistant", reply))
+        return [*past, *({"role": role, "content": text} for role, text in said)]
+    return [*past, (query, reply)]
+
+
+def stop_sequences(tokenizer: Tokenizer, chat_format: str) -> tuple[tuple[int, ...], ...]:
+    """The id sequences that end a reply of this format.
+
+    An unknown format is a NotImplementedError.
+    """
+    _check_format(chat_format)
+    if chat_format == "raw":
+        return tuple(tokenizer.encode("Human:")), (tokenizer.eod_id,)
+    return (tokenizer.im_end_id,), (tokenizer.im_start_id,)
+
+
+def until_stop(
+    parts: Iterable[Iterable[int]], stops: Sequence[Sequence[int]]
+) -> Iterator[list[int]]:
+    """Ids as they are made, without the stop that ends them.
+
+    As many ids as a stop may still turn out to begin with are held back.
+    """
+    ends = sorted(filter(None, _ends(stops)), key=len, reverse=True)
+    longest = len(ends[0]) if ends else 1
+    held: list[int] = []
+    for part in parts:
+        for i in part:
+            held.append(int(i))
+            found = next((end for end in ends if tuple(held[-len(end) :]) == end), None)
+            if found is not None:
+                yield held[: -len(found)]
+                return
+        ready = max(0, len(held) - longest + 1)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+def decode_reply(
+    tokenizer: Tokenizer,
+    ids: Iterable[int],
+    chat_format: str = "chatml",
+    stop: Sequence[Sequence[int]] = (),
+    errors: str = "replace",
+) -> str:
+    """Text of a reply, without the white space around it.
+
+    `ids`: what the model generated, without the prompt. It is cut before the first
+    <|endoftext|>, in "chatml" also <|im_start|> or <|im_end|>, and before the first of the `stop`
+    sequences. `errors` as in `Tokenizer.decode`. An unknown format is a NotImplementedError.
+    """
+    _check_format(chat_format)
+    reply = inputs.ids("ids", ids)
+    ends = [(tokenizer.eod_id,), *_ends(stop)]
+    if chat_format == "chatml":
+        ends += stop_sequences(tokenizer, chat_format)
+    for start in range(len(reply)):
+        # an empty stop sequence would end every reply before it begins
+        if any(end and tuple(reply[start : start + len(end)]) == end for end in ends):
+            return tokenizer.decode(reply[:start], errors).strip()
+    return tokenizer.decode(reply, errors).strip()
+
+
+def _ends(stops: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
+        raise ValueError(f"stop must be sequences of token ids, got {texts.described(stops)}")
+    return [tuple(inputs.ids("each stop", sequence)) for sequence in stops]
+
+
+def _check_format(chat_format: str) -> None:
+    if chat_format not in ("chatml", "raw"):
+        raise NotImplementedError(f"chat_format must be 'chatml' or 'raw', got {chat_format!r}")

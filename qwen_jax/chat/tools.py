@@ -1,0 +1,302 @@
+"""Tools and calls of them as the text that Qwen was trained on: ReAct (arXiv 2210.03629).
+
+Messages come as the OpenAI API has them; each question becomes one user turn and one reply, in
+which thoughts, calls, their results and the answer follow each other. Knows no ids.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from qwen_jax.runtime import texts
+
+_INSTRUCTION = """Answer the following questions as best you can. You have access to the following \
+APIs:
+
+{tools}
+
+Use the following format:
+
+Question: the input question you must answer
+Thought: you should always think about what to do
+Action: the action to take, should be one of [{names}]
+Action Input: the input to the action
+Observation: the result of the action
+... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
+Thought: I now know the final answer
+Final Answer: the final answer to the original input question
+
+Begin!"""
+_TOOL = (
+    "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? "
+    "{description} Parameters: {parameters}"
+)
+# What is read of a message beside its role and content, by its role.
+_READ: dict[str, tuple[str, ...]] = {
+    "system": (),
+    "user": (),
+    "assistant": ("tool_calls", "function_call"),
+    "tool": ("tool_call_id", "name"),
+    "function": ("tool_call_id", "name"),
+}
+# Notes about a message, which say nothing to a model. The last four are its share in the loss,
+# which whoever trains judges.
+_NOTES = frozenset(
+    (
+        "id", "uuid", "message_id", "parent_id", "index", "turn", "turn_id",
+        "created", "created_at", "updated_at", "timestamp", "time", "date",
+        "lang", "language", "model", "source", "metadata", "meta", "cache_control",
+        "annotations", "logprobs", "finish_reason", "usage", "token_count", "score", "rating",
+        "weight", "train", "trainable", "loss",
+    )
+)  # fmt: skip
+# What says something to a model, and is no text of the conversation as Qwen has it.
+_CONTENT = frozenset(
+    (
+        "reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "thoughts",
+        "refusal", "image", "images", "image_url", "video", "videos", "audio", "audios", "file",
+        "files", "attachments", "parts", "name", "prefix", "tool_calls", "tool_call_id",
+        "function_call",
+    )
+)  # fmt: skip
+_ANSWER = "Thought: I now know the final answer.\nFinal Answer: {text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What one side says: (text, whether that side wrote it); of a reply, results are not its own.
+
+    role: "user" or "assistant".
+    """
+
+    role: str
+    spans: tuple[tuple[str, bool], ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.spans)
+
+
+@dataclasses.dataclass
+class _Step:
+    """A call of a reply, or what else is said. id, name: of the call; waits: for its result."""
+
+    text: str
+    id: Any = None
+    name: str = ""
+    waits: bool = False
+    result: str | None = None
+
+
+def _turn(role: str, steps: Sequence[_Step]) -> Turn:
+    spans: list[tuple[str, bool]] = []
+    for step in steps:
+        spans.append((f"\n{step.text}" if spans else step.text, True))
+        if step.result is not None:
+            spans.append((f"\nObservation: {step.result}", False))
+    return Turn(role, tuple(spans))
+
+
+def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What tells the model of its tools: functions, or {"type": "function", "function": ...}.
+
+    Raises ValueError for what is no tool, or has no name.
+    """
+    shown, names = [], []
+    for number, tool in enumerate(_listed("tools", tools), 1):
+        what = f"tool {number}"
+        function = _function(tool, what)
+        name = function.get("name_for_model") or function.get("name")
+        human = function.get("name_for_human") or name
+        # Parquet has null for what is not there.
+        told = function.get("description_for_model") or function.get("description") or ""
+        if not name:
+            raise ValueError(f"{what} has no name")
+        if not all(isinstance(text, str) for text in (name, human, told)):
+            raise ValueError(f"{what} has a name or a description that is no text")
+        names.append(name)
+        parameters = function.get("parameters")
+        parameters = _json({} if parameters is None else parameters, f"the parameters of {what}")
+        text = _TOOL.format(name=name, human=human, description=told, parameters=parameters)
+        shown.append(texts.check_whole(what, text))
+    return _INSTRUCTION.format(tools="\n\n".join(shown), names=", ".join(names))
+
+
+def turns(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[str | None, list[Turn]]:
+    """(system message, turns) of a conversation, messages {"role": ..., "content": ...}.
+
+    roles: system (first alone), user, assistant, and tool or function for results. An assistant's
+    calls are in `tool_calls`, or in the older `function_call`; each is followed by its result: that
+    with its id in `tool_call_id`, or with its name, or the next. With tools, the first user turn
+    begins with what tells of them, as in the original's examples for fine-tuning: every reply is
+    trained, so none may call what it was not told of (the original's server, which needs the next
+    reply alone, puts it in the last turn but one).
+
+    Raises ValueError, naming the message, for another role, an order that cannot be, no text, what
+    has another shape, or a key that says what is not read (`check_read`).
+    """
+    system: str | None = None
+    found: list[tuple[str, list[_Step]]] = []
+    tools = _listed("tools", tools)
+    for number, message in enumerate(_listed("messages", messages), 1):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"message {number} is no object with role and content: {texts.described(message)}"
+            )
+        role = message.get("role")
+        if isinstance(role, str) and role in _READ:
+            read = ("role", "content", *_READ[role])
+            check_read(f"message {number} ({role})", message, read)
+        last, steps = found[-1] if found else (None, [])
+        if role == "system":
+            if number > 1:
+                raise ValueError(f"message {number} is of the system: only the first can be")
+            system = _content(message, number)
+        elif role == "user":
+            found.append(("user", [_Step(_content(message, number))]))
+        elif role == "assistant":
+            if last is None:
+                raise ValueError(f"message {number} is a reply to nobody: begin with a user")
+            said = _reply(message, number, bool(tools))
+            if last == "user":
+                found.append(("assistant", said))
+            else:
+                for step in steps:
+                    step.waits = False
+                steps += said
+        elif role in ("tool", "function"):
+            _answered(steps, message, number)
+        else:
+            allowed = "system, user, assistant, tool, function"
+            raise ValueError(f"message {number} is of {texts.shown(role)}: allowed are {allowed}")
+    if tools and found:  # the first turn is of a user: a reply before it is refused
+        question = found[0][1][0]
+        question.text = f"{instruction(tools)}\n\nQuestion: {question.text}"
+    return system, [_turn(role, steps) for role, steps in found]
+
+
+def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raise ValueError for a key that is not in `read` and says something that the conversation
+    would lack; warn of a key that is not known. What is not `given` says nothing, nor do notes.
+    """
+    for key, value in message.items():
+        if key in read or key in _NOTES or not given(value):
+            continue
+        if key in _CONTENT:
+            raise ValueError(
+                f"{what} has {texts.shown(key)} {texts.shown(value)}, which is not read there: "
+                "leave the field out, or say it in the text"
+            )
+        warnings.warn(  # Python shows a warning of one text once
+            f"messages have {texts.shown(key)}, which is not known and not read", stacklevel=2
+        )
+
+
+def given(value: Any) -> bool:
+    """Whether a field of a record holds more than null, NaN, false, 0, empty text, and lists and
+    objects of such: Parquet and pandas have those where other rows have more.
+    """
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            left += part.values()
+        elif hasattr(part, "tolist"):  # of numpy
+            left.append(part.tolist())
+        elif isinstance(part, Iterable) and not isinstance(part, str | bytes):
+            left += part
+        elif part and part == part:
+            return True
+    return False
+
+
+def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -> None:
+    """Put a result to its call: that of its id; where ids are lacking, of its name, or the next."""
+    waiting = [step for step in steps if step.waits]
+    wanted, name = message.get("tool_call_id") or None, message.get("name")
+    by_id = [step for step in waiting if wanted is not None and step.id == wanted]
+    open_ = [step for step in waiting if wanted is None or step.id is None]
+    found = [*by_id, *(step for step in open_ if step.name == name), *open_]
+    if not found:
+        raise ValueError(f"message {number} is the result of no call")
+    found[0].waits, found[0].result = False, _content(message, number).strip()
+
+
+def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_Step]:
+    """An assistant's message: its calls, or its answer. What is said beside calls is the thought
+    that comes before the first.
+    """
+    calls = message.get("tool_calls")
+    calls = calls if given(calls) else []
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ValueError(f"message {number} has 'tool_calls' that are no list")
+    older = message.get("function_call")
+    calls = [*calls, *([older] if given(older) else [])]
+    text = _content(message, number, needed=not calls)
+    if not calls:
+        return [_Step(_ANSWER.format(text=text) if with_tools else text)]
+    thought = text.strip().removeprefix("Thought:").strip()
+    steps = []
+    for index, call in enumerate(calls, 1):
+        what = f"call {index} of message {number}"
+        function = _function(call, what)
+        name, arguments = function.get("name"), function.get("arguments")
+        if not name or not isinstance(name, str):
+            raise ValueError(f"{what} has no name")
+        if arguments is None:
+            arguments = "{}"
+        elif isinstance(arguments, Mapping):
+            arguments = _json(arguments, f"the arguments of {what}")
+        elif not isinstance(arguments, str):
+            raise ValueError(f"{what} has arguments that are neither text nor an object")
+        said = (index == 1 and thought) or f"I can use {name}."
+        made = f"Thought: {said}\nAction: {name}\nAction Input: {arguments}"
+        steps.append(_Step(texts.check_whole(what, made), call.get("id"), name, waits=True))
+    return steps
+
+
+def _function(value: Any, what: str) -> Mapping[str, Any]:
+    """The function of a tool or of a call: what is in "function", or all of it."""
+    function = value.get("function") if isinstance(value, Mapping) else None
+    function = function if given(function) else value
+    if not isinstance(function, Mapping):
+        raise ValueError(f"{what} is no object that holds a function")
+    return function
+
+
+def _json(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # such as a date out of Parquet
+        raise ValueError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def _content(message: Mapping[str, Any], number: int, needed: bool = True) -> str:
+    """Its text; parts of type "text" are joined."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, Mapping) else {} for part in content]
+        found = [part.get("text") for part in parts if part.get("type") == "text"]
+        content = [text for text in found if isinstance(text, str)]
+        if len(content) < len(parts):
+            raise ValueError(
+                f'message {number} has parts that are no text: {{"type": "text", "text": ...}}'
+            )
+        content = "".join(content)
+    if content is None and not needed:
+        return ""
+    if not isinstance(content, str):
+        got = texts.described(content)
+        raise ValueError(f"message {number} has no text in 'content', but {got}")
+    return texts.check_whole(f"message {number}", content)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """The values of a list, or of anything like one."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of objects, got {texts.described(values)}")
+    return list(values)

@@ -1,0 +1,6 @@
+"""`python -m qwen_jax.checkpoint inspect DIR`: what a model directory holds."""
+
+from qwen_jax.checkpoint.inspection import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

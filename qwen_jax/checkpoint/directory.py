@@ -1,0 +1,192 @@
+"""What makes a folder a model directory: its files' names, its manifest, and whether it is whole.
+
+`manifest.json` is written last and holds the size of every file of params/: without it a directory
+is unfinished, whatever is in it. Nothing here knows jax, or what is in a leaf.
+"""
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.config import read_json
+from qwen_jax.runtime import lock, paths
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+MANIFEST = "manifest.json"
+PARAMS = "params"
+TOKENIZER = "qwen.tiktoken"
+UNFINISHED = "unfinished.json"  # there while a conversion or a save is under way
+FORMAT = 2  # 1 had a leaf axis for heads
+# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
+CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+_NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
+SAVED_BY = "qwen_jax.checkpoint.save"
+_MAKE_ONE = "`python convert/from_hf.py SRC DIR` makes one of a Hugging Face checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A model directory that cannot be used; the message says what to do."""
+
+
+def existing(path: str | Path) -> Path:
+    """The folder at `path`, which has a config.json. Raises CheckpointError."""
+    root = paths.absolute(path)
+    if not root.is_dir():
+        unreached = ", or cannot be reached" if paths.is_remote(root) else ""
+        raise CheckpointError(f"{path} is not a directory{unreached}: {_MAKE_ONE}")
+    if not (root / CONFIG).is_file():
+        raise CheckpointError(f"{path} is not a model directory: it has no {CONFIG}; {_MAKE_ONE}")
+    return root
+
+
+def verify_whole(path: str | Path) -> dict[str, Any]:
+    """The manifest of a model directory all of whose files are there, each with its full size.
+
+    Raises CheckpointError otherwise. The contents are not read: `--verify` of the converters does.
+    """
+    root = existing(path)
+    if not (root / MANIFEST).exists():
+        raise CheckpointError(_why_no_manifest(root))
+    manifest = read_json(root / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{root / MANIFEST} has format {manifest.get('format')!r}, this version of qwen_jax "
+            f"reads {FORMAT}: update qwen_jax or convert again"
+        )
+    found, listed = file_sizes(root), manifest.get("files")
+    shapes = manifest.get("shapes")
+    of_lists = isinstance(shapes, dict) and all(isinstance(x, list) for x in shapes.values())
+    if not isinstance(listed, dict) or not of_lists or "dtype" not in manifest:
+        raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
+    if problems := differences(found, listed):
+        raise CheckpointError(f"{root} is damaged: {problems}; convert or copy it again")
+    return manifest
+
+
+def _why_no_manifest(root: Path) -> str:
+    if (root / UNFINISHED).exists():
+        if read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
+            return (
+                f"{root} is a save that was stopped before its end: use an earlier directory, or "
+                "save it again"
+            )
+        return (
+            f"{root} is an unfinished conversion: give the same convert/ command again, it "
+            "continues where it stopped"
+        )
+    if any(root.glob("*.safetensors")):
+        return (
+            f"{root} is a Hugging Face checkpoint: convert it with "
+            f"`python convert/from_hf.py {root} DIR` and use DIR"
+        )
+    return f"{root} is not a model directory: it has no {MANIFEST}; {_MAKE_ONE}"
+
+
+def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
+    """What is wrong with files of these sizes, in words; "" when nothing is."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} does not belong there" for name in found if name not in wanted]
+    problems += [
+        f"{name} has {found[name]:,} bytes instead of {size:,}"
+        for name, size in wanted.items()
+        if found.get(name, size) != size
+    ]
+    return some(problems)
+
+
+def some(problems: list[str]) -> str:
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return f"{', '.join(problems[:5])}{more}"
+
+
+def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> None:
+    """Declare a directory whole: its leaves are there. `facts`: dtype, mesh, source."""
+    libraries = ("qwen-jax", "jax", "flax", "orbax-checkpoint")
+    write_json(
+        path / MANIFEST,
+        {
+            "format": FORMAT,
+            **facts,
+            "num_params": sum(math.prod(shape) for shape in shapes.values()),
+            "versions": {name: _version(name) for name in libraries},
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "files": file_sizes(path),
+        },
+    )
+
+
+def file_sizes(root: Path) -> dict[str, int]:
+    """The size of every file under params/, by its path within the directory."""
+    return {f"{PARAMS}/{name}": size for name, size in paths.sizes(root / PARAMS).items()}
+
+
+def check_shapes(
+    root: Path, manifest: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError when the stored leaves are not those that config.json speaks of."""
+    stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+    if problems := mismatch(stored, wanted):
+        raise CheckpointError(
+            f"the weights in {root} do not match {CONFIG}: {problems}; put back the {CONFIG} that "
+            "they were converted with, or convert again"
+        )
+
+
+def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """How leaves of these shapes differ from those wanted, in words; "" when they do not."""
+    problems = [f"no {name}" for name in wanted if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    return some(problems)
+
+
+def carried(source: Path) -> list[Path]:
+    """The files of a model beside weights and config.json. Raises ValueError for a link to a file
+    that is gone, as a cache of downloads may hold.
+    """
+    named = (paths.parse(file) for pattern in CARRIED for file in source.glob(pattern))
+    found = {file for file in named if file.is_file()}
+    kept = {f for f in found if not f.name.endswith(".index.json") and f.name not in _NOT_CARRIED}
+    return sorted(kept)
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy what is `carried`, byte for byte."""
+    for file in carried(source):
+        paths.copy(file, target / file.name)
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder, but for the lock of who works there, and what is left of drafts."""
+    found = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    left = {file.name for file in folder.glob(paths.DRAFTS)} | {f"{UNFINISHED}.tmp"}
+    return found - left - {lock.NAME}
+
+
+def remove_drafts(root: Path) -> None:
+    """Remove the drafts that writers which were killed have left in a model directory."""
+    if not paths.is_remote(root):
+        for file in [*root.glob(paths.DRAFTS), *(root / PARAMS).rglob("*.tmp")]:
+            file.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A file name that is not UTF-8 holds what cannot be encoded; its escape is JSON's, too.
+    paths.write(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

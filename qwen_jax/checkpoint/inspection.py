@@ -1,0 +1,136 @@
+"""`python -m qwen_jax.checkpoint inspect`: what a model directory holds, and whether it is whole.
+
+It reads config.json, the manifest and the sizes of the files, never a weight, and imports no jax:
+it answers at once on any machine, while accelerators are busy elsewhere.
+"""
+
+import argparse
+import json
+import math
+from typing import Any
+
+from qwen_jax.checkpoint import directory
+from qwen_jax.config import Config
+from qwen_jax.config.presets import PRESETS
+from qwen_jax.runtime import command
+
+_EXAMPLES = """examples:
+  python -m qwen_jax.checkpoint inspect models/qwen-7b
+  python -m qwen_jax.checkpoint inspect DIR --json | jq .num_params
+  python -m qwen_jax.checkpoint inspect DIR >/dev/null && echo whole
+
+A directory is whole when its manifest.json is there, which is written last, and every file that it
+lists has its full size. Values are not compared: convert/from_hf.py --verify does that. The mesh is
+the one the files were cut for; they load on any other. A chunk is one file of params/.
+
+Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 usage.
+"""
+_SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "heads": "num_heads",
+    "kv heads": "num_kv_heads",
+    "head dim": "head_dim",
+    "feed-forward": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m qwen_jax.checkpoint",
+        description="Look at model directories. `inspect --help` says more.",
+    )
+    commands = result.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a directory holds, and whether it is whole",
+        description="Print what a model directory holds, and whether it is whole.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("dir", metavar="DIR", help="a model directory")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_debug(inspect)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(parser(), work, argv)
+
+
+def work(args: argparse.Namespace) -> None:
+    facts = describe(args.dir)
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        print(text(facts))
+    if not facts["whole"]:
+        raise directory.CheckpointError(facts["reason"])
+
+
+def describe(path: str) -> dict[str, Any]:
+    """What can be said of the directory; `reason` says why it is not whole, and else is None."""
+    facts: dict[str, Any] = {"path": path, "whole": False, "reason": None}
+    try:
+        root = directory.existing(path)
+        config = Config.read(root / directory.CONFIG)
+        facts |= {
+            "model": model_name(config),
+            "sizes": {word: getattr(config, field) for word, field in _SIZES.items()},
+            "tokenizer": (root / directory.TOKENIZER).is_file(),
+        }
+        manifest = directory.verify_whole(root)
+        files = manifest["files"]
+        chunks = [size for name, size in files.items() if name.rpartition("/")[2][0].isdecimal()]
+        facts |= {
+            "dtype": manifest["dtype"],
+            "num_params": sum(map(math.prod, manifest["shapes"].values())),
+            "leaves": len(manifest["shapes"]),
+            "mesh": manifest.get("mesh", {}),
+            "chunk_files": len(chunks),
+            "largest_chunk_bytes": max(chunks, default=0),
+            "bytes": sum(files.values()),
+            "made_by": manifest.get("made_by"),
+            "versions": manifest.get("versions", {}),
+        }
+        if facts["num_params"] != config.num_params():
+            raise directory.CheckpointError(
+                f"the weights in {root} do not match {directory.CONFIG}: {facts['num_params']:,} "
+                f"parameters instead of {config.num_params():,}; put back the config.json that "
+                "they were converted with, or convert again"
+            )
+    except (ValueError, OSError) as error:
+        return facts | {"reason": " ".join(str(error).split())}
+    return facts | {"whole": True}
+
+
+def model_name(config: Config) -> str | None:
+    """The published model of these sizes."""
+    sizes = _SIZES.values()
+    for name, preset in PRESETS.items():
+        if all(getattr(preset, field) == getattr(config, field) for field in sizes):
+            return name
+    return None
+
+
+def text(facts: dict[str, Any]) -> str:
+    """A line for each fact that is known."""
+    lines = {"directory": facts["path"]}
+    if "sizes" in facts:
+        sizes = ", ".join(f"{word} {size:,}" for word, size in facts["sizes"].items())
+        lines["model"] = f"{facts['model'] or 'of no published size'}: {sizes}"
+        lines["tokenizer"] = "yes" if facts["tokenizer"] else "none: text cannot be encoded"
+    if "dtype" in facts:
+        cut = ", ".join(f"{axis}={n}" for axis, n in facts["mesh"].items() if n > 1)
+        lines |= {
+            "dtype": facts["dtype"],
+            "parameters": f"{facts['num_params']:,} in {facts['leaves']:,} leaves",
+            "sharding": f"cut for {cut or 'one device'}: {facts['chunk_files']:,} chunk files, the "
+            f"largest of {command.size(facts['largest_chunk_bytes'])}",
+            "size": command.size(facts["bytes"]),
+            "made by": facts["made_by"],
+            "versions": ", ".join(f"{name} {v}" for name, v in facts["versions"].items()),
+        }
+    lines["whole"] = "yes" if facts["whole"] else "no"
+    return "\n".join(f"{name:<11}{value}" for name, value in lines.items())

@@ -1,0 +1,238 @@
+"""The files of a model directory's params/: where each byte of a leaf is, and what Orbax is told.
+
+The layout is the one of Orbax without OCDBT: a Zarr array for each leaf, and `_METADATA`, the tree.
+A chunk is a file of raw bytes, so a leaf is copied without passing through an array, Orbax or jax,
+by the kernel where neither dtype nor columns change. Chunks follow the mesh; along its first axis a
+shard is cut further, so that reading and writing it never takes much memory. Between chunks and
+devices TensorStore carries the values, a chunk at a time.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_jax.runtime import paths
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Sharding
+
+CHUNK_BYTES = 64 * 2**20
+_WRITES = 8  # at the same time; each waits until its chunk is on the disk
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf as it is stored: its Zarr array is the folder `params/{path}`."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+
+    def bands(self) -> "Iterator[Band]":
+        """The leaf cut along its first axis at the borders of its chunks."""
+        for first in range(self.shape[0] // self.chunks[0]):
+            counts = [n // c for n, c in zip(self.shape[1:], self.chunks[1:], strict=True)]
+            pieces = {}
+            for index in itertools.product(*map(range, counts)):
+                name = ".".join(map(str, (first, *index)))
+                columns = zip(index, self.chunks[1:], strict=True)
+                pieces[name] = tuple(slice(i * c, (i + 1) * c) for i, c in columns)
+            yield Band(self, first * self.chunks[0], pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, in one file for each range of columns.
+
+    It may be a part of them: the columns that one of several processes writes.
+    """
+
+    leaf: Leaf
+    start: int
+    pieces: Mapping[str, tuple[slice, ...]]
+
+    @property
+    def rows(self) -> int:
+        return self.leaf.chunks[0]
+
+    @property
+    def row_elements(self) -> int:
+        return math.prod(self.leaf.shape[1:])
+
+    @property
+    def chunk_elements(self) -> int:
+        return math.prod(self.leaf.chunks)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all columns are there."""
+        return len(self.pieces) * self.chunk_elements == self.rows * self.row_elements
+
+    def files(self, params: Path) -> dict[Path, tuple[slice, ...]]:
+        return {params / self.leaf.path / name: at for name, at in self.pieces.items()}
+
+
+def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    """A shard's shape, its first axis divided until a chunk has at most `CHUNK_BYTES`.
+
+    Only into equal parts: Zarr pads unequal ones. An axis with no fitting divisor stays whole.
+    """
+    wanted = math.ceil(math.prod(shard) * item_bytes / CHUNK_BYTES)
+    parts = next((n for n in range(wanted, 8 * wanted) if shard[0] % n == 0), 1)
+    return (shard[0] // parts, *shard[1:])
+
+
+def chunk_files(leaves: Mapping[str, Leaf]) -> dict[str, int]:
+    """The size that every chunk must have, by its path within params/."""
+    return {
+        f"{leaf.path}/{name}": band.chunk_elements * ITEM_BYTES[leaf.dtype]
+        for leaf in leaves.values()
+        for band in leaf.bands()
+        for name in band.pieces
+    }
+
+
+def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Everything but the chunks: after this the tree exists, and its values are missing."""
+    tree = {}
+    arrays: dict[Path, bytes] = {}
+    for leaf in leaves.values():
+        array = {
+            "zarr_format": 2,
+            "shape": leaf.shape,
+            "chunks": leaf.chunks,
+            "dtype": {"float32": "<f4", "float16": "<f2"}.get(leaf.dtype, leaf.dtype),
+            "order": "C",
+            "compressor": None,
+            "fill_value": None,  # of any other, chunks that hold nothing else would be left out
+            "filters": None,
+            "dimension_separator": ".",
+        }
+        arrays[params / leaf.path / ".zarray"] = json.dumps(array).encode()
+        keys = tuple(leaf.path.split("."))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
+            # As an array of numpy it can be opened on any machine, whatever mesh it was cut for.
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    for file in arrays:
+        paths.make_folder(file.parent)
+    with _small_files(params) as executor:
+        list(executor.map(paths.write, arrays.keys(), arrays.values()))
+    paths.write(params / "_METADATA", json.dumps(metadata).encode())
+
+
+def _small_files(params: Path) -> ThreadPoolExecutor:
+    """For files that are remote, and take long to answer; elsewhere threads cost memory."""
+    return ThreadPoolExecutor(16 if paths.is_remote(params) else 1)
+
+
+def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
+    """The leaves of a params/ that `write_metadata` wrote."""
+    leaves = {}
+    files = list(params.glob("*/.zarray"))
+    with _small_files(params) as executor:
+        texts = list(executor.map(lambda file: file.read_text(encoding="utf-8"), files))
+    for file, text in zip(files, texts, strict=True):
+        array = json.loads(text)
+        path = file.parent.name
+        if array["zarr_format"] != 2 or array["compressor"] or array["filters"]:
+            raise ValueError(
+                f"{file.parent} is compressed: only plain chunks can be exported; load it and save "
+                "it with qwen_jax.checkpoint.save"
+            )
+        leaves[path] = Leaf(path, tuple(array["shape"]), tuple(array["chunks"]), dtype)
+    return leaves
+
+
+def open_leaf(params: Path, name: str, write: bool = False) -> Any:
+    """The TensorStore of a leaf; a file that is missing is an error, never zeros."""
+    import tensorstore
+
+    # The default number of reads at a time would keep gigabytes of chunks in memory.
+    limits = {"file_io_concurrency": _WRITES if write else 2, "gcs_request_concurrency": _WRITES}
+    context = tensorstore.Context({key: {"limit": limit} for key, limit in limits.items()})
+    spec = {
+        "driver": "zarr",
+        "kvstore": paths.kvstore(params / name),
+        "fill_missing_data_reads": False,
+        # What was read for one shard serves the next: nobody changes a chunk that is being read.
+        "recheck_cached_data": "open",
+    }
+    return tensorstore.open(spec, open=True, read=True, write=write, context=context).result()
+
+
+def restore(
+    params: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, place: "Sharding"
+) -> "jax.Array":
+    """One leaf, its shards of this process read straight into the memory that jax takes over.
+
+    Orbax's own restore holds about 1.5 times the weights.
+    """
+    import jax
+    import tensorstore
+
+    stored = tensorstore.cast(open_leaf(params, name), tensorstore.dtype(dtype))
+
+    def shard(index: Any) -> np.ndarray:
+        piece = stored[index]
+        memory = _aligned(piece.shape, dtype)
+        tensorstore.array(memory).write(piece[tensorstore.d[:].translate_to[0]]).result()
+        return memory
+
+    return jax.make_array_from_callback(shape, place, shard)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; jax copies what begins elsewhere."""
+    count = math.prod(shape) * dtype.itemsize
+    memory = np.empty(count + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + count].view(dtype).reshape(shape)
+
+
+def write_shards(params: Path, leaf: Leaf, array: "jax.Array", layer: int | None) -> None:
+    """Write the shards of this process, a chunk at a time; of a shard's copies only the first.
+
+    layer: None for an array that is the leaf, otherwise its place on the array's first axis. Not
+    under a mesh: a shard is an array of its own, on one device.
+    """
+    import jax
+    import tensorstore
+
+    stored = None
+    for shard in array.addressable_shards:
+        index, data = shard.index, shard.data
+        at: tuple[int, ...] = ()
+        if layer is not None:
+            first, end, _ = index[0].indices(array.shape[0])
+            if not first <= layer < end:
+                continue
+            index, at = index[1:], (layer - first,)
+        if shard.replica_id != 0:
+            continue
+        stored = stored or open_leaf(params, leaf.path, write=True)
+        target = stored[index][tensorstore.d[:].translate_to[0]]
+        rows = leaf.chunks[0]
+        for row in range(0, target.shape[0], rows):
+            sizes = (*(1 for _ in at), rows, *target.shape[1:])
+            begin = (*at, row, *(0 for _ in target.shape[1:]))
+            piece = jax.lax.dynamic_slice(data, begin, sizes).reshape(sizes[len(at) :])
+            target[row : row + rows].write(np.asarray(piece)).result()

@@ -1,0 +1,91 @@
+"""Whether the token ids that a model's files name are those of its vocabulary.
+
+A qwen.tiktoken that was cut at a line's end, as an interrupted download leaves it, is a smaller
+vocabulary like any other, and gives the control tokens other ids. The files beside it tell.
+"""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.chat.tokenizer import PUBLISHED_RANKS, SPECIAL_TOKENS, Tokenizer
+from qwen_jax.checkpoint.directory import CONFIG, GENERATION_CONFIG, TOKENIZER
+from qwen_jax.config import Config, read_json
+
+NO_PAD = -1  # some tools write this for a pad_token_id that is not there
+_KEYS = ("eos_token_id", "pad_token_id", "stop_words_ids")
+# A token of the published vocabulary that is in every part of it which somebody might take for it.
+_EARLY_RANK, _EARLY = 1000, b"atus"
+_AGAIN = "download or copy it again"
+
+
+def check_range(file: Path, vocab_size: int) -> None:
+    """Raise ValueError for an id of a generation_config.json that no row of the embedding has."""
+    for key, i in _ids(read_json(file)):
+        if not 0 <= i < vocab_size:
+            raise ValueError(
+                f"{file}: {key} {i}: ids are 0 to {vocab_size - 1} in a model of vocab_size "
+                f"{vocab_size}: put the file there that came with these weights, or remove the key"
+            )
+
+
+def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> None:
+    """Raise ValueError where the ids in generation_config.json and config.json of a model directory
+    or checkpoint folder are not of its model, or not of its tokenizer. Warns where replies end at a
+    token that is seldom meant to end them.
+
+    vocabulary: the file of the tokenizer; None is that of the folder.
+    """
+    config, settings = root / CONFIG, root / GENERATION_CONFIG
+    rows = Config.read(config).vocab_size
+    if settings.exists():
+        check_range(settings, rows)
+    vocabulary = vocabulary or root / TOKENIZER
+    check_whole(vocabulary, tokenizer, rows)
+    named = list(_ids(read_json(settings))) if settings.exists() else []
+    # Those of config.json may be anybody's defaults, and count where they can be meant.
+    others = [(key, i) for key, i in _ids(read_json(config)) if key == "eos_token_id"]
+    others = [(key, i) for key, i in others if 0 <= i < rows]
+    # Nothing is missing of the published vocabulary: the rows after it are as good to pad with.
+    padding = "pad_token_id" if tokenizer.eod_id == PUBLISHED_RANKS else None
+    for file, ids in ((settings, named), (config, others)):
+        for key, i in ids:
+            if key != padding and i not in tokenizer.id_to_bytes:
+                raise ValueError(
+                    f"{vocabulary} has {tokenizer.eod_id} ranks and no id {i}, which {file} has "
+                    f"as {key}: the vocabulary was cut short, or is of another model: {_AGAIN}"
+                )
+    ends = {i for key, i in named or others if key == "eos_token_id"}
+    said = [name for name, i in tokenizer.special_tokens.items() if i in ends]
+    if said and not {"<|endoftext|>", "<|im_end|>"} & set(said):
+        warnings.warn(
+            f"{root}: eos_token_id is {', '.join(said)} of {vocabulary}: where that is not "
+            f"meant, the vocabulary was cut short: {_AGAIN}",
+            stacklevel=3,
+        )
+
+
+def check_whole(file: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise ValueError for the beginning of the published vocabulary beside an embedding that has
+    rows for all of it.
+    """
+    ranks, whole = tokenizer.eod_id, PUBLISHED_RANKS + len(SPECIAL_TOKENS)
+    begins = tokenizer.ranks.get(_EARLY) == _EARLY_RANK
+    if begins and ranks < PUBLISHED_RANKS and vocab_size >= whole:
+        raise ValueError(
+            f"{file} begins as the published vocabulary of {PUBLISHED_RANKS} ranks, has {ranks}, "
+            f"and the model has vocab_size {vocab_size}: it was cut short: {_AGAIN}"
+        )
+
+
+def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every id that the file names, with its key. What is no id, `GenerationConfig` refuses."""
+    for key in _KEYS:
+        left = [values.get(key)]
+        while left:
+            value = left.pop(0)
+            if isinstance(value, list):
+                left += value
+            elif type(value) is int and (key, value) != ("pad_token_id", NO_PAD):
+                yield key, value

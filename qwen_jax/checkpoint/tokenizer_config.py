@@ -1,0 +1,104 @@
+"""What a checkpoint says of its tokenizer beside the vocabulary: its tokenizer_config.json, and the
+files in which transformers keeps tokens that were added.
+
+One key is heeded, `extra_vocab_file`; what others ask for and is not done is said in one line.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.checkpoint.directory import some
+from qwen_jax.config import read_json
+from qwen_jax.runtime import paths
+
+# Keys that would change ids or text, and the values that mean what is done here.
+_DONE: dict[str, tuple[Any, ...]] = {
+    "tokenizer_class": ("QWenTokenizer",),
+    "errors": ("replace",),
+    "do_lower_case": (False,),
+    "add_bos_token": (False,),
+    "add_eos_token": (False,),
+    "add_prefix_space": (False,),
+}
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # transformers' names of tokens
+_CHATML = "<|im_start|>"
+
+
+def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
+    """The expansion of the vocabulary that a directory's tokenizer_config.json names, if any.
+
+    Raises ValueError unless it is a file of that directory: whoever made the checkpoint chose the
+    name, and what lies elsewhere on this machine is not theirs to read.
+    """
+    name = values.get("extra_vocab_file")
+    if name is None or name == "":
+        return None
+    said = f"tokenizer_config.json of {root} names the extra_vocab_file {name!r}"
+    if not isinstance(name, str):
+        raise ValueError(f"{said}: a file's name, or null")
+    if not paths.is_within(root, name):
+        raise ValueError(
+            f"{said}, which is not within that directory: copy the file there and name it without "
+            "a folder, or remove the key where qwen.tiktoken has the new tokens itself"
+        )
+    file = root / name
+    if not file.is_file():
+        raise ValueError(
+            f"{said}, which is not there: copy it there, or remove the key where qwen.tiktoken has "
+            "the new tokens itself"
+        )
+    return file
+
+
+def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Say what the files beside the vocabulary ask for and is not done, a line for each file.
+
+    values: those of tokenizer_config.json. Raises ValueError for a file that is no JSON object.
+    """
+    asked = [
+        f"{key}={values[key]!r}"
+        for key, done in _DONE.items()
+        if values.get(key) is not None and values[key] not in done
+    ]
+    told: set[str] = set()
+
+    def lacking(names: Iterable[str]) -> list[str]:
+        """Those of the tokens that are not in the vocabulary, nor told of already."""
+        found = sorted(name for name in {*names} - told if not _holds(tokenizer, name))
+        told.update(found)
+        return found
+
+    if unknown := lacking(_added(values)):
+        asked.append(f"added tokens {some(unknown)}")
+    template = values.get("chat_template")
+    if template is not None and _CHATML not in str(template):
+        asked.append("chat_template, which is not ChatML")
+    if asked:
+        warnings.warn(
+            f"tokenizer_config.json asks for what is not done: {'; '.join(asked)}", stacklevel=3
+        )
+    for name, tokens_of in (("special_tokens_map.json", _added), ("added_tokens.json", iter)):
+        file = root / name
+        if file.exists() and (unknown := lacking(tokens_of(read_json(file)))):
+            warnings.warn(
+                f"{name} asks for what is not done: added tokens {some(unknown)}", stacklevel=3
+            )
+
+
+def _holds(tokenizer: Tokenizer, text: str) -> bool:
+    return text in tokenizer.special_tokens or text.encode("utf-8", "replace") in tokenizer.ranks
+
+
+def _added(values: Mapping[str, Any]) -> set[str]:
+    """The text of the tokens that a library has added to the vocabulary, or means to: as a text, as
+    an object with its "content", or as a list of such.
+    """
+    decoder, more = values.get("added_tokens_decoder"), values.get("additional_special_tokens")
+    entries = [*(decoder.values() if isinstance(decoder, dict) else ())]
+    entries += more if isinstance(more, list) else [more]
+    entries += [values.get(f"{role}_token") for role in _ROLES]
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    return {text for text in texts if isinstance(text, str) and text}

@@ -1,0 +1,237 @@
+"""The architecture of a checkpoint: `Config`. Its Hugging Face spelling is read in `hf_config.py`.
+
+A Config holds what a checkpoint decides and nothing else: no mesh, no storage dtype, no kernel, no
+batch. It is frozen and hashable, so it can be a static argument of `jax.jit`. Keys of a
+config.json that do not change the mathematics stay in that file, which a model directory keeps as
+it was (`checkpoint.py`); here they are only recognised.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.config import hf_config
+from qwen_jax.config.rope_scaling import RopeScaling
+from qwen_jax.runtime import paths, texts, values
+
+_MOST_LAYERS = 10_000  # whatever a damaged file says, loops over layers end
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The architecture; the letter of each size is the legend of `model.py`.
+
+    `intermediate_size` is the real FFN width F (a Qwen config.json states twice that). `seq_length`
+    is the length the model was trained at: the threshold of dynamic NTK and LogN.
+    `layer_windows[l]` is the number of last tokens layer l sees, itself included; None is all.
+    """
+
+    vocab_size: int  # V, rows of the embedding, padded rows included
+    hidden_size: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    intermediate_size: int  # F
+    norm_eps: float
+    rope_base: float
+    seq_length: int
+    max_position_embeddings: int
+    dynamic_ntk: bool
+    logn: bool
+    qkv_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    initializer_range: float
+    layer_windows: tuple[int | None, ...] | None = None
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            most = _MOST_LAYERS if name == "num_layers" else values.INT32
+            number = values.whole(f"{hf_config.spelled(name)} is", getattr(self, name), 1, most)
+            object.__setattr__(self, name, number)
+        for name in hf_config.REAL:
+            said = f"{hf_config.spelled(name)} is"
+            real = values.number(said, getattr(self, name), *values.POSITIVE)
+            object.__setattr__(self, name, real)
+        for name in _FLAGS:
+            flag = values.flag(f"{hf_config.spelled(name)} is", getattr(self, name))
+            object.__setattr__(self, name, flag)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2 or self.head_dim < 4:
+            said = f"{hf_config.spelled('head_dim')} is {self.head_dim}"
+            raise ValueError(f"{said}: must be even, and at least 4")
+        if self.rope_scaling is not None and self.dynamic_ntk:
+            raise ValueError("rope_scaling and use_dynamic_ntk are two schemes: turn one off")
+        yarn = self.rope_scaling is not None and self.rope_scaling.type == "yarn"
+        if yarn and self.rope_base <= 1:
+            raise ValueError(
+                f"{hf_config.spelled('rope_base')} is {self.rope_base}: must be above 1 with "
+                "rope_scaling of type yarn, which divides by its logarithm"
+            )
+        if self.logn and self.seq_length < 2:
+            raise ValueError(
+                "use_logn_attn needs a seq_length of at least 2: it divides by its log"
+            )
+        if self.layer_windows is not None:
+            if len(self.layer_windows) != self.num_layers:
+                raise ValueError(
+                    f"layer_windows has {len(self.layer_windows)} entries for "
+                    f"{self.num_layers} layers: give a width for each, null for all tokens"
+                )
+            windows = tuple(
+                None
+                if width is None
+                else values.whole("a width of layer_windows is", width, 1, values.INT32)
+                for width in self.layer_windows
+            )
+            object.__setattr__(self, "layer_windows", windows)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The lengths of the axes of weights, by the letters of `model.py`."""
+        return {
+            "V": self.vocab_size,
+            "D": self.hidden_size,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_dim,
+            "Q": self.num_heads * self.head_dim,
+            "U": self.num_kv_heads * self.head_dim,
+            "F": self.intermediate_size,
+        }
+
+    def num_params(self) -> int:
+        """The number of weights, padded vocabulary rows included."""
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+        bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        layer = attention + bias + norms + 3 * self.hidden_size * self.intermediate_size
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return embeddings + self.num_layers * layer + self.hidden_size
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs that the model needs for a token of a training step, at that sequence length.
+
+        6 for each weight that is multiplied with, and causal attention: a token's scores and
+        weighted values, forward and twice that backward. Recomputation does not count; a forward
+        pass alone is a third.
+        """
+        keys = sum(self.mean_keys(length, window) for window in self.windows)
+        return 6 * self.num_multiplied() + 12 * self.num_heads * self.head_dim * keys
+
+    def num_multiplied(self) -> int:
+        """The number of weights that a token is multiplied with: the table is looked up."""
+        table = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        return self.num_params() - table
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None for all tokens."""
+        return self.layer_windows or (None,) * self.num_layers
+
+    @staticmethod
+    def mean_keys(length: int, window: int | None) -> float:
+        """Keys that a token sees, over a sequence: half of them, the diagonal's half left out."""
+        seen = length if window is None else min(window, length)
+        return seen - seen * seen / (2 * length)
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of the KV cache for a token: of a float dtype, or "int8" or "int8_asymmetric"."""
+        if dtype not in _CACHE_BYTES:
+            raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_CACHE_BYTES)}")
+        each, scales = _CACHE_BYTES[dtype]
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * each + 4 * scales)
+
+    @property
+    def in_training(self) -> "Config":
+        """This architecture as the original trains it: nothing scales with the length."""
+        return dataclasses.replace(self, dynamic_ntk=False, logn=False)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
+        """This architecture with some values replaced, by their Hugging Face names.
+
+        Raises ValueError for a name that is not part of the architecture.
+        """
+        fields = hf_config.read_overrides(values.mapping("config overrides", overrides))
+        if self.num_kv_heads == self.num_heads and "num_heads" in fields:
+            fields["num_kv_heads"] = fields["num_heads"]
+        return dataclasses.replace(self, **fields)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], file: str | Path = "config.json") -> "Config":
+        """Read the values of a first-generation Qwen config.json, in its current or its August-2023
+        spelling. file: its name, for messages.
+
+        Raises ValueError that names the file and every missing key, or a key or value that this
+        code does not know and that may change the mathematics. Warns in one line of what would
+        change answers and is not done.
+        """
+        hf = values.mapping("hf, of a config.json (Config.read takes a path),", hf)
+        with values.named(file):
+            config = cls(**hf_config.read(hf))
+        hf_config.warn(hf, file)
+        return config
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Config":
+        """The architecture that a config.json holds. Raises as `from_hf`."""
+        return cls.from_hf(read_json(path), path)
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that `from_hf` reads back as this Config.
+
+        Raises ValueError where Qwen's format has no word for the value.
+        """
+        if self.num_kv_heads != self.num_heads or self.qk_norm or not self.qkv_bias:
+            raise ValueError("grouped KV heads, QK-norm and bias-free QKV have no Qwen-1 spelling")
+        written = {key: getattr(self, field) for key, field in hf_config.KEYS.items()}
+        written["intermediate_size"] = 2 * self.intermediate_size
+        if self.layer_windows is not None:
+            written["layer_windows"] = list(self.layer_windows)
+        if self.rope_scaling is not None:
+            written["rope_scaling"] = self.rope_scaling.to_hf()
+        return {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **written}
+
+
+# Bytes of a value in the KV cache, and float32 numbers that go with a token and head.
+_CACHE_BYTES = {
+    "float32": (4, 0),
+    "bfloat16": (2, 0),
+    "float16": (2, 0),
+    "int8": (1, 1),
+    "int8_asymmetric": (1, 2),
+}
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "seq_length",
+    "max_position_embeddings",
+)
+_FLAGS = ("dynamic_ntk", "logn", "qkv_bias", "qk_norm", "tie_embeddings")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file; ValueError that names the file when it is not one."""
+    data = paths.parse(path).read_bytes()
+    try:
+        value = json.loads(texts.decode(data))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value

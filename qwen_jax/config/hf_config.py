@@ -1,0 +1,295 @@
+"""The Hugging Face spelling of a first-generation Qwen config.json: its keys, one by one.
+
+A key is part of the architecture (`KEYS`, `OURS`, under another name `_ALIASES`), must have the
+value that this code computes (`_FIXED`), says how to generate (`_GENERATION`), changes nothing
+(`_INERT`), or is refused by name. Knows the names of the fields of `Config`, and not the class.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_jax.config.rope_scaling import RopeScaling
+from qwen_jax.runtime import texts, values
+
+# Hugging Face key -> field.
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "kv_channels": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "layer_norm_epsilon": "norm_eps",
+    "rotary_emb_base": "rope_base",
+    "seq_length": "seq_length",
+    "max_position_embeddings": "max_position_embeddings",
+    "use_dynamic_ntk": "dynamic_ntk",
+    "use_logn_attn": "logn",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "initializer_range",
+}
+REAL = ("norm_eps", "rope_base", "initializer_range")  # fields that are no whole numbers
+# Keys of ours, written to a config.json only when they are set.
+OURS = ("layer_windows", "rope_scaling")
+# Other spellings of the same keys: August 2023, and later duplicates.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "padded_vocab_size": "vocab_size",
+    "rope_theta": "rotary_emb_base",
+}
+# Keys that would change the mathematics: the values that mean what this code computes.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("qwen",),
+    "no_bias": (True,),
+    "rotary_pct": (1.0,),
+    "scale_attn_weights": (True,),
+    "pos_emb": ("rotary",),
+    "activation": ("swiglu",),
+    "apply_residual_connection_post_layernorm": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+}
+# Keys without influence on what the model computes: which class loads it, which kernel or dtype the
+# original picks (rounding alone: `load` is given a dtype; softmax is in float32 here whatever
+# softmax_in_fp32 says), dropout (off outside training), bookkeeping of the transformers library and
+# of others. use_cache_kernel says how use_cache_quantization is computed, and nothing without it.
+_INERT = frozenset(
+    (
+        "architectures",
+        "auto_map",
+        "_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "params_dtype",
+        "onnx_safe",
+        "tokenizer_type",
+        "tokenizer_class",
+        "bf16",
+        "fp16",
+        "fp32",
+        "use_cache",
+        "use_flash_attn",
+        "use_cache_kernel",
+        "softmax_in_fp32",
+        "attn_dropout_prob",
+        "emb_dropout_prob",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "bias_dropout_fusion",
+        "bos_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torchscript",
+        "gradient_checkpointing",
+        "model_max_length",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_flash_attn_2_enabled",
+        "attn_implementation",
+        "cross_attention_hidden_size",  # of an encoder and decoder, as the next four
+        "decoder_start_token_id",
+        "is_decoder",
+        "sep_token_id",
+        "tie_encoder_decoder",
+        "finetuning_task",
+        "tf_legacy_loss",
+        "trust_remote_code",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "output_scores",
+        "return_dict_in_generate",
+    )
+)
+# How to generate, which old files say here: it holds where there is no generation_config.json.
+_GENERATION = frozenset(
+    (
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "pad_token_id",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    )
+)
+# Keys that would change answers if they were heeded, and are not; what to do instead.
+_NOT_DONE = {
+    "prefix": "write it into the prompt",
+    "task_specific_params": "give the settings of the task as arguments",
+    "use_cache_quantization": "for a cache of 8 bits, give cache_dtype int8_asymmetric",
+}
+
+
+def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` that a config.json speaks of, in either spelling.
+
+    Raises ValueError that names every missing key, and every key or value that is not known and may
+    change the mathematics.
+    """
+    given = _without_windows(_canonical(hf))
+    for key, allowed in _FIXED.items():
+        off = given.get(key) is None and not any(allowed)  # null is false to the original
+        if key in given and given[key] not in allowed and not off:
+            raise ValueError(
+                f"{key} is {texts.shown(given[key])}: only "
+                f"{' or '.join(map(repr, allowed))} can be computed"
+            )
+    known = {*KEYS, *OURS, *_FIXED, *_INERT, *_GENERATION, *_NOT_DONE}
+    unknown = sorted(key for key, value in given.items() if key not in known and value is not None)
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is not known and may change what the model computes; remove it "
+            "if it does not"
+        )
+    # What the format itself means by an absent key: its two spellings differ in the flags.
+    later = hf.get("n_embd") is None
+    absent = {
+        "use_dynamic_ntk": later,
+        "use_logn_attn": later,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+    }
+    if missing := sorted(key for key in KEYS if key not in given and key not in absent):
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    fields = _fields({**absent, **given})
+    return {**fields, "num_kv_heads": fields["num_heads"], "qkv_bias": True, "qk_norm": False}
+
+
+def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` for some keys of the architecture; ValueError for any other."""
+    overrides = _canonical(overrides)
+    if unknown := sorted(set(overrides) - set(KEYS) - set(OURS)):
+        raise ValueError(
+            f"unknown config override {', '.join(unknown)}: allowed are "
+            f"{', '.join(sorted([*KEYS, *OURS]))}"
+        )
+    return _fields(overrides)
+
+
+def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of how to generate. An id that the model has no row for is left out:
+    it is the default of whoever wrote the file.
+    """
+    padded = hf.get("padded_vocab_size")  # then vocab_size is the number of real tokens
+    rows = hf.get("vocab_size") if padded is None else padded
+    found = {key: value for key, value in hf.items() if key in _GENERATION}
+    return {
+        key: value
+        for key, value in found.items()
+        if not (key in ("eos_token_id", "pad_token_id") and _beyond(value, rows))
+    }
+
+
+def _beyond(value: Any, rows: Any) -> bool:
+    """Whether an id, or one of several, has no row."""
+    ids = value if isinstance(value, list) else [value]
+    numbers = all(isinstance(x, int) for x in (*ids, rows))
+    return numbers and not all(0 <= x < rows for x in ids)
+
+
+def warn(hf: Mapping[str, Any], file: Any) -> None:
+    """Say in one line which keys of a config.json ask for what is not done."""
+    asked = [
+        f"{key}={texts.shown(hf[key])} ({instead})"
+        for key, instead in _NOT_DONE.items()
+        if hf.get(key)
+    ]
+    if asked:
+        warnings.warn(f"{file} asks for what is not done: {'; '.join(asked)}", stacklevel=3)
+
+
+def spelled(field: str) -> str:
+    """A field of `Config` for a message, by its key in a config.json and its own name."""
+    key = next((key for key, name in KEYS.items() if name == field), field)
+    return field if key == field else f"{key} ({field})"
+
+
+def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys in the current spelling; two spellings of one key must agree.
+
+    `vocab_size` beside `padded_vocab_size` is the number of real tokens, not of rows.
+    """
+    given: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for key, value in hf.items():
+        name = _ALIASES.get(key, key)
+        if key == "vocab_size" and hf.get("padded_vocab_size") is not None:
+            continue
+        if key != name and value is None:
+            continue
+        if name in given and given[name] != value:
+            both = f"{texts.shown(given[name])}, {texts.shown(value)}"
+            raise ValueError(f"keys {origin[name]} and {key} disagree: {both}")
+        given[name], origin[name] = value, key
+    return given
+
+
+def _without_windows(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys without those with which later generations say that no layer has a window."""
+    says_none: set[str] = set()
+    if given.get("use_sliding_window") is False:  # then the others are not looked at
+        says_none |= {"use_sliding_window", "sliding_window", "max_window_layers"}
+    kinds = given.get("layer_types")
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        says_none |= {"layer_types"}
+    return {key: value for key, value in given.items() if key not in says_none}
+
+
+def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Config` for the keys that are part of the architecture."""
+    fields = {field: given[key] for key, field in KEYS.items() if key in given}
+    for field in set(fields) - set(REAL):
+        fields[field] = values.from_file(fields[field])
+    if "intermediate_size" in fields:
+        name = "intermediate_size"
+        doubled = values.whole(f"{name} is", fields[name], 1, values.INT32)
+        if doubled % 2:
+            raise ValueError(f"{name} is {doubled}: must be even (twice the FFN width)")
+        fields[name] = doubled // 2
+    if "layer_windows" in given:
+        windows = given["layer_windows"]
+        if not isinstance(windows, list | tuple | None):
+            shown = texts.shown(windows)
+            raise ValueError(f"layer_windows {shown}: must be a list of widths, null = full")
+        fields["layer_windows"] = windows
+        if windows is not None:
+            fields["layer_windows"] = tuple(map(values.from_file, windows))
+    if "rope_scaling" in given:
+        fields["rope_scaling"] = RopeScaling.from_hf(given["rope_scaling"])
+    return fields

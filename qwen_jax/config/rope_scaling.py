@@ -1,0 +1,113 @@
+"""A RoPE scaling variant as a checkpoint names it: `RopeScaling`, and its entry in a config.json.
+
+The formulas are in `rope.py`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_jax.runtime import texts, values
+
+YARN = ("yarn", "yarn_paper")
+_TYPES = ("linear", "ntk", *YARN)
+_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
+_UNSET = (None, None, True)
+_LEAST = {
+    "factor": 1,
+    "beta_fast": values.TINY,
+    "beta_slow": values.TINY,
+    "attention_factor": values.TINY,
+    "mscale": 0,
+    "mscale_all_dim": 0,
+}
+# No position is larger, so that no factor has to be; powers and squares of it fit float32.
+_MOST = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """A RoPE scaling variant other than the original's dynamic NTK.
+
+    "yarn" has its ramp over the pair index, as Hugging Face, vLLM and checkpoints that were trained
+    with it; "yarn_paper" has the paper's, over the number of turns.
+    """
+
+    type: str
+    factor: float
+    original_max_position_embeddings: int | None = None  # both kinds of YaRN need it
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True  # the ramp of yarn begins and ends at whole pairs
+    mscale: float | None = None  # of yarn, if both are there and no attention_factor
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.type not in _TYPES:
+            raise ValueError(
+                f"rope_scaling type {texts.shown(self.type)}: allowed are {', '.join(_TYPES)}"
+            )
+        trained = self.original_max_position_embeddings
+        if trained is None and self.type in YARN:
+            raise ValueError(
+                f"rope_scaling of type {self.type} needs original_max_position_embeddings"
+            )
+        if trained is not None:
+            name = "original_max_position_embeddings"
+            object.__setattr__(
+                self, name, values.whole(f"rope_scaling {name}", trained, 1, values.INT32)
+            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                real = values.number(f"rope_scaling {name}", value, least, _MOST)
+                object.__setattr__(self, name, real)
+        if not self.beta_fast > self.beta_slow:
+            raise ValueError(
+                f"rope_scaling needs beta_fast > beta_slow > 0, got {self.beta_fast} and "
+                f"{self.beta_slow}"
+            )
+        truncate = values.flag("rope_scaling truncate", self.truncate)
+        object.__setattr__(self, "truncate", truncate)
+        if self.type != "yarn" and (self.mscale, self.mscale_all_dim, self.truncate) != _UNSET:
+            raise ValueError(
+                f"rope_scaling of type {self.type} has no truncate, mscale or mscale_all_dim: "
+                "leave them out, or take type yarn"
+            )
+
+    @classmethod
+    def from_hf(cls, entry: Any) -> "RopeScaling | None":
+        """The `rope_scaling` entry of a config.json; None where it says that there is none. A key
+        that is null counts as absent. Raises ValueError for a key or value that is not known.
+        """
+        if entry is None or isinstance(entry, RopeScaling):
+            return entry
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = entry if isinstance(entry, Mapping) else {}
+        given = {key: value for key, value in given.items() if value is not None}
+        unknown = [texts.shown(key) for key in given if key not in {*known, "rope_type"}]
+        if not isinstance(entry, Mapping) or unknown:
+            said = f"has {', '.join(unknown)}" if unknown else texts.shown(entry)
+            raise ValueError(f"rope_scaling {said}: its keys are {', '.join(sorted(known))}")
+        if "rope_type" in given:  # the later spelling of type
+            later = given.pop("rope_type")
+            if given.setdefault("type", later) != later:
+                raise ValueError(
+                    f"rope_scaling type {given['type']!r} and rope_type {later!r} disagree"
+                )
+        if (key := "original_max_position_embeddings") in given:
+            given[key] = values.from_file(given[key])
+        if not given or given.get("type") == "default":  # as later generations say: none
+            return None
+        if not {"type", "factor"} <= set(given):
+            raise ValueError(f"rope_scaling {texts.shown(entry)} lacks type or factor")
+        return cls(**given)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_scaling` entry of a config.json, without what does not apply."""
+        names = ["type", "factor", "original_max_position_embeddings"]
+        names += ["beta_fast", "beta_slow", "attention_factor"] if self.type in YARN else []
+        names += [] if self.truncate else ["truncate"]
+        names += ["mscale", "mscale_all_dim"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -1,0 +1,119 @@
+"""Token ids, masks, stops and seeds that callers pass, turned into host arrays and checked.
+
+Each mistake is a ValueError of one line that names the argument, its value and what is allowed.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.runtime import texts, values
+
+_NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)
+
+
+def ids(name: str, given: Any, below: int | None = None) -> list[int]:
+    """Token ids, out of any sequence or array of one axis: whole numbers from 0, and below `below`.
+
+    ValueError for anything else: a float may be a number's rounding, a text is no ids, and a set or
+    a mapping has no order.
+    """
+    try:
+        if isinstance(given, _NO_SEQUENCE):
+            raise TypeError
+        each = list(given)
+        found = list(map(operator.index, each))
+        if bool in set(map(type, each)):
+            raise TypeError
+    except TypeError:
+        got = texts.described(given)
+        raise ValueError(f"{name} must be whole numbers (token ids), got {got}") from None
+    if found and (min(found) < 0 or (below is not None and max(found) >= below)):
+        bad = next(i for i in found if i < 0 or (below is not None and i >= below))
+        limit = "from 0" if below is None else f"from 0 to {below - 1}"
+        raise ValueError(f"{name}: token id {texts.shown(bad)} is out of range: {limit}")
+    return found
+
+
+def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 [B, T], and the number of real tokens of each row, [B]. vocab_size: one past
+    the largest id that is allowed.
+    """
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(
+            "tokens: rows of one length [B, T]; pad on the left and pass mask"
+        ) from None
+    if tokens.size == 0:
+        raise ValueError("empty prompt: every row needs at least one token")
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
+    mask = np.ones(tokens.shape, bool) if mask is None else _mask(mask)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
+    lengths = mask.sum(axis=1)
+    if not lengths.all():
+        raise ValueError("empty prompt: every row needs at least one token")
+    if (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+        raise ValueError("mask: rows must be padded on the left")
+    tokens = np.where(mask, tokens, 0)
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if bad.size:
+        raise ValueError(f"token id {bad[0]} is out of range: 0 to {vocab_size - 1}")
+    return tokens.astype(np.int32), lengths
+
+
+def _mask(given: Any) -> np.ndarray:
+    """A mask as a bool array. ValueError for what is no array of 0 and 1."""
+    try:
+        mask = np.asarray(given)
+        if not np.isin(mask, (0, 1)).all() or mask.dtype.kind not in "biuf":
+            raise ValueError
+    except (TypeError, ValueError):
+        got = texts.described(given)
+        raise ValueError(
+            f"mask must be 0 (padding) or 1 for each token, rows of one length, got {got}"
+        ) from None
+    return mask.astype(bool)
+
+
+def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
+    """The NTK alpha of each row, float64 [rows], from one for all or one for each."""
+    try:
+        found = np.asarray(ntk_alpha)
+        if found.dtype.kind in "bcSUOMm" or found.shape not in ((), (rows,)):
+            raise ValueError
+        return np.broadcast_to(found.astype(np.float64), rows)
+    except (TypeError, ValueError):
+        got = texts.described(ntk_alpha)
+        raise ValueError(
+            f"ntk_alpha must be a number of at least 1, or one for each of {rows} rows, got {got}"
+        ) from None
+
+
+def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
+    """What ends a row, given as ids or as sequences of ids, as sequences of ids."""
+    words = isinstance(stop, str | bytes | bytearray | memoryview | Mapping)
+    if words or not isinstance(stop, Iterable):
+        shown = texts.shown(stop)
+        raise ValueError(f"stop {shown}: must be a sequence of ids, or of sequences of ids")
+    found = []
+    for each in stop:
+        several = isinstance(each, Iterable) and getattr(each, "ndim", 1)
+        found.append(tuple(ids("stop", each if several else [each], vocab_size)))
+        if not found[-1]:
+            raise ValueError(f"stop {texts.shown(stop)}: an empty sequence ends nothing: drop it")
+    return found
+
+
+def seeds(seed: Any, batch: int) -> np.ndarray:
+    """The seed of each row, uint32 [batch], from one for all or one for each, modulo 2**32."""
+    several = isinstance(seed, Iterable) and not isinstance(seed, _NO_SEQUENCE)
+    given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
+    if len(given) not in (1, batch):
+        raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")
+    wrapped = [values.whole("seed", one) % 2**32 for one in given]
+    return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))

@@ -1,0 +1,175 @@
+"""How the next token is chosen from logits. Knows nothing of models or tokenizers.
+
+A sampler is a pytree of numbers, so changing a temperature compiles nothing again. The order is the
+original's: repetition penalty, temperature, top-k, top-p. Rows are independent of each other, and
+whole: nothing here knows of devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax.runtime import texts, values
+
+_TINY, _LARGEST = values.POSITIVE  # of float32: hardware rounds to 0 what is smaller
+_HOTTEST = 2.0**64  # at this temperature float32 probabilities are equal; a power of 2 keeps order
+_SAFE = 1e38  # scores up to here leave room for rounding below the largest float32
+
+# Why no token can be chosen for a row: what `faults` finds, by its code.
+FAULTS = {
+    1: "a logit is NaN or infinite",
+    2: "every logit is -infinity or of an id that may not be generated",
+}
+
+
+@struct.dataclass
+class Greedy:
+    """The largest logit, after the repetition penalty (1 = none)."""
+
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for a setting out of range."""
+        _check_penalty(self.repetition_penalty)
+
+    def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+        """The logits after the repetition penalty, float32 [B, V].
+
+        seen: bool [B, V], the ids that are in the row already.
+        """
+        return _penalise(logits, seen, self.repetition_penalty)
+
+    def __call__(
+        self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
+    ) -> jax.Array:
+        """Choose a token for each row: int32 [B]."""
+        return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
+
+
+@struct.dataclass
+class Nucleus:
+    """A draw from the smallest set of most likely tokens that holds `top_p` of the probability.
+
+    temperature > 0; top_k: only the k most likely tokens (0 = all; ties with the last are kept);
+    top_p in [0, 1] (Holtzman et al., arXiv 1904.09751); repetition_penalty (Keskar et al., arXiv
+    1909.05858): logits of tokens already in the row are divided by it where positive, else
+    multiplied.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for a setting out of range."""
+        _check_penalty(self.repetition_penalty)
+        temperature = values.number("temperature", self.temperature)
+        if not 0 < temperature <= _LARGEST:
+            raise ValueError(
+                f"temperature {texts.shown(temperature)}: must be positive, and finite in float32 "
+                "(0: use Greedy)"
+            )
+        top_k = values.number("top_k", self.top_k)
+        if not (0 <= top_k <= _LARGEST and top_k % 1 == 0):
+            raise ValueError(f"top_k {texts.shown(top_k)}: must be a whole number, 0 for no limit")
+        values.number("top_p", self.top_p, 0, 1)
+
+    def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+        """The logits of the distribution that tokens are drawn from: float32 [B, V], -inf for a
+        token that is cut off. Arguments as `Greedy.scores`.
+        """
+        logits = _divide(_penalise(logits, seen, self.repetition_penalty), self.temperature)
+
+        def most_likely(logits: jax.Array) -> jax.Array:
+            return _keep_largest(logits, (logits >= -jnp.inf).astype(jnp.float32), self.top_k)
+
+        def nucleus(logits: jax.Array) -> jax.Array:
+            mass = jnp.maximum(self.top_p, 1e-30)  # 0 keeps the most likely token
+            return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), mass)
+
+        # At top_p = 1 nothing may be cut, though a float32 sum reaches 1 before the last token.
+        return _where_on(self.top_p < 1, nucleus, _where_on(self.top_k > 0, most_likely, logits))
+
+    def __call__(
+        self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
+    ) -> jax.Array:
+        """Draw a token for each row, int32 [B]; a draw depends on the row's seed, uint32 [B], the
+        step and the row's logits alone.
+        """
+
+        def noise(seed: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+        scores = self.scores(logits, seen)
+        return jnp.argmax(scores + jax.vmap(noise)(seeds), axis=-1).astype(jnp.int32)
+
+
+def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """Find the rows for which no token can be chosen: int32 [B], a code of `FAULTS`, else 0.
+
+    Arguments as of `scores`. A logit of -inf is an id that may not be chosen and no fault. Logits
+    that overflow by the repetition penalty count as infinite.
+    """
+    logits = _penalise(logits, seen, sampler.repetition_penalty)
+    broken = jnp.any(~(logits < jnp.inf), axis=-1)  # NaN is not less either
+    empty = ~jnp.any(logits > -jnp.inf, axis=-1)
+    return jnp.where(broken, 1, jnp.where(empty, 2, 0)).astype(jnp.int32)
+
+
+def _check_penalty(penalty: float) -> None:
+    penalty = values.number("repetition_penalty", penalty)
+    if not _TINY <= penalty <= _LARGEST:
+        raise ValueError(
+            f"repetition_penalty {texts.shown(penalty)}: must be positive, and a normal number of "
+            f"float32, from {_TINY:.3g} to {_LARGEST:.3g} (1 = none)"
+        )
+
+
+def _penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
+    """logits / temperature, or where that would overflow, what has the same probabilities.
+
+    Temperatures that float32 has no normal number for are as good as the smallest that it has, and
+    beyond `_HOTTEST` all probabilities are equal.
+    """
+    temperature = jnp.clip(temperature, _TINY, _HOTTEST)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # A softmax may be shifted. Elsewhere it is not, as a difference is rounded once more.
+    shift = jnp.where(jnp.abs(largest) > _SAFE * temperature, largest, 0)
+    return (logits - shift) / temperature
+
+
+def _where_on(on: Any, cut: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+    """`cut(logits)` where a setting is on; where it is off, a program does not run it either."""
+    return jax.lax.cond(on, cut, lambda logits: logits, logits)
+
+
+def _keep_largest(logits: jax.Array, weights: jax.Array, target: Any) -> jax.Array:
+    """-inf for all but the fewest largest logits whose weights sum to `target` or more.
+
+    The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
+    instead of a sort of the vocabulary, on any sharding of it. Equal logits are kept together.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    order = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+    order = order + (order == -1).astype(jnp.int32)  # -0 is no smaller than 0
+
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # the threshold is at least low, and below high
+        middle = (low & high) + ((low ^ high) >> 1)
+        kept = jnp.sum(jnp.where(order >= middle, weights, 0), axis=-1, keepdims=True)
+        enough = kept >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    # Made of the logits, so as to be partitioned like them.
+    ends = [order[:, :1] * 0 + jnp.int32(end) for end in (-(2**31), 2**31 - 1)]
+    threshold, _ = jax.lax.fori_loop(0, 32, halve, tuple(ends))
+    return jnp.where(order >= threshold, logits, -jnp.inf)

@@ -1,0 +1,96 @@
+"""What a model directory says beside its weights: architecture, tokenizer, defaults of generation.
+
+It is read in a moment, and is enough to encode a prompt, and to refuse one that does not fit,
+before the weights are read. Nothing here knows of meshes or of attention.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax import chat, checkpoint
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.checkpoint.generation_config import GenerationConfig
+from qwen_jax.config import Config
+from qwen_jax.runtime import values
+
+BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not stop or make sense"
+
+
+def read(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, max_length: int | None = None
+) -> "Description":
+    """Read all of a model directory but its weights; arguments as in `language_model.load`.
+
+    Raises ValueError for a directory that is not whole, or an argument that is not allowed.
+    """
+    if max_length is not None:
+        max_length = values.whole("max_length", max_length, 2, values.INT32)
+    generation_config = checkpoint.load_generation_config(path)
+    tokenizer = checkpoint.load_tokenizer(path)
+    config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)
+    longest = max(config.max_position_embeddings, config.seq_length)
+    return Description(config, tokenizer, generation_config, max_length or longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A model without its weights. `tokenizer`: None where the directory has no vocabulary.
+    `max_length`: most tokens of a row, prompt and new ones together.
+    """
+
+    config: Config
+    tokenizer: Tokenizer | None
+    generation_config: GenerationConfig
+    max_length: int
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the checkpoint says of itself that it was not trained for chat."""
+        return self.generation_config.chat_format != "chatml"
+
+    @property
+    def pad_id(self) -> int:
+        """What follows the end of a row."""
+        if self.generation_config.pad_id is not None:
+            return self.generation_config.pad_id
+        return self.tokenizer.eod_id if self.tokenizer else 0
+
+    def chat_stops(self) -> tuple[tuple[int, ...], ...]:
+        """What ends a reply: generation_config's stops, and the ids that end a turn."""
+        tokenizer = self.need_tokenizer()
+        turn = (*chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,))
+        return tuple(dict.fromkeys((*self.generation_config.stops, *turn)))
+
+    def room(self, prompt: int, asked: int | None = None) -> int:
+        """How many tokens to make after a prompt of that many: `asked`, or generation_config's
+        max_new_tokens as far as the cache has room. ValueError where it has not.
+        """
+        left = self.max_length - prompt
+        if asked is None:
+            new = min(self.generation_config.max_new_tokens, max(left, 1))
+        else:
+            new = values.whole("max_new_tokens", asked, 1, values.INT32)
+        if new > left:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "
+                f"max_length {self.max_length}: raise max_length (--max-length) or ask for fewer"
+            )
+        return new
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError for a directory without one."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model directory has no qwen.tiktoken: text cannot be encoded; copy the "
+                "checkpoint's vocabulary there"
+            )
+        return self.tokenizer
+
+    def known_ids(self) -> np.ndarray:
+        """bool [V]: the ids that may be generated, which are those that decode."""
+        size = self.config.vocab_size
+        return np.ones(size, bool) if self.tokenizer is None else self.tokenizer.known_ids(size)

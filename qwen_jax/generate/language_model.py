@@ -1,0 +1,358 @@
+"""A loaded model directory: weights, tokenizer and defaults, with logits, generation and chat.
+
+This is what users hold. It turns texts and host arrays into what `decode.py` runs, enters the mesh,
+and checks what callers pass; it knows no command line.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import attention as attention_registry
+from qwen_jax import chat, checkpoint, meshes
+from qwen_jax.attention import cache as kv
+from qwen_jax.attention import prove
+from qwen_jax.chat import DEFAULT_SYSTEM, History
+from qwen_jax.chat.tokenizer import TextStream
+from qwen_jax.config import Config
+from qwen_jax.decoding import decode, inputs, sampling
+from qwen_jax.generate import description
+from qwen_jax.generate.description import BASE_NOTE, Description
+from qwen_jax.meshes import sharding
+from qwen_jax.model import Decoder, rope
+from qwen_jax.runtime import values
+
+
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    attention: str = "auto",
+    cache_dtype: str | None = None,
+    max_length: int | None = None,
+) -> "LanguageModel":
+    """Load the model directory that `convert/from_hf.py` or `checkpoint.save` has written.
+
+    It is loaded on the mesh in force (`jax.set_mesh`), or else on one device.
+
+    dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
+    values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
+    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" proves the kernels for this device, once, and takes
+    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8"
+    (symmetric) or "int8_asymmetric". max_length: prompt and new tokens of a row together, at most;
+    None is the larger of the config's max_position_embeddings and seq_length.
+
+    Raises ValueError for a directory that is not whole, or an argument that is not allowed;
+    NotImplementedError where that attention cannot do this model on this device.
+    """
+    check_names(dtype, attention, cache_dtype)
+    about = description.read(path, overrides, max_length)
+    return with_weights(path, about, dtype, attention, cache_dtype)
+
+
+def check_names(dtype: str | None, attention: str, cache_dtype: str | None) -> None:
+    """Raise ValueError for one of these arguments of `load` that is not known, before anything is
+    read.
+    """
+    values.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
+    values.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
+    attention_registry.get(attention)
+
+
+def with_weights(
+    path: str | Path,
+    about: Description,
+    dtype: str | None = None,
+    attention: str = "auto",
+    cache_dtype: str | None = None,
+) -> "LanguageModel":
+    """Read the weights of a directory that has been described; arguments as in `load`, checked.
+
+    A mesh or attention that cannot run this model is refused before they are read.
+    """
+    mesh, config = meshes.current(), about.config
+    if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
+        raise ValueError("a context axis is for training: decode with tp and fsdp")
+    meshes.check(config.sizes, mesh)
+    dtype = dtype or default_dtype()
+    attend = attention_for(attention, config, dtype, about.max_length, cache_dtype, mesh)
+    decoder = checkpoint.load(path, config, dtype, mesh)
+    fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
+    return LanguageModel(
+        **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype
+    )
+
+
+def attention_for(
+    name: str, config: Config, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
+) -> Any:
+    """The implementation for a prompt's chunks and for a token against up to `length` slots.
+
+    One token is traced, so that attention that declines does so before the weights are read.
+    """
+    chunk = min(length, decode.buckets()[-1])
+    attend = prove.resolve(
+        name,
+        [
+            *prove.passes(config, dtype, 1, chunk, mesh=mesh),
+            *prove.decoding(config, dtype, 1, length, cache_dtype, mesh),
+        ],
+    )
+    rows = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)
+
+    def abstract(letters: str, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(letters, mesh))
+
+    q = abstract("BTNH", dtype, rows, 1, config.num_heads, config.head_dim)
+    k = abstract("BTKH", dtype, rows, 1, config.num_kv_heads, config.head_dim)
+    ids, scale = abstract("BT", jnp.int32, rows, 1), abstract("BT", jnp.float32, rows, 1)
+    mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
+    with meshes.entered(mesh):
+        jax.eval_shape(attention_registry.on_shards(attend), q, k, k, mask, scale)
+    return attend
+
+
+def default_dtype() -> str:
+    """float32 on CPU; bfloat16 on TPU and on GPUs of compute capability 8 and up, else float16."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "float32"
+    old = device.platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8
+    return "float16" if old else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Description):
+    """A model that runs: what its directory says, and its weights on a mesh. `load` makes one."""
+
+    decoder: Decoder
+    mesh: Mesh
+    attend: Any
+    cache_dtype: str | None
+
+    def logits(self, tokens: Any, mask: Any = None, ntk_alpha: Any = None) -> jax.Array:
+        """Compute the logits of every token, float32 [B, T, V], in one pass over int [B, T].
+
+        mask int [B, T]: 1 = real; rows are left-padded, and logits at padding mean nothing.
+        ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
+        Raises ValueError for ids out of range or a mask that is not left-padded.
+        """
+        tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
+        frequencies = self._frequencies(lengths, ntk_alpha)
+        with meshes.entered(self.mesh):
+            batch, arrays = len(tokens), (tokens, lengths, frequencies)
+            tokens, lengths, frequencies = (self._whole_shards(x) for x in arrays)
+            start = sharding.place((tokens.shape[1] - lengths).astype(np.int32), "B")
+            positions, segments = decode.positions(start, jnp.int32(0), tokens.shape[1])
+            x = self.decoder.embed(sharding.place(tokens, "BT"))
+            rates = sharding.place(frequencies, "BH")
+            output = self.decoder(x, positions, segments, rates, attend=self.attend)
+            logits = self.decoder.logits(output.last)
+            if len(tokens) != batch:  # rows that the mesh does not divide: every device keeps all
+                logits = jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]
+        return sharding.handed_over(logits)
+
+    def generate(
+        self,
+        tokens: Any,
+        mask: Any = None,
+        max_new_tokens: int = 512,
+        sampler: Any = None,
+        stop: Sequence[Any] = (),
+        seed: int | Sequence[int] = 0,
+        ntk: str = "prompt",
+        ntk_alpha: Any = None,
+    ) -> np.ndarray:
+        """Generate int32 [B, max_new_tokens] after prompts int [B, T]; after a row's stop, pad ids.
+
+        mask: as in `logits`. sampler: None = `Greedy()`. stop: ids, or sequences of ids, that end a
+        row; the stop itself is returned. seed: one for all rows, or one for each; a row's draws
+        depend on its seed alone, so equal prompts with one seed give equal rows. ntk: dynamic NTK's
+        alpha from the "prompt", as the original does, or from the "total" of prompt and new tokens.
+        Raises ValueError for an empty prompt, ids out of range, or more than `max_length` tokens;
+        and when a row's logits are NaN or infinite, or leave no id to choose.
+        """
+        parts = list(
+            self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
+        )
+        made = np.concatenate(parts, axis=1)
+        missing = int(max_new_tokens) - made.shape[1]
+        return np.pad(made, ((0, 0), (0, missing)), constant_values=self.pad_id)
+
+    def stream(
+        self,
+        tokens: Any,
+        mask: Any = None,
+        max_new_tokens: int = 512,
+        sampler: Any = None,
+        stop: Sequence[Any] = (),
+        seed: int | Sequence[int] = 0,
+        ntk: str = "prompt",
+        ntk_alpha: Any = None,
+        at_once: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield what `generate` makes as it is made: int32 [B, n], the first token alone, then
+        `at_once` a time.
+
+        Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
+        """
+        tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
+        max_new_tokens = values.whole("max_new_tokens", max_new_tokens, 1)
+        at_once = None if at_once is None else values.whole("at_once", at_once, 1)
+        self.room(int(lengths.max()), max_new_tokens)
+        values.choice("ntk", ntk, ("prompt", "total"))
+        sampler = sampling.Greedy() if sampler is None else sampler
+        values.instance("sampler", sampler, (sampling.Greedy, sampling.Nucleus))
+        sampler.check()
+        # As float32 all of them, so that 1 and 1.0 are one program.
+        sampler = jax.tree.map(lambda x: jnp.float32(float(x)), sampler)
+        counted = lengths + (max_new_tokens if ntk == "total" else 0)
+        frequencies = self._frequencies(counted, ntk_alpha)
+        seeds = inputs.seeds(seed, len(tokens))
+        rules = decode.make_rules(
+            self.known_ids(), inputs.stops(stop, self.config.vocab_size), self.pad_id
+        )
+        return self._run(
+            tokens, lengths, frequencies, seeds, rules, sampler, max_new_tokens, at_once
+        )
+
+    def _run(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        frequencies: np.ndarray,
+        seeds: np.ndarray,
+        rules: decode.Rules,
+        sampler: Any,
+        new: int,
+        at_once: int | None,
+    ) -> Iterator[np.ndarray]:
+        batch = len(tokens)
+        tokens, lengths, frequencies, seeds = (
+            self._whole_shards(x) for x in (tokens, lengths, frequencies, seeds)
+        )
+        with meshes.entered(self.mesh):
+            state = decode.prefill(
+                self.decoder,
+                tokens,
+                lengths,
+                frequencies,
+                seeds,
+                rules,
+                sampler,
+                new,
+                self.attend,
+                self.cache_dtype,
+            )
+        at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
+        steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new, at_once)
+        while True:
+            # The mesh is in force while we compute, never while the caller has control.
+            with meshes.entered(self.mesh):
+                part = next(steps, None)
+            if part is None:
+                return
+            yield part[:batch]
+
+    def chat(
+        self,
+        query: str,
+        history: History | None = (),
+        system: str = DEFAULT_SYSTEM,
+        sampler: Any = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[Any] | None = None,
+        seed: int = 0,
+        max_window_size: int | None = None,
+    ) -> tuple[str, list[Any]]:
+        """Answer a query: the reply, and the history with this turn.
+
+        What is None is as the checkpoint's generation_config says. history: pairs (query, reply),
+        or messages {"role": ..., "content": ...}, whose system message takes the place of `system`;
+        it comes back in the same form. stop: ids or sequences of ids that end the reply. Raises
+        ValueError that names an argument which is no text.
+        """
+        ids = self._reply(
+            query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
+        )
+        made = [i for part in ids for i in part]
+        reply = chat.decode_reply(self.need_tokenizer(), made, "chatml")
+        return reply, chat.with_turn(history, query, reply)
+
+    def chat_stream(
+        self,
+        query: str,
+        history: History | None = (),
+        system: str = DEFAULT_SYSTEM,
+        sampler: Any = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[Any] | None = None,
+        seed: int = 0,
+        max_window_size: int | None = None,
+    ) -> Iterator[str]:
+        """Yield the reply so far, again and again as it grows; a character comes when it is whole.
+
+        Arguments as in `chat`; they are checked at the call.
+        """
+        ids = self._reply(
+            query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
+        )
+        return self._growing(ids)
+
+    def _growing(self, ids: Iterator[list[int]]) -> Iterator[str]:
+        text, stream = "", TextStream(self.need_tokenizer(), skip_special_tokens=True)
+        for part in ids:
+            text += stream.push(part)
+            yield text
+        if rest := stream.flush():
+            yield text + rest
+
+    def _reply(
+        self,
+        query: str,
+        history: History | None,
+        system: str,
+        sampler: Any,
+        max_new_tokens: int | None,
+        stop: Sequence[Any] | None,
+        seed: int,
+        max_window_size: int | None,
+    ) -> Iterator[list[int]]:
+        """The ids of a reply as they are made, without the stop."""
+        tokenizer = self.need_tokenizer()
+        if self.is_base:
+            warnings.warn(BASE_NOTE, stacklevel=3)
+        if max_window_size is None:
+            max_window_size = self.generation_config.max_window_size
+        system, pairs = chat.turns_of(history, system)
+        _, prompt = chat.make_context(tokenizer, query, pairs, system, max_window_size)
+        stops = self.chat_stops() if stop is None else inputs.stops(stop, self.config.vocab_size)
+        parts = self.stream(
+            np.array([prompt]),
+            max_new_tokens=self.room(len(prompt), max_new_tokens),
+            sampler=self.generation_config.sampler if sampler is None else sampler,
+            stop=stops,
+            seed=seed,
+        )
+        return chat.until_stop((part[0] for part in parts), stops)
+
+    def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
+        """float32 [B, H/2] for rows of these lengths, or for the alpha given."""
+        scheme = rope.from_config(self.config)
+        if ntk_alpha is None:
+            return scheme.frequencies(scheme.alpha(lengths))
+        return scheme.frequencies(inputs.alphas(ntk_alpha, len(lengths)))
+
+    def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
+        """Rows repeated until the batch divides over the mesh; callers drop them again."""
+        shards = math.prod(sharding.axis_sizes(self.mesh)[axis] for axis in sharding.BATCH)
+        return np.resize(rows, (-(-len(rows) // shards) * shards, *rows.shape[1:]))

@@ -1,0 +1,179 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a kind of leaf, made of another and two small ones.
+
+A decoder with adapters is a decoder: `attach` puts them on its leaves, `merge` adds them in. Axis
+letter R: rank. What the original stacks into one module (queries, keys and values) shares its `a`.
+Knows no files.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.leaves.weights import (
+    Leaf,
+    Maker,
+    Weight,
+    map_leaves,
+    named_leaves,
+    precision,
+    product,
+    scaled_product,
+)
+from qwen_jax.meshes import sharding
+from qwen_jax.model import Decoder, drop
+
+
+@struct.dataclass
+class Adapters:
+    """The trained parameters of LoRA, the adapters of all layers stacked.
+
+    groups: the leaves that share an `a`, by the group's name. a: by group, [L, R, in]; b: by leaf,
+    [L, out, R]; both are float32 while they are trained. embedding, head: trained whole, in place
+    of the decoder's, or None. scale: the factor, alpha / rank for instance, of what adapters add.
+    """
+
+    a: dict[str, Weight]
+    b: dict[str, Weight]
+    embedding: Weight | None
+    head: Weight | None
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Lora(Leaf):
+    """A weight with an adapter on it, which multiplies as `base + scale * b a` would.
+
+    base: the weight below, of any kind. key: uint32 [2], which draws the dropout of what goes into
+    `a`; None for no dropout.
+    """
+
+    base: Any
+    a: Weight
+    b: Weight
+    key: Any
+    scale: float = struct.field(pytree_node=False)
+    dropout: float = struct.field(pytree_node=False)
+
+
+@product.register
+def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
+    given, leaf, result = equation.replace("->", ",").split(",")
+    whole = product(weight.base, equation, x, out, **kwargs)
+    spec = jax.typeof(x).sharding.spec
+    # Both small products are local; gradients are summed where there are R of them, not the width.
+    low = jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
+    if weight.key is not None:
+        low = drop(low, jax.random.wrap_key_data(weight.key), weight.dropout)
+    into = None if out is None else P(*out.partitions[:-1], None)
+    low = product(weight.a, f"{given},R{leaf[1]}->{given[:-1]}R", low, into, **kwargs)
+    if spec.reduced:
+        low = jax.reshard(low, P(*jax.typeof(low).sharding.spec, reduced=spec.reduced))
+    b, (_, tokens, _) = weight.b, jax.typeof(low).sharding.spec.partitions
+    if sharding.TENSOR in sharding.entries(tokens):
+        # The residual is split by tokens, so each device of `tp` has a part of b's gradient.
+        held = jax.typeof(b[...]).sharding.spec
+        held = P(*held.partitions, reduced=held.reduced | {sharding.TENSOR})
+        b = Weight(jax.reshard(b[...], held), letters=b.letters)
+    up = f"{given[:-1]}R,{leaf[0]}R->{result}"
+    return whole + scaled_product(b, weight.scale, up, low, None, **kwargs)
+
+
+def create(
+    decoder: Decoder,
+    groups: Mapping[str, Sequence[str]],
+    rank: int,
+    alpha: float,
+    key: jax.Array,
+    embeddings: bool = False,
+) -> Adapters:
+    """Make adapters for a stacked decoder that change nothing yet: b is 0; a is drawn from
+    U(-1/sqrt(in), 1/sqrt(in)), as PEFT's.
+
+    groups: leaves of a block by path, "attn.q" for instance, that share an `a`. embeddings: train
+    copies of the embedding and the head, too.
+    """
+    sizes = {**decoder.config.sizes, "L": decoder.config.num_layers, "R": rank}
+    make = Maker(sizes, key, "float32")
+    leaves = named_leaves(decoder.layers)
+    a, b = {}, {}
+    for group, members in groups.items():
+        letters = {leaves[member].letters[2] for member in members}
+        (into,) = letters
+        a[group] = make.uniform(f"LR{into}")
+        for member in members:
+            b[member] = make.full(f"L{leaves[member].letters[1]}R", 0)
+    whole = [
+        Weight(leaf[...].astype(jnp.float32), letters=leaf.letters)
+        if embeddings and leaf is not None
+        else None
+        for leaf in (decoder.embedding, decoder.head)
+    ]
+    members = tuple((name, tuple(group)) for name, group in groups.items())
+    return Adapters(a, b, *whole, groups=members, scale=alpha / rank)
+
+
+def attach(
+    decoder: Decoder, adapters: Adapters, key: jax.Array | None = None, dropout: float = 0.0
+) -> Decoder:
+    """Put adapters on the leaves of a stacked decoder. key: draws the dropout; None for none."""
+    layers = decoder.config.num_layers
+    group_of = {leaf: name for name, members in adapters.groups for leaf in members}
+    keys = {}
+    if key is not None and dropout:
+        for number, (name, _) in enumerate(adapters.groups):
+            own = jax.random.fold_in(key, number)
+            keys[name] = jax.random.key_data(jax.random.split(own, layers))
+
+    def one(path: str, leaf: Weight) -> Any:
+        if path not in group_of:
+            return leaf
+        group = group_of[path]
+        pair = adapters.a[group], adapters.b[path]
+        return Lora(leaf, *pair, keys.get(group), adapters.scale, dropout)
+
+    return Decoder(
+        decoder.config,
+        decoder.embedding if adapters.embedding is None else adapters.embedding,
+        map_leaves(one, decoder.layers),
+        decoder.final_norm,
+        decoder.head if adapters.head is None else adapters.head,
+    )
+
+
+def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
+    """Add adapters into the leaves of a stacked decoder, in the leaves' own dtype."""
+    group_of = {leaf: name for name, members in adapters.groups for leaf in members}
+
+    def one(path: str, leaf: Weight) -> Weight:
+        if path not in group_of:
+            return leaf
+        a, b = adapters.a[group_of[path]], adapters.b[path]
+        a, b = (sharding.unshard(w) for w in (a, b))
+        spec = jax.typeof(leaf[...]).sharding.spec
+        added = jnp.einsum(
+            "LOR,LRI->LOI",
+            b[...],
+            a[...],
+            precision=precision(b[...]),
+            out_sharding=P(*spec.partitions),
+        )
+        whole = leaf[...].astype(jnp.float32) + adapters.scale * added
+        return Weight(whole.astype(leaf.dtype), letters=leaf.letters)
+
+    def cast(new: Weight | None, old: Any) -> Any:
+        if new is None:
+            return old
+        return Weight(new[...].astype(old.dtype), letters=old.letters)
+
+    return Decoder(
+        decoder.config,
+        cast(adapters.embedding, decoder.embedding),
+        map_leaves(one, decoder.layers),
+        decoder.final_norm,
+        cast(adapters.head, decoder.head),
+    )

@@ -1,0 +1,285 @@
+"""What is sharded over the vocabulary: the embedding look-up, and the log-probability of a token.
+
+Neither ever holds the whole table, nor the logits of all tokens. Rows of the table are gathered
+from the devices that share them a chunk at a time, used for all tokens, and let go; so are the
+logits, forward and backward. Collectives are written by hand: their order is the point.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.leaves.weights import precision
+from qwen_jax.meshes import sharding
+
+LOGITS_BYTES = 2**28  # of float32 logits that a device holds at once
+_ROW_MULTIPLE = 128
+# Rows that are added to a table at once. libtpu sorts longer lists first, which takes it half a
+# gigabyte and, in a pod's step, a third of the time to compile.
+_SCATTERED = 4096
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Look up the rows of a table [V, D] for tokens int [B, T]: [B, T, D] of `dtype`.
+
+    Each device looks up every token in its own rows and columns, then they exchange columns for
+    tokens: what travels is the size of the result, not of the table. Differentiable in reverse.
+    """
+    split, over_rows = _split(table, 1), _split(table, 0)
+
+    @jax.shard_map(out_specs=sharding.spec("BTD"), check_vma=False)
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        ids = jax.lax.all_gather(tokens, split) if split else tokens[None]
+        rows, found = _own_rows(table, ids, over_rows)
+        x = jnp.where(found[..., None], table.at[rows].get(mode="clip"), 0).astype(dtype)
+        x = jax.lax.psum(x, over_rows) if over_rows else x
+        if split:  # [devices, B, T, D of this one] -> [devices, B, T of this one, D of each]
+            x = jax.lax.all_to_all(x, split, 0, 0, tiled=True)
+        return jnp.moveaxis(x, 0, 2).reshape(*tokens.shape, -1)
+
+    return local(table, tokens)
+
+
+def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    return look_up(table, tokens, dtype), (table, tokens)
+
+
+def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
+    """Add the gradient of every token to its row of the table, once tokens were exchanged for
+    columns.
+    """
+    table, tokens = saved
+    split, over_rows = _split(table, 1), _split(table, 0)
+    over_tokens = [axis for entry in sharding.spec("BT") for axis in sharding.entries(entry)]
+    copies = tuple(axis for axis in over_tokens if axis not in split)
+
+    @jax.shard_map(out_specs=jax.typeof(table).sharding.spec, check_vma=False)
+    def local(table: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        ids = jax.lax.all_gather(tokens, split) if split else tokens[None]
+        rows, found = _own_rows(table, ids, over_rows)
+        rows = jnp.where(found, rows, table.shape[0]).reshape(len(ids), 1, -1)
+        columns = jnp.moveaxis(dx.reshape(tokens.size, len(ids), -1), 0, 2)
+        columns = jax.lax.all_to_all(columns, split, 0, 0, tiled=True) if split else columns
+
+        def step(sums: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+            (rows,), columns = chunk
+            return sums.at[rows].add(columns.T.astype(jnp.float32), mode="drop"), None
+
+        def chunks(x: jax.Array, filler: int) -> jax.Array:
+            """Cut [devices, C, tokens] into [chunks, C, size]; what fills it up is dropped."""
+            size = min(tokens.size, _SCATTERED)
+            count = -(-tokens.size // size)
+            beyond = count * size - tokens.size
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, beyond)), constant_values=filler)
+            x = x.reshape(*x.shape[:2], count, size)
+            return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], size)
+
+        every = chunks(rows, table.shape[0]), chunks(columns, 0)
+        sums, _ = jax.lax.scan(step, jnp.zeros(table.shape, jnp.float32), every)
+        sums = jax.lax.psum(sums, copies) if copies else sums
+        return sums.astype(table.dtype)
+
+    return local(table, tokens, dx), np.zeros(tokens.shape, jax.dtypes.float0)
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _own_rows(table: jax.Array, ids: jax.Array, over: tuple[str, ...]) -> tuple[Any, Any]:
+    """The ids as rows of this device's part of the table, and which of them it has."""
+    rows = ids - jax.lax.axis_index(over) * table.shape[0] if over else ids
+    return rows, (rows >= 0) & (rows < table.shape[0])
+
+
+def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
+    """The mesh axes that split an axis of x."""
+    return sharding.entries(jax.typeof(x).sharding.spec[axis])
+
+
+class TokenScores(NamedTuple):
+    """What the logits say of each target token: three arrays float32 [B, T].
+
+    logit: its logit; lse: the log-sum-exp of all logits; largest: the largest of all logits.
+
+    The log-probability is `logit - lse`. The gradient of `largest` is not defined: it is 0.
+    """
+
+    logit: Any
+    lse: Any
+    largest: Any
+
+
+def token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
+    """Compute what the logits x head^T say of targets, int [B, T], without the logits ever whole.
+
+    x: [B, T, D]; head: [V, D], of any dtype. The tokens of x may be split over `tp`, those of
+    targets and results are not.
+
+    Products take the dtype of x and add up in float32, as does the softmax.
+    """
+    return _token_scores(x, head, targets)
+
+
+@jax.custom_vjp
+def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
+    plan = _Plan.of(x, head)
+
+    @jax.shard_map(out_specs=TokenScores(*[plan.rows] * 3), check_vma=False)
+    def local(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
+        flat = plan.tokens(x)
+        rows, found = _own_rows(head, targets.reshape(-1), plan.tensor)
+
+        def step(carry: TokenScores, chunk: Any) -> tuple[TokenScores, None]:
+            part, first = chunk
+            logits = plan.logits(flat, part, first, head.shape[0])
+            largest = jnp.maximum(carry.largest, jnp.max(logits, -1))
+            total = carry.lse * jnp.exp(carry.largest - largest)
+            total = total + jnp.sum(jnp.exp(logits - largest[:, None]), -1)
+            logit = jnp.sum(jnp.where(plan.is_target(rows, first), logits, 0), -1)
+            return TokenScores(carry.logit + logit, total, largest), None
+
+        zeros = jnp.zeros(flat.shape[0], jnp.float32)
+        start = TokenScores(zeros, zeros, zeros - jnp.inf)
+        own, _ = jax.lax.scan(step, start, plan.chunks(head))
+        logit = jnp.where(found, own.logit, 0)
+        largest, total = own.largest, own.lse
+        if plan.tensor:
+            logit = jax.lax.psum(logit, plan.tensor)
+            largest = jax.lax.pmax(own.largest, plan.tensor)
+            total = jax.lax.psum(total * jnp.exp(own.largest - largest), plan.tensor)
+        scores = TokenScores(logit, largest + jnp.log(total), largest)
+        return jax.tree.map(lambda s: s.reshape(targets.shape), scores)
+
+    return local(x, head, targets)
+
+
+def _forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[TokenScores, Any]:
+    scores = _token_scores(x, head, targets)
+    return scores, (x, head, targets, scores.lse)
+
+
+def _backward(saved: Any, cotangents: TokenScores) -> Any:
+    x, head, targets, lse = saved
+    plan = _Plan.of(x, head)
+    specs = tuple(jax.typeof(a).sharding.spec for a in (x, head))
+
+    @jax.shard_map(out_specs=specs, check_vma=False)
+    def local(
+        x: jax.Array,
+        head: jax.Array,
+        targets: jax.Array,
+        lse: jax.Array,
+        dlogit: jax.Array,
+        dlse: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        flat = plan.tokens(x)
+        rows, _ = _own_rows(head, targets.reshape(-1), plan.tensor)
+        lse, dlogit, dlse = (a.reshape(-1, 1) for a in (lse, dlogit, dlse))
+        settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
+
+        def step(dx: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
+            part, first = chunk
+            part = plan.gathered(part, x.dtype)
+            logits = plan.product(flat, part, first, head.shape[0])
+            dlogits = dlse * jnp.exp(logits - lse)
+            dlogits = dlogits + jnp.where(plan.is_target(rows, first), dlogit, 0)
+            dlogits = dlogits.astype(x.dtype)
+            dx = dx + jnp.einsum("tv,dv->td", dlogits, part, **settings)
+            dpart = jnp.einsum("tv,td->dv", dlogits, flat, **settings)
+            # Summed over the mesh in the head's own dtype, if that is the wider one.
+            dpart = dpart.astype(jnp.promote_types(x.dtype, head.dtype))
+            return dx, plan.summed(dpart, head.dtype)
+
+        dx, dhead = jax.lax.scan(step, jnp.zeros(flat.shape, jnp.float32), plan.chunks(head))
+        dhead = dhead.reshape(-1, dhead.shape[-1])[: head.shape[0]]
+        return plan.own_tokens(dx.astype(x.dtype), x), dhead
+
+    dx, dhead = local(x, head, targets, lse, cotangents.logit, cotangents.lse)
+    return dx, dhead, np.zeros(targets.shape, jax.dtypes.float0)
+
+
+_token_scores.defvjp(_forward, _backward)
+
+
+class _Plan(NamedTuple):
+    """How a head is cut: `size` rows at a time, of those that a device of `tensor` has.
+
+    split: mesh axes over which D is cut; copies: those that hold equal heads; rows: of [B, T];
+    parted: whether the tokens of x are split over `tensor`.
+    """
+
+    size: int
+    tensor: tuple[str, ...]
+    split: tuple[str, ...]
+    copies: tuple[str, ...]
+    rows: P
+    parted: bool
+
+    @staticmethod
+    def of(x: jax.Array, head: jax.Array) -> "_Plan":
+        tensor, split = _split(head, 0), _split(head, 1)
+        rows = sharding.spec("BT")
+        axes = [axis for entry in rows for axis in sharding.entries(entry)]
+        sizes = sharding.axis_sizes()
+        tokens = x.shape[0] * x.shape[1] // math.prod(sizes[axis] for axis in axes)
+        held = head.shape[0] // math.prod(sizes[axis] for axis in tensor)
+        most = max(LOGITS_BYTES // (4 * tokens) // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
+        chunks = -(-held // most)
+        size = -(-held // chunks)
+        if chunks > 1:
+            size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        copies = tuple(axis for axis in axes if axis not in split)
+        parted = jax.typeof(x).sharding.spec[1] != rows[1]
+        return _Plan(size, tensor, split, copies, rows, parted)
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """Gather x [B, T of this device, D] as [tokens of all devices of `tensor`, D]."""
+        x = jax.lax.all_gather(x, self.tensor, axis=1, tiled=True) if self.parted else x
+        return x.reshape(-1, x.shape[-1])
+
+    def own_tokens(self, dx: jax.Array, x: jax.Array) -> jax.Array:
+        """Sum the gradient of `tokens`, of which each device has a part, in the shape of x."""
+        dx = dx.reshape(x.shape[0], -1, x.shape[2])
+        if self.parted:
+            return jax.lax.psum_scatter(dx, self.tensor, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(dx, self.tensor) if self.tensor else dx
+
+    def chunks(self, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cut the head into [chunks, size, D of this device], with zeros behind the last row; also
+        the number of each chunk's first row.
+        """
+        count = -(-head.shape[0] // self.size)
+        padded = jnp.pad(head, ((0, count * self.size - head.shape[0]), (0, 0)))
+        firsts = jnp.arange(count, dtype=jnp.int32) * self.size
+        return padded.reshape(count, self.size, head.shape[1]), firsts
+
+    def gathered(self, part: jax.Array, dtype: Any) -> jax.Array:
+        """Gather a chunk [size, D of this device] as [D, size], along its first axis."""
+        part = part.astype(dtype).T
+        return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
+
+    def logits(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+        return self.product(x, self.gathered(part, x.dtype), first, rows)
+
+    def product(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+        """The logits of a chunk, float32 [tokens, size]; -inf for rows that are not there."""
+        settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
+        logits = jnp.einsum("td,dv->tv", x, part, **settings)
+        return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
+
+    def is_target(self, rows: jax.Array, first: jax.Array) -> jax.Array:
+        """Where a chunk's row is a token's target, bool [tokens, size]."""
+        return (rows - first)[:, None] == jnp.arange(self.size)
+
+    def summed(self, dpart: jax.Array, dtype: Any) -> jax.Array:
+        """Sum the gradient [D, size] of a chunk over all tokens: [size, D of this device]."""
+        if self.split:
+            dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=0, tiled=True)
+        dpart = jax.lax.psum(dpart, self.copies) if self.copies else dpart
+        return dpart.T.astype(dtype)

@@ -1,0 +1,1 @@
+"""Files, processes, errors and the command line: what knows no model."""

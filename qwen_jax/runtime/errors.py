@@ -1,0 +1,171 @@
+"""An error as one line for the person at the terminal: what went wrong, and what to do about it.
+
+Libraries report some errors without a word, and others in words that lead nowhere: jax without its
+devices, memory that does not suffice, packages that are not installed, files.
+"""
+
+import errno
+import os
+import re
+import traceback
+from collections.abc import Collection
+
+from qwen_jax.runtime import texts
+
+_LONGEST = 500  # characters of what a library says; XLA lists what it has allocated
+_EXTRAS = {
+    "grain": "train",
+    "matplotlib": "train",
+    "pyarrow": "train",
+    "tensorboardX": "train",
+    "tokenizers": "train",
+    "huggingface_hub": "hub",
+    "gcsfs": "gcs",
+    "libtpu": "aot",
+}
+_OWN = ("convert", "train")
+_CLOUD = ("gcsfs", "aiohttp", "google")  # packages whose errors are of gs://, or on the way there
+_PLATFORMS = {
+    "cuda": (
+        "CUDA device",
+        "pip install 'qwen-jax[cuda]', and see with nvidia-smi that there is a GPU and its driver",
+    ),
+    "tpu": ("TPU", "on a TPU VM pip install 'qwen-jax[tpu]', and let no other process hold it"),
+}
+_PLATFORMS["gpu"] = _PLATFORMS["cuda"]
+# What takes less memory, by option: a number to lower, or the option with its value.
+_LOWER = ("length", "lengths", "max_length", "max_new_tokens", "rows", "batch")
+_TAKE = {
+    "accumulate": "a larger --accumulate",
+    "remat": "--remat full",
+    "cache_dtype": "--cache-dtype int8",
+    "base_dtype": "--base-dtype int8",
+    "mesh": "a --mesh of more devices",
+}
+_FILES = {
+    errno.EACCES: "this user may not do that: see its owner and mode",
+    errno.EPERM: "this user may not do that: see its owner and mode",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a part of that path is a file",
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.ELOOP: "a link leads back to itself",
+}
+_DRIVER = re.compile(
+    r"driver version is insufficient|DRIVER_MISMATCH|CUDA_ERROR_(NO_DEVICE|UNKNOWN|COMPAT\w*|"
+    r"UNSUPPORTED_PTX\w*)|cuInit|cuDNN|CUDNN|DNN library|libcud\w+\.so"
+)
+
+
+def explain(error: BaseException, options: Collection[str] = ()) -> str:
+    """The line. options: names of the command's arguments, of which some may be named in it."""
+    words = " ".join(str(error).split())
+    line = (
+        _cloud(error, words)
+        or _file(error)
+        or _package(error)
+        or _devices(error, words)
+        or _memory(error, words, options)
+        or _characters(error)
+    )
+    if line is None:
+        known = isinstance(error, ValueError | OSError | NotImplementedError)
+        kind = "" if known and words else f"{type(error).__name__}: "
+        hint = "" if known and words else "; --debug shows where"
+        line = f"{kind}{words or 'no message'}{hint}"
+    return texts.printable(line)
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+
+
+def _cloud(error: BaseException, words: str) -> str | None:
+    """An error on the way to Google Cloud Storage: no network, no credentials."""
+    if type(error).__module__.partition(".")[0] not in _CLOUD:
+        return None
+    return (
+        f"Google Cloud Storage cannot be used: {_short(words) or type(error).__name__}; see to the "
+        "network, and to credentials: gcloud auth application-default login"
+    )
+
+
+def _file(error: BaseException) -> str | None:
+    """An error of the system: its words, the file, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return None
+    names = [
+        os.fsdecode(x) for x in (error.filename, error.filename2) if isinstance(x, str | bytes)
+    ]
+    where = f": {' -> '.join(names)}" if names else ""
+    hint = _FILES.get(error.errno or 0)
+    return f"{error.strerror}{where}{f' ({hint})' if hint else ''}"
+
+
+def _package(error: BaseException) -> str | None:
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    name = error.name.partition(".")[0]
+    if name in _OWN:
+        return f"there is no package {error.name}: run this from the root of a checkout"
+    extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
+    return f"the package {name} is not installed: pip install 'qwen-jax{extra}'"
+
+
+def _devices(error: BaseException, words: str) -> str | None:
+    """jax without the devices that it was told to use, or with a driver that does not fit."""
+    frames = traceback.extract_tb(error.__traceback__)
+    silent = not words and bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
+    failed = re.search(r"Unable to initialize backend '(\w+)': ?(.*)", words)
+    if not silent and not failed:
+        if isinstance(error, RuntimeError) and _DRIVER.search(words):
+            return (
+                f"{_short(words)}; CUDA 13 needs a driver of version 580 or later (nvidia-smi "
+                "tells it), and no other CUDA libraries on LD_LIBRARY_PATH"
+            )
+        return None
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    name = failed[1] if failed else asked.partition(",")[0]
+    # jax tries the two kinds of GPU for "gpu", and names the last.
+    name = asked if asked in _PLATFORMS else name
+    what, advice = _PLATFORMS.get(name, ("platform", "those known are cpu, cuda and tpu"))
+    what = what if name in _PLATFORMS else f"{what} {name!r}"
+    reason = failed[2].partition(" (set JAX_PLATFORMS=")[0].rstrip(". ") if failed else ""
+    asked_for = f" (JAX_PLATFORMS={asked})" if asked else ""
+    unset = "; or unset JAX_PLATFORMS, to take what there is" if asked else ""
+    because = f": {_short(reason)}" if reason else ""
+    return f"jax finds no {what} here{asked_for}{because}; {advice}{unset}"
+
+
+def _memory(error: BaseException, words: str, options: Collection[str]) -> str | None:
+    """Memory of a device, or of this machine, that does not suffice, and what takes less."""
+    of_device = isinstance(error, RuntimeError) and re.search(
+        r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY", words
+    )
+    if not of_device and not isinstance(error, MemoryError):
+        return None
+    if re.search(r"\bvmem\b|\bsmem\b|[Ss]hared memory", words):
+        return f"a kernel does not fit this chip: {_short(words)}; take --attention xla"
+    where = "a device" if of_device else "this machine"
+    lower = [f"--{name.replace('_', '-')}" for name in _LOWER if name in options]
+    advice = [f"lower {' or '.join(lower)}"] if lower else []
+    advice += [value for name, value in _TAKE.items() if name in options]
+    what = f": {'; or '.join(advice)}" if advice else ": free some, or take a larger one"
+    said = f" ({_short(words)})" if words else ""
+    return f"not enough memory on {where}{what}{said}"
+
+
+def _characters(error: BaseException) -> str | None:
+    """Characters without a code, bytes without a character, and what is nested too deeply."""
+    if isinstance(error, RecursionError):
+        return "something is nested too deeply, such as brackets in JSON; --debug shows where"
+    if isinstance(error, UnicodeEncodeError):
+        letter = error.object[error.start]
+        return f"{letter!a} cannot be written in {error.encoding}; --debug shows where"
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"0x{byte:02x} at byte {error.start} is not {error.encoding}; --debug shows where"
+    return None

@@ -1,0 +1,230 @@
+"""`python -m qwen_jax.generate`: output, defaults, exit codes, one-line errors."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import qwen_jax
+from qwen_jax import checkpoint, meshes
+from qwen_jax.generate import __main__ as generate
+from qwen_jax.generate import bench, description
+from tests.programs.stopped import stopping
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = generate.main(list(argv))
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_json_and_stream_agree(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--ckpt", str(chat_dir), "--prompt", "Once upon a time", "--max-new-tokens", "12"]
+    code, out, err = run(capsys, *common, "--seed", "4", "--json")
+    result = json.loads(out)
+    assert code == 0 and len(result["tokens"]) == result["new_tokens"] <= 12
+    assert result["prompt_tokens"] == 4 and result["finish_reason"] in ("stop", "length")
+    code, out, err = run(capsys, *common, "--seed", "4")
+    assert code == 0 and out == result["text"] + "\n"
+    assert "tokens/s" in err and "first token after" in err
+
+
+def test_greedy_is_the_librarys(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = qwen_jax.load(chat_dir, dtype="float32")
+    ids = model.tokenizer.encode("Once upon a time")
+    expected = model.generate([ids], max_new_tokens=6)[0].tolist()
+    argv = ["--ckpt", str(chat_dir), "--prompt", "Once upon a time", "--max-new-tokens", "6"]
+    settings = ["--temperature", "0", "--repetition-penalty", "1", "--dtype", "float32", "--json"]
+    assert json.loads(run(capsys, *argv, *settings)[1])["tokens"] == expected
+
+
+def test_chat_and_prompt_file(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        capsys, "--ckpt", str(chat_dir), "--chat", "hi", "--max-new-tokens", "3", "--json"
+    )
+    assert code == 0 and json.loads(out)["prompt_tokens"] == 20
+    file = tmp_path / "prompt.txt"
+    file.write_text("你好<|im_end|>", encoding="utf-8")
+    code, out, _ = run(
+        capsys, "--ckpt", str(chat_dir), "--prompt-file", str(file), "--json", "--max-new-tokens=2"
+    )
+    assert code == 0 and json.loads(out)["prompt_tokens"] > 2  # the marker is text, not a control
+
+
+def test_a_base_checkpoint_says_so(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(chat_dir, base)
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**config, "chat_format": "raw"}))
+    argv = ["--chat", "hi", "--max-new-tokens", "2"]
+    assert "base checkpoint" in run(capsys, "--ckpt", str(base), *argv)[2]
+    assert "base checkpoint" not in run(capsys, "--ckpt", str(chat_dir), *argv)[2]
+
+
+def test_the_checkpoints_stop_words(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stop of ordinary tokens ends the text and is not shown; tokens hold it."""
+    argv = ["--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "9", "--json"]
+    free = json.loads(run(capsys, "--ckpt", str(chat_dir), *argv)[1])
+    target = tmp_path / "stops"
+    shutil.copytree(chat_dir, target)
+    config = json.loads((target / "generation_config.json").read_text())
+    config["stop_words_ids"] = [free["tokens"][3:5]]
+    (target / "generation_config.json").write_text(json.dumps(config))
+    result = json.loads(run(capsys, "--ckpt", str(target), *argv)[1])
+    assert result["finish_reason"] == "stop" and result["tokens"] == free["tokens"][:5]
+    assert free["text"].startswith(result["text"])
+    model = qwen_jax.load(target)
+    assert result["text"] == model.tokenizer.decode(free["tokens"][:3], skip_special_tokens=True)
+
+
+def test_rate_counts_time_and_tokens_alike() -> None:
+    assert generate.rate([(0.0, 1), (5.0, 8), (6.0, 8), (8.0, 6)]) == round(14 / 3, 2)
+    assert generate.rate([(0.0, 1), (5.0, 8)]) is None
+
+
+def test_interrupted(
+    chat_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C as it writes the third piece of text."""
+    interrupt = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    stopping("qwen_jax.tokenizer:TextStream.push", 3, interrupt, monkeypatch.setattr)
+    argv = ["--prompt", "Hello", "--max-new-tokens", "9"]
+    code, _, err = run(capsys, "--ckpt", str(chat_dir), *argv)
+    assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err
+
+
+def test_bench(golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "--ckpt", str(golden_dir), "--bench", "--max-new-tokens", "4", "--json"
+    )
+    result = json.loads(out)
+    assert code == 0 and result["decode_tokens_per_second"] > 0
+    assert result["matvec_gb_per_second"] > 0 and result["share_of_bandwidth"] > 0
+    assert "seconds_to_first_token_cold" in result and result["prompt_tokens"] == 128
+
+
+def test_bench_of_a_prompt(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--ckpt", str(chat_dir), "--bench", "--prompt", "Hello there", "--max-new-tokens", "2"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and "(2 tokens" in out and "matrix-vector" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 2, "--ckpt"),
+        (["--ckpt", "{dir}"], 2, "--prompt"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--chat", "b"], 2, "not allowed"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--max-new-tokens", "0"], 2, "positive"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--set", "seq_length"], 2, "KEY=VALUE"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "fsdp=x"], 2, "fsdp=4,tp=2"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--mesh", "tp=2,tp=4"], 2, "fsdp=4,tp=2"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--top-p", "2"], 2, "top_p"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--temperature", "nan"], 2, "temperature"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--system", "b"], 2, "--chat"),
+        (["--ckpt", "{dir}", "--prompt", ""], 2, "empty prompt"),
+        (["--ckpt", "{dir}", "--chat", " "], 2, "empty prompt"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--set", "nope=1"], 1, "nope"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--set", "layer_windows=9"], 1, "layer_windows"),
+        (["--ckpt", "{dir}", "--prompt-file", "/no/such/file"], 1, "/no/such/file"),
+        (["--ckpt", "{dir}", "--prompt", "a b c", "--max-length", "2"], 1, "max_length 2"),
+        (
+            ["--ckpt", "{dir}", "--prompt", "a", "--mesh", "tp=64"],
+            1,
+            "query heads N = 2 does not divide",
+        ),
+        (["--ckpt", "{dir}", "--prompt", "a", "--attention", "nope"], 1, "nope"),
+        (
+            [
+                "--ckpt",
+                "{dir}",
+                "--prompt",
+                "a",
+                "--ntk",
+                "total",
+                "--set",
+                "use_dynamic_ntk=false",
+            ],
+            2,
+            "--ntk is of dynamic NTK",
+        ),
+        (["--ckpt", "/no/such/dir", "--prompt", "a"], 1, "/no/such/dir"),
+    ],
+)
+def test_bad_input(
+    chat_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    message: str,
+) -> None:
+    result, out, err = run(capsys, *(arg.format(dir=chat_dir) for arg in argv))
+    assert result == code and out == ""
+    assert message in err and "Traceback" not in err
+    if code == 1:
+        assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--max-new-tokens", "100000"], 1, "tokens and 100000 new ones do not fit a cache of"),
+        (["--bench", "--max-new-tokens", "100000"], 1, "100000 new ones do not fit"),
+        (["--attention", "nope"], 1, "attention 'nope' is not known: choose one of auto"),
+        (["--top-k", "-1"], 2, "top_k -1"),
+        (["--set", "seq_length=64", "--set", "seq_length=128"], 2, "--set seq_length is given twi"),
+        (["--set", "a=1", "--set", "a=1"], 2, "--set a is given twice: give it once"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_weights_are_read(
+    chat_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("the weights are read"))
+    result, _, err = run(capsys, "--ckpt", str(chat_dir), "--prompt", "Hello there", *argv)
+    (line,) = err.splitlines()
+    assert result == code and message in line
+
+
+def test_a_mesh_may_split_more_rows_than_one_prompt_has(chat_dir: Path) -> None:
+    """As docs/hosts.md has it for a pod: `fsdp` splits the weights, and the row is repeated."""
+    args = generate.parser().parse_args(["--ckpt", str(chat_dir), "--mesh", "fsdp=2,tp=2"])
+    about = description.read(chat_dir)
+    made = generate.mesh(args, about, meshes.parse(args.mesh))
+    assert meshes.describe(made.shape) == args.mesh
+    args.mesh = None
+    alone = generate.mesh(args, about, meshes.parse(None))
+    assert meshes.describe(alone.shape) == "tp=2"
+    sizes = []
+    for mesh in (made, alone):
+        with jax.set_mesh(mesh):
+            sizes.append(bench._cache_bytes(qwen_jax.load(chat_dir, dtype="float32")))
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_real_process(chat_dir: Path) -> None:
+    command = [sys.executable, "-m", "qwen_jax.generate", "--ckpt", str(chat_dir)]
+    done = subprocess.run(
+        [*command, "--prompt", "Hello", "--max-new-tokens", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.endswith("\n") and "tokens/s" in done.stderr
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "examples:" in done.stdout

@@ -1,0 +1,382 @@
+"""What every command does with arguments, streams and errors: one line, and the right exit code."""
+
+import argparse
+import dataclasses
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from gcsfs.retry import HttpError
+
+from benchmarks import aot, device, fine_tuning, golden, kernel_cost, scaling
+from benchmarks import attention as attend
+from benchmarks import cache as caches
+from benchmarks import train as steps
+from convert import from_hf
+from qwen_jax import expand_vocab
+from qwen_jax.attention import tune, verdicts
+from qwen_jax.checkpoint import inspection
+from qwen_jax.generate import __main__ as generate
+from qwen_jax.runtime import command, errors, paths
+from train import perplexity, plan, pretrain, sft
+from train import tokenizer as learning
+from train.data import token_cache
+from train.run.recipes import Recipe
+
+NOT_UTF8 = os.fsdecode("鲸鱼".encode("gbk"))
+
+
+def run(work: Callable[..., Any], options: tuple[str, ...] = ()) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_debug(parser)
+    for option in options:
+        parser.add_argument(option)
+    return command.run(parser, work, [])
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def work(_: Any) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "Is a directory: a (name a file"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            "Permission denied: a (this user",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), "No space left on device: a (free"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "File name too long: a (choose a"),
+        (OSError(errno.EXDEV, "Other disk", "a", None, b"b\xbe"), "Other disk: a -> b\\udcbe"),
+        (FileNotFoundError(2, "No such file", NOT_UTF8), "No such file: \\udcbe\\udca8\\udcd3"),
+        (OSError("a line of ours"), "a line of ours"),
+        (
+            HttpError({"code": 401, "message": "Anonymous caller"}),
+            "Google Cloud Storage cannot be used: Anonymous caller, 401; see to the network, and",
+        ),
+        (AssertionError(), "AssertionError: no message; --debug shows where"),
+        (StopIteration(), "StopIteration: no message; --debug shows where"),
+        (ValueError(), "ValueError: no message; --debug shows where"),
+        (KeyError("layers"), "KeyError: 'layers'; --debug shows where"),
+        (RecursionError("maximum"), "something is nested too deeply, such as brackets in JSON"),
+        (UnicodeEncodeError("gbk", "a\ud83d", 1, 2, "no"), "'\\ud83d' cannot be written in gbk"),
+        (UnicodeDecodeError("utf-8", b"a\xe9", 1, 2, "no"), "0xe9 at byte 1 is not utf-8"),
+        (ModuleNotFoundError(name="pyarrow.parquet"), "pip install 'qwen-jax[train]'"),
+        (ModuleNotFoundError(name="grain"), "the package grain is not installed: pip install"),
+        (ModuleNotFoundError(name="gcsfs"), "pip install 'qwen-jax[gcs]'"),
+        (ModuleNotFoundError(name="huggingface_hub"), "pip install 'qwen-jax[hub]'"),
+        (ModuleNotFoundError(name="tiktoken"), "pip install 'qwen-jax'"),
+        (ModuleNotFoundError(name="train.data"), "run this from the root of a checkout"),
+        (MemoryError(), "not enough memory on this machine: lower --rows; or --remat full"),
+        (
+            RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes{' x' * 9999}"),
+            "not enough memory on a device: lower --rows; or --remat full (RESOURCE_EXHAUSTED: Out",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"),
+            "a kernel does not fit this chip: ",
+        ),
+        (
+            RuntimeError("INTERNAL: CUDA driver version is insufficient for CUDA runtime version"),
+            "CUDA 13 needs a driver of version 580 or later",
+        ),
+    ],
+)
+def test_every_error_is_a_line_that_leads_on(error, line, capsys):
+    assert run(raising(error), ("--rows", "--remat")) == 1
+    said = capsys.readouterr().err
+    assert line in said and said.startswith("error: ") and said.count("\n") == 1
+    assert len(said) < 800 and said.encode()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "line"),
+    [
+        ("cuda", "", "jax finds no CUDA device here (JAX_PLATFORMS=cuda); pip install"),
+        ("gpu", "'rocm': no", "jax finds no CUDA device here (JAX_PLATFORMS=gpu): no; pip install"),
+        ("tpu", "'tpu': INTERNAL: no", "jax finds no TPU here (JAX_PLATFORMS=tpu): INTERNAL: no;"),
+        ("cudda", "'cudda': no", "no platform 'cudda' here (JAX_PLATFORMS=cudda): no; those known"),
+        (
+            "",
+            "'tpu': in use by process 7",
+            "jax finds no TPU here: in use by process 7; on a TPU VM",
+        ),
+    ],
+)
+def test_jax_without_its_devices(asked, message, line, monkeypatch):
+    """As `xla_bridge.py` reports it: in a RuntimeError, or in an assertion without a word."""
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    end = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
+    what = f"RuntimeError({f'Unable to initialize backend {message} {end}'!r})"
+    code = f"raise {what if message else 'AssertionError()'}"
+    try:
+        exec(compile(code, "jax/_src/xla_bridge.py", "exec"), {})
+    except Exception as error:
+        said = errors.explain(error)
+        assert line in said and end not in said
+        assert said.endswith("; or unset JAX_PLATFORMS, to take what there is") is bool(asked)
+
+
+def test_interrupted_and_usage(capsys):
+    assert run(raising(KeyboardInterrupt())) == 130
+    assert run(raising(command.UsageError("no"))) == 2
+    assert capsys.readouterr().err == "interrupted\nerror: no\n"
+
+
+@pytest.mark.parametrize("errors_", ["strict", "surrogateescape", "backslashreplace"])
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252", "utf-8"])
+def test_what_stdout_cannot_say_is_replaced(encoding, errors_, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, errors_, newline=""))
+    assert run(lambda _: print("a\U0001f40b", NOT_UTF8)) == 0
+    shown = raw.getvalue().decode(encoding)
+    asked = errors_ == "backslashreplace"
+    assert shown.startswith("a\U0001f40b " if encoding == "utf-8" else r"a\U" if asked else "a? ")
+    assert shown.endswith("\\udce3\n" if asked else "????\n")
+
+
+def test_streams_that_are_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(lambda _: print("a")) == 0
+    assert run(raising(ValueError("a"))) == 1
+
+
+def test_a_full_disk_behind_stdout(capsys, monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert run(lambda _: print("a")) == 1
+        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == os.devnull
+    assert "No space left on device: stdout (free some space" in capsys.readouterr().err
+
+
+def test_json_is_ascii(golden_dir, tmp_path, capsys):
+    assert inspection.main(["inspect", str(golden_dir), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    link = tmp_path / "鲸鱼"
+    link.symlink_to(golden_dir)
+    assert inspection.main(["inspect", str(link), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out) == whole | {"path": str(link)}
+
+
+TEXTS = [
+    (generate, ["--ckpt", "x", "--prompt"]),
+    (generate, ["--ckpt", "x", "--chat"]),
+    (generate, ["--ckpt", "x", "--chat", "a", "--system"]),
+    (sft, ["--system"]),
+    (pretrain, ["--field"]),
+    (perplexity, ["--ckpt", "x", "--data", "y", "--field"]),
+    (learning, ["--data", "y", "--out", "z", "--field"]),
+]
+
+
+@pytest.mark.parametrize(("program", "argv"), TEXTS)
+def test_a_text_that_is_not_utf8_is_refused(program, argv, capsys):
+    for text in (NOT_UTF8, "a\ud83d"):
+        with pytest.raises(SystemExit, match="2"):
+            program.main([*argv, text])
+        assert f"{argv[-1]}: {text!a} is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_utf8_in_a_locale_without_an_encoding():
+    assert command.text(os.fsdecode("鲸鱼".encode()).encode("ascii", "replace").decode()) == "??"
+    escaped = "鲸鱼".encode().decode("ascii", "surrogateescape")
+    assert command.text(escaped) == "鲸鱼" == command.text("鲸鱼")
+
+
+CKPT = ["--ckpt", "/no/such/dir"]
+DATA = ["--data", "a.txt", "--out", "b"]
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (generate, [*CKPT, "--prompt", "a", "--mesh", "tp=x"], "--mesh 'tp=x': write it as"),
+        (generate, [*CKPT, "--prompt", "a", "--mesh", "a\udcffb"], r"--mesh 'a\udcffb': write it"),
+        (perplexity, [*CKPT, "--data", "a", "--mesh", "tp"], "--mesh 'tp': write it as"),
+        (pretrain, [*CKPT, *DATA, "--mesh", "tp=0"], "--mesh 'tp=0': write it as"),
+        (from_hf, ["a", "b", "--mesh", "fsdp"], "--mesh 'fsdp': write it as"),
+        (
+            generate,
+            [*CKPT, "--prompt", "a", "--coordinator", "x", "--processes", "2", "--process", "0"],
+            "--coordinator 'x': write it as HOST:PORT",
+        ),
+        (
+            from_hf,
+            ["a", "b", "--coordinator", "x:1", "--processes", "2", "--process", "2"],
+            "--process 2 of 2: numbers are 0 to 1",
+        ),
+        (sft, ["--field", "text"], "--field is of text: recipe sft learns conversations"),
+        (pretrain, ["--system", "x"], "--system is of conversations: recipe pretrain learns text"),
+        (pretrain, ["--loss-on", "assistant"], "--loss-on is of conversations: recipe pretrain"),
+        (pretrain, [*CKPT, *DATA, "--keep-best", "2"], "--keep-best 2 goes with --eval-data or"),
+        (plan, ["--model", "qwen-7b", "--topology", "v5e:4x4", "--mesh", "q"], "--mesh 'q': write"),
+    ],
+)
+def test_usage(program, argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_setting", lambda *_: None)
+    monkeypatch.setattr("train.planning.topology.prepare", lambda *_: None)
+    assert program.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+PLAN = ["--model", "qwen-7b", "--topology", "v5e:2x2"]
+BENCH = [*CKPT, "--bench"]
+READS = [*CKPT, "--data", "a", "--modes", "plain,own"]
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (generate, [*BENCH, "--seed", "0"], "--seed means nothing beside --bench, which draws no"),
+        (generate, [*BENCH, "--temperature", "1"], "--temperature means nothing beside --bench"),
+        (generate, [*BENCH, "--ntk", "prompt"], "--ntk means nothing beside --bench"),
+        (generate, [*BENCH, "--max-new-tokens", "1"], "--max-new-tokens 1: --bench times"),
+        (generate, [*CKPT, "--temperature", "0", "--top-p", "1"], "--top-p means nothing beside"),
+        (generate, [*BENCH, "--start-timeout", "9"], "--start-timeout is of several processes"),
+        (from_hf, ["a", "b", "--heartbeat-timeout", "30"], "--heartbeat-timeout is of several"),
+        (tune, ["--show", "--dtype", "bfloat16"], "--dtype means nothing beside --show"),
+        (tune, ["--forget", "--out", "a"], "--out means nothing beside --forget"),
+        (pretrain, ["--final", "0.1", "--schedule", "constant"], "--final is where a cosine ends"),
+        (sft, ["--recipe", "code_chat", "--final", "0"], "--final is where a cosine ends"),
+        (pretrain, ["--too-long", "cut"], "--too-long is of examples that stay whole"),
+        (pretrain, [*CKPT, *DATA, "--eval-every", "9"], "--eval-every goes with --eval-data or"),
+        (perplexity, [*READS, "--windows", "[64]"], "--windows is of a mode with window"),
+        (plan, [*PLAN, "--cache-dtype", "int8"], "--cache-dtype is of decoding: add --decode"),
+        (plan, [*PLAN, "--decode", "--remat", "full"], "--remat is of training"),
+        (plan, [*PLAN, "--decode", "--lora-rank", "8"], "--lora-rank is of training"),
+        (plan, [*PLAN, "--tries", "6"], "--tries is of a search: add --search"),
+        (plan, [*PLAN, "--search", "--mesh", "tp=4"], "--mesh is what --search tries all of"),
+        (plan, [*PLAN, "--base-dtype", "same"], "--base-dtype is of adapters: give --lora-rank"),
+        (plan, [*PLAN, "--sequence-parallel", "--mesh", "fsdp=4"], "mesh fsdp=4 has none"),
+        (attend, ["--list", "--quick"], "--quick means nothing beside --list"),
+        (golden, ["--no-kernels", "--length", "64"], "--length is of kernels"),
+        (steps, ["--model", "qwen-1.8b", "--hidden", "64"], "--hidden is of the small model"),
+        (device, ["--list", "--again"], "--again means nothing beside --list"),
+    ],
+)
+def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monkeypatch):
+    """It is refused, also where it is the default."""
+    monkeypatch.setattr("train.planning.topology.prepare", lambda *_: None)
+    assert program.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --") and message in line
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        (scaling, ["--only", "qwen-7b", "qwen-8b"], "--only qwen-8b: choose from qwen-1.8b"),
+        (fine_tuning, ["--only", "qwen-8b"], "invalid choice: 'qwen-8b'"),
+        (caches, ["--task", "train"], "invalid choice: 'train'"),
+        (kernel_cost, ["flush"], "flush: choose from flash"),
+        (kernel_cost, ["--only", "flash"], "--only is of a sweep"),
+        (kernel_cost, ["flash", "--sweep"], "flash: --sweep prints no table"),
+        (kernel_cost, ["decode", "--length", "2048"], "--length is of the tables flash"),
+        (kernel_cost, ["gpu", "--target", "v5e"], "--target is of TPUs"),
+        (aot, ["a.py", "--target", "h100", "--trips", "1"], "are of TPUs: name one"),
+    ],
+)
+def test_what_means_nothing_to_a_script(program, argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", *argv])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert message in capsys.readouterr().err
+
+
+def test_a_setting_that_is_nested_too_deeply():
+    with pytest.raises(command.UsageError, match=r"^--set a=\[+\.\.\.: write KEY=VALUE"):
+        command.key_value("a=" + "[" * 100_000)
+
+
+def test_the_arguments_that_a_command_line_names():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", nargs="?", default="a")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--fast", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--count", action="count", default=0)
+    parser.add_argument("--size", type=int, default="7")
+    args = command.parse(parser, ["--rows", "1", "--set", "b", "--set", "c", "--no-fast", "-"])
+    assert args.given == ("fast", "file", "rows", "set") and args.set == ["b", "c"]
+    assert (args.file, args.rows, args.fast, args.count) == ("-", 1, False, 0)
+    args = command.parse(parser, [])
+    assert (args.set, args.rows, args.fast, args.size) == ([], 1, None, 7)
+    with pytest.raises(AttributeError):
+        args.no_such_argument  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("program", "does"),
+    [
+        (generate, "Generate text from a directory"),
+        (pretrain, "Train a Qwen model to continue text"),
+        (sft, "Fine-tune a Qwen model on conversations"),
+        (perplexity, "Measure how well a model predicts long text"),
+        (learning, "Learn a vocabulary from text"),
+        (plan, "Plan a run on accelerators that are not there"),
+    ],
+)
+def test_help_opens_with_what_the_command_does(program, does, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    assert capsys.readouterr().out.split("\n\n")[1].startswith(does)
+
+
+def test_options_of_a_recipe_are_sentences():
+    said = [field.metadata["help"] for field in dataclasses.fields(Recipe)]
+    assert not [text for text in said if not text[0].isupper() or not text.endswith(".")]
+
+
+@pytest.mark.parametrize("home", ["file", "none"])
+def test_without_a_home_that_can_be_written_to(home, tmp_path, monkeypatch):
+    """One warning, and caches that go with the process."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
+    if home == "none":
+        monkeypatch.setattr(paths.Path, "home", no_home)
+    paths._passing_root.cache_clear()
+    reason = "this user has no home" if home == "none" else f"{tmp_path}/file/.cache/qwen_jax can"
+    with pytest.warns(UserWarning, match=rf"^{reason}.* are not kept after this run; set XDG") as w:
+        command.use_compilation_cache()
+        folders = [verdicts.folder(), token_cache.default_home()]
+    assert len(w) == 1 and all(folder.is_dir() for folder in folders)
+    assert verdicts.kept() == [] and not folders[0].is_relative_to(tmp_path / "file")
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_files_in_messages(tmp_path, capsys):
+    name = str(tmp_path / NOT_UTF8)
+    assert generate.main(["--ckpt", name, "--prompt-file", name]) == 1
+    Path(name).mkdir()
+    assert expand_vocab.main([name, name, f"{name}/out"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: No such file or directory: {tmp_path}/\\udcbe\\udca8\\udcd3\\udce3"
+    assert second.startswith(f"error: {tmp_path}/\\udcbe") and " is a folder: give" in second
+
+
+def test_a_real_process(golden_dir):
+    """Its encoding comes from the environment, and its arguments are bytes."""
+    argv = [sys.executable, "-m", "qwen_jax.checkpoint", "inspect", f"{golden_dir}/鲸鱼\U0001f40b"]
+    done = subprocess.run(argv, env={**os.environ, "PYTHONIOENCODING": "gbk"}, capture_output=True)
+    assert done.returncode == 1 and "鲸鱼?" in done.stdout.decode("gbk")
+    assert "鲸鱼\\U0001f40b is not a directory" in done.stderr.decode("gbk")

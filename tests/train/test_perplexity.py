@@ -1,0 +1,113 @@
+"""The table of long context: figures, plot, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qwen_jax
+from qwen_jax import attention, model
+from qwen_jax.config import RopeScaling
+from tests.support import compilations
+from tests.support.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
+from tests.support.training import TEXT, fail, prepared, pretraining, succeed
+from train import perplexity
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and a model that has learned a little at 32 tokens; 64 are its `seq_length`."""
+    folder = prepared(tmp_path_factory.mktemp("given"))
+    succeed(pretraining(folder, folder / "run", "--mesh", "fsdp=1"))
+    return folder
+
+
+def command(given: Path, *options: object) -> list[str]:
+    arguments = ["--ckpt", given / "run" / "model", "--data", given / "text.txt"]
+    return [str(x) for x in (*arguments, "--lengths", "64,128,256", "--dtype", "float32", *options)]
+
+
+def by_hand(given: Path, length: int, **overrides: object) -> float:
+    """From the logits of every row, with the alpha of its length."""
+    model = qwen_jax.load(given / "run" / "model", dtype="float32", overrides=overrides)
+    ids = np.array(model.need_tokenizer().encode(TEXT))
+    rows = ids[: len(ids) // 256 * 256].reshape(-1, length)
+    scores = np.asarray(model.logits(rows), np.float64)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    found = np.take_along_axis(scores[:, :-1], rows[:, 1:, None], -1)
+    return float(np.exp(-found.mean()))
+
+
+def test_measuring_again_compiles_nothing():
+    config = tiny_config()
+    with on_mesh():
+        decoder = model.stack(tiny_decoder(config))
+        measured = decoder, config, tiny_tokens(1, 32)[0], attention.xla, "float32", 16
+        first = perplexity.perplexity(*measured)
+        with compilations.counted() as programs:
+            assert perplexity.perplexity(*measured) == first
+    assert programs == []
+
+
+@pytest.mark.slow
+def test_the_table_is_that_of_the_logits(given, tmp_path, capsys):
+    assert perplexity.main(command(given, "--json", "--plot", tmp_path / "x.png")) == 0
+    found = json.loads(capsys.readouterr().out)["perplexity"]
+    settings = {
+        "plain": {"use_dynamic_ntk": False, "use_logn_attn": False},
+        "ntk": {"use_dynamic_ntk": True, "use_logn_attn": False},
+        "ntk+logn": {"use_dynamic_ntk": True, "use_logn_attn": True},
+        "ntk+logn+window": {
+            "use_dynamic_ntk": True,
+            "use_logn_attn": True,
+            "layer_windows": [64, None],
+        },
+    }
+    assert list(found) == list(settings)
+    for mode, overrides in settings.items():
+        for length in (64, 128, 256):
+            expected = by_hand(given, length, **overrides)
+            np.testing.assert_allclose(found[mode][str(length)], expected, rtol=1e-4)
+    assert len({round(found[mode]["256"], 3) for mode in found}) == 4, "modes differ"
+    assert found["plain"]["64"] == pytest.approx(found["ntk"]["64"]), "nothing to extend"
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert perplexity.main(command(given, "--modes", "plain", "--tokens", 256)) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
+    assert (tmp_path / "perplexity.png").exists()
+
+
+def test_rope_scaling_is_of_the_directorys_own_mode():
+    """So that what is called plain is, and dynamic NTK can be compared with YaRN."""
+    yarn = tiny_config(rope_scaling=RopeScaling("yarn", 4.0, 16))
+    assert perplexity.setting_of(yarn, "own", None) == yarn
+    assert perplexity.setting_of(yarn, "plain", None) == tiny_config()
+    assert perplexity.setting_of(yarn, "ntk", None) == tiny_config(dynamic_ntk=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (["--lengths", "64,100"], "--lengths 64,100: whole numbers that divide the longest"),
+        (["--lengths", "64,x"], "--lengths 64,x: whole numbers"),
+        (["--windows", "[64"], "--windows [64: a list of widths, as [1024, null]"),
+        (["--windows", "[64]"], "layer_windows"),
+        (["--plot", "."], "--plot .: a file in a folder that is there"),
+        (["--plot", "none/x.png"], "--plot none/x.png: a file in a folder that is there"),
+        (["--plot", "x.jpq"], "--plot x.jpq: its suffix must be one of "),
+        (["--attention", "xxla"], "attention 'xxla' is not known: choose one of auto"),
+        (["--modes", "yarn"], "mode 'yarn': allowed are plain, ntk"),
+        (["--lengths", "65536"], "no document has 65536 tokens"),
+    ],
+)
+def test_what_cannot_be(given, capsys, monkeypatch, change, problem):
+    """Said before anything is measured, and but for the data before that is encoded."""
+    monkeypatch.setattr(perplexity, "perplexity", lambda *_: pytest.fail("it is measured"))
+    if "no document" not in problem:
+        monkeypatch.setattr(perplexity, "_ids", lambda *_: pytest.fail("it is encoded"))
+    assert problem in fail(capsys, command(given, *change), perplexity)

@@ -1,0 +1,175 @@
+"""What a record says as ids and labels: documents, and conversations in ChatML.
+
+Control tokens are placed here; what people wrote is encoded as ordinary text, whatever it spells.
+Knows no files and no batches.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qwen_jax.chat import tools
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.chat.tools import Turn
+from qwen_jax.runtime import texts, values
+from train.step.loss import IGNORED
+
+LOSS_ON = ("qwen", "assistant")
+_ROLES = ("user", "assistant")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_SHARES = ("weight", "train", "trainable", "loss")  # of a turn in the loss, as others write it
+
+
+def text_example(
+    tokenizer: Tokenizer, record: Any, field: str = "text", ends: bool = True
+) -> list[int]:
+    """Encode a document: the ids of its text, and of its end if that is in the record.
+
+    record: the text, or an object that has it in `field`. Raises ValueError where there is none.
+    """
+    text = text_of(record, field)
+    return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
+
+
+def text_of(record: Any, field: str) -> str:
+    """The text of a record: itself, or what it has in `field`. ValueError where there is none, or
+    half a character in it.
+    """
+    text = record.get(field) if isinstance(record, Mapping) else record
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"there is no text in {field!r}, but {texts.described(text)}")
+    return texts.check_whole(f"the text in {field!r}", text)
+
+
+def chat_example(
+    tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
+) -> tuple[list[int], list[int]]:
+    """Encode a conversation as `sft_example` does, from a record in either form.
+
+    record: {"conversations": [{"from", "value"}]}, the original's, or {"messages": [{"role",
+    "content"}]} with `tools` (or `functions`), a list or JSON of one, where there are any
+    (`tools.turns`). Both may have a "system"; else the one given is taken. Raises ValueError for
+    anything else, and for what other trainers heed and this one would pass over.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a conversation is an object, not {type(record).__name__}")
+    record = {**record, **{field: _offered(record, field) for field in ("tools", "functions")}}
+    _check_whole(record)
+    system = system if record.get("system") is None else record["system"]
+    if not isinstance(system, str):
+        raise ValueError(f"'system' is no text, but {texts.described(system)}")
+    if isinstance(record.get("conversations"), list):
+        return sft_example(tokenizer, record["conversations"], system, max_len, loss_on)
+    if not isinstance(record.get("messages"), list):
+        raise ValueError("there are neither 'conversations' nor 'messages'")
+    said, turns = tools.turns(record["messages"], record["tools"] or record["functions"])
+    if said is not None and record.get("system") and said != system:
+        raise ValueError("'system' and a message of the system differ: leave one of them out")
+    return _encoded(tokenizer, system if said is None else said, turns, max_len, loss_on)
+
+
+def _check_whole(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for parts of a record that other trainers heed and this one does not."""
+    for one, other in (
+        ("conversations", "messages"),
+        ("conversations", "tools"),
+        ("conversations", "functions"),
+        ("tools", "functions"),
+    ):
+        if tools.given(record.get(one)) and tools.given(record.get(other)):
+            raise ValueError(f"{one!r} and {other!r} do not go together: leave one of them out")
+    shown = {name: record[name] for name in _MEDIA if name in record}
+    tools.check_read("the record", shown, ())
+    turns = record.get("conversations") or record.get("messages")
+    for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
+        for name in _SHARES if isinstance(turn, Mapping) else ():
+            if turn.get(name) not in (None, 1):  # True is 1
+                got = texts.shown(turn[name])
+                raise ValueError(
+                    f"turn {number} has {name!r} {got}: every reply is trained with a weight of 1; "
+                    "leave the field out, or the record"
+                )
+
+
+def _offered(record: Mapping[str, Any], field: str) -> list[Any]:
+    """The tools of a record. Data sets often hold them as JSON, for a column has one type."""
+    offered = record.get(field)
+    if isinstance(offered, str) and offered:
+        try:
+            offered = json.loads(offered)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{field!r} is a text that is no JSON: {error}") from error
+    if not tools.given(offered):
+        return []
+    if not isinstance(offered, list):
+        raise ValueError(f"{field!r} is no list")
+    return offered
+
+
+def sft_example(
+    tokenizer: Tokenizer,
+    conversations: Sequence[Mapping[str, str]],
+    system: str,
+    max_len: int | None,
+    loss_on: str = "qwen",
+) -> tuple[list[int], list[int]]:
+    """Encode a conversation in ChatML: ids and labels, cut to `max_len`; labels are not shifted.
+
+    max_len: None for any length. conversations: turns {"from": "user" or "assistant", "value":
+    text}; what comes before the first of a user is left out. loss_on: "qwen" is the choice of the
+    original's script, which trains replies with their end, and of every turn the control tokens and
+    the newline after it (not its injection: there, text can spell control tokens); "assistant"
+    replies and their end alone, and of replies not the results of tools. Labels that are not
+    trained are `IGNORED`.
+
+    Raises ValueError for another role, a turn without text, a key that says what is not read, or no
+    reply to a user.
+    """
+    values.instance("tokenizer", tokenizer, Tokenizer)
+    if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
+        got = texts.described(conversations)
+        raise ValueError(f"conversations must be a list of turns, got {got}")
+    turns: list[Turn] = []
+    for number, turn in enumerate(conversations, 1):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {number} is no object")
+        role = turn.get("from")
+        if role not in _ROLES:
+            allowed = ", ".join(_ROLES)
+            raise ValueError(f"turn {number} is from {texts.shown(role)}: allowed are {allowed}")
+        if not isinstance(turn.get("value"), str):
+            got = texts.described(turn.get("value"))
+            raise ValueError(f"turn {number} has no text in 'value', but {got}")
+        tools.check_read(f"turn {number}", turn, ("from", "value"))
+        value = texts.check_whole(f"turn {number}", turn["value"])
+        if turns or role == "user":
+            turns.append(Turn(role, ((value, True),)))
+    return _encoded(tokenizer, system, turns, max_len, loss_on)
+
+
+def _encoded(
+    tokenizer: Tokenizer, system: str, turns: Sequence[Turn], max_len: int | None, loss_on: str
+) -> tuple[list[int], list[int]]:
+    values.choice("loss_on", loss_on, LOSS_ON)
+    if max_len is not None:
+        max_len = values.whole("max_len", max_len, 1)
+    system = texts.check_whole("system", system)
+    if "assistant" not in {turn.role for turn in turns}:
+        raise ValueError("the conversation has no reply to a user: there is nothing to learn")
+    newline = tokenizer.encode("\n")
+    ids: list[int] = []
+    labels: list[int] = []
+
+    def add(part: Sequence[int], trained: bool) -> None:
+        ids.extend(part)
+        labels.extend(part if trained else [IGNORED] * len(part))
+
+    for turn in (Turn("system", ((system, True),)), *turns):
+        reply, all_controls = turn.role == "assistant", loss_on == "qwen"
+        add([tokenizer.im_start_id], all_controls)
+        add([*tokenizer.encode(turn.role), *newline], False)
+        for text, own in turn.spans:
+            add(tokenizer.encode(text), reply and (own or all_controls))
+        add([tokenizer.im_end_id], reply or all_controls)
+        add(newline, all_controls)
+    return ids[:max_len], labels[:max_len]

@@ -1,0 +1,280 @@
+"""Which examples share a row, and rows as what a step trains on.
+
+A row is the same whatever the mesh and the number of processes: it depends on examples, length and
+seed alone. What was worked out once is kept beside the tokens, and mapped into memory from there.
+"""
+
+import array
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.runtime import paths
+from train.data.token_cache import appear
+from train.data.token_files import TokenCache, mapped
+from train.step.loss import Batch
+
+_OPEN = 256  # rows that an example may still join
+_AT_A_TIME = 2**18  # examples that are looked at together
+_VERSION = 1  # of what is kept; another one where `joined`, `fitted` or the files change
+_KEPT = 8  # rows of a cache; a run has two, with those held out
+_FACTS, _ORDER, _ORDER_DTYPE = "facts.json", "order", "<u4"
+# A piece is not longer than its row; a document may have any length.
+_DTYPES = {"example": "<u4", "start": "<i8", "length": "<u4", "first": "<i8"}
+# (example, start, length) of pieces that follow each other, and which of them begin a row.
+_Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The examples in each row, and which part of them, one row after the other.
+
+    example uint32, start int64, length uint32 [pieces]; first int64 [rows + 1]: where each row's
+    pieces begin.
+    """
+
+    example: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    first: np.ndarray
+
+
+def joined(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
+    """All examples one behind the other, cut every `row` tokens; what is left over is dropped,
+    unless it is all there is.
+
+    folder: where the pieces are written, to be mapped from there; None keeps them in memory.
+    """
+    return _collected(_joined(lengths, row), folder)
+
+
+def _joined(lengths: np.ndarray, row: int) -> Iterator[_Block]:
+    total = int(lengths.sum(dtype=np.int64))
+    total = min(total, max(1, total // row) * row)
+    begin = 0  # of the examples of a block, in all tokens
+    for at in range(0, len(lengths), _AT_A_TIME):
+        ends = begin + np.cumsum(lengths[at : at + _AT_A_TIME], dtype=np.int64)
+        end = min(int(ends[-1]), total)
+        # Pieces begin where an example or a row does.
+        examples = np.concatenate([[begin], ends[:-1]])
+        rows = np.arange(-(-begin // row) * row, end, row)
+        begins = np.sort(np.concatenate([examples[examples < end], rows]), kind="stable")
+        begins = begins[np.diff(begins, prepend=-1) > 0]
+        example = np.searchsorted(ends, begins, side="right")
+        # Of examples without tokens, the place is that of the next.
+        start = begins - np.concatenate([[begin], ends])[example]
+        yield example + at, start, np.diff(begins, append=end), begins % row == 0
+        begin = int(ends[-1])
+        if begin >= total:
+            return
+
+
+def fitted(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
+    """Whole examples, none longer than `row`, in the fullest of the open rows that has room.
+
+    folder: as of `joined`.
+    """
+    return _collected(_whole(*_fit(lengths, row), lengths), folder)
+
+
+def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """All examples by row, and how many are in each row.
+
+    The open rows are a sorted list of numbers, `room * _OPEN + place`: the first that is large
+    enough is the row with the least room that suffices, and of several the first.
+    """
+    members = np.empty(len(lengths), np.uint32)  # which row each example is in, as rows were opened
+    row_at = list(range(_OPEN))
+    rooms = [row * _OPEN + place for place in range(_OPEN)]
+    closed = array.array("I")
+    opened = _OPEN
+    for at in range(0, len(lengths), _AT_A_TIME):
+        block = lengths[at : at + _AT_A_TIME].tolist()
+        for i, length in enumerate(block):
+            found = bisect.bisect_left(rooms, length * _OPEN)
+            if found < len(rooms):
+                room, place = divmod(rooms.pop(found), _OPEN)
+            else:
+                room, place = row, rooms.pop(0) % _OPEN
+                closed.append(row_at[place])
+                row_at[place], opened = opened, opened + 1
+            bisect.insort(rooms, (room - length) * _OPEN + place)
+            block[i] = row_at[place]
+        members[at : at + len(block)] = block
+    counts = np.bincount(members, minlength=opened)
+    order = np.concatenate([np.frombuffer(closed, np.uint32), np.array(row_at, np.uint32)])
+    order = order[counts[order] > 0]
+    number = np.empty(opened, np.uint64)
+    number[order] = np.arange(len(order))
+    # Sorted by row, and within a row as they came, without a second array of their size.
+    keys = number[members]
+    for at in range(0, len(keys), _AT_A_TIME):
+        block = keys[at : at + _AT_A_TIME]
+        block <<= np.uint64(32)
+        block |= np.arange(at, at + len(block), dtype=np.uint64)
+    keys.sort()
+    return keys.astype(np.uint32), counts[order]
+
+
+def alone(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
+    """An example a row. folder: as of `joined`."""
+    counts = np.broadcast_to(1, len(lengths))
+    return _collected(_whole(np.arange(len(lengths)), counts, lengths), folder)
+
+
+def _whole(examples: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Iterator[_Block]:
+    """Blocks of whole examples that are in the order of their rows, `counts` of them in each."""
+    first = np.zeros(len(examples), bool)
+    first[np.cumsum(counts) - counts] = True
+    for at in range(0, len(examples), _AT_A_TIME):
+        example = examples[at : at + _AT_A_TIME]
+        none = np.zeros(len(example), np.int64)
+        yield example, none, lengths[example], first[at : at + len(example)]
+
+
+def _collected(blocks: Iterable[_Block], folder: Path | None) -> Pieces:
+    """Blocks one behind the other, in memory or as files of a folder."""
+    count = 0
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {
+            name: io.BytesIO() if folder is None else stack.enter_context(open(folder / name, "wb"))
+            for name in _DTYPES
+        }
+        for example, start, length, begins in blocks:
+            first = count + np.flatnonzero(begins)
+            values = {"example": example, "start": start, "length": length, "first": first}
+            for name, file in files.items():
+                file.write(values[name].astype(_DTYPES[name]).data)
+            count += len(begins)
+        files["first"].write(np.array([count], _DTYPES["first"]).data)
+    if folder is not None:
+        return _mapped(folder)
+    return Pieces(**{n: np.frombuffer(files[n].getbuffer(), _DTYPES[n]) for n in _DTYPES})
+
+
+def _mapped(folder: Path) -> Pieces:
+    return Pieces(**{name: mapped(folder / name, _DTYPES[name]) for name in _DTYPES})
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of the files of rows that are kept."""
+    return {name: (folder / name).stat().st_size for name in (_ORDER, *_DTYPES)}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return json.loads((folder / _FACTS).read_text(encoding="utf-8")) == _sizes(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _used_now(folder: Path) -> None:
+    """Note when rows were used last, by which they are kept (`_tidy`)."""
+    now = time.time_ns()
+    with contextlib.suppress(OSError):  # not there yet, or another user's
+        os.utime(folder, ns=(now, now))
+
+
+def _tidy(cache: Path) -> None:
+    """Remove rows of a cache, but for those that were used last. Who reads them goes on."""
+    kept = [path for path in cache.glob("rows-*") if path.is_dir() and not path.suffix]
+    with contextlib.suppress(FileNotFoundError):  # another process is doing the same
+        kept.sort(key=lambda path: path.stat().st_mtime_ns)
+        for path in kept[:-_KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Rows:
+    """Rows by number, each a Batch of [length] arrays: `rows[i]`.
+
+    pack: "joined" documents, "fitted" examples, or "alone". examples: the numbers of those to take,
+    None for all; they are shuffled by `seed` before they are packed. Which examples are in which
+    row is kept in the cache's folder, named after all that it depends on, and made again where a
+    file has not its size; the rows that were used last are kept. fingerprint: says which examples
+    are in these rows; the recipe says the rest.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        length: int,
+        pack: str,
+        seed: int = 0,
+        examples: np.ndarray | None = None,
+    ):
+        self._cache, self._length = cache, length
+        self.fingerprint = f"{cache.counts.digest[:32]}-{_checksum(examples, len(cache)):08x}"
+        known = hashlib.sha256(json.dumps([_VERSION, pack, length, seed]).encode())
+        known.update(b"all" if examples is None else np.ascontiguousarray(examples, np.int64).data)
+        known.update(cache.ends.data)
+        folder = cache.folder / f"rows-{known.hexdigest()[:32]}"
+        make = {"joined": joined, "fitted": fitted, "alone": alone}[pack]
+
+        def fill(draft: Path) -> None:
+            order = np.arange(len(cache), dtype=np.uint32) if examples is None else examples
+            order = order.astype(_ORDER_DTYPE)
+            np.random.default_rng(seed).shuffle(order)
+            lengths = cache.lengths[order]
+            if pack != "joined" and lengths.max() > length:
+                raise ValueError(f"an example has {lengths.max()} tokens, a row {length}")
+            order.tofile(draft / _ORDER)
+            make(lengths, length, draft)
+            paths.write(draft / _FACTS, json.dumps(_sizes(draft)).encode())
+
+        _used_now(folder)
+        appear(folder, _is_whole, fill)
+        self._order = mapped(folder / _ORDER, _ORDER_DTYPE)
+        self._pieces = _mapped(folder)
+        _used_now(folder)
+        _tidy(cache.folder)
+
+    def __len__(self) -> int:
+        return len(self._pieces.first) - 1
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all places that hold a token."""
+        return float(self._pieces.length.sum()) / (len(self) * self._length)
+
+    def __getitem__(self, index: int) -> Batch:
+        ids, targets, positions, segments = np.zeros((4, self._length), np.int32)
+        weights = np.zeros(self._length, np.float32)
+        at = 0
+        pieces = range(*self._pieces.first[index : index + 2])
+        for number, i in enumerate(pieces, 1):
+            start, count = int(self._pieces.start[i]), int(self._pieces.length[i])
+            tokens, learned = self._cache[int(self._order[self._pieces.example[i]])]
+            own = slice(at, at + count)
+            ids[own] = tokens[start : start + count]
+            positions[own] = np.arange(count)
+            segments[own] = number
+            # Of a piece that goes on in the next row, the last token has its target there.
+            after = slice(start + 1, start + count + 1)
+            known = len(tokens[after])
+            targets[at : at + known] = tokens[after]
+            weights[at : at + known] = learned[after]
+            at += count
+        return Batch(ids, targets, positions, segments, weights)
+
+
+def _checksum(examples: np.ndarray | None, count: int) -> int:
+    """CRC-32 of the numbers of the examples in their order, as int64; None is all of them."""
+    found = None if examples is None else np.sort(examples)
+    checksum = 0
+    for at in range(0, count if found is None else len(found), _AT_A_TIME):
+        end = min(at + _AT_A_TIME, count)
+        part = np.arange(at, end) if found is None else found[at : at + _AT_A_TIME]
+        checksum = zlib.crc32(part.astype("<i8").data, checksum)
+    return checksum

@@ -1,0 +1,230 @@
+"""Records out of files: JSONL, JSON, Parquet and plain text, local or remote, one by one.
+
+A record that cannot be read is handed on with what is wrong with it: whoever reads decides whether
+to go on without it. Knows nothing of what records mean.
+"""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.runtime import paths, texts
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".txt.gz")
+_PIECE = 2**20  # characters of a text that are handed on at a time
+_PART = 2**26  # bytes of a file that is read in parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """where: file and line, for people; value: what it holds, of a text a string.
+
+    problem: why there is no value, else ""; ends: of a text, whether its document ends here (with a
+    problem in one piece, all of it is bad); position: how many bytes of the part have been read;
+    line: of a part that does not begin its file, the line within the part, which `where` lacks.
+    """
+
+    where: str
+    value: Any
+    problem: str = ""
+    ends: bool = True
+    position: int = 0
+    line: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the `count` parts of a file, which are read independently. size: about, in bytes."""
+
+    path: Path
+    number: int = 0
+    count: int = 1
+    size: int = 0
+
+
+def parts(paths_of: Sequence[Path]) -> list[Part]:
+    """Files in parts of about `_PART` bytes, as far as a file can be read from the middle: JSONL by
+    lines, Parquet by row groups. They depend on the files alone.
+    """
+    found = []
+    for path in paths_of:
+        size = paths.size(path)
+        count = max(1, -(-size // _PART)) if _suffix(path) in (".jsonl", ".parquet") else 1
+        found += [Part(path, number, count, size // count) for number in range(count)]
+    return found
+
+
+def place(part: Part, where: str, line: int) -> str:
+    """`where` of a record of the part, with its line in the file."""
+    return f"{where} line {line + _lines_before(part)}" if line else where
+
+
+def _lines_before(part: Part) -> int:
+    """How many lines begin before the first of a part."""
+    found = 0
+    with paths.open_binary(part.path) as file:
+        left = _begin(part.path, file, part.number, part.count)
+        file.seek(0)
+        while left and (block := file.read(min(left, 2**20))):
+            found += block.count(b"\n")
+            left -= len(block)
+    return found
+
+
+def _begin(path: Path, file: Any, number: int, count: int) -> int:
+    """Where the first line begins that is of a part of a file of lines; the file is read from there
+    on.
+    """
+    begin = paths.size(path) * number // count
+    if begin:
+        file.seek(begin - 1)
+        file.readline()  # what begins before is of the part before
+    return file.tell()
+
+
+def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
+    """The files that are named, of folders those of a known kind, in the order of their names.
+
+    Raises ValueError for what is not there, is empty, or is of another kind.
+    """
+    if isinstance(sources, str | bytes):
+        raise ValueError(f"sources must be a list of paths, got {texts.described(sources)}")
+    found: list[Path] = []
+    for source in sources:
+        path = paths.parse(source)
+        inside = [path]
+        if path.is_dir():
+            known = sorted(p for p in path.iterdir() if _suffix(p))
+            inside = [p for p in known if paths.is_remote(p) or not p.is_dir()]
+        if not inside:
+            raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
+        found += inside
+    for path in found:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if not _suffix(path):
+            raise ValueError(f"{path}: data files end in {', '.join(SUFFIXES)}")
+        if paths.size(path) == 0:
+            raise ValueError(f"{path} is empty")
+    return found
+
+
+def read(path: Path, number: int = 0, count: int = 1) -> Iterator[Record]:
+    """The records of one of `files`, or of one of its `parts`; where nothing after can be read, the
+    last has the problem.
+    """
+    suffix = _suffix(path)
+    assert suffix
+    with paths.open_binary(path) as raw:
+        file = gzip.GzipFile(fileobj=raw) if suffix.endswith(".gz") else raw
+        kind = suffix.removesuffix(".gz")
+        readers = {".jsonl": _lines, ".json": _list, ".parquet": _parquet, ".txt": _text}
+        try:
+            begin = paths.size(path) * number // count
+            for record in readers[kind](path, file, number, count):
+                yield dataclasses.replace(record, position=max(0, raw.tell() - begin))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield Record(str(path), None, str(error), position=raw.tell())
+
+
+def _suffix(path: Path) -> str | None:
+    fitting = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
+    return max(fitting, key=len, default=None)
+
+
+def _lines(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
+    at, end = 0, math.inf
+    if count > 1:
+        if part and texts.foreign(file.readline()):
+            return  # the first part says so
+        at = _begin(path, file, part, count)
+        end = paths.size(path) * (part + 1) // count
+    for number, line in enumerate(file, 1):
+        if at >= end:
+            return
+        at += len(line)
+        where, later = (str(path), number) if part else (f"{path} line {number}", 0)
+        if number == 1 and not part:
+            if problem := texts.foreign(line):
+                yield Record(where, None, problem)
+                return
+            line = texts.unmarked(line)
+        if not line.strip():
+            continue
+        try:
+            yield Record(where, json.loads(line), line=later)
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
+            yield Record(where, None, f"no JSON: {error}", line=later)
+
+
+def _list(path: Path, file: Any, *_: int) -> Iterator[Record]:
+    data = file.read()
+    if problem := texts.foreign(data):
+        yield Record(str(path), None, problem)
+        return
+    try:
+        values = json.loads(data)
+    except json.JSONDecodeError as error:
+        yield Record(f"{path} line {error.lineno}", None, f"no JSON: {error.msg}")
+        return
+    except UnicodeDecodeError as error:
+        yield Record(str(path), None, f"no UTF-8 at byte {error.start}")
+        return
+    except (ValueError, RecursionError) as error:  # a number too long, or too deep
+        yield Record(str(path), None, f"no JSON: {error}")
+        return
+    if not isinstance(values, list):
+        problem = "it holds no list; for an object on each line, name it .jsonl"
+        yield Record(str(path), None, problem)
+        return
+    for number, value in enumerate(values, 1):
+        yield Record(f"{path} record {number}", value)
+
+
+def _parquet(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        first, end = (table.num_row_groups * x // count for x in (part, part + 1))
+        number = sum(table.metadata.row_group(group).num_rows for group in range(first))
+        for batch in table.iter_batches(batch_size=256, row_groups=range(first, end)):
+            for value in batch.to_pylist():
+                number += 1
+                yield Record(f"{path} row {number}", value)
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's, not pyarrow's own
+        yield Record(str(path), None, " ".join(str(error).split()))
+
+
+def _text(path: Path, file: Any, *_: int) -> Iterator[Record]:
+    """A file is one document; one that is long comes in pieces that encode as the whole does:
+    no token goes from the end of a line over to a line that begins with no white space.
+    """
+    held: list[str] = []
+    first, size = 1, 0
+    for number, line in enumerate(file, 1):
+        where, problem = f"{path} line {number}", texts.foreign(line) if number == 1 else None
+        try:
+            text = (texts.unmarked(line) if number == 1 else line).decode()
+        except UnicodeDecodeError:
+            text, problem = "", problem or "no UTF-8"
+        if "\0" in text:
+            problem = "a zero byte: it is no text, or in another encoding"
+        if problem:
+            yield Record(where, None, problem)
+            return
+        if size >= _PIECE and not text[0].isspace():
+            yield Record(f"{path} line {first}", "".join(held), ends=False)
+            held, first, size = [], number, 0
+        held.append(text)
+        size += len(text)
+    yield Record(f"{path} line {first}", "".join(held))

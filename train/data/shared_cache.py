@@ -1,0 +1,192 @@
+"""One token cache that several processes make: each encodes a share of the files.
+
+Files are cut into parts that depend on the files alone. A part is encoded by one process into a
+place that all of them see, and the parts are joined in order: the cache has the same bytes whatever
+the number of processes. Which of them share a disk is tried out, so nobody needs to say it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.runtime import command, lock, paths, processes
+from train.data import records, token_cache, token_files
+from train.data.token_cache import Encoding
+from train.data.token_files import TokenCache
+
+_PROBLEMS = "problems.json"
+
+
+def make(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    folder: Path | None,
+    common: Path,
+) -> TokenCache:
+    """The cache of these files, made now by all processes together unless it is there already.
+
+    folder: where caches are kept; None is the usual place of each host. In `gs://` the parts are
+    kept, and each host joins them on its own disk. common: a folder that all processes see, for the
+    parts where the hosts have no disk of caches in common. Hosts whose files differ in place or
+    date cannot share the work; each then encodes all. Raises what `token_cache.make` does.
+    """
+    remote = folder if folder is not None and paths.is_remote(folder) else None
+    home = token_cache.default_home() if folder is None or remote else folder
+    if processes.count() == 1 and remote is None:
+        return token_cache.make(files, tokenizer, encoding, home)
+    home.mkdir(parents=True, exist_ok=True)
+    name = token_cache.fingerprint(files, tokenizer, encoding)
+    if len(set(processes.gather(name))) > 1:
+        command.say("the hosts' data files differ in path or date: each host encodes all of them")
+        return token_cache.make(files, tokenizer, encoding, home)
+    leaders = _leaders(home)
+    own_disk = len(set(leaders)) == 1 and remote is None
+    store = (remote or (home if own_disk else common)) / f"{name}.parts"
+    with _alone(store) if own_disk else contextlib.nullcontext():
+        there = "whole" if token_files.is_whole(home / name) else ""
+        whole = [said == "whole" for said in processes.gather(there)]
+        if not all(whole):
+            _make(files, encoding, home / name, store, whole, leaders)
+            if own_disk and processes.index() == 0:
+                shutil.rmtree(store, ignore_errors=True)
+            os.listdir(home)  # over NFS, that a folder was not there is remembered until then
+    return token_cache.opened(home / name, encoding)
+
+
+def _make(
+    files: Sequence[Path],
+    encoding: Encoding,
+    folder: Path,
+    store: Path,
+    whole: Sequence[bool],
+    leaders: Sequence[int],
+) -> None:
+    """Encode the parts into `store`, and join them in the folder of the cache where it is not whole
+    yet. whole, leaders: of each process.
+    """
+    parts, index = records.parts(files), processes.index()
+    lacking = [i for i, there in enumerate(whole) if not there]
+    if index in lacking:
+        share = lacking.index(index)
+        encode_share(store, parts, encoding, share, len(lacking), folder.parent)
+    processes.barrier()
+    if leaders[index] == index:
+        fill = lambda draft: join(draft, store, parts)  # noqa: E731
+        token_cache.appear(folder, token_files.is_whole, fill)
+    processes.barrier()
+
+
+@contextlib.contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """With no other program at the same parts: it would remove them when it is done. Process 0
+    holds the lock, and all wait for it.
+    """
+    with contextlib.ExitStack() as stack:
+        if processes.index() == 0:
+            file = store.with_name(f"{store.name}.lock")
+            stack.enter_context(lock.alone(store, file, wait=True))
+        processes.barrier()
+        yield
+
+
+def encode_share(
+    store: Path,
+    parts: Sequence[records.Part],
+    encoding: Encoding,
+    share: int,
+    shares: int,
+    home: Path,
+) -> None:
+    """Encode every `shares`-th part, from `share` on, into the folder of parts, but for those that
+    are there. home: a local folder for drafts of what goes to `gs://`.
+    """
+    there = set(paths.sizes(store))
+    mine = [n for n in range(share, len(parts), shares) if f"{n}/{_PROBLEMS}" not in there]
+    if not paths.is_remote(store):
+        paths.make_folder(store)
+        home = store
+    with token_cache.progress([parts[n] for n in mine]) as bar:
+        for number in mine:
+            with _draft(home, f"{store.name}-{number}") as draft:
+                counts, problems = token_cache.encode(draft, [parts[number]], encoding, bar)
+                token_files.write_counts(draft, counts)
+                paths.write(draft / _PROBLEMS, json.dumps(problems).encode())
+                _put(draft, store / str(number))
+
+
+@contextlib.contextmanager
+def _draft(home: Path, name: str) -> Iterator[Path]:
+    """An empty folder that goes in the end; those of processes that were killed go now."""
+    host = socket.gethostname()
+    for left in home.glob(f"{name}.*@{host}.tmp"):
+        number = int(left.name.removeprefix(f"{name}.").partition("@")[0])
+        if number == os.getpid() or not lock.lives(number):  # a container's numbers recur
+            shutil.rmtree(left, ignore_errors=True)
+    folder = home / f"{name}.{os.getpid()}@{host}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(draft: Path, folder: Path) -> None:
+    """Move a part to its place, where it is whole or has no `_PROBLEMS`, which come last."""
+    if not paths.is_remote(folder):
+        token_cache.publish(draft, folder)
+        return
+    for file in sorted(draft.iterdir(), key=lambda file: file.name == _PROBLEMS):
+        paths.upload(file, folder / file.name)
+
+
+def join(draft: Path, store: Path, parts: Sequence[records.Part]) -> None:
+    """Write the cache into a folder, from the parts that `encode_share` has written. Raises
+    ValueError where they hold no example, or one of them is damaged.
+    """
+    problems: list[str] = []
+
+    def caches() -> Iterator[TokenCache]:
+        bar = token_cache.progress(parts, "join")
+        with bar:
+            for number, part in enumerate(parts):
+                folder = store / str(number)
+                if paths.is_remote(store):
+                    folder = draft / "part"
+                    folder.mkdir()
+                    for name in paths.sizes(store / str(number)):
+                        paths.download(store / str(number) / name, folder / name)
+                if not token_files.is_whole(folder):
+                    raise ValueError(f"{store / str(number)} is damaged: remove {store}")
+                for where, line, problem in json.loads(
+                    (folder / _PROBLEMS).read_text(encoding="utf-8")
+                ):
+                    if len(problems) < token_cache.NAMED:
+                        problems.append(f"{records.place(part, where, line)}: {problem}")
+                yield TokenCache(folder)
+                if paths.is_remote(store):
+                    shutil.rmtree(folder)
+                bar.update(part.size)
+
+    counts = token_files.merge(draft, caches())
+    token_cache.finish(draft, counts, problems, parts)
+
+
+def _leaders(home: Path) -> list[int]:
+    """For each process, the first one whose `home` is the same folder on the same disk."""
+    sign = f"{processes.gather(uuid.uuid4().hex)[0]}.process"
+    own = home / f"{sign}{processes.index()}"
+    own.touch()
+    try:
+        processes.barrier()
+        seen = (i for i in range(processes.count()) if (home / f"{sign}{i}").exists())
+        leader = next(seen)
+        return [int(found) for found in processes.gather(str(leader))]
+    finally:
+        own.unlink()

@@ -1,0 +1,269 @@
+"""Examples that are encoded once, kept on disk, and read at random by every later run.
+
+A cache is a folder named after all that it depends on: files, tokenizer and how records are
+encoded. It appears whole or not at all. Knows no batches.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.runtime import lock, paths, processes
+from train.data import records
+from train.data.token_files import (
+    FLAG,
+    ID,
+    Counts,
+    TokenCache,
+    Writer,
+    closed,
+    is_whole,
+    write_counts,
+)
+from train.step.loss import IGNORED
+
+_FORMAT = 2
+_AT_A_TIME = 64  # records that a thread encodes
+NAMED = 10  # bad records that are named one by one; the rest are counted
+Encode = Callable[[records.Record], tuple[Sequence[int], Sequence[int] | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How records become examples.
+
+    encode: takes a record and returns its ids and labels, or None in place of labels where all ids
+    are learned; raises ValueError that says what is wrong with it. name: values that tell this
+    encoding from others, for the name of the cache.
+
+    longest: most ids of an example, None for any; what has more is cut, or with `drop` left out.
+    strict: stop at the first bad record, which otherwise is left out.
+    """
+
+    encode: Encode
+    name: Mapping[str, Any]
+    longest: int | None = None
+    drop: bool = False
+    strict: bool = False
+
+
+def make(
+    files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding, home: Path | None = None
+) -> TokenCache:
+    """Open the cache of these files, made now by this process unless it is there, and whole.
+
+    home: the folder of all caches. Processes of one host wait for the one that makes it; hosts that
+    share it may each make it, and use that of the first to end. Raises ValueError where the files
+    hold no examples at all, or a bad record when strict.
+    """
+    home = home or default_home()
+    folder = home / fingerprint(files, tokenizer, encoding)
+    parts = [records.Part(file, size=paths.size(file)) for file in files]
+    appear(folder, is_whole, lambda draft: _fill(draft, parts, encoding))
+    return opened(folder, encoding)
+
+
+def opened(folder: Path, encoding: Encoding) -> TokenCache:
+    """Open a cache that is whole, and say what became of the records. Raises ValueError for a bad
+    record when strict.
+    """
+    cache = TokenCache(folder)
+    if encoding.strict and cache.counts.bad:
+        raise ValueError(cache.counts.problems[0])
+    _report(cache.counts)
+    return cache
+
+
+def appear(folder: Path, whole: Callable[[Path], bool], fill: Callable[[Path], Any]) -> None:
+    """Make a folder, unless it is there and `whole`: it appears as `fill` has left its draft, or
+    not at all. Processes of one host wait for the one that makes it.
+    """
+    home = folder.parent
+    with lock.alone(folder, home / f"{folder.name}.lock", wait=True):
+        # In this order: where the lock holds for one host alone, another may be just giving it.
+        if folder.exists() and not whole(folder):
+            shutil.rmtree(folder)
+        if folder.exists():
+            return
+        host = socket.gethostname()  # over NFS, the lock may hold for this host alone
+        # By a process that was killed; those of parts are others' (`shared_cache`).
+        for left in home.glob(f"{folder.name}.[0-9]*@{host}.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        draft = home / f"{folder.name}.{os.getpid()}@{host}.tmp"
+        draft.mkdir()
+        try:
+            fill(draft)
+            publish(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Give a draft its name, unless another host has been quicker."""
+    for path in (*draft.iterdir(), draft):  # a crash must not leave the name without the content
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+def default_home() -> Path:
+    """Where caches are kept unless somebody names another place."""
+    return paths.own_cache("tokens")
+
+
+def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding) -> str:
+    """The name of a cache, which follows from all that it depends on."""
+    vocabulary = hashlib.sha256()
+    for i, token in sorted(tokenizer.id_to_bytes.items()):
+        vocabulary.update(b"%d %d " % (i, len(token)) + token)
+    known = {
+        "format": _FORMAT,
+        "files": [(str(paths.absolute(file)), paths.stamp(file)) for file in files],
+        "vocabulary": vocabulary.hexdigest(),
+        "encoding": dict(encoding.name),
+        "longest": [encoding.longest, encoding.drop],
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# A problem of a record: where it is, its line within its part (0: `where` says it all), and what.
+Problem = tuple[str, int, str]
+
+
+def _fill(folder: Path, parts: Sequence[records.Part], encoding: Encoding) -> None:
+    """Write the cache of whole files into an empty folder."""
+    with progress(parts) as bar:
+        counts, problems = encode(folder, parts, encoding, bar)
+    finish(folder, counts, [f"{where}: {problem}" for where, _, problem in problems], parts)
+
+
+def finish(
+    folder: Path, counts: Counts, problems: Sequence[str], parts: Sequence[records.Part]
+) -> None:
+    """Make files that are written a cache. Raises ValueError where they hold no example."""
+    if not counts.examples:
+        reason = f"; the first: {problems[0]}" if problems else ""
+        files = dict.fromkeys(str(part.path) for part in parts)
+        raise ValueError(f"no example in {', '.join(files)}{reason}")
+    write_counts(folder, dataclasses.replace(counts, problems=tuple(problems[:NAMED])))
+
+
+def encode(
+    folder: Path, parts: Sequence[records.Part], encoding: Encoding, bar: tqdm
+) -> tuple[Counts, list[Problem]]:
+    """Write the examples of files, or of one part of a file, into a folder, and say what became of
+    the records, with the first problems. Raises ValueError for a bad record when strict.
+    """
+    found: collections.Counter[str] = collections.Counter()
+    problems: list[Problem] = []
+    longest = encoding.longest
+    with contextlib.closing(Writer(folder)) as writer:
+        where, line, problem, size, begun = "", 0, "", 0, False
+        for record, ids, learned, wrong in _encoded(parts, encoding, bar):
+            # An example is a record, or pieces of a text.
+            if not begun or (wrong and not problem):
+                where, line, problem = record.where, record.line, wrong
+            begun = True
+            room = len(ids) if longest is None else max(0, longest - size)
+            writer.add(ids[:room], learned[:room])
+            size += len(ids)
+            if not record.ends:
+                continue
+            found["records"] += 1
+            too_long = not problem and longest is not None and size > longest
+            if too_long:
+                found["dropped" if encoding.drop else "cut"] += 1
+                if not encoding.drop and not writer.learned:
+                    problem = f"nothing to learn in the first {longest} tokens"
+            if problem:
+                found["bad"] += 1
+                if encoding.strict:
+                    raise ValueError(f"{records.place(parts[0], where, line)}: {problem}")
+                problems += [(where, line, problem)][: NAMED - len(problems)]
+            if problem or (too_long and encoding.drop):
+                writer.discard()
+            else:
+                writer.keep()
+            size, begun = 0, False
+        return closed(folder, writer, found), problems
+
+
+def progress(parts: Sequence[records.Part], what: str = "encode") -> tqdm:
+    """A progress bar of what has been read, how fast, and how long it still takes; process 0 alone
+    shows it.
+    """
+    return tqdm(
+        desc=what,
+        total=sum(part.size for part in parts),
+        unit="B",
+        unit_scale=True,
+        mininterval=0.5,
+        disable=processes.index() > 0,
+    )
+
+
+def _encoded(
+    parts: Sequence[records.Part], encoding: Encoding, bar: tqdm
+) -> Iterator[tuple[records.Record, np.ndarray, np.ndarray, str]]:
+    """(record, ids, learned, problem) of every record in order, encoded by threads."""
+    nothing = np.zeros(0, ID), np.zeros(0, FLAG)
+
+    def work(batch: Sequence[records.Record]) -> list[Any]:
+        done = []
+        for record in batch:
+            (ids, learned), problem = nothing, record.problem
+            try:
+                if not problem:
+                    given, labels = encoding.encode(record)
+                    ids = np.array(given, ID)
+                    all_learned = np.ones(len(ids), FLAG)
+                    learned = all_learned if labels is None else np.array(labels) != IGNORED
+            except ValueError as error:
+                problem = str(error)
+            done.append((record, ids, learned, problem))
+        return done
+
+    threads = max(1, (os.cpu_count() or 1) // processes.count_here())
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque[Future[list[Any]]] = collections.deque()
+        for part in parts:
+            start = bar.n
+            found = records.read(part.path, part.number, part.count)
+            while batch := list(itertools.islice(found, _AT_A_TIME)):
+                waiting.append(pool.submit(work, batch))
+                while len(waiting) > 2 * threads:
+                    yield from waiting.popleft().result()
+                bar.update(start + min(batch[-1].position, part.size) - bar.n)
+            bar.update(start + part.size - bar.n)
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _report(counts: Counts) -> None:
+    log = logging.getLogger("qwen_jax").info
+    for problem in counts.problems:
+        log(f"left out: {problem}")
+    kept = f"{counts.examples:,} examples of {counts.records:,} records, {counts.tokens:,} tokens"
+    told = {"left out as bad": counts.bad, "cut": counts.cut, "dropped": counts.dropped}
+    parts = [f"{count:,} {what}" for what, count in told.items() if count]
+    log("; ".join([kept, *parts]))

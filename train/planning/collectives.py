@@ -1,0 +1,270 @@
+"""The collectives of a compiled program: kind, mesh axes, how often, how many bytes.
+
+Read from the program's text, for CPU, GPU and TPU alike: plain, asynchronous and fused ones, in
+loops as often as the loop runs. Knows no hardware and no model; `bounds.py` makes times of it.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from train.planning import hlo
+from train.planning.hlo import Computation, Instruction
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind over the same mesh axes.
+
+    axes: those along which the members of a group differ, in the mesh's order. size: devices that
+    take part together. count: how often in a run of the program, on each device. bytes: of all of
+    them on a device: of the whole array that an all-gather makes or a reduce-scatter takes (a ring
+    moves (size - 1) / size of it), of the array that the others take. looped: in a loop whose trip
+    count the compiler does not know; it is counted for one pass. where: op_names of the sources.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    size: int
+    count: int
+    bytes: int
+    looped: bool = False
+    where: tuple[str, ...] = ()
+
+
+def of(program: Any, mesh: Any) -> list[Collective]:
+    """The collectives of a program, those of one kind, axes and size together, largest first.
+
+    program: a `jax.stages.Compiled` or its text. mesh: the mesh it was compiled for, or its axis
+    sizes by name. Groups of one device are left out: nothing moves.
+    """
+    found: dict[Any, list[Collective]] = {}
+    for one in each(program, mesh):
+        found.setdefault((one.kind, one.axes, one.size, one.looped), []).append(one)
+    rows = [
+        dataclasses.replace(
+            same[0],
+            count=sum(x.count for x in same),
+            bytes=sum(x.bytes for x in same),
+            where=tuple(dict.fromkeys(name for x in same for name in x.where)),
+        )
+        for same in found.values()
+    ]
+    return sorted(rows, key=lambda x: (-x.bytes, x.kind, x.axes))
+
+
+def each(program: Any, mesh: Any) -> Iterator[Collective]:
+    """As `of`, one entry for each place in the program."""
+    text = program if isinstance(program, str) else program.as_text()
+    sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    parsed = hlo.parse(text)
+    fused = _fused(parsed)
+    across = _across_slices(text, sizes)
+    for computation, times, looped in parsed.runs():
+        if computation.name in fused:
+            continue  # read where it is called
+        for place, instruction in _in(parsed, computation):
+            one = _collective(place, instruction, sizes, across)
+            if one is not None:
+                yield dataclasses.replace(one, count=times, bytes=times * one.bytes, looped=looped)
+
+
+def table(rows: list[Collective]) -> str:
+    """The rows for a terminal."""
+    lines = [f"{'collective':<20} {'axes':<14} {'devices':>7} {'count':>6} {'MB a device':>12}"]
+    for x in rows:
+        count = f"{x.count}{'*' if x.looped else ''}"
+        axes = ",".join(x.axes)
+        lines.append(f"{x.kind:<20} {axes:<14} {x.size:>7} {count:>6} {x.bytes / 1e6:>12.2f}")
+    return "\n".join(lines)
+
+
+def _fused(program: hlo.Program) -> set[str]:
+    """The computations that a fusion calls."""
+    return {
+        name
+        for computation in program.computations.values()
+        for instruction in computation.instructions
+        if instruction.opcode == "fusion"
+        for name in instruction.called
+    }
+
+
+def _in(
+    program: hlo.Program, computation: Computation
+) -> Iterator[tuple[Computation, Instruction]]:
+    """A computation's own collectives and those in its fusions, each once.
+
+    A TPU program overlaps an asynchronous collective with fusions: one starts it, some carry it on,
+    one ends it, and each names the whole collective, with one channel.
+    """
+    overlapped: dict[tuple[str, str], tuple[Computation, Instruction]] = {}
+    for place, instruction in _through_fusions(program, computation):
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        if place is computation or channel is None:
+            yield place, instruction
+        else:
+            overlapped.setdefault((instruction.opcode, channel.group(1)), (place, instruction))
+    yield from overlapped.values()
+
+
+def _through_fusions(
+    program: hlo.Program, computation: Computation
+) -> Iterator[tuple[Computation, Instruction]]:
+    for instruction in computation.instructions:
+        if _kind(instruction):
+            yield computation, instruction
+        if instruction.opcode == "fusion":
+            for name in instruction.called:
+                yield from _through_fusions(program, program.computations[name])
+
+
+def _across_slices(text: str, sizes: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes that go over slices: a TPU program is that of one slice, on whose devices the
+    other axes lie.
+    """
+    partitions = re.search(r"\bnum_partitions=(\d+)", text)
+    slices = math.prod(sizes.values()) // int(partitions.group(1)) if partitions else 1
+    axes = []
+    for axis, size in sizes.items():
+        if slices > 1 and size > 1:
+            axes.append(axis)
+            slices //= size
+    return tuple(axes)
+
+
+# What a TPU program hands to its runtime, as a send to the host, to be done across slices.
+_HANDED_OVER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+def _kind(instruction: Instruction) -> str | None:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == "send" and (handed := _HANDED_OVER.search(instruction.rest)):
+        kind = handed.group(1).lower().replace("_", "-")
+        return kind if kind in KINDS else "collective-permute"
+    return kind if kind in KINDS else None
+
+
+def _collective(
+    computation: Computation,
+    instruction: Instruction,
+    sizes: dict[str, int],
+    across: tuple[str, ...],
+) -> Collective | None:
+    """One run of an instruction; None where nothing moves."""
+    kind = _kind(instruction)
+    assert kind
+    if instruction.opcode == "send":
+        sent = computation.by_name.get(instruction.operands[0])
+        size = hlo.nbytes(sent.shape) if sent else 0
+        slices = math.prod(sizes[axis] for axis in across)
+        total = size * slices if kind == "all-gather" else size
+        return Collective(kind, across, slices, 1, total) if across else None
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # as a TPU program spells it
+    made = [computation.by_name[x] for x in instruction.operands if x in computation.by_name]
+    size = sum(hlo.nbytes(x.shape) for x in made)
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest):
+        groups = np.array(re.findall(r"\{(\d+),(\d+)", pairs.group(1) + "}"), int)
+        groups = groups[groups[:, 0] != groups[:, 1]]
+        devices = 2
+    else:
+        groups = replica_groups(instruction.rest, int(np.prod(list(sizes.values()))))
+        devices = groups.shape[1]
+    axes = _axes(groups, sizes)
+    if not axes:
+        return None
+    if kind == "all-gather":
+        size *= devices
+    name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return Collective(kind, axes, devices, 1, size, where=(name.group(1),) if name else ())
+
+
+def _axes(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ, in any group."""
+    if not groups.size:
+        return ()
+    places = np.unravel_index(groups, tuple(sizes.values()))
+    differs = [bool(np.any(place != place[:, :1])) for place in places]
+    return tuple(axis for axis, moves in zip(sizes, differs, strict=True) if moves)
+
+
+def replica_groups(attributes: str, devices: int) -> np.ndarray:
+    """int [groups, devices of a group] of the `replica_groups=` of an instruction.
+
+    Lists, `{{0,1},{2,3}}` (`{}` is all devices); iotas, `[4,2]<=[2,4]T(1,0)`; and mesh axes,
+    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`.
+    """
+    found = re.search(r"replica_groups=(\S.*)", attributes)
+    if not found:
+        return np.arange(devices)[None]
+    text = found.group(1)
+    if text.startswith("mesh["):
+        return _mesh_groups(text)
+    if iota := re.match(r"(\[[\d,]+\]<=\[[\d,]+\](T\([\d,]+\))?)", text):
+        shape, source = iota.group(1).split("<=")
+        return _iota(source).reshape(_numbers(shape))
+    listed = re.match(r"\{(\{[\d,]+\}(,\{[\d,]+\})*)?\}", text)
+    if not listed:
+        raise ValueError(f"replica_groups {text[:80]!r}: this way to write them is not known")
+    rows = [_numbers(row) for row in re.findall(r"\{([\d,]+)\}", listed.group(0))]
+    return np.array(rows) if rows else np.arange(devices)[None]
+
+
+def _mesh_groups(text: str) -> np.ndarray:
+    found = re.match(r"mesh\[(.*?)\](, device_ids=\((.*?\)?)\))? \{(.*?)\}", text)
+    if not found:
+        raise ValueError(f"replica_groups {text[:80]!r}: this way to write them is not known")
+    named, _, order, grouped = found.groups()
+    axes = {name: int(size) for name, size in re.findall(r"'?([\w-]+)'?=(\d+)", named)}
+    count = int(np.prod(list(axes.values())))
+    ids = np.arange(count)
+    if order:
+        ids = _iota(order) if order.startswith("[") else np.array(_numbers(order))
+    # An axis may be split, as 'b':(2)2: the next 2 after the first 2. Axes become their parts.
+    wanted = re.findall(r"'?([\w-]+)'?(?::\((\d+)\)(\d+))?", grouped)
+    cuts: dict[str, set[int]] = {name: {1, size} for name, size in axes.items()}
+    for name, before, size in wanted:
+        if before:
+            cuts[name] |= {int(before), int(before) * int(size)}
+    parts = [  # (axis, product before the part, its size)
+        (name, before, after // before)
+        for name in axes
+        for before, after in _steps(sorted(cuts[name]))
+    ] or [("", 1, 1)]
+    members = []
+    for name, before, size in wanted:
+        first, last = (int(before), int(before) * int(size)) if before else (1, axes[name])
+        members += [i for i, (n, b, s) in enumerate(parts) if n == name and first <= b < last]
+    others = [i for i in range(len(parts)) if i not in members]
+    ids = ids.reshape([size for _, _, size in parts]).transpose(others + members)
+    return ids.reshape(-1, int(np.prod([parts[i][2] for i in members])))
+
+
+def _steps(cuts: list[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(cuts))
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: the numbers from 0 on in this shape, transposed, flat."""
+    shape, _, order = text.partition("T")
+    ids = np.arange(int(np.prod(_numbers(shape)))).reshape(_numbers(shape))
+    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", text)]

@@ -1,0 +1,227 @@
+"""What a program would cost: memory against the chip's, time against its rates, as one report.
+
+Joins the compiled programs (`programs.py`), what is published (`hardware.py`), the links
+(`topology.py`) and the arithmetic (`bounds.py`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from qwen_jax import meshes
+from qwen_jax.meshes import sharding
+from train.planning import bounds, collectives, programs
+from train.planning import topology as topologies
+from train.planning.bounds import Bound
+from train.planning.collectives import Collective
+from train.planning.programs import Program, Setting
+from train.planning.topology import Topology
+from train.run import parameters
+
+CHUNK = 2048  # tokens of a prompt that a pass takes at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """task: "training", "decoding" or "prefill". tokens: of all rows that the time is for: a step's
+    (decoding: one for each row; prefill: the whole prompts). model_flops: those that it needs,
+    hardware_flops: those that are done, of all devices. bound: None of a program that the compiler
+    refused; without links where its collectives are not known.
+    """
+
+    task: str
+    setting: Setting
+    topology: Topology
+    mesh: Mapping[str, int]
+    program: Program
+    tokens: int
+    model_flops: float
+    hardware_flops: float
+    bound: Bound | None
+
+    @property
+    def available(self) -> float:
+        """Bytes that a device's program may take."""
+        return self.program.memory.available or self.topology.chip.usable
+
+    @property
+    def over(self) -> float:
+        """Bytes that are lacking; none where it fits."""
+        return max(0.0, self.program.memory.needed - self.available)
+
+    @property
+    def fits(self) -> bool:
+        return self.bound is not None and not self.over
+
+    @property
+    def links_known(self) -> bool:
+        """Whether the bound has the time of collectives."""
+        return self.program.collectives is not None
+
+    @property
+    def mfu(self) -> float:
+        """The part of the peak that the model's own FLOPs can reach: recomputation is not work."""
+        if self.bound is None:
+            return 0.0
+        peak = self.topology.devices * self.topology.chip.flops
+        return self.model_flops / (peak * self.bound.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 0.0 if self.bound is None else self.tokens / self.bound.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        setting, memory, chip = self.setting, self.program.memory, self.topology.chip
+        bound = self.bound
+        return {
+            "task": self.task,
+            "topology": str(self.topology),
+            "devices": self.topology.devices,
+            "mesh": meshes.describe(self.mesh),
+            "batch": setting.batch,
+            "length": setting.length,
+            "attention": setting.attention,
+            "attention_by_auto": setting.by_auto,
+            "attention_passed_over": setting.passed_over,
+            "accumulate": setting.accumulate,
+            "lora_rank": setting.adapters.lora_rank if setting.adapters else 0,
+            "remat": setting.remat if self.task == "training" else None,
+            "sequence_parallel": setting.sequence_parallel,
+            "gradient_dtype": setting.gradient_dtype if self.task == "training" else None,
+            "memory": {**memory.parts, "needed": memory.needed},
+            "available": round(self.available),
+            "hbm": round(chip.hbm),
+            "fits": self.fits,
+            "over": round(self.over),
+            "model_flops": self.model_flops,
+            "hardware_flops": self.hardware_flops,
+            "collectives": None
+            if self.program.collectives is None
+            else [
+                {"kind": x.kind, "axes": x.axes, "devices": x.size, "count": x.count}
+                | {"bytes": x.bytes}
+                for x in self.program.collectives
+            ],
+            "links_known": self.links_known,
+            "terms": None if bound is None else {x.name: x.seconds for x in bound.terms},
+            "seconds": None if bound is None else bound.seconds,
+            "serial_seconds": None if bound is None else bound.serial,
+            "limit": None if bound is None else bound.limit,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "compile_seconds": round(self.program.seconds, 1),
+        }
+
+
+def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
+    """A step: HBM moves its arguments and results once, what it keeps or gathers out and in."""
+    mesh = topologies.mesh(topology, sizes)
+    program = programs.training(setting, mesh)
+    tokens = setting.batch * setting.length
+    trained = parameters.abstract(setting.config, setting.adapters)
+    needed = trained.flops_per_token(setting.length)
+    hardware = program.work.flops(_product(setting, sizes))
+    parts = program.memory.parts
+    state = sum(parts.get(name, 0) for name in ("weights", "adapters", "optimiser"))
+    moved = 2 * (state + parts.get("residuals", 0)) + 2 * _gathered(program.collectives or [])
+    return Estimate(
+        "training",
+        setting,
+        topology,
+        sizes,
+        program,
+        tokens,
+        tokens * needed,
+        hardware * topology.devices,
+        _bound(program, topology, mesh, hardware, moved, program.collectives),
+    )
+
+
+def decoding(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
+    """A token for each row: every weight but the embedding table, and the cache, read once."""
+    mesh = topologies.mesh(topology, sizes)
+    program = programs.decoding(setting, mesh)
+    config = setting.config
+    weights = config.num_multiplied()
+    needed = 2 * weights + 4 * config.num_heads * config.head_dim * sum(
+        min(setting.length, w or setting.length) for w in config.windows
+    )
+    model_flops = setting.batch * needed
+    parts = program.memory.parts
+    read = parts["weights"] * weights / config.num_params() + parts["cache"]
+    of_a_token = [x for x in program.collectives or [] if x.looped]
+    moved = read + 2 * _gathered(of_a_token)
+    each = model_flops / topology.devices
+    return Estimate(
+        "decoding",
+        setting,
+        topology,
+        sizes,
+        program,
+        setting.batch,
+        model_flops,
+        model_flops,
+        _bound(program, topology, mesh, each, moved, of_a_token),
+    )
+
+
+def prefill(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
+    """Prompts of `length` tokens in chunks: for each, all weights are read, and half the cache."""
+    mesh = topologies.mesh(topology, sizes)
+    chunk = min(CHUNK, setting.length)
+    program = programs.prefill(setting, mesh, chunk)
+    chunks = -(-setting.length // chunk)
+    times = chunks * program.runs
+    every = [
+        dataclasses.replace(x, count=round(times * x.count), bytes=round(times * x.bytes))
+        for x in program.collectives or []
+    ]
+    tokens = setting.batch * setting.length
+    model_flops = tokens * setting.config.flops_per_token(setting.length) / 3
+    parts = program.memory.parts
+    moved = chunks * (parts["weights"] + parts["cache"] / 2) + 2 * _gathered(every)
+    return Estimate(
+        "prefill",
+        setting,
+        topology,
+        sizes,
+        program,
+        tokens,
+        model_flops,
+        model_flops,
+        _bound(program, topology, mesh, model_flops / topology.devices, moved, every),
+    )
+
+
+def _bound(
+    program: Program,
+    topology: Topology,
+    mesh: Mesh,
+    flops: float,
+    moved: float,
+    found: list[Collective] | None,
+) -> Bound | None:
+    if program.refused:
+        return None
+    chip, found = topology.chip, found or []
+    links = {x.axes: topologies.paths(topology, mesh, x.axes) for x in found}
+    return bounds.bound(flops, chip.flops, moved, chip.bandwidth, found, links)
+
+
+def _gathered(found: list[collectives.Collective]) -> int:
+    """Bytes that all-gathers leave in HBM, from where they are used."""
+    return sum(x.bytes for x in found if x.kind == "all-gather")
+
+
+def _product(setting: Setting, sizes: Mapping[str, int]) -> float:
+    """FLOPs of one product of queries and keys in a run of an attention kernel, on a device."""
+    config = setting.config
+    rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
+    length = setting.length / sizes[sharding.CONTEXT]
+    seen = [config.mean_keys(setting.length, window) / setting.length for window in config.windows]
+    keys = length * sum(seen) / len(seen)  # a ring's pieces are seen as much as the whole
+    heads = config.num_heads / sizes[sharding.TENSOR]
+    return 2 * rows * length * heads * keys * config.head_dim

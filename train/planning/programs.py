@@ -1,0 +1,268 @@
+"""The programs that a plan is about, compiled for devices that need not be there.
+
+A training step, a decode step, and prefill of a chunk: lowered from shapes alone, as the library
+runs them. What each device holds of their arguments is known by name; the rest is the compiler's
+to say. Knows no rates and prints nothing.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qwen_jax import attention, meshes, model
+from qwen_jax.attention import cache as kv
+from qwen_jax.attention import timing
+from qwen_jax.attention.timing import Case
+from qwen_jax.config import Config
+from qwen_jax.decoding import decode, sampling
+from qwen_jax.meshes import sharding
+from train import step
+from train.planning import collectives, flops
+from train.planning.collectives import Collective
+from train.planning.flops import Work, nbytes
+from train.run import parameters
+from train.run.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a program is compiled for; sizes by axis letter are checked against the mesh.
+
+    batch: rows; length: tokens of a row, for decoding those in the cache. attention: a name of the
+    registry, or "auto" for what a plan has to find out; by_auto: whether it has, and passed_over:
+    the kernels that `auto` cannot take there, each with the reason. remat,
+    sequence_parallel, accumulate (parts of a batch), gradient_dtype and adapters (the recipe that
+    has them; None trains all weights) are of training, cache_dtype (None: that of the weights) of
+    decoding.
+    """
+
+    config: Config
+    batch: int
+    length: int
+    attention: str
+    remat: str = "full"
+    sequence_parallel: bool = False
+    cache_dtype: str | None = None
+    accumulate: int = 1
+    adapters: Recipe | None = None
+    by_auto: bool = False
+    passed_over: tuple[str, ...] = ()
+    gradient_dtype: str = "float32"
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError where an axis does not divide over the mesh."""
+        lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
+        meshes.check(lengths, sizes, self.sequence_parallel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of each device. parts: named, and adding up to what the compiler says; needed: that.
+
+    available: what the compiler found too little, where it refused the program; None otherwise.
+    """
+
+    parts: dict[str, int]
+    available: float | None = None
+
+    @property
+    def needed(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, or one that the compiler refused for want of memory. collectives: None
+    where the program is not there to be read. runs: how often it is run (prefill: once for each
+    group of layers). seconds: to compile.
+    """
+
+    memory: Memory
+    work: Work
+    collectives: list[Collective] | None
+    seconds: float
+    runs: float = 1
+
+    @property
+    def refused(self) -> bool:
+        return self.memory.available is not None
+
+
+def training(setting: Setting, mesh: Mesh) -> Program:
+    """The training step of `train.step`."""
+    setting.check(mesh.shape)
+    optimizer = step.Optimizer()
+    trained = parameters.abstract(setting.config, setting.adapters)
+    with jax.set_mesh(mesh):
+        state, base = trained.abstract(optimizer), trained.abstract_base()
+    batch = step.abstract_batch(setting.batch, setting.length, mesh)
+    run = step.make_step(
+        optimizer,
+        attention.get(setting.attention),
+        remat=setting.remat,
+        sequence_parallel=setting.sequence_parallel,
+        accumulate=setting.accumulate,
+        attach=trained.attach,
+        gradient_dtype=setting.gradient_dtype,
+    )
+    weights = {"weights": nbytes(state.weights)}
+    if base is not None:
+        weights = {"weights": nbytes(base), "adapters": nbytes(state.weights)}
+    held = {**weights, "optimiser": nbytes((state.moments, state.step)), "batch": nbytes(batch)}
+    return _compiled(lambda: run.trace(state, batch, base), mesh, held, setting.config.num_layers)
+
+
+def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
+    """The decode loop of `qwen_jax.decode`, with a cache of `length` slots."""
+    meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
+    config = setting.config
+    with jax.set_mesh(mesh):
+        decoder = model.abstract(config, dtype)
+        rules, state = jax.eval_shape(lambda: decode_state(setting, dtype))
+    decoder, rules, state = (sharding.on_devices(mesh, tree) for tree in (decoder, rules, state))
+    limit = sharding.on_devices(mesh, jax.ShapeDtypeStruct((), jnp.int32))
+    held = {"weights": nbytes(decoder), "cache": nbytes(state.cache.layers)}
+    held["batch"] = nbytes(state) - held["cache"] + nbytes((rules, limit))
+    attend = attention.get(setting.attention)
+    leaves, tree = jax.tree.flatten(decoder)
+    arguments = leaves, state, sampling.Greedy(), rules, limit, tree, attend
+    return _compiled(lambda: decode.run_stride.trace(*arguments), mesh, held, config.num_layers)
+
+
+def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
+    """A batch between two tokens, its cache in use."""
+    config, batch = setting.config, setting.batch
+
+    def zeros(letters: str, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros(shape, dtype, out_sharding=sharding.spec(letters))
+
+    rules = decode.Rules(
+        jnp.ones(config.vocab_size, bool), jnp.zeros((1, 1), jnp.int32), jnp.int32(0)
+    )
+    start = zeros("B", batch)
+    cache = kv.empty(config, start, setting.length, dtype, setting.cache_dtype)
+    state = decode.State(
+        cache=dataclasses.replace(cache, fresh=False),
+        frequencies=zeros("BH", batch, config.head_dim // 2, dtype=jnp.float32),
+        token=zeros("B", batch),
+        seen=decode.unseen(batch, config.vocab_size),
+        recent=zeros("BT", batch, 1),
+        done=zeros("B", batch, dtype=bool),
+        fault=zeros("B", batch),
+        seeds=zeros("B", batch, dtype=jnp.uint32),
+        step=jnp.int32(0),
+    )
+    return rules, state
+
+
+def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
+    """A group of layers over a chunk of the prompt, with a cache of `length` slots behind it: the
+    program that prefill runs for one group after the other. Its memory is that of all layers; a
+    last group of fewer layers counts as the part of a run that it is.
+    """
+    config = setting.config
+    meshes.check({**config.sizes, "B": setting.batch}, mesh)
+    with jax.set_mesh(mesh):
+        decoder = model.abstract(config, dtype)
+        given = jax.eval_shape(functools.partial(_of_a_group, setting, chunk, dtype), decoder)
+    given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
+    _, _, tree = model.groups(decoder.layers)[0]
+    group = {"weights": nbytes(given[1]), "cache": nbytes(given[2])}
+    group["batch"] = nbytes(given) - sum(group.values())
+    attend = attention.get(setting.attention)
+    one = _compiled(lambda: model.run_group.trace(*given, tree=tree, attend=attend), mesh, group, 0)
+    runs = config.num_layers / len(given[2])
+    parts = {
+        **one.memory.parts,
+        "weights": nbytes(decoder),
+        "cache": round(runs * group["cache"]),
+        "padding": round(runs * one.memory.parts.get("padding", 0)),
+    }
+    memory = dataclasses.replace(one.memory, parts=parts)
+    return dataclasses.replace(one, memory=memory, runs=runs)
+
+
+def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> tuple[Any, ...]:
+    """The arguments of `model.run_group`, of the first layers in the middle of a prompt."""
+    _, state = decode_state(setting, dtype)
+    cache = state.cache
+    tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
+    places, segments = decode.positions(cache.start, cache.index, chunk)
+    x, (_, leaves, _) = decoder.embed(tokens), model.groups(decoder.layers)[0]
+    layers, windows = cache.layers[: model.GROUP], jnp.array(decoder.windows[: model.GROUP])
+    context = decoder.context(places, segments, state.frequencies, cache)
+    return x, leaves, layers, windows, jnp.int32(0), context
+
+
+def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:
+    """Compile the calls with which `auto` proves a kernel, for a device of the mesh.
+
+    Raises NotImplementedError where the kernel declines one, and jax's JaxRuntimeError where the
+    compiler refuses it.
+    """
+    for case in cases:
+        run, shapes = timing.call(case, name)
+        with jax.set_mesh(mesh):
+            jax.jit(run).lower(*sharding.on_devices(mesh, shapes)).compile()
+
+
+def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:
+    """held: bytes of the arguments by name."""
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        traced = trace()
+        work = flops.work(traced, layers)
+        lowered = traced.lower()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            memory = _refused(str(error), held)
+            if memory is None:
+                raise
+            return Program(memory, work, None, time.perf_counter() - started)
+    try:
+        found = collectives.of(compiled, mesh)
+    except jax.errors.JaxRuntimeError:  # of a TPU7x: jaxlib cannot take some instructions back
+        found = None
+    memory = _memory(compiled.memory_analysis(), held, work.kept)
+    return Program(memory, work, found, time.perf_counter() - started)
+
+
+def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:
+    """The compiler's totals, split by what is known of them."""
+    kept = min(kept, said.temp_size_in_bytes)
+    parts = {
+        **held,
+        # Arguments take more than their elements where the hardware pads them.
+        "padding": said.argument_size_in_bytes - sum(held.values()),
+        "residuals": kept,
+        "temporaries": said.temp_size_in_bytes - kept,
+        "outputs": said.output_size_in_bytes - said.alias_size_in_bytes,
+        "program": said.generated_code_size_in_bytes,
+    }
+    return Memory(parts)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+# The two ways in which libtpu says that a program does not fit. It calls what it needs temporaries
+# where it has not scheduled the program; arguments and results are in that number too.
+_NEEDED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+
+
+def _refused(message: str, held: dict[str, int]) -> Memory | None:
+    """What a compiler that ran out of memory says it needs, and has; None for another error."""
+    found = _NEEDED.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    needed, unit, available, other = (x for x in found.groups() if x is not None)
+    total = float(needed) * _UNITS[unit]
+    rest = max(0, round(total) - sum(held.values()))
+    return Memory({**held, "temporaries": rest}, float(available) * _UNITS[other])

@@ -1,0 +1,105 @@
+"""Estimates as text for a terminal."""
+
+from collections.abc import Sequence
+
+from qwen_jax import meshes
+from train.planning import collectives
+from train.planning.estimate import Estimate
+
+_UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "the prompts"}
+
+
+def text(x: Estimate, model: str) -> str:
+    """One estimate, over some 30 lines."""
+    memory, setting = x.program.memory, x.setting
+    options = []
+    if x.task == "training":
+        options.append(f"remat {setting.remat}")
+        if (adapters := setting.adapters) is not None:
+            options.append(f"adapters of rank {adapters.lora_rank}")
+            options += ["int8 base"] if adapters.base_dtype == "int8" else []
+            options += ["embeddings trained"] if adapters.train_embeddings else []
+        options += [f"{setting.accumulate} parts"] if setting.accumulate > 1 else []
+        options += ["sequence parallel"] if setting.sequence_parallel else []
+        options += [f"gradients summed in {setting.gradient_dtype}"]
+    elif setting.cache_dtype:
+        options.append(f"{setting.cache_dtype} cache")
+    lines = [
+        f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
+        f"mesh {meshes.describe(x.mesh)}",
+        f"{', '.join([f'{setting.batch} rows of {setting.length} tokens', *options])}; compiled in "
+        f"{x.program.seconds:.0f} s",
+        f"attention: {_attention(x)}",
+        *[f"  not {line}" for line in setting.passed_over],
+        "",
+        "memory of a device, GB",
+    ]
+    lines += [f"  {name:<12} {size / 1e9:9.3f}" for name, size in memory.parts.items() if size]
+    lines.append(
+        f"  {'needed':<12} {memory.needed / 1e9:9.3f} of {x.available / 1e9:.3f}: {_fits(x)}"
+    )
+    done = x.hardware_flops / x.model_flops
+    lines += ["", f"FLOPs of {_UNIT[x.task]}: {x.model_flops:.4g}; done {done:.3f} times that"]
+    if x.bound is None:
+        return "\n".join(lines)
+    unknown = "" if x.links_known else "; links not known"
+    found = x.program.collectives
+    if found is None:
+        lines += ["", "collectives: not known, jaxlib cannot print this program"]
+    else:
+        lines += ["", collectives.table(found)]
+        if any(row.looped for row in found):
+            lines.append("  * in the decode loop: for one token")
+    lines += ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
+    lines += [f"  {term.name:<22} {1e3 * term.seconds:12.3f}" for term in x.bound.terms]
+    lines += [
+        f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once{unknown}",
+        f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other{unknown}",
+        f"at most {x.tokens_per_second:.4g} tokens/s, "
+        f"{x.tokens_per_second / x.topology.devices:.4g} a device, MFU {100 * x.mfu:.1f} % "
+        f"({100 * x.mfu * x.bound.seconds / x.bound.serial:.1f} % where nothing overlaps)",
+    ]
+    return "\n".join(lines)
+
+
+def ranking(found: Sequence[Estimate]) -> str:
+    """A line for each estimate."""
+    head = (
+        f"{'task':<9} {'mesh':<26} {'batch':>6} {'remat':<11} {'GB':>7} {'of':>6} "
+        f"{'tokens/s':>10} {'MFU':>6} {'serial':>6}  limit"
+    )
+    lines = [head]
+    for x in found:
+        serial = x.mfu * x.bound.seconds / x.bound.serial if x.bound else 0
+        rate = (
+            f"{x.tokens_per_second:>10.4g} {x.mfu:>6.1%} {serial:>6.1%}  {x.bound.limit}"
+            + ("" if x.links_known else " (links not known)")
+            if x.bound and x.fits
+            else f"does not fit: {x.over / 1e9:.2f} GB over"
+        )
+        lines.append(
+            f"{x.task:<9} {meshes.describe(x.mesh):<26} {x.setting.batch:>6} "
+            f"{x.setting.remat:<11} {x.program.memory.needed / 1e9:>7.2f} "
+            f"{x.available / 1e9:>6.1f} {rate}"
+        )
+    lines += sorted({f"attention: {_attention(x)}" for x in found if x.setting.by_auto})
+    lines += sorted({f"  not {line}" for x in found for line in x.setting.passed_over})
+    return "\n".join(lines)
+
+
+def _attention(x: Estimate) -> str:
+    """The implementation, and where `auto` would take it, on which condition."""
+    name, chip = x.setting.attention, x.topology.chip
+    if not x.setting.by_auto:
+        return name
+    device = chip.name.upper() if chip.platform != "tpu" else f"TPU {chip.name.removeprefix('tpu')}"
+    if name == "xla":
+        return f"{name} (what auto takes on {device}: no kernel there takes this)"
+    return f"{name} (what auto takes on {device} once it has proved itself there; else xla)"
+
+
+def _fits(x: Estimate) -> str:
+    if not x.fits:
+        refused = " (the compiler refused it)" if x.bound is None else ""
+        return f"does not fit, {x.over / 1e9:.3f} GB over{refused}"
+    return f"fits, {(x.available - x.program.memory.needed) / 1e9:.3f} GB left"

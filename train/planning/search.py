@@ -1,0 +1,150 @@
+"""Which meshes, remat policies and batch sizes are worth compiling, by a rough closed form.
+
+Compiling says what fits and what it costs; this says in which order to try. Knows no compiler.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from qwen_jax import meshes
+from qwen_jax.meshes import sharding
+from qwen_jax.meshes.hardware import Gpu
+from train.planning.programs import Setting
+from train.planning.topology import Topology
+
+# Bytes of a weight with two moments and a gradient, float32 each, and its copy in bfloat16.
+_STATE = 18
+# Of an activation [B, T, D] in bfloat16, what a layer keeps under each policy, in multiples: whole
+# on each device of `tp`, and split over them, at the width of D and at the feed-forward's. Without
+# recomputation gathered weights are kept too.
+_KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
+# The forward passes that are computed.
+_PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
+_HALVINGS = 10
+_SMALLEST = 3  # are tried where nothing may fit, for what they lack
+_SPLIT_OFF = "fsdp_outer"  # the axis that a mesh of a torus splits off that of weights
+_MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """bytes: of a device; seconds: for a token, all devices together; both rough."""
+
+    setting: Setting
+    mesh: Mapping[str, int]
+    bytes: float
+    seconds: float
+
+
+def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
+    """What may fit, the fastest first: meshes of all devices, for training remat policies, the
+    batch asked for and halves of it, of which the two largest that may fit. Where nothing may, the
+    few that need least, each with the smallest batch of its mesh and policy.
+    """
+    batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
+    policies = ["full"] if decode else list(_KEPT)
+    found, large = [], []
+    for sizes, remat in itertools.product(_meshes(topology, decode), policies):
+        fitting: list[Candidate] = []
+        smallest: list[Candidate] = []
+        for batch in batches:
+            one = dataclasses.replace(setting, batch=batch, remat=remat)
+            if len(fitting) < 2 and _divides(one, sizes, decode):
+                rough = _rough_decode if decode else _rough
+                candidate = Candidate(one, sizes, *rough(one, topology, sizes))
+                if candidate.bytes <= topology.chip.usable:
+                    fitting.append(candidate)
+                else:
+                    smallest = [candidate]
+        found += fitting
+        large += smallest
+    if not found:
+        return sorted(large, key=lambda x: (x.bytes, x.setting.batch))[:_SMALLEST]
+    return sorted(found, key=lambda x: x.seconds)
+
+
+def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
+    """Whether a setting runs on a mesh, and splits tokens only where it has no more rows."""
+    alone = setting.batch == math.prod(sizes[axis] for axis in sharding.BATCH)
+    if sizes[sharding.CONTEXT] > 1 and (decode or not alone):
+        return False
+    try:
+        setting.check(sizes)
+    except ValueError:
+        return False
+    return True
+
+
+def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
+    """Meshes of all devices: slices are copies of the model, hosts of GPUs may be, and to decode
+    any part, which then gathers no weights for a token; `tp` stays within a host. What is split off
+    the axis of weights for speed is not asked for (`meshes.in_planes`).
+    """
+    chip, most, slices = topology.chip, _MOST_TENSOR, topology.slices
+    copies = range(slices, topology.devices + 1, slices) if decode else [slices]
+    if isinstance(chip, Gpu):
+        most = min(chip.node, topology.lengths[1])
+        copies = [*copies, slices * topology.lengths[0]]
+    for sizes in meshes.of_size(topology.devices):
+        asked = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
+        if asked and sizes[sharding.TENSOR] <= most:
+            yield sizes
+
+
+def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tuple[float, float]:
+    config, chip = setting.config, topology.chip
+    tp, context = sizes[sharding.TENSOR], sizes[sharding.CONTEXT]
+    rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
+    tokens = rows * setting.length / context
+    shards = tp * math.prod(sizes[axis] for axis in sharding.WEIGHTS)
+    width = 2 * tokens * config.hidden_size
+    whole, split, wide = _KEPT[setting.remat]
+    whole = whole / tp if setting.sequence_parallel else whole
+    split += wide * config.intermediate_size / config.hidden_size
+    kept = config.num_layers * width * (whole + split / tp)
+    if setting.remat == "none":
+        kept += 2 * config.num_params() / tp
+    summed = jnp.dtype(setting.gradient_dtype).itemsize
+    block = (config.num_params() / config.num_layers) * (2 + summed) / tp
+    held = _STATE * config.num_params() / shards + kept + 6 * width + block
+    compute = tokens * config.flops_per_token(setting.length) / tp * _PASSES[setting.remat]
+    passes = 3 if setting.remat == "full" else 2
+    # Weights forward, as often as that is computed, and their gradients once.
+    gathered = (2 * (passes - 1) + summed) * config.num_params() / tp * (shards > tp)
+    reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
+    copies = 2 * summed * config.num_params() / shards * (sizes[sharding.COPIES] > 1)
+    ring = 4 * config.num_layers * width / tp * (context - 1)
+    across = gathered / _links(topology, shards // tp) + ring / chip.link
+    across += copies / chip.network
+    # Of what is equally fast where all overlaps, what sends least comes first.
+    seconds = max(compute / chip.flops, across) + across / 10 + reduced / _links(topology, tp)
+    return held, seconds / (setting.batch * setting.length)
+
+
+def _rough_decode(
+    setting: Setting, topology: Topology, sizes: Mapping[str, int]
+) -> tuple[float, float]:
+    config, chip = setting.config, topology.chip
+    tp = sizes[sharding.TENSOR]
+    rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
+    shards = tp * math.prod(sizes[axis] for axis in sharding.WEIGHTS)
+    weights = 2 * config.num_params()
+    kind = setting.cache_dtype or "bfloat16"
+    cache = rows * setting.length * config.kv_bytes_per_token(kind) / tp
+    gathered = weights / tp * (shards > tp)
+    read = (weights / tp + cache + gathered) / chip.bandwidth
+    seconds = read + gathered / _links(topology, shards // tp)
+    return weights / shards + cache, seconds / setting.batch
+
+
+def _links(topology: Topology, size: int) -> float:
+    """Bytes/s of a device's collectives over so many neighbours."""
+    chip: Any = topology.chip
+    if isinstance(chip, Gpu):
+        return chip.link if size <= topology.lengths[1] else chip.network * topology.lengths[1]
+    return 2 * chip.link

@@ -1,0 +1,205 @@
+"""Devices that are not there: what to ask for, the mesh on them, and the links under its axes.
+
+The compilers of TPUs and GPUs run on any machine; `prepare` says what they must find in the
+environment. Needs the packages of the `aot` extra. Knows no model and no program.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import site
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from qwen_jax import meshes
+from qwen_jax.meshes.hardware import CHIPS, Gpu, Tpu
+
+_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # of the one name that libtpu knows
+_LONGEST = 16  # chips along a side of a slice in a plane
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Accelerators and how they are connected. lengths: of a TPU slice's torus, or (hosts, GPUs).
+
+    slices: how many of these, connected by the slow network.
+    """
+
+    chip: Tpu | Gpu
+    lengths: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def devices(self) -> int:
+        cores = self.chip.cores if isinstance(self.chip, Tpu) else 1
+        return self.slices * math.prod(self.lengths) * cores
+
+    def __str__(self) -> str:
+        times = f"*{self.slices}" if self.slices > 1 else ""
+        return f"{self.chip.name}:{'x'.join(map(str, self.lengths))}{times}"
+
+
+def parse(text: str) -> Topology:
+    """`v5p:8x8x8`, two slices `v5e:16x16*2`, 64 GPUs on 8 hosts `h100:8x8`, one host `h100:8`.
+
+    Raises ValueError that says what is allowed.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
+    name = found.group(1).lower() if found else ""
+    chip = CHIPS.get(_SPELLINGS.get(name, name))
+    if not found or chip is None:
+        raise ValueError(
+            f"topology {text!r}: write CHIP:SIZE, as v5p:8x8x8, v5e:16x16*2 (slices) or h100:8x8 "
+            f"(hosts x GPUs); chips: {', '.join(CHIPS)}"
+        )
+    lengths = tuple(int(x) for x in found.group(2).split("x"))
+    if isinstance(chip, Gpu) and len(lengths) == 1:
+        lengths = (1, *lengths)
+    wanted = chip.torus if isinstance(chip, Tpu) else 2
+    if len(lengths) != wanted or 0 in lengths or found.group(3) == "0":
+        shape = "hosts x GPUs" if isinstance(chip, Gpu) else f"{wanted} lengths"
+        raise ValueError(f"topology {text!r}: {chip.name} takes {shape}, each at least 1")
+    if isinstance(chip, Tpu) and len(lengths) == 2 and max(lengths) > _LONGEST:
+        most = f"{_LONGEST}x{_LONGEST}"
+        raise ValueError(f"topology {text!r}: a slice is {most} at most; take several, as {most}*2")
+    return Topology(chip, lengths, int(found.group(3) or 1))
+
+
+def prepare(platform: str) -> None:
+    """Set what the compiler of "tpu" or "cuda" reads when it starts, which must not have happened.
+
+    Raises ValueError where its package is not installed.
+    """
+    package, name = {
+        "tpu": ("libtpu", "libtpu"),
+        "cuda": ("jax_plugins.xla_cuda13", "jax-cuda13-plugin"),
+    }[platform]
+    if not _there(package):
+        raise ValueError(
+            f"compiling for {platform} needs the package {name}: pip install 'qwen-jax[aot]', in "
+            "an environment of its own"
+        )
+    if platform == "tpu":  # without these, libtpu looks for a TPU
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: it would complain of none
+        os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # it locks the whole machine otherwise
+        return
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    ptxas = f"{site.getsitepackages()[0]}/nvidia/cu13/bin"
+    if ptxas not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = f"{ptxas}{os.pathsep}{os.environ['PATH']}"
+
+
+def _there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@functools.cache
+def devices(topology: Topology) -> tuple[Any, ...]:
+    """The devices: slice by slice, for GPUs host by host."""
+    chip = topology.chip
+    prepare(chip.platform)
+    options: dict[str, Any] = {}
+    name = str(dataclasses.replace(topology, slices=1))
+    if isinstance(chip, Gpu):
+        name = chip.kind
+        options["target_config"] = chip.config
+        options["topology"] = "x".join(map(str, (topology.slices, *topology.lengths)))
+    else:
+        options |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+        options |= {"chip_config_name": chip.config} if chip.config else {}
+    try:
+        described = topologies.get_topology_desc(name, platform=chip.platform, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}") from error
+    return tuple(described.devices)
+
+
+def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices of a topology. Raises ValueError when it has another number."""
+    count = math.prod(sizes.values())
+    if count != topology.devices:
+        raise ValueError(
+            f"mesh {meshes.describe(sizes)} has {count} devices, {topology} has {topology.devices}"
+        )
+    return meshes.make(sizes, devices(topology))
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """What a collective goes through. name: of the kind of link.
+
+    bandwidth: bytes/s with which each device takes in what a ring (or a switch) brings it. one_way:
+    bytes/s from a device to one other. size: parties that the ring connects. crossing: of a torus,
+    the most hops along a dimension, times the share of `bandwidth` that other dimensions have; an
+    all-to-all is limited by the middle of that one. 0 behind a switch.
+    """
+
+    name: str
+    bandwidth: float
+    one_way: float
+    size: int
+    crossing: float = 0
+
+
+def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
+    """The links under collectives over these mesh axes; each must carry what goes over it."""
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    group = mesh.devices[index].reshape(-1)
+    chip = topology.chip
+    if isinstance(chip, Gpu):
+        places = np.array([device.coords for device in group])  # slice, host, GPU
+        hosts = len({tuple(place[:2]) for place in places})
+        here = len(group) // hosts
+        found = [Path("NVLink", chip.link, chip.link, here)] if here > 1 else []
+        if hosts > 1:
+            found.append(Path("InfiniBand", here * chip.network, chip.network, hosts))
+        return found
+    of_slice = [getattr(device, "slice_index", 0) for device in group]  # lacking where it is one
+    slices = len(set(of_slice))
+    first = [x for x, number in zip(group, of_slice, strict=True) if number == of_slice[0]]
+    found = _torus(topology, chip, first) if len(first) > 1 else []
+    if slices > 1:
+        found.append(Path("DCN", len(first) * chip.network, chip.network, slices))
+    return found
+
+
+def _torus(topology: Topology, chip: Tpu, group: Sequence[Any]) -> list[Path]:
+    """The links of a torus that a group of its devices uses."""
+    places = np.array([device.coords for device in group])[:, : chip.torus]
+    lengths = np.array(topology.lengths)
+    cores = len({device.core_on_chip for device in group})
+    found = [Path("on chip", chip.on_chip, chip.on_chip, cores)] if cores > 1 else []
+    # Where a group has one device of each chip, another group has the other, on the same links.
+    link = chip.link * cores / chip.cores
+    wrapped = lengths % chip.wraps == 0
+    if chip.torus == 3:
+        wrapped = np.full(3, wrapped.all())
+    rates: list[tuple[float, int]] = []  # of each dimension that it extends over, and its length
+    one_way = 0.0
+    for places_along, length, wraps in zip(places.T, lengths, wrapped, strict=True):
+        along = np.unique(places_along)
+        if len(along) == 1:
+            continue
+        # Groups that lie between each other share the links.
+        stride = int(np.min(np.diff(along)))
+        ring = wraps and len(along) * stride == length
+        rates.append(((2 if ring else 1) * link / stride, len(along)))
+        one_way = max(one_way, link / stride)
+    if rates:
+        total = sum(rate for rate, _ in rates)
+        crossing = max(hops * total / rate for rate, hops in rates)
+        found.append(Path("ICI", total, one_way, len(group) // cores, crossing))
+    return found

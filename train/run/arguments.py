@@ -1,0 +1,305 @@
+"""The command line of a run: a recipe, what it changes of it, model, data and folder."""
+
+import argparse
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_jax.runtime import command
+from train.run.recipes import RECIPES, Recipe, kind_of
+
+_FIXED = ("name", "data")  # of a recipe
+_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "base_dtype", "merge")
+_OF_ADAPTERS += ("train_embeddings",)
+_OF_KIND = {"field": "text", "system": "chat", "loss_on": "chat"}
+_KINDS = {"text": "text", "chat": "conversations"}
+
+
+def parser(default: str, kind: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a training command. Each field of a recipe is an option; what is not given is
+    the recipe's.
+
+    default: the recipe without --recipe. kind: "text" or "chat", of the recipes that the command
+    takes. about: what the command does.
+    """
+    recipes = [name for name, make in RECIPES.items() if make().data == kind]
+    result = argparse.ArgumentParser(
+        description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add(
+        "--recipe",
+        choices=recipes,
+        default=default,
+        help="Take the values of this published recipe (default: %(default)s).",
+    )
+    add(
+        "--source",
+        metavar="NAME",
+        help="Take the values of this source where sources differ: report, memo or script.",
+    )
+    add("--dry-run", action="store_true", help="Print the recipe, with what is changed, and end.")
+    add = result.add_argument_group("model").add_argument
+    add("--ckpt", metavar="DIR", help="Begin from the weights of this model directory.")
+    add(
+        "--model",
+        metavar="NAME",
+        help="Begin from fresh weights of this size (qwen-1.8b, for instance) or config.json.",
+    )
+    add("--tokenizer", metavar="FILE", help="Encode with this qwen.tiktoken.")
+    add = result.add_argument_group("data").add_argument
+    add(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="Train on these files (JSONL, JSON, Parquet or text), folders of such, or gs://.",
+    )
+    add(
+        "--eval-data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Measure the loss on these files.",
+    )
+    add(
+        "--eval-share",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="Hold out this share of the data, and measure the loss on it.",
+    )
+    add(
+        "--token-cache",
+        metavar="DIR",
+        help="Keep encoded data in this folder, or in gs:// (default: a cache of the user).",
+    )
+    add("--strict", action="store_true", help="Stop at a record that cannot be used.")
+    add = result.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="Write the run into this folder, which is new or empty.")
+    add("--resume", action="store_true", help="Go on with the run in --out, if there is one.")
+    add(
+        "--eval-every",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Measure the loss on held-out data every N steps (default: %(default)s).",
+    )
+    add(
+        "--save-every",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Save a checkpoint every N steps (default: %(default)s).",
+    )
+    add(
+        "--keep-last",
+        type=command.positive,
+        default=2,
+        metavar="N",
+        help="Keep the last N checkpoints (default: %(default)s).",
+    )
+    add(
+        "--keep-best",
+        type=int,
+        metavar="N",
+        help="Keep the N checkpoints of least held-out loss, too (default: 1).",
+    )
+    add(
+        "--on-nan",
+        choices=("stop", "skip"),
+        default="stop",
+        help="Stop at a loss that is no number, or skip its batch (default: %(default)s).",
+    )
+    add("--profile-steps", metavar="A-B", help="Record steps A to B for TensorBoard's profiler.")
+    add("--merge", action="store_true", help="Write the model with its adapters merged, too.")
+    add(
+        "--mesh",
+        metavar="SPEC",
+        help="Train on this mesh, such as fsdp=4,tp=2 (default: all devices that divide).",
+    )
+    group = result.add_argument_group("recipe (default: the value of --recipe)")
+    for field in dataclasses.fields(Recipe):
+        if field.name not in _FIXED:
+            _add_field(group, field)
+    command.add_processes(result)
+    command.add_compilation_cache(result)
+    command.add_debug(result)
+    return result
+
+
+def _add_field(group: Any, field: Any) -> None:
+    kind, _ = kind_of(field)
+    options: dict[str, Any] = {"help": field.metadata["help"], "default": None}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is tuple:
+        options |= {"type": command.text, "nargs": "+", "metavar": "NAME"}
+    else:
+        name = {int: "N", float: "X", str: "NAME"}[kind]
+        options |= {"type": command.text if kind is str else kind, "metavar": name}
+    group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe asked for, with what the command line changes. UsageError where it cannot be."""
+    options: dict[str, Any] = {"model": args.model or ""} | (
+        {"source": args.source} if args.source else {}
+    )
+    changes: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in dataclasses.fields(Recipe)
+        if (value := getattr(args, field.name, None)) is not None and field.name not in _FIXED
+    }
+    make = RECIPES[args.recipe]
+    if args.length and "length" in inspect.signature(make).parameters:
+        options["length"] = args.length  # on which other values depend
+    if {"epochs", "steps"} <= changes.keys():
+        raise command.UsageError("--epochs and --steps: one of them")
+    try:
+        made = make(**options)
+        if "epochs" in changes:
+            changes["steps"] = None
+        made = dataclasses.replace(made, **changes)
+    except ValueError as error:
+        raise command.UsageError(str(error)) from None
+    if not made.lora_rank:
+        how = "is of adapters: take --recipe sft_lora of train/sft.py"
+        command.refuse(args, _OF_ADAPTERS, how)
+    for name, kind in _OF_KIND.items():
+        if kind != made.data:
+            how = f"is of {_KINDS[kind]}: recipe {args.recipe} learns {_KINDS[made.data]}"
+            command.refuse(args, (name,), how)
+    if made.schedule == "constant":
+        how = "is where a cosine ends: drop it, or take --schedule cosine"
+        command.refuse(args, ("final",), how)
+    if made.data == "text" and made.pack == "joined":
+        how = "is of examples that stay whole: drop it, or take --pack fitted or alone"
+        command.refuse(args, ("too_long",), how)
+    return made
+
+
+def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    return command.run(make_parser(), work, None if argv is None else list(argv))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Do what a command line asks for."""
+    wanted = recipe(args)
+    if args.dry_run:
+        for name, value in dataclasses.asdict(wanted).items():
+            print(f"{name:<18} {value}")
+        return
+    missing = [f"--{name}" for name in ("data", "out") if not getattr(args, name)]
+    if (args.ckpt is None) == (args.model is None):
+        missing.append("one of --ckpt and --model")
+    if missing:
+        raise command.UsageError(f"give {', '.join(missing)}")
+    if args.eval_data and args.eval_share:
+        raise command.UsageError("--eval-data and --eval-share: one of them")
+    if args.keep_best is None:
+        args.keep_best = 1
+    elif args.keep_best > 0 and not (args.eval_data or args.eval_share):
+        raise command.UsageError(
+            f"--keep-best {args.keep_best} goes with --eval-data or --eval-share, whose loss tells "
+            "the best"
+        )
+    if args.eval_every > 0 and not (args.eval_data or args.eval_share):
+        command.refuse(args, ("eval_every",), "goes with --eval-data or --eval-share")
+    for name in ("eval_every", "save_every", "keep_best"):
+        if getattr(args, name) < 0:
+            option = name.replace("_", "-")
+            raise command.UsageError(f"--{option} {getattr(args, name)}: 0 or more")
+    if not 0 <= args.eval_share < 1:
+        raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
+    command.join(args)
+    command.use_compilation_cache(args.compilation_cache)
+    sizes = None
+    if args.mesh is not None:
+        sizes = command.mesh_sizes(args.mesh)
+        command.virtual_cpu_devices(sizes)
+    _train(args, wanted, sizes)
+
+
+def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
+    import jax
+
+    from qwen_jax import PRESETS, checkpoint, meshes
+    from qwen_jax.chat.tokenizer import Tokenizer
+    from qwen_jax.checkpoint import directory, token_ids
+    from qwen_jax.config import Config
+    from qwen_jax.meshes import sharding
+    from qwen_jax.runtime import paths
+    from train import run
+    from train.data import records
+    from train.run import loop, saving
+
+    ckpt = None if args.ckpt is None else paths.absolute(args.ckpt)
+    if ckpt is not None:
+        checkpoint.verify_whole(ckpt)
+        config = checkpoint.load_config(ckpt)
+    elif args.model in PRESETS:
+        config = PRESETS[args.model]
+    elif paths.parse(args.model).is_file():
+        config = Config.read(paths.parse(args.model))
+    else:
+        names = ", ".join(PRESETS)
+        raise command.UsageError(f"--model {args.model}: a config.json, or one of {names}")
+    own = checkpoint.load_tokenizer(ckpt) if ckpt else None
+    given = None if args.tokenizer is None else paths.parse(args.tokenizer)
+    if own is not None and given is not None:
+        raise command.UsageError(f"{args.ckpt} has its own tokenizer: drop --tokenizer")
+    file = ckpt / directory.TOKENIZER if ckpt and own else given
+    if file is None or not file.exists():
+        raise ValueError(f"{args.ckpt or args.model} has no tokenizer: give --tokenizer FILE")
+    tokenizer = own or Tokenizer.from_file(file)
+    token_ids.check_whole(file, tokenizer, config.vocab_size)
+    if ckpt is not None and own is None:
+        token_ids.check(ckpt, tokenizer, file)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    task = run.Task(
+        wanted,
+        config,
+        ckpt,
+        tokenizer,
+        file,
+        tuple(records.files(args.data)),
+        tuple(records.files(args.eval_data)),
+        args.eval_share,
+        args.strict,
+    )
+    settings = loop.Settings(
+        paths.absolute(args.out),
+        args.eval_every,
+        args.save_every,
+        args.keep_last,
+        args.keep_best,
+        args.resume,
+        args.on_nan,
+        _steps(args.profile_steps),
+        args.merge,
+        None if args.token_cache is None else paths.absolute(args.token_cache),
+    )
+    lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
+    if sizes is None:
+        devices = jax.devices()
+        slices = meshes.count_slices(devices)
+        sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
+    if sizes[sharding.TENSOR] == 1 and wanted.sequence_parallel:
+        how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
+        command.refuse(args, ("sequence_parallel",), how)
+    meshes.check(lengths, sizes, wanted.sequence_parallel)
+    saving.ignore_late_callbacks()
+    with meshes.entered(meshes.make(sizes)):
+        run.train(task, settings)
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise command.UsageError(f"--profile-steps {text}: write it as 10-12")
+    return int(first), int(last)

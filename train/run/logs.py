@@ -1,0 +1,107 @@
+"""What a run tells while it goes on: a progress line, lines of figures, TensorBoard's events.
+
+Process 0 alone tells. `metrics.jsonl` has a line for each step and evaluation; a run that resumes
+cuts off what comes after its checkpoint, so that no step is there twice. Objects in `gs://` cannot
+be appended to: the files of such a run are local, and are copied there whole from time to time.
+"""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from qwen_jax.runtime import paths, processes
+
+METRICS, EVENTS = "metrics.jsonl", "events"
+TRAIN, HELD_OUT = "train", "held_out"
+# Copies to a remote folder are so many seconds apart, and take at most one part of so many.
+_EVERY, _SHARE = 60, 100
+
+
+class Log:
+    """What is told of one run. folder: of the run. step: updates made so far, of `steps`. owed:
+    whether an evaluation after the last of them is still to come.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, owed: bool = False):
+        self._on = processes.index() == 0
+        self._bar = tqdm(
+            desc="train",
+            total=steps,
+            initial=step,
+            unit="step",
+            mininterval=0.5,
+            smoothing=0.05,
+            disable=not self._on,
+        )
+        if not self._on:
+            return
+        self._folder = folder
+        self._local = Path(tempfile.mkdtemp()) if paths.is_remote(folder) else folder
+        self._kept, self._took = time.monotonic(), 0.0
+        paths.make_folder(self._local)
+        with paths.draft(self._local / METRICS) as draft, open(draft, "wb") as kept:
+            for line in _lines(folder / METRICS):
+                if _place(line) <= (step, not owed):
+                    kept.write(line.rstrip(b"\n") + b"\n")
+        told = self._local / METRICS
+        self._file = open(told, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` does it)
+        self._events = SummaryWriter(str(self._local / EVENTS), purge_step=step + 1)
+
+    def tell(self, step: int, figures: dict[str, float], prefix: str = TRAIN) -> None:
+        """Figures of a step by name; what is no number is null."""
+        if not self._on:
+            return
+        known = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        self._file.write(json.dumps({"step": step, "of": prefix, **known}) + "\n")
+        for name, value in figures.items():
+            self._events.add_scalar(f"{prefix}/{name}", value, step)
+        if time.monotonic() - self._kept > max(_EVERY, _SHARE * self._took):
+            self.keep()
+
+    def keep(self) -> None:
+        """Copy what has been told to a remote folder, if the run has one."""
+        if not self._on or self._local == self._folder:
+            return
+        begin = time.monotonic()
+        self._events.flush()
+        paths.upload_folder(self._local, self._folder)
+        self._kept = time.monotonic()
+        self._took = self._kept - begin
+
+    def show(self, step: int, **figures: Any) -> None:
+        """Move the progress line on."""
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._on:
+            self._file.close()
+            self._events.close()
+            self.keep()
+            if self._local != self._folder:
+                paths.remove_tree(self._local)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.exists():
+        with paths.open_binary(path) as file:
+            yield from file
+
+
+def _place(line: bytes) -> tuple[int, bool]:
+    """The step of a line, and whether it is of an evaluation after it. Of a line that was cut
+    short: one that is never kept.
+    """
+    try:
+        figures = json.loads(line)
+        return int(figures["step"]), figures["of"] != TRAIN
+    except (ValueError, KeyError, TypeError):
+        return 2**62, True

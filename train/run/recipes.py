@@ -1,0 +1,350 @@
+"""What is trained, for how long and how: the published recipes, as functions of few arguments.
+
+A recipe's values are those of Qwen's technical report (arXiv 2309.16609, "report"), where the
+repository's memo differs those on request ("memo"), or those of its fine-tuning scripts ("script").
+What no source states is said at each recipe. Knows no files, devices or programs.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_jax.chat import DEFAULT_SYSTEM
+from qwen_jax.runtime import texts, values
+
+if TYPE_CHECKING:
+    from train.step import Optimizer
+
+BASE_DTYPES = ("same", "int8")
+_TOKENS = 2048 * 2048  # of a batch of pretraining
+# Learning rate and tokens seen: table 1 of the report. For 72B no rate is published.
+_PRETRAINED = {"qwen-1.8b": 2.2e12, "qwen-7b": 2.4e12, "qwen-14b": 3e12, "qwen-72b": 3e12}
+_CODE_RATES = {"qwen-7b": 3e-5, "qwen-14b": 6e-5}
+_CODE_CHAT_RATES = {"qwen-7b": 1e-5, "qwen-14b": 2e-6}
+
+
+def _about(text: str, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that decides what a training run computes. Every field is an option of the commands."""
+
+    name: str = _about("The name of the recipe.")
+    data: str = _about('What a record of the data is: "text" or "chat".')
+    length: int = _about("Cut or pack the data into rows of N tokens.")
+    rows: int = _about("Train on batches of N rows, over all devices together.")
+    learning_rate: float = _about("Let the learning rate rise to X at most.")
+    steps: int | None = _about("Train for N updates (default: as many as --epochs make).", None)
+    epochs: float | None = _about("Train on every row X times, in place of --steps.", None)
+    warmup: float = _about(
+        "Raise the learning rate over X steps; below 1, X is a share of all steps.", 0.0
+    )
+    schedule: str = _about(
+        "After the warm-up, let the learning rate follow a cosine, or keep it constant: cosine or "
+        "constant.",
+        "cosine",
+    )
+    final: float = _about("End the cosine at X times the highest learning rate.", 0.1)
+    b1: float = _about("Let AdamW average gradients with a beta 1 of X.", 0.9)
+    b2: float = _about("Let AdamW average squared gradients with a beta 2 of X.", 0.95)
+    eps: float = _about("Let AdamW divide with an epsilon of X.", 1e-8)
+    weight_decay: float = _about("Let matrices decay by X times the learning rate a step.", 0.1)
+    clip_norm: float = _about("Scale gradients down to a global norm of X where it is larger.", 1.0)
+    dropout: float = _about("Drop a share X of embeddings, and of what blocks add.", 0.0)
+    z_loss: float = _about("Add X times log(Z)^2 to what is minimised.", 0.0)
+    accumulate: int = _about("Compute a batch in N parts, one after the other.", 1)
+    pack: str = _about(
+        "Fill rows with documents joined end to end, with whole examples that are fitted in, or "
+        "with one example alone: joined, fitted or alone.",
+        "fitted",
+    )
+    too_long: str = _about("Cut or drop examples that are longer than a row: cut or drop.", "cut")
+    field: str = _about("Read the text of a record from its field of this name.", "text")
+    loss_on: str = _about(
+        "Train on replies alone, or as the original script does on control tokens too: assistant "
+        "or qwen.",
+        "assistant",
+    )
+    system: str = _about("Give this system message to chats that have none.", DEFAULT_SYSTEM)
+    lora_rank: int = _about("Train adapters of rank N; 0 trains all weights.", 0)
+    lora_alpha: float = _about("Scale what adapters add by X over their rank.", 16.0)
+    lora_dropout: float = _about("Drop a share X of what goes into adapters.", 0.05)
+    lora_targets: tuple[str, ...] = _about(
+        "Put adapters on the modules of these names, or that one pattern matches, as PEFT's "
+        "target_modules.",
+        ("c_attn", "c_proj", "w1", "w2"),
+    )
+    train_embeddings: bool | None = _about(
+        "Beside adapters, train the embedding and the head whole (default: if the model has not "
+        "seen ChatML).",
+        None,
+    )
+    dtype: str = _about("Compute in float32 or bfloat16.", "bfloat16")
+    base_dtype: str = _about(
+        "Keep the weights below adapters in 8 bits, or in the same dtype as --dtype: int8 or same.",
+        "same",
+    )
+    moments: str = _about("Keep the optimizer's moments in float32 or bfloat16.", "float32")
+    gradient_dtype: str = _about(
+        "Sum gradients over the mesh in float32; or in bfloat16, if --dtype is that.", "float32"
+    )
+    remat: str = _about(
+        "Compute all activations again for gradients, or those between the projections, or none: "
+        "full, projections or none.",
+        "full",
+    )
+    sequence_parallel: bool = _about("Split the residual stream by tokens over tp.", False)
+    attention: str = _about(
+        "Compute attention with this implementation of docs/attention.md; auto takes the fastest "
+        "kernel that proves itself on this device, once.",
+        "auto",
+    )
+    seed: int = _about("Draw fresh weights, the order of the data and dropout from seed N.", 0)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be, by name."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name, allowed in _ALLOWED.items():
+            values.choice(name, getattr(self, name), allowed)
+        for name, (least, below) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            rounds_to_1 = below == 1 and 0 < value < 1 and np.float32(value) == 1
+            if rounds_to_1 or not least <= value < below:
+                limit = "" if below == _MOST else f", and below {below}"
+                limit += " in float32" if below == 1 else ""
+                shown = texts.shown(value)
+                raise ValueError(f"{name} {shown}: a number, at least {least:g}{limit}")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps None and epochs None: give one of them")
+        if self.rows % self.accumulate:
+            raise ValueError(
+                f"rows {self.rows}, accumulate {self.accumulate}: {self.rows} rows do not fall "
+                f"into {self.accumulate} parts: accumulate must divide rows"
+            )
+        if self.gradient_dtype == "bfloat16" != self.dtype:
+            raise ValueError(
+                f"gradient_dtype 'bfloat16' with dtype {self.dtype!r}: what is computed in float32 "
+                "is summed in float32"
+            )
+
+    def warmup_steps(self, steps: int) -> int:
+        """How many steps of a run of `steps` are warm-up."""
+        return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
+
+    def schedule_of(self, steps: int) -> Callable[[Any], Any]:
+        """The learning rate as a function of the step, for a run of `steps`."""
+        import optax
+
+        warm = self.warmup_steps(steps)
+        peak = self.learning_rate
+        begin = 0.0 if warm else peak  # optax stays where a warm-up of no steps begins
+        if self.schedule == "constant":
+            return optax.schedules.warmup_constant_schedule(begin, peak, warm)
+        return optax.schedules.warmup_cosine_decay_schedule(
+            begin, peak, warm, max(steps, warm + 1), self.final * peak
+        )
+
+    def optimizer(self, steps: int) -> "Optimizer":
+        """AdamW with this recipe's values, for a run of `steps`."""
+        from train.step import Optimizer
+
+        return Optimizer(
+            self.schedule_of(steps),
+            self.b1,
+            self.b2,
+            self.eps,
+            self.weight_decay,
+            self.clip_norm,
+            self.moments,
+        )
+
+
+def kind_of(field: "dataclasses.Field[Any]") -> tuple[type, bool]:
+    """The type of a recipe's field, of a tuple its own, and whether the field may be None."""
+    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else ()
+    (kind,) = [k for k in kinds if k is not types.NoneType] or [field.type]
+    return typing.get_origin(kind) or kind, types.NoneType in kinds
+
+
+def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value of a field as Python's own. ValueError where it is not of the field's type."""
+    kind, optional = kind_of(field)
+    if value is None and optional:
+        return None
+    if kind is tuple:
+        names = values.instance(field.name, value, (tuple, list))
+        return tuple(texts.check(f"each of {field.name}", name) for name in names)
+    check = {int: values.whole, float: values.number, bool: values.flag, str: texts.check}[kind]
+    return check(field.name, value)
+
+
+_FLOATS = ("float32", "bfloat16")  # float16 would lose small gradients, and their squares
+_ALLOWED: dict[str, tuple[str, ...]] = {
+    "data": ("text", "chat"),
+    "schedule": ("cosine", "constant"),
+    "pack": ("joined", "fitted", "alone"),
+    "too_long": ("cut", "drop"),
+    "loss_on": ("qwen", "assistant"),
+    "base_dtype": BASE_DTYPES,
+    "dtype": _FLOATS,
+    "moments": _FLOATS,
+    "gradient_dtype": _FLOATS,
+    "remat": ("full", "projections", "none"),
+}
+_MOST, _LEAST = float("inf"), 1e-30  # the least is more than nothing
+_INT32 = 2**31  # of what is counted
+_RANGES: dict[str, tuple[float, float]] = {
+    "length": (2, _INT32),
+    "rows": (1, _INT32),
+    "accumulate": (1, _INT32),
+    "steps": (1, _INT32),
+    "epochs": (_LEAST, _MOST),
+    "learning_rate": (0, _MOST),
+    "warmup": (0, _INT32),
+    "final": (0, _MOST),
+    "b1": (0, 1),
+    "b2": (0, 1),
+    "eps": (_LEAST, _MOST),
+    "weight_decay": (0, _MOST),
+    "clip_norm": (_LEAST, _MOST),
+    "dropout": (0, 1),
+    "z_loss": (0, _MOST),
+    "lora_rank": (0, _INT32),
+    "lora_alpha": (_LEAST, _MOST),
+    "lora_dropout": (0, 1),
+    "seed": (0, 2**32),
+}
+
+
+def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Recipe:
+    """Next-token prediction over documents, batches of 4 M tokens (sections 2.3 and 2.4).
+
+    The memo alone has warm-up, weight decay and clipping; it has another epsilon. Steps are those
+    that make up the published tokens of the model's size.
+    """
+    length = values.whole("length", length, 2)
+    return Recipe(
+        name="pretrain",
+        data="text",
+        length=length,
+        rows=max(1, _TOKENS // length),
+        learning_rate=3e-4,
+        steps=round(_of_size(model, _PRETRAINED) / _TOKENS),
+        warmup=2000,
+        eps=_eps(source),
+        pack="joined",
+    )
+
+
+def sft(model: str = "", source: str = "report") -> Recipe:
+    """Supervised fine-tuning on chats (section 3.1). After the warm-up no source states a shape:
+    it is pretraining's.
+
+    The memo has a higher learning rate. "script": all weights as the repository's
+    `finetune_ds.sh` trains them, on one device: unpacked rows of 512, five epochs.
+    """
+    if source == "script":
+        return dataclasses.replace(sft_lora(), name="sft", learning_rate=1e-5, lora_rank=0)
+    return Recipe(
+        name="sft",
+        data="chat",
+        length=2048,
+        rows=128,
+        learning_rate=_of(source, report=2e-6, memo=1e-5),
+        steps=4000,
+        warmup=1430,
+        eps=_eps(source),
+        dropout=0.1,
+    )
+
+
+def sft_lora(model: str = "", source: str = "script") -> Recipe:
+    """Adapters on chats, as the repository's `finetune_lora_single_gpu.sh`: a batch of 2 x 8 rows,
+    the original's choice of trained tokens, rows that are not packed.
+    """
+    _of(source, script=None)
+    return Recipe(
+        name="sft_lora",
+        data="chat",
+        length=512,
+        rows=16,
+        learning_rate=3e-4,
+        epochs=5,
+        warmup=0.01,
+        final=0.0,
+        pack="alone",
+        loss_on="qwen",
+        lora_rank=64,
+    )
+
+
+def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
+    """Pretraining continued on 90 B tokens of text and code (section 4): 3 % warm-up, then a
+    constant rate, published for 7B and 14B. No batch size is stated: it is pretraining's.
+    """
+    return dataclasses.replace(
+        pretrain(model, 8192, source),
+        name="code",
+        learning_rate=_of_size(model, _CODE_RATES),
+        steps=round(90e9 / _TOKENS),
+        warmup=0.03,
+        schedule="constant",
+    )
+
+
+def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
+    """Fine-tuning after `code` (section 4): a rate of its own, 3 % warm-up, then constant; what is
+    not stated is as in `sft`.
+    """
+    _eps(source)
+    return dataclasses.replace(
+        sft(model, source),
+        name="code_chat",
+        learning_rate=_of_size(model, _CODE_CHAT_RATES),
+        warmup=0.03,
+        schedule="constant",
+    )
+
+
+def math(model: str = "", source: str = "report") -> Recipe:
+    """Fine-tuning on mathematics (section 5): rows of 1024, 50 000 steps; else as `sft`."""
+    _eps(source)
+    return dataclasses.replace(
+        sft(model, source), name="math", length=1024, learning_rate=2e-5, steps=50_000
+    )
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "sft_lora": sft_lora,
+    "code": code,
+    "code_chat": code_chat,
+    "math": math,
+}
+
+
+def _eps(source: str) -> float:
+    return _of(source, report=1e-8, memo=1e-6)
+
+
+def _of(source: str, **stated: Any) -> Any:
+    """The value that a source states."""
+    if not isinstance(source, str) or source not in stated:
+        shown = texts.shown(source)
+        raise ValueError(f"source {shown}: allowed here are {', '.join(stated)}")
+    return stated[source]
+
+
+def _of_size(model: str, published: Mapping[str, float]) -> float:
+    """The value that is published for a model's size; for others, that of the 7B."""
+    return published.get(texts.check("model", model), published["qwen-7b"])

@@ -1,0 +1,282 @@
+"""A run: data, state and steps from beginning to end, resumable to the bit.
+
+    OUT/run.json          what the run is: recipe, model, data; a run resumes as what it was
+    OUT/files/            configuration and tokenizer, as they go into OUT/model
+    OUT/checkpoints/      states with their position in the data (`saving.py`)
+    OUT/tokens/           encoded data, while hosts have no other disk in common (`shared_cache.py`)
+    OUT/metrics.jsonl, OUT/events/      figures of each step (`logs.py`)
+    OUT/model/            the trained model, at the end
+
+The order of data, dropout and fresh weights follow from the recipe's seed and the step alone, so a
+state and a position are all that a run goes on from.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import attention, checkpoint
+from qwen_jax.attention import prove
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.checkpoint import directory
+from qwen_jax.config import Config
+from qwen_jax.runtime import command, paths, processes
+from train import data, step
+from train.data import records, shared_cache, token_cache
+from train.data.batches import Batches
+from train.data.packing import Rows
+from train.run import parameters, run_folder
+from train.run.logs import Log
+from train.run.loop import Loop, Settings, signals
+from train.run.recipes import Recipe
+from train.run.saving import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, its data and the recipe that it is trained by.
+
+    ckpt: the model directory to begin from; None for fresh weights. held_out: files to measure the
+    loss on; or share: how much of the examples is held out for that. strict: stop at a bad record.
+    """
+
+    recipe: Recipe
+    config: Config
+    ckpt: Path | None
+    tokenizer: Tokenizer
+    tokenizer_file: Path
+    files: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    share: float = 0.0
+    strict: bool = False
+
+
+def train(task: Task, settings: Settings) -> None:
+    """Run the recipe on the mesh in force, to its end or to a signal.
+
+    Raises ValueError for data, a model or a folder that cannot be; KeyboardInterrupt after Ctrl-C,
+    when the state has been saved.
+    """
+    with run_folder.alone(settings.out) as check:
+        _train(_settled(task), settings, check)
+
+
+def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
+    recipe, out = task.recipe, settings.out
+    # What cannot be is said before anything is encoded.
+    attention.get(recipe.attention)
+    trained = parameters.of(task.config, task.ckpt, recipe)
+    if processes.index() == 0:
+        run_folder.check(out, settings.resume)
+    rows, held_out = _rows(task, settings)
+    steps = _steps(recipe, len(rows))
+    if settings.profile and settings.profile[0] > steps:
+        first, last = settings.profile
+        raise ValueError(f"--profile-steps {first}-{last}: the run has {steps} steps")
+    if (warm := recipe.warmup_steps(steps)) >= steps:
+        command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
+    dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate
+    calls = prove.passes(task.config, dtype, rows_at_once, recipe.length, backward=True)
+    attend = prove.resolve(recipe.attention, calls)
+    optimizer = recipe.optimizer(steps)
+    like = trained.abstract(optimizer)
+    identity = _identity(task, rows)
+    # The others find what process 0 has claimed.
+    resume = settings.resume or processes.index() > 0
+    processes.first(lambda: run_folder.claim(out, identity, steps, resume))
+    files = processes.first(lambda: _write_files(out / run_folder.FILES, task))
+    checkpoints = Checkpoints(out / run_folder.CHECKPOINTS, settings.keep_last, settings.keep_best)
+    if settings.resume and checkpoints.latest is not None:
+        state, facts = checkpoints.restore(like)
+        command.say(f"resumed from step {checkpoints.latest}")
+    else:
+        state, facts = trained.begin(optimizer), {"position": 0}
+    position = facts["position"]
+    owed = bool(facts.get("owed")) and held_out is not None
+    if position < steps:
+        processes.first(lambda: run_folder.remove_results(out))
+    loop = Loop(
+        settings=settings,
+        run=step.make_step(
+            optimizer,
+            attend,
+            dtype,
+            recipe.remat,
+            recipe.sequence_parallel,
+            recipe.accumulate,
+            recipe.z_loss,
+            recipe.dropout,
+            recipe.seed,
+            trained.attach,
+            recipe.gradient_dtype,
+        ),
+        evaluate=step.make_evaluation(attend, dtype, recipe.sequence_parallel, trained.attach),
+        base=trained.base,
+        batches=Batches(rows, recipe.length, recipe.rows, recipe.seed, position),
+        held_out=held_out,
+        held_out_rows=rows_at_once,
+        checkpoints=checkpoints,
+        check=check,
+        log=Log(out, position, steps, owed),
+        steps=steps,
+        position=position,
+        tokens=recipe.rows * recipe.length * rows.efficiency,
+        flops=trained.flops_per_token(recipe.length),
+        owed=owed,
+    )
+    with signals() as asked:
+        try:
+            state = loop.go(state, asked)
+        finally:
+            loop.log.close()
+            checkpoints.wait()
+        stopped = loop.stopped(asked)
+    checkpoints.close()
+    if stopped:
+        command.say(f"saved at step {loop.position}; --resume goes on from there")
+        if asked.get("signal") == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
+    check()
+    weights, loop.base = state.weights, None
+    del state  # its moments, and the base: a merged model may need their room
+    command.say(f"done: {trained.save(weights, out, files, settings.merge)}")
+
+
+def _settled(task: Task) -> Task:
+    """The task, what its recipe leaves open decided: whether adapters come with the embeddings."""
+    recipe = task.recipe
+    if not recipe.lora_rank or task.ckpt is None:
+        return task
+    settings = checkpoint.load_generation_config(task.ckpt)
+    foreign = recipe.data == "chat" and settings.chat_format != "chatml"
+    if recipe.train_embeddings is None:
+        if foreign:
+            command.say("the model has not seen ChatML: its embedding and head are trained, too")
+        recipe = dataclasses.replace(recipe, train_embeddings=foreign)
+    elif foreign and not recipe.train_embeddings:
+        command.say(
+            "warning: the model has not seen ChatML, and its control tokens stay as they are: "
+            "without --train-embeddings it will hardly learn where replies end"
+        )
+    return dataclasses.replace(task, recipe=recipe)
+
+
+def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
+    """What is trained on, and what is held out."""
+    recipe = task.recipe
+    encoding, common = _encoding(task), settings.out / run_folder.TOKENS
+
+    def encoded(files: tuple[Path, ...]) -> token_cache.TokenCache:
+        folder = settings.token_cache
+        return shared_cache.make(files, task.tokenizer, encoding, folder, common)
+
+    cache = encoded(task.files)
+    kept, out = split(len(cache), task.share, recipe.seed)
+    rows = Rows(cache, recipe.length, recipe.pack, recipe.seed, kept if len(out) else None)
+    command.say(
+        f"{len(rows):,} rows of {recipe.length} tokens, {rows.efficiency:.1%} of their places used"
+    )
+    if task.held_out:
+        return rows, Rows(encoded(task.held_out), recipe.length, recipe.pack)
+    if len(out):
+        return rows, Rows(cache, recipe.length, recipe.pack, 0, out)
+    return rows, None
+
+
+def split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the examples that are trained on, and of the share of them that is held out.
+
+    Raises ValueError where one of them would be nothing.
+    """
+    out = round(share * count)
+    if share and not 0 < out < count:
+        raise ValueError(f"{share:g} of {count} examples leaves nothing on one side")
+    held_out = np.zeros(count, bool)
+    if out:
+        shuffled = np.arange(count, dtype=np.uint32)
+        np.random.default_rng(seed).shuffle(shuffled)
+        held_out[shuffled[:out]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _encoding(task: Task) -> token_cache.Encoding:
+    recipe, tokenizer = task.recipe, task.tokenizer
+    if recipe.data == "text":
+
+        def text(record: records.Record) -> tuple[list[int], None]:
+            return data.text_example(tokenizer, record.value, recipe.field, record.ends), None
+
+        name = {"data": "text", "field": recipe.field}
+        longest = recipe.length if recipe.pack != "joined" else None
+        return token_cache.Encoding(text, name, longest, recipe.too_long == "drop", task.strict)
+
+    def chat(record: records.Record) -> tuple[list[int], list[int]]:
+        return data.chat_example(tokenizer, record.value, recipe.system, None, recipe.loss_on)
+
+    name = {"data": "chat", "system": recipe.system, "loss_on": recipe.loss_on}
+    return token_cache.Encoding(chat, name, recipe.length, recipe.too_long == "drop", task.strict)
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    if recipe.steps is not None:
+        return recipe.steps
+    assert recipe.epochs is not None  # a recipe has one of the two
+    steps = math.ceil(recipe.epochs * rows / recipe.rows)
+    if steps >= 2**31:
+        raise ValueError(f"{recipe.epochs:g} epochs are {steps:g} steps: an int32 counts them")
+    return steps
+
+
+def _identity(task: Task, rows: Rows) -> dict[str, Any]:
+    """What must be the same for a run to go on: anything that changes what is computed."""
+    recipe = dataclasses.asdict(task.recipe)
+    for name in ("remat", "sequence_parallel", "attention", "gradient_dtype"):
+        del recipe[name]  # these change roundings alone
+    if not (recipe["dropout"] or (recipe["lora_rank"] and recipe["lora_dropout"])):
+        del recipe["accumulate"]  # as this does, where no part of a batch has a mask of its own
+    manifest = task.ckpt and (task.ckpt / directory.MANIFEST).read_bytes()
+    identity = {
+        "recipe": recipe,
+        "config": task.config.to_hf(),
+        "ckpt": manifest and hashlib.sha256(manifest).hexdigest(),
+        "data": rows.fingerprint,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _write_files(folder: Path, task: Task) -> Path:
+    """Configuration, tokenizer and generation settings of the model to be."""
+    if (folder / directory.CONFIG).exists():
+        return folder
+    paths.make_folder(folder)
+    if task.ckpt is not None:
+        directory.carry(directory.existing(task.ckpt), folder)
+    paths.copy(task.tokenizer_file, folder / directory.TOKENIZER)
+    given = folder / directory.GENERATION_CONFIG
+    settings = directory.read_json(given) if given.exists() else {}
+    wanted = "chatml" if task.recipe.data == "chat" else "raw"
+    if settings.get("chat_format") != wanted:
+        end = task.tokenizer.eod_id
+        settings = {
+            "chat_format": wanted,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "max_window_size": min(6144, task.config.max_position_embeddings),
+            "max_new_tokens": 512,
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 0.8,
+        }
+        directory.write_json(given, settings)
+    like = task.ckpt and directory.read_json(task.ckpt / directory.CONFIG)
+    directory.write_json(folder / directory.CONFIG, like or task.config.to_hf())
+    return folder

@@ -1,0 +1,31 @@
+"""The training step: a batch's loss, its gradients, and AdamW."""
+
+from train.step.update import (
+    FLOATS,
+    REMAT,
+    Optimizer,
+    Report,
+    State,
+    abstract_batch,
+    abstract_state,
+    create_state,
+    make_evaluation,
+    make_step,
+    stacked,
+    state_of,
+)
+
+__all__ = [
+    "FLOATS",
+    "REMAT",
+    "Optimizer",
+    "Report",
+    "State",
+    "abstract_batch",
+    "abstract_state",
+    "create_state",
+    "make_evaluation",
+    "make_step",
+    "stacked",
+    "state_of",
+]
