@@ -62,9 +62,10 @@ from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import hardware
 from qwen_jax.runtime import command
 from train import step
+from train.data.batch import Batch
+from train.data.batches import batch_of, place
 from train.run import parameters, recipes
 from train.step import Optimizer
-from train.step.loss import Batch, batch_of, place
 
 SMALL = "small"
 TORCH = Path(__file__).with_name("torch_train.py")

@@ -16,8 +16,8 @@ from typing import Any
 import regex
 
 from convert import names
-from qwen_jax.config import read_json
 from qwen_jax.runtime import texts, values
+from qwen_jax.runtime.texts import read_json
 
 SETTINGS = "adapter_config.json"
 LAYER = "transformer.h.{L}."

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from qwen_jax.checkpoint.store import ITEM_BYTES
-from qwen_jax.config import read_json
 from qwen_jax.runtime import paths, texts
+from qwen_jax.runtime.texts import read_json
 
 INDEX = "model.safetensors.index.json"
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

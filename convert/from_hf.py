@@ -22,8 +22,10 @@ if not __package__:  # started as a file: the root of the checkout is one up
 from convert import folder, names, shares, target
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store
-from qwen_jax.config import Config, read_json
+from qwen_jax.config import Config
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command, paths, processes
+from qwen_jax.runtime.texts import read_json
 
 EXAMPLES = """examples:
   python convert/from_hf.py ~/Qwen-7B models/qwen-7b             a folder
@@ -103,7 +105,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from qwen_jax import meshes
     from qwen_jax.meshes import sharding
 
-    mesh = command.mesh_sizes(args.mesh)
+    mesh = options.mesh_sizes(args.mesh)
     dst = paths.parse(args.dst)
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)

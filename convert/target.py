@@ -14,8 +14,8 @@ from typing import Any
 
 from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
 from qwen_jax.checkpoint.directory import carry, names, remove_drafts
-from qwen_jax.config import read_json
 from qwen_jax.runtime import command, lock, paths, processes
+from qwen_jax.runtime.texts import read_json
 
 
 def check_apart(source: Path, target: Path) -> None:

@@ -28,8 +28,9 @@ if not __package__:  # started as a file: the root of the checkout is one up
 from convert import folder, names, target
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store, token_ids
-from qwen_jax.config import Config, read_json
+from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, processes
+from qwen_jax.runtime.texts import read_json
 
 EXAMPLES = """examples:
   python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB

@@ -21,8 +21,7 @@ from tests.support.bigram import held_out_loss
 from tests.support.conversion import contents
 from tests.support.training import curve, succeed, weights
 from train import data, pretrain, run, sft, step, tokenizer
-from train.data import packing, records, token_cache
-from train.step import loss
+from train.data import batches, packing, records, token_cache
 
 HOME = Path(__file__).parent.parent / "examples" / "moby_dick"
 TEXT = HOME / "moby_dick.jsonl"
@@ -60,7 +59,7 @@ def test_it_knows_more_than_pairs_of_tokens(demo):
     batch = jax.tree.map(lambda *x: np.stack(x), *[rows[i] for i in range(len(rows))])
     with meshes.entered(meshes.make(meshes.parse(None))):
         decoder = model.stack(checkpoint.load(demo))
-        found = float(evaluate(decoder, loss.place(batch)).loss)
+        found = float(evaluate(decoder, batches.place(batch)).loss)
     assert found < held_out_loss(train, held_out, config.vocab_size) - 0.5
 
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command, paths
+from train.data import batches
 
 if TYPE_CHECKING:
     from qwen_jax.config import Config
@@ -90,8 +92,8 @@ def work(args: argparse.Namespace) -> None:
 
     attention.get(args.attention)
 
-    sizes = command.mesh_sizes(args.mesh)
-    command.virtual_cpu_devices(sizes)
+    sizes = options.mesh_sizes(args.mesh)
+    options.virtual_cpu_devices(sizes)
     command.use_compilation_cache(args.compilation_cache)
     import jax
 
@@ -157,14 +159,13 @@ def perplexity(
     split nothing here.
     """
     from qwen_jax.model import rope
-    from train.step import loss
 
     scheme = rope.from_config(config)
     rates = scheme.frequencies(scheme.alpha(np.array([length])))
     total = _total(config, attend, dtype)
     rows = ids[: len(ids) // length * length].reshape(-1, 1, length)
     bar = tqdm(rows, desc=f"{length} tokens", unit="row", mininterval=0.5, leave=False)
-    sums = [float(total(decoder, loss.place(loss.batch_of(row, row)), rates)) for row in bar]
+    sums = [float(total(decoder, batches.place(batches.batch_of(row, row)), rates)) for row in bar]
     return math.exp(min(700, sum(sums) / (len(rows) * (length - 1))))
 
 
@@ -179,7 +180,7 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
     from train.step import loss
 
     @jax.jit
-    def total(decoder: "Decoder", batch: loss.Batch, rates: jax.Array) -> jax.Array:
+    def total(decoder: "Decoder", batch: batches.Batch, rates: jax.Array) -> jax.Array:
         decoder = decoder.with_config(config)
         found, weights = loss.scores(decoder, batch, rates, attend, jnp.dtype(dtype))
         return jnp.sum(weights * (found.lse - found.logit))

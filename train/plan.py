@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
 
@@ -258,7 +259,7 @@ def _mesh(args: argparse.Namespace) -> dict[str, int]:
     """The sizes asked for, by axis; all 1 where none are."""
     from qwen_jax.meshes import sharding
 
-    sizes = command.mesh_sizes(args.mesh)
+    sizes = options.mesh_sizes(args.mesh)
     if args.decode and sizes[sharding.CONTEXT] > 1:
         raise UsageError(
             f"--decode --mesh {args.mesh}: {sharding.CONTEXT} splits training only; decode with tp "

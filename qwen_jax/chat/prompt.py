@@ -11,7 +11,6 @@ from typing import Any
 
 from qwen_jax.chat import tools
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.decoding import inputs
 from qwen_jax.runtime import texts, values
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -186,7 +185,7 @@ def decode_reply(
     sequences. `errors` as in `Tokenizer.decode`. An unknown format is a NotImplementedError.
     """
     _check_format(chat_format)
-    reply = inputs.ids("ids", ids)
+    reply = values.ids("ids", ids)
     ends = [(tokenizer.eod_id,), *_ends(stop)]
     if chat_format == "chatml":
         ends += stop_sequences(tokenizer, chat_format)
@@ -200,7 +199,7 @@ def decode_reply(
 def _ends(stops: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
         raise ValueError(f"stop must be sequences of token ids, got {texts.described(stops)}")
-    return [tuple(inputs.ids("each stop", sequence)) for sequence in stops]
+    return [tuple(values.ids("each stop", sequence)) for sequence in stops]
 
 
 def _check_format(chat_format: str) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from qwen_jax.decoding import inputs
 from qwen_jax.runtime import paths, texts, values
 
 # A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
@@ -155,7 +154,7 @@ class Tokenizer:
         """
         skip = self._special_ids if skip_special_tokens else range(0)
         table = self.id_to_bytes
-        numbers = inputs.ids("ids", ids, -(-self._size // _PADDED) * _PADDED)
+        numbers = values.ids("ids", ids, -(-self._size // _PADDED) * _PADDED)
         return b"".join([table.get(i, _UNDECODABLE) for i in numbers if i not in skip])
 
     def decode(
@@ -229,7 +228,7 @@ def _ids_by_token(name: str, given: Mapping[bytes, int]) -> dict[bytes, int]:
         raise ValueError(f"{name} must be ids by token (bytes), got {texts.described(given)}")
     if wrong := [token for token in given if not isinstance(token, bytes) or not token]:
         raise ValueError(f"{name}: tokens must be bytes, got {texts.described(wrong[0])}")
-    return dict(zip(given, inputs.ids(f"{name}: ids", given.values(), 2**31), strict=True))
+    return dict(zip(given, values.ids(f"{name}: ids", given.values(), 2**31), strict=True))
 
 
 def _lacks_bytes(ranks: Mapping[bytes, int]) -> str | None:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.config import read_json
 from qwen_jax.runtime import lock, paths
+from qwen_jax.runtime.texts import read_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -41,8 +41,9 @@ from qwen_jax.checkpoint.directory import (
     write_json,
     write_manifest,
 )
-from qwen_jax.config import Config, hf_config, read_json
+from qwen_jax.config import Config, hf_config
 from qwen_jax.runtime import lock, paths, values
+from qwen_jax.runtime.texts import read_json
 
 if TYPE_CHECKING:
     import jax

@@ -11,7 +11,8 @@ from typing import Any
 
 from qwen_jax.chat.tokenizer import PUBLISHED_RANKS, SPECIAL_TOKENS, Tokenizer
 from qwen_jax.checkpoint.directory import CONFIG, GENERATION_CONFIG, TOKENIZER
-from qwen_jax.config import Config, read_json
+from qwen_jax.config import Config
+from qwen_jax.runtime.texts import read_json
 
 NO_PAD = -1  # some tools write this for a pad_token_id that is not there
 _KEYS = ("eos_token_id", "pad_token_id", "stop_words_ids")

@@ -11,8 +11,8 @@ from typing import Any
 
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint.directory import some
-from qwen_jax.config import read_json
 from qwen_jax.runtime import paths
+from qwen_jax.runtime.texts import read_json
 
 # Keys that would change ids or text, and the values that mean what is done here.
 _DONE: dict[str, tuple[Any, ...]] = {

@@ -3,7 +3,7 @@
 `Config` is made of a Hugging Face config.json and goes back into one. Nothing here needs jax.
 """
 
-from qwen_jax.config.architecture import Config, read_json
+from qwen_jax.config.architecture import Config
 from qwen_jax.config.rope_scaling import RopeScaling
 
-__all__ = ["Config", "RopeScaling", "read_json"]
+__all__ = ["Config", "RopeScaling"]

@@ -7,14 +7,13 @@ it was (`checkpoint.py`); here they are only recognised.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import hf_config
 from qwen_jax.config.rope_scaling import RopeScaling
-from qwen_jax.runtime import paths, texts, values
+from qwen_jax.runtime import texts, values
 
 _MOST_LAYERS = 10_000  # whatever a damaged file says, loops over layers end
 
@@ -182,7 +181,7 @@ class Config:
     @classmethod
     def read(cls, path: str | Path) -> "Config":
         """The architecture that a config.json holds. Raises as `from_hf`."""
-        return cls.from_hf(read_json(path), path)
+        return cls.from_hf(texts.read_json(path), path)
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that `from_hf` reads back as this Config.
@@ -221,17 +220,3 @@ _POSITIVE = (
     "max_position_embeddings",
 )
 _FLAGS = ("dynamic_ntk", "logn", "qkv_bias", "qk_norm", "tie_embeddings")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a UTF-8 file; ValueError that names the file when it is not one."""
-    data = paths.parse(path).read_bytes()
-    try:
-        value = json.loads(texts.decode(data))
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
-    except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value

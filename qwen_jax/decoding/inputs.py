@@ -3,38 +3,12 @@
 Each mistake is a ValueError of one line that names the argument, its value and what is allowed.
 """
 
-import operator
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.runtime import texts, values
-
-_NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)
-
-
-def ids(name: str, given: Any, below: int | None = None) -> list[int]:
-    """Token ids, out of any sequence or array of one axis: whole numbers from 0, and below `below`.
-
-    ValueError for anything else: a float may be a number's rounding, a text is no ids, and a set or
-    a mapping has no order.
-    """
-    try:
-        if isinstance(given, _NO_SEQUENCE):
-            raise TypeError
-        each = list(given)
-        found = list(map(operator.index, each))
-        if bool in set(map(type, each)):
-            raise TypeError
-    except TypeError:
-        got = texts.described(given)
-        raise ValueError(f"{name} must be whole numbers (token ids), got {got}") from None
-    if found and (min(found) < 0 or (below is not None and max(found) >= below)):
-        bad = next(i for i in found if i < 0 or (below is not None and i >= below))
-        limit = "from 0" if below is None else f"from 0 to {below - 1}"
-        raise ValueError(f"{name}: token id {texts.shown(bad)} is out of range: {limit}")
-    return found
 
 
 def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +77,7 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     found = []
     for each in stop:
         several = isinstance(each, Iterable) and getattr(each, "ndim", 1)
-        found.append(tuple(ids("stop", each if several else [each], vocab_size)))
+        found.append(tuple(values.ids("stop", each if several else [each], vocab_size)))
         if not found[-1]:
             raise ValueError(f"stop {texts.shown(stop)}: an empty sequence ends nothing: drop it")
     return found
@@ -111,7 +85,7 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
     """The seed of each row, uint32 [batch], from one for all or one for each, modulo 2**32."""
-    several = isinstance(seed, Iterable) and not isinstance(seed, _NO_SEQUENCE)
+    several = isinstance(seed, Iterable) and not isinstance(seed, values.NO_SEQUENCE)
     given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
     if len(given) not in (1, batch):
         raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")

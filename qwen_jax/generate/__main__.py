@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command, texts
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int
     from qwen_jax.runtime import processes
 
     meshes.check(about.config.sizes, sizes)
-    command.virtual_cpu_devices(sizes)
+    options.virtual_cpu_devices(sizes)
     if args.mesh is None:
         here, lengths = jax.devices(), {**about.config.sizes, "B": 1}  # of one prompt
         sizes = meshes.default(lengths, len(here), slices=meshes.count_slices(here))
@@ -224,7 +225,7 @@ def work(args: argparse.Namespace) -> None:
     text = prompt_text(args)
     sampler(args, None)
     # All that cannot be is found before the weights are read.
-    sizes = command.mesh_sizes(args.mesh)
+    sizes = options.mesh_sizes(args.mesh)
     from qwen_jax.generate import bench, language_model
 
     language_model.check_names(args.dtype, args.attention, args.cache_dtype)

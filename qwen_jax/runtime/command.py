@@ -9,12 +9,11 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -261,16 +260,6 @@ def text(given: str) -> str:
             ) from None
 
 
-def mesh_sizes(option: str | None) -> dict[str, int]:
-    """The sizes of `--mesh` by axis, all 1 where it is not given. UsageError for what is none."""
-    from qwen_jax import meshes
-
-    try:
-        return meshes.parse(option)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
-
-
 def size(count: int) -> str:
     """A number of bytes, for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
@@ -328,12 +317,3 @@ def use_compilation_cache(place: str | None = None) -> None:
     if paths.is_remote(folder):
         # What XLA keeps of GPU kernels beside the programs, it writes to a disk only.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-
-
-def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
-    """Make as many CPU devices as the mesh asks for; an accelerator's are what they are."""
-    import jax
-
-    own = -(-math.prod(sizes.values()) // processes.count())
-    if own > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", own)

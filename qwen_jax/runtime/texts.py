@@ -5,6 +5,7 @@ before it is no part of the text. Nothing here knows what a text is for.
 """
 
 import codecs
+import json
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,17 @@ def read(path: str | Path) -> str:
         return decode(data)
     except ValueError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file; ValueError that names the file when it is not one."""
+    data = paths.parse(path).read_bytes()
+    try:
+        value = json.loads(decode(data))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value

@@ -9,7 +9,7 @@ a value is for.
 import contextlib
 import numbers
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ INT64 = 2**63 - 1
 TINY = 1.1754943508222875e-38  # the smallest number that float32 holds in full, and the largest
 FLOAT32 = 3.4028234663852886e38
 POSITIVE = (TINY, FLOAT32)
+NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)  # though Python iterates over them
 
 
 @contextlib.contextmanager
@@ -121,3 +122,26 @@ def _said(least: float | None, most: float | None) -> str:
         return ""
     shown = [f"{x:d}" if isinstance(x, int) else f"{x:g}" for x in (least, most) if x is not None]
     return f" from {' to '.join(shown)}" if most is not None else f" of at least {shown[0]}"
+
+
+def ids(name: str, given: Any, below: int | None = None) -> list[int]:
+    """Token ids, out of any sequence or array of one axis: whole numbers from 0, and below `below`.
+
+    ValueError for anything else: a float may be a number's rounding, a text is no ids, and a set or
+    a mapping has no order.
+    """
+    try:
+        if isinstance(given, NO_SEQUENCE):
+            raise TypeError
+        each = list(given)
+        found = list(map(operator.index, each))
+        if bool in set(map(type, each)):
+            raise TypeError
+    except TypeError:
+        got = texts.described(given)
+        raise ValueError(f"{name} must be whole numbers (token ids), got {got}") from None
+    if found and (min(found) < 0 or (below is not None and max(found) >= below)):
+        bad = next(i for i in found if i < 0 or (below is not None and i >= below))
+        limit = "from 0" if below is None else f"from 0 to {below - 1}"
+        raise ValueError(f"{name}: token id {texts.shown(bad)} is out of range: {limit}")
+    return found

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qwen_jax import PRESETS, Config, model
-from qwen_jax.config import RopeScaling, read_json
+from qwen_jax.config import RopeScaling
+from qwen_jax.runtime.texts import read_json
 from tests.support.tiny import on_mesh, tiny_config
 
 COUNTS = {

@@ -17,6 +17,7 @@ from tests.leaves.test_lora import drawn
 from tests.support.tiny import QUICK, on_mesh, tiny_decoder
 from tests.train.step.test_step import CONFIG, packed_batch
 from train import step
+from train.data import batches
 from train.step import loss as losses
 
 
@@ -74,7 +75,7 @@ def test_adapters_on_eight_bits(sizes, sequence):
         assert kinds["layers.attn.q"] is kinds["layers.ffn.down"] is Int8
         assert kinds["embedding"] is kinds["layers.attn_norm"] is Weight
         stands = map_leaves(lambda _, x: dense(x) if isinstance(x, Int8) else x, decoder)
-        adapters, batch = drawn(), losses.place(packed_batch())
+        adapters, batch = drawn(), batches.place(packed_batch())
         grad = jax.jit(jax.value_and_grad(of), compiler_options=QUICK)
         value, gradients = grad(adapters, decoder, batch)
         expected, exact = grad(adapters, stands, batch)

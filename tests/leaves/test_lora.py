@@ -29,6 +29,7 @@ from tests.support.tiny import (
 )
 from tests.train.step.test_step import CONFIG, packed_batch
 from train import step
+from train.data import batches
 from train.run import parameters, recipes
 from train.step import loss as losses
 
@@ -69,7 +70,7 @@ def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple
 
     with on_mesh(**dict(sizes)):
         decoder, adapters = step.stacked(tiny_decoder(CONFIG)), drawn()
-        batch = losses.place(packed_batch())
+        batch = batches.place(packed_batch())
         grad = jax.jit(jax.value_and_grad(of), compiler_options=QUICK)
         value, gradients = grad(adapters, decoder, batch)
         merge = jax.jit(lora.merge, compiler_options=QUICK)
@@ -102,7 +103,7 @@ def test_fresh_adapters_change_nothing_and_are_what_is_trained():
     with on_mesh(fsdp=2):
         base = step.stacked(tiny_decoder(CONFIG))
         adapters = lora.create(base, GROUPS, 4, 8.0, jax.random.key(0))
-        batch = losses.place(packed_batch())
+        batch = batches.place(packed_batch())
         plain = losses.loss(base, batch, xla, jnp.float32)[0]
         state = step.state_of(adapters, optimizer)
         assert {x.shape for x in jax.tree.leaves(state.moments) if x.ndim} == {
@@ -126,7 +127,7 @@ def test_dropout_of_what_goes_into_adapters():
     run = jax.jit(loss, compiler_options=QUICK)
     with on_mesh():
         decoder, adapters = step.stacked(tiny_decoder(CONFIG)), drawn(embeddings=False)
-        batch = losses.place(packed_batch())
+        batch = batches.place(packed_batch())
 
         def of(key: Any, rate: float) -> float:
             made = lora.attach(decoder, adapters, key, rate)
@@ -138,7 +139,7 @@ def test_dropout_of_what_goes_into_adapters():
         assert of(keys[0], 0.5) == dropped != of(keys[1], 0.5)
     with on_mesh(context=2, tp=2):  # tokens in another order, and columns apart
         decoder, adapters = step.stacked(tiny_decoder(CONFIG)), drawn(embeddings=False)
-        batch = losses.place(packed_batch())
+        batch = batches.place(packed_batch())
         np.testing.assert_allclose(of(jax.random.key(0), 0.5), dropped, rtol=1e-5)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command
 
 
@@ -21,7 +22,7 @@ def work(args: argparse.Namespace) -> None:
     from tests.support import compilations
 
     sizes = meshes.parse(args.mesh)
-    command.virtual_cpu_devices(sizes)
+    options.virtual_cpu_devices(sizes)
     mesh = meshes.make(sizes)
     with jax.set_mesh(mesh):
         model = qwen_jax.load(args.ckpt, dtype=args.dtype)

@@ -7,7 +7,9 @@ import argparse
 import json
 import sys
 
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command, processes
+from train.data import batches
 
 
 def work(args: argparse.Namespace) -> None:
@@ -20,15 +22,14 @@ def work(args: argparse.Namespace) -> None:
     from qwen_jax.meshes import sharding
     from tests.support.golden_figures import arrays
     from train import step
-    from train.step import loss
 
     sizes = meshes.parse(args.mesh)
-    command.virtual_cpu_devices(sizes)
+    options.virtual_cpu_devices(sizes)
     optimizer = step.Optimizer(clip_norm=1e9, b1=0.9)
     with meshes.entered(meshes.make(sizes)):
         state = step.create_state(checkpoint.load(args.ckpt, dtype="float32"), optimizer)
         tokens = arrays()["adamw.batches"][0]
-        batch = loss.place(loss.batch_of(tokens, tokens))
+        batch = batches.place(batches.batch_of(tokens, tokens))
         run = step.make_step(optimizer, xla, np.float32)
         for _ in range(args.steps):
             state, report = run(state, batch)

@@ -40,10 +40,9 @@ from tests.support.tiny import tiny_config
 from tests.support.vocabulary import qwen_tokenizer
 from tests.tools import object_store
 from train import plan, pretrain, run, tokenizer
-from train.data import records, text_example, token_cache
+from train.data import batches, records, text_example, token_cache
 from train.planning import topology
 from train.run import logs, loop, run_folder, saving
-from train.step import loss
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +241,7 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
         for folder in (tmp_path / "adapter", root / "adapter"):
             peft.write(folder, adapters, base_model_name_or_path="m", lora_dropout=0.0)
         ids = np.zeros((1, 4), np.int32)
-        batch = loss.place(loss.batch_of(ids, ids))
+        batch = batches.place(batches.batch_of(ids, ids))
     fetched = downloaded(f"{bucket}/adapter", tmp_path / "fetched")
     assert contents(fetched) == contents(tmp_path / "adapter")
 

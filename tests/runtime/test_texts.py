@@ -16,9 +16,9 @@ from qwen_jax import chat, expand_vocab
 from qwen_jax.chat import tools
 from qwen_jax.chat.tokenizer import TextStream, Tokenizer
 from qwen_jax.checkpoint.directory import write_json
-from qwen_jax.config import read_json
 from qwen_jax.decoding import inputs
 from qwen_jax.runtime import paths, texts
+from qwen_jax.runtime.texts import read_json
 from tests.support.vocabulary import tiny_ranks, write_tiny_vocab
 from train import data
 from train import tokenizer as learning

@@ -13,10 +13,40 @@ import numpy as np
 
 from qwen_jax import meshes
 from qwen_jax.meshes import sharding
+from train.data.batch import IGNORED, Batch
 from train.data.packing import Rows
-from train.step.loss import Batch, place
 
 _THREADS, _AHEAD = 4, 8  # batches
+
+
+def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
+    """A batch of the host from int [B, T] tokens and labels, one document a row.
+
+    labels are not shifted: the label of a token is learned from the tokens before it. `IGNORED`
+    ones have no weight. Raises ValueError for what is no id, or labels of another shape.
+    """
+    tokens, labels = np.asarray(tokens), np.asarray(labels)
+    if tokens.ndim != 2 or tokens.shape != labels.shape:
+        raise ValueError(f"tokens {tokens.shape} and labels {labels.shape}: both are [B, T]")
+    for name, ids in {"tokens": tokens, "labels": labels[labels != IGNORED]}.items():
+        if not np.issubdtype(ids.dtype, np.integer) or np.any(ids < 0):
+            raise ValueError(f"{name} are whole numbers from 0, and labels {IGNORED} where ignored")
+    tokens = tokens.astype(np.int32)
+    after = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    return Batch(
+        tokens=tokens,
+        targets=np.where(after == IGNORED, 0, after).astype(np.int32),
+        positions=np.arange(tokens.shape[1], dtype=np.int32) + 0 * tokens,
+        segments=np.ones_like(tokens),
+        weights=(after != IGNORED).astype(np.float32),
+    )
+
+
+def place(batch: Batch) -> Batch:
+    """A batch of the host on the mesh in force. Raises ValueError where it does not divide."""
+    rows, tokens = batch.tokens.shape
+    meshes.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
+    return jax.tree.map(lambda x: sharding.place(x, "BT"), batch)
 
 
 class Batches:

@@ -12,7 +12,7 @@ from qwen_jax.chat import tools
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.chat.tools import Turn
 from qwen_jax.runtime import texts, values
-from train.step.loss import IGNORED
+from train.data.batch import IGNORED
 
 LOSS_ON = ("qwen", "assistant")
 _ROLES = ("user", "assistant")

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.runtime import paths
+from train.data.batch import Batch
 from train.data.token_cache import appear
 from train.data.token_files import TokenCache, mapped
-from train.step.loss import Batch
 
 _OPEN = 256  # rows that an example may still join
 _AT_A_TIME = 2**18  # examples that are looked at together

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.runtime import lock, paths, processes
 from train.data import records
+from train.data.batch import IGNORED
 from train.data.token_files import (
     FLAG,
     ID,
@@ -35,7 +36,6 @@ from train.data.token_files import (
     is_whole,
     write_counts,
 )
-from train.step.loss import IGNORED
 
 _FORMAT = 2
 _AT_A_TIME = 64  # records that a thread encodes

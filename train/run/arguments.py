@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from qwen_jax.meshes import options
 from qwen_jax.runtime import command
 from train.run.recipes import RECIPES, Recipe, kind_of
 
@@ -217,8 +218,8 @@ def work(args: argparse.Namespace) -> None:
     command.use_compilation_cache(args.compilation_cache)
     sizes = None
     if args.mesh is not None:
-        sizes = command.mesh_sizes(args.mesh)
-        command.virtual_cpu_devices(sizes)
+        sizes = options.mesh_sizes(args.mesh)
+        options.virtual_cpu_devices(sizes)
     _train(args, wanted, sizes)
 
 

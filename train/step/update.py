@@ -21,7 +21,8 @@ from qwen_jax.config import Config
 from qwen_jax.leaves.weights import SUMMED, Weight
 from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder, Dropout
-from train.step.loss import Batch, Metrics, loss
+from train.data.batch import Batch
+from train.step.loss import Metrics, loss
 
 
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:

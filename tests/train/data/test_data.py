@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.vocabulary import qwen_tokenizer
 from train.data import chat_example, sft_example, text_example
-from train.step.loss import IGNORED
+from train.data.batch import IGNORED
 
 CASES = json.loads((Path(__file__).parents[2] / "golden/sft_labels.json").read_text())
 TALK = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]

@@ -29,10 +29,10 @@ from tests.support.tiny import QUICK, on_mesh, tiny_config, tiny_decoder
 from tests.support.vocabulary import qwen_tokenizer, tiny_ranks
 from train import data, run
 from train.data import batches, packing, records, shared_cache, token_cache, token_files
+from train.data.batch import IGNORED, Batch
 from train.data.packing import Rows
 from train.data.token_cache import Encoding, TokenCache
 from train.step import loss as losses
-from train.step.loss import IGNORED, Batch
 
 VOCABULARY = tiny_config().vocab_size
 
@@ -759,7 +759,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_their_examples(tmp_path):
     def graded(pack: str) -> tuple[Any, Any]:
         rows = Rows(cache, 16, pack)
         stack = lambda *values: np.stack(values)  # noqa: E731
-        batch = losses.place(jax.tree.map(stack, *(rows[i] for i in range(len(rows)))))
+        batch = batches.place(jax.tree.map(stack, *(rows[i] for i in range(len(rows)))))
         grad = jax.jit(
             jax.grad(lambda d, b: losses.loss(d, b, xla, jnp.float32), has_aux=True),
             compiler_options=QUICK,

@@ -17,8 +17,9 @@ from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder
 from tests.support.golden_figures import arrays, overrides
 from tests.support.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
+from train.data import batches
+from train.data.batch import IGNORED, Batch
 from train.step import loss as losses
-from train.step.loss import IGNORED, Batch
 
 PREFIX = "train.grad."
 
@@ -31,7 +32,7 @@ def graded(decoder: Decoder, batch: Batch, attend: Any = xla, **options: Any) ->
 
     grad = jax.jit(jax.grad(of, has_aux=True), compiler_options=QUICK)
     stacked = jax.jit(model.stack, compiler_options=QUICK)(decoder)
-    gradients, metrics = grad(stacked, losses.place(batch))
+    gradients, metrics = grad(stacked, batches.place(batch))
     weights = named_leaves(stacked)
     for name, leaf in named_leaves(gradients).items():
         partition = weights[name][...].sharding
@@ -53,7 +54,7 @@ def as_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
 def golden_batch(case: str, repeats: int = 1) -> Batch:
     """Rows repeated change neither the mean nor its gradients."""
     found = (arrays()[f"{case}.{what}"] for what in ("tokens", "labels"))
-    return losses.batch_of(*(np.tile(x, (repeats, 1)) for x in found))
+    return batches.batch_of(*(np.tile(x, (repeats, 1)) for x in found))
 
 
 def test_what_is_no_batch_is_refused() -> None:
@@ -66,18 +67,18 @@ def test_what_is_no_batch_is_refused() -> None:
         (good, good - 6, "labels .* -100 where ignored"),
     ):
         with pytest.raises(ValueError, match=message):
-            losses.batch_of(tokens, labels)
+            batches.batch_of(tokens, labels)
     with (
         on_mesh(fsdp=4),
         pytest.raises(ValueError, match="batch B = 2 does not divide over fsdp=4"),
     ):
-        losses.place(losses.batch_of(good, good))
+        batches.place(batches.batch_of(good, good))
 
 
 @pytest.mark.parametrize("where", ["tokens", "targets"])
 def test_ids_beyond_the_vocabulary_show(where: str) -> None:
     config = tiny_config()
-    batch = losses.batch_of(np.ones((2, 8), np.int32), np.ones((2, 8), np.int32))
+    batch = batches.batch_of(np.ones((2, 8), np.int32), np.ones((2, 8), np.int32))
     ids = getattr(batch, where).copy()
     ids[1, 3] = config.vocab_size
     with on_mesh(fsdp=2):
@@ -136,7 +137,7 @@ def test_nothing_scales_with_the_length_in_training(
         decoder = checkpoint.load(golden_dir, config, "float32")
         value, _ = jax.jit(
             lambda d, b: losses.loss(d, b, xla, jnp.float32), compiler_options=QUICK
-        )(decoder, losses.place(batch))
+        )(decoder, batches.place(batch))
         assert decoder.config.logn == ("logn" in flags)
     np.testing.assert_allclose(value, arrays()["trainlong.loss"][0], rtol=1e-5)
 
@@ -146,7 +147,7 @@ def test_nothing_scales_with_the_length_in_training(
 
 def test_a_batch_of_labels() -> None:
     tokens, labels = np.array([[5, 6, 7, 8]]), np.array([[5, IGNORED, 7, 8]])
-    batch = losses.batch_of(tokens, labels)
+    batch = batches.batch_of(tokens, labels)
     np.testing.assert_array_equal(batch.weights, [[0, 1, 1, 0]])
     np.testing.assert_array_equal(batch.targets, [[0, 7, 8, 0]])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3]])
@@ -158,7 +159,7 @@ def test_a_batch_of_labels() -> None:
 def value_of(batch: Batch) -> losses.Metrics:
     decoder = tiny_decoder(tiny_config())
     of = jax.jit(lambda d, b: losses.loss(d, b, xla, jnp.float32)[1], compiler_options=QUICK)
-    return of(decoder, losses.place(batch))
+    return of(decoder, batches.place(batch))
 
 
 def test_loss_and_accuracy_are_means_over_weights() -> None:
@@ -168,7 +169,7 @@ def test_loss_and_accuracy_are_means_over_weights() -> None:
     with on_mesh():
         decoder = tiny_decoder(tiny_config())
         logits = full_logits(decoder, tokens).astype(np.float64)
-        batch = losses.batch_of(tokens, tokens)
+        batch = batches.batch_of(tokens, tokens)
         batch = batch.replace(weights=weights, targets=batch.targets.copy())
         best = logits.argmax(-1)
         batch.targets[:, ::2] = best[:, ::2]  # half of them right
@@ -185,7 +186,7 @@ def test_loss_and_accuracy_are_means_over_weights() -> None:
 def test_a_batch_without_targets_has_a_loss_of_zero() -> None:
     tokens = tiny_tokens(2, 12)
     with on_mesh():
-        metrics = value_of(losses.batch_of(tokens, np.full_like(tokens, IGNORED)))
+        metrics = value_of(batches.batch_of(tokens, np.full_like(tokens, IGNORED)))
     assert [float(x) for x in (metrics.loss, metrics.accuracy, metrics.targets)] == [0, 0, 0]
 
 
@@ -194,8 +195,8 @@ def test_packed_documents_are_what_they_are_alone() -> None:
     documents = [tiny_tokens(1, n) for n in (12, 9, 5)]
     padding = np.full((1, 6), 3)  # of any tokens
     with on_mesh():
-        alone = [value_of(losses.batch_of(x, x)) for x in documents]
-        parts = [losses.batch_of(x, x) for x in (*documents, padding)]
+        alone = [value_of(batches.batch_of(x, x)) for x in documents]
+        parts = [batches.batch_of(x, x) for x in (*documents, padding)]
         parts = [part.replace(segments=part.segments + i) for i, part in enumerate(parts)]
         none = np.zeros(padding.shape, np.int32)
         parts[-1] = parts[-1].replace(segments=none, weights=none.astype(np.float32))
@@ -209,7 +210,7 @@ def test_packed_documents_are_what_they_are_alone() -> None:
 def test_through_a_kernel() -> None:
     """In a ring, with a window of one layer."""
     config = tiny_config(head_dim=32, num_kv_heads=2, layer_windows=(5, None))
-    batch = losses.batch_of(tiny_tokens(4, 16), tiny_tokens(4, 16))
+    batch = batches.batch_of(tiny_tokens(4, 16), tiny_tokens(4, 16))
     with on_mesh():
         expected, exact = graded(tiny_decoder(config), batch)
     with on_mesh(fsdp=2, context=2):

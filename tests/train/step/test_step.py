@@ -19,9 +19,10 @@ from tests.support import compilations
 from tests.support.golden_figures import arrays
 from tests.support.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from train import step
+from train.data import batches
+from train.data.batch import Batch
 from train.step import Optimizer, State
 from train.step import loss as losses
-from train.step.loss import Batch
 
 # Key/value heads fewer than tp=8, and every axis divides by 8 or is fewer heads.
 CONFIG = tiny_config(
@@ -60,7 +61,7 @@ def packed_batch() -> Batch:
     """8 rows of 16 tokens: documents, padding, weights that are no whole numbers."""
     rng = np.random.default_rng(9)
     tokens = tiny_tokens(8, 16)
-    batch = losses.batch_of(tokens, tokens)
+    batch = batches.batch_of(tokens, tokens)
     cuts = rng.integers(3, 13, 8)
     for row, cut in enumerate(cuts):
         batch.positions[row, cut:] -= batch.positions[row, cut]
@@ -91,7 +92,7 @@ def take(sizes: dict[str, int], config: Config = CONFIG, **options: Any) -> Take
     batch = packed_batch()
     with on_mesh(**sizes) as mesh:
         state = step.create_state(tiny_decoder(config), PLAIN)
-        placed = losses.place(batch)
+        placed = batches.place(batch)
         options = {"dtype": jnp.float32, **options}
         lowered = step.make_step(PLAIN, xla, **options).lower(state, placed)
         state, report = lowered.compile(compiler_options=QUICK)(state, placed)
@@ -203,7 +204,7 @@ def test_z_loss():
     """It is added to what is minimised, and not to the loss that is told."""
     batch = packed_batch()
     with on_mesh():
-        decoder, placed = tiny_decoder(CONFIG), losses.place(batch)
+        decoder, placed = tiny_decoder(CONFIG), batches.place(batch)
         of = functools.partial(losses.loss, decoder, placed, xla, jnp.float32)
         plain, metrics = of()
         total, same = of(z_loss=0.5)
@@ -261,8 +262,8 @@ def test_every_step_has_masks_of_its_own():
     with on_mesh(fsdp=2):
         run = step.make_step(still, xla, jnp.float32, dropout=0.1)
         state = step.create_state(tiny_decoder(CONFIG), still)
-        state, first = run(state, losses.place(packed_batch()))
-        _, second = run(state, losses.place(packed_batch()))
+        state, first = run(state, batches.place(packed_batch()))
+        _, second = run(state, batches.place(packed_batch()))
     assert abs(first.metrics.loss - second.metrics.loss) > 1e-4
 
 
@@ -273,14 +274,14 @@ def test_no_number_changes_nothing():
     with on_mesh(fsdp=2):
         run = step.make_step(PLAIN, xla, jnp.float32)
         state = step.create_state(tiny_decoder(CONFIG), PLAIN)
-        state, report = run(state, losses.place(batch))
+        state, report = run(state, batches.place(batch))
         assert report.finite
         before = jax.tree.map(np.asarray, state)
-        state, report = run(state, losses.place(bad))
+        state, report = run(state, batches.place(bad))
         assert not report.finite and not np.isfinite(report.metrics.loss)
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
             np.testing.assert_array_equal(old, new)
-        _, report = run(state, losses.place(batch))
+        _, report = run(state, batches.place(batch))
         assert report.finite
 
 
@@ -294,7 +295,7 @@ def test_moments_in_bfloat16():
     for optimizer in (PLAIN, half):
         with on_mesh(fsdp=2):
             state = step.create_state(tiny_decoder(CONFIG), optimizer)
-            placed = losses.place(packed_batch())
+            placed = batches.place(packed_batch())
             run = step.make_step(optimizer, xla, jnp.float32).lower(state, placed)
             run = run.compile(compiler_options=QUICK)
             for _ in range(3):
@@ -359,7 +360,7 @@ def test_the_learning_rate_is_told():
     optimizer = dataclasses.replace(PLAIN, learning_rate=lambda step: 0.5 * (step + 1))
     with on_mesh():
         state = step.create_state(tiny_decoder(CONFIG), optimizer)
-        placed = losses.place(packed_batch())
+        placed = batches.place(packed_batch())
         run = step.make_step(optimizer, xla, jnp.float32).lower(state, placed)
         run = run.compile(compiler_options=QUICK)
         for wanted in (0.5, 1.0):
@@ -375,7 +376,7 @@ def test_ten_steps_of_the_original(golden_dir: Path, sizes):
     got, norms = [], []
     with on_mesh(**sizes):
         state = step.create_state(checkpoint.load(golden_dir, dtype="float32"), optimizer)
-        batches = [losses.place(losses.batch_of(x, x)) for x in arrays()["adamw.batches"]]
+        batches = [batches.place(batches.batch_of(x, x)) for x in arrays()["adamw.batches"]]
         run = step.make_step(optimizer, xla, jnp.float32).lower(state, batches[0])
         run = run.compile(compiler_options=QUICK)
         for batch in batches:
@@ -411,7 +412,7 @@ def test_what_decays():
 def test_abstract_state_is_that_of_a_real_one():
     with on_mesh(fsdp=2, tp=4) as mesh:
         real = step.create_state(tiny_decoder(CONFIG), PLAIN)
-        batch = losses.place(packed_batch())
+        batch = batches.place(packed_batch())
     for one, other in (
         (step.abstract_state(CONFIG, PLAIN, mesh), real),
         (step.abstract_batch(8, 16, mesh), batch),
