@@ -21,7 +21,7 @@ from qwen_jax.checkpoint import directory
 from qwen_jax.leaves import lora
 from qwen_jax.leaves.lora import Adapters
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves
 from qwen_jax.model import Decoder
 from qwen_jax.runtime import lock, paths, processes, values
 
@@ -41,7 +41,7 @@ def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
     adapter_config.json, such as base_model_name_or_path.
     """
     shape = _shape(adapters)
-    fetched = {name: sharding.fetch(leaf[...]) for name, leaf in named_leaves(adapters).items()}
+    fetched = {name: moves.fetch(leaf[...]) for name, leaf in named_leaves(adapters).items()}
     layers = next(iter(adapters.a.values())).shape[0]
     tensors = {}
     for name, (kind, layer, module) in _tensors(shape, layers).items():
@@ -106,7 +106,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 
     def put(path: str, leaf: Weight) -> Weight:
         array = found(path).astype(np.float32)
-        placed = sharding.place(array, leaf.letters, decoder.config.sizes)
+        placed = moves.place(array, leaf.letters, decoder.config.sizes)
         return Weight(placed, letters=leaf.letters)
 
     def empty(decoder: Decoder) -> Adapters:

@@ -10,7 +10,7 @@ import qwen_jax
 from qwen_jax import meshes
 from qwen_jax.attention import cache
 from qwen_jax.decoding import decode
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves
 from qwen_jax.model import rope
 from tests.support.golden_figures import arrays, overrides, scalars, worst
 from tests.support.tiny import KERNELS
@@ -35,12 +35,12 @@ def test_hidden_states(golden_dir: Path) -> None:
     model = load(golden_dir)
     tokens = arrays()["plain.tokens"]
     with meshes.entered(model.mesh):
-        start = sharding.place(np.zeros(len(tokens), np.int32), "B")
+        start = moves.place(np.zeros(len(tokens), np.int32), "B")
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = np.stack([rope.from_config(model.config).frequencies()] * 2)
-        embeddings = model.decoder.embed(sharding.place(tokens, "BT"))
+        embeddings = model.decoder.embed(moves.place(tokens, "BT"))
         states = model.decoder(
-            embeddings, places, segments, sharding.place(frequencies, "BH"), hidden_states=True
+            embeddings, places, segments, moves.place(frequencies, "BH"), hidden_states=True
         ).hidden_states
     assert len(states) == model.config.num_layers + 1
     for i, state in enumerate(states):
@@ -155,12 +155,12 @@ def step_logits(
         return np.resize(rows, (repeat, *rows.shape[1:]))
 
     with meshes.entered(model.mesh):
-        start = sharding.place(whole((width - lengths).astype(np.int32)), "B")
-        rates = sharding.place(whole(frequencies), "BH")
+        start = moves.place(whole((width - lengths).astype(np.int32)), "B")
+        rates = moves.place(whole(frequencies), "BH")
         state = cache.empty(model.config, start, 256, np.float32, model.cache_dtype)
         for step in steps:
             places, segments = decode.positions(start, state.index, step.shape[1])
-            x = model.decoder.embed(sharding.place(whole(step), "BT"))
+            x = model.decoder.embed(moves.place(whole(step), "BT"))
             output = model.decoder(x, places, segments, rates, state)
             state = output.cache
             chosen.append(np.asarray(model.decoder.logits(output.last))[:batch, -1:])

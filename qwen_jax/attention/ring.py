@@ -18,30 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from qwen_jax.meshes import sharding
-
-
-def zigzag(x: jax.Array) -> jax.Array:
-    """[B, T] in the order of a sequence -> the same tokens, in the order of the devices."""
-    if sharding.axis_sizes()[sharding.CONTEXT] == 1:
-        return x
-    order = zigzag_order(x.shape[1])
-    rows = jax.typeof(x).sharding.spec[0]
-    return jax.reshard(jax.reshard(x, P(rows, None))[:, order], sharding.spec("BT"))
-
-
-def zigzag_order(length: int) -> np.ndarray:
-    """int32 [T]: the place in its sequence of each token, as `zigzag` orders them."""
-    devices = sharding.axis_sizes()[sharding.CONTEXT]
-    places = np.arange(length, dtype=np.int32)
-    if devices == 1:
-        return places
-    if length % (2 * devices):
-        raise ValueError(f"length T = {length} does not divide into two pieces a device")
-    pieces = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
-    return places.reshape(2 * devices, -1)[pieces].reshape(-1)
 
 
 def attend(

@@ -22,7 +22,7 @@ from qwen_jax.attention import cache as kv
 from qwen_jax.attention.cache import Cache
 from qwen_jax.decoding import sampling
 from qwen_jax.leaves.weights import Weight
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder
 
 _SHORTEST = 32  # tokens of the smallest prefill bucket
@@ -112,24 +112,24 @@ def prefill(
     padded = np.zeros((batch, total), np.int32)
     kept = min(width, total)
     padded[:, total - kept :] = tokens[:, width - kept :]
-    start = sharding.place((total - lengths).astype(np.int32), "B")
-    rates = sharding.place(frequencies.astype(np.float32), "BH")
+    start = moves.place((total - lengths).astype(np.int32), "B")
+    rates = moves.place(frequencies.astype(np.float32), "BH")
     dtype = decoder.embedding[...].dtype
     cache = kv.empty(decoder.config, start, capacity, dtype, cache_dtype)
     state = State(
         cache=cache,
         frequencies=rates,
-        token=sharding.place(np.zeros(batch, np.int32), "B"),
+        token=moves.place(np.zeros(batch, np.int32), "B"),
         seen=unseen(batch, decoder.config.vocab_size),
-        recent=sharding.place(np.full((batch, rules.stops.shape[1]), -1, np.int32), "BT"),
-        done=sharding.place(np.zeros(batch, bool), "B"),
-        fault=sharding.place(np.zeros(batch, np.int32), "B"),
-        seeds=sharding.place(seeds.astype(np.uint32), "B"),
+        recent=moves.place(np.full((batch, rules.stops.shape[1]), -1, np.int32), "BT"),
+        done=moves.place(np.zeros(batch, bool), "B"),
+        fault=moves.place(np.zeros(batch, np.int32), "B"),
+        seeds=moves.place(seeds.astype(np.uint32), "B"),
         step=jnp.int32(0),
     )
     grouped, last, seen = decoder.grouped(), None, state.seen
     for end, length in zip(np.cumsum(chunks), chunks, strict=True):
-        chunk = sharding.place(padded[:, end - length : end], "BT")
+        chunk = moves.place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)
         places, segments = positions(cache.start, cache.index, chunk.shape[1])
         output = grouped(x, places, segments, rates, cache, attend)
@@ -162,14 +162,14 @@ def decode(
     """
     leaves, tree = jax.tree.flatten(decoder)  # once: a module of 80 layers takes 1.5 ms
     chosen = _report(state.token[:, None], np.int32(1), state.done, state.fault)
-    reports = collections.deque([sharding.begin_fetch(chosen)])
+    reports = collections.deque([moves.begin_fetch(chosen)])
     new, made = new - 1, 0
     while True:
         # Nothing goes ahead of the first token, which would wait for the loop to be compiled.
         while made and new > 0 and len(reports) < 2:
             limit = min(new, at_once, STRIDE)
             state, report = run_stride(leaves, state, sampler, rules, np.int32(limit), tree, attend)
-            reports.append(sharding.begin_fetch(report))
+            reports.append(moves.begin_fetch(report))
             new -= limit
         if not reports:
             return
@@ -259,12 +259,12 @@ def choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State
         """Each row's token and fault, and `seen` with the token. Every device draws for some rows,
         of which it has all logits: no sharding for their arithmetic to agree on.
         """
-        count, seeds = len(seeds), sharding.own_rows(seeds)
-        logits = jnp.where(allowed, sharding.whole_rows(logits), -jnp.inf)
+        count, seeds = len(seeds), moves.own_rows(seeds)
+        logits = jnp.where(allowed, moves.whole_rows(logits), -jnp.inf)
         token = sampler(logits, seen, seeds, step)
         both = jnp.stack([token, sampling.faults(sampler, logits, seen)], axis=1)
         seen = seen | (jnp.arange(logits.shape[1]) == token[:, None])
-        return sharding.all_rows(both, count), seen
+        return moves.all_rows(both, count), seen
 
     both, seen = drawn(logits, state.seen, state.seeds, state.step, rules.allowed, sampler)
     fault = jnp.where(state.done, 0, both[:, 1])
@@ -304,7 +304,7 @@ def _mark(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
 
     @jax.shard_map(out_specs=sharding.rows_spec(2), check_vma=False)
     def local(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        ids = sharding.own_rows(jnp.where(segments > 0, tokens, seen.shape[1]))
+        ids = moves.own_rows(jnp.where(segments > 0, tokens, seen.shape[1]))
         return seen.at[jnp.arange(len(ids))[:, None], ids].set(True, mode="drop")
 
     return local(seen, tokens, segments)

@@ -27,7 +27,7 @@ from qwen_jax.config import Config
 from qwen_jax.decoding import decode, inputs, sampling
 from qwen_jax.generate import description
 from qwen_jax.generate.description import BASE_NOTE, Description
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, rope
 from qwen_jax.runtime import values
 
@@ -151,15 +151,15 @@ class LanguageModel(Description):
         with meshes.entered(self.mesh):
             batch, arrays = len(tokens), (tokens, lengths, frequencies)
             tokens, lengths, frequencies = (self._whole_shards(x) for x in arrays)
-            start = sharding.place((tokens.shape[1] - lengths).astype(np.int32), "B")
+            start = moves.place((tokens.shape[1] - lengths).astype(np.int32), "B")
             positions, segments = decode.positions(start, jnp.int32(0), tokens.shape[1])
-            x = self.decoder.embed(sharding.place(tokens, "BT"))
-            rates = sharding.place(frequencies, "BH")
+            x = self.decoder.embed(moves.place(tokens, "BT"))
+            rates = moves.place(frequencies, "BH")
             output = self.decoder(x, positions, segments, rates, attend=self.attend)
             logits = self.decoder.logits(output.last)
             if len(tokens) != batch:  # rows that the mesh does not divide: every device keeps all
                 logits = jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]
-        return sharding.handed_over(logits)
+        return moves.handed_over(logits)
 
     def generate(
         self,

@@ -23,7 +23,7 @@ from qwen_jax.leaves.weights import (
     product,
     scaled_product,
 )
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, drop
 
 
@@ -153,7 +153,7 @@ def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
         if path not in group_of:
             return leaf
         a, b = adapters.a[group_of[path]], adapters.b[path]
-        a, b = (sharding.unshard(w) for w in (a, b))
+        a, b = (moves.unshard(w) for w in (a, b))
         spec = jax.typeof(leaf[...]).sharding.spec
         added = jnp.einsum(
             "LOR,LRI->LOI",

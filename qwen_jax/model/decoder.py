@@ -12,7 +12,6 @@ formula; partitioning comes from the leaves' letters, storage from `weights.py`.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +24,12 @@ from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import attention, meshes
-from qwen_jax.attention import Mask, ring
+from qwen_jax.attention import Mask
 from qwen_jax.attention import cache as kv
 from qwen_jax.attention.cache import Cache, Layer
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import Maker, Weight, contract
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import rope, vocabulary
 from qwen_jax.model.rope import Rotary
 
@@ -82,8 +81,8 @@ class Attention(nnx.Module):
         """x [B, T, D]; own and past: masks over this pass's keys and over the cache's."""
         residual = jax.typeof(x).sharding.spec
         heads = self.config.num_kv_heads
-        columns = sharding.to_columns(x)
-        keys = columns if sharding.held_heads(heads) == heads else sharding.to_columns(x, False)
+        columns = moves.to_columns(x)
+        keys = columns if sharding.held_heads(heads) == heads else moves.to_columns(x, False)
         q = contract("BTD,QD->BTQ", columns, self.q)
         k = contract("BTD,UD->BTU", keys, self.k)
         v = contract("BTD,UD->BTU", keys, self.v)
@@ -95,7 +94,7 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm, self.config.norm_eps)
             k = rms_norm(k, self.k_norm, self.config.norm_eps)
         q, k = rotary.rotate(q), rotary.rotate(k)
-        k, v = sharding.spread_heads(k), sharding.spread_heads(v)
+        k, v = moves.spread_heads(k), moves.spread_heads(v)
         scale = rotary.query_scale * self.config.head_dim**-0.5
         if layer is None or index is None:
             o = attention.on_shards(attend)(q, k, v, own, scale)
@@ -121,38 +120,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         residual = jax.typeof(x).sharding.spec
-        x = sharding.to_columns(x)
+        x = moves.to_columns(x)
         gate = contract("BTD,FD->BTF", x, self.gate)
         up = contract("BTD,FD->BTF", x, self.up)
         return contract("BTF,DF->BTD", up * jax.nn.silu(gate), self.down, residual)
-
-
-@jax.custom_vjp
-def _settled(x: Any) -> Any:
-    """x; backward, its gradients are all there before any is used.
-
-    XLA otherwise puts off the products that make the gradients of weights, and keeps their operands
-    until the other half of the block is done: 1 GB of 11 a device (72B, fsdp 64 x tp 8, v5p).
-    """
-    return x
-
-
-def _settle(given: Any) -> tuple[Any, list[Any]]:
-    """Which leaves have gradients is said by the structure, () or None, as it is no array."""
-    leaves, tree = jax.tree.flatten(given)
-    return tree.unflatten([x.value for x in leaves]), [() if x.perturbed else None for x in leaves]
-
-
-def _settle_gradients(wanted: list[Any], dx: Any) -> tuple[Any]:
-    """Those of weights that are not trained are not waited for, and so not made."""
-    leaves, tree = jax.tree.flatten(dx)
-    zero = jax.custom_derivatives.SymbolicZero
-    there = [mark == () and not isinstance(x, zero) for mark, x in zip(wanted, leaves, strict=True)]
-    settled = iter(jax.lax.optimization_barrier(list(itertools.compress(leaves, there))))
-    return (tree.unflatten([next(settled) if t else None for t in there]),)
-
-
-_settled.defvjp(_settle, _settle_gradients, symbolic_zeros=True)
 
 
 @struct.dataclass
@@ -190,7 +161,7 @@ def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     length = x.shape[1]
     spec = P(*jax.typeof(x).sharding.spec.partitions)
     iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, x.shape, out_sharding=spec)
-    order = jax.reshard(jnp.asarray(ring.zigzag_order(length), jnp.uint32), P(spec[1]))
+    order = jax.reshard(jnp.asarray(moves.zigzag_order(length), jnp.uint32), P(spec[1]))
     places = jax.lax.broadcast_in_dim(order, x.shape, (1,), out_sharding=spec)
     words = jax.random.key_data(key)
     draw, _ = threefry2x32_p.bind(words[0], words[1], iota(0) * length + places, iota(2))
@@ -228,7 +199,7 @@ class Block(nnx.Module):
             o, layer = self.attn(rms_norm(x, self.attn_norm, self.norm_eps), *context)
             x = x + (o if dropout is None else dropout.of_attention(o))
         with jax.named_scope("feed_forward"):
-            x, ffn = _settled((x, self.ffn))
+            x, ffn = moves.settled((x, self.ffn))
             o = ffn(rms_norm(x, self.ffn_norm, self.norm_eps))
             x = x + (o if dropout is None else dropout.of_feed_forward(o))
         return x, layer
@@ -385,7 +356,7 @@ def _scan(
     hidden_states: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """x after all blocks, whose leaves are stacked; where asked for, also after each of them."""
-    first = jax.tree.map(sharding.leading_axis, blocks)
+    first = jax.tree.map(moves.leading_axis, blocks)
 
     def run(x: jax.Array, block: Block, window: jax.Array, number: jax.Array) -> jax.Array:
         block = jax.tree.map(lambda w, axis: jnp.moveaxis(w, 0, axis - 1), block, first)
@@ -455,7 +426,7 @@ def _run_block(
         mask and dataclasses.replace(mask, window=window) for mask in (context.own, context.past)
     )
     dropout = context.dropout and context.dropout.in_layer(number)
-    block = sharding.unshard(block, x.dtype)
+    block = moves.unshard(block, x.dtype)
     return block(x, dropout, context.rotary, own, past, layer, context.index, attend)
 
 
@@ -466,13 +437,13 @@ def _embed(table: Weight, tokens: jax.Array, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="eps")
 def _final_norm(x: jax.Array, weight: Weight, eps: float) -> jax.Array:
-    return rms_norm(x, sharding.unshard(weight, x.dtype), eps)
+    return rms_norm(x, moves.unshard(weight, x.dtype), eps)
 
 
 @jax.jit
 def logits(x: jax.Array, head: Weight) -> jax.Array:
     """[B, T, D] after the final norm and a head [V, D] -> float32 [B, T, V]."""
-    head = sharding.unshard(head, x.dtype)
+    head = moves.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, head, preferred_element_type=jnp.float32)
 
 

@@ -11,7 +11,7 @@ from qwen_jax import attention
 from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask
 from qwen_jax.attention.cache import quantize
 from qwen_jax.attention.ring import merge
-from qwen_jax.meshes.sharding import place
+from qwen_jax.meshes.moves import place
 from tests.support.tiny import KERNELS, QUICK, on_mesh
 
 every_implementation = pytest.mark.parametrize("name", ["xla", *KERNELS])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qwen_jax.attention import FULL, cache
 from qwen_jax.attention.cache import Cache, Int8, Layer, quantize
 from qwen_jax.decoding.decode import positions
-from qwen_jax.meshes.sharding import place
+from qwen_jax.meshes.moves import place
 from tests.support.tiny import (
     cached_logits,
     frequencies,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qwen_jax import attention
-from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask, ring
-from qwen_jax.meshes import sharding
+from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask
+from qwen_jax.meshes import moves
 from qwen_jax.model import rope
 from tests.model.test_model import LONG
 from tests.support.tiny import (
@@ -106,7 +106,7 @@ def results(attend: Any, x: dict[str, np.ndarray], window: int, **sizes: int) ->
         return dict(zip(names, (o, lse, *gradients), strict=True))
 
     with on_mesh(**sizes):
-        placed = {name: sharding.place(a, LETTERS.get(name, "BT")) for name, a in x.items()}
+        placed = {name: moves.place(a, LETTERS.get(name, "BT")) for name, a in x.items()}
         got = run(placed)
         for name, leaf in {"o": "q", "dk": "k", "dv": "v"}.items():
             assert got[name].sharding.is_equivalent_to(placed[leaf].sharding, 4)
@@ -178,10 +178,10 @@ def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient():
 def test_without_the_log_sum_exp_the_dtype_is_that_of_the_query():
     x = arrays(CASES["causal"])
     with on_mesh(context=2):
-        places = sharding.place(x["positions"], "BT")
+        places = moves.place(x["positions"], "BT")
         mask = Mask(places, places, places + 1, places + 1, jnp.int32(FULL))
-        q, k, v = (sharding.place(x[a], "BTNH").astype(jnp.bfloat16) for a in "qkv")
-        scale = sharding.place(x["scale"], "BT")
+        q, k, v = (moves.place(x[a], "BTNH").astype(jnp.bfloat16) for a in "qkv")
+        scale = moves.place(x["scale"], "BT")
         assert attention.on_shards(attention.xla)(q, k, v, mask, scale).dtype == jnp.bfloat16
 
 
@@ -192,7 +192,7 @@ def test_without_the_log_sum_exp_the_dtype_is_that_of_the_query():
 def test_zigzag(devices):
     tokens = np.arange(B * T, dtype=np.int32).reshape(B, T)
     with on_mesh(context=devices):
-        got = ring.zigzag(sharding.place(tokens, "BT"))
+        got = moves.zigzag(moves.place(tokens, "BT"))
         np.testing.assert_array_equal(got, tokens[:, pieces(devices)])
         for i, shard in enumerate(sorted(got.addressable_shards, key=lambda s: s.device.id)):
             piece = T // devices // 2
@@ -202,15 +202,15 @@ def test_zigzag(devices):
 
 def test_zigzag_without_a_ring_is_the_sequence():
     with on_mesh(fsdp=2):
-        x = sharding.place(np.zeros((B, 3), np.int32), "BT")
-        assert ring.zigzag(x) is x
+        x = moves.place(np.zeros((B, 3), np.int32), "BT")
+        assert moves.zigzag(x) is x
 
 
 def test_zigzag_of_what_does_not_divide():
     with on_mesh(context=4):
-        x = sharding.place(np.zeros((B, 12), np.int32), "BT")
+        x = moves.place(np.zeros((B, 12), np.int32), "BT")
         with pytest.raises(ValueError, match="length T = 12 does not divide into two pieces"):
-            ring.zigzag(x)
+            moves.zigzag(x)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
@@ -244,9 +244,9 @@ def logits(name: str, order: np.ndarray, **sizes: int) -> np.ndarray:
     alpha = float(rope.from_config(config).alpha(np.array(T)))
     with on_mesh(**sizes):
         decoder = tiny_decoder(config)
-        x, places, segments = (sharding.place(a, "BT") for a in (tokens, places, segments))
+        x, places, segments = (moves.place(a, "BT") for a in (tokens, places, segments))
         if "context" in sizes:
-            x, places, segments = map(ring.zigzag, (x, places, segments))
+            x, places, segments = map(moves.zigzag, (x, places, segments))
         rates = frequencies(config, B, alpha)
         last = decoder(decoder.embed(x), places, segments, rates).last
         return np.asarray(decoder.logits(last))[:, np.argsort(order)]

@@ -18,7 +18,7 @@ from qwen_jax import attention, meshes
 from qwen_jax import model as model_module
 from qwen_jax.decoding import decode
 from qwen_jax.decoding.sampling import Greedy, Nucleus
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import abstract, rope
 from tests.support import compilations
 from tests.support.tiny import QUICK, on_mesh, replace_leaves, tiny_config, tiny_decoder
@@ -133,16 +133,16 @@ def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.State:
     in front of each row.
     """
     rows = len(ids)
-    places = [sharding.place(x.astype(np.int32), "BT") for x in (ids, ids > 0)]
+    places = [moves.place(x.astype(np.int32), "BT") for x in (ids, ids > 0)]
     return decode.State(
         cache=None,  # type: ignore[arg-type]
         frequencies=None,  # type: ignore[arg-type]
-        token=sharding.place(np.zeros(rows, np.int32), "B"),
+        token=moves.place(np.zeros(rows, np.int32), "B"),
         seen=decode._mark(decode.unseen(rows, V), *places),
-        recent=sharding.place(np.full((rows, 1), -1, np.int32), "BT"),
-        done=sharding.place(np.zeros(rows, bool), "B"),
-        fault=sharding.place(np.zeros(rows, np.int32), "B"),
-        seeds=sharding.place(seeds, "B"),
+        recent=moves.place(np.full((rows, 1), -1, np.int32), "BT"),
+        done=moves.place(np.zeros(rows, bool), "B"),
+        fault=moves.place(np.zeros(rows, np.int32), "B"),
+        seeds=moves.place(seeds, "B"),
         step=jnp.int32(5),
     )
 
@@ -151,7 +151,7 @@ def chosen(logits: np.ndarray, ids: np.ndarray, seeds: np.ndarray, sampler: Any)
     rules = decode.make_rules(ALLOWED, [], 0)
     state = state_of(ids, seeds)
     choose = jax.jit(decode.choose, compiler_options=QUICK)
-    return choose(sharding.place(logits, "BV"), state, rules, sampler)
+    return choose(moves.place(logits, "BV"), state, rules, sampler)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def test_draws_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], batch: i
     expected = whole(DRAW, np.where(ALLOWED, logits, -np.inf), seen, seeds, 5)
     with on_mesh(**sizes):
         state = chosen(logits, ids, seeds, DRAW)
-        np.testing.assert_array_equal(sharding.fetch(state.token), expected)
-        assert not sharding.fetch(state.fault).any()
+        np.testing.assert_array_equal(moves.fetch(state.token), expected)
+        assert not moves.fetch(state.fault).any()
         # What is seen from now on; rows that fill up a shard lie behind its own.
         shards = np.prod([sizes.get(axis, 1) for axis in sharding.BATCH])
-        kept = sharding.fetch(state.seen).reshape(shards, -1, V)[:, : batch // shards]
+        kept = moves.fetch(state.seen).reshape(shards, -1, V)[:, : batch // shards]
         seen[np.arange(batch), expected] = True
         np.testing.assert_array_equal(kept.reshape(batch, V), seen)
         held = {x.data.shape for x in state.seen.addressable_shards}
@@ -235,7 +235,7 @@ def test_a_stride_is_under_way_before_the_one_before_is_fetched(
     assert stop not in [i for part in plain[:2] for row in part for i in row]
     stopped = streamed(model, stop=[stop, plain[2][1][0]])
     events: list[str] = []
-    run, begin = decode.run_stride, sharding.begin_fetch
+    run, begin = decode.run_stride, moves.begin_fetch
 
     def recorded(*arguments: Any) -> Any:
         events.append("start")

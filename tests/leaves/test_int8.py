@@ -12,7 +12,7 @@ from qwen_jax.attention import xla
 from qwen_jax.leaves import int8, lora, weights
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
-from qwen_jax.meshes.sharding import place
+from qwen_jax.meshes.moves import place
 from tests.leaves.test_lora import drawn
 from tests.support.tiny import QUICK, on_mesh, tiny_decoder
 from tests.train.step.test_step import CONFIG, packed_batch

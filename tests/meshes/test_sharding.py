@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import meshes
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from tests.support import compilations
 from tests.support.tiny import QUICK, cached_logits, full_logits, on_mesh, tiny_config, tiny_decoder
 from tests.support.tiny import tiny_tokens as tokens_of
@@ -70,27 +70,27 @@ def test_place_and_fetch_are_inverse(sizes):
     value = rng.standard_normal((8, 16)).astype(np.float32)
     with on_mesh(**sizes) as mesh:
         for letters in ("BT", "FD", "DH"):
-            placed = sharding.place(value, letters)
+            placed = moves.place(value, letters)
             assert placed.sharding == sharding.named(letters, mesh)
-            np.testing.assert_array_equal(sharding.fetch(placed), value)
+            np.testing.assert_array_equal(moves.fetch(placed), value)
 
 
 def test_the_program_that_fetches_from_other_processes_is_made_once():
     """Otherwise each stride of decoding compiles one where rows are split over processes."""
     value = np.arange(8, dtype=np.int32)
     with on_mesh(fsdp=2) as mesh:
-        placed = sharding.place(value, "B")
-    sharding._replicator(mesh)(placed)
+        placed = moves.place(value, "B")
+    moves._replicator(mesh)(placed)
     with compilations.counted() as programs:
-        np.testing.assert_array_equal(sharding._replicator(mesh)(placed), value)
+        np.testing.assert_array_equal(moves._replicator(mesh)(placed), value)
     assert not programs
 
 
 def test_arrays_handed_over_go_into_any_function():
     with on_mesh(fsdp=2):
-        inside = sharding.place(np.ones((4, 2), np.float32), "BT")
-        assert sharding.handed_over(inside) is inside
-    outside = sharding.handed_over(inside)
+        inside = moves.place(np.ones((4, 2), np.float32), "BT")
+        assert moves.handed_over(inside) is inside
+    outside = moves.handed_over(inside)
     np.testing.assert_array_equal(jnp.concatenate([outside, jnp.zeros((1, 2))])[:4], inside)
 
 
@@ -122,7 +122,7 @@ def test_unshard_gathers_weights_and_scatters_gradients(sizes):
     x = rng.standard_normal((8, 8, 16), np.float32)
 
     def whole(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        w = sharding.unshard(w)
+        w = moves.unshard(w)
         for name, leaf in w.items():
             partition = jax.typeof(leaf).sharding.spec.partitions
             axes = {axis for entry in partition for axis in sharding.entries(entry)}
@@ -131,9 +131,9 @@ def test_unshard_gathers_weights_and_scatters_gradients(sizes):
 
     def graded(function, mesh):
         with on_mesh(**mesh):
-            placed = {name: sharding.place(leaf, name) for name, leaf in leaves.items()}
+            placed = {name: moves.place(leaf, name) for name, leaf in leaves.items()}
             grad = jax.jit(jax.value_and_grad(function), compiler_options=QUICK)
-            value, gradients = grad(placed, sharding.place(x, "BTD"))
+            value, gradients = grad(placed, moves.place(x, "BTD"))
         for name, gradient in gradients.items():
             assert gradient.sharding.is_equivalent_to(placed[name].sharding, gradient.ndim), name
         return value, gradients
@@ -148,9 +148,9 @@ def test_unshard_gathers_weights_and_scatters_gradients(sizes):
 
 def test_unshard_casts_before_it_gathers():
     with on_mesh(fsdp=4):
-        w = sharding.place(np.ones((8, 16), np.float32), "FD")
-        assert sharding.unshard(w).dtype == jnp.float32
-        made = jax.make_jaxpr(lambda w: sharding.unshard(w, jnp.bfloat16))(w)
+        w = moves.place(np.ones((8, 16), np.float32), "FD")
+        assert moves.unshard(w).dtype == jnp.float32
+        made = jax.make_jaxpr(lambda w: moves.unshard(w, jnp.bfloat16))(w)
     (gathering,) = made.eqns
     names = [equation.primitive.name for equation in gathering.params["call_jaxpr"].eqns]
     assert names.index("convert_element_type") < names.index("reshard")
@@ -171,9 +171,9 @@ def test_unshard_casts_before_it_gathers():
 )
 def test_narrow_parts_come_first(letters, shape, axis):
     with on_mesh(fsdp=2, context=2):
-        leaf = sharding.place(np.zeros(shape, np.float32), letters)
+        leaf = moves.place(np.zeros(shape, np.float32), letters)
         found = []
-        jax.jit(lambda x: found.append(sharding.leading_axis(x)))(leaf)
+        jax.jit(lambda x: found.append(moves.leading_axis(x)))(leaf)
     assert found == [axis]
 
 
@@ -182,7 +182,7 @@ def test_heads_are_repeated_for_the_devices_of_their_queries():
     for tp, held in ((1, 2), (2, 2), (4, 4), (8, 8)):
         with on_mesh(tp=tp):
             assert sharding.held_heads(2) == held and sharding.held_heads(16) == 16
-            spread = sharding.spread_heads(sharding.place(k, "BTKH", {"K": 2}))
+            spread = moves.spread_heads(moves.place(k, "BTKH", {"K": 2}))
             assert jax.typeof(spread).sharding.spec[2] == ("tp" if tp > 1 else None)
             np.testing.assert_array_equal(spread, np.repeat(k, held // 2, axis=2))
 

@@ -11,7 +11,7 @@ from qwen_jax import Config, model
 from qwen_jax.attention import IMPLEMENTATIONS, cache
 from qwen_jax.config import RopeScaling
 from qwen_jax.leaves import weights
-from qwen_jax.meshes.sharding import place
+from qwen_jax.meshes.moves import place
 from qwen_jax.model import Decoder, FeedForward, rms_norm, rope
 from tests.support.tiny import (
     KERNELS,

@@ -17,7 +17,7 @@ from qwen_jax import attention, meshes, model
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.leaves import lora
 from qwen_jax.leaves.weights import Weight, contract
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import rope, vocabulary
 from tests.support.tiny import QUICK, on_mesh, tiny_config
 from train import step
@@ -35,11 +35,11 @@ def wide() -> model.Decoder:
 
 def log_probabilities(decoder: model.Decoder, tokens: np.ndarray) -> np.ndarray:
     with jax.set_mesh(meshes.make()):
-        start = sharding.place(np.zeros(len(tokens), np.int32), "B")
+        start = moves.place(np.zeros(len(tokens), np.int32), "B")
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = rope.from_config(CONFIG).frequencies(np.ones(len(tokens)))
-        x = decoder.embed(sharding.place(tokens, "BT"))
-        output = decoder(x, places, segments, sharding.place(frequencies, "BH"))
+        x = decoder.embed(moves.place(tokens, "BT"))
+        output = decoder(x, places, segments, moves.place(frequencies, "BH"))
         return np.asarray(jax.nn.log_softmax(decoder.logits(output.last)), np.float64)
 
 
@@ -68,8 +68,8 @@ def in_bfloat16(seed: int, *shape: int) -> np.ndarray:
 def of_every_kind(w: dict[str, Weight], wide: Any, narrow: Any, targets: Any, shares: Any) -> Any:
     """Linear in every kind of leaf but the head; products of dtype bfloat16."""
     x, y = (a.astype(jnp.bfloat16) for a in (narrow, wide))
-    whole = sharding.unshard(w, x.dtype)
-    columns = contract("BTD,FD->BTF", sharding.to_columns(x), whole["FD"])
+    whole = moves.unshard(w, x.dtype)
+    columns = contract("BTD,FD->BTF", moves.to_columns(x), whole["FD"])
     rows = contract("BTF,DF->BTD", y, whole["DF"], sharding.spec("BTD"))
     normed = model._in_float32(jnp.multiply, x, whole["D"])
     shifted = model._in_float32(jnp.add, y, whole["F"])
@@ -85,13 +85,13 @@ def gradients(kind: str, **sizes: int) -> dict[str, np.ndarray]:
     """Of `of_every_kind`, on leaves of dtype `kind`."""
     with on_mesh(**sizes):
         w = {
-            name: Weight(sharding.place(in_bfloat16(i, *shape), name).astype(kind), letters=name)
+            name: Weight(moves.place(in_bfloat16(i, *shape), name).astype(kind), letters=name)
             for i, (name, shape) in enumerate(SHAPES.items())
         }
         targets = np.random.default_rng(0).integers(0, SHAPES["VD"][0], (B, T), np.int32)
-        given = [sharding.place(in_bfloat16(8, B, T, F), "BTF")]
-        given += [sharding.place(in_bfloat16(9, B, T, D), "BTD"), sharding.place(targets, "BT")]
-        given += [sharding.place(in_bfloat16(7, B, T), "BT")]
+        given = [moves.place(in_bfloat16(8, B, T, F), "BTF")]
+        given += [moves.place(in_bfloat16(9, B, T, D), "BTD"), moves.place(targets, "BT")]
+        given += [moves.place(in_bfloat16(7, B, T), "BT")]
         found = jax.jit(jax.grad(of_every_kind), compiler_options=QUICK)(w, *given)
         return {name: np.asarray(leaf[...], np.float64) for name, leaf in found.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import meshes
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import vocabulary
 from tests.support.tiny import QUICK, on_mesh
 from train.planning import collectives
@@ -74,12 +74,12 @@ def sharded(sizes: dict[str, int], dtype: Any = jnp.float32, parted: bool = Fals
 
     def of(x: Any, head: Any, targets: Any, shares: Any) -> Any:
         x = x.astype(dtype)
-        x = sharding.sequence_parallel(x) if parted else x
+        x = moves.sequence_parallel(x) if parted else x
         return weighted(vocabulary.token_scores, x, head, targets, shares)
 
     with on_mesh(**sizes):
-        placed = sharding.place(x, "BTD"), sharding.place(head, "VD")
-        rest = sharding.place(targets, "BT"), [sharding.place(s, "BT") for s in shares]
+        placed = moves.place(x, "BTD"), moves.place(head, "VD")
+        rest = moves.place(targets, "BT"), [moves.place(s, "BT") for s in shares]
         result = graded(of)(*placed, *rest)
         for gradient, value in zip(result[1], placed, strict=True):
             assert gradient.sharding.is_equivalent_to(value.sharding, value.ndim)
@@ -101,8 +101,8 @@ def assert_near(got: Any, wanted: Any, bound: float) -> None:
 @pytest.mark.parametrize("sizes", MESHES, ids=meshes.describe)
 def test_scores_are_those_of_all_logits(sizes, chunks_of_128):
     with on_mesh(**sizes):
-        head = sharding.place(arrays()[1], "VD")
-        plan = vocabulary._Plan.of(sharding.place(arrays()[0], "BTD"), head)
+        head = moves.place(arrays()[1], "VD")
+        plan = vocabulary._Plan.of(moves.place(arrays()[0], "BTD"), head)
         held = ROWS // sizes.get("tp", 1)
         assert plan.size == 128 and held % 128 and held > 128
     assert_near(sharded(sizes), expected(), 2e-5)
@@ -125,8 +125,8 @@ def test_rows_that_are_not_there_have_no_part(chunks_of_128):
     x = np.ones((2, 2, D), np.float32)
     head = np.full((300, D), -10, np.float32)
     with on_mesh():
-        placed = sharding.place(x, "BTD"), sharding.place(head, "VD")
-        scores = vocabulary.token_scores(*placed, sharding.place(np.zeros((2, 2), np.int32), "BT"))
+        placed = moves.place(x, "BTD"), moves.place(head, "VD")
+        scores = vocabulary.token_scores(*placed, moves.place(np.zeros((2, 2), np.int32), "BT"))
     np.testing.assert_allclose(scores.largest, -10 * D)
     np.testing.assert_allclose(scores.logit - scores.lse, -np.log(300), rtol=1e-4)
 
@@ -134,8 +134,8 @@ def test_rows_that_are_not_there_have_no_part(chunks_of_128):
 def test_logits_of_hundreds_overflow_nothing(chunks_of_128):
     x, head, targets, _ = arrays()
     with on_mesh(tp=2):
-        placed = sharding.place(100 * x, "BTD"), sharding.place(head, "VD")
-        scores = vocabulary.token_scores(*placed, sharding.place(targets, "BT"))
+        placed = moves.place(100 * x, "BTD"), moves.place(head, "VD")
+        scores = vocabulary.token_scores(*placed, moves.place(targets, "BT"))
     wanted = by_definition(100 * x, head, targets)
     assert np.abs(wanted.largest).max() > 500
     np.testing.assert_allclose(scores.lse, wanted.lse, rtol=1e-5)
@@ -167,8 +167,8 @@ def test_look_up(sizes, dtype, monkeypatch):
     tokens[0, 3:5] = 0, ROWS - 1
     wanted = rng.standard_normal((B, T, D), np.float32)
     with on_mesh(**sizes):
-        placed = sharding.place(table, "VD")
-        rest = sharding.place(tokens, "BT"), sharding.place(wanted, "BTD")
+        placed = moves.place(table, "VD")
+        rest = moves.place(tokens, "BT"), moves.place(wanted, "BTD")
 
         def loss(table: Any, tokens: Any, wanted: Any) -> Any:
             x = vocabulary.look_up(table, tokens, dtype)
@@ -191,8 +191,8 @@ def test_look_up(sizes, dtype, monkeypatch):
 def test_a_frequent_token_of_a_bfloat16_table(sizes):
     """Gradients add up in float32: in bfloat16, 256 ones and another are 256."""
     with on_mesh(**sizes):
-        table = sharding.place(np.zeros((4, 8), jnp.bfloat16), "VD")
-        tokens = sharding.place(np.zeros((4, 256), np.int32), "BT")
+        table = moves.place(np.zeros((4, 8), jnp.bfloat16), "VD")
+        tokens = moves.place(np.zeros((4, 256), np.int32), "BT")
         grad = jax.jit(jax.grad(lambda t, ids: jnp.sum(vocabulary.look_up(t, ids, t.dtype))))
         gradient = grad(table, tokens)
     assert gradient.dtype == jnp.bfloat16

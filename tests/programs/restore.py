@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 
-from qwen_jax.meshes import options
+from qwen_jax.meshes import moves, options
 from qwen_jax.runtime import command
 
 
@@ -18,7 +18,6 @@ def work(args: argparse.Namespace) -> None:
     import qwen_jax
     from qwen_jax import meshes
     from qwen_jax.leaves.weights import named_leaves
-    from qwen_jax.meshes import sharding
     from tests.support import compilations
 
     sizes = meshes.parse(args.mesh)
@@ -28,7 +27,7 @@ def work(args: argparse.Namespace) -> None:
         model = qwen_jax.load(args.ckpt, dtype=args.dtype)
         digest = hashlib.sha256()
         for name, leaf in named_leaves(model.decoder).items():
-            digest.update(name.encode() + sharding.fetch(leaf[...]).tobytes())
+            digest.update(name.encode() + moves.fetch(leaf[...]).tobytes())
     result = {"leaves": digest.hexdigest()}
     if args.generate:
         prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
@@ -38,7 +37,7 @@ def work(args: argparse.Namespace) -> None:
         made = [next(parts), next(parts)]
         with compilations.counted() as programs:
             made.extend(parts)
-            sharding.fetch(model.decoder.embedding[...])
+            moves.fetch(model.decoder.embedding[...])
         result["tokens"] = [[int(part[row, 0]) for part in made] for row in range(2)]
         result["compiled"] = len(programs)
     print(json.dumps(result))

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 
-from qwen_jax.meshes import options
+from qwen_jax.meshes import moves, options
 from qwen_jax.runtime import command, processes
 from train.data import batches
 
@@ -19,7 +19,6 @@ def work(args: argparse.Namespace) -> None:
     from qwen_jax import checkpoint, meshes
     from qwen_jax.attention import xla
     from qwen_jax.leaves.weights import named_leaves
-    from qwen_jax.meshes import sharding
     from tests.support.golden_figures import arrays
     from train import step
 
@@ -36,7 +35,7 @@ def work(args: argparse.Namespace) -> None:
             said = {"loss": report.metrics.loss, "norm": report.gradient_norm}
             print(json.dumps({name: float(value) for name, value in said.items()}), flush=True)
         moments = state.moments[0].mu
-        fetched = {name: sharding.fetch(x[...]) for name, x in named_leaves(moments).items()}
+        fetched = {name: moves.fetch(x[...]) for name, x in named_leaves(moments).items()}
         if processes.index() == 0:
             np.savez(args.file, **fetched)
 

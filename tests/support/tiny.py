@@ -11,7 +11,7 @@ from qwen_jax import Config, meshes, model
 from qwen_jax.attention import cache
 from qwen_jax.decoding.decode import positions
 from qwen_jax.leaves.weights import Weight, map_leaves
-from qwen_jax.meshes.sharding import place
+from qwen_jax.meshes.moves import place
 from qwen_jax.model import Decoder, Output, rope
 
 KERNELS = ("pallas_tpu", "pallas_triton")  # attention that a CPU interprets

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qwen_jax import meshes
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from train.data.batch import IGNORED, Batch
 from train.data.packing import Rows
 
@@ -46,7 +46,7 @@ def place(batch: Batch) -> Batch:
     """A batch of the host on the mesh in force. Raises ValueError where it does not divide."""
     rows, tokens = batch.tokens.shape
     meshes.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
-    return jax.tree.map(lambda x: sharding.place(x, "BT"), batch)
+    return jax.tree.map(lambda x: moves.place(x, "BT"), batch)
 
 
 class Batches:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_jax.meshes import hardware, sharding
+from qwen_jax.meshes import hardware, moves
 from qwen_jax.runtime import command, paths, processes
 from train.data.batches import Batches, once
 from train.data.packing import Rows
@@ -96,7 +96,7 @@ class Loop:
     def go(self, state: State, asked: dict[str, Any]) -> State:
         """Steps until the end, or until a signal has been heard by all processes."""
         settings, end = self.settings, self.steps
-        so_far = sharding.place(np.array(True), "")
+        so_far = moves.place(np.array(True), "")
         if self.owed:
             self._evaluated(state, asked)
             end = self.position if self.owed else end
@@ -174,7 +174,7 @@ class Loop:
     def _not_a_number(self, number: int, batch: Any, report: Any, state: State) -> None:
         path = self.settings.out / f"batch-{number}.npz"
         whole: dict[str, Any] = {
-            field.name: sharding.fetch(getattr(batch, field.name))
+            field.name: moves.fetch(getattr(batch, field.name))
             for field in dataclasses.fields(batch)
         }
         if processes.index() == 0:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import meshes
-from qwen_jax.attention import ring
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, Dropout, rope, vocabulary
 from qwen_jax.model.vocabulary import TokenScores
 from train.data.batch import Batch
@@ -52,13 +51,13 @@ def scores(
     meshes.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
     known = [(ids >= 0) & (ids < lengths["V"]) for ids in (batch.tokens, batch.targets)]
     weights = jnp.where(known[0] & known[1], batch.weights, jnp.nan)
-    batch = jax.tree.map(ring.zigzag, dataclasses.replace(batch, weights=weights))
+    batch = jax.tree.map(moves.zigzag, dataclasses.replace(batch, weights=weights))
     rates = jnp.broadcast_to(jnp.asarray(frequencies), (rows, decoder.config.head_dim // 2))
     x = decoder.embed(batch.tokens, dtype)
     if dropout is not None:
         x = dropout.of_embeddings(x)
     if sequence_parallel:
-        x = sharding.sequence_parallel(x)
+        x = moves.sequence_parallel(x)
     x = decoder(
         x,
         batch.positions,

@@ -14,7 +14,7 @@ import pytest
 from qwen_jax import Config, checkpoint, meshes, model
 from qwen_jax.attention import xla
 from qwen_jax.leaves.weights import named_leaves
-from qwen_jax.meshes import sharding
+from qwen_jax.meshes import moves, sharding
 from tests.support import compilations
 from tests.support.golden_figures import arrays
 from tests.support.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
@@ -243,7 +243,7 @@ def test_the_seed_of_a_run_is_that_of_its_masks():
 def test_dropout():
     """On average the masks change nothing that they are applied to; each follows from the seed."""
     with on_mesh(fsdp=2):
-        x = sharding.place(np.ones((64, 64, 8), np.float32), "BTD")
+        x = moves.place(np.ones((64, 64, 8), np.float32), "BTD")
         drop = model.Dropout(jax.random.key(0), 0.25)
         layers = [np.asarray(drop.in_layer(i).of_attention(x)) for i in range(2)]
         other = np.asarray(drop.in_layer(0).of_feed_forward(x))
@@ -316,7 +316,7 @@ def test_moments_in_bfloat16_forget():
     draws = []
     for sizes in ({}, {"fsdp": 4, "tp": 2}):
         with on_mesh(**sizes):
-            placed = sharding.place(x, "FD")
+            placed = moves.place(x, "FD")
             draw = np.asarray(step._stochastically_rounded(placed, jax.random.key(0)))
             draws.append(draw.astype(np.float32))
     np.testing.assert_array_equal(*draws)
