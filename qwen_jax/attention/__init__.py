@@ -4,14 +4,14 @@ proof on the device, the ring over devices, and the KV cache.
 Nothing here knows of RoPE, of layers or of files.
 """
 
+from qwen_jax.attention.mask import FULL, Mask
+from qwen_jax.attention.reference import xla
 from qwen_jax.attention.registry import (
     DECODERS,
     FEW,
-    FULL,
     IMPLEMENTATIONS,
     RESOLVED,
     Chosen,
-    Mask,
     auto,
     cached,
     decoder,
@@ -22,7 +22,6 @@ from qwen_jax.attention.registry import (
     pallas_triton,
     resolved,
     say,
-    xla,
 )
 
 __all__ = [

@@ -16,7 +16,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax.attention import registry, ring
-from qwen_jax.attention.registry import Mask
+from qwen_jax.attention.mask import Mask
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
 from qwen_jax.meshes import sharding

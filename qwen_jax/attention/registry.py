@@ -1,8 +1,7 @@
-"""Attention: which keys a query sees, the XLA reference, and the registry of implementations.
+"""The registry of implementations of attention by name, and which of them "auto" takes.
 
-The reference is the definition; kernels in `kernels/` must agree with it, and decline what they
-cannot do with NotImplementedError. Nothing here knows of RoPE, layers or caches: positions,
-segments and a scale for each query say everything.
+Kernels agree with the reference, and decline what they cannot do with NotImplementedError. An
+implementation runs on each device's heads and rows; `on_shards` makes it one of global arrays.
 """
 
 import dataclasses
@@ -13,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention import ring
+from qwen_jax.attention.mask import Mask
+from qwen_jax.attention.reference import xla
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -27,102 +27,9 @@ from qwen_jax.kernels import (
     flash_triton,
     others,
 )
-from qwen_jax.leaves.weights import precision
 from qwen_jax.meshes import sharding
 
-FULL = 2**30  # a window that no length reaches
-_QUERY_BLOCK = 512  # query rows whose scores the reference holds at once
 FEW = 16  # query tokens that a decode kernel takes at most
-
-
-@struct.dataclass
-class Mask:
-    """A key counts iff its segment equals the query's and is not 0 (padding, an empty slot), it is
-    not after the query, and fewer than `window` tokens before it (itself included).
-
-    Positions and segments are int32 [B, T] for queries, [B, S] for keys; window is an int32 scalar.
-    """
-
-    q_positions: jax.Array
-    k_positions: jax.Array
-    q_segments: jax.Array
-    k_segments: jax.Array
-    window: jax.Array
-
-    def visible(self) -> jax.Array:
-        """bool [B, T, S]."""
-        distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
-        same = self.q_segments[:, :, None] == self.k_segments[:, None, :]
-        real = self.k_segments[:, None, :] != 0
-        return same & real & (distance >= 0) & (distance < self.window)
-
-
-def xla(
-    q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
-) -> Any:
-    """softmax(scale * q k^T) v over the visible keys, in float32 where it matters.
-
-    q [B, T, N, H]; k, v [B, S, K, H], arrays of q's dtype or a wider one, or quantised leaves, N a
-    multiple of K; scale: a float or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for
-    a query that sees nothing. With return_lse: o in float32 and the log-sum-exp of the scores,
-    float32 [B, T, N], -inf for a query that sees nothing.
-    """
-    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
-    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
-    length = q.shape[1]
-    if length <= _QUERY_BLOCK:
-        o, lse = _block(q, k, v, mask.visible(), scale)
-    else:
-        blocks = -(-length // _QUERY_BLOCK)
-        padding = blocks * _QUERY_BLOCK - length
-
-        def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, _QUERY_BLOCK, ...]
-            x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(x.shape[0], blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
-        def step(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-            q, scale, positions, segments = rows
-            part = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
-            return _block(q, k, v, part.visible(), scale)
-
-        rows = (q, scale, mask.q_positions, mask.q_segments)
-        parts = jax.lax.map(jax.checkpoint(step), tuple(split(x) for x in rows))
-        o, lse = (
-            jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length] for x in parts
-        )
-    return (o, lse) if return_lse else o.astype(q.dtype)
-
-
-def _block(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    batch, length, heads, _ = q.shape
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: as the cache keeps them
-    kv_heads, rows = k.shape[1], heads // k.shape[1] * length
-    settings = {"precision": precision(q), "preferred_element_type": jnp.float32}
-
-    def by_head(x: jax.Array) -> jax.Array:  # [B, T, N, X] -> [B, K, G * T, X]
-        x = x.reshape(batch, length, kv_heads, -1, x.shape[-1])
-        return jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, rows, -1)
-
-    def by_token(x: jax.Array) -> jax.Array:  # the inverse
-        x = x.reshape(batch, kv_heads, -1, length, x.shape[-1])
-        return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(batch, length, heads, -1)
-
-    # Keys are the left operand, and one axis holds all rows of a head: XLA's CPU backend otherwise
-    # copies the keys, or reads them at a tenth of the speed.
-    scores = jnp.einsum("BKSH,BKZH->BKSZ", k, by_head(q), **settings)
-    scores = jnp.swapaxes(scores, 2, 3).reshape(batch, kv_heads, -1, length, k.shape[2])
-    scores = scores * scale[:, None, None, :, None]
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    scores = scores.reshape(batch, kv_heads, rows, -1)
-    largest = jnp.maximum(jnp.max(scores, -1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, -1, keepdims=True)
-    o = jnp.einsum("BKZS,BKSH->BKZH", weights.astype(q.dtype), v, **settings)
-    divisor = jnp.where(total > 0, total, 1)
-    lse = jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)
-    return by_token(o / divisor), by_token(lse)[..., 0]
 
 
 def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:

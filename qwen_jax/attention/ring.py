@@ -5,8 +5,8 @@ of the keys gives an output and a log-sum-exp, and the parts merge into one soft
 the keys of the others for longer than a step. Runs within `jax.shard_map`.
 
 Positions and segments travel with the keys, so causality, windows, packing and LogN need no rule of
-their own, and tokens may be in any order. `zigzag` is the one in which causal work is equal: device
-i of n holds piece i and piece 2n - 1 - i of 2n.
+their own, and tokens may be in any order. `meshes.moves.zigzag` is the one in which causal work is
+equal: device i of n holds piece i and piece 2n - 1 - i of 2n.
 """
 
 import dataclasses

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.attention import cache, registry, ring
-from qwen_jax.attention.registry import FULL, Mask
+from qwen_jax.attention import cache, reference, registry, ring
+from qwen_jax.attention.mask import FULL, Mask
 from qwen_jax.kernels import choice, others
 
 TASKS = ("forward", "backward", "decode")
@@ -343,7 +343,7 @@ def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _wanted(case: Case) -> list[jax.Array]:
-    return _results(case, registry.xla, "float32")
+    return _results(case, reference.xla, "float32")
 
 
 def _in_parts(

@@ -1,0 +1,80 @@
+"""Attention in plain XLA: the definition, with which every kernel must agree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.attention.mask import Mask
+from qwen_jax.leaves.weights import precision
+
+_QUERY_BLOCK = 512  # query rows whose scores the reference holds at once
+
+
+def xla(
+    q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+) -> Any:
+    """softmax(scale * q k^T) v over the visible keys, in float32 where it matters.
+
+    q [B, T, N, H]; k, v [B, S, K, H], arrays of q's dtype or a wider one, or quantised leaves, N a
+    multiple of K; scale: a float or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for
+    a query that sees nothing. With return_lse: o in float32 and the log-sum-exp of the scores,
+    float32 [B, T, N], -inf for a query that sees nothing.
+    """
+    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
+    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
+    length = q.shape[1]
+    if length <= _QUERY_BLOCK:
+        o, lse = _block(q, k, v, mask.visible(), scale)
+    else:
+        blocks = -(-length // _QUERY_BLOCK)
+        padding = blocks * _QUERY_BLOCK - length
+
+        def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, _QUERY_BLOCK, ...]
+            x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(x.shape[0], blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+        def step(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            q, scale, positions, segments = rows
+            part = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
+            return _block(q, k, v, part.visible(), scale)
+
+        rows = (q, scale, mask.q_positions, mask.q_segments)
+        parts = jax.lax.map(jax.checkpoint(step), tuple(split(x) for x in rows))
+        o, lse = (
+            jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length] for x in parts
+        )
+    return (o, lse) if return_lse else o.astype(q.dtype)
+
+
+def _block(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    batch, length, heads, _ = q.shape
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: as the cache keeps them
+    kv_heads, rows = k.shape[1], heads // k.shape[1] * length
+    settings = {"precision": precision(q), "preferred_element_type": jnp.float32}
+
+    def by_head(x: jax.Array) -> jax.Array:  # [B, T, N, X] -> [B, K, G * T, X]
+        x = x.reshape(batch, length, kv_heads, -1, x.shape[-1])
+        return jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, rows, -1)
+
+    def by_token(x: jax.Array) -> jax.Array:  # the inverse
+        x = x.reshape(batch, kv_heads, -1, length, x.shape[-1])
+        return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(batch, length, heads, -1)
+
+    # Keys are the left operand, and one axis holds all rows of a head: XLA's CPU backend otherwise
+    # copies the keys, or reads them at a tenth of the speed.
+    scores = jnp.einsum("BKSH,BKZH->BKSZ", k, by_head(q), **settings)
+    scores = jnp.swapaxes(scores, 2, 3).reshape(batch, kv_heads, -1, length, k.shape[2])
+    scores = scores * scale[:, None, None, :, None]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    scores = scores.reshape(batch, kv_heads, rows, -1)
+    largest = jnp.maximum(jnp.max(scores, -1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, -1, keepdims=True)
+    o = jnp.einsum("BKZS,BKSH->BKZH", weights.astype(q.dtype), v, **settings)
+    divisor = jnp.where(total > 0, total, 1)
+    lse = jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)
+    return by_token(o / divisor), by_token(lse)[..., 0]
