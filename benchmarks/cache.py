@@ -15,9 +15,11 @@ from pathlib import Path
 
 import jax
 
+from qwen_jax.model import running
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qwen_jax import PRESETS, meshes, model
+from qwen_jax import PRESETS, meshes
 from train.planning import programs, topology
 from train.planning.programs import Program, Setting
 
@@ -44,7 +46,7 @@ def by_group(args: argparse.Namespace) -> None:
         mesh = meshes.make({}, topology.devices(asked)[:1])
         for kernel, rows in [(k, n) for k in ("xla", asked.chip.kernel) for n in args.rows]:
             cells = [where, kernel, str(rows)]
-            for model.GROUP in args.group:
+            for running.GROUP in args.group:
                 setting = Setting(PRESETS["qwen-7b"], rows, args.length[0], kernel)
                 program = programs.prefill(setting, mesh, WHOLE_CHUNK)
                 cells.append(f"{program.memory.parts['temporaries'] / 1e6:,.0f}")

@@ -43,7 +43,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import aot
 from qwen_jax import attention
-from qwen_jax.attention.cache import Int8
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -53,6 +52,7 @@ from qwen_jax.kernels import (
     flash_triton,
 )
 from qwen_jax.kernels.flash_tpu import Blocks
+from qwen_jax.leaves.int8 import Int8
 
 HEADS, DIM = 4, 128
 FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs of a pair: 2 and 5 products

@@ -57,9 +57,9 @@ from qwen_jax.attention import prove, timing
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.kernels import choice
-from qwen_jax.leaves import lora
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import hardware
+from qwen_jax.model import lora
 from qwen_jax.runtime import command
 from train import step
 from train.data.batch import Batch

@@ -16,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.checkpoint import directory
+
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, shares, target
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, store
+from qwen_jax.checkpoint import store
 from qwen_jax.config import Config
 from qwen_jax.meshes import options
 from qwen_jax.runtime import command, paths, processes
@@ -55,7 +57,7 @@ class Plan:
 
     @property
     def params(self) -> Path:
-        return self.target / checkpoint.PARAMS
+        return self.target / directory.PARAMS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +88,7 @@ def convert(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
-    if (plan.target / checkpoint.MANIFEST).exists() and args.verify:
+    if (plan.target / directory.MANIFEST).exists() and args.verify:
         verify(_as_stored(plan, args.dtype, args.mesh is not None))
         return
     with target.alone(plan.target) as check:
@@ -127,7 +129,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     names.check(shapes, wanted, inert)
     tensors = {name: tensors[name] for name in wanted}
     dtype = folder.dtype_of(tensors, args.dtype)
-    files = {tensor.file for tensor in tensors.values()} | {source / checkpoint.CONFIG}
+    files = {tensor.file for tensor in tensors.values()} | {source / directory.CONFIG}
     facts = {
         "made_by": "convert/from_hf.py",
         "dtype": dtype,
@@ -174,18 +176,18 @@ def locate(src: str) -> Path:
 
 def read_config(source: Path) -> Config:
     """The architecture of a checkpoint folder."""
-    if (source / checkpoint.MANIFEST).exists() or (source / checkpoint.PARAMS).is_dir():
+    if (source / directory.MANIFEST).exists() or (source / directory.PARAMS).is_dir():
         raise ValueError(f"{source} is a model directory already: convert/to_hf.py is the way back")
     if target.is_unfinished(source):
         raise ValueError(
             f"{source} is an unfinished export: give the convert/to_hf.py command again"
         )
-    if not (source / checkpoint.CONFIG).exists():
+    if not (source / directory.CONFIG).exists():
         raise ValueError(
-            f"{source} has no {checkpoint.CONFIG}: it is not a checkpoint folder; give the "
+            f"{source} has no {directory.CONFIG}: it is not a checkpoint folder; give the "
             "one that has it beside the weights, or download it"
         )
-    file = source / checkpoint.CONFIG
+    file = source / directory.CONFIG
     if (quantisation := read_json(file).get("quantization_config")) is not None:
         method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
         raise ValueError(
@@ -220,7 +222,7 @@ def copy(plan: Plan) -> None:
         done, needed, jobs = _jobs(plan, resumed)
         target.begin(plan.source, plan.target, plan.facts, resumed, done, needed)
         with target.explained(plan.target, needed):
-            paths.copy(plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG)
+            paths.copy(plan.source / directory.CONFIG, plan.target / directory.CONFIG)
             store.write_metadata(plan.params, plan.leaves)
     processes.barrier()
     if processes.index() > 0:
@@ -245,7 +247,7 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
             for band in plan.leaves[part.path].bands():
                 mine = share.of(processes.index(), band)
                 piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
-                where = f"{checkpoint.PARAMS}/{part.path}"
+                where = f"{directory.PARAMS}/{part.path}"
                 there = {name for name in band.pieces if found.get(f"{where}/{name}") == piece}
                 lacking = band.pieces.keys() - there
                 needed += piece * len(lacking)
@@ -264,7 +266,7 @@ def _as_stored(plan: Plan, dtype: str | None, cut: bool) -> Plan:
     """
     manifest = checkpoint.verify_whole(plan.target)
     shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
-    checkpoint.check_shapes(plan.target, manifest, shapes)
+    directory.check_shapes(plan.target, manifest, shapes)
     stored = manifest["dtype"]
     if dtype not in (None, stored):
         raise ValueError(

@@ -18,11 +18,10 @@ from safetensors.numpy import save_file
 from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
 from convert.folder import Tensor, read_header
 from qwen_jax.checkpoint import directory
-from qwen_jax.leaves import lora
-from qwen_jax.leaves.lora import Adapters
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
 from qwen_jax.meshes import moves
-from qwen_jax.model import Decoder
+from qwen_jax.model import Decoder, lora
+from qwen_jax.model.lora import Adapters
 from qwen_jax.runtime import lock, paths, processes, values
 
 __all__ = [

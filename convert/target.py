@@ -12,8 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.checkpoint import MANIFEST, UNFINISHED, write_json
-from qwen_jax.checkpoint.directory import carry, names, remove_drafts
+from qwen_jax.checkpoint.directory import (
+    MANIFEST,
+    UNFINISHED,
+    carry,
+    names,
+    remove_drafts,
+    write_json,
+)
 from qwen_jax.runtime import command, lock, paths, processes
 from qwen_jax.runtime.texts import read_json
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_jax.checkpoint import directory
+
 if TYPE_CHECKING:
     from convert.copying import Change
 
@@ -27,7 +29,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
 
 from convert import folder, names, target
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, store, token_ids
+from qwen_jax.checkpoint import store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
@@ -64,7 +66,7 @@ class Plan:
 
     @property
     def params(self) -> Path:
-        return self.source / checkpoint.PARAMS
+        return self.source / directory.PARAMS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,10 +134,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.verify:
         paths.check_name(src)  # which TensorStore reads then
     manifest = checkpoint.verify_whole(src)
-    config = Config.read(src / checkpoint.CONFIG)
+    config = Config.read(src / directory.CONFIG)
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    checkpoint.check_shapes(src, manifest, shapes)
+    directory.check_shapes(src, manifest, shapes)
     wanted = names.expected(shapes)
     dtype = args.dtype or manifest["dtype"]
     sizes = {name: math.prod(t.shape) * folder.ITEM_BYTES[dtype] for name, t in wanted.items()}
@@ -143,7 +145,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "made_by": "convert/to_hf.py",
         "dtype": dtype,
         "max_shard_size": args.max_shard_size,
-        "source": target.fingerprint(src / n for n in (checkpoint.MANIFEST, checkpoint.CONFIG)),
+        "source": target.fingerprint(src / n for n in (directory.MANIFEST, directory.CONFIG)),
     }
     changes, settings = {}, None
     if args.adapter is not None:
@@ -153,10 +155,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         changes = peft.changes(adapter, shapes)
         files = [adapter / name for name in (peft.SETTINGS, peft.TENSORS)]
         facts["adapter"] = target.fingerprint(files)
-        if (adapter / checkpoint.GENERATION_CONFIG).exists():
-            settings = adapter / checkpoint.GENERATION_CONFIG
+        if (adapter / directory.GENERATION_CONFIG).exists():
+            settings = adapter / directory.GENERATION_CONFIG
             token_ids.check_range(settings, config.vocab_size)
-    leaves = store.read_leaves(src / checkpoint.PARAMS, manifest["dtype"])
+    leaves = store.read_leaves(src / directory.PARAMS, manifest["dtype"])
     shards = split(sizes, args.max_shard_size)
     return Plan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)
 
@@ -307,12 +309,12 @@ def _write_config(plan: Plan) -> None:
     an adapter makes, which may be a chat model of a base.
     """
     if plan.settings is not None:
-        paths.copy(plan.settings, plan.target / checkpoint.GENERATION_CONFIG)
-    source, copied = plan.source / checkpoint.CONFIG, plan.target / checkpoint.CONFIG
+        paths.copy(plan.settings, plan.target / directory.GENERATION_CONFIG)
+    source, copied = plan.source / directory.CONFIG, plan.target / directory.CONFIG
     values = read_json(source)
     stale = [k for k in ("torch_dtype", "dtype") if values.get(k, plan.dtype) != plan.dtype]
     if stale:
-        checkpoint.write_json(copied, values | dict.fromkeys(stale, plan.dtype))
+        directory.write_json(copied, values | dict.fromkeys(stale, plan.dtype))
     else:
         paths.copy(source, copied)
 
@@ -323,7 +325,7 @@ def _write_index(plan: Plan) -> None:
         "metadata": {"total_size": sum(sizes) * folder.ITEM_BYTES[plan.dtype]},
         "weight_map": {name: file for file, held in plan.shards.items() for name in held},
     }
-    checkpoint.write_json(plan.target / folder.INDEX, index)
+    directory.write_json(plan.target / folder.INDEX, index)
 
 
 def verify(plan: Plan) -> None:

@@ -40,7 +40,11 @@ def test_hidden_states(golden_dir: Path) -> None:
         frequencies = np.stack([rope.from_config(model.config).frequencies()] * 2)
         embeddings = model.decoder.embed(moves.place(tokens, "BT"))
         states = model.decoder(
-            embeddings, places, segments, moves.place(frequencies, "BH"), hidden_states=True
+            embeddings,
+            places,
+            segments=segments,
+            frequencies=moves.place(frequencies, "BH"),
+            hidden_states=True,
         ).hidden_states
     assert len(states) == model.config.num_layers + 1
     for i, state in enumerate(states):

@@ -181,7 +181,7 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
 
     @jax.jit
     def total(decoder: "Decoder", batch: batches.Batch, rates: jax.Array) -> jax.Array:
-        decoder = decoder.with_config(config)
+        decoder = decoder.replace(config=config)
         found, weights = loss.scores(decoder, batch, rates, attend, jnp.dtype(dtype))
         return jnp.sum(weights * (found.lse - found.logit))
 

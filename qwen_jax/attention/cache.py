@@ -19,6 +19,7 @@ from qwen_jax.attention import registry, ring
 from qwen_jax.attention.mask import Mask
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
+from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
 
 DTYPES = ("int8", "int8_asymmetric")
@@ -26,59 +27,76 @@ _PIECE = 2048  # slots that a long pass attends to at a time, and so copies or d
 
 
 @struct.dataclass
-class Int8:
-    """x = values * scale + zero, a scale (and zero) for each token and head.
-
-    values int8 [..., H]; scale float32 [...]; zero float32 [...], or None where symmetric. No axis
-    of length 1: a TPU would pad it to 128 lanes.
-    """
-
-    values: jax.Array
-    scale: jax.Array
-    zero: jax.Array | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def dequantize(self, dtype: Any) -> jax.Array:
-        x = self.values.astype(jnp.float32) * self.scale[..., None]
-        return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
-
-
-def quantize(x: jax.Array, symmetric: bool) -> Int8:
-    """Round x [..., H] to 8 bits: +-127 over the largest magnitude, or 0..255 over the range."""
-    x = x.astype(jnp.float32)
-    tiny = jnp.finfo(jnp.float32).tiny
-    if symmetric:
-        scale = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True) / 127, tiny)
-        return Int8(jnp.round(x / scale).astype(jnp.int8), scale[..., 0], None)
-    low = jnp.min(x, -1, keepdims=True)
-    scale = jnp.maximum((jnp.max(x, -1, keepdims=True) - low) / 255, tiny)
-    values = jnp.clip(jnp.round((x - low) / scale) - 128, -128, 127)
-    return Int8(values.astype(jnp.int8), scale[..., 0], (low + 128 * scale)[..., 0])
-
-
-@struct.dataclass
-class Layer:
+class LayerCache:
     """Keys (after RoPE) and values of one layer, [B, K, S, H] each: arrays or Int8."""
 
     k: Any
     v: Any
 
-    def extend(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "Layer":
+    def extend(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "LayerCache":
         """Write k, v [B, T, K, H] at `index`; a pass must not run over the end of the ring."""
-        return Layer(_put(self.k, k, index), _put(self.v, v, index))
+        return LayerCache(_put(self.k, k, index), _put(self.v, v, index))
 
     def read(self) -> tuple[Any, Any]:
         """k, v [B, S, K, H], as attention takes them."""
         return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (self.k, self.v))
 
-    def piece(self, first: jax.Array, length: int) -> "Layer":
+    def piece(self, first: jax.Array, length: int) -> "LayerCache":
         """The slots from `first` on, so many."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 2), self)
 
-    def laid_out(self) -> "Layer":
+    def attend(
+        self,
+        implementation: Callable[..., Any],
+        q: jax.Array,
+        *,
+        k: jax.Array,
+        v: jax.Array,
+        own: Mask,
+        past: Mask | None,
+        scale: jax.Array,
+        index: jax.Array,
+    ) -> tuple[jax.Array, "LayerCache"]:
+        """Attention over this pass's k, v and the earlier ones held here; and the layer with both.
+
+        q [B, T, N, H]; k, v [B, T, K, H]; own: a mask over this pass's keys. past, index: what
+        `Cache.context` has returned. The pass's own keys are not read back from the cache, where
+        they may be quantised.
+        """
+        decode = registry.decoder(implementation, q, self.k)
+        rows = jax.typeof(q).sharding.spec
+        leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
+
+        @jax.shard_map(out_specs=(rows, leaves), check_vma=False)
+        def local(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            own: Mask,
+            past: Mask | None,
+            scale: jax.Array,
+            layer: LayerCache,
+            index: jax.Array,
+        ) -> tuple[jax.Array, LayerCache]:
+            layer = layer.laid_out()
+            if past is None:
+                o = implementation(q, k, v, own, scale)
+            elif decode is not None:
+                start = index - own.q_positions[:, 0]
+                held = (x if isinstance(x, Int8) else x.astype(q.dtype) for x in (layer.k, layer.v))
+                o = decode(q, k, v, *held, start, index, own.window, scale)
+            else:
+                found = implementation(q, k, v, own, scale, return_lse=True)
+                found = _merge_cached(found, implementation, q, layer, past, scale, index)
+                o = found[0].astype(q.dtype)
+            # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy
+            # of the leaf. XLA otherwise keeps one for every layer and step.
+            after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
+            return o, layer.extend(k, v, index + after_reading).laid_out()
+
+        return local(q, k, v, own, past, scale, self, index)
+
+    def laid_out(self) -> "LayerCache":
         """The same, in the order of memory in which every program is handed it: that of its axes.
 
         A compiler otherwise chooses another order for a loop, or for one program, and copies every
@@ -97,7 +115,7 @@ class Cache:
     tokens written so far, padding included. fresh: nothing is written yet (known to the compiler).
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCache, ...]
     start: jax.Array
     index: jax.Array
     fresh: bool = struct.field(pytree_node=False)
@@ -119,7 +137,7 @@ class Cache:
         """Which slots queries at these positions see: those that earlier passes have written."""
         return _past_mask(self.start, self.index, positions, segments, self.capacity)
 
-    def advanced(self, layers: tuple[Layer, ...], length: int) -> "Cache":
+    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> "Cache":
         return Cache(layers, self.start, self.index + length, fresh=False)
 
 
@@ -158,7 +176,7 @@ def held_dtype(dtype: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _zeros(
     num_layers: int, shape: tuple[int, ...], dtype: Any, kind: str | None
-) -> tuple[tuple[Layer, ...], jax.Array]:
+) -> tuple[tuple[LayerCache, ...], jax.Array]:
     """Layers of zeros, of the shape [B, K, S, H], and an index of 0: one program for all leaves."""
 
     def zeros(letters: str, dtype: Any) -> jax.Array:
@@ -170,64 +188,14 @@ def _zeros(
         zero = zeros("BKS", jnp.float32) if kind == "int8_asymmetric" else None
         return Int8(zeros("BKSH", jnp.int8), zeros("BKS", jnp.float32), zero)
 
-    return tuple(Layer(leaf(), leaf()) for _ in range(num_layers)), jnp.int32(0)
-
-
-def attend(
-    implementation: Callable[..., Any],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    own: Mask,
-    past: Mask | None,
-    scale: jax.Array,
-    layer: Layer,
-    index: jax.Array,
-) -> tuple[jax.Array, Layer]:
-    """Attention over this pass's k, v and the layer's earlier ones; and the layer with both.
-
-    The pass's own keys are not read back from the cache, where they may be quantised. past: None
-    for an empty cache.
-    """
-    decode = registry.decoder(implementation, q, layer.k)
-    rows = jax.typeof(q).sharding.spec
-    leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, layer)
-
-    @jax.shard_map(out_specs=(rows, leaves), check_vma=False)
-    def local(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        own: Mask,
-        past: Mask | None,
-        scale: jax.Array,
-        layer: Layer,
-        index: jax.Array,
-    ) -> tuple[jax.Array, Layer]:
-        layer = layer.laid_out()
-        if past is None:
-            o = implementation(q, k, v, own, scale)
-        elif decode is not None:
-            start = index - own.q_positions[:, 0]
-            held = (x if isinstance(x, Int8) else x.astype(q.dtype) for x in (layer.k, layer.v))
-            o = decode(q, k, v, *held, start, index, own.window, scale)
-        else:
-            found = implementation(q, k, v, own, scale, return_lse=True)
-            found = _merge_cached(found, implementation, q, layer, past, scale, index)
-            o = found[0].astype(q.dtype)
-        # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy of
-        # the leaf. XLA otherwise keeps one for every layer and step.
-        after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
-        return o, layer.extend(k, v, index + after_reading).laid_out()
-
-    return local(q, k, v, own, past, scale, layer, index)
+    return tuple(LayerCache(leaf(), leaf()) for _ in range(num_layers)), jnp.int32(0)
 
 
 def _merge_cached(
     found: tuple[jax.Array, jax.Array],
     implementation: Callable[..., Any],
     q: jax.Array,
-    layer: Layer,
+    layer: LayerCache,
     past: Mask,
     scale: jax.Array,
     index: jax.Array,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from qwen_jax.attention import cache, reference, registry, ring
 from qwen_jax.attention.mask import FULL, Mask
 from qwen_jax.kernels import choice, others
+from qwen_jax.leaves import int8
 
 TASKS = ("forward", "backward", "decode")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -232,13 +233,11 @@ def decode(
     window: jax.Array,
     scale: jax.Array,
 ) -> jax.Array:
-    """A few tokens against a cache, as `cache.attend` does it with this implementation, without
-    the write.
-    """
+    """Attend from a few tokens to a cache as `LayerCache.attend` does, without the write."""
     kernel = registry.decoder(attend, q, cache_k)
     if kernel is not None:
         return kernel(q, k, v, cache_k, cache_v, start, index, window, scale)
-    held = cache.Cache((cache.Layer(cache_k, cache_v),), start, index, fresh=False)
+    held = cache.Cache((cache.LayerCache(cache_k, cache_v),), start, index, fresh=False)
     positions = (index - start)[:, None] + jnp.arange(q.shape[1])
     segments = (positions >= 0).astype(jnp.int32)
     own = Mask(positions, positions, segments, segments, window)
@@ -293,7 +292,7 @@ def _leaves(case: Case, layer: int) -> tuple[Any, Any]:
 def _leaf(case: Case, seed: int) -> Any:
     shape = (case.batch, case.heads // case.groups, case.length, case.head_dim)
     x = jax.random.normal(jax.random.key(seed), shape, case.dtype)
-    return cache.quantize(x, case.cache == "int8") if case.cache else x
+    return int8.quantize(x, case.cache == "int8") if case.cache else x
 
 
 def forget() -> None:

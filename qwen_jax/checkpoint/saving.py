@@ -1,17 +1,15 @@
-"""A model directory: its config, tokenizer and decoder read, and a decoder written, on any mesh.
+"""A decoder written into a model directory, by all processes, from whatever mesh it is on.
 
     config.json, generation_config.json, tokenizer files    as the checkpoint's author wrote them
     params/          an Orbax tree with a leaf for each layer, `layers` -> `0` -> `attn` -> `q`
     manifest.json    written last: the size of every file of params/, shapes, dtype, versions
 
-A directory without its manifest is unfinished and is never read. A mesh decides how the files are
-cut, and nothing else: what was saved on one is restored on any other, by any number of processes.
+A mesh decides how the files are cut, and nothing else.
 """
 
 import contextlib
-import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,163 +19,33 @@ import numpy as np
 from qwen_jax.checkpoint import store
 from qwen_jax.checkpoint.directory import (
     CONFIG,
-    GENERATION_CONFIG,
     MANIFEST,
     PARAMS,
     SAVED_BY,
-    TOKENIZER,
     UNFINISHED,
     CheckpointError,
     carried,
     carry,
-    check_shapes,
     differences,
     existing,
     file_sizes,
     mismatch,
     names,
     remove_drafts,
-    verify_whole,
     write_json,
     write_manifest,
 )
+from qwen_jax.checkpoint.loading import abstract_leaves
 from qwen_jax.config import Config, hf_config
 from qwen_jax.runtime import lock, paths, values
 from qwen_jax.runtime.texts import read_json
 
 if TYPE_CHECKING:
     import jax
-    from jax.sharding import Mesh
 
-    from qwen_jax.chat.tokenizer import Tokenizer
-    from qwen_jax.checkpoint.generation_config import GenerationConfig
-    from qwen_jax.leaves.weights import Weight
     from qwen_jax.model import Decoder
 
-__all__ = [
-    "CONFIG",
-    "MANIFEST",
-    "PARAMS",
-    "UNFINISHED",
-    "CheckpointError",
-    "check_shapes",
-    "finish",
-    "load",
-    "load_config",
-    "load_generation_config",
-    "load_tokenizer",
-    "save",
-    "verify_whole",
-    "write_json",
-    "write_manifest",
-]
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-DTYPES = tuple(store.ITEM_BYTES)  # that a directory may have
-_READERS, _WRITERS = 2, 4  # leaves at the same time
-
-
-def load_config(path: str | Path) -> Config:
-    """The architecture of a model directory. Raises CheckpointError or ValueError."""
-    return Config.read(existing(path) / CONFIG)
-
-
-def load_generation_config(path: str | Path) -> "GenerationConfig":
-    """The directory's generation_config.json, checked; without one, as in transformers, what its
-    config.json says of how to generate.
-    """
-    from qwen_jax.checkpoint import token_ids
-    from qwen_jax.checkpoint.generation_config import GenerationConfig
-
-    root = existing(path)
-    file = root / GENERATION_CONFIG
-    if not file.exists():
-        file = root / CONFIG
-        return GenerationConfig.from_hf(hf_config.generation(read_json(file)), file)
-    made = GenerationConfig.from_hf(read_json(file), file)
-    token_ids.check_range(file, Config.read(root / CONFIG).vocab_size)
-    return made
-
-
-def load_tokenizer(path: str | Path) -> "Tokenizer | None":
-    """The directory's tokenizer, None where it has no vocabulary file.
-
-    An expansion of the vocabulary is the file of the directory that `extra_vocab_file` of
-    tokenizer_config.json names. Warns of what that file, special_tokens_map.json and
-    added_tokens.json ask for and is not done. Raises ValueError where the vocabulary is not that of
-    the other files (`token_ids.check`).
-    """
-    from qwen_jax.chat.tokenizer import Tokenizer
-    from qwen_jax.checkpoint import token_ids, tokenizer_config
-
-    root = existing(path)
-    if not (root / TOKENIZER).exists():
-        return None
-    settings = root / _TOKENIZER_CONFIG
-    said = read_json(settings) if settings.exists() else {}
-    extra = tokenizer_config.extra_vocab_file(root, said)
-    tokenizer = Tokenizer.from_file(root / TOKENIZER, extra)
-    tokenizer_config.warn(root, said, tokenizer)
-    token_ids.check(root, tokenizer)
-    return tokenizer
-
-
-def load(
-    path: str | Path,
-    config: Config | None = None,
-    dtype: str | None = None,
-    mesh: "Mesh | None" = None,
-    keep: "Callable[[str, Weight], Any] | None" = None,
-) -> "Decoder":
-    """The decoder of a model directory, every leaf restored straight into its place on the mesh.
-
-    config: the directory's own, or one with overrides of it. dtype: None is the stored one; the
-    cast happens while reading. mesh: None is the mesh in force, or (1, 1). A process reads and
-    holds its own shards, and beside them a few chunks of the files. keep: what becomes of each leaf
-    by its path as soon as it is read, as `int8.of_layers`; None keeps it.
-
-    Raises CheckpointError when the directory is not whole or does not match the config.
-    """
-    from qwen_jax import meshes
-    from qwen_jax.leaves.weights import Weight, map_leaves
-    from qwen_jax.meshes import sharding
-
-    values.choice("dtype", dtype, DTYPES, or_none=True)
-    own = None if config is None else values.instance("config", config, Config)
-    root = existing(path)
-    manifest = verify_whole(root)
-    mesh, config = mesh or meshes.current(), own or load_config(root)
-    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
-        logging.getLogger("qwen_jax").warning(
-            "%s: rope_scaling yarn has its ramp over the pair index, as Hugging Face and vLLM; "
-            "before 2026-11-28 it was the paper's, which is yarn_paper now",
-            path,
-        )
-    decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
-    check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
-    meshes.check(config.sizes, mesh)
-
-    def restore(name: str, leaf: Weight) -> Any:
-        place = sharding.named(leaf.letters, mesh, config.sizes)
-        array = store.restore(root / PARAMS, name, tuple(leaf.shape), leaf.dtype, place)
-        restored = Weight(array, letters=leaf.letters)
-        if keep is None:
-            return restored
-        with meshes.entered(mesh):  # of this thread
-            return keep(name, restored)
-
-    with _one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
-        restored = {name: executor.submit(restore, name, x) for name, x in leaves.items()}
-        return map_leaves(lambda name, _: restored[name].result(), decoder)
-
-
-def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
-    """The decoder without its values, and its leaves by path; not yet on the mesh of anyone."""
-    from qwen_jax import meshes, model
-    from qwen_jax.leaves.weights import named_leaves
-
-    with meshes.entered(meshes.make()):
-        decoder = model.abstract(config, dtype)
-    return decoder, named_leaves(decoder)
+_WRITERS = 4  # leaves at the same time
 
 
 def save(
@@ -236,7 +104,7 @@ def save(
         check()
         finish(root, leaves, facts)
 
-    with _one_line(root, "written"), held:
+    with store.one_line(root, "written"), held:
         _together(begin, alone=True)
         _together(write)
         _together(end, alone=True)
@@ -277,10 +145,10 @@ def _pieces(
         for name, layer in names.items():
             pieces[name] = (store.Leaf(name, shape, chunks, str(array.dtype)), array, layer)
     dtypes = {leaf.dtype for leaf, _, _ in pieces.values()}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+    if len(dtypes) > 1 or not dtypes <= set(store.DTYPES):
         raise CheckpointError(
             f"the decoder has leaves of dtype {', '.join(sorted(dtypes))}: a directory holds one "
-            f"of {', '.join(DTYPES)}; cast the decoder first"
+            f"of {', '.join(store.DTYPES)}; cast the decoder first"
         )
     wanted = {n: tuple(leaf.shape) for n, leaf in abstract_leaves(config, "float32")[1].items()}
     if problems := mismatch({name: leaf.shape for name, (leaf, _, _) in pieces.items()}, wanted):
@@ -359,15 +227,3 @@ def _together(work: Callable[[], None], alone: bool = False) -> None:
         raise error
     if np.any(failed):
         raise CheckpointError(f"process {int(np.argmax(failed))} could not write: see its error")
-
-
-@contextlib.contextmanager
-def _one_line(root: Path, what: str) -> Iterator[None]:
-    """TensorStore reports trouble in many ways; here it is one."""
-    try:
-        yield
-    except (CheckpointError, lock.Busy):
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{root / PARAMS} cannot be {what}: {detail}") from error

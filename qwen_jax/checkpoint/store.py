@@ -7,6 +7,7 @@ shard is cut further, so that reading and writing it never takes much memory. Be
 devices TensorStore carries the values, a chunk at a time.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.runtime import paths
+from qwen_jax.checkpoint.directory import PARAMS, CheckpointError
+from qwen_jax.runtime import lock, paths
 
 if TYPE_CHECKING:
     import jax
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 * 2**20
 _WRITES = 8  # at the same time; each waits until its chunk is on the disk
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(ITEM_BYTES)  # that a directory may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,3 +239,15 @@ def write_shards(params: Path, leaf: Leaf, array: "jax.Array", layer: int | None
             begin = (*at, row, *(0 for _ in target.shape[1:]))
             piece = jax.lax.dynamic_slice(data, begin, sizes).reshape(sizes[len(at) :])
             target[row : row + rows].write(np.asarray(piece)).result()
+
+
+@contextlib.contextmanager
+def one_line(root: Path, what: str) -> Iterator[None]:
+    """TensorStore reports trouble in many ways; here it is one."""
+    try:
+        yield
+    except (CheckpointError, lock.Busy):
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{root / PARAMS} cannot be {what}: {detail}") from error

@@ -132,7 +132,9 @@ def prefill(
         chunk = moves.place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)
         places, segments = positions(cache.start, cache.index, chunk.shape[1])
-        output = grouped(x, places, segments, rates, cache, attend)
+        output = grouped(
+            x, places, segments=segments, frequencies=rates, cache=cache, attend=attend
+        )
         cache, last = output.cache or cache, output.last
         seen = _mark(seen, chunk, segments)
     assert last is not None  # a plan has at least one chunk
@@ -217,7 +219,9 @@ def run_stride(
         cache = state.cache
         places, segments = positions(cache.start, cache.index, 1)
         x = decoder.embed(state.token[:, None])
-        output = decoder(x, places, segments, state.frequencies, cache, attend)
+        output = decoder(
+            x, places, segments=segments, frequencies=state.frequencies, cache=cache, attend=attend
+        )
         state = dataclasses.replace(state, cache=output.cache)
         state = choose(decoder.logits(output.last)[:, 0], state, rules, sampler)
         tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, written))

@@ -155,7 +155,9 @@ class LanguageModel(Description):
             positions, segments = decode.positions(start, jnp.int32(0), tokens.shape[1])
             x = self.decoder.embed(moves.place(tokens, "BT"))
             rates = moves.place(frequencies, "BH")
-            output = self.decoder(x, positions, segments, rates, attend=self.attend)
+            output = self.decoder(
+                x, positions, segments=segments, frequencies=rates, attend=self.attend
+            )
             logits = self.decoder.logits(output.last)
             if len(tokens) != batch:  # rows that the mesh does not divide: every device keeps all
                 logits = jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]

@@ -1,7 +1,7 @@
-"""Weights of eight bits: a kind of leaf, whole numbers with a scale for each row.
+"""Eight bits: `Int8`, a leaf of whole numbers with a scale for each row.
 
-Half of bfloat16's memory, for weights that are not trained themselves. The rounding is to the
-nearest, row by row; nothing is calibrated. Knows no layer and no files.
+Weights that are not trained take half of bfloat16's memory, and so do keys and values in the KV
+cache. Rounding is to the nearest, row by row; nothing is calibrated. Knows no layer and no files.
 """
 
 import functools
@@ -19,29 +19,55 @@ _LARGEST = 127
 
 @struct.dataclass
 class Int8(Leaf):
-    """A matrix as values int8 [..., out, in] times scale bfloat16 [..., out]."""
+    """An array as values * scale + zero, with a scale (and a zero) for each row of its last axis.
 
-    values: Weight
-    scale: Weight
+    values: int8 [..., H]. scale [...]: float32 in the KV cache, bfloat16 of weights. zero: float32
+    [...], or None where the numbers are symmetric. In a decoder values and scale are `Weight`s,
+    which name their axes; in the cache they are arrays. No axis has length 1: a TPU would pad it to
+    128 lanes.
+    """
+
+    values: Any
+    scale: Any
+    zero: Any = None
 
     @property
     def letters(self) -> str:
+        """The axes of a weight, by letter."""
         return self.values.letters
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def dequantize(self, dtype: Any) -> jax.Array:
+        """The array again, computed in float32 and rounded to `dtype`."""
+        x = self.values[...].astype(jnp.float32) * self.scale[...].astype(jnp.float32)[..., None]
+        return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
+
+
+def quantize(x: jax.Array, symmetric: bool = True, *, scale_dtype: Any = jnp.float32) -> Int8:
+    """Round x [..., H] to 8 bits: +-127 over the largest magnitude, or 0..255 over the range."""
+    x = x.astype(jnp.float32)
+    tiny = jnp.finfo(jnp.float32).tiny
+    if symmetric:
+        scale = jnp.maximum(jnp.max(jnp.abs(x), -1) / _LARGEST, tiny).astype(scale_dtype)
+        values = jnp.round(x / scale.astype(jnp.float32)[..., None])
+        return Int8(jnp.clip(values, -_LARGEST, _LARGEST).astype(jnp.int8), scale)
+    low = jnp.min(x, -1, keepdims=True)
+    scale = jnp.maximum((jnp.max(x, -1, keepdims=True) - low) / 255, tiny)
+    values = jnp.clip(jnp.round((x - low) / scale) - 128, -128, 127)
+    return Int8(values.astype(jnp.int8), scale[..., 0], (low + 128 * scale)[..., 0])
+
 
 @functools.partial(jax.jit, donate_argnums=0)
-def quantized(weight: Weight) -> Int8:
-    """The nearest leaf of eight bits; the weight passed in is consumed."""
-    whole = weight[...].astype(jnp.float32)
-    scale = (jnp.max(jnp.abs(whole), axis=-1) / _LARGEST).astype(jnp.bfloat16)
-    unit = scale.astype(jnp.float32)[..., None]
-    values = jnp.round(jnp.where(unit > 0, whole / unit, 0))
-    values = jnp.clip(values, -_LARGEST, _LARGEST).astype(jnp.int8)
-    return Int8(Weight(values, letters=weight.letters), Weight(scale, letters=weight.letters[:-1]))
+def quantize_weight(weight: Weight) -> Int8:
+    """The nearest leaf of eight bits, its scales in bfloat16; the weight passed in is consumed."""
+    rounded = quantize(weight[...], scale_dtype=jnp.bfloat16)
+    return Int8(
+        Weight(rounded.values, letters=weight.letters),
+        Weight(rounded.scale, letters=weight.letters[:-1]),
+    )
 
 
 def of_layers(path: str, weight: Weight) -> Any:
@@ -49,7 +75,7 @@ def of_layers(path: str, weight: Weight) -> Any:
     head, norms and biases are few and matter more.
     """
     small = not path.startswith("layers.") or len(weight.letters.removeprefix("L")) < 2
-    return weight if small else quantized(weight)
+    return weight if small else quantize_weight(weight)
 
 
 @product.register

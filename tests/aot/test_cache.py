@@ -8,7 +8,8 @@ import dataclasses
 
 import pytest
 
-from qwen_jax import meshes, model
+from qwen_jax import meshes
+from qwen_jax.model import running
 from tests.aot.conftest import parameter
 from tests.support.tiny import tiny_config
 from train.planning import programs, topology
@@ -71,4 +72,4 @@ def test_layers_of_a_program_share_their_temporaries() -> None:
         return programs.prefill(setting, mesh, chunk).memory.parts["temporaries"]
 
     x = rows * chunk * 512 * 2
-    assert temporaries(model.GROUP) < temporaries(1) + 1.1 * x
+    assert temporaries(running.GROUP) < temporaries(1) + 1.1 * x

@@ -9,8 +9,8 @@ import pytest
 
 from qwen_jax import attention
 from qwen_jax.attention import FULL, IMPLEMENTATIONS, Mask
-from qwen_jax.attention.cache import quantize
 from qwen_jax.attention.ring import merge
+from qwen_jax.leaves.int8 import quantize
 from qwen_jax.meshes.moves import place
 from tests.support.tiny import KERNELS, QUICK, on_mesh
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.attention import FULL, cache
-from qwen_jax.attention.cache import Cache, Int8, Layer, quantize
+from qwen_jax.attention.cache import Cache, LayerCache
 from qwen_jax.decoding.decode import positions
+from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes.moves import place
 from tests.support.tiny import (
     cached_logits,
@@ -130,7 +131,7 @@ def test_written_at_the_index_modulo_the_capacity(kind):
     rng = np.random.default_rng(0)
     held = empty(kind, [0, 0], 8)
     expected = np.zeros((2, 8, 4, 16), np.float32)
-    extend = jax.jit(Layer.extend)
+    extend = jax.jit(LayerCache.extend)
     for length in (4, 2, 1, 1, 2, 2, 4, 1):
         new = [rng.standard_normal((2, length, 4, 16)).astype(np.float32) for _ in "kv"]
         before = held.layers[1]
@@ -212,7 +213,9 @@ def test_a_cpu_holds_what_the_dtype_would_have_held():
     tokens = place(tiny_tokens(1, 4), "BT")
     places, segments = positions(held.start, held.index, 4)
     rates = frequencies(decoder.config, 1, 1.0)
-    written = decoder(decoder.embed(tokens), places, segments, rates, held).cache
+    written = decoder(
+        decoder.embed(tokens), places, segments=segments, frequencies=rates, cache=held
+    ).cache
     for leaf in jax.tree.leaves(written.layers):
         assert np.any(leaf)
         np.testing.assert_array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
@@ -221,15 +224,15 @@ def test_a_cpu_holds_what_the_dtype_would_have_held():
 def test_a_long_cache_is_attended_to_in_pieces(monkeypatch: pytest.MonkeyPatch):
     """The last piece overlaps the one before it, and later ones are not written yet."""
     monkeypatch.setattr(cache, "_PIECE", 8)
-    monkeypatch.setattr(cache.attention, "FEW", 0)
+    monkeypatch.setattr(cache.registry, "FEW", 0)
     pieces = []
-    read = Layer.piece
+    read = LayerCache.piece
 
-    def piece(layer: Layer, first: jax.Array, length: int) -> Layer:
+    def piece(layer: LayerCache, first: jax.Array, length: int) -> LayerCache:
         pieces.append(length)
         return read(layer, first, length)
 
-    monkeypatch.setattr(Layer, "piece", piece)
+    monkeypatch.setattr(LayerCache, "piece", piece)
     decoder, tokens = tiny_decoder(tiny_config(num_layers=1)), tiny_tokens(1, 10)
     exact = full_logits(decoder, tokens)
     parts = cached_logits(decoder, tokens, [5, 4, 1])  # of 13 slots, the last pass after 9

@@ -20,7 +20,7 @@ import pytest
 
 import qwen_jax
 from qwen_jax import attention
-from qwen_jax.attention import FULL, Chosen, prove, timing, verdicts
+from qwen_jax.attention import FULL, Chosen, prove, registry, timing, verdicts
 from qwen_jax.attention.timing import Case
 from qwen_jax.attention.verdicts import Key, Verdict
 from qwen_jax.decoding import decode
@@ -43,7 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     here = SimpleNamespace(platform="tpu", device_kind=KIND)
     monkeypatch.setattr(choice, "device", lambda: here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(attention, "RESOLVED", {})
+    monkeypatch.setattr(registry, "RESOLVED", {})
     monkeypatch.setattr(prove, "LIMIT", launch.LONG)
     for name in ("pallas_triton", "pallas_hopper"):
         monkeypatch.delitem(attention.IMPLEMENTATIONS, name)
@@ -312,7 +312,8 @@ def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
 
 STUCK = """
 import sys, threading, jax, jax.numpy as jnp
-from qwen_jax import command, prove
+from qwen_jax.attention import prove
+from qwen_jax.runtime import command
 command.show_log()
 prove.LIMIT = float(sys.argv[1])
 begun = threading.Event()

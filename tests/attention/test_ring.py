@@ -248,7 +248,7 @@ def logits(name: str, order: np.ndarray, **sizes: int) -> np.ndarray:
         if "context" in sizes:
             x, places, segments = map(moves.zigzag, (x, places, segments))
         rates = frequencies(config, B, alpha)
-        last = decoder(decoder.embed(x), places, segments, rates).last
+        last = decoder(decoder.embed(x), places, segments=segments, frequencies=rates).last
         return np.asarray(decoder.logits(last))[:, np.argsort(order)]
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from convert import from_hf
 from qwen_jax import checkpoint, meshes
-from qwen_jax.checkpoint import CheckpointError
+from qwen_jax.checkpoint import CheckpointError, loading, saving
 from qwen_jax.decoding.sampling import Greedy
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import sharding
@@ -143,7 +143,7 @@ def test_the_rest_of_the_directory(converted, copied):
     config = checkpoint.load_generation_config(copied)
     assert config.sampler == Greedy(1.5) and config.stops == ((7,),) and config.pad_id == 3
     other = checkpoint.load_config(copied).with_overrides({"seq_length": 9})
-    saved = checkpoint._settings(other, copied)
+    saved = saving._settings(other, copied)
     assert saved == other.to_hf() | {
         "repetition_penalty": 1.5, "eos_token_id": 7, "pad_token_id": 3
     }  # fmt: skip
@@ -328,7 +328,7 @@ def test_what_is_no_model_directory(tmp_path, converted):
 def test_a_chunk_lost_after_the_check_is_never_zeros(copied, monkeypatch):
     manifest = checkpoint.verify_whole(copied)
     damage_missing(copied)
-    monkeypatch.setattr(checkpoint, "verify_whole", lambda path: manifest)
+    monkeypatch.setattr(loading, "verify_whole", lambda path: manifest)
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(copied)
 

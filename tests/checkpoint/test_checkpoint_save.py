@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qwen_jax import checkpoint, meshes, model
-from qwen_jax.checkpoint import CheckpointError, store
+from qwen_jax.checkpoint import CheckpointError, saving, store
 from qwen_jax.config import RopeScaling
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import sharding
@@ -197,7 +197,7 @@ def test_an_earlier_directory_is_never_touched(tmp_path):
 def test_a_stopped_save_is_replaced_and_nothing_else(tmp_path, golden_dir, monkeypatch):
     config, decoder = checkpoint.load_config(golden_dir), checkpoint.load(golden_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", lambda *_, **__: 1 / 0)
+        patch.setattr(saving, "write_manifest", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             checkpoint.save(tmp_path / "m", config, decoder, like=golden_dir)
     (tmp_path / "m" / "notes.txt").write_text("years of work")
@@ -227,7 +227,9 @@ def test_what_cannot_be_saved(tmp_path):
 STOPPED = """
 import os, signal, sys
 import jax
-from qwen_jax import checkpoint, directory, meshes, sharding, store
+from qwen_jax import checkpoint, meshes
+from qwen_jax.checkpoint import directory, store
+from qwen_jax.meshes import sharding
 from tests.checkpoint.test_checkpoint_save import mesh_of, save_on
 where, count = sys.argv[2], 0
 def stopping(function):
@@ -274,7 +276,8 @@ import jax
 path, address, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(address, 2, number)
 assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
-from qwen_jax import checkpoint, model, meshes, sharding
+from qwen_jax import checkpoint, model, meshes
+from qwen_jax.meshes import sharding
 from tests.checkpoint.test_checkpoint_save import CONFIG, mesh_of
 with meshes.entered(mesh_of(2, 4)):
     decoder = checkpoint.load(path / "one")

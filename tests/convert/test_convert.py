@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from convert import copying, folder, from_hf, names, peft, to_hf
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
-from qwen_jax.checkpoint import store
+from qwen_jax.checkpoint import saving, store
 from qwen_jax.config.presets import PRESETS
-from qwen_jax.leaves import lora
+from qwen_jax.model import lora
 from qwen_jax.runtime import lock, paths
 from tests.programs.stopped import BLOCK, stopping
 from tests.support.conversion import (
@@ -403,7 +403,7 @@ def test_changed_source_is_not_continued(tmp_path, source, capfd, monkeypatch):
 def test_a_file_cut_short_is_written_again(tmp_path, source, monkeypatch):
     out = tmp_path / "model"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", raises(OSError(errno.EIO, "broken disk")))
+        patch.setattr(saving, "write_manifest", raises(OSError(errno.EIO, "broken disk")))
         assert from_hf.main([str(source), str(out)]) == 1
     cut = out / "params" / "head" / "0.0"  # as after a power failure: the rename came to the disk
     cut.write_bytes(cut.read_bytes()[:100])

@@ -15,11 +15,10 @@ from jax._src import core
 
 import qwen_jax
 from qwen_jax import attention, meshes
-from qwen_jax import model as model_module
 from qwen_jax.decoding import decode
 from qwen_jax.decoding.sampling import Greedy, Nucleus
 from qwen_jax.meshes import moves, sharding
-from qwen_jax.model import abstract, rope
+from qwen_jax.model import abstract, rope, running
 from tests.support import compilations
 from tests.support.tiny import QUICK, on_mesh, replace_leaves, tiny_config, tiny_decoder
 from train.planning import collectives, programs
@@ -80,7 +79,7 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
     programs whatever their number: one of a whole group, one of the rest.
     """
     eager, groups = [], []
-    primitive, run = core.EvalTrace.process_primitive, model_module.run_group
+    primitive, run = core.EvalTrace.process_primitive, running.run_group
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         groups.append(len(args[2]))
@@ -99,7 +98,7 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
         programs = run._cache_size()
         decode.prefill(*arguments)
         assert run._cache_size() - programs == 2
-        monkeypatch.setattr(model_module, "run_group", counted)
+        monkeypatch.setattr(running, "run_group", counted)
         monkeypatch.setattr(core.EvalTrace, "process_primitive", seen)
         state = decode.prefill(*arguments)
     assert groups == [4, 4, 2]

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.attention.cache import quantize
+from qwen_jax.leaves.int8 import quantize
 
 FULL = 2**30
 

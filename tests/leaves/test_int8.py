@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.attention import xla
-from qwen_jax.leaves import int8, lora, weights
+from qwen_jax.leaves import int8, weights
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
 from qwen_jax.meshes.moves import place
+from qwen_jax.model import lora
 from tests.leaves.test_lora import drawn
 from tests.support.tiny import QUICK, on_mesh, tiny_decoder
 from tests.train.step.test_step import CONFIG, packed_batch
@@ -32,7 +33,7 @@ def test_values_are_the_nearest():
     whole = rng.standard_normal((40, 96), np.float32) * np.geomspace(1e-4, 1e3, 40)[:, None]
     whole[3] = 0
     with on_mesh():
-        leaf = int8.quantized(Weight(jnp.asarray(whole, jnp.float32), letters="QD"))
+        leaf = int8.quantize_weight(Weight(jnp.asarray(whole, jnp.float32), letters="QD"))
         assert leaf.values.dtype == jnp.int8 and leaf.scale.dtype == jnp.bfloat16
         assert leaf.letters == "QD" and leaf.scale.letters == "Q"
         largest = np.abs(whole).max(axis=1, keepdims=True)
@@ -44,7 +45,9 @@ def test_values_are_the_nearest():
 def test_a_product_is_that_of_what_it_stands_for():
     rng = np.random.default_rng(1)
     with on_mesh():
-        leaf = int8.quantized(Weight(jnp.asarray(rng.standard_normal((24, 32))), letters="FD"))
+        leaf = int8.quantize_weight(
+            Weight(jnp.asarray(rng.standard_normal((24, 32))), letters="FD")
+        )
         x = jnp.asarray(rng.standard_normal((2, 3, 32)), jnp.float32)
         expected = weights.contract("BTD,FD->BTF", x, dense(leaf))
         np.testing.assert_allclose(
@@ -91,7 +94,7 @@ def test_float16_does_not_overflow_before_it_is_scaled(sizes):
     """Unscaled, the sum of whole numbers would be 520192."""
     with on_mesh(**sizes):
         held = place(np.full((4, 4096), 0.01, np.float32), "DF")
-        leaf = int8.quantized(Weight(held, letters="DF"))
+        leaf = int8.quantize_weight(Weight(held, letters="DF"))
         x = place(np.ones((1, 2, 4096), np.float16), "BTF")
 
         def of(x: jax.Array) -> jax.Array:

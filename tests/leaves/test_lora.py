@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 from convert import adapter_config, peft
 from qwen_jax import checkpoint, meshes
 from qwen_jax.attention import xla
-from qwen_jax.leaves import lora
-from qwen_jax.leaves.lora import Adapters
+from qwen_jax.leaves import low_rank
 from qwen_jax.leaves.weights import Weight, contract, named_leaves
+from qwen_jax.model import lora
+from qwen_jax.model.lora import Adapters
 from qwen_jax.runtime import lock
 from tests.support.tiny import (
     QUICK,
@@ -443,6 +444,6 @@ def test_what_adapters_add_in_float16_is_scaled_before_it_is_rounded():
     with on_mesh():
         parts = [Weight(jnp.full(s, 1, jnp.float16), letters=x) for s, x in
                  (((2, 4), "FD"), ((4, 4), "RD"), ((2, 4), "FR"))]  # fmt: skip
-        leaf = lora.Lora(*parts, key=None, scale=2.0**-8, dropout=0.0)
+        leaf = low_rank.Lora(*parts, key=None, scale=2.0**-8, dropout=0.0)
         x = jnp.full((1, 1, 4), 5000, jnp.float16)  # b a x = 80000
         np.testing.assert_allclose(contract("BTD,FD->BTF", x, leaf), 20312.5, rtol=1e-3)

@@ -12,7 +12,7 @@ from qwen_jax.attention import IMPLEMENTATIONS, cache
 from qwen_jax.config import RopeScaling
 from qwen_jax.leaves import weights
 from qwen_jax.meshes.moves import place
-from qwen_jax.model import Decoder, FeedForward, rms_norm, rope
+from qwen_jax.model import Decoder, FeedForward, rms_norm, rope, running
 from tests.support.tiny import (
     KERNELS,
     QUICK,
@@ -200,7 +200,7 @@ def test_stack_and_unstack_are_inverse():
 def test_stacked_is_looped():
     """Of more layers than a program outside `jit` takes at a time, and not a multiple of them."""
     windows = (3, None, 5, 1, 2, None)
-    assert len(windows) > model.GROUP and len(windows) % model.GROUP
+    assert len(windows) > running.GROUP and len(windows) % running.GROUP
     decoder = tiny_decoder(tiny_config(num_layers=6, layer_windows=windows))
     tokens = tiny_tokens(2, 12)
     looped = full_pass(decoder, tokens, hidden_states=True)
@@ -233,7 +233,12 @@ def test_input_embeddings():
     decoder, tokens = tiny_decoder(tiny_config()), tiny_tokens(2, 9)
     x = place(np.asarray(decoder.embedding[...])[tokens], "BTD")
     places = place(np.arange(9, dtype=np.int32) + 0 * tokens, "BT")
-    output = decoder(x, places, place(np.ones_like(tokens), "BT"), frequencies(decoder.config, 2))
+    output = decoder(
+        x,
+        places,
+        segments=place(np.ones_like(tokens), "BT"),
+        frequencies=frequencies(decoder.config, 2),
+    )
     np.testing.assert_array_equal(decoder.logits(output.last), full_logits(decoder, tokens))
 
 

@@ -15,10 +15,9 @@ import pytest
 import qwen_jax
 from qwen_jax import attention, meshes, model
 from qwen_jax.decoding import decode, sampling
-from qwen_jax.leaves import lora
 from qwen_jax.leaves.weights import Weight, contract
 from qwen_jax.meshes import moves, sharding
-from qwen_jax.model import rope, vocabulary
+from qwen_jax.model import decoder, lora, rope, running, vocabulary
 from tests.support.tiny import QUICK, on_mesh, tiny_config
 from train import step
 from train.planning import programs
@@ -39,7 +38,7 @@ def log_probabilities(decoder: model.Decoder, tokens: np.ndarray) -> np.ndarray:
         places, segments = decode.positions(start, 0, tokens.shape[1])
         frequencies = rope.from_config(CONFIG).frequencies(np.ones(len(tokens)))
         x = decoder.embed(moves.place(tokens, "BT"))
-        output = decoder(x, places, segments, moves.place(frequencies, "BH"))
+        output = decoder(x, places, segments=segments, frequencies=moves.place(frequencies, "BH"))
         return np.asarray(jax.nn.log_softmax(decoder.logits(output.last)), np.float64)
 
 
@@ -71,8 +70,8 @@ def of_every_kind(w: dict[str, Weight], wide: Any, narrow: Any, targets: Any, sh
     whole = moves.unshard(w, x.dtype)
     columns = contract("BTD,FD->BTF", moves.to_columns(x), whole["FD"])
     rows = contract("BTF,DF->BTD", y, whole["DF"], sharding.spec("BTD"))
-    normed = model._in_float32(jnp.multiply, x, whole["D"])
-    shifted = model._in_float32(jnp.add, y, whole["F"])
+    normed = decoder._in_float32(jnp.multiply, x, weight=whole["D"])
+    shifted = decoder._in_float32(jnp.add, y, weight=whole["F"])
     results = columns, rows, normed, shifted
     factors = wide, narrow, narrow, wide
     loss = sum(jnp.sum(a.astype(jnp.float32) * b) for a, b in zip(results, factors, strict=True))
@@ -169,9 +168,9 @@ def decoding(kernel: str) -> Iterator[Any]:
         yield traced.jaxpr
         group = functools.partial(programs._of_a_group, setting, 8, jnp.float32)
         given = jax.eval_shape(group, decoder)
-        _, _, tree = model.groups(decoder.layers)[0]
-        yield model.run_group.trace(*given, tree=tree, attend=attend).jaxpr
-        yield jax.make_jaxpr(model.logits)(given[0], decoder.output)
+        _, _, tree = running.groups(decoder.layers)[0]
+        yield running.run_group.trace(**given, tree=tree, attend=attend).jaxpr
+        yield jax.make_jaxpr(model.logits)(given["x"], decoder.output)
 
 
 def merging() -> Any:

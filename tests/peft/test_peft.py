@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import adapter_config, names, peft
-from qwen_jax.leaves import lora
-from qwen_jax.leaves.lora import Adapters
 from qwen_jax.leaves.weights import named_leaves
-from qwen_jax.model import Decoder
+from qwen_jax.model import Decoder, lora
+from qwen_jax.model.lora import Adapters
 from tests.peft.torch_model import Model
 from tests.support.tiny import (
     full_logits,

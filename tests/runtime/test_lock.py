@@ -32,7 +32,9 @@ def test_a_lock_says_who_is_there_and_goes(tmp_path):
 
 
 def test_a_lock_of_a_killed_program_locks_nobody_out(tmp_path):
-    program = "import os, signal, sys; from pathlib import Path; from qwen_jax import lock\n"
+    program = (
+        "import os, signal, sys; from pathlib import Path\nfrom qwen_jax.runtime import lock\n"
+    )
     program += "with lock.alone(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2])
     left = json.loads((tmp_path / lock.NAME).read_text())

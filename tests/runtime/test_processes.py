@@ -322,7 +322,7 @@ def test_other_arguments_are_refused():
 
 OTHER_ARGUMENTS = """
 import sys
-from qwen_jax import command
+from qwen_jax.runtime import command
 from tests.programs import busy
 sys.argv += ["--steps", sys.argv[sys.argv.index("--process") + 1]]
 sys.exit(command.run(busy.parser(), busy.work))

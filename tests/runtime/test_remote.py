@@ -26,10 +26,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import qwen_jax
 from convert import from_hf, peft
 from qwen_jax import checkpoint, expand_vocab, model
-from qwen_jax.checkpoint import CheckpointError, inspection, store
+from qwen_jax.checkpoint import CheckpointError, directory, inspection, store
 from qwen_jax.generate import __main__ as generate
-from qwen_jax.leaves import lora
 from qwen_jax.meshes import sharding
+from qwen_jax.model import lora
 from qwen_jax.runtime import command, lock, paths
 from tests.checkpoint.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.programs.stopped import stopping
@@ -39,7 +39,7 @@ from tests.support.launch import LONG
 from tests.support.tiny import tiny_config
 from tests.support.vocabulary import qwen_tokenizer
 from tests.tools import object_store
-from train import plan, pretrain, run, tokenizer
+from train import plan, pretrain, tokenizer
 from train.data import batches, records, text_example, token_cache
 from train.planning import topology
 from train.run import logs, loop, run_folder, saving
@@ -183,8 +183,8 @@ def test_a_run(bucket, tmp_path, monkeypatch, capsys):
     training.succeed(training.pretraining(given, local, *options))
     arguments = training.pretraining(given, remote, *options, "--token-cache", f"{bucket}/tokens")
     calls = []
-    text = run.data.text_example
-    monkeypatch.setattr(run.data, "text_example", lambda *a: calls.append(a) or text(*a))
+    text = run_data.text_example
+    monkeypatch.setattr(run_data, "text_example", lambda *a: calls.append(a) or text(*a))
     save, there_at = saving.Checkpoints.save, {}
 
     def noted(self, step, *arguments):
@@ -455,7 +455,7 @@ def test_nothing_counts_after_another_has_taken_over(bucket, monkeypatch, capfd)
     with pytest.raises(lock.Busy, match="has taken over"):
         save_on(f"{bucket}/s", mesh_of(1, 1))
     for name in "ms":
-        assert not (paths.parse(f"{bucket}/{name}") / checkpoint.MANIFEST).exists()
+        assert not (paths.parse(f"{bucket}/{name}") / directory.MANIFEST).exists()
 
 
 @pytest.mark.slow
@@ -483,7 +483,7 @@ def test_files_of_tokens(bucket, tmp_path):
 
 UPLOAD = """
 import gc, os, sys, time
-from qwen_jax import paths
+from qwen_jax.runtime import paths
 def upload():
     with paths.writer(paths.parse(sys.argv[1])) as target:
         for _ in range(5):
@@ -516,7 +516,7 @@ def test_what_others_write_is_seen(bucket):
     paths.write(root / "params" / "a", b"1")
     assert list(paths.sizes(root)) == ["params/a"] and root.exists()
     assert [file.name for file in (root / "params").iterdir()] == ["a"]
-    write = "import sys; from qwen_jax import paths; p = paths.parse(sys.argv[1]);"
+    write = "import sys; from qwen_jax.runtime import paths; p = paths.parse(sys.argv[1]);"
     write += "paths.write(p / 'b', b'22'); paths.write(p / 'a', b'333')"
     subprocess.run([sys.executable, "-c", write, f"{bucket}/m/params"], cwd=ROOT, check=True)
     assert paths.size(root / "params" / "a") == 3

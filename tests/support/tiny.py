@@ -101,8 +101,8 @@ def full_pass(
     return decoder(
         decoder.embed(place(tokens, "BT")),
         place(places.astype(np.int32), "BT"),
-        place(segments.astype(np.int32), "BT"),
-        frequencies(decoder.config, len(tokens), alpha),
+        segments=place(segments.astype(np.int32), "BT"),
+        frequencies=frequencies(decoder.config, len(tokens), alpha),
         **options,
     )
 
@@ -129,7 +129,9 @@ def cached_logits(
     for length in chunks:
         part = place(tokens[:, done : done + length], "BT")
         places, segments = positions(held.start, held.index, length)
-        output = decoder(decoder.embed(part), places, segments, rates, held)
+        output = decoder(
+            decoder.embed(part), places, segments=segments, frequencies=rates, cache=held
+        )
         held, done = output.cache, done + length
         logits.append(np.asarray(decoder.logits(output.last)))
     assert done == tokens.shape[1] == int(held.index)

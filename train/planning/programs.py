@@ -23,6 +23,7 @@ from qwen_jax.attention.timing import Case
 from qwen_jax.config import Config
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.meshes import sharding
+from qwen_jax.model import running
 from train import step
 from train.planning import collectives, flops
 from train.planning.collectives import Collective
@@ -173,12 +174,14 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
         decoder = model.abstract(config, dtype)
         given = jax.eval_shape(functools.partial(_of_a_group, setting, chunk, dtype), decoder)
     given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
-    _, _, tree = model.groups(decoder.layers)[0]
-    group = {"weights": nbytes(given[1]), "cache": nbytes(given[2])}
+    _, _, tree = running.groups(decoder.layers)[0]
+    group = {"weights": nbytes(given["leaves"]), "cache": nbytes(given["layers"])}
     group["batch"] = nbytes(given) - sum(group.values())
     attend = attention.get(setting.attention)
-    one = _compiled(lambda: model.run_group.trace(*given, tree=tree, attend=attend), mesh, group, 0)
-    runs = config.num_layers / len(given[2])
+    one = _compiled(
+        lambda: running.run_group.trace(**given, tree=tree, attend=attend), mesh, group, 0
+    )
+    runs = config.num_layers / len(given["layers"])
     parts = {
         **one.memory.parts,
         "weights": nbytes(decoder),
@@ -189,16 +192,17 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     return dataclasses.replace(one, memory=memory, runs=runs)
 
 
-def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> tuple[Any, ...]:
-    """The arguments of `model.run_group`, of the first layers in the middle of a prompt."""
+def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> dict[str, Any]:
+    """The arguments of `running.run_group`, of the first layers in the middle of a prompt."""
     _, state = decode_state(setting, dtype)
     cache = state.cache
     tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
     places, segments = decode.positions(cache.start, cache.index, chunk)
-    x, (_, leaves, _) = decoder.embed(tokens), model.groups(decoder.layers)[0]
-    layers, windows = cache.layers[: model.GROUP], jnp.array(decoder.windows[: model.GROUP])
-    context = decoder.context(places, segments, state.frequencies, cache)
-    return x, leaves, layers, windows, jnp.int32(0), context
+    x, (_, leaves, _) = decoder.embed(tokens), running.groups(decoder.layers)[0]
+    layers, windows = cache.layers[: running.GROUP], jnp.array(decoder.windows[: running.GROUP])
+    context = decoder.context(places, segments, frequencies=state.frequencies, cache=cache)
+    given = {"x": x, "leaves": leaves, "layers": layers, "windows": windows}
+    return {**given, "first": jnp.int32(0), "context": context}
 
 
 def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:

@@ -17,10 +17,10 @@ from convert import peft
 from qwen_jax import checkpoint, model
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
-from qwen_jax.leaves import int8, lora
+from qwen_jax.leaves import int8
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
 from qwen_jax.meshes import sharding
-from qwen_jax.model import Decoder
+from qwen_jax.model import Decoder, lora
 from qwen_jax.runtime import paths, processes
 from train import step
 from train.run import recipes
@@ -63,7 +63,7 @@ class Whole:
     def save(self, weights: Any, out: Path, files: Path, merge: bool) -> Path:
         """A model directory that every command reads. files: what goes with the weights."""
         path = out / MODEL
-        if not (path / checkpoint.MANIFEST).exists():
+        if not (path / directory.MANIFEST).exists():
             weights = _cast(weights, self.recipe.dtype)
             checkpoint.save(path, self.config, weights, like=files)
         return path
@@ -146,7 +146,7 @@ class Adapted:
             paths.copy(files / settings, out / ADAPTER / settings)
         if not merge:
             return out / ADAPTER
-        if (out / MODEL / checkpoint.MANIFEST).exists():
+        if (out / MODEL / directory.MANIFEST).exists():
             return out / MODEL
         self.__dict__.pop("base", None)
         decoder = model.stack(checkpoint.load(self.ckpt, self.config), consume=True)

@@ -13,7 +13,8 @@ from flax import struct
 
 from qwen_jax import meshes
 from qwen_jax.meshes import moves, sharding
-from qwen_jax.model import Decoder, Dropout, rope, vocabulary
+from qwen_jax.meshes.dropout import Dropout
+from qwen_jax.model import Decoder, rope, vocabulary
 from qwen_jax.model.vocabulary import TokenScores
 from train.data.batch import Batch
 
@@ -61,8 +62,8 @@ def scores(
     x = decoder(
         x,
         batch.positions,
-        batch.segments,
-        jax.reshard(rates, sharding.spec("BH")),
+        segments=batch.segments,
+        frequencies=jax.reshard(rates, sharding.spec("BH")),
         attend=attend,
         remat=remat,
         dropout=dropout,
@@ -90,7 +91,7 @@ def loss(
     Ids beyond the vocabulary make the loss, and every gradient, no number. The other arguments are
     those of `scores`.
     """
-    decoder = decoder.with_config(decoder.config.in_training)
+    decoder = decoder.replace(config=decoder.config.in_training)
     rates = rope.from_config(decoder.config).frequencies()
     found, weights = scores(decoder, batch, rates, attend, dtype, remat, sequence_parallel, dropout)
     targets = jnp.sum(weights)

@@ -20,7 +20,8 @@ from qwen_jax import model
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import SUMMED, Weight
 from qwen_jax.meshes import sharding
-from qwen_jax.model import Decoder, Dropout
+from qwen_jax.meshes.dropout import Dropout
+from qwen_jax.model import Decoder
 from train.data.batch import Batch
 from train.step.loss import Metrics, loss
 

@@ -27,11 +27,12 @@ from qwen_jax.runtime import lock
 from tests.support import launch
 from tests.support.tiny import QUICK, on_mesh, tiny_config, tiny_decoder
 from tests.support.vocabulary import qwen_tokenizer, tiny_ranks
-from train import data, run
+from train import data
 from train.data import batches, packing, records, shared_cache, token_cache, token_files
 from train.data.batch import IGNORED, Batch
 from train.data.packing import Rows
 from train.data.token_cache import Encoding, TokenCache
+from train.run import task
 from train.step import loss as losses
 
 VOCABULARY = tiny_config().vocab_size
@@ -700,7 +701,7 @@ def test_the_fingerprint_of_rows_is_as_it_was(tmp_path):
 def test_what_is_held_out_is_as_it_was(share):
     shuffled = np.random.default_rng(4).permutation(50)
     out = round(share * 50)
-    kept, held_out = run.split(50, share, 4)
+    kept, held_out = task.split(50, share, 4)
     assert kept.tolist() == sorted(shuffled[out:].tolist())
     assert held_out.tolist() == sorted(shuffled[:out].tolist())
 

@@ -27,9 +27,9 @@ from tests.support.training import (
     succeed,
     weights,
 )
-from train import pretrain, run, sft, step
+from train import pretrain, sft, step
 from train.data import packing
-from train.run import logs, loop, recipes, run_folder, saving
+from train.run import logs, loop, recipes, run_folder, saving, task
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +352,7 @@ def test_data_that_cannot_be_learned_from(whole, given, tmp_path, capsys):
 def test_a_folder_is_refused_before_anything_is_encoded(
     whole, given, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(task, "_rows", lambda *_: 1 / 0)
     assert "holds a run already" in fail(capsys, pretraining(given, whole), pretrain)
     bad = pretraining(given, tmp_path / "new", "--attention", "xxla")
     assert "attention 'xxla' is not known: choose one of auto" in fail(capsys, bad, pretrain)
@@ -568,9 +568,9 @@ def test_schedules():
 
 def test_steps_of_epochs():
     made = dataclasses.replace(recipes.sft_lora(), epochs=1.5)
-    assert run._steps(made, 33) == 4  # of 16 rows
+    assert task._steps(made, 33) == 4  # of 16 rows
     with pytest.raises(ValueError, match=r"1e\+30 epochs are 1\.875e\+30 steps"):
-        run._steps(dataclasses.replace(made, epochs=1e30), 30)
+        task._steps(dataclasses.replace(made, epochs=1e30), 30)
 
 
 def test_the_recipe_that_would_run_is_shown(capsys):

@@ -14,14 +14,14 @@ import pytest
 from qwen_jax import Config, checkpoint, meshes, model
 from qwen_jax.attention import xla
 from qwen_jax.leaves.weights import named_leaves
-from qwen_jax.meshes import moves, sharding
+from qwen_jax.meshes import dropout, moves, sharding
 from tests.support import compilations
 from tests.support.golden_figures import arrays
 from tests.support.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from train import step
 from train.data import batches
 from train.data.batch import Batch
-from train.step import Optimizer, State
+from train.step import Optimizer, State, update
 from train.step import loss as losses
 
 # Key/value heads fewer than tp=8, and every axis divides by 8 or is fewer heads.
@@ -217,7 +217,7 @@ def test_z_loss():
 
 def full_pass_logits(decoder, batch):
     """As the loss sees it, without RoPE scaling."""
-    decoder = decoder.with_config(decoder.config.in_training)
+    decoder = decoder.replace(config=decoder.config.in_training)
     return full_logits(decoder, batch.tokens, places=batch.positions, segments=batch.segments)
 
 
@@ -244,10 +244,10 @@ def test_dropout():
     """On average the masks change nothing that they are applied to; each follows from the seed."""
     with on_mesh(fsdp=2):
         x = moves.place(np.ones((64, 64, 8), np.float32), "BTD")
-        drop = model.Dropout(jax.random.key(0), 0.25)
+        drop = dropout.Dropout(jax.random.key(0), 0.25)
         layers = [np.asarray(drop.in_layer(i).of_attention(x)) for i in range(2)]
         other = np.asarray(drop.in_layer(0).of_feed_forward(x))
-        again, seed = (model.Dropout(jax.random.key(i), 0.25).in_layer(0) for i in (0, 1))
+        again, seed = (dropout.Dropout(jax.random.key(i), 0.25).in_layer(0) for i in (0, 1))
         np.testing.assert_array_equal(again.of_attention(x), layers[0])
         assert (seed.of_attention(x) != layers[0]).any()
     assert np.unique(layers[0]).tolist() == [0, pytest.approx(4 / 3)]
@@ -402,7 +402,7 @@ def test_what_decays():
     config = dataclasses.replace(CONFIG, qk_norm=True)
     with on_mesh():
         decoder = jax.eval_shape(model.stack, model.abstract(config, jnp.float32))
-    marked = named_leaves(step._is_matrix(decoder))
+    marked = named_leaves(update._is_matrix(decoder))
     matrices = {"attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"}
     wanted = {"embedding", "head", *(f"layers.{name}" for name in matrices)}
     assert {name for name, leaf in marked.items() if leaf.get_value() is True} == wanted

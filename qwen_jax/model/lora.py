@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a kind of leaf, made of another and two small ones.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a decoder: created, attached to it, merged into it.
 
-A decoder with adapters is a decoder: `attach` puts them on its leaves, `merge` adds them in. Axis
-letter R: rank. What the original stacks into one module (queries, keys and values) shares its `a`.
-Knows no files.
+A decoder with adapters is a decoder: `attach` makes its leaves `low_rank.Lora`, `merge` adds the
+adapters in. Axis letter R: rank. What the original stacks into one module (queries, keys and
+values) shares its `a`. Knows no files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,16 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.leaves.low_rank import Lora
 from qwen_jax.leaves.weights import (
-    Leaf,
     Maker,
     Weight,
     map_leaves,
     named_leaves,
     precision,
-    product,
-    scaled_product,
 )
-from qwen_jax.meshes import moves, sharding
-from qwen_jax.model import Decoder, drop
+from qwen_jax.meshes import moves
+from qwen_jax.model import Decoder
 
 
 @struct.dataclass
@@ -42,45 +40,6 @@ class Adapters:
     head: Weight | None
     groups: tuple[tuple[str, tuple[str, ...]], ...] = struct.field(pytree_node=False)
     scale: float = struct.field(pytree_node=False)
-
-
-@struct.dataclass
-class Lora(Leaf):
-    """A weight with an adapter on it, which multiplies as `base + scale * b a` would.
-
-    base: the weight below, of any kind. key: uint32 [2], which draws the dropout of what goes into
-    `a`; None for no dropout.
-    """
-
-    base: Any
-    a: Weight
-    b: Weight
-    key: Any
-    scale: float = struct.field(pytree_node=False)
-    dropout: float = struct.field(pytree_node=False)
-
-
-@product.register
-def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
-    given, leaf, result = equation.replace("->", ",").split(",")
-    whole = product(weight.base, equation, x, out, **kwargs)
-    spec = jax.typeof(x).sharding.spec
-    # Both small products are local; gradients are summed where there are R of them, not the width.
-    low = jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
-    if weight.key is not None:
-        low = drop(low, jax.random.wrap_key_data(weight.key), weight.dropout)
-    into = None if out is None else P(*out.partitions[:-1], None)
-    low = product(weight.a, f"{given},R{leaf[1]}->{given[:-1]}R", low, into, **kwargs)
-    if spec.reduced:
-        low = jax.reshard(low, P(*jax.typeof(low).sharding.spec, reduced=spec.reduced))
-    b, (_, tokens, _) = weight.b, jax.typeof(low).sharding.spec.partitions
-    if sharding.TENSOR in sharding.entries(tokens):
-        # The residual is split by tokens, so each device of `tp` has a part of b's gradient.
-        held = jax.typeof(b[...]).sharding.spec
-        held = P(*held.partitions, reduced=held.reduced | {sharding.TENSOR})
-        b = Weight(jax.reshard(b[...], held), letters=b.letters)
-    up = f"{given[:-1]}R,{leaf[0]}R->{result}"
-    return whole + scaled_product(b, weight.scale, up, low, None, **kwargs)
 
 
 def create(
@@ -136,12 +95,10 @@ def attach(
         pair = adapters.a[group], adapters.b[path]
         return Lora(leaf, *pair, keys.get(group), adapters.scale, dropout)
 
-    return Decoder(
-        decoder.config,
-        decoder.embedding if adapters.embedding is None else adapters.embedding,
-        map_leaves(one, decoder.layers),
-        decoder.final_norm,
-        decoder.head if adapters.head is None else adapters.head,
+    return decoder.replace(
+        embedding=decoder.embedding if adapters.embedding is None else adapters.embedding,
+        layers=map_leaves(one, decoder.layers),
+        head=decoder.head if adapters.head is None else adapters.head,
     )
 
 
@@ -170,10 +127,8 @@ def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
             return old
         return Weight(new[...].astype(old.dtype), letters=old.letters)
 
-    return Decoder(
-        decoder.config,
-        cast(adapters.embedding, decoder.embedding),
-        map_leaves(one, decoder.layers),
-        decoder.final_norm,
-        cast(adapters.head, decoder.head),
+    return decoder.replace(
+        embedding=cast(adapters.embedding, decoder.embedding),
+        layers=map_leaves(one, decoder.layers),
+        head=cast(adapters.head, decoder.head),
     )

@@ -1,0 +1,141 @@
+"""A model directory read: its config, its tokenizer, its settings of generation, and its decoder.
+
+What was saved on one mesh is restored on any other, by any number of processes. A directory without
+its manifest is unfinished and is never read.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_jax.checkpoint import store
+from qwen_jax.checkpoint.directory import (
+    CONFIG,
+    GENERATION_CONFIG,
+    PARAMS,
+    TOKENIZER,
+    check_shapes,
+    existing,
+    verify_whole,
+)
+from qwen_jax.config import Config, hf_config
+from qwen_jax.runtime import values
+from qwen_jax.runtime.texts import read_json
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from qwen_jax.chat.tokenizer import Tokenizer
+    from qwen_jax.checkpoint.generation_config import GenerationConfig
+    from qwen_jax.leaves.weights import Weight
+    from qwen_jax.model import Decoder
+
+
+_READERS = 2  # leaves at the same time
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def load_config(path: str | Path) -> Config:
+    """The architecture of a model directory. Raises CheckpointError or ValueError."""
+    return Config.read(existing(path) / CONFIG)
+
+
+def load_generation_config(path: str | Path) -> "GenerationConfig":
+    """The directory's generation_config.json, checked; without one, as in transformers, what its
+    config.json says of how to generate.
+    """
+    from qwen_jax.checkpoint import token_ids
+    from qwen_jax.checkpoint.generation_config import GenerationConfig
+
+    root = existing(path)
+    file = root / GENERATION_CONFIG
+    if not file.exists():
+        file = root / CONFIG
+        return GenerationConfig.from_hf(hf_config.generation(read_json(file)), file)
+    made = GenerationConfig.from_hf(read_json(file), file)
+    token_ids.check_range(file, Config.read(root / CONFIG).vocab_size)
+    return made
+
+
+def load_tokenizer(path: str | Path) -> "Tokenizer | None":
+    """The directory's tokenizer, None where it has no vocabulary file.
+
+    An expansion of the vocabulary is the file of the directory that `extra_vocab_file` of
+    tokenizer_config.json names. Warns of what that file, special_tokens_map.json and
+    added_tokens.json ask for and is not done. Raises ValueError where the vocabulary is not that of
+    the other files (`token_ids.check`).
+    """
+    from qwen_jax.chat.tokenizer import Tokenizer
+    from qwen_jax.checkpoint import token_ids, tokenizer_config
+
+    root = existing(path)
+    if not (root / TOKENIZER).exists():
+        return None
+    settings = root / _TOKENIZER_CONFIG
+    said = read_json(settings) if settings.exists() else {}
+    extra = tokenizer_config.extra_vocab_file(root, said)
+    tokenizer = Tokenizer.from_file(root / TOKENIZER, extra)
+    tokenizer_config.warn(root, said, tokenizer)
+    token_ids.check(root, tokenizer)
+    return tokenizer
+
+
+def load(
+    path: str | Path,
+    config: Config | None = None,
+    dtype: str | None = None,
+    mesh: "Mesh | None" = None,
+    keep: "Callable[[str, Weight], Any] | None" = None,
+) -> "Decoder":
+    """The decoder of a model directory, every leaf restored straight into its place on the mesh.
+
+    config: the directory's own, or one with overrides of it. dtype: None is the stored one; the
+    cast happens while reading. mesh: None is the mesh in force, or (1, 1). A process reads and
+    holds its own shards, and beside them a few chunks of the files. keep: what becomes of each leaf
+    by its path as soon as it is read, as `int8.of_layers`; None keeps it.
+
+    Raises CheckpointError when the directory is not whole or does not match the config.
+    """
+    from qwen_jax import meshes
+    from qwen_jax.leaves.weights import Weight, map_leaves
+    from qwen_jax.meshes import sharding
+
+    values.choice("dtype", dtype, store.DTYPES, or_none=True)
+    own = None if config is None else values.instance("config", config, Config)
+    root = existing(path)
+    manifest = verify_whole(root)
+    mesh, config = mesh or meshes.current(), own or load_config(root)
+    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
+        logging.getLogger("qwen_jax").warning(
+            "%s: rope_scaling yarn has its ramp over the pair index, as Hugging Face and vLLM; "
+            "before 2026-11-28 it was the paper's, which is yarn_paper now",
+            path,
+        )
+    decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
+    check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
+    meshes.check(config.sizes, mesh)
+
+    def restore(name: str, leaf: Weight) -> Any:
+        place = sharding.named(leaf.letters, mesh, config.sizes)
+        array = store.restore(root / PARAMS, name, tuple(leaf.shape), leaf.dtype, place)
+        restored = Weight(array, letters=leaf.letters)
+        if keep is None:
+            return restored
+        with meshes.entered(mesh):  # of this thread
+            return keep(name, restored)
+
+    with store.one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
+        restored = {name: executor.submit(restore, name, x) for name, x in leaves.items()}
+        return map_leaves(lambda name, _: restored[name].result(), decoder)
+
+
+def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
+    """The decoder without its values, and its leaves by path; not yet on the mesh of anyone."""
+    from qwen_jax import meshes, model
+    from qwen_jax.leaves.weights import named_leaves
+
+    with meshes.entered(meshes.make()):
+        decoder = model.abstract(config, dtype)
+    return decoder, named_leaves(decoder)

@@ -1,0 +1,86 @@
+"""Decoders made and rearranged: with fresh weights, as shapes, with layers stacked or apart."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import meshes
+from qwen_jax.config import Config
+from qwen_jax.leaves.weights import Maker, Weight
+from qwen_jax.model.decoder import Block, Decoder
+
+
+def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
+    """A decoder with fresh weights (the original's: N(0, 0.02^2), both projections back into
+    the residual divided by sqrt(2 L), biases 0, norms 1), partitioned over the mesh in force.
+    """
+    make = _maker(config, key, dtype)
+    blocks = [Block(config, make) for _ in range(config.num_layers)]
+    return _assemble(config, make, blocks)
+
+
+def abstract(config: Config, dtype: Any) -> Decoder:
+    """The decoder as shapes and partitionings: no memory is used, whatever the size."""
+
+    def make() -> Maker:  # a key too is made as a shape: the devices may not be there
+        return _maker(config, jax.random.key(0), dtype)
+
+    block = jax.eval_shape(lambda: Block(config, make()))
+    blocks = [jax.tree.map(lambda leaf: leaf, block) for _ in range(config.num_layers)]
+    outer = jax.eval_shape(lambda: _assemble(config, make(), []))
+    return outer.replace(layers=blocks)
+
+
+def stack(decoder: Decoder, consume: bool = False) -> Decoder:
+    """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth.
+
+    consume: let go of each leaf when it is stacked, so that beside the weights only one leaf of all
+    layers is there twice.
+    """
+
+    def stacked(*leaves: Weight) -> Weight:
+        arrays = [leaf[...] for leaf in leaves]
+        whole = _stack(arrays)
+        for array in arrays if consume else ():
+            array.delete()
+        return Weight(whole, letters=f"L{leaves[0].letters}")
+
+    blocks = jax.tree.map(stacked, *decoder.layers, is_leaf=lambda x: isinstance(x, Weight))
+    return decoder.replace(layers=blocks)
+
+
+@jax.jit
+def _stack(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack(arrays)
+
+
+def unstack(decoder: Decoder) -> Decoder:
+    """The inverse of `stack`, for whoever trains and then decodes: under `jit`, else each layer of
+    each leaf is a program of its own. Donating saves nothing, as no part has the size of the whole.
+    """
+
+    def block(i: int) -> Block:
+        def one(leaf: Weight) -> Weight:
+            return Weight(leaf[i], letters=leaf.letters.removeprefix("L"))
+
+        return jax.tree.map(one, decoder.layers, is_leaf=lambda x: isinstance(x, Weight))
+
+    return decoder.replace(layers=[block(i) for i in range(decoder.config.num_layers)])
+
+
+def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
+    std = config.initializer_range
+    head = None if config.tie_embeddings else make.normal("VD", std)
+    return Decoder(
+        config,
+        make.normal("VD", std),
+        layers=blocks,
+        final_norm=make.full("D", 1),
+        head=head,
+    )
+
+
+def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
+    meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
+    return Maker(config.sizes, key, dtype)
