@@ -165,7 +165,7 @@ def step_logits(
         for step in steps:
             places, segments = decode.positions(start, state.index, step.shape[1])
             x = model.decoder.embed(moves.place(whole(step), "BT"))
-            output = model.decoder(x, places, segments, rates, state)
+            output = model.decoder(x, places, segments=segments, frequencies=rates, cache=state)
             state = output.cache
             chosen.append(np.asarray(model.decoder.logits(output.last))[:batch, -1:])
     return np.concatenate(chosen, axis=1)

@@ -164,7 +164,7 @@ def auto(
     if name is None and choice.device().platform != "cpu":
         say(
             f"attention: xla ({dtype}, head dim {dim}): no kernel was proved in this process; "
-            "qwen_jax.prove.resolve does that, before a program is traced"
+            "qwen_jax.attention.prove.resolve does that, before a program is traced"
         )
     return Chosen(name or "xla", "xla")(q, k, v, mask, scale, return_lse)
 

@@ -1,7 +1,8 @@
 """Meshes of devices, and how arrays are partitioned over them.
 
-This is the only room that names mesh axes: `build` makes and chooses meshes, `sharding` says how an
-array is partitioned, `hardware` holds what is published of accelerators.
+This is the only room that names mesh axes. `build` makes and chooses meshes, `sharding` says how an
+array is partitioned, `moves` gets it from there to where it is needed, `hardware` holds what is
+published of accelerators.
 """
 
 from qwen_jax.meshes.build import (
@@ -16,6 +17,7 @@ from qwen_jax.meshes.build import (
     of_size,
     parse,
 )
+from qwen_jax.meshes.moves import fetch
 
 __all__ = [
     "check",
@@ -24,6 +26,7 @@ __all__ = [
     "default",
     "describe",
     "entered",
+    "fetch",
     "in_planes",
     "make",
     "of_size",

@@ -328,7 +328,7 @@ def test_a_second_writer_is_refused(tmp_path, model, first, monkeypatch, capfd):
         "to_hf": (lambda path: back(model, path), "convert.copying:_copy"),
         "save": (
             lambda path: checkpoint.save(path, config, decoder),
-            "qwen_jax.store:write_shards",
+            "qwen_jax.checkpoint.store:write_shards",
         ),
         "adapter": (
             lambda path: peft.write(path, small_adapters(decoder)),

@@ -82,7 +82,7 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
     primitive, run = core.EvalTrace.process_primitive, running.run_group
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        groups.append(len(args[2]))
+        groups.append(len(kwargs["layers"]))
         return run(*args, **kwargs)
 
     def seen(trace: Any, which: Any, *args: Any) -> Any:
@@ -241,7 +241,7 @@ def test_a_stride_is_under_way_before_the_one_before_is_fetched(
         return run(*arguments)
 
     monkeypatch.setattr(decode, "run_stride", recorded)
-    monkeypatch.setattr(sharding, "begin_fetch", lambda x: Recorded(begin(x), events))
+    monkeypatch.setattr(moves, "begin_fetch", lambda x: Recorded(begin(x), events))
     assert streamed(model) == plain
     lengths = [len(part[0]) for part in plain]
     assert lengths == [1, 3, 3, 3, 2]

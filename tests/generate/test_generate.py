@@ -101,7 +101,7 @@ def test_interrupted(
 ) -> None:
     """By Ctrl-C as it writes the third piece of text."""
     interrupt = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
-    stopping("qwen_jax.tokenizer:TextStream.push", 3, interrupt, monkeypatch.setattr)
+    stopping("qwen_jax.chat.tokenizer:TextStream.push", 3, interrupt, monkeypatch.setattr)
     argv = ["--prompt", "Hello", "--max-new-tokens", "9"]
     code, _, err = run(capsys, "--ckpt", str(chat_dir), *argv)
     assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err

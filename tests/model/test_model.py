@@ -318,7 +318,9 @@ def test_remat_saves_what_its_policy_says(stacked):
             one = model.stack(decoder) if stacked else decoder
             places = jnp.broadcast_to(jnp.arange(8), (2, 8))
             ones = jnp.ones((2, 8), jnp.int32)
-            return one(one.embed(tokens), places, ones, rates, remat=remat).last
+            return one(
+                one.embed(tokens), places, segments=ones, frequencies=rates, remat=remat
+            ).last
 
         residuals = jax.eval_shape(lambda decoder: jax.vjp(run, decoder)[1], decoder)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
@@ -379,7 +381,7 @@ def test_rms_norm_casts_back_before_the_weight():
     least, most = (jnp.asarray(normed * (1 + e), jnp.bfloat16) for e in (-1e-5, 1e-5))
     sure = np.asarray(least == most)
     product = jnp.asarray(np.asarray(least, np.float32) * np.asarray(weight, np.float32))
-    got = rms_norm(x, weight, 1e-6)
+    got = rms_norm(x, weight, eps=1e-6)
     assert got.dtype == jnp.bfloat16 and sure.mean() > 0.98
     np.testing.assert_array_equal(got[sure], product.astype(jnp.bfloat16)[sure])
     late = jnp.asarray(normed * np.asarray(weight, np.float64), jnp.bfloat16)
@@ -387,9 +389,9 @@ def test_rms_norm_casts_back_before_the_weight():
 
 
 def test_rms_norm_of_zeros_and_of_large_values():
-    np.testing.assert_array_equal(rms_norm(jnp.zeros((1, 1, 8)), jnp.ones(8), 1e-6), 0)
+    np.testing.assert_array_equal(rms_norm(jnp.zeros((1, 1, 8)), jnp.ones(8), eps=1e-6), 0)
     large = jnp.full((1, 1, 8), 60000.0, jnp.float16)  # its square overflows float16
-    np.testing.assert_allclose(rms_norm(large, jnp.ones(8, jnp.float16), 1e-6), 1, rtol=1e-3)
+    np.testing.assert_allclose(rms_norm(large, jnp.ones(8, jnp.float16), eps=1e-6), 1, rtol=1e-3)
 
 
 def test_the_gate_of_the_feed_forward():

@@ -39,6 +39,7 @@ from tests.support.launch import LONG
 from tests.support.tiny import tiny_config
 from tests.support.vocabulary import qwen_tokenizer
 from tests.tools import object_store
+from train import data as run_data
 from train import plan, pretrain, tokenizer
 from train.data import batches, records, text_example, token_cache
 from train.planning import topology

@@ -121,7 +121,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
 
 
 def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
-    """The decode loop of `qwen_jax.decode`, with a cache of `length` slots."""
+    """The decode loop of `qwen_jax.decoding.decode`, with a cache of `length` slots."""
     meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
     with jax.set_mesh(mesh):

@@ -317,7 +317,7 @@ def test_moments_in_bfloat16_forget():
     for sizes in ({}, {"fsdp": 4, "tp": 2}):
         with on_mesh(**sizes):
             placed = moves.place(x, "FD")
-            draw = np.asarray(step._stochastically_rounded(placed, jax.random.key(0)))
+            draw = np.asarray(update._stochastically_rounded(placed, jax.random.key(0)))
             draws.append(draw.astype(np.float32))
     np.testing.assert_array_equal(*draws)
     assert set(draws[0].flat) == {1, 1 + 2**-7} and draws[0].mean() == pytest.approx(x[0, 0], 1e-3)
@@ -376,10 +376,10 @@ def test_ten_steps_of_the_original(golden_dir: Path, sizes):
     got, norms = [], []
     with on_mesh(**sizes):
         state = step.create_state(checkpoint.load(golden_dir, dtype="float32"), optimizer)
-        batches = [batches.place(batches.batch_of(x, x)) for x in arrays()["adamw.batches"]]
-        run = step.make_step(optimizer, xla, jnp.float32).lower(state, batches[0])
+        given = [batches.place(batches.batch_of(x, x)) for x in arrays()["adamw.batches"]]
+        run = step.make_step(optimizer, xla, jnp.float32).lower(state, given[0])
         run = run.compile(compiler_options=QUICK)
-        for batch in batches:
+        for batch in given:
             state, report = run(state, batch)
             got.append(float(report.metrics.loss))
             norms.append(float(report.gradient_norm))
