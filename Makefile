@@ -45,9 +45,10 @@ $(PEFT_STAMP): pyproject.toml
 	$(PEFT_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peft]'
 	touch $@
 
-lint: venv ## formatting, lint and types
+lint: venv ## formatting, lint, types, and the order of the rooms
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 pytest: venv ## the tests alone; PYTEST_ARGS="-k rope" for a part of them

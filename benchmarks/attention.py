@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen_jax.runtime import caches
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -31,8 +33,8 @@ from tqdm import tqdm
 
 from benchmarks import section
 from qwen_jax import attention
-from qwen_jax.attention import timing
-from qwen_jax.attention.timing import Case
+from qwen_jax.attention import agreement, timing, workloads
+from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels import choice, others
 from qwen_jax.runtime import command
 
@@ -82,10 +84,10 @@ class Row(NamedTuple):
 @functools.cache
 def right(case: Case, name: str) -> bool:
     """Whether an implementation agrees with the reference; says so where it does not."""
-    worst = timing.error(case, name)
-    if not worst <= timing.TOLERANCE[case.dtype]:
+    worst = agreement.error(case, name)
+    if not worst <= agreement.TOLERANCE[case.dtype]:
         command.say(f"{name}, {case.task}: WRONG, by {worst:.1e}; left out")
-    return worst <= timing.TOLERANCE[case.dtype]
+    return worst <= agreement.TOLERANCE[case.dtype]
 
 
 def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dict[str, Any]:
@@ -101,16 +103,16 @@ def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dic
     def checked(case: Case, name: str) -> timing.Program:
         if not right(dataclasses.replace(case, batch=1, length=min(case.length, 1024)), name):
             raise ValueError("its results are wrong")
-        return timing.program(case, name)
+        return workloads.program(case, name)
 
     for name in names:
         attempt(name, lambda name=name: checked(case, name))
         if name.startswith("pallas") and name in made and case.task != "decode":
             full = dataclasses.replace(case, features=True)
-            attempt(f"{name}+", lambda name=name, full=full: timing.program(full, name))
+            attempt(f"{name}+", lambda name=name, full=full: workloads.program(full, name))
     own = others.CACHED if case.task == "decode" else others.CAUSAL
-    for name in timing.available(own, interpreted):
-        attempt(f"{name}*", lambda name=name: timing.rival(case, name))
+    for name in workloads.available(own, interpreted):
+        attempt(f"{name}*", lambda name=name: workloads.rival(case, name))
     return made
 
 
@@ -157,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the names of shapes and implementations")
     add("--quick", action="store_true", help="a few shapes of the 7B, fewer rounds, 7 minutes")
     add("--only", nargs="+", metavar="NAME", help="of the registry, beside all NAME*")
-    add("--dtype", choices=list(timing.TOLERANCE), help="default: bfloat16, on a CPU float32")
+    add("--dtype", choices=list(agreement.TOLERANCE), help="default: bfloat16, on a CPU float32")
     add("--rounds", type=command.positive, metavar="N", help="default: 15, --quick 7")
     add("--minutes", type=command.positive, metavar="N", help="begin no new shape after that long")
     add("--interpreted", action="store_true", help="on a CPU run kernels too, interpreted")
@@ -184,7 +186,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     if not on_cpu:
         command.refuse(args, ("interpreted",), "is of a CPU: here kernels are compiled")
     known = shapes(args.dtype or ("float32" if on_cpu else "bfloat16"))
-    names = timing.available(attention.IMPLEMENTATIONS, args.interpreted)
+    names = workloads.available(attention.IMPLEMENTATIONS, args.interpreted)
     if args.list:
         print("\n".join(known), "\n".join(attention.IMPLEMENTATIONS), sep="\n\n")
         return
@@ -195,7 +197,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     cases = chosen(args, known)
     rounds = args.rounds or (7 if args.quick else 15)
     limit = 60 * (args.minutes or (7 if args.quick else 10**6))
-    command.use_compilation_cache()
+    caches.use_compilation_cache()
     started, lines = time.monotonic(), []
     print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)
     for shape, case in tqdm(cases.items(), unit="shape", smoothing=0):
@@ -203,7 +205,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
             command.say(f"{shape}: left out, {limit // 60} minutes are over")
             continue
         new = rows(shape, case, programs(shape, case, names, args.interpreted), rounds)
-        timing.forget()
+        agreement.forget()
         lines += new
         for row in new:
             print(f"{row[0]:26} {row[1]:16} {row[2]:>9} {row[3]:>15} ", *row[4:], flush=True)

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from qwen_jax.runtime import caches
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -172,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
-    command.use_compilation_cache()
+    caches.use_compilation_cache()
     started, rows = time.monotonic(), []
     dtype = "float32" if choice.device().platform == "cpu" else "bfloat16"
     print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)

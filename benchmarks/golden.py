@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from qwen_jax.attention import agreement, workloads
+from qwen_jax.runtime import caches
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -29,7 +32,6 @@ import qwen_jax
 from benchmarks import section
 from convert import from_hf
 from qwen_jax import attention
-from qwen_jax.attention import timing
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
 from qwen_jax.runtime import command
@@ -94,12 +96,12 @@ def kernel_checks(name: str, length: int) -> Iterator[Check]:
     """A kernel against the reference; see `timing.error`."""
     for dtype in ("bfloat16", "float32"):
         for dim in HEAD_DIMS:
-            for task in timing.TASKS:
+            for task in workloads.TASKS:
                 for cache in (None, "int8") if task == "decode" else (None,):
-                    case = timing.Case(task, 2, length, 4, dim, dtype, cache=cache)
+                    case = workloads.Case(task, 2, length, 4, dim, dtype, cache=cache)
                     what = f"{task}, {dtype}{', int8 cache' if cache else ''}, head dim {dim}"
-                    error = functools.partial(timing.error, case, name)
-                    yield what, name, timing.TOLERANCE[dtype], error
+                    error = functools.partial(agreement.error, case, name)
+                    yield what, name, agreement.TOLERANCE[dtype], error
 
 
 def measured(check: Check) -> Row | None:
@@ -134,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     if args.no_kernels:
         command.refuse(args, ("length",), "is of kernels: drop it, or --no-kernels")
-    command.use_compilation_cache()
-    names = args.attention or timing.available(attention.IMPLEMENTATIONS)
+    caches.use_compilation_cache()
+    names = args.attention or workloads.available(attention.IMPLEMENTATIONS)
     for name in names:
         attention.get(name)
     rows: list[Row] = []

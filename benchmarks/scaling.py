@@ -5,7 +5,8 @@
 The last sections of docs/scaling.md; the first are of `pod.py`.
 
 For pretraining at 2k and 8k, fine-tuning at 2k and decoding at 32k it compiles the most promising
-settings that `train.planning.search` finds, and prints the best one that fits, or what the smallest lacks.
+settings that `train.planning.search` finds, and prints the best one that fits, or what the smallest
+lacks.
 Each compilation has a process of its own, so one that dies loses a row only; rows are kept in
 `--cache` and not made again. Needs the `aot` extra.
 """

@@ -41,6 +41,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen_jax.runtime import caches
+
 if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -517,7 +519,7 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     on_cpu = choice.device().platform == "cpu"
-    command.use_compilation_cache()
+    caches.use_compilation_cache()
     if args.profile:  # else a program may come with the scopes of another version of this library
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     wanted = cases(args)

@@ -6,6 +6,8 @@ The names below are loaded on first use, so that `import qwen_jax` starts no bac
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qwen_jax.runtime.version import VERSION
+
 if TYPE_CHECKING:
     from qwen_jax import attention, chat
     from qwen_jax.chat.tokenizer import TextStream, Tokenizer
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from qwen_jax.generate.language_model import LanguageModel, load
     from qwen_jax.runtime.processes import initialize
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
     "Config": "config",

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax.meshes import options
-from qwen_jax.runtime import command, paths
+from qwen_jax.runtime import caches, command, paths
 from train.data import batches
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", metavar="SPEC", help="e.g. context=8 (default: one device)")
     add("--plot", metavar="FILE", help="write a plot there (default: perplexity.png)")
     add("--json", action="store_true", help="print JSON in place of a table")
-    command.add_compilation_cache(result)
+    caches.add_compilation_cache(result)
     command.add_debug(result)
     return result
 
@@ -94,7 +94,7 @@ def work(args: argparse.Namespace) -> None:
 
     sizes = options.mesh_sizes(args.mesh)
     options.virtual_cpu_devices(sizes)
-    command.use_compilation_cache(args.compilation_cache)
+    caches.use_compilation_cache(args.compilation_cache)
     import jax
 
     from qwen_jax.attention import prove

@@ -6,32 +6,27 @@ the program has, and keeps the verdict (`verdicts.py`). It is called before a pr
 what agrees on all of them.
 """
 
-import atexit
 import contextlib
 import datetime
 import functools
 import json
 import logging
 import math
-import os
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 
-from qwen_jax.attention import registry, timing, verdicts
+from qwen_jax.attention import agreement, deadline, registry, timing, verdicts, workloads
 from qwen_jax.attention.registry import DECODERS, IMPLEMENTATIONS, Chosen
-from qwen_jax.attention.timing import Case
 from qwen_jax.attention.verdicts import Key, Verdict
+from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
 from qwen_jax.meshes import sharding
 from qwen_jax.runtime import processes
 
-LIMIT = 120.0  # seconds for a kernel to be compiled and run, for one task
 ROUNDS = 5  # of a kernel and the reference in turns
 _SHORTEST, _LONGEST = 256, 8192  # tokens of what is timed
 REFERENCE = "xla"
@@ -137,7 +132,7 @@ def _choose(cases: Sequence[Case]) -> str:
         trials[name] = [[verdicts.from_json(x) for x in each] for each in said]
         if ordered and decide({name: trials[name]}, ordered)[0] == name:
             break
-    timing.forget()
+    agreement.forget()
     name, notes = decide(trials, ordered)
     for line, level in notes:
         registry.say(line, level)
@@ -254,17 +249,19 @@ def _proved(key: Key, case: Case, timed: bool) -> Verdict:
             return verdict
         lasting = True
         try:
-            error, times = _within(LIMIT, functools.partial(_self_test, case, key, timed))
+            error, times = deadline.within(
+                deadline.LIMIT, functools.partial(_self_test, case, key, timed)
+            )
         except _Declined as refusal:
             return said("declined", detail=_one_line(refusal))
         except TimeoutError:
-            verdict = said("timed out", detail=f"not done after {LIMIT:g} s")
+            verdict = said("timed out", detail=f"not done after {deadline.LIMIT:g} s")
         except Exception as refusal:  # compilers and drivers refuse in ways of their own
             verdict = said("refused", detail=_one_line(refusal))
             # Where memory was short, it may be there the next time.
             lasting = "RESOURCE_EXHAUSTED" not in verdict.detail
         else:
-            right = error <= timing.TOLERANCE[case.dtype]
+            right = error <= agreement.TOLERANCE[case.dtype]
             verdict = said("agrees" if right else "wrong", error=error)
             if right and times is not None:
                 own, reference = (1e3 * x / case.layers() for x in times)
@@ -285,19 +282,19 @@ def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, f
     """
     name = key.kernel
     try:
-        timing.check(case, name)
+        agreement.check(case, name)
     except NotImplementedError as refusal:
         raise _Declined(*refusal.args) from None
     registry.say(
         f"attention: proving {name} on {key.device}, once ({case.task}, {case.dtype}, head dim "
         f"{case.head_dim}, {case.length} tokens)"
     )
-    error = timing.error(case, name, in_parts=True)
-    if not (timed and error <= timing.TOLERANCE[case.dtype]):
+    error = agreement.error(case, name, in_parts=True)
+    if not (timed and error <= agreement.TOLERANCE[case.dtype]):
         return error, None
-    programs = {name: timing.program(case, name)}
+    programs = {name: workloads.program(case, name)}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # its scores may not fit, here as there
-        programs[REFERENCE] = timing.program(case, REFERENCE)
+        programs[REFERENCE] = workloads.program(case, REFERENCE)
     times = timing.medians(programs, ROUNDS)
     return error, (times[name], times.get(REFERENCE, math.inf))
 
@@ -306,47 +303,3 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     named = isinstance(error, _Declined)
     return (text if named else f"{type(error).__name__}: {text}")[:300]
-
-
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises. TimeoutError where it takes longer: it is left to itself.
-
-    It runs in a thread, where no mesh is in force: on this process's first device.
-    """
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="self-test of attention")
-    thread.start()
-    try:
-        thread.join(seconds)
-    finally:
-        if thread.is_alive():
-            atexit.register(_wait, thread)
-    if thread.is_alive():
-        raise TimeoutError
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-def _wait(thread: threading.Thread) -> None:
-    """At the end of the process, wait for a self-test that is still within a compiler: what it uses
-    would be taken down under it. One that hangs does not keep the process for ever.
-    """
-    if not thread.is_alive():
-        return
-    registry.say(f"attention: up to {LIMIT:g} s more for the compiler of a self-test to end")
-    thread.join(LIMIT)
-    if thread.is_alive():
-        line = "attention: the compiler of a self-test hangs: this process ends with exit code 1"
-        registry.say(line, logging.WARNING)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(1)

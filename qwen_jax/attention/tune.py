@@ -8,7 +8,6 @@ each kernel take turns with all other implementations in one last run, whose med
 import argparse
 import contextlib
 import datetime
-import itertools
 import json
 import math
 import sys
@@ -16,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.runtime import command, lock, paths
+from qwen_jax.attention import agreement, block_grids, workloads
+from qwen_jax.runtime import caches, command, lock, paths
 
 _EXAMPLES = """\
 On a machine with the device that is to be measured, and with nothing else running on it:
@@ -38,44 +38,6 @@ commit what changes in it, with the output of `python benchmarks/attention.py --
 """
 _TOKENS = 16384  # of a batch, where the length allows more than one row
 _FINALISTS = 3  # block sizes of a kernel that take part in the last run
-
-
-def _grid(**values: tuple[int, ...]) -> list[dict[str, int]]:
-    """All combinations."""
-    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-
-
-_MOSAIC = [
-    x for x in _grid(q=(256, 512, 1024, 2048), k=(512, 1024, 2048), compute=(256, 512, 1024))
-]
-_TRITON = {"tile": (64, 128), "block": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)}
-
-
-def _of(part: str) -> list[dict[str, int]]:
-    """Triton's blocks with the name of a backward kernel before each."""
-    return _grid(**{f"{part}_{key}": values for key, values in _TRITON.items()})
-
-
-# kernel -> task -> grids; each grid is searched with what was best in those before it
-CANDIDATES: dict[str, dict[str, list[list[dict[str, int]]]]] = {
-    "pallas_tpu": {
-        "forward": [_MOSAIC],
-        "backward": [_MOSAIC],
-        "decode": [_grid(block=(256, 512, 1024, 2048))],
-    },
-    "pallas_triton": {
-        "forward": [_grid(**{**_TRITON, "stages": (2, 3, 4)})],
-        "backward": [_of("dkv"), _of("dq")],
-        "decode": [_grid(block=(16, 32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4))],
-    },
-    "pallas_hopper": {
-        "forward": [_grid(block=(64, 128), stages=(2, 3, 4))],
-        "backward": [
-            _grid(dkv_block=(64, 128), dkv_stages=(2, 3, 4)),
-            _grid(dq_block=(64, 128), dq_stages=(2, 3, 4)),
-        ],
-    },  # it decodes with Triton's kernel, whose blocks are pallas_triton's
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -143,7 +105,7 @@ def _work(args: argparse.Namespace) -> None:
 
         print(f"forgot {verdicts.forget()} verdicts in {verdicts.folder()}")
         return
-    from qwen_jax.attention import registry, timing
+    from qwen_jax.attention import registry
     from qwen_jax.kernels import choice
 
     unknown = sorted(set(args.kernel or ()) - set(registry.IMPLEMENTATIONS))
@@ -160,17 +122,17 @@ def _work(args: argparse.Namespace) -> None:
                 "to try this command, name another file with --out"
             )
         command.say("on a CPU kernels run interpreted: these times are no measurements of them")
-    command.use_compilation_cache()
-    names = args.kernel or timing.available(registry.IMPLEMENTATIONS)
+    caches.use_compilation_cache()
+    names = args.kernel or workloads.available(registry.IMPLEMENTATIONS)
     cases = [case for task in args.task for case in _cases(args, task)]
-    total = sum(_steps(name, case.task) for name in names for case in cases)
+    total = sum(block_grids.steps(name, case.task) for name in names for case in cases)
     from tqdm import tqdm
 
     with tqdm(total=total, unit="program", smoothing=0) as bar:
         for case in cases:
             bar.set_description(f"{case.task} {case.stored} {case.length}")
             lines = _tuned(case, names, args.rounds, bar)
-            timing.forget()
+            agreement.forget()
             write(out, lines)  # after each case: an interrupted run keeps what it has
             for line in lines:
                 bar.write(_text(line), file=sys.stderr)
@@ -210,7 +172,7 @@ def _what(line: dict[str, Any]) -> str:
 
 
 def _cases(args: argparse.Namespace, task: str) -> list[Any]:
-    from qwen_jax.attention.timing import Case
+    from qwen_jax.attention.workloads import Case
 
     shape = {"heads": args.heads, "head_dim": args.head_dim, "dtype": args.dtype}
     if task == "decode":
@@ -218,14 +180,6 @@ def _cases(args: argparse.Namespace, task: str) -> list[Any]:
         sizes = [(args.batch or 8, n, c) for n in args.length for c in caches]
         return [Case(task, b, n, cache=c, **shape) for b, n, c in sizes]
     return [Case(task, args.batch or max(1, _TOKENS // n), n, **shape) for n in args.length]
-
-
-def _sweeps(name: str, task: str) -> list[list[dict[str, int]]]:
-    return CANDIDATES.get(name, {}).get(task, [])
-
-
-def _steps(name: str, task: str) -> int:
-    return 1 + sum(len(grid) for grid in _sweeps(name, task))
 
 
 def _tuned(case: Any, names: list[str], rounds: int, bar: Any) -> list[dict[str, Any]]:
@@ -254,17 +208,17 @@ def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any
         bar.update()
         try:
             with trying(case, name, blocks):
-                program = timing.program(case, name)
+                program = workloads.program(case, name)
                 seconds = timing.medians({name: program}, 3)[name]
                 slowest = max((x[0] for x in tried.values()), default=math.inf)
                 if len(tried) == _FINALISTS and seconds >= slowest:
                     return
-                wrong = timing.error(case, name)
+                wrong = agreement.error(case, name)
         except Exception as error:  # a compiler refuses blocks in ways of its own
             reason = " ".join(str(error).split())[:200]
             bar.write(f"{name} {blocks or ''}: {reason}", file=sys.stderr)
             return
-        if not wrong <= timing.TOLERANCE[case.dtype]:
+        if not wrong <= agreement.TOLERANCE[case.dtype]:
             bar.write(f"{name} {blocks or ''}: WRONG, by {wrong:.1e}", file=sys.stderr)
             return
         tried[str(blocks)] = seconds, blocks, program
@@ -273,7 +227,7 @@ def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any
 
     attempt({})
     before: dict[str, int] = {}
-    for grid in _sweeps(name, case.task):
+    for grid in block_grids.sweeps(name, case.task):
         for blocks in grid:
             attempt(before | blocks)
         if not tried:

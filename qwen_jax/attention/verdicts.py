@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.runtime import lock, paths
+from qwen_jax.runtime import caches, lock, paths
+from qwen_jax.runtime.version import VERSION
 
 _DEATHS = 2  # of programs, while they proved a kernel, after which it is left alone
 _SHOWN = 60  # characters of an error in the table
@@ -86,12 +87,10 @@ class Verdict:
 
     def line(self) -> str:
         """All that a report of a failure must say, in one line."""
-        from qwen_jax import __version__
-
         key = self.key
         cache = f", {key.cache} cache" if key.cache else ""
         return (
-            f"qwen_jax {__version__}; {key.device}; jax {key.jax}, jaxlib {self.jaxlib}, "
+            f"qwen_jax {VERSION}; {key.device}; jax {key.jax}, jaxlib {self.jaxlib}, "
             f"{self.driver}; {key.kernel} {key.task}; {key.dtype}{cache}, head dim {key.head_dim}, "
             f"{key.length} tokens; {self.found}"
         )
@@ -113,7 +112,7 @@ def from_json(text: str | bytes) -> Verdict:
 
 def folder() -> Path:
     """Where verdicts are kept."""
-    return paths.own_cache("attention")
+    return caches.own_cache("attention")
 
 
 def find(key: Key) -> Verdict | None:

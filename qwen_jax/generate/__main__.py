@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_jax.meshes import options
-from qwen_jax.runtime import command, texts
+from qwen_jax.runtime import caches, command, texts
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--json", action="store_true", help="print one JSON object, no stream")
     command.add_processes(result)
-    command.add_compilation_cache(result)
+    caches.add_compilation_cache(result)
     command.add_debug(result)
     return result
 
@@ -186,7 +186,7 @@ def load(
 
     from qwen_jax.generate import language_model
 
-    command.use_compilation_cache(args.compilation_cache)
+    caches.use_compilation_cache(args.compilation_cache)
     started = time.perf_counter()
     with jax.set_mesh(mesh(args, about, sizes)):
         model = language_model.with_weights(

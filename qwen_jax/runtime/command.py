@@ -285,35 +285,3 @@ def key_value(text: str) -> tuple[str, Any]:
     except (ValueError, RecursionError):
         shown = text if len(text) < 200 else f"{text[:200]}..."
         raise UsageError(f"--set {shown}: write KEY=VALUE with VALUE in JSON") from None
-
-
-def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """Add the option that `use_compilation_cache` takes."""
-    parser.add_argument(
-        "--compilation-cache",
-        metavar="DIR",
-        help="where compiled programs are kept; of several hosts one that all see, or gs:// "
-        "(default: $JAX_COMPILATION_CACHE_DIR, or a cache of the user)",
-    )
-
-
-def use_compilation_cache(place: str | None = None) -> None:
-    """Keep compiled programs between runs.
-
-    place: a folder, which may be in `gs://`; None is the place that the user has told jax, or one
-    in the home. Of several processes jax lets process 0 alone write, and all read: the others find
-    programs only where all see the same folder. Raises ValueError or OSError for a place that
-    cannot be.
-    """
-    import jax
-
-    if place is None and jax.config.values["jax_compilation_cache_dir"]:
-        return
-    folder = paths.own_cache("jax") if place is None else paths.absolute(place)
-    if place is not None:
-        paths.make_folder(folder)  # jax would say with each program that it is not there
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if paths.is_remote(folder):
-        # What XLA keeps of GPU kernels beside the programs, it writes to a disk only.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

@@ -7,9 +7,7 @@ is written as a draft, which gets its name when it is whole; an object appears w
 and needs none. It cannot be appended to.
 """
 
-import atexit
 import contextlib
-import errno
 import functools
 import importlib.util
 import os
@@ -17,7 +15,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
@@ -84,44 +81,6 @@ def is_within(folder: Path, name: str) -> bool:
     if root.parent.name == "snapshots":
         own.append(root.parents[1] / "blobs")
     return any((folder / name).resolve().is_relative_to(place) for place in own)
-
-
-def own_cache(name: str) -> Path:
-    """A folder of this user's files that can be made again, in XDG_CACHE_HOME or the home; it is
-    there.
-
-    Where none can be written to, it is one that goes with this process, with one warning.
-    """
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_jax"
-    except RuntimeError:
-        return _passing_cache("this user has no home", name)
-    try:
-        (root / name).mkdir(parents=True, exist_ok=True)
-        if not os.access(root / name, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        return _passing_cache(f"{root} cannot be written to: {error.strerror}", name)
-    return root / name
-
-
-def _passing_cache(reason: str, name: str) -> Path:
-    folder = _passing_root(reason) / name
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@functools.cache
-def _passing_root(reason: str) -> Path:
-    """A folder that goes with this process. The warning comes once, as the folder is made once."""
-    warnings.warn(
-        f"{reason}: compiled programs, verdicts on kernels and encoded data are not kept after "
-        "this run; set XDG_CACHE_HOME to a folder that can be written to",
-        stacklevel=4,
-    )
-    root = Path(tempfile.mkdtemp(prefix="qwen_jax-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return root
 
 
 def make_folder(path: Path) -> None:

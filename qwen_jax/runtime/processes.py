@@ -2,17 +2,14 @@
 
 `jax.distributed` does the work: it recognises TPU pods, Slurm and Kubernetes, joins the processes
 and hears their heartbeats. Here is what it leaves out: who is missing at the start
-(`roll_call.py`), one line in place of its abort when a process is lost, and an end in step.
+(`rendezvous.py`), one line in place of its abort when a process is lost, and an end in step.
 Nothing here knows of models or commands, and jax is imported only where several processes are.
 """
 
 import atexit
 import contextlib
-import ctypes
-import dataclasses
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -20,39 +17,16 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from qwen_jax.runtime import rendezvous
+from qwen_jax.runtime import rendezvous, watch
 
-_FAILED = "qwen_jax/failed/"  # key: process, value: what it ended with
 _PROPOSED = "qwen_jax/proposed/end"
 _FOREVER = 7 * 24 * 3600.0  # seconds
 _WAIT = int(1000 * _FOREVER)  # for another process: where one is lost, the watch ends this one
-_SECOND = 1.0  # between two looks at the others
 # How the runtime reports a collective whose other end has gone.
 _BROKEN = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|DEADLINE_EXCEEDED): ")
 
 
-@dataclasses.dataclass
-class _Joined:
-    """What this process knows of the others. client: jax's, to its coordination service."""
-
-    index: int
-    hosts: tuple[str, ...]
-    coordinator: str
-    heartbeat_timeout: float
-    client: Any = None
-    ending: int | None = None  # the exit code, once this process is about to end
-    reason: str = ""  # why, while that has not been said
-    barriers: int = 0
-    gatherings: int = 0
-
-    def name(self, process: int) -> str:
-        return f"process {process} ({self.hosts[process]})"
-
-
-_joined: _Joined | None = None
-_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_kept: list[Any] = []  # the handler, which C calls
-_last_words = threading.Lock()  # taken by the thread that ends the process
+_joined: watch.Joined | None = None
 
 
 def index() -> int:
@@ -106,14 +80,14 @@ def initialize(
     if _in_use():
         raise ValueError("jax has been used already: call initialize before anything else")
     hosts = rendezvous.hold(coordinator, processes, process, timeout)
-    _joined = _Joined(process, hosts, coordinator, heartbeat_timeout)
-    _catch_abort(_joined)
+    _joined = watch.Joined(process, hosts, coordinator, heartbeat_timeout)
+    watch.catch_abort(_joined)
     _start_jax(_joined, devices, timeout)
-    watch = threading.Thread(target=_watch, args=(_joined,), daemon=True, name="watch")
-    watch.start()
+    thread = threading.Thread(target=watch.look_after, args=(_joined,), daemon=True, name="watch")
+    thread.start()
     sys.excepthook = _excepthook(sys.excepthook)
     atexit.register(
-        _leave, _joined, watch
+        _leave, _joined, thread
     )  # runs before jax's own, which leaves without waiting for the others
 
 
@@ -147,7 +121,7 @@ def _in_use() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def _start_jax(me: _Joined, devices: Any, timeout: float) -> None:
+def _start_jax(me: watch.Joined, devices: Any, timeout: float) -> None:
     import jax
     from jax._src import distributed
 
@@ -243,12 +217,12 @@ def failed(reason: str, code: int = 1) -> NoReturn:
     me.ending, me.reason = code, reason if me.index == 0 else f"{me.name(me.index)}: {reason}"
     reasons: dict[str, str] = {}
     try:
-        me.client.key_value_set(f"{_FAILED}{me.index}", reason, allow_overwrite=True)
-        reasons = dict(me.client.key_value_dir_get(_FAILED)) if _meet(me) else {}
+        me.client.key_value_set(f"{watch.FAILED}{me.index}", reason, allow_overwrite=True)
+        reasons = dict(me.client.key_value_dir_get(watch.FAILED)) if watch.meet(me) else {}
     except Exception:
         pass  # who cannot be told learns it from the missing heartbeat
-    if me.index == 0 or reasons.get(f"{_FAILED}0") != reason:
-        _say(me, me.reason)
+    if me.index == 0 or reasons.get(f"{watch.FAILED}0") != reason:
+        watch.say(me, me.reason)
     sys.stdout.flush()
     os._exit(code)  # what else happens at the end of a process would wait for the others
 
@@ -260,118 +234,6 @@ def await_verdict(error: BaseException) -> None:
     """
     if (me := _joined) is not None and _BROKEN.search(str(error)):
         time.sleep(me.heartbeat_timeout + 10)
-
-
-def _watch(me: _Joined) -> None:
-    """Look after the others until the end. A thread of its own, as the program waits in jax."""
-    everyone = list(range(len(me.hosts)))
-    while me.ending != 0:
-        try:
-            # jax knows by heartbeats who lives, and answers when all who do have asked: so even a
-            # process that has failed goes on asking, until the others know.
-            living = me.client.get_live_nodes(everyone)
-            failures = dict(me.client.key_value_dir_get(_FAILED))
-        except Exception as error:
-            if me.ending is not None:
-                return
-            if _coordinator_gone(me):
-                _end(me, _lost(me, [0]))
-            _end(me, f"jax's coordination service does not answer: {error}")
-        failures.pop(f"{_FAILED}{me.index}", None)
-        lost = [i for i in everyone if i not in living]
-        if me.ending is None and failures:
-            _end(me, _reason(me, failures), together=True)
-        if me.ending is None and lost:
-            _end(me, _lost(me, lost))
-        time.sleep(_SECOND)
-
-
-def _reason(me: _Joined, failures: dict[str, str]) -> str:
-    key, reason = min(failures.items())
-    return f"{me.name(int(key.removeprefix(_FAILED)))} has failed: {reason}"
-
-
-def _lost(me: _Joined, lost: list[int]) -> str:
-    names = ", ".join(me.name(i) for i in lost)
-    return (
-        f"{names} {'has' if len(lost) == 1 else 'have'} died: its own output may say why; the same "
-        "command given again continues from what was finished"
-    )
-
-
-def _coordinator_gone(me: _Joined) -> bool:
-    """Whether nothing listens for process 0 any more; its system takes a moment to clear up."""
-    if me.index == 0:
-        return False
-    for _ in range(10):
-        if not rendezvous.answers(me.coordinator):
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def _end(me: _Joined, line: str, together: bool = False) -> NoReturn:
-    """End this process at once: its main thread may wait for ever in a collective.
-
-    together: all live, and wait until every one has heard.
-    """
-    if not _last_words.acquire(blocking=False):
-        time.sleep(5)  # another thread is at it
-        os._exit(1)
-    _say(me, line)
-    if together:
-        _meet(me)
-    elif me.index == 0:
-        time.sleep(2 * _SECOND)  # the others hear through the service, which lives here
-    os._exit(1)
-
-
-def _meet(me: _Joined) -> bool:
-    """Wait a little for all to know of a failure; whether they do."""
-    try:
-        me.client.wait_at_barrier("qwen_jax/failed", 3000)
-    except Exception:
-        return False
-    if me.index == 0:
-        time.sleep(_SECOND)  # the others have their answer from the service, which lives here
-    return True
-
-
-def _say(me: _Joined, line: str) -> None:
-    start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # off the line of a bar
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    line = f"{start}error: {' '.join(line.split())}\n"
-    os.write(2, line.encode(encoding, "backslashreplace"))
-
-
-def _catch_abort(me: _Joined) -> None:
-    """One line instead of an abort.
-
-    When process 0 goes, its coordination service goes with it, and jax's client in every other
-    process calls `abort()` from a thread of its own: no exception, and too soon for any watching.
-    """
-
-    def aborted(number: int) -> None:
-        if me.ending is not None:
-            if me.reason:
-                _say(me, me.reason)
-            os._exit(me.ending)
-        if _coordinator_gone(me):
-            _end(me, _lost(me, [0]))
-        if me.client is None:
-            _end(me, "jax could not join the processes: one of them has ended meanwhile")
-        _end(
-            me,
-            f"the runtime has aborted {me.name(me.index)}: with TF_CPP_MIN_LOG_LEVEL=0 in the "
-            "environment it says why",
-        )
-
-    handler = _SIGNAL_HANDLER(aborted)
-    _kept.append(handler)
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = (ctypes.c_int, _SIGNAL_HANDLER)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(signal.SIGABRT, handler)
 
 
 def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
@@ -387,7 +249,7 @@ def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _leave(me: _Joined, watch: threading.Thread) -> None:
+def _leave(me: watch.Joined, thread: threading.Thread) -> None:
     """End in step: jax's service lives in process 0, which therefore goes last."""
     import jax
 
@@ -398,7 +260,7 @@ def _leave(me: _Joined, watch: threading.Thread) -> None:
             # Each of the others leaves as soon as its thread has this answer.
             while set(me.client.get_live_nodes(list(range(len(me.hosts))))) != {0}:
                 time.sleep(0.05)
-        watch.join()
+        thread.join()
         jax.distributed.shutdown()
     except Exception as error:
-        _end(me, f"{me.name(me.index)} could not end with the others: {error}")
+        watch.end(me, f"{me.name(me.index)} could not end with the others: {error}")

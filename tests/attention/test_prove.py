@@ -20,9 +20,19 @@ import pytest
 
 import qwen_jax
 from qwen_jax import attention
-from qwen_jax.attention import FULL, Chosen, prove, registry, timing, verdicts
-from qwen_jax.attention.timing import Case
+from qwen_jax.attention import (
+    FULL,
+    Chosen,
+    agreement,
+    deadline,
+    prove,
+    registry,
+    timing,
+    verdicts,
+    workloads,
+)
 from qwen_jax.attention.verdicts import Key, Verdict
+from qwen_jax.attention.workloads import Case
 from qwen_jax.decoding import decode
 from qwen_jax.kernels import choice
 from qwen_jax.runtime import processes
@@ -44,13 +54,13 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(choice, "device", lambda: here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(registry, "RESOLVED", {})
-    monkeypatch.setattr(prove, "LIMIT", launch.LONG)
+    monkeypatch.setattr(deadline, "LIMIT", launch.LONG)
     for name in ("pallas_triton", "pallas_hopper"):
         monkeypatch.delitem(attention.IMPLEMENTATIONS, name)
     attention.say.cache_clear()
     yield
     attention.say.cache_clear()
-    timing.forget()
+    agreement.forget()
 
 
 @pytest.fixture
@@ -78,7 +88,7 @@ def right(q: Any, k: Any, v: Any, mask: Any, scale: Any, return_lse: bool = Fals
 def right_decoder(
     q: Any, k: Any, v: Any, keys: Any, values: Any, start: Any, index: Any, window: Any, scale: Any
 ) -> Any:
-    return timing.decode(attention.xla, q, k, v, keys, values, start, index, window, scale)
+    return workloads.decode(attention.xla, q, k, v, keys, values, start, index, window, scale)
 
 
 def changed(**masks: Callable[[Any], Any]) -> Any:
@@ -141,7 +151,7 @@ def test_a_self_test_finds_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPa
     kernel(monkeypatch, WRONG[what])
     (verdict,) = prove._trial("pallas_tpu", [TINY], timed=False)
     assert verdict.outcome == "wrong"
-    assert verdict.error is not None and verdict.error > 10 * timing.TOLERANCE["float32"]
+    assert verdict.error is not None and verdict.error > 10 * agreement.TOLERANCE["float32"]
 
 
 def test_a_self_test_finds_wrong_gradients(monkeypatch: pytest.MonkeyPatch):
@@ -268,7 +278,7 @@ def test_what_is_declined_is_no_failure(
         raise NotImplementedError("pallas_tpu: head dim 16, only 32")
 
     kernel(monkeypatch, declines, decoder=declines)
-    monkeypatch.setattr(timing, "_results", lambda *_: pytest.fail("something was run"))
+    monkeypatch.setattr(agreement, "_results", lambda *_: pytest.fail("something was run"))
     prove.resolve("auto", calls)
     assert "attention: not pallas_tpu: pallas_tpu: head dim 16, only 32" in said()
     assert not verdicts.kept()
@@ -295,14 +305,14 @@ def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
         raise NotImplementedError("over")
 
     kernel(monkeypatch, hanging)
-    monkeypatch.setattr(prove, "LIMIT", 0.1)
+    monkeypatch.setattr(deadline, "LIMIT", 0.1)
     monkeypatch.setattr(prove.atexit, "register", lambda *call: at_exit.append(call))
     try:
         assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
         ((handler, thread),) = at_exit
-        assert handler is prove._wait and thread.is_alive() and thread.daemon
+        assert handler is deadline.wait_at_exit and thread.is_alive() and thread.daemon
         assert [x.outcome for x in verdicts.kept()] == ["timed out"]
-        monkeypatch.setattr(prove, "_within", lambda *_: pytest.fail("it waits again"))
+        monkeypatch.setattr(deadline, "within", lambda *_: pytest.fail("it waits again"))
         prove.resolve("auto", [TINY])
     finally:
         go_on.set()
@@ -312,10 +322,10 @@ def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
 
 STUCK = """
 import sys, threading, jax, jax.numpy as jnp
-from qwen_jax.attention import prove
+from qwen_jax.attention import deadline, prove
 from qwen_jax.runtime import command
 command.show_log()
-prove.LIMIT = float(sys.argv[1])
+deadline.LIMIT = float(sys.argv[1])
 begun = threading.Event()
 def work(x):
     for i in range(400):
@@ -328,7 +338,7 @@ def compile_it():
 join = threading.Thread.join
 threading.Thread.join = lambda self, _: begun.wait()
 try:
-    prove._within(0, compile_it)
+    deadline.within(0, compile_it)
 except TimeoutError:
     threading.Thread.join = join
     print("done")
@@ -506,7 +516,7 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     ran_by = me
     monkeypatch.setattr(processes, "gather", gather)
-    monkeypatch.setattr(prove, "_within", lambda _, work: work())
+    monkeypatch.setattr(deadline, "within", lambda _, work: work())
     monkeypatch.setattr(prove, "_self_test", self_test)
     monkeypatch.setattr(verdicts, "folder", lambda: tmp_path / str(me.index))
     me.index = 0

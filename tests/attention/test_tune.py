@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qwen_jax import attention
-from qwen_jax.attention import FULL, timing, tune, verdicts
-from qwen_jax.attention.timing import Case
+from qwen_jax.attention import FULL, block_grids, timing, tune, verdicts, workloads
+from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels import choice, flash_hopper, flash_tpu
 from qwen_jax.runtime import lock, paths
 
@@ -93,8 +93,8 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(flash_tpu.flash, "attend", forward)
     with tune.trying(TINY, "pallas_tpu", {"q": 256, "k": 512, "compute": 256}):
-        timing.program(TINY, "pallas_tpu")
-    timing.program(TINY, "pallas_tpu")
+        workloads.program(TINY, "pallas_tpu")
+    workloads.program(TINY, "pallas_tpu")
     assert bodies[0].forward_blocks == flash_tpu.Blocks(256, 512, 256)
     assert bodies[-1].forward_blocks != bodies[0].forward_blocks
     assert bodies[-1].backward_blocks == bodies[0].backward_blocks
@@ -102,9 +102,9 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
 
 def test_candidates_are_what_kernels_take():
     for task in ("forward", "backward"):
-        for grid in tune.CANDIDATES["pallas_tpu"][task]:
+        for grid in block_grids.CANDIDATES["pallas_tpu"][task]:
             assert all(flash_tpu.Blocks(**blocks) for blocks in grid)
-        for grid in tune.CANDIDATES["pallas_hopper"][task]:
+        for grid in block_grids.CANDIDATES["pallas_hopper"][task]:
             assert all(flash_hopper.Hopper(**blocks) for blocks in grid)
 
 
@@ -131,7 +131,7 @@ def test_the_best_blocks_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each grid is searched with what was best before; a refused candidate does no harm."""
     slow = {1: 3.0, 2: 1.0, 3: 2.0, 10: 0.2, 20: 0.1}
     grids = [[{"a": 1}, {"a": 2}, {"a": 3}, {"a": 99}], [{"b": 10}, {"b": 20}]]
-    monkeypatch.setitem(tune.CANDIDATES, "xla", {"forward": grids})
+    monkeypatch.setitem(block_grids.CANDIDATES, "xla", {"forward": grids})
 
     def program(case: Case, name: str) -> Any:
         blocks = choice.measured()[0]["blocks"] if choice.measured() else {"a": 1}
@@ -140,7 +140,7 @@ def test_the_best_blocks_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return lambda: sum(slow[x] for x in blocks.values()) + (0 if "b" in blocks else 10)
 
     monkeypatch.setattr(choice, "measured", lambda: [])
-    monkeypatch.setattr(timing, "program", program)
+    monkeypatch.setattr(workloads, "program", program)
     monkeypatch.setattr(timing, "medians", lambda made, _: {k: x() for k, x in made.items()})
     out = tmp_path / "lines.json"
     args = [*SMALL, "--kernel", "xla", "--task", "forward", "--dtype", "float32"]
@@ -151,7 +151,7 @@ def test_the_best_blocks_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("features", [False, True])
 def test_pairs_are_counted_as_the_mask_has_them(features: bool):
     case = dataclasses.replace(TINY, length=131, features=features)
-    mask = timing._mask(case)
+    mask = workloads.mask_of(case)
     assert case.pairs() == int(np.asarray(mask.visible())[0].sum())
     unlimited = dataclasses.replace(mask, window=jnp.int32(FULL)).visible()
     assert features == bool((unlimited != mask.visible()).any())  # the window cuts

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import attention as benchmark
 from qwen_jax import attention
-from qwen_jax.attention.timing import Case
+from qwen_jax.attention.workloads import Case
 
 
 @pytest.mark.slow

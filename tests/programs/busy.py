@@ -39,7 +39,7 @@ def attention_of(wrong: int) -> list[str]:
     from types import SimpleNamespace
 
     from qwen_jax.attention import prove
-    from qwen_jax.attention.timing import Case
+    from qwen_jax.attention.workloads import Case
     from qwen_jax.kernels import choice
 
     def self_test(*_: object) -> tuple[float, tuple[float, float]]:

@@ -18,14 +18,14 @@ from gcsfs.retry import HttpError
 
 from benchmarks import aot, device, fine_tuning, golden, kernel_cost, scaling
 from benchmarks import attention as attend
-from benchmarks import cache as caches
+from benchmarks import cache as cached
 from benchmarks import train as steps
 from convert import from_hf
 from qwen_jax import expand_vocab
 from qwen_jax.attention import tune, verdicts
 from qwen_jax.checkpoint import inspection
 from qwen_jax.generate import __main__ as generate
-from qwen_jax.runtime import command, errors, paths
+from qwen_jax.runtime import caches, command, errors, paths
 from train import perplexity, plan, pretrain, sft
 from train import tokenizer as learning
 from train.data import token_cache
@@ -281,7 +281,7 @@ def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monk
     [
         (scaling, ["--only", "qwen-7b", "qwen-8b"], "--only qwen-8b: choose from qwen-1.8b"),
         (fine_tuning, ["--only", "qwen-8b"], "invalid choice: 'qwen-8b'"),
-        (caches, ["--task", "train"], "invalid choice: 'train'"),
+        (cached, ["--task", "train"], "invalid choice: 'train'"),
         (kernel_cost, ["flush"], "flush: choose from flash"),
         (kernel_cost, ["--only", "flash"], "--only is of a sweep"),
         (kernel_cost, ["flash", "--sweep"], "flash: --sweep prints no table"),
@@ -351,10 +351,10 @@ def test_without_a_home_that_can_be_written_to(home, tmp_path, monkeypatch):
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
     if home == "none":
         monkeypatch.setattr(paths.Path, "home", no_home)
-    paths._passing_root.cache_clear()
+    caches._passing_root.cache_clear()
     reason = "this user has no home" if home == "none" else f"{tmp_path}/file/.cache/qwen_jax can"
     with pytest.warns(UserWarning, match=rf"^{reason}.* are not kept after this run; set XDG") as w:
-        command.use_compilation_cache()
+        caches.use_compilation_cache()
         folders = [verdicts.folder(), token_cache.default_home()]
     assert len(w) == 1 and all(folder.is_dir() for folder in folders)
     assert verdicts.kept() == [] and not folders[0].is_relative_to(tmp_path / "file")

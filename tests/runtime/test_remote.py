@@ -30,7 +30,7 @@ from qwen_jax.checkpoint import CheckpointError, directory, inspection, store
 from qwen_jax.generate import __main__ as generate
 from qwen_jax.meshes import sharding
 from qwen_jax.model import lora
-from qwen_jax.runtime import command, lock, paths
+from qwen_jax.runtime import caches, lock, paths
 from tests.checkpoint.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.programs.stopped import stopping
 from tests.support import training
@@ -297,7 +297,7 @@ def test_compiled_programs(bucket, tmp_path, monkeypatch):
     heard = lambda event, **_: hits.append(event) if "cache_hits" in event else None  # noqa: E731
     monitoring.register_event_listener(heard)
     try:
-        command.use_compilation_cache(f"{bucket}/compiled")
+        caches.use_compilation_cache(f"{bucket}/compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         for expected in ([], ["/jax/compilation_cache/cache_hits"]):
             compilation_cache.reset_cache()
@@ -306,10 +306,10 @@ def test_compiled_programs(bucket, tmp_path, monkeypatch):
         (entry,) = paths.sizes(paths.parse(f"{bucket}/compiled"))
         assert entry.endswith("-cache")
         assert jax.config.values["jax_persistent_cache_enable_xla_caches"] == "none"
-        command.use_compilation_cache()  # a place that was named stays
+        caches.use_compilation_cache()  # a place that was named stays
         assert jax.config.values["jax_compilation_cache_dir"] == f"{bucket}/compiled"
         with pytest.raises(OSError):
-            command.use_compilation_cache("/dev/null/compiled")
+            caches.use_compilation_cache("/dev/null/compiled")
     finally:
         monitoring.unregister_event_listener(heard)
         for name, value in before.items():

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.runtime import lock, paths, processes
+from qwen_jax.runtime import caches, lock, paths, processes
 from train.data import records
 from train.data.batch import IGNORED
 from train.data.token_files import (
@@ -128,7 +128,7 @@ def publish(draft: Path, folder: Path) -> None:
 
 def default_home() -> Path:
     """Where caches are kept unless somebody names another place."""
-    return paths.own_cache("tokens")
+    return caches.own_cache("tokens")
 
 
 def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding) -> str:

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from qwen_jax import attention, meshes, model
 from qwen_jax.attention import cache as kv
-from qwen_jax.attention import timing
-from qwen_jax.attention.timing import Case
+from qwen_jax.attention import workloads
+from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.meshes import sharding
@@ -212,7 +212,7 @@ def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:
     compiler refuses it.
     """
     for case in cases:
-        run, shapes = timing.call(case, name)
+        run, shapes = workloads.call(case, name)
         with jax.set_mesh(mesh):
             jax.jit(run).lower(*sharding.on_devices(mesh, shapes)).compile()
 

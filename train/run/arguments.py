@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax.meshes import options
-from qwen_jax.runtime import command
+from qwen_jax.runtime import caches, command
 from train.run.recipes import RECIPES, Recipe, kind_of
 
 _FIXED = ("name", "data")  # of a recipe
@@ -124,7 +124,7 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
         if field.name not in _FIXED:
             _add_field(group, field)
     command.add_processes(result)
-    command.add_compilation_cache(result)
+    caches.add_compilation_cache(result)
     command.add_debug(result)
     return result
 
@@ -215,7 +215,7 @@ def work(args: argparse.Namespace) -> None:
     if not 0 <= args.eval_share < 1:
         raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
     command.join(args)
-    command.use_compilation_cache(args.compilation_cache)
+    caches.use_compilation_cache(args.compilation_cache)
     sizes = None
     if args.mesh is not None:
         sizes = options.mesh_sizes(args.mesh)

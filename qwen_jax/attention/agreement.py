@@ -1,0 +1,127 @@
+"""How far an implementation of attention is from the reference, forward and backward."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.attention import reference, registry, ring, workloads
+from qwen_jax.attention.mask import Mask
+from qwen_jax.attention.workloads import Case
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+def error(case: Case, name: str, in_parts: bool = False) -> float:
+    """The worst difference of an implementation from the reference in float32, over the largest
+    number: outputs, or gradients, of a small call with packing, padding, LogN, a window and grouped
+    heads. in_parts: also of the same call in two parts of its keys, merged by their log-sum-exp, as
+    the chunks of a prompt and a ring of devices need it.
+    """
+    small, ways = _small(case), _ways(case, name, in_parts)
+    wanted = len(ways) * _wanted(small)
+    got = [x for attend in ways for x in _results(small, attend, case.dtype)]
+    pairs = [(jnp.asarray(x, jnp.float32), y) for x, y in zip(got, wanted, strict=True)]
+    worst = [jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
+    return max(float(x) if jnp.isfinite(x) else math.inf for x in worst)
+
+
+def check(case: Case, name: str) -> None:
+    """Trace the calls of `error` and run nothing. NotImplementedError where the implementation
+    declines them.
+    """
+    small = _small(case)
+    arrays = jax.eval_shape(lambda: _arguments(small, workloads.drawn, workloads.leaf))
+    for attend in _ways(case, name, in_parts=True):
+        jax.eval_shape(_call(small, attend), *arrays)
+
+
+def _small(case: Case) -> Case:
+    """The call by which an implementation is compared with the reference."""
+    features, length = case.task != "decode", min(case.length, 4096) - 19
+    shape = {"batch": 2, "length": length, "heads": 4, "kv_heads": 2}
+    return dataclasses.replace(case, features=features, **shape)
+
+
+def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
+    attend = registry.get(name)
+    if in_parts and case.task != "decode":
+        return [attend, functools.partial(_in_parts, attend)]
+    return [attend]
+
+
+@functools.lru_cache(maxsize=1)
+def _wanted(case: Case) -> list[jax.Array]:
+    return _results(case, reference.xla, "float32")
+
+
+def _in_parts(
+    attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
+) -> jax.Array:
+    """Attention over the first third of the keys and over the others, merged."""
+    parts = []
+    for cut in (slice(0, k.shape[1] // 3), slice(k.shape[1] // 3, None)):
+        positions, segments = mask.k_positions[:, cut], mask.k_segments[:, cut]
+        part = dataclasses.replace(mask, k_positions=positions, k_segments=segments)
+        parts.append(attend(q, k[:, cut], v[:, cut], part, scale, return_lse=True))
+    return ring.merge(parts)[0].astype(q.dtype)
+
+
+def _with_all(mask: Mask) -> Mask:
+    """The mask with a window that cuts its sequences, and with padding: on the left of the last
+    row, on the right of the others.
+    """
+    length = mask.q_segments.shape[1]
+    index, count = jnp.arange(length), length // 8 + 3
+    real = jnp.broadcast_to(index < length - count, mask.q_segments.shape)
+    segments = jnp.where(real.at[-1].set(index >= count), mask.q_segments, 0)
+    window = jnp.int32(length // 7)  # a sequence has a quarter of the length
+    return dataclasses.replace(mask, q_segments=segments, k_segments=segments, window=window)
+
+
+def _results(case: Case, attend: Callable[..., Any], dtype: str) -> list[jax.Array]:
+    def cast(x: Any) -> Any:
+        x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
+        return x if hasattr(x, "dequantize") else x.astype(dtype)
+
+    arrays = [cast(x) for x in _arguments(case, workloads.normal, workloads.leaf)]
+    return _call(case, attend)(*arrays)
+
+
+def _arguments(case: Case, normal: Callable[..., Any], leaf: Callable[..., Any]) -> list[Any]:
+    """Of `_call`, drawn with `normal` and `leaf`."""
+    if case.task == "decode":
+        token = dataclasses.replace(case, length=1)
+        own = [normal(token, n, i) for i, n in enumerate((case.heads, 2, 2))]
+        return [*own, leaf(case, 0), leaf(case, 1)]
+    return [normal(case, n, i) for i, n in enumerate((case.heads, 2, 2, case.heads))]
+
+
+def _call(case: Case, attend: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+    """(q, k, v, and the gradient of the result, or the leaves of a cache) -> what is compared."""
+    if case.task == "decode":
+        start = jnp.array([case.length // 3, case.length // 2], jnp.int32)
+        index, window = jnp.int32(case.length + 5), jnp.int32(case.length // 2 + 7)
+        scale = workloads.scale_of(dataclasses.replace(case, length=1))
+        step = jax.jit(functools.partial(workloads.decode, attend))
+        return lambda *arrays: [step(*arrays, start, index, window, scale)]
+    mask, scale = _with_all(workloads.mask_of(case)), workloads.scale_of(case)
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, do: Any) -> list[jax.Array]:
+        if case.task == "forward":
+            return [attend(q, k, v, mask, scale)]
+        return list(jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)[1](do))
+
+    return run
+
+
+def forget() -> None:
+    """Let go of the arrays that programs were made with; those that are left keep their own."""
+    workloads.normal.cache_clear()
+    workloads.leaves.cache_clear()
+    _wanted.cache_clear()

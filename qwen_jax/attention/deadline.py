@@ -1,0 +1,57 @@
+"""A self-test that gets so many seconds and no more, whatever hangs in it."""
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from qwen_jax.attention import registry
+
+LIMIT = 120.0  # seconds for a kernel to be compiled and run, for one task
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises. TimeoutError where it takes longer: it is left to itself.
+
+    It runs in a thread, where no mesh is in force: on this process's first device.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="self-test of attention")
+    thread.start()
+    try:
+        thread.join(seconds)
+    finally:
+        if thread.is_alive():
+            atexit.register(wait_at_exit, thread)
+    if thread.is_alive():
+        raise TimeoutError
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def wait_at_exit(thread: threading.Thread) -> None:
+    """At the end of the process, wait for a self-test that is still within a compiler: what it uses
+    would be taken down under it. One that hangs does not keep the process for ever.
+    """
+    if not thread.is_alive():
+        return
+    registry.say(f"attention: up to {LIMIT:g} s more for the compiler of a self-test to end")
+    thread.join(LIMIT)
+    if thread.is_alive():
+        line = "attention: the compiler of a self-test hangs: this process ends with exit code 1"
+        registry.say(line, logging.WARNING)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)

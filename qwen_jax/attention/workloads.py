@@ -1,0 +1,257 @@
+"""Calls of attention that are proved and timed, and the programs that make them.
+
+A program runs a case through several layers, each with keys of its own: so nothing that belongs to
+a call (a transposition, say) is done once for all, a cache does not stay in the chip's own memory,
+and starting the program is a small part of its time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.attention import cache, registry, ring, timing
+from qwen_jax.attention.mask import FULL, Mask
+from qwen_jax.attention.timing import Program
+from qwen_jax.kernels import choice, others
+from qwen_jax.leaves import int8
+
+_LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # keys and values of all layers of a program
+TASKS = ("forward", "backward", "decode")
+
+
+_PACKED = 4  # sequences of a row with features
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call that is timed. length: of queries and keys, or the slots of a cache, all written.
+
+    cache: of what a cache is, "int8" or "int8_asymmetric"; None: of `dtype`. features: LogN, four
+    packed sequences, and a window of half a sequence; else plain causal.
+    """
+
+    task: str
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    dtype: str
+    kv_heads: int | None = None
+    cache: str | None = None
+    features: bool = False
+
+    @property
+    def groups(self) -> int:
+        return self.heads // (self.kv_heads or self.heads)
+
+    @property
+    def stored(self) -> str:
+        """The dtype of the keys, by which a measured line is found."""
+        return "int8" if self.cache else self.dtype
+
+    def flops(self) -> float:
+        """Of a layer; a causal mask counts as half of the pairs, nothing as computed twice."""
+        pairs = self.batch * self.heads * self.length**2 / 2
+        return pairs * self.head_dim * {"forward": 4, "backward": 10}[self.task]
+
+    def bytes(self) -> int:
+        """Of the keys and values of a layer, scales included."""
+        leaf = jax.eval_shape(lambda: leaf(self, 0))
+        return 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))
+
+    def layers(self) -> int:
+        return max(1, min(_MOST_LAYERS, _LAYERS_BYTES // self.bytes()))
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query sees of its sequence, itself included."""
+        return max(1, self.length // (2 * _PACKED)) if self.features else FULL
+
+    def pairs(self) -> int:
+        """Visible pairs of a row and head."""
+        if not self.features:
+            return self.length * (self.length + 1) // 2
+        part, window = -(-self.length // _PACKED), self.window
+        parts = [min(part, self.length - at) for at in range(0, self.length, part)]
+        return sum(min(i + 1, window) for n in parts for i in range(n))
+
+
+def available(names: Iterable[str], interpreted: bool = False) -> list[str]:
+    """Those that a device runs in earnest: on a CPU not the kernels, unless `interpreted`."""
+    on_cpu = choice.device().platform == "cpu"
+    emulated = ("pallas", "splash", "flash", "paged")
+    return [x for x in names if interpreted or not (on_cpu and x.startswith(emulated))]
+
+
+def program(case: Case, name: str) -> Program:
+    """`case` through an implementation of the registry: compiled and run once.
+
+    Raises NotImplementedError for what the implementation does not do.
+    """
+    attend = registry.get(name)
+    if case.task == "decode":
+        return _decode(case, functools.partial(decode, attend), [leaves(case, i) for i in _n(case)])
+    mask, scale = mask_of(case), scale_of(case)
+    return _attention(case, lambda q, k, v: attend(q, k, v, mask, scale))
+
+
+def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
+    """What `program` runs for one layer, to be compiled, and the shapes of its arguments: for
+    devices that are not there.
+    """
+    attend, kv_heads = registry.get(name), case.heads // case.groups
+    if case.task == "decode":
+        token = dataclasses.replace(case, length=1)
+
+        def arguments() -> Any:
+            own = [drawn(token, n, 0) for n in (case.heads, kv_heads, kv_heads)]
+            start, index = jnp.zeros((case.batch,), jnp.int32), jnp.int32(case.length)
+            return (
+                *own,
+                leaf(case, 0),
+                leaf(case, 1),
+                start,
+                index,
+                jnp.int32(FULL),
+                scale_of(token),
+            )
+
+        return functools.partial(decode, attend), jax.eval_shape(arguments)
+
+    def run(q: Any, k: Any, v: Any, do: Any) -> Any:
+        o, pull = jax.vjp(lambda *x: attend(*x, mask_of(case), scale_of(case)), q, k, v)
+        return pull(do) if case.task == "backward" else o
+
+    heads = (case.heads, kv_heads, kv_heads, case.heads)
+    return run, jax.eval_shape(lambda: tuple(drawn(case, n, 0) for n in heads))
+
+
+def rival(case: Case, name: str) -> Program:
+    """`case` as another implementation does it best: see `others.CAUSAL` and `others.CACHED`."""
+    if case.features:
+        raise NotImplementedError(f"{name}: LogN, windows and packing at once")
+    if case.task != "decode":
+        return _attention(case, others.CAUSAL[name])
+    if case.cache:
+        raise NotImplementedError(f"{name}: a cache of {case.cache}")
+    layout, attend = others.CACHED[name]
+    layers = [tuple(layout(x) for x in leaves(case, i)) for i in _n(case)]
+
+    def step(
+        q: Any, k: Any, v: Any, keys: Any, values: Any, start: Any, index: Any, *_: Any
+    ) -> Any:
+        return attend(q, keys, values, index - start)
+
+    return _decode(case, step, layers)
+
+
+def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
+    q, do = (normal(case, case.heads, i) for i in (0, 1))
+    kv_heads = case.heads // case.groups
+    keys = [tuple(normal(case, kv_heads, 2 + 2 * i + j) for j in (0, 1)) for i in _n(case)]
+
+    def forward(q: Any, keys: Any) -> Any:
+        for k, v in keys:
+            q = attend(q, k, v)
+        return q
+
+    def pullbacks(q: Any, keys: Any) -> Any:
+        return [jax.vjp(attend, q, k, v)[1] for k, v in keys]
+
+    def backward(pulls: Any, do: Any) -> Any:
+        gradients = []
+        for pull in pulls:
+            do, *others = pull(do)
+            gradients.append(others)
+        return do, gradients
+
+    if case.task == "forward":
+        return timing.compiled(forward, q, keys)
+    return timing.compiled(backward, jax.jit(pullbacks)(q, keys), do)
+
+
+def _decode(case: Case, step: Callable[..., jax.Array], layers: Any) -> Program:
+    token = dataclasses.replace(case, length=1)
+    q = normal(token, case.heads, 0)
+    k, v = (normal(token, case.heads // case.groups, i) for i in (1, 2))
+    start, index = jnp.zeros((case.batch,), jnp.int32), jnp.int32(case.length)
+    window, scale = jnp.int32(FULL), scale_of(token)
+
+    def run(q: Any, k: Any, v: Any, layers: Any, *rest: Any) -> Any:
+        for leaves in layers:
+            q = step(q, k, v, *leaves, *rest)
+        return q
+
+    return timing.compiled(run, q, k, v, layers, start, index, window, scale)
+
+
+def decode(
+    attend: Callable[..., Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache_k: Any,
+    cache_v: Any,
+    start: jax.Array,
+    index: jax.Array,
+    window: jax.Array,
+    scale: jax.Array,
+) -> jax.Array:
+    """Attend from a few tokens to a cache as `LayerCache.attend` does, without the write."""
+    kernel = registry.decoder(attend, q, cache_k)
+    if kernel is not None:
+        return kernel(q, k, v, cache_k, cache_v, start, index, window, scale)
+    held = cache.Cache((cache.LayerCache(cache_k, cache_v),), start, index, fresh=False)
+    positions = (index - start)[:, None] + jnp.arange(q.shape[1])
+    segments = (positions >= 0).astype(jnp.int32)
+    own = Mask(positions, positions, segments, segments, window)
+    past = dataclasses.replace(held.past_mask(positions, segments), window=window)
+    parts = [attend(q, k, v, own, scale, return_lse=True)]
+    parts.append(attend(q, *held.layers[0].read(), past, scale, return_lse=True))
+    return ring.merge(parts)[0].astype(q.dtype)
+
+
+def _n(case: Case) -> range:
+    return range(case.layers())
+
+
+def mask_of(case: Case) -> Mask:
+    index = jnp.arange(case.length, dtype=jnp.int32)
+    part = -(-case.length // _PACKED) if case.features else case.length
+    positions, segments = (
+        jnp.broadcast_to(x, (case.batch, case.length)) for x in (index % part, index // part + 1)
+    )
+    return Mask(positions, positions, segments, segments, jnp.int32(case.window))
+
+
+def scale_of(case: Case) -> jax.Array:
+    logn = jnp.linspace(1, 1.5, case.length) if case.features else jnp.ones(case.length)
+    return jnp.broadcast_to(logn * case.head_dim**-0.5, (case.batch, case.length))
+
+
+@functools.cache  # one copy for all programs of a case
+def normal(case: Case, heads: int, seed: int) -> jax.Array:
+    return drawn(case, heads, seed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def drawn(case: Case, heads: int, seed: int) -> jax.Array:
+    shape = (case.batch, case.length, heads, case.head_dim)
+    return jax.random.normal(jax.random.key(seed), shape, case.dtype)
+
+
+@functools.cache
+def leaves(case: Case, layer: int) -> tuple[Any, Any]:
+    """Keys and values of a cache's layer."""
+    return leaf(case, 2 * layer), leaf(case, 2 * layer + 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def leaf(case: Case, seed: int) -> Any:
+    shape = (case.batch, case.heads // case.groups, case.length, case.head_dim)
+    x = jax.random.normal(jax.random.key(seed), shape, case.dtype)
+    return int8.quantize(x, case.cache == "int8") if case.cache else x
