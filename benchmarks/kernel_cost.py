@@ -51,7 +51,7 @@ from qwen_jax.kernels import (
     flash_tpu,
     flash_triton,
 )
-from qwen_jax.kernels.flash_tpu import Blocks
+from qwen_jax.kernels.flash_tpu import TpuBlocks
 from qwen_jax.leaves.int8 import Int8
 
 HEADS, DIM = 4, 128
@@ -83,9 +83,9 @@ class Entry:
 
     name: str
     flops: int
-    build: Callable[[int, Blocks], Built]
-    kernels: dict[str, Callable[[str, int, Blocks], Counts]]
-    sizes: tuple[Blocks, ...]
+    build: Callable[[int, TpuBlocks], Built]
+    kernels: dict[str, Callable[[str, int, TpuBlocks], Counts]]
+    sizes: tuple[TpuBlocks, ...]
 
 
 def array(shape: Sequence[int], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -113,7 +113,7 @@ def visible(mask: attention.Mask) -> int:
 
 
 def our_counts(
-    target: str, length: int, blocks: Blocks, *, backward: bool, mask: Any = None
+    target: str, length: int, blocks: TpuBlocks, *, backward: bool, mask: Any = None
 ) -> Counts:
     """Of the list of steps that flash_tpu makes for a mask; without one, for causal attention."""
     mask = causal(length) if mask is None else mask
@@ -140,19 +140,19 @@ def _queries(mask: attention.Mask, rows: slice) -> attention.Mask:
     )
 
 
-def our_body(blocks: Blocks) -> flash_tpu.Tpu:
+def our_body(blocks: TpuBlocks) -> flash_tpu.TpuBody:
     chip = flash_tpu.CHIPS[choice.device().device_kind]
-    return flash_tpu.Tpu(blocks, blocks, chip.resident, chip.vmem)
+    return flash_tpu.TpuBody(blocks, blocks, chip.resident, chip.vmem)
 
 
-def our_forward(length: int, blocks: Blocks) -> Built:
+def our_forward(length: int, blocks: TpuBlocks) -> Built:
     def run(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
         return our_body(blocks).forward(q, k, v, mask, scale, q.dtype)
 
     return run, (*_inputs(length, 3), *mask_and_scale(1, length, length))
 
 
-def our_backward(length: int, blocks: Blocks) -> Built:
+def our_backward(length: int, blocks: TpuBlocks) -> Built:
     def run(q: Any, k: Any, v: Any, mask: Any, scale: Any, lse: Any, delta: Any, do: Any) -> Any:
         return our_body(blocks).backward(q, k, v, mask, scale, lse, delta, do)
 
@@ -181,7 +181,7 @@ def both_passes(
     return run, (x, x, x, *mask_and_scale(batch, length, length), x)
 
 
-def splash_counts(target: str, length: int, blocks: Blocks, *, by_key: bool) -> Counts:
+def splash_counts(target: str, length: int, blocks: TpuBlocks, *, by_key: bool) -> Counts:
     """A grid over all blocks, of which those above the diagonal are skipped."""
     del target
     rows, columns = length // blocks.q, length // blocks.k
@@ -190,12 +190,12 @@ def splash_counts(target: str, length: int, blocks: Blocks, *, by_key: bool) -> 
     return Counts((computing,), rows * columns - computing, (edges,))
 
 
-def splash_forward(length: int, blocks: Blocks) -> Built:
+def splash_forward(length: int, blocks: TpuBlocks) -> Built:
     sizes = splash.BlockSizes(block_q=blocks.q, block_kv=blocks.k, block_kv_compute=blocks.compute)
     return _splash(length, sizes, 3)
 
 
-def splash_backward(length: int, blocks: Blocks, *, fused: bool) -> Built:
+def splash_backward(length: int, blocks: TpuBlocks, *, fused: bool) -> Built:
     sizes = splash.BlockSizes(
         block_q=min(512, length),
         block_kv=min(512, length),
@@ -225,7 +225,7 @@ def _inputs(length: int, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 SIZES = tuple(
-    Blocks(q, k, compute)
+    TpuBlocks(q, k, compute)
     for q, k, compute in itertools.product((512, 1024, 2048), (512, 1024, 2048), (256, 512, 1024))
     if compute <= k
 )
@@ -270,38 +270,38 @@ RIVALS = {
 }
 
 # Of the `sizes` of an entry, those with the least `whole`: by entry, target and length.
-BEST: dict[tuple[str, str, int], Blocks] = {
-    ("splash forward", "v5e", 2048): Blocks(1024, 1024, 512),
-    ("splash forward", "v5e", 8192): Blocks(2048, 2048, 256),
-    ("splash forward", "v5e", 32768): Blocks(2048, 2048, 256),
-    ("splash backward", "v5e", 2048): Blocks(512, 512, 512),
-    ("splash backward", "v5e", 8192): Blocks(1024, 1024, 1024),
-    ("splash backward", "v5e", 32768): Blocks(1024, 2048, 512),
-    ("splash backward, 2 kernels", "v5e", 2048): Blocks(512, 512, 256),
-    ("splash backward, 2 kernels", "v5e", 8192): Blocks(1024, 1024, 1024),
-    ("splash backward, 2 kernels", "v5e", 32768): Blocks(1024, 2048, 1024),
-    ("splash forward", "v5p", 2048): Blocks(1024, 1024, 512),
-    ("splash forward", "v5p", 8192): Blocks(2048, 2048, 256),
-    ("splash forward", "v5p", 32768): Blocks(2048, 2048, 256),
-    ("splash backward", "v5p", 2048): Blocks(512, 512, 512),
-    ("splash backward", "v5p", 8192): Blocks(1024, 1024, 1024),
-    ("splash backward", "v5p", 32768): Blocks(1024, 2048, 512),
-    ("splash backward, 2 kernels", "v5p", 2048): Blocks(512, 512, 256),
-    ("splash backward, 2 kernels", "v5p", 8192): Blocks(1024, 1024, 1024),
-    ("splash backward, 2 kernels", "v5p", 32768): Blocks(1024, 2048, 1024),
-    ("splash forward", "v6e", 2048): Blocks(1024, 1024, 512),
-    ("splash forward", "v6e", 8192): Blocks(2048, 2048, 1024),
-    ("splash forward", "v6e", 32768): Blocks(2048, 2048, 1024),
-    ("splash backward", "v6e", 2048): Blocks(1024, 1024, 1024),
-    ("splash backward", "v6e", 8192): Blocks(1024, 1024, 1024),
-    ("splash backward", "v6e", 32768): Blocks(1024, 2048, 256),
-    ("splash backward, 2 kernels", "v6e", 2048): Blocks(1024, 1024, 512),
-    ("splash backward, 2 kernels", "v6e", 8192): Blocks(1024, 1024, 512),
-    ("splash backward, 2 kernels", "v6e", 32768): Blocks(1024, 2048, 256),
+BEST: dict[tuple[str, str, int], TpuBlocks] = {
+    ("splash forward", "v5e", 2048): TpuBlocks(1024, 1024, 512),
+    ("splash forward", "v5e", 8192): TpuBlocks(2048, 2048, 256),
+    ("splash forward", "v5e", 32768): TpuBlocks(2048, 2048, 256),
+    ("splash backward", "v5e", 2048): TpuBlocks(512, 512, 512),
+    ("splash backward", "v5e", 8192): TpuBlocks(1024, 1024, 1024),
+    ("splash backward", "v5e", 32768): TpuBlocks(1024, 2048, 512),
+    ("splash backward, 2 kernels", "v5e", 2048): TpuBlocks(512, 512, 256),
+    ("splash backward, 2 kernels", "v5e", 8192): TpuBlocks(1024, 1024, 1024),
+    ("splash backward, 2 kernels", "v5e", 32768): TpuBlocks(1024, 2048, 1024),
+    ("splash forward", "v5p", 2048): TpuBlocks(1024, 1024, 512),
+    ("splash forward", "v5p", 8192): TpuBlocks(2048, 2048, 256),
+    ("splash forward", "v5p", 32768): TpuBlocks(2048, 2048, 256),
+    ("splash backward", "v5p", 2048): TpuBlocks(512, 512, 512),
+    ("splash backward", "v5p", 8192): TpuBlocks(1024, 1024, 1024),
+    ("splash backward", "v5p", 32768): TpuBlocks(1024, 2048, 512),
+    ("splash backward, 2 kernels", "v5p", 2048): TpuBlocks(512, 512, 256),
+    ("splash backward, 2 kernels", "v5p", 8192): TpuBlocks(1024, 1024, 1024),
+    ("splash backward, 2 kernels", "v5p", 32768): TpuBlocks(1024, 2048, 1024),
+    ("splash forward", "v6e", 2048): TpuBlocks(1024, 1024, 512),
+    ("splash forward", "v6e", 8192): TpuBlocks(2048, 2048, 1024),
+    ("splash forward", "v6e", 32768): TpuBlocks(2048, 2048, 1024),
+    ("splash backward", "v6e", 2048): TpuBlocks(1024, 1024, 1024),
+    ("splash backward", "v6e", 8192): TpuBlocks(1024, 1024, 1024),
+    ("splash backward", "v6e", 32768): TpuBlocks(1024, 2048, 256),
+    ("splash backward, 2 kernels", "v6e", 2048): TpuBlocks(1024, 1024, 512),
+    ("splash backward, 2 kernels", "v6e", 8192): TpuBlocks(1024, 1024, 512),
+    ("splash backward, 2 kernels", "v6e", 32768): TpuBlocks(1024, 2048, 256),
 }
 
 
-def best(entry: Entry, target: str, length: int) -> Blocks:
+def best(entry: Entry, target: str, length: int) -> TpuBlocks:
     chip = flash_tpu.CHIPS[aot.TPUS[target].kind]
     ours = {OURS["forward"].name: chip.forward, OURS["backward"].name: chip.backward}
     if entry.name in ours:
@@ -310,7 +310,7 @@ def best(entry: Entry, target: str, length: int) -> Blocks:
 
 
 @functools.cache
-def measure(entry: Entry, target: str, length: int, blocks: Blocks) -> dict[str, aot.Cost]:
+def measure(entry: Entry, target: str, length: int, blocks: TpuBlocks) -> dict[str, aot.Cost]:
     """Of each kernel that counts, what it costs, compiled for a length: others differ by little."""
     programs = aot.compile_tpu(*entry.build(length, blocks), target)[1]
     return {
@@ -331,7 +331,7 @@ def cycles(cost: aot.Cost, counts: Counts) -> int:
 
 
 def whole(
-    entry: Entry, costs: dict[str, aot.Cost], target: str, length: int, blocks: Blocks
+    entry: Entry, costs: dict[str, aot.Cost], target: str, length: int, blocks: TpuBlocks
 ) -> float:
     """Cycles for each 1000 pairs of causal attention over a whole sequence."""
     counted = {kernel: count(target, length, blocks) for kernel, count in entry.kernels.items()}
@@ -352,7 +352,7 @@ def sweep(entry: Entry, target: str, lengths: list[int]) -> None:
         fitting = (blocks for blocks in tried if max(blocks.q, blocks.k) <= length)
         found = {blocks: whole(entry, tried[blocks], target, length, blocks) for blocks in fitting}
         for blocks in sorted(found, key=found.__getitem__)[:3]:
-            sizes = f"Blocks({blocks.q}, {blocks.k}, {blocks.compute})"
+            sizes = f"TpuBlocks({blocks.q}, {blocks.k}, {blocks.compute})"
             print(f'    ("{entry.name}", "{target}", {length}): {sizes},  # {found[blocks]:.2f}')
     sys.stdout.flush()
 
@@ -510,7 +510,7 @@ def rival_cycles(rival: Decoder, cost: aot.Cost, batch: int, slots: int, kind: s
 def decode_table(targets: list[str]) -> None:
     header("kernel", "chip", "batch x slots", "cache", "cycles / 1000", "HBM limit", "ours / best")
     for target, (batch, slots), kind in itertools.product(targets, CACHES, (None, "int8")):
-        built = our_decode(decode_tpu.attend, batch, slots, kind)
+        built = our_decode(decode_tpu.tpu_decode, batch, slots, kind)
         cost = decode_cost(built, target, decode_tpu.NAME)
         found = {decode_tpu.NAME: our_decode_cycles(cost, batch, slots, kind)}
         for rival in DECODERS:
@@ -559,14 +559,20 @@ def pallas(kernels: list[aot.GpuKernel]) -> list[aot.GpuKernel]:
 
 def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
     """Name, shape, and what to compile."""
-    for module, dim in ((flash_hopper, 128), (flash_triton, 128), (flash_triton, 64)):
-        built = both_passes(module.attend, 1, 8192, HEADS, dim)
-        yield module.NAME, f"T 8192, H {dim}", built
+    hopper, triton = flash_hopper.hopper_attention, flash_triton.triton_attention
+    passes = (
+        (flash_hopper.NAME, hopper, 128),
+        (flash_triton.NAME, triton, 128),
+        (flash_triton.NAME, triton, 64),
+    )
+    for name, attend, dim in passes:
+        built = both_passes(attend, 1, 8192, HEADS, dim)
+        yield name, f"T 8192, H {dim}", built
     for kind in (None, "int8"):
         yield (
             decode_triton.NAME,
             f"S 8192, cache {kind or 'bf16'}",
-            our_decode(decode_triton.attend, 1, 8192, kind),
+            our_decode(decode_triton.triton_decode, 1, 8192, kind),
         )
 
 

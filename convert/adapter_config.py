@@ -93,7 +93,7 @@ MERGED_IN_PEFT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class AdapterShape:
     """What an adapter is without its values. groups: leaves of a block that share an A, by the
     original's module. scale: of what is added. whole: modules that come along whole.
     """
@@ -188,7 +188,7 @@ def _named(field: str, wanted: Sequence[str] | str, path: str, patterns: Pattern
     return {name for name in wanted if path == name or path.endswith(f".{name}")}
 
 
-def read_shape(folder: Path, layers: int) -> Shape:
+def read_shape(folder: Path, layers: int) -> AdapterShape:
     """What adapter_config.json says. Raises ValueError that names every field that would change
     what is computed and is not supported here.
     """
@@ -232,7 +232,7 @@ def read_shape(folder: Path, layers: int) -> Shape:
         )
     scale = alpha / (math.sqrt(rank) if stabilised else rank)
     whole = dict.fromkeys(known[name.rpartition(".")[2]] for name in saved)
-    return Shape(groups, rank, scale, tuple(whole))
+    return AdapterShape(groups, rank, scale, tuple(whole))
 
 
 def _list(file: Path, settings: Mapping[str, Any], name: str, or_pattern: bool = False) -> Any:

@@ -51,7 +51,7 @@ class Plan:
     target: Path
     tensors: dict[str, folder.Tensor]
     wanted: dict[str, names.Expected]
-    leaves: dict[str, store.Leaf]
+    leaves: dict[str, store.StoredLeaf]
     partitions: dict[str, shares.Partition]
     facts: dict[str, Any]
 
@@ -202,14 +202,14 @@ def _leaves(
     partitions: dict[str, shares.Partition],
     dtype: str,
     sizes: dict[str, int],
-) -> dict[str, store.Leaf]:
+) -> dict[str, store.StoredLeaf]:
     """Every leaf cut as the mesh cuts it."""
     leaves = {}
     for path, shape in shapes.items():
         cuts = [math.prod(sizes[axis] for axis in axes) for axes in partitions[path]]
         shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
         chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])
-        leaves[path] = store.Leaf(path, shape, chunks, dtype)
+        leaves[path] = store.StoredLeaf(path, shape, chunks, dtype)
     return leaves
 
 

@@ -42,7 +42,7 @@ _LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A leaf within a tensor: its elements begin at element `start` of the tensor."""
 
     path: str
@@ -55,7 +55,7 @@ class Expected:
     """A tensor as the table says it must be."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
@@ -94,7 +94,7 @@ def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
 def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> Expected:
     parts, start = [], 0
     for path in paths:
-        parts.append(Part(path, leaves[path], start))
+        parts.append(TensorPart(path, leaves[path], start))
         start += math.prod(leaves[path])
     rows = sum(leaves[path][0] for path in paths)
     return Expected((rows, *leaves[paths[0]][1:]), tuple(parts))

@@ -15,7 +15,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from convert.adapter_config import LAYER, SETTINGS, WHOLE, Shape, modules, read_shape, targets
+from convert.adapter_config import (
+    LAYER,
+    SETTINGS,
+    WHOLE,
+    AdapterShape,
+    modules,
+    read_shape,
+    targets,
+)
 from convert.folder import Tensor, read_header
 from qwen_jax.checkpoint import directory
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
@@ -25,8 +33,16 @@ from qwen_jax.model.lora import Adapters
 from qwen_jax.runtime import lock, paths, processes, values
 
 __all__ = [
-    "SETTINGS", "TENSORS", "Shape", "changes", "modules", "read", "read_shape", "targets", "write",
-]  # fmt: skip
+    "SETTINGS",
+    "TENSORS",
+    "AdapterShape",
+    "changes",
+    "modules",
+    "read",
+    "read_shape",
+    "targets",
+    "write",
+]
 TENSORS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.7
 _PREFIX = "base_model.model."
@@ -71,10 +87,10 @@ def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
     processes.barrier()
 
 
-def _shape(adapters: Adapters) -> Shape:
+def _shape(adapters: Adapters) -> AdapterShape:
     whole = tuple(m for m, name in WHOLE.items() if getattr(adapters, name) is not None)
     rank = next(iter(adapters.a.values())).shape[1]
-    return Shape(dict(adapters.groups), rank, adapters.scale, whole)
+    return AdapterShape(dict(adapters.groups), rank, adapters.scale, whole)
 
 
 def read(folder: Path, decoder: Decoder) -> Adapters:
@@ -161,7 +177,7 @@ def changes(
     return found
 
 
-def _tensors(shape: Shape, layers: int) -> dict[str, tuple[str, int, str]]:
+def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]]:
     """What each tensor of an adapter is, by its name: ("a", layer, module), ("b", layer, module),
     or ("whole", 0, module).
     """
@@ -176,8 +192,8 @@ def _tensors(shape: Shape, layers: int) -> dict[str, tuple[str, int, str]]:
 
 
 def _read(
-    folder: Path, shape: Shape, layers: int, sizes: Mapping[str, tuple[int, ...]]
-) -> tuple[Shape, dict[tuple[str, int, str], np.ndarray]]:
+    folder: Path, shape: AdapterShape, layers: int, sizes: Mapping[str, tuple[int, ...]]
+) -> tuple[AdapterShape, dict[tuple[str, int, str], np.ndarray]]:
     """The tensors of an adapter, checked; and its shape with the modules that came along unasked.
     sizes: of the leaves that they go on; without "head" where the embedding is the head.
     """
@@ -211,7 +227,7 @@ def _read(
 
 def _check_numbers(
     file: Path,
-    shape: Shape,
+    shape: AdapterShape,
     wanted: Mapping[str, tuple[str, int, str]],
     found: Mapping[tuple[str, int, str], np.ndarray],
 ) -> None:
@@ -273,8 +289,11 @@ def _without_tensors(folder: Path) -> str:
 
 
 def _with_embeddings(
-    file: Path, shape: Shape, found: dict[str, np.ndarray], sizes: Mapping[str, tuple[int, ...]]
-) -> tuple[Shape, dict[str, np.ndarray]]:
+    file: Path,
+    shape: AdapterShape,
+    found: dict[str, np.ndarray],
+    sizes: Mapping[str, tuple[int, ...]],
+) -> tuple[AdapterShape, dict[str, np.ndarray]]:
     """The shape and the tensors with the embedding and the head that PEFT added by itself, as it
     does where the vocabulary of its base was resized. A head that is an embedding goes.
 
@@ -305,7 +324,7 @@ def _with_embeddings(
 
 
 def _size(
-    shape: Shape, sizes: Mapping[str, tuple[int, ...]], kind: str, module: str
+    shape: AdapterShape, sizes: Mapping[str, tuple[int, ...]], kind: str, module: str
 ) -> tuple[int, ...]:
     if kind == "whole":
         return sizes[WHOLE[module]]

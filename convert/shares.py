@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qwen_jax.checkpoint.store import Band, Leaf
+from qwen_jax.checkpoint.store import Band, StoredLeaf
 
 Partition = tuple[tuple[str, ...], ...]  # for each axis of a leaf, the mesh axes that cut it
 
@@ -20,7 +20,7 @@ class Shares:
 
     def __init__(
         self,
-        leaves: Mapping[str, Leaf],
+        leaves: Mapping[str, StoredLeaf],
         partitions: Mapping[str, Partition],
         sizes: Mapping[str, int],
         count: int,

@@ -57,7 +57,7 @@ class Plan:
     source: Path
     target: Path
     wanted: dict[str, names.Expected]
-    leaves: dict[str, store.Leaf]
+    leaves: dict[str, store.StoredLeaf]
     shards: dict[str, list[str]]
     dtype: str
     facts: dict[str, Any]

@@ -13,15 +13,15 @@ import numpy as np
 
 from convert import copying
 from convert.folder import ITEM_BYTES, Tensor
-from convert.names import Expected, Part
+from convert.names import Expected, TensorPart
 from qwen_jax.checkpoint import store
-from qwen_jax.checkpoint.store import Band, Leaf
+from qwen_jax.checkpoint.store import Band, StoredLeaf
 from qwen_jax.runtime import paths, processes
 
 
 def verify(
     params: Path,
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, StoredLeaf],
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Expected],
     exported: bool,
@@ -43,7 +43,7 @@ def verify(
 
 def _jobs(
     params: Path,
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, StoredLeaf],
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Expected],
     exported: bool,
@@ -55,7 +55,7 @@ def _jobs(
             for band in leaves[part.path].bands():
 
                 def work(
-                    name: str = name, part: Part = part, array: Any = array, band: Band = band
+                    name: str = name, part: TensorPart = part, array: Any = array, band: Band = band
                 ) -> None:
                     if not _equal(array, tensors[name], part, band, exported):
                         different.add(name)
@@ -63,7 +63,7 @@ def _jobs(
                 yield band.rows * band.row_elements * ITEM_BYTES[band.leaf.dtype], work
 
 
-def _open(params: Path, part: Part) -> Any:
+def _open(params: Path, part: TensorPart) -> Any:
     array = store.open_leaf(params, part.path)
     if tuple(array.shape) != part.shape:
         raise ValueError(
@@ -73,7 +73,7 @@ def _open(params: Path, part: Part) -> Any:
     return array
 
 
-def _equal(array: Any, tensor: Tensor, part: Part, band: Band, exported: bool) -> bool:
+def _equal(array: Any, tensor: Tensor, part: TensorPart, band: Band, exported: bool) -> bool:
     row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
     offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes
     with paths.reader(tensor.file) as file:

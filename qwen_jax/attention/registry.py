@@ -60,7 +60,7 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
         @jax.shard_map(out_specs=out, check_vma=False)  # kernels say nothing of mesh axes
         def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
             if shared:
-                return ring.attend(attend, q, k, v, mask, scale, return_lse)
+                return ring.ring_attention(attend, q, k, v, mask, scale, return_lse)
             return attend(q, k, v, mask, scale, return_lse=return_lse)
 
         return local(q, k, v, mask, jnp.asarray(scale, jnp.float32))
@@ -68,9 +68,9 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-pallas_tpu = on_shards(flash_tpu.attend)
-pallas_triton = on_shards(flash_triton.attend)
-pallas_hopper = on_shards(flash_hopper.attend)
+pallas_tpu = on_shards(flash_tpu.tpu_attention)
+pallas_triton = on_shards(flash_triton.triton_attention)
+pallas_hopper = on_shards(flash_hopper.hopper_attention)
 
 # name -> attend(q, k, v, mask, scale, return_lse=False)
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -86,9 +86,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 # attend -> decode(q, k, v, cache_k, cache_v, start, index, window, scale), for a few queries
 # against a cache; the others attend to the cache and to the new tokens, and merge.
 DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
-    pallas_tpu: decode_tpu.attend,
-    pallas_triton: decode_triton.attend,
-    pallas_hopper: decode_triton.attend,
+    pallas_tpu: decode_tpu.tpu_decode,
+    pallas_triton: decode_triton.triton_decode,
+    pallas_hopper: decode_triton.triton_decode,
 }
 
 

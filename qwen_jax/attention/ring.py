@@ -22,7 +22,7 @@ import numpy as np
 from qwen_jax.meshes import sharding
 
 
-def attend(
+def ring_attention(
     implementation: Callable[..., Any],
     q: jax.Array,
     k: jax.Array,

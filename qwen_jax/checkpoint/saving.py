@@ -110,7 +110,7 @@ def save(
         _together(end, alone=True)
 
 
-def finish(root: Path, leaves: Mapping[str, store.Leaf], facts: Mapping[str, Any]) -> None:
+def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], facts: Mapping[str, Any]) -> None:
     """Declare a directory whole that has every chunk of these leaves; facts: see `write_manifest`.
 
     Raises CheckpointError where a chunk is missing or has another size, or a file is too many.
@@ -125,14 +125,14 @@ def finish(root: Path, leaves: Mapping[str, store.Leaf], facts: Mapping[str, Any
 
 def _pieces(
     config: Config, decoder: "Decoder"
-) -> "dict[str, tuple[store.Leaf, jax.Array, int | None]]":
+) -> "dict[str, tuple[store.StoredLeaf, jax.Array, int | None]]":
     """What is stored of a decoder, by path: the leaf, the array that holds it, and its layer there.
 
     Raises CheckpointError when the decoder is not of this config.
     """
     from qwen_jax.leaves.weights import named_leaves
 
-    pieces: dict[str, tuple[store.Leaf, jax.Array, int | None]] = {}
+    pieces: dict[str, tuple[store.StoredLeaf, jax.Array, int | None]] = {}
     for path, weight in named_leaves(decoder).items():
         array = weight.get_value()
         shape, shard = array.shape, array.sharding.shard_shape(array.shape)
@@ -143,7 +143,7 @@ def _pieces(
             shape, shard = shape[1:], shard[1:]
         chunks = store.chunk_shape(shard, array.dtype.itemsize)
         for name, layer in names.items():
-            pieces[name] = (store.Leaf(name, shape, chunks, str(array.dtype)), array, layer)
+            pieces[name] = (store.StoredLeaf(name, shape, chunks, str(array.dtype)), array, layer)
     dtypes = {leaf.dtype for leaf, _, _ in pieces.values()}
     if len(dtypes) > 1 or not dtypes <= set(store.DTYPES):
         raise CheckpointError(

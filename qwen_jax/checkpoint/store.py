@@ -33,7 +33,7 @@ DTYPES = tuple(ITEM_BYTES)  # that a directory may have
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class StoredLeaf:
     """A leaf as it is stored: its Zarr array is the folder `params/{path}`."""
 
     path: str
@@ -60,7 +60,7 @@ class Band:
     It may be a part of them: the columns that one of several processes writes.
     """
 
-    leaf: Leaf
+    leaf: StoredLeaf
     start: int
     pieces: Mapping[str, tuple[slice, ...]]
 
@@ -95,7 +95,7 @@ def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
     return (shard[0] // parts, *shard[1:])
 
 
-def chunk_files(leaves: Mapping[str, Leaf]) -> dict[str, int]:
+def chunk_files(leaves: Mapping[str, StoredLeaf]) -> dict[str, int]:
     """The size that every chunk must have, by its path within params/."""
     return {
         f"{leaf.path}/{name}": band.chunk_elements * ITEM_BYTES[leaf.dtype]
@@ -105,7 +105,7 @@ def chunk_files(leaves: Mapping[str, Leaf]) -> dict[str, int]:
     }
 
 
-def write_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
+def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
     """Everything but the chunks: after this the tree exists, and its values are missing."""
     tree = {}
     arrays: dict[Path, bytes] = {}
@@ -147,7 +147,7 @@ def _small_files(params: Path) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(16 if paths.is_remote(params) else 1)
 
 
-def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
+def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
     """The leaves of a params/ that `write_metadata` wrote."""
     leaves = {}
     files = list(params.glob("*/.zarray"))
@@ -161,7 +161,7 @@ def read_leaves(params: Path, dtype: str) -> dict[str, Leaf]:
                 f"{file.parent} is compressed: only plain chunks can be exported; load it and save "
                 "it with qwen_jax.checkpoint.save"
             )
-        leaves[path] = Leaf(path, tuple(array["shape"]), tuple(array["chunks"]), dtype)
+        leaves[path] = StoredLeaf(path, tuple(array["shape"]), tuple(array["chunks"]), dtype)
     return leaves
 
 
@@ -211,7 +211,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + count].view(dtype).reshape(shape)
 
 
-def write_shards(params: Path, leaf: Leaf, array: "jax.Array", layer: int | None) -> None:
+def write_shards(params: Path, leaf: StoredLeaf, array: "jax.Array", layer: int | None) -> None:
     """Write the shards of this process, a chunk at a time; of a shard's copies only the first.
 
     layer: None for an array that is the leaf, otherwise its place on the array's first axis. Not

@@ -43,7 +43,7 @@ class Rules:
 
 
 @struct.dataclass
-class State:
+class DecodeState:
     """A batch between two tokens: `token` int32 [B] is chosen and not yet fed to the decoder.
 
     frequencies float32 [B, H/2]: each row's own RoPE; seen bool [B', V]: ids in the row, kept as
@@ -102,7 +102,7 @@ def prefill(
     new: int,
     attend: Callable[..., Any],
     cache_dtype: str | None = None,
-) -> State:
+) -> DecodeState:
     """Run left-padded prompts, int [B, T] with `lengths` [B] real tokens, and choose one token.
 
     new: how many tokens will be asked for, this one included; it sizes the cache.
@@ -116,7 +116,7 @@ def prefill(
     rates = moves.place(frequencies.astype(np.float32), "BH")
     dtype = decoder.embedding[...].dtype
     cache = kv.empty(decoder.config, start, capacity, dtype, cache_dtype)
-    state = State(
+    state = DecodeState(
         cache=cache,
         frequencies=rates,
         token=moves.place(np.zeros(batch, np.int32), "B"),
@@ -146,7 +146,7 @@ def prefill(
 
 def decode(
     decoder: Decoder,
-    state: State,
+    state: DecodeState,
     sampler: Any,
     rules: Rules,
     attend: Callable[..., Any],
@@ -194,13 +194,13 @@ def decode(
 @functools.partial(jax.jit, static_argnames=("tree", "attend"), donate_argnames="state")
 def run_stride(
     leaves: list[jax.Array],
-    state: State,
+    state: DecodeState,
     sampler: Any,
     rules: Rules,
     limit: jax.Array,
     tree: Any,
     attend: Callable[..., Any],
-) -> tuple[State, jax.Array]:
+) -> tuple[DecodeState, jax.Array]:
     """Decode up to `limit` tokens (at most STRIDE): the state after them, and a `_report` of them.
 
     leaves, tree: of the decoder.
@@ -209,12 +209,14 @@ def run_stride(
     tokens = jnp.broadcast_to(rules.pad, (state.token.shape[0], STRIDE))
     tokens = jax.reshard(tokens, sharding.spec("BT"))
 
-    def going(carry: tuple[State, jax.Array, jax.Array]) -> jax.Array:
+    def going(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
         state, _, written = carry
         wanted, faulty = jnp.any(jnp.stack([~state.done, state.fault > 0]), axis=1)
         return (written < limit) & wanted & ~faulty
 
-    def step(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
+    def step(
+        carry: tuple[DecodeState, jax.Array, jax.Array],
+    ) -> tuple[DecodeState, jax.Array, jax.Array]:
         state, tokens, written = carry
         cache = state.cache
         places, segments = positions(cache.start, cache.index, 1)
@@ -242,12 +244,14 @@ def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.A
 
 
 @jax.jit
-def _first(head: Weight, last: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
+def _first(
+    head: Weight, last: jax.Array, state: DecodeState, rules: Rules, sampler: Any
+) -> DecodeState:
     """The state after the prompt: the head alone of the decoder, the state without its cache."""
     return choose(model.logits(last[:, -1:], head)[:, 0], state, rules, sampler)
 
 
-def choose(logits: jax.Array, state: State, rules: Rules, sampler: Any) -> State:
+def choose(logits: jax.Array, state: DecodeState, rules: Rules, sampler: Any) -> DecodeState:
     """Append one token to every row that has not ended; `pad` to those that have."""
     rows = sharding.spec("BT")
 

@@ -29,7 +29,7 @@ _MOST_BYTES, _LEAST_BYTES = 2**21, 2**20
 _SCORES = 2**15  # of a pack: half of the registers
 
 
-class Shape(NamedTuple):
+class TpuShape(NamedTuple):
     """heads: of a grid step; rows: queries of a head, padded; packed: heads whose queries share the
     sublanes of a register, a pack; packs: of a grid step; block: its slots; slots: S; tokens: T;
     groups: G.
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
         return max(_SUBLANES, self.packed * self.rows)
 
 
-def attend(
+def tpu_decode(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -145,7 +145,7 @@ def _arrays(leaf: Any) -> list[jax.Array]:
 
 def _shape(
     tokens: int, groups: int, kv_heads: int, slots: int, dim: int, dtype: Any, block: int | None
-) -> Shape:
+) -> TpuShape:
     """How much of the cache a grid step handles."""
     rows = tokens * groups
     rows = 1 << (rows - 1).bit_length() if rows < _SUBLANES else round_up(rows, _SUBLANES)
@@ -159,20 +159,20 @@ def _shape(
         room = min(_MOST_BYTES // slot_bytes, short, _SCORES // (packed * rows))
         block = next((n for n in (1024, 512, 256) if n <= room), _LANES)
     block = min(block, round_up(slots, _LANES))
-    return Shape(heads, rows, packed, -(-heads // packed), block, slots, tokens, groups)
+    return TpuShape(heads, rows, packed, -(-heads // packed), block, slots, tokens, groups)
 
 
-def _bits(shape: Shape) -> int:
+def _bits(shape: TpuShape) -> int:
     """A grid step is row << bits | block of slots."""
     return max(1, (-(-shape.slots // shape.block) - 1).bit_length())
 
 
-def _low(shape: Shape) -> int:
+def _low(shape: TpuShape) -> int:
     return (1 << _bits(shape)) - 1
 
 
 def _steps(
-    first: jax.Array, written: jax.Array, window: jax.Array, shape: Shape
+    first: jax.Array, written: jax.Array, window: jax.Array, shape: TpuShape
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The rows and blocks to visit, in order; those to copy; how many.
 
@@ -197,7 +197,7 @@ def _steps(
     return work, copied, ends[-1]
 
 
-class State(NamedTuple):
+class Scratch(NamedTuple):
     """Of every query so far: the scale of its scores and the largest score (in all lanes), the sum
     of exponentials and that of exponentials times zeros of values (spread over the lanes), and the
     output before it is divided. float32 [packs, pack rows, lanes] each.
@@ -211,7 +211,7 @@ class State(NamedTuple):
 
 
 def _kernel(
-    shape: Shape,
+    shape: TpuShape,
     work: Any,
     copied: Any,
     first: Any,
@@ -227,7 +227,7 @@ def _kernel(
 ) -> None:
     """One block of slots of one row and of several heads."""
     del copied
-    state = State(*scratch)
+    state = Scratch(*scratch)
     step, steps, bits = pl.program_id(1), pl.num_programs(1), _bits(shape)
     row = work[step] >> bits
     tokens = written[row]
@@ -270,28 +270,28 @@ class _Slots(NamedTuple):
         """The first token that query 0 sees, if positive; query t sees those from t later on."""
         return self.tokens - self.window + 1
 
-    def full(self, shape: Shape) -> Any:
+    def full(self, shape: TpuShape) -> Any:
         """Whether every query sees every slot."""
         head = self._token(self.slot, shape)
         tail = head + shape.block - 1  # the last slot's, unless the ring begins anew before it
         seen = (tail < self.tokens) & (head >= self.oldest + shape.tokens - 1)
         return seen & (tail < shape.slots) & (self.slot + shape.block <= shape.slots)
 
-    def seen(self, shape: Shape, size: tuple[int, int], axis: int, query: Any) -> jax.Array:
+    def seen(self, shape: TpuShape, size: tuple[int, int], axis: int, query: Any) -> jax.Array:
         """Whether query number `query` sees a slot, for an array with slots along `axis`."""
         slot = self.slot + lax.broadcasted_iota(jnp.int32, size, axis)
         token = self._token(slot, shape)
         return (slot < shape.slots) & (token < self.tokens) & (token >= self.oldest + query)
 
-    def _token(self, slot: Any, shape: Shape) -> Any:
+    def _token(self, slot: Any, shape: TpuShape) -> Any:
         return jnp.where(slot < self.first, slot + shape.slots, slot) - self.first
 
 
-def _rows(shape: Shape, pack: int) -> slice:
+def _rows(shape: TpuShape, pack: int) -> slice:
     return slice(pack * shape.pack_rows, (pack + 1) * shape.pack_rows)
 
 
-def _row(shape: Shape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def _row(shape: TpuShape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """Which head of its pack, and which query token, a row of a pack is."""
     row = lax.broadcasted_iota(jnp.int32, size, 0)
     return row // shape.rows, row % shape.rows // shape.groups
@@ -307,7 +307,7 @@ def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
 
 
 def _begin(
-    shape: Shape, slots: _Slots, scales: list[Any], q: Any, k: Any, v: Any, state: State
+    shape: TpuShape, slots: _Slots, scales: list[Any], q: Any, k: Any, v: Any, state: Scratch
 ) -> None:
     """The state of a row after its own tokens."""
     size = (shape.pack_rows, shape.heads)
@@ -340,7 +340,7 @@ def _begin(
         state.out[pack] = functools.reduce(jnp.add, out)
 
 
-def _block(shape: Shape, slots: _Slots | None, q: Any, leaves: Any, state: State) -> None:
+def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Scratch) -> None:
     """Add a block of slots to the state; slots: None if every query sees all of them.
 
     A head's keys are the stationary operand for all rows of its pack, of which its own are kept:

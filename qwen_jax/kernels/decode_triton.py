@@ -28,7 +28,7 @@ _BLOCK_BYTES = 2**14  # of the keys that are read at once, as the tensor cores t
 _MERGED = 2**13  # partial numbers that a program of the second kernel holds
 
 
-class Shape(NamedTuple):
+class TritonShape(NamedTuple):
     """rows: of a program's matrix product; row_blocks: programs for the queries of a head; block:
     slots read at once. A head dim is `planes` interleaved parts of `width` columns each.
     """
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
         return self.heads // self.kv_heads
 
 
-class Rows(NamedTuple):
+class Queries(NamedTuple):
     """The queries of a program, [rows] each. place: of a query among T N; t: its token; real: it is
     no padding of the matrix product; factor: of its scores, in base 2; skip: how many of the
     tokens that query 0 sees are beyond its window.
@@ -63,7 +63,7 @@ class Rows(NamedTuple):
     skip: jax.Array
 
 
-class State(NamedTuple):
+class Partial(NamedTuple):
     """Of every query: the largest score, [rows]; the sum of exponentials and that of exponentials
     times zeros of values, [rows, block], to be added up; the planes of the output, undivided.
     """
@@ -74,7 +74,7 @@ class State(NamedTuple):
     o: tuple[jax.Array, ...]
 
 
-def attend(
+def triton_decode(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -160,7 +160,7 @@ def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
     return [leaf]
 
 
-def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | None) -> Shape:
+def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | None) -> TritonShape:
     """How the work is cut. The splits follow from S, not from what is written: that is dealt out
     evenly to them when the kernel runs.
     """
@@ -178,12 +178,12 @@ def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | Non
         least, most = _SPLIT_SLOTS
         wanted = max(pl.cdiv(_PROGRAMS, programs), pl.cdiv(slots, most))
         splits = max(1, min(wanted, slots // least))
-    return Shape(
+    return TritonShape(
         tokens, heads, kv_heads, dim, slots, rows, row_blocks, planes, width, block, splits
     )
 
 
-def _kernel(shape: Shape, interpret: bool, *refs: Any) -> None:
+def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
     """One split of one row's slots, for the queries of one head."""
     start_ref, index_ref, window_ref, scale_ref, q_ref, k_ref, v_ref, keys, values, *outs = refs
     # Row blocks of the same slots are neighbours: all but one of them read from the L2 cache.
@@ -202,13 +202,13 @@ def _kernel(shape: Shape, interpret: bool, *refs: Any) -> None:
     place = t * shape.heads + head * shape.groups + row % shape.groups
     real = t < shape.tokens
     factor = plt.load(scale_ref.at[b, t], mask=real, other=0) * LOG2E
-    rows = Rows(place, t, real, factor, written + t - window + 1 - low)
+    rows = Queries(place, t, real, factor, written + t - window + 1 - low)
     q = [plt.load(q_ref.at[b, *at], mask=m, other=0) for at, m in _plane_places(shape, rows)]
     total_q = _sum([jnp.sum(x.astype(jnp.float32), 1) for x in q])
 
     dot = functools.partial(_dot, interpret)
 
-    def step(i: Any, state: State, masked: bool) -> State:
+    def step(i: Any, state: Partial, masked: bool) -> Partial:
         """Add block i of slots, some of which a query may not see."""
         slot = i * shape.block + jnp.arange(shape.block)
         mask = seen = None
@@ -238,7 +238,7 @@ def _kernel(shape: Shape, interpret: bool, *refs: Any) -> None:
         p = p.astype(jnp.bfloat16 if value_scales and q[0].dtype == jnp.float16 else q[0].dtype)
         parts = [_plane(shape, value, c, p.dtype, interpret) for c in range(shape.planes)]
         o = [x * decay + dot(p, part) for x, part in zip(state.o, parts, strict=True)]
-        return State(largest, total, zeros, tuple(o))
+        return Partial(largest, total, zeros, tuple(o))
 
     state = _own(shape, dot, split, (b, head), written, window, q, rows, k_ref, v_ref)
     state = _blocks(shape, split, begin, length, window, written - low, step, state)
@@ -254,7 +254,9 @@ def _kernel(shape: Shape, interpret: bool, *refs: Any) -> None:
         plt.store(outs[1].at[b, rows.place, split], lse, mask=real)
 
 
-def _plane_places(shape: Shape, rows: Rows) -> list[tuple[tuple[jax.Array, jax.Array], jax.Array]]:
+def _plane_places(
+    shape: TritonShape, rows: Queries
+) -> list[tuple[tuple[jax.Array, jax.Array], jax.Array]]:
     """Of every plane: which queries and columns it is, and which of them there are."""
     places = []
     for plane in range(shape.planes):
@@ -270,7 +272,7 @@ def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.broadcast_to(row[:, None], area), jnp.broadcast_to(column[None, :], area)
 
 
-def _rank(slot: jax.Array, begin: Any, shape: Shape) -> jax.Array:
+def _rank(slot: jax.Array, begin: Any, shape: TritonShape) -> jax.Array:
     """How far round the ring a slot lies behind `begin`; beyond the last slot: far."""
     rank = jnp.where(slot < begin, slot - begin + shape.slots, slot - begin)
     if shape.slots % shape.block:
@@ -279,15 +281,15 @@ def _rank(slot: jax.Array, begin: Any, shape: Shape) -> jax.Array:
 
 
 def _blocks(
-    shape: Shape,
+    shape: TritonShape,
     split: Any,
     begin: Any,
     length: Any,
     window: Any,
     seen: Any,
     step: Any,
-    state: State,
-) -> State:
+    state: Partial,
+) -> Partial:
     """The state after this split's share of the blocks that hold `length` slots from `begin`.
 
     Blocks are numbered as the ring is walked. All queries see all of some of them, a run, which
@@ -302,8 +304,8 @@ def _blocks(
     count = jnp.where(length > 0, count, 0)
     low, high = split * count // shape.splits, (split + 1) * count // shape.splits
 
-    def walk(first: Any, after: Any, number: Any, masked: bool, state: State) -> State:
-        def body(j: Any, state: State) -> State:
+    def walk(first: Any, after: Any, number: Any, masked: bool, state: Partial) -> Partial:
+        def body(j: Any, state: Partial) -> Partial:
             i = head + number(j)
             return step(jnp.where(i >= ring, i - ring, i), state, masked)
 
@@ -321,7 +323,7 @@ def _blocks(
 
 
 def _load(
-    shape: Shape, leaf: Any, where: Any, slot: jax.Array, mask: jax.Array | None
+    shape: TritonShape, leaf: Any, where: Any, slot: jax.Array, mask: jax.Array | None
 ) -> list[jax.Array]:
     """A block of values, [block, width], and of a quantised leaf what goes with each slot; zeros
     outside the mask: what lies there may not be finite.
@@ -341,7 +343,9 @@ def _read(ref: Any, mask: jax.Array | None) -> jax.Array:
     return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0)
 
 
-def _plane(shape: Shape, tile: jax.Array, plane: int, dtype: Any, interpret: bool) -> jax.Array:
+def _plane(
+    shape: TritonShape, tile: jax.Array, plane: int, dtype: Any, interpret: bool
+) -> jax.Array:
     """A plane of a tile of values as `dtype`: the tile itself, or one of the int8 of each pair."""
     if shape.planes == 1:
         return tile
@@ -394,17 +398,17 @@ def _dot(interpret: bool, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _own(
-    shape: Shape,
+    shape: TritonShape,
     dot: Any,
     split: Any,
     where: Any,
     written: Any,
     window: Any,
     q: list[jax.Array],
-    rows: Rows,
+    rows: Queries,
     k_ref: Any,
     v_ref: Any,
-) -> State:
+) -> Partial:
     """The state that the blocks are added to: in the first split, of the pass's own tokens."""
     b, head = where
     count = max(pl.next_power_of_2(shape.tokens), _ROWS[0])
@@ -426,10 +430,10 @@ def _own(
     first = jnp.arange(shape.block)[None, :] == 0
     total = jnp.where(first, jnp.sum(p, 1)[:, None], 0)
     o = [dot(p.astype(q[0].dtype), read(v_ref, plane)) for plane in range(shape.planes)]
-    return State(largest, total, jnp.zeros_like(total), tuple(o))
+    return Partial(largest, total, jnp.zeros_like(total), tuple(o))
 
 
-def _merge(shape: Shape, columns: int, o_ref: Any, lse_ref: Any, out_ref: Any) -> None:
+def _merge(shape: TritonShape, columns: int, o_ref: Any, lse_ref: Any, out_ref: Any) -> None:
     """One softmax from the splits of one query, for some columns of its output."""
     b, place = pl.program_id(2), pl.program_id(1)
     column = pl.program_id(0) * columns + jnp.arange(columns)

@@ -61,7 +61,7 @@ class Body(Protocol):
         ...
 
 
-def attend(
+def attend_through(
     body: Body,
     q: jax.Array,
     k: Any,

@@ -189,7 +189,7 @@ class Hopper:
         )
 
 
-def attend(
+def hopper_attention(
     q: jax.Array,
     k: Any,
     v: Any,
@@ -198,7 +198,7 @@ def attend(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attention on a Hopper GPU; arguments and results as `flash.attend`.
+    """Attention on a Hopper GPU; arguments and results as `flash.attend_through`.
 
     Raises NotImplementedError, naming what it is, for what the kernel does not do.
     """
@@ -208,7 +208,7 @@ def attend(
     flash.decline(NAME, q, k, DTYPES, HEAD_DIMS)
     what = (q.shape[-1], q.dtype.name, k.shape[1])
     sizes = choice.blocks(NAME, "forward", *what) | choice.blocks(NAME, "backward", *what)
-    return flash.attend(Hopper(**sizes), q, k, v, mask, scale, return_lse, known)
+    return flash.attend_through(Hopper(**sizes), q, k, v, mask, scale, return_lse, known)
 
 
 def _is_hopper(device: Any) -> bool:

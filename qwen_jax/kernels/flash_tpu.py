@@ -32,27 +32,27 @@ _SIGN = jnp.iinfo(jnp.int32).min
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class TpuBlocks:
     """Tokens of a query block and a key block; keys whose scores are computed at once."""
 
     q: int
     k: int
     compute: int
 
-    def fitted(self, queries: int, keys: int) -> "Blocks":
-        """Blocks no larger that cut these lengths evenly; multiples of a register's lanes."""
+    def fitted(self, queries: int, keys: int) -> "TpuBlocks":
+        """TpuBlocks no larger that cut these lengths evenly; multiples of a register's lanes."""
         q = _even(queries, self.q)
         k = _even(keys, self.k)
         compute = _even(k, self.compute)
-        return Blocks(q, flash.round_up(k, compute), compute)
+        return TpuBlocks(q, flash.round_up(k, compute), compute)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tpu:
+class TpuBody:
     """A `flash.Body`. resident: queries whose dq is held in VMEM at once; vmem: its bytes."""
 
-    forward_blocks: Blocks
-    backward_blocks: Blocks
+    forward_blocks: TpuBlocks
+    backward_blocks: TpuBlocks
     resident: int
     vmem: int
     interpret: bool = False
@@ -152,7 +152,7 @@ class Tpu:
         return dq, dk[:, :keys].astype(q.dtype), dv[:, :keys].astype(q.dtype)
 
     def _backward_part(
-        self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: Blocks
+        self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: TpuBlocks
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """dq (not yet times scale), dk, dv of some queries, float32 [B, N, T or S, H]."""
         q, do, lse, delta, positions, segments = rows
@@ -216,41 +216,43 @@ class Tpu:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a generation has. forward, backward: the blocks from a number of keys on; small ones
-    waste less beyond the diagonal, large ones start less often. resident: see `Tpu`. vmem: bytes
-    of a core.
+class Generation:
+    """The block sizes for a generation of TPUs. forward, backward: the blocks from a number of keys
+    on; small ones waste less beyond the diagonal, large ones start less often. resident: as in
+    `TpuBody`. vmem: bytes of a core.
     """
 
-    forward: dict[int, Blocks]
-    backward: dict[int, Blocks]
+    forward: dict[int, TpuBlocks]
+    backward: dict[int, TpuBlocks]
     resident: int
     vmem: int
 
 
-def blocks_for(sizes: dict[int, Blocks], keys: int) -> Blocks:
+def blocks_for(sizes: dict[int, TpuBlocks], keys: int) -> TpuBlocks:
     """Those of the largest number that `keys` reaches."""
     return sizes[max(least for least in sizes if least <= keys)]
 
 
 _MIB = 2**20
-_MIDDLE, _LARGE = Blocks(1024, 1024, 512), Blocks(2048, 2048, 256)
-_V5 = {0: _MIDDLE, 16384: _LARGE}, {0: Blocks(512, 512, 512), 4096: _MIDDLE}
-_V6 = {0: _MIDDLE, 16384: Blocks(2048, 1024, 512)}, {0: _MIDDLE}
-_V7 = {0: _MIDDLE, 8192: Blocks(2048, 1024, 512)}, {0: _MIDDLE, 8192: Blocks(1024, 2048, 256)}
+_MIDDLE, _LARGE = TpuBlocks(1024, 1024, 512), TpuBlocks(2048, 2048, 256)
+_V5 = {0: _MIDDLE, 16384: _LARGE}, {0: TpuBlocks(512, 512, 512), 4096: _MIDDLE}
+_V6 = {0: _MIDDLE, 16384: TpuBlocks(2048, 1024, 512)}, {0: _MIDDLE}
+_V7 = {0: _MIDDLE, 8192: TpuBlocks(2048, 1024, 512)}, {0: _MIDDLE, 8192: TpuBlocks(1024, 2048, 256)}
 # By device_kind. Chosen by `benchmarks/kernel_cost.py`, not measured: no such chip was at hand.
 CHIPS = {
-    "TPU v4": Chip({0: Blocks(512, 1024, 512)}, {0: Blocks(512, 512, 512)}, 2048, 15 * _MIB),
-    "TPU v5 lite": Chip(*_V5, 32768, 100 * _MIB),
-    "TPU v5": Chip(*_V5, 16384, 60 * _MIB),
-    "TPU v6 lite": Chip(*_V6, 32768, 100 * _MIB),
-    "TPU7x": Chip(*_V7, 16384, 60 * _MIB),
+    "TPU v4": Generation(
+        {0: TpuBlocks(512, 1024, 512)}, {0: TpuBlocks(512, 512, 512)}, 2048, 15 * _MIB
+    ),
+    "TPU v5 lite": Generation(*_V5, 32768, 100 * _MIB),
+    "TPU v5": Generation(*_V5, 16384, 60 * _MIB),
+    "TPU v6 lite": Generation(*_V6, 32768, 100 * _MIB),
+    "TPU7x": Generation(*_V7, 16384, 60 * _MIB),
 }
-_TINY = {0: Blocks(128, 256, 128)}
-_SMALL = Chip(_TINY, _TINY, 256, 15 * _MIB)  # interpreted
+_TINY = {0: TpuBlocks(128, 256, 128)}
+_SMALL = Generation(_TINY, _TINY, 256, 15 * _MIB)  # interpreted
 
 
-def attend(
+def tpu_attention(
     q: jax.Array,
     k: Any,
     v: Any,
@@ -259,7 +261,7 @@ def attend(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attention on a TPU; arguments and results as `flash.attend`.
+    """Attention on a TPU; arguments and results as `flash.attend_through`.
 
     Raises NotImplementedError, naming what it is, for what the kernel does not do.
     """
@@ -267,21 +269,21 @@ def attend(
     flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
     if q.dtype == jnp.float16 and not interpret:  # no unit of a TPU takes it: exact in float32
         wide = q.astype(jnp.float32), _float32(k), _float32(v)
-        o = attend(*wide, mask, scale, return_lse, known)
+        o = tpu_attention(*wide, mask, scale, return_lse, known)
         return o if return_lse else o.astype(q.dtype)
     chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
     if chip is None:
         raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")
     what = (q.shape[-1], q.dtype.name, k.shape[1])
     forward, backward = (blocks_for(x, k.shape[1]) for x in (chip.forward, chip.backward))
-    body = Tpu(
+    body = TpuBody(
         dataclasses.replace(forward, **choice.blocks(NAME, "forward", *what)),
         dataclasses.replace(backward, **choice.blocks(NAME, "backward", *what)),
         chip.resident,
         chip.vmem,
         interpret,
     )
-    return flash.attend(body, q, k, v, mask, scale, return_lse, known)
+    return flash.attend_through(body, q, k, v, mask, scale, return_lse, known)
 
 
 def _float32(x: Any) -> Any:
@@ -420,7 +422,7 @@ def _backward_kernel(
         dv[...] = dv_sum[...]
 
 
-def _kinds(mask: Any, blocks: Blocks) -> jax.Array:
+def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
     """What there is to do for each pair of blocks, int32 [B, query blocks, key blocks]."""
     q = flash.extent(mask.q_positions, mask.q_segments, blocks.q)
     k = flash.extent(mask.k_positions, mask.k_segments, blocks.k)

@@ -33,7 +33,7 @@ _NT = (((1,), (1,)), ((), ()))  # rows of both operands
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class TritonBlocks:
     """Tokens of the tile that a program keeps and of the blocks that pass by, powers of two; warps
     of a program; blocks on their way from memory at once.
     """
@@ -45,12 +45,12 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Triton:
+class TritonBody:
     """A `flash.Body`. Blocks of its three kernels: in dkv a tile is of keys, else of queries."""
 
-    forward_blocks: Blocks
-    dkv_blocks: Blocks
-    dq_blocks: Blocks
+    forward_blocks: TritonBlocks
+    dkv_blocks: TritonBlocks
+    dq_blocks: TritonBlocks
     interpret: bool = False
 
     def forward(
@@ -173,7 +173,7 @@ class Triton:
         self,
         kernel: Callable[..., None],
         name: str,
-        sizes: Blocks,
+        sizes: TritonBlocks,
         grid: tuple[int, int, int],
         in_specs: list[pl.BlockSpec],
         out_specs: list[pl.BlockSpec],
@@ -196,24 +196,24 @@ _HOPPERS = ("H100", "H20", "H800")  # H200 and GH200 too
 # spill no register and fit in shared memory), not measured: no such GPU was at hand. Those of
 # _AMPERE fit in 99 KiB, all that lesser GPUs of compute capability 8 have.
 _HOPPER = {
-    64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 128, 8, 2)),
-    128: (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    256: (Blocks(64, 64, 8, 2), Blocks(32, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    64: (TritonBlocks(128, 128, 8, 3), TritonBlocks(128, 64, 8, 2), TritonBlocks(128, 128, 8, 2)),
+    128: (TritonBlocks(128, 128, 8, 2), TritonBlocks(128, 64, 8, 2), TritonBlocks(128, 64, 8, 2)),
+    256: (TritonBlocks(64, 64, 8, 2), TritonBlocks(32, 32, 8, 2), TritonBlocks(64, 32, 8, 2)),
 }
 _AMPERE = {
-    64: (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
-    96: (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2)),
-    128: (Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2)),
-    256: (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
+    64: (TritonBlocks(128, 64, 8, 3), TritonBlocks(128, 32, 8, 2), TritonBlocks(128, 64, 8, 2)),
+    96: (TritonBlocks(128, 64, 8, 3), TritonBlocks(128, 32, 8, 2), TritonBlocks(64, 64, 4, 2)),
+    128: (TritonBlocks(128, 64, 8, 3), TritonBlocks(64, 64, 8, 2), TritonBlocks(64, 64, 4, 2)),
+    256: (TritonBlocks(64, 32, 8, 2), TritonBlocks(32, 32, 8, 2), TritonBlocks(32, 32, 4, 2)),
 }
 # Full precision is no work for tensor cores: the products are written out in registers.
 _FLOAT32 = {
-    128: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 2)),
-    256: (Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 2)),
+    128: (TritonBlocks(32, 32, 8, 1), TritonBlocks(32, 32, 8, 1), TritonBlocks(32, 32, 4, 2)),
+    256: (TritonBlocks(16, 32, 8, 1), TritonBlocks(16, 16, 8, 1), TritonBlocks(16, 16, 4, 2)),
 }
 
 
-def attend(
+def triton_attention(
     q: jax.Array,
     k: Any,
     v: Any,
@@ -222,14 +222,15 @@ def attend(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
     *,
-    forward_blocks: Blocks | None = None,
-    dkv_blocks: Blocks | None = None,
-    dq_blocks: Blocks | None = None,
+    forward_blocks: TritonBlocks | None = None,
+    dkv_blocks: TritonBlocks | None = None,
+    dq_blocks: TritonBlocks | None = None,
     interpret: bool | None = None,
 ) -> Any:
-    """Attention on an NVIDIA GPU; arguments and results as `flash.attend`. Blocks that are not
-    given are the measured ones, or this device's defaults. Interpreted on a CPU, unless `interpret`
-    says otherwise.
+    """Attention on an NVIDIA GPU; arguments and results as `flash.attend_through`.
+
+    Blocks that are not given are the measured ones, or this device's defaults. Interpreted on a
+    CPU, unless `interpret` says otherwise.
 
     Raises NotImplementedError, naming what it is, for what the kernel does not do.
     """
@@ -241,17 +242,17 @@ def attend(
     forward = dataclasses.replace(forward, **choice.blocks(NAME, "forward", *what))
     backward = choice.blocks(NAME, "backward", *what)
     dkv, dq = _replaced(dkv, "dkv_", backward), _replaced(dq, "dq_", backward)
-    body = Triton(forward_blocks or forward, dkv_blocks or dkv, dq_blocks or dq, interpret)
-    return flash.attend(body, q, k, v, mask, scale, return_lse, known)
+    body = TritonBody(forward_blocks or forward, dkv_blocks or dkv, dq_blocks or dq, interpret)
+    return flash.attend_through(body, q, k, v, mask, scale, return_lse, known)
 
 
-def _replaced(blocks: Blocks, part: str, sizes: dict[str, int]) -> Blocks:
+def _replaced(blocks: TritonBlocks, part: str, sizes: dict[str, int]) -> TritonBlocks:
     """The blocks with those sizes whose names begin with `part`."""
     own = {key.removeprefix(part): size for key, size in sizes.items() if key.startswith(part)}
     return dataclasses.replace(blocks, **own)
 
 
-def _default_blocks(dim: int, dtype: Any) -> tuple[Blocks, Blocks, Blocks]:
+def _default_blocks(dim: int, dtype: Any) -> tuple[TritonBlocks, TritonBlocks, TritonBlocks]:
     kind = choice.device().device_kind
     if jnp.dtype(dtype).itemsize == 4:
         table = _FLOAT32
@@ -307,7 +308,7 @@ def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.B
     ]
 
 
-def _plan(mask: Any, sizes: Blocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
+def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
     """What a program's walk is made of: for each tile, int32 [B, tiles, 8], the first block that is
     visible, the first and one past the last of a run of full ones, one past the last visible, and
     its extent; for each block its extent, int32 [B, blocks, 4]; the window, int32 [1].

@@ -38,7 +38,7 @@ DECODE = [
     [*SIZES, *(parameter(flash_triton, case, release=dim != 64) for dim, case in DIMS)],
 )
 def test_forward_and_backward(module: ModuleType, case: Case) -> None:
-    attend = attention.on_shards(module.attend)
+    attend = attention.IMPLEMENTATIONS[module.NAME]
     built = kernel_cost.both_passes(attend, case.batch, case.length, case.heads, case.dim)
     compiled, kernels = aot.compile_gpu(*built, case.target)
     ours = kernel_cost.pallas(kernels)
@@ -51,7 +51,7 @@ def test_forward_and_backward(module: ModuleType, case: Case) -> None:
 @pytest.mark.parametrize("cache", [None, "int8"], ids=["bf16", "int8"])
 def test_decode(case: Case, cache: str | None) -> None:
     built = kernel_cost.our_decode(
-        decode_triton.attend, case.batch, case.length, cache, case.heads, case.dim
+        decode_triton.triton_decode, case.batch, case.length, cache, case.heads, case.dim
     )
     compiled, kernels = aot.compile_gpu(*built, case.target)
     ours = kernel_cost.pallas(kernels)

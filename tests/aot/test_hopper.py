@@ -43,7 +43,7 @@ def arguments(batch: int, queries: int, keys: int, heads: int, groups: int, dtyp
 
 def gradients(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     def loss(q: Any, k: Any, v: Any, scale: Any) -> Any:
-        return jnp.sum(flash_hopper.attend(q, k, v, mask, scale), dtype=jnp.float32)
+        return jnp.sum(flash_hopper.hopper_attention(q, k, v, mask, scale), dtype=jnp.float32)
 
     return jax.grad(loss, (0, 1, 2, 3))(q, k, v, scale)
 
@@ -75,7 +75,7 @@ def test_float32_results_fit_too() -> None:
     from benchmarks.aot import compile_gpu
 
     def forward(*args: Any) -> Any:
-        return flash_hopper.attend(*args, return_lse=True)
+        return flash_hopper.hopper_attention(*args, return_lse=True)
 
     _, kernels = compile_gpu(forward, arguments(1, 4096, 4096, 16, 2, "bfloat16"), "h200")
     (kernel,) = (x for x in kernels if x.name.startswith("flash"))
@@ -86,7 +86,7 @@ def test_float32_results_fit_too() -> None:
 def test_declines_other_devices() -> None:
     args = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments(1, 8, 8, 2, 1, "bfloat16"))
     with pytest.raises(NotImplementedError, match="Hopper"):
-        flash_hopper.attend(*args)
+        flash_hopper.hopper_attention(*args)
 
 
 def _products(*pairs: Any, issued: Any = None) -> list[Any]:
@@ -147,7 +147,7 @@ def test_emulated_agrees_with_the_reference(case: str, monkeypatch: Any) -> None
     q, k, v, mask, scale, do, dlse = draw(case)
 
     def ours(q: Any, k: Any, v: Any, scale: Any) -> Any:
-        return flash.attend(body, q, k, v, mask, scale, True)
+        return flash.attend_through(body, q, k, v, mask, scale, True)
 
     def reference(q: Any, k: Any, v: Any, scale: Any) -> Any:
         return attention.xla(q, k, v, mask, scale, True)

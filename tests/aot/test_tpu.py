@@ -57,7 +57,7 @@ def test_forward_and_backward(case: Case) -> None:
 def test_decode(case: Case, cache: str | None) -> None:
     compiled, programs = aot.compile_tpu(
         *kernel_cost.our_decode(
-            decode_tpu.attend, case.batch, case.length, cache, case.heads, case.dim
+            decode_tpu.tpu_decode, case.batch, case.length, cache, case.heads, case.dim
         ),
         case.target,
     )
@@ -72,7 +72,7 @@ def test_decode(case: Case, cache: str | None) -> None:
 def test_decode_of_one_head() -> None:
     """Of a device of tp = K. Mosaic multiplies with vectors otherwise than with matrices."""
     case = Case("v5e", 2048, heads=1)
-    built = kernel_cost.our_decode(decode_tpu.attend, case.batch, case.length, None, 1)
+    built = kernel_cost.our_decode(decode_tpu.tpu_decode, case.batch, case.length, None, 1)
     compiled, _ = aot.compile_tpu(*built, case.target)
     cache = 2 * case.queries * 2  # keys and values, bfloat16
     assert temporary(compiled) < cache / 100

@@ -95,7 +95,7 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
     with tune.trying(TINY, "pallas_tpu", {"q": 256, "k": 512, "compute": 256}):
         workloads.program(TINY, "pallas_tpu")
     workloads.program(TINY, "pallas_tpu")
-    assert bodies[0].forward_blocks == flash_tpu.Blocks(256, 512, 256)
+    assert bodies[0].forward_blocks == flash_tpu.TpuBlocks(256, 512, 256)
     assert bodies[-1].forward_blocks != bodies[0].forward_blocks
     assert bodies[-1].backward_blocks == bodies[0].backward_blocks
 
@@ -103,7 +103,7 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
 def test_candidates_are_what_kernels_take():
     for task in ("forward", "backward"):
         for grid in block_grids.CANDIDATES["pallas_tpu"][task]:
-            assert all(flash_tpu.Blocks(**blocks) for blocks in grid)
+            assert all(flash_tpu.TpuBlocks(**blocks) for blocks in grid)
         for grid in block_grids.CANDIDATES["pallas_hopper"][task]:
             assert all(flash_hopper.Hopper(**blocks) for blocks in grid)
 

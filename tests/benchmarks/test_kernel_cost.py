@@ -9,7 +9,7 @@ import pytest
 from benchmarks import aot, kernel_cost
 from benchmarks.aot import Region
 from qwen_jax.kernels import flash_tpu
-from qwen_jax.kernels.flash_tpu import Blocks
+from qwen_jax.kernels.flash_tpu import TpuBlocks
 
 # A grid of unknown length over a body that starts something, computes in one of two ways, with a
 # loop of three trips in the second, and finishes.
@@ -167,7 +167,7 @@ def test_counts_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot.Chip, "kind", kind)
     chip = flash_tpu.CHIPS[kind]
     monkeypatch.setitem(flash_tpu.CHIPS, kind, dataclasses.replace(chip, resident=512))
-    blocks = Blocks(256, 256, 128)
+    blocks = TpuBlocks(256, 256, 128)
 
     def counts(mask: object, backward: bool = False) -> kernel_cost.Counts:
         return kernel_cost.our_counts("v5e", 1024, blocks, backward=backward, mask=mask)
@@ -188,5 +188,5 @@ def test_counts_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_splash_visits_the_blocks_up_to_the_diagonal() -> None:
-    counts = kernel_cost.splash_counts("v5e", 2048, Blocks(512, 1024, 512), by_key=False)
+    counts = kernel_cost.splash_counts("v5e", 2048, TpuBlocks(512, 1024, 512), by_key=False)
     assert counts == kernel_cost.Counts((6,), 2, (4,))

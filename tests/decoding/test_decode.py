@@ -127,13 +127,13 @@ ALLOWED = np.arange(V) % 9 > 0
 DRAW = Nucleus(0.9, 30, 0.9, 1.3)
 
 
-def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.State:
+def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.DecodeState:
     """A batch about to choose its sixth token, on the mesh in force; ids 0 in [B, T] are padding
     in front of each row.
     """
     rows = len(ids)
     places = [moves.place(x.astype(np.int32), "BT") for x in (ids, ids > 0)]
-    return decode.State(
+    return decode.DecodeState(
         cache=None,  # type: ignore[arg-type]
         frequencies=None,  # type: ignore[arg-type]
         token=moves.place(np.zeros(rows, np.int32), "B"),
@@ -146,7 +146,9 @@ def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.State:
     )
 
 
-def chosen(logits: np.ndarray, ids: np.ndarray, seeds: np.ndarray, sampler: Any) -> decode.State:
+def chosen(
+    logits: np.ndarray, ids: np.ndarray, seeds: np.ndarray, sampler: Any
+) -> decode.DecodeState:
     rules = decode.make_rules(ALLOWED, [], 0)
     state = state_of(ids, seeds)
     choose = jax.jit(decode.choose, compiler_options=QUICK)

@@ -50,11 +50,11 @@ QUANTISED = {
 def test_agrees_with_softmax(name: str) -> None:
     case = (CASES | QUANTISED)[name]
     drawn = draw(case, sum(map(ord, name)))
-    attend = functools.partial(decode_tpu.attend, interpret=True, block=case.block)
+    attend = functools.partial(decode_tpu.tpu_decode, interpret=True, block=case.block)
     check(jax.jit(attend, compiler_options=QUICK), case, drawn)
 
 
 def test_declines_float16() -> None:
     drawn = draw(dataclasses.replace(CASES["one token"], dtype="float16"), 0)
     with pytest.raises(NotImplementedError, match="decode_tpu: dtype float16"):
-        decode_tpu.attend(**drawn, interpret=True)
+        decode_tpu.tpu_decode(**drawn, interpret=True)

@@ -59,7 +59,9 @@ TABLE = CASES | {f"int8: {name}": case for name, case in QUANTISED.items()}
 
 @functools.cache
 def interpreted(block: int, splits: int) -> Callable[..., Any]:
-    attend = functools.partial(decode_triton.attend, interpret=True, block=block, splits=splits)
+    attend = functools.partial(
+        decode_triton.triton_decode, interpret=True, block=block, splits=splits
+    )
     return jax.jit(attend)
 
 
@@ -90,14 +92,14 @@ def test_lowers_for_gpus(dtype: str, kind: str | None) -> None:
         case = Split(1, 2, 2, 512, dim, 300, (0, 30), dtype=dtype, kind=kind)
         drawn = jax.eval_shape(lambda case=case: draw(case, 0))
         with use_abstract_mesh(mesh):
-            jax.jit(decode_triton.attend).trace(**drawn).lower(lowering_platforms=("cuda",))
+            jax.jit(decode_triton.triton_decode).trace(**drawn).lower(lowering_platforms=("cuda",))
 
 
 def test_declines() -> None:
     drawn = draw(Split(1, 2, 1, 32, 32, 20, (0,)), 0)
     with pytest.raises(NotImplementedError, match="int16"):
-        decode_triton.attend(**drawn | {"q": drawn["q"].astype(jnp.int16)})
+        decode_triton.triton_decode(**drawn | {"q": drawn["q"].astype(jnp.int16)})
     with pytest.raises(NotImplementedError, match="head dim 16"):
-        decode_triton.attend(**drawn | {"q": drawn["q"][..., :16]})
+        decode_triton.triton_decode(**drawn | {"q": drawn["q"][..., :16]})
     with pytest.raises(NotImplementedError, match="a cache of bfloat16, only float32 or int8"):
-        decode_triton.attend(**drawn | {"cache_v": drawn["cache_v"].astype(jnp.bfloat16)})
+        decode_triton.triton_decode(**drawn | {"cache_v": drawn["cache_v"].astype(jnp.bfloat16)})

@@ -344,7 +344,7 @@ def test_every_chunk_has_one_writer_that_holds_it(mesh, count):
     sizes = meshes.parse(mesh)
     partition = tuple(map(sharding.entries, sharding.spec("FD", None, sizes)))
     cut = [64 // 2 // sizes["tp"], 32 // sizes["fsdp"]]  # two chunks of rows in a shard
-    leaf = store.Leaf("up", (64, 32), (cut[0], cut[1]), "float32")
+    leaf = store.StoredLeaf("up", (64, 32), (cut[0], cut[1]), "float32")
     writers: dict[str, list[int]] = {}
     for process in range(count):
         share = shares.Shares({"up": leaf}, {"up": partition}, sizes, count)

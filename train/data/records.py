@@ -39,7 +39,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class FilePart:
     """One of the `count` parts of a file, which are read independently. size: about, in bytes."""
 
     path: Path
@@ -48,7 +48,7 @@ class Part:
     size: int = 0
 
 
-def parts(paths_of: Sequence[Path]) -> list[Part]:
+def parts(paths_of: Sequence[Path]) -> list[FilePart]:
     """Files in parts of about `_PART` bytes, as far as a file can be read from the middle: JSONL by
     lines, Parquet by row groups. They depend on the files alone.
     """
@@ -56,16 +56,16 @@ def parts(paths_of: Sequence[Path]) -> list[Part]:
     for path in paths_of:
         size = paths.size(path)
         count = max(1, -(-size // _PART)) if _suffix(path) in (".jsonl", ".parquet") else 1
-        found += [Part(path, number, count, size // count) for number in range(count)]
+        found += [FilePart(path, number, count, size // count) for number in range(count)]
     return found
 
 
-def place(part: Part, where: str, line: int) -> str:
+def place(part: FilePart, where: str, line: int) -> str:
     """`where` of a record of the part, with its line in the file."""
     return f"{where} line {line + _lines_before(part)}" if line else where
 
 
-def _lines_before(part: Part) -> int:
+def _lines_before(part: FilePart) -> int:
     """How many lines begin before the first of a part."""
     found = 0
     with paths.open_binary(part.path) as file:

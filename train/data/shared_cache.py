@@ -98,7 +98,7 @@ def _alone(store: Path) -> Iterator[None]:
 
 def encode_share(
     store: Path,
-    parts: Sequence[records.Part],
+    parts: Sequence[records.FilePart],
     encoding: Encoding,
     share: int,
     shares: int,
@@ -146,7 +146,7 @@ def _put(draft: Path, folder: Path) -> None:
         paths.upload(file, folder / file.name)
 
 
-def join(draft: Path, store: Path, parts: Sequence[records.Part]) -> None:
+def join(draft: Path, store: Path, parts: Sequence[records.FilePart]) -> None:
     """Write the cache into a folder, from the parts that `encode_share` has written. Raises
     ValueError where they hold no example, or one of them is damaged.
     """

@@ -73,7 +73,7 @@ def make(
     """
     home = home or default_home()
     folder = home / fingerprint(files, tokenizer, encoding)
-    parts = [records.Part(file, size=paths.size(file)) for file in files]
+    parts = [records.FilePart(file, size=paths.size(file)) for file in files]
     appear(folder, is_whole, lambda draft: _fill(draft, parts, encoding))
     return opened(folder, encoding)
 
@@ -150,7 +150,7 @@ def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding)
 Problem = tuple[str, int, str]
 
 
-def _fill(folder: Path, parts: Sequence[records.Part], encoding: Encoding) -> None:
+def _fill(folder: Path, parts: Sequence[records.FilePart], encoding: Encoding) -> None:
     """Write the cache of whole files into an empty folder."""
     with progress(parts) as bar:
         counts, problems = encode(folder, parts, encoding, bar)
@@ -158,7 +158,7 @@ def _fill(folder: Path, parts: Sequence[records.Part], encoding: Encoding) -> No
 
 
 def finish(
-    folder: Path, counts: Counts, problems: Sequence[str], parts: Sequence[records.Part]
+    folder: Path, counts: Counts, problems: Sequence[str], parts: Sequence[records.FilePart]
 ) -> None:
     """Make files that are written a cache. Raises ValueError where they hold no example."""
     if not counts.examples:
@@ -169,7 +169,7 @@ def finish(
 
 
 def encode(
-    folder: Path, parts: Sequence[records.Part], encoding: Encoding, bar: tqdm
+    folder: Path, parts: Sequence[records.FilePart], encoding: Encoding, bar: tqdm
 ) -> tuple[Counts, list[Problem]]:
     """Write the examples of files, or of one part of a file, into a folder, and say what became of
     the records, with the first problems. Raises ValueError for a bad record when strict.
@@ -208,7 +208,7 @@ def encode(
         return closed(folder, writer, found), problems
 
 
-def progress(parts: Sequence[records.Part], what: str = "encode") -> tqdm:
+def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
     """A progress bar of what has been read, how fast, and how long it still takes; process 0 alone
     shows it.
     """
@@ -223,7 +223,7 @@ def progress(parts: Sequence[records.Part], what: str = "encode") -> tqdm:
 
 
 def _encoded(
-    parts: Sequence[records.Part], encoding: Encoding, bar: tqdm
+    parts: Sequence[records.FilePart], encoding: Encoding, bar: tqdm
 ) -> Iterator[tuple[records.Record, np.ndarray, np.ndarray, str]]:
     """(record, ids, learned, problem) of every record in order, encoded by threads."""
     nothing = np.zeros(0, ID), np.zeros(0, FLAG)

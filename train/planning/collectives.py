@@ -93,7 +93,7 @@ def table(rows: list[Collective]) -> str:
     return "\n".join(lines)
 
 
-def _fused(program: hlo.Program) -> set[str]:
+def _fused(program: hlo.HloProgram) -> set[str]:
     """The computations that a fusion calls."""
     return {
         name
@@ -105,7 +105,7 @@ def _fused(program: hlo.Program) -> set[str]:
 
 
 def _in(
-    program: hlo.Program, computation: Computation
+    program: hlo.HloProgram, computation: Computation
 ) -> Iterator[tuple[Computation, Instruction]]:
     """A computation's own collectives and those in its fusions, each once.
 
@@ -123,7 +123,7 @@ def _in(
 
 
 def _through_fusions(
-    program: hlo.Program, computation: Computation
+    program: hlo.HloProgram, computation: Computation
 ) -> Iterator[tuple[Computation, Instruction]]:
     for instruction in computation.instructions:
         if _kind(instruction):

@@ -69,7 +69,7 @@ class Computation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloProgram:
     """entry: the name of the computation that runs first."""
 
     computations: dict[str, Computation]
@@ -155,7 +155,7 @@ class Program:
         return steps[0] if len(steps) == 1 else None
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloProgram:
     """The program of `compiled.as_text()`.
 
     Raises ValueError where the text has no entry computation.
@@ -175,7 +175,7 @@ def parse(text: str) -> Program:
             lines.append(instruction)
     if entry is None:
         raise ValueError("this text is no compiled program: it has no ENTRY computation")
-    return Program(computations, entry)
+    return HloProgram(computations, entry)
 
 
 def nbytes(shape: str) -> int:

@@ -137,7 +137,7 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
     return _compiled(lambda: decode.run_stride.trace(*arguments), mesh, held, config.num_layers)
 
 
-def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.State]:
+def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.DecodeState]:
     """A batch between two tokens, its cache in use."""
     config, batch = setting.config, setting.batch
 
@@ -149,7 +149,7 @@ def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.Sta
     )
     start = zeros("B", batch)
     cache = kv.empty(config, start, setting.length, dtype, setting.cache_dtype)
-    state = decode.State(
+    state = decode.DecodeState(
         cache=dataclasses.replace(cache, fresh=False),
         frequencies=zeros("BH", batch, config.head_dim // 2, dtype=jnp.float32),
         token=zeros("B", batch),
