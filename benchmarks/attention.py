@@ -24,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_jax.runtime import caches
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -36,7 +34,7 @@ from qwen_jax import attention
 from qwen_jax.attention import agreement, timing, workloads
 from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels import choice, others
-from qwen_jax.runtime import command
+from qwen_jax.runtime import caches, command
 
 HEADS = {"1.8b": 16, "7b": 32, "14b": 40, "72b": 64}
 LENGTHS = {512: 64, 2048: 16, 8192: 4, 32768: 1}  # tokens of a row, and rows

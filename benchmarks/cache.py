@@ -15,11 +15,10 @@ from pathlib import Path
 
 import jax
 
-from qwen_jax.model import running
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen_jax import PRESETS, meshes
+from qwen_jax.model import running
 from train.planning import programs, topology
 from train.planning.programs import Program, Setting
 

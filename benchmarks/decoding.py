@@ -21,8 +21,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_jax.runtime import caches
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -40,7 +38,7 @@ from qwen_jax.config.presets import PRESETS
 from qwen_jax.generate.language_model import LanguageModel, attention_for
 from qwen_jax.kernels import choice
 from qwen_jax.model import Decoder
-from qwen_jax.runtime import command
+from qwen_jax.runtime import caches, command
 
 COLUMNS = (
     "model", "cache", "rows", "attention", "prefill tokens/s", "of product",

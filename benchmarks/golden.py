@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_jax.attention import agreement, workloads
-from qwen_jax.runtime import caches
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -32,9 +29,10 @@ import qwen_jax
 from benchmarks import section
 from convert import from_hf
 from qwen_jax import attention
+from qwen_jax.attention import agreement, workloads
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
-from qwen_jax.runtime import command
+from qwen_jax.runtime import caches, command
 from tests.support.golden_figures import GOLDEN, arrays, overrides, scalars, worst
 
 COLUMNS = ("what", "attention", "difference", "bound", "")

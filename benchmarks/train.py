@@ -41,8 +41,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_jax.runtime import caches
-
 if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -62,7 +60,7 @@ from qwen_jax.kernels import choice
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import hardware
 from qwen_jax.model import lora
-from qwen_jax.runtime import command
+from qwen_jax.runtime import caches, command
 from train import step
 from train.data.batch import Batch
 from train.data.batches import batch_of, place

@@ -16,14 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.checkpoint import directory
-
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from convert import folder, names, shares, target
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import store
+from qwen_jax.checkpoint import directory, store
 from qwen_jax.config import Config
 from qwen_jax.meshes import options
 from qwen_jax.runtime import command, paths, processes

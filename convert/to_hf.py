@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.checkpoint import directory
-
 if TYPE_CHECKING:
     from convert.copying import Change
 
@@ -29,7 +27,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
 
 from convert import folder, names, target
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import store, token_ids
+from qwen_jax.checkpoint import directory, store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json

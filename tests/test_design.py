@@ -1,51 +1,40 @@
-"""docs/design.md: its table of modules names each one, in the order of imports."""
+"""docs/design.md names every room with its arrows, and no file outgrows its reader."""
 
-import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
+import tomllib
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("qwen_jax", "convert", "train")
+from tests.tools import rooms
 
-
-def rows() -> Iterator[tuple[int, str]]:
-    """(number of the row, file) of the table, `kernels/` as its files that have no row."""
-    table = (ROOT / "docs/design.md").read_text(encoding="utf-8").split("\n## ")[1]
-    lines = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = [re.findall(r"`([^`]+)`", cell) for cell in lines]
-    files = [[x if x.startswith(PACKAGES) else f"qwen_jax/{x}" for x in row] for row in named]
-    for number, row in enumerate(files):
-        for file in row:
-            if file.endswith("/"):
-                inside = {str(path.relative_to(ROOT)) for path in (ROOT / file).glob("*.py")}
-                yield from ((number, path) for path in inside - {x for y in files for x in y})
-            else:
-                yield number, file
+LONGEST = 350  # lines of a file, kernels excepted
 
 
-def imported(file: str) -> Iterator[str]:
-    """The files of this project that a file imports when it is imported itself."""
-    nodes: list[ast.AST] = [ast.parse((ROOT / file).read_text(encoding="utf-8"))]
-    for node in nodes:
-        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if not typing and not isinstance(node, ast.FunctionDef):
-            nodes.extend(ast.iter_child_nodes(node))
-        if isinstance(node, ast.ImportFrom) and node.module:
-            path = node.module.replace(".", "/")
-            for found in (f"{path}.py", *(f"{path}/{name.name}.py" for name in node.names)):
-                if (ROOT / found).exists():
-                    yield found
+def test_the_table_of_rooms_is_of_these_files() -> None:
+    """Lines are written by `python -m tests.tools.rooms` and may be some commits old."""
+    page = rooms.PAGE.read_text(encoding="utf-8")
+    kept = page.partition(rooms.BEGIN)[2].partition(rooms.END)[0]
+
+    def without_lines(text: str) -> list[str]:
+        return [re.sub(r"\| \d+ \| \d+ \|", "|", row) for row in text.strip().splitlines()]
+
+    assert without_lines(kept) == without_lines(rooms.table(rooms.rooms()))
 
 
-def test_the_table_of_modules_names_each_and_imports_run_upwards() -> None:
-    found = list(rows())
-    place = {file: number for number, file in found}
-    assert len(place) == len(found)
-    there = {
-        str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")
-    }
-    assert set(place) | {f for f in there if f.endswith("__init__.py")} == there
-    for file, number in place.items():
-        for other in imported(file):
-            assert place[other] <= number, f"{file} imports {other}, which is below it"
+def test_rooms_are_ordered_as_the_contracts_say() -> None:
+    """What `make lint` holds is about the rooms that the table shows, in the same order."""
+    settings = tomllib.loads((rooms.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = {x["containers"][0]: x["layers"] for x in settings["tool"]["importlinter"]["contracts"]
+              if "containers" in x}  # fmt: skip
+    for package, found in layers.items():
+        names = [room.removeprefix(f"{package}/") for room in rooms.ROOMS if "/" in room]
+        names = [name for name in names if (rooms.ROOT / package / name).is_dir()]
+        assert [x for x in reversed(found) if x in names] == names
+
+
+def test_files_are_no_longer_than_a_sitting() -> None:
+    long = {}
+    for room in rooms.ROOMS:
+        for file in rooms.files_of(room) if not room.endswith("kernels") else []:
+            lines = len(file.read_text(encoding="utf-8").splitlines())
+            if lines > LONGEST:
+                long[str(file.relative_to(rooms.ROOT))] = lines
+    assert not long
