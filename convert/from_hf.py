@@ -23,7 +23,6 @@ from convert import folder, names, shares, target
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store
 from qwen_jax.config import Config
-from qwen_jax.meshes import options
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
 
@@ -103,7 +102,7 @@ def convert(args: argparse.Namespace) -> None:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Everything that can be found wrong without writing is found here."""
     from qwen_jax import meshes
-    from qwen_jax.meshes import sharding
+    from qwen_jax.meshes import options, sharding
 
     mesh = options.mesh_sizes(args.mesh)
     dst = paths.parse(args.dst)

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_jax.meshes import options
 from qwen_jax.runtime import caches, command, paths
-from train.data import batches
 
 if TYPE_CHECKING:
     from qwen_jax.config import Config
@@ -77,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
+    from qwen_jax.meshes import options
+
     lengths = _numbers(args.lengths)
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in (*MODES, OWN)]:
@@ -159,6 +159,7 @@ def perplexity(
     split nothing here.
     """
     from qwen_jax.model import rope
+    from train.data import batches
 
     scheme = rope.from_config(config)
     rates = scheme.frequencies(scheme.alpha(np.array([length])))
@@ -177,10 +178,11 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
     import jax
     import jax.numpy as jnp
 
+    from train.data.batch import Batch
     from train.step import loss
 
     @jax.jit
-    def total(decoder: "Decoder", batch: batches.Batch, rates: jax.Array) -> jax.Array:
+    def total(decoder: "Decoder", batch: Batch, rates: jax.Array) -> jax.Array:
         decoder = decoder.replace(config=config)
         found, weights = loss.scores(decoder, batch, rates, attend, jnp.dtype(dtype))
         return jnp.sum(weights * (found.lse - found.logit))

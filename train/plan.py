@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_jax.meshes import options
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
 
@@ -257,7 +256,7 @@ def rank(x: Any) -> tuple[Any, ...]:
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
     """The sizes asked for, by axis; all 1 where none are."""
-    from qwen_jax.meshes import sharding
+    from qwen_jax.meshes import options, sharding
 
     sizes = options.mesh_sizes(args.mesh)
     if args.decode and sizes[sharding.CONTEXT] > 1:

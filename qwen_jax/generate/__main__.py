@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.meshes import options
 from qwen_jax.runtime import caches, command, texts
 
 if TYPE_CHECKING:
@@ -202,6 +201,7 @@ def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int
     import jax
 
     from qwen_jax import meshes
+    from qwen_jax.meshes import options
     from qwen_jax.runtime import processes
 
     meshes.check(about.config.sizes, sizes)
@@ -220,6 +220,8 @@ def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int
 
 
 def work(args: argparse.Namespace) -> None:
+    from qwen_jax.meshes import options
+
     command.join(args)
     _refuse_idle(args)
     text = prompt_text(args)

@@ -1,7 +1,7 @@
-"""The table of rooms in docs/design.md, made from the files: `python -m tests.tools.rooms` writes it.
+"""The table of rooms in docs/design.md: `python -m tests.tools.rooms` makes it from the files.
 
-What a room holds is the first sentence of its `__init__.py`. Its arrows are the rooms that it imports
-from, wherever in a file the import stands; `make lint` holds their order.
+What a room holds is the first sentence of its `__init__.py`. Its arrows are the rooms that it
+imports from, wherever in a file the import stands; `make lint` holds their order.
 """
 
 import ast

@@ -1,5 +1,4 @@
-"""A run from beginning to end: its recipe, its folder, its loop, its checkpoints."""
+"""A run from beginning to end: its recipe, its folder, its loop, its checkpoints.
 
-from train.run.task import Task, train
-
-__all__ = ["Task", "train"]
+Begin with `task.py`. Nothing is imported here, so that a command is quick to say its `--help`.
+"""

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_jax.meshes import options
 from qwen_jax.runtime import caches, command
 from train.run.recipes import RECIPES, Recipe, kind_of
 
@@ -187,6 +186,8 @@ def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace) -> None:
     """Do what a command line asks for."""
+    from qwen_jax.meshes import options
+
     wanted = recipe(args)
     if args.dry_run:
         for name, value in dataclasses.asdict(wanted).items():
@@ -232,9 +233,8 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     from qwen_jax.config import Config
     from qwen_jax.meshes import sharding
     from qwen_jax.runtime import paths
-    from train import run
     from train.data import records
-    from train.run import loop, saving
+    from train.run import loop, saving, task
 
     ckpt = None if args.ckpt is None else paths.absolute(args.ckpt)
     if ckpt is not None:
@@ -260,7 +260,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         token_ids.check(ckpt, tokenizer, file)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}")
-    task = run.Task(
+    given = task.Task(
         wanted,
         config,
         ckpt,
@@ -294,7 +294,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     meshes.check(lengths, sizes, wanted.sequence_parallel)
     saving.ignore_late_callbacks()
     with meshes.entered(meshes.make(sizes)):
-        run.train(task, settings)
+        task.train(given, settings)
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
