@@ -60,8 +60,8 @@ class Case:
 
     def bytes(self) -> int:
         """Of the keys and values of a layer, scales included."""
-        leaf = jax.eval_shape(lambda: leaf(self, 0))
-        return 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))
+        arrays = jax.tree.leaves(jax.eval_shape(lambda: leaf(self, 0)))
+        return 2 * sum(x.size * x.dtype.itemsize for x in arrays)
 
     def layers(self) -> int:
         return max(1, min(_MOST_LAYERS, _LAYERS_BYTES // self.bytes()))

@@ -525,7 +525,11 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     def process(index: int) -> None:
         me.index = index
-        taken[index] = prove._choose([TINY])
+        try:
+            taken[index] = prove._choose([TINY])
+        except BaseException:
+            meet.abort()  # the other would wait for ever
+            raise
 
     threads = [threading.Thread(target=process, args=(i,)) for i in range(2)]
     for thread in threads:
