@@ -306,7 +306,7 @@ def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
 
     kernel(monkeypatch, hanging)
     monkeypatch.setattr(deadline, "LIMIT", 0.1)
-    monkeypatch.setattr(prove.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(deadline.atexit, "register", lambda *call: at_exit.append(call))
     try:
         assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
         ((handler, thread),) = at_exit

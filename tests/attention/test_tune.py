@@ -91,7 +91,7 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
         bodies.append(body)
         return attention.xla(q, k, v, mask, scale, lse)
 
-    monkeypatch.setattr(flash_tpu.flash, "attend", forward)
+    monkeypatch.setattr(flash_tpu.flash, "attend_through", forward)
     with tune.trying(TINY, "pallas_tpu", {"q": 256, "k": 512, "compute": 256}):
         workloads.program(TINY, "pallas_tpu")
     workloads.program(TINY, "pallas_tpu")

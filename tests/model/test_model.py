@@ -255,7 +255,8 @@ def gradients(
         def loss(decoder: Decoder) -> tuple[jax.Array, jax.Array]:
             x, places, segments, rates = arrays
             one = model.stack(decoder) if stacked else decoder
-            output = one(one.embed(x), places, segments, rates, None, attend, remat)
+            given = {"segments": segments, "frequencies": rates, "attend": attend, "remat": remat}
+            output = one(one.embed(x), places, **given)
             logits = one.logits(output.last)
             return jnp.mean(logits * wanted), logits
 

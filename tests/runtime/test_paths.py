@@ -14,7 +14,7 @@ from qwen_jax import checkpoint, expand_vocab
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint import inspection
 from qwen_jax.generate import __main__ as generate
-from qwen_jax.runtime import command, paths
+from qwen_jax.runtime import caches, paths
 from tests.support.conversion import GOLDEN, last_line
 from train import perplexity, pretrain, sft, tokenizer
 from train.run.run_folder import alone
@@ -90,7 +90,7 @@ COMMANDS: list[tuple[Main, list[str]]] = [
 @pytest.mark.parametrize(("text", "told"), BAD[::2])
 def test_commands_refuse_them(links, monkeypatch, capfd, main, arguments, text, told):
     monkeypatch.chdir(links)
-    monkeypatch.setattr(command, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(caches, "use_compilation_cache", lambda *_: None)
     given = [x.replace("{}", text.format(links)) for x in arguments]
     try:
         assert main(given) in (1, 2)

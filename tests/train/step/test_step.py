@@ -13,7 +13,7 @@ import pytest
 
 from qwen_jax import Config, checkpoint, meshes, model
 from qwen_jax.attention import xla
-from qwen_jax.leaves.weights import named_leaves
+from qwen_jax.leaves.weights import Weight, named_leaves
 from qwen_jax.meshes import dropout, moves, sharding
 from tests.support import compilations
 from tests.support.golden_figures import arrays
@@ -322,7 +322,7 @@ def test_moments_in_bfloat16_forget():
     np.testing.assert_array_equal(*draws)
     assert set(draws[0].flat) == {1, 1 + 2**-7} and draws[0].mean() == pytest.approx(x[0, 0], 1e-3)
     optimizer = Optimizer(b2=0.999, moments="bfloat16")
-    weights = {"w": model.Weight(jnp.ones((32, 32)), letters="FD")}
+    weights = {"w": Weight(jnp.ones((32, 32)), letters="FD")}
     nothing = jax.tree.map(jnp.zeros_like, weights)
 
     def one(number: Any, moments: Any) -> Any:
