@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -141,6 +142,8 @@ def draft(path: Path) -> Iterator[Path]:
 
     No other writer, of this program or another, has a draft of that name: each writes one of its
     own, and the last to end gives the file its content. A writer that is killed leaves its draft.
+    A local file has the permissions of any new file there, also where a library has put a file of
+    its own, readable by its owner alone, in the draft's place.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +155,10 @@ def draft(path: Path) -> Iterator[Path]:
     own = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         own.touch(exist_ok=False)
+        mode = own.stat().st_mode
         yield own
+        if own.stat().st_mode != mode:
+            own.chmod(stat.S_IMODE(mode))
         own.replace(path)
     except BaseException:
         own.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,17 @@ def test_written_and_read_again(tmp_path):
             got = named_leaves(found)[name]
             assert got[...].sharding.is_equivalent_to(leaf[...].sharding, leaf.ndim), name
             np.testing.assert_array_equal(got[...], leaf[...])
+
+
+def test_everybody_may_read_an_adapter(tmp_path):
+    """As any new file there, which the user's umask decides."""
+    before = os.umask(0o027)
+    try:
+        written(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes == {peft.SETTINGS: 0o640, peft.TENSORS: 0o640}
 
 
 @pytest.mark.parametrize(
