@@ -35,8 +35,8 @@ EXAMPLES = """examples:
 A directory stored for one mesh loads into any other; files of its own pieces load fastest. SRC and
 DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
-
-
+# A model in the cache of the Hugging Face hub's library.
+_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 Job = tuple[int, Callable[[], None]]
 
 
@@ -94,7 +94,8 @@ def convert(args: argparse.Namespace) -> None:
             verify(plan)
         check()
         if processes.index() == 0:
-            checkpoint.finish(plan.target, plan.leaves, plan.facts)
+            facts = {**plan.facts, directory.ORIGIN: origin(plan.source)}
+            checkpoint.finish(plan.target, plan.leaves, facts)
         processes.barrier()
     command.say(f"{plan.target} is complete")
 
@@ -169,6 +170,16 @@ def locate(src: str) -> Path:
         reason = " ".join(str(error).split())
         raise ValueError(f"{src} is no folder here, and the hub says: {reason}") from error
     return Path(found)
+
+
+def origin(source: Path) -> dict[str, str]:
+    """Where others find a checkpoint, for its manifest: its `name` on the hub and the `revision`,
+    where the folder is one of the hub's cache, or else the folder as its `name`.
+    """
+    found = None if paths.is_remote(source) else _SNAPSHOT.search(source.resolve().as_posix())
+    if found:
+        return {"name": found["id"].replace("--", "/"), "revision": found["commit"]}
+    return {"name": str(paths.absolute(source))}
 
 
 def read_config(source: Path) -> Config:

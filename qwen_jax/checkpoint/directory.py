@@ -24,6 +24,7 @@ FORMAT = 2  # 1 had a leaf axis for heads
 # Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
+ORIGIN = "origin"  # in the manifest of a conversion: where others find the checkpoint
 SAVED_BY = "qwen_jax.checkpoint.save"
 _MAKE_ONE = "`python convert/from_hf.py SRC DIR` makes one of a Hugging Face checkpoint"
 
@@ -84,6 +85,16 @@ def _why_no_manifest(root: Path) -> str:
             f"`python convert/from_hf.py {root} DIR` and use DIR"
         )
     return f"{root} is not a model directory: it has no {MANIFEST}; {_MAKE_ONE}"
+
+
+def origin(root: Path) -> dict[str, str]:
+    """Where others find the checkpoint that a model directory was converted from: its `name`, an id
+    of the Hugging Face hub with its `revision`, or a folder. Empty where that is not known, as of
+    weights that were trained since.
+    """
+    found = read_json(root / MANIFEST).get(ORIGIN)
+    known = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in known if isinstance(value, str)}
 
 
 def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from convert import copying, folder, from_hf, names, peft, to_hf
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
-from qwen_jax.checkpoint import saving, store
+from qwen_jax.checkpoint import directory, saving, store
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.model import lora
 from qwen_jax.runtime import lock, paths
@@ -91,6 +91,17 @@ def test_generated_checkpoints_of_every_dtype(tmp_path, preset, dtype):
         f.name for f in (tmp_path / "back").iterdir()
     }
     assert not carried
+
+
+def test_a_directory_says_where_its_checkpoint_is(tmp_path, model):
+    """By its folder, or in the hub's cache by its id, also through a link to it."""
+    assert directory.origin(model) == {"name": str(GOLDEN)}
+    snapshot = tmp_path / "models--Qwen--Qwen-7B" / "snapshots" / ("0a" * 20)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        assert from_hf.origin(path) == {"name": "Qwen/Qwen-7B", "revision": "0a" * 20}
+    assert from_hf.origin(Path("here")) == {"name": str(Path.cwd() / "here")}
 
 
 def test_layout_of_the_export(tmp_path, model):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from convert import copying, folder, from_hf, peft, target, to_hf
+from qwen_jax.checkpoint import directory
 from tests.support.conversion import (
     GOLDEN,
     INDEX,
@@ -498,6 +499,7 @@ def test_download_from_the_hub(tmp_path, hub):
     done = from_hub(hub, tmp_path / "cache", "qwen/golden", str(out), "--verify")
     assert done.returncode == 0, done.stderr
     assert "verified: all 27 tensors" in done.stderr
+    assert directory.origin(out) == {"name": "qwen/golden", "revision": Hub.commit}
     back(out, tmp_path / "hf")
     assert same(tensors(GOLDEN), tensors(tmp_path / "hf"))
     assert not [path for path in Hub.requests if "onnx" in path or "original" in path]

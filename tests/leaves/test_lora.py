@@ -22,6 +22,7 @@ from qwen_jax.leaves.weights import Weight, contract, named_leaves
 from qwen_jax.model import lora
 from qwen_jax.model.lora import Adapters
 from qwen_jax.runtime import lock
+from tests.support.conversion import edit
 from tests.support.tiny import (
     QUICK,
     on_mesh,
@@ -280,8 +281,15 @@ def test_a_merge_that_is_not_finite_is_refused(tmp_path):
             change(3, np.full((2, 8), value, np.float32))
 
 
-def test_a_run_writes_no_model_that_is_not_finite(tmp_path):
-    """The adapter that it trained stays."""
+def base_named(adapter: Path) -> tuple[str | None, str | None]:
+    said = json.loads((adapter / peft.SETTINGS).read_text())
+    return said["base_model_name_or_path"], said["revision"]
+
+
+def test_a_run_writes_no_model_that_is_not_finite(tmp_path, capsys):
+    """The adapter that it trained stays. It names what its base was converted from, and no base
+    that was trained since, which others do not have.
+    """
     config = tiny_config(num_layers=1)
     with on_mesh(tp=2):
         decoder = tiny_decoder(config)
@@ -293,6 +301,13 @@ def test_a_run_writes_no_model_that_is_not_finite(tmp_path):
         made = parameters.Adapted(config, tmp_path / "ckpt", recipes.sft_lora())
         with pytest.raises(ValueError, match=r"not all merged weights are numbers: .*: no model"):
             made.save(huge, tmp_path, tmp_path / "ckpt", merge=True)
+        assert base_named(tmp_path / "adapter") == (None, None)
+        assert f"`python convert/to_hf.py {tmp_path}/ckpt BASE`" in capsys.readouterr().err
+        origin = {"name": "Qwen/Qwen-7B", "revision": "0" * 40}
+        edit(tmp_path / "ckpt/manifest.json", origin=origin)
+        made.save(fresh, tmp_path, tmp_path / "ckpt", merge=False)
+        assert base_named(tmp_path / "adapter") == tuple(origin.values())
+        assert "names no base" not in capsys.readouterr().err
     assert (tmp_path / "adapter").is_dir() and not (tmp_path / "model").exists()
 
 

@@ -21,7 +21,7 @@ from qwen_jax.leaves import int8
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
 from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder, lora
-from qwen_jax.runtime import paths, processes
+from qwen_jax.runtime import command, paths, processes
 from train import step
 from train.run import recipes
 from train.run.recipes import Recipe
@@ -137,10 +137,8 @@ class Adapted:
         its size may be left on the devices (`convert/to_hf.py --adapter` merges a few rows at a
         time).
         """
-        given = directory.read_json(self.ckpt / directory.CONFIG)
-        name = given.get("_name_or_path") or self.ckpt.name
         dropout = self.recipe.lora_dropout
-        peft.write(out / ADAPTER, weights, base_model_name_or_path=name, lora_dropout=dropout)
+        peft.write(out / ADAPTER, weights, **self._base_named(), lora_dropout=dropout)
         if processes.index() == 0:
             settings = directory.GENERATION_CONFIG
             paths.copy(files / settings, out / ADAPTER / settings)
@@ -154,6 +152,22 @@ class Adapted:
         _check_numbers(merged, out / ADAPTER)
         checkpoint.save(out / MODEL, self.config, merged, like=files)
         return out / MODEL
+
+    def _base_named(self) -> dict[str, str | None]:
+        """The fields of adapter_config.json by which PEFT finds the base: what was converted into
+        `ckpt`. None where that is not known, for nobody else has our folders.
+        """
+        found = directory.origin(self.ckpt)
+        if "name" not in found:
+            command.say(
+                f"note: the adapter names no base, for {self.ckpt} was trained since its "
+                "conversion, or converted by an earlier version: for PEFT, `python "
+                f"convert/to_hf.py {self.ckpt} BASE` makes one"
+            )
+        return {
+            "base_model_name_or_path": found.get("name"),
+            "revision": found.get("revision"),
+        }
 
 
 def _check_numbers(merged: Any, adapter: Path) -> None:
