@@ -86,7 +86,11 @@ def parser() -> argparse.ArgumentParser:
         help="most bytes of tensors in a file, such as 5GB or 500MB (default: %(default)s)",
     )
     add("--adapter", metavar="DIR", help="merge this adapter in PEFT's format into the weights")
-    add("--verify", action="store_true", help="compare every tensor with the source at the end")
+    add(
+        "--verify",
+        action="store_true",
+        help="at the end, compare every tensor with the source, merged again with --adapter",
+    )
     command.add_processes(result)
     command.add_debug(result)
     return result
@@ -106,8 +110,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    if args.verify and args.adapter:
-        raise command.UsageError("--verify compares with SRC, which --adapter changes: drop one")
     command.join(args)
     import jax
 
@@ -330,9 +332,10 @@ def verify(plan: Plan) -> None:
     from convert.verify import verify as compare
 
     tensors = folder.read(plan.target)
-    compare(plan.params, plan.leaves, tensors, plan.wanted, exported=True)
+    compare(plan.params, plan.leaves, tensors, plan.wanted, exported=True, changes=plan.changes)
     processes.barrier()
-    command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
+    merged = ", the adapter merged into them" if plan.changes else ""
+    command.say(f"verified: all {len(plan.wanted)} tensors are the source's{merged}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Whether a model directory and a safetensors folder hold the same values, bit for bit.
 
 The model directory is read through TensorStore, as Orbax reads it, not through the code that wrote
-it. Where the two differ in dtype, the copy must be the cast of the original.
+it. Where the two differ in dtype, the copy must be the cast of the original; where an adapter was
+merged on the way, the cast of what merging it gives now, from the same blocks of rows.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import copying
+from convert.copying import Change
 from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, TensorPart
 from qwen_jax.checkpoint import store
@@ -25,19 +27,23 @@ def verify(
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Expected],
     exported: bool,
+    changes: Mapping[str, Change] | None = None,
 ) -> None:
     """Raise ValueError that lists the tensors which differ. exported: the folder is the copy.
+    changes: what an export has made of leaves, by path (`peft.changes`).
 
     Of several processes each compares a part, and speaks of what it has found.
     """
     different: set[str] = set()
-    jobs = _jobs(params, leaves, tensors, wanted, exported, different)
+    jobs = _jobs(params, leaves, tensors, wanted, exported, changes or {}, different)
     copying.run("verifying", itertools.islice(jobs, processes.index(), None, processes.count()))
     if different:
         names = ", ".join(name for name in wanted if name in different)
+        # The sums of a merge are rounded by the processor, and by how many threads share them.
+        alike = ", all of it on machines of one kind" if changes else ""
         raise ValueError(
             f"verification failed: source and target differ in {names}; remove the target and "
-            "convert again"
+            f"convert again{alike}"
         )
 
 
@@ -47,17 +53,22 @@ def _jobs(
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Expected],
     exported: bool,
+    changes: Mapping[str, Change],
     different: set[str],
 ) -> Iterator[tuple[int, Any]]:
     for name, expected in wanted.items():
         for part in expected.parts:
-            array = _open(params, part)
+            array, change = _open(params, part), changes.get(part.path)
             for band in leaves[part.path].bands():
 
                 def work(
-                    name: str = name, part: TensorPart = part, array: Any = array, band: Band = band
+                    name: str = name,
+                    part: TensorPart = part,
+                    array: Any = array,
+                    band: Band = band,
+                    change: Change | None = change,
                 ) -> None:
-                    if not _equal(array, tensors[name], part, band, exported):
+                    if not _equal(array, tensors[name], part, band, exported, change):
                         different.add(name)
 
                 yield band.rows * band.row_elements * ITEM_BYTES[band.leaf.dtype], work
@@ -73,7 +84,9 @@ def _open(params: Path, part: TensorPart) -> Any:
     return array
 
 
-def _equal(array: Any, tensor: Tensor, part: TensorPart, band: Band, exported: bool) -> bool:
+def _equal(
+    array: Any, tensor: Tensor, part: TensorPart, band: Band, exported: bool, change: Change | None
+) -> bool:
     row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
     offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes
     with paths.reader(tensor.file) as file:
@@ -81,7 +94,10 @@ def _equal(array: Any, tensor: Tensor, part: TensorPart, band: Band, exported: b
             start = band.start + first
             outer = copying.read(file, offset + first * row_bytes, rows * row_bytes)
             outer = outer.view(copying.numpy_dtype(tensor.dtype))
-            inner = array[start : start + rows].read().result().reshape(-1)
+            inner = array[start : start + rows].read().result()
+            if change is not None:
+                inner = change(start, inner)
+            inner = inner.reshape(-1)
             if exported:
                 inner = copying.cast(inner, tensor.dtype, part.path)
             else:

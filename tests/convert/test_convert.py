@@ -237,6 +237,43 @@ def test_verify_of_an_export_finds_a_flipped_bit(tmp_path, model, monkeypatch, c
     assert (tmp_path / "hf/unfinished.json").exists()
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, model) -> Path:
+    """An adapter that changes something, for `model`."""
+    path = tmp_path_factory.mktemp("adapters") / "adapter"
+    peft.write(path, jax.tree.map(lambda x: x + 0.01, small_adapters(checkpoint.load(model))))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_of_a_merged_export(tmp_path, model, adapter, dtype, monkeypatch, capfd):
+    """It is compared with the source and the adapter, merged again: the lowest bit counts."""
+    options = ["--adapter", str(adapter), "--dtype", dtype, "--verify"]
+    monkeypatch.setattr(copying, "BLOCK_BYTES", BLOCK)
+    back(model, tmp_path / "hf", *options, "--max-shard-size", "200KB")
+    told = "verified: all 27 tensors are the source's, the adapter merged into them"
+    assert told in capfd.readouterr().err
+    back(model, tmp_path / "plain", "--dtype", dtype)
+    merged, plain = tensors(tmp_path / "hf"), tensors(tmp_path / "plain")
+    name = "transformer.h.1.attn.c_attn.weight"
+    changed = {n for n in plain if merged[n].tobytes() != plain[n].tobytes()}
+    assert changed == {name.replace("1", str(layer)) for layer in range(3)}
+    copy = to_hf.copy
+
+    def copy_and_flip(plan: to_hf.Plan) -> None:
+        copy(plan)
+        tensor = folder.read(plan.target)[name]
+        flip(tensor.file, tensor.offset)
+
+    monkeypatch.setattr(to_hf, "copy", copy_and_flip)
+    assert to_hf.main([str(model), str(tmp_path / "flipped"), *options]) == 1
+    assert f"differ in {name}; remove" in last_line(capfd)
+    monkeypatch.setattr(to_hf, "_change", lambda *_: None)
+    monkeypatch.setattr(to_hf, "copy", copy)
+    assert to_hf.main([str(model), str(tmp_path / "unmerged"), *options]) == 1
+    assert "differ in transformer.h.0.attn.c_attn.weight" in last_line(capfd)
+
+
 # Stopped and continued
 
 
