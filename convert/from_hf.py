@@ -21,7 +21,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
 
 from convert import folder, names, shares, target
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, store
+from qwen_jax.checkpoint import directory, store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
@@ -112,7 +112,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     config = read_config(source)
     directory.carried(source)  # what a load would refuse of these files is refused now
     checkpoint.load_generation_config(source)
-    checkpoint.load_tokenizer(source)
+    tokenizer = checkpoint.load_tokenizer(source)
+    vocabulary = (dst if tokenizer is None else source) / directory.TOKENIZER
+    if amiss := token_ids.check_fits(vocabulary, tokenizer, config.vocab_size):
+        command.say(f"warning: {amiss}")
     if (source / "adapter_config.json").exists():
         how = f"python convert/to_hf.py {dst} NEW --adapter {source}"
         command.say(f"warning: {source} has an adapter, which is not merged: `{how}` does that")

@@ -27,7 +27,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
 
 from convert import folder, names, target
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, store, token_ids
+from qwen_jax.checkpoint import directory, inspection, store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
@@ -158,6 +158,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if (adapter / directory.GENERATION_CONFIG).exists():
             settings = adapter / directory.GENERATION_CONFIG
             token_ids.check_range(settings, config.vocab_size)
+    for line in inspection.vocabulary(src, config)["warnings"]:
+        command.say(f"warning: {line}")
     leaves = store.read_leaves(src / directory.PARAMS, manifest["dtype"])
     shards = split(sizes, args.max_shard_size)
     return Plan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)

@@ -44,7 +44,7 @@ SPECIAL_TOKENS = (
 PUBLISHED_RANKS = 151_643
 _LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
 _UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
-_PADDED = 1024  # a model's vocabulary is filled up to a multiple of this, or of less
+PADDED = 1024  # a model's vocabulary is filled up to a multiple of this, or of less
 Line = tuple[int, bytes, int]  # of a vocabulary file: its number, the token, the id
 
 
@@ -154,7 +154,7 @@ class Tokenizer:
         """
         skip = self._special_ids if skip_special_tokens else range(0)
         table = self.id_to_bytes
-        numbers = values.ids("ids", ids, -(-self._size // _PADDED) * _PADDED)
+        numbers = values.ids("ids", ids, -(-self._size // PADDED) * PADDED)
         return b"".join([table.get(i, _UNDECODABLE) for i in numbers if i not in skip])
 
     def decode(

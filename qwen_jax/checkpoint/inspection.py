@@ -1,15 +1,17 @@
 """`python -m qwen_jax.checkpoint inspect`: what a model directory holds, and whether it is whole.
 
-It reads config.json, the manifest and the sizes of the files, never a weight, and imports no jax:
-it answers at once on any machine, while accelerators are busy elsewhere.
+It reads the small files, and of the weights the sizes alone, and imports no jax: it answers
+at once on any machine, while accelerators are busy elsewhere.
 """
 
 import argparse
 import json
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
-from qwen_jax.checkpoint import directory
+from qwen_jax.checkpoint import directory, loading, token_ids
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.runtime import command
@@ -21,7 +23,8 @@ _EXAMPLES = """examples:
 
 A directory is whole when its manifest.json is there, which is written last, and every file that it
 lists has its full size. Values are not compared: convert/from_hf.py --verify does that. The mesh is
-the one the files were cut for; they load on any other. A chunk is one file of params/.
+the one the files were cut for; they load on any other. A chunk is one file of params/. A vocabulary
+that is lacking or does not fit the model is warned of: the weights are whole all the same.
 
 Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 usage.
 """
@@ -67,6 +70,8 @@ def work(args: argparse.Namespace) -> None:
         print(text(facts))
     if not facts["whole"]:
         raise directory.CheckpointError(facts["reason"])
+    for line in facts["warnings"]:
+        command.say(f"warning: {line}")
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def describe(path: str) -> dict[str, Any]:
         facts |= {
             "model": model_name(config),
             "sizes": {word: getattr(config, field) for word, field in _SIZES.items()},
-            "tokenizer": (root / directory.TOKENIZER).is_file(),
+            **vocabulary(root, config),
         }
         manifest = directory.verify_whole(root)
         files = manifest["files"]
@@ -105,6 +110,29 @@ def describe(path: str) -> dict[str, Any]:
     return facts | {"whole": True}
 
 
+def vocabulary(root: Path, config: Config) -> dict[str, Any]:
+    """Whether a model directory has a vocabulary (`tokenizer`), how many `ids` it has, None where
+    it cannot be read, and in `warnings` the lines that a load or generating would end with.
+    """
+    file, settings = root / directory.TOKENIZER, root / directory.GENERATION_CONFIG
+    tokenizer = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if settings.exists():
+                token_ids.check_range(settings, config.vocab_size)
+            tokenizer = loading.load_tokenizer(root)
+            problem = token_ids.check_fits(file, tokenizer, config.vocab_size)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    lines = [str(warning.message) for warning in caught] + ([problem] if problem else [])
+    return {
+        "tokenizer": file.is_file(),
+        "ids": None if tokenizer is None else len(tokenizer),
+        "warnings": [" ".join(line.split()) for line in lines],
+    }
+
+
 def model_name(config: Config) -> str | None:
     """The published model of these sizes."""
     sizes = _SIZES.values()
@@ -120,7 +148,8 @@ def text(facts: dict[str, Any]) -> str:
     if "sizes" in facts:
         sizes = ", ".join(f"{word} {size:,}" for word, size in facts["sizes"].items())
         lines["model"] = f"{facts['model'] or 'of no published size'}: {sizes}"
-        lines["tokenizer"] = "yes" if facts["tokenizer"] else "none: text cannot be encoded"
+        ids = "cannot be read" if facts["ids"] is None else f"{facts['ids']:,} ids"
+        lines["tokenizer"] = ids if facts["tokenizer"] else "none: text cannot be encoded"
     if "dtype" in facts:
         cut = ", ".join(f"{axis}={n}" for axis, n in facts["mesh"].items() if n > 1)
         lines |= {

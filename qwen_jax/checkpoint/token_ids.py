@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.chat.tokenizer import PUBLISHED_RANKS, SPECIAL_TOKENS, Tokenizer
-from qwen_jax.checkpoint.directory import CONFIG, GENERATION_CONFIG, TOKENIZER
+from qwen_jax.chat.tokenizer import PADDED, PUBLISHED_RANKS, SPECIAL_TOKENS, Tokenizer
+from qwen_jax.checkpoint.directory import CONFIG, GENERATION_CONFIG, TOKENIZER, some
 from qwen_jax.config import Config
 from qwen_jax.runtime.texts import read_json
 
@@ -78,6 +78,39 @@ def check_whole(file: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
             f"{file} begins as the published vocabulary of {PUBLISHED_RANKS} ranks, has {ranks}, "
             f"and the model has vocab_size {vocab_size}: it was cut short: {_AGAIN}"
         )
+
+
+def check_fits(file: Path, tokenizer: Tokenizer | None, vocab_size: int) -> str | None:
+    """What cannot be done with this vocabulary beside an embedding of `vocab_size` rows, in a line;
+    None where nothing is amiss. Raises ValueError where text may become ids without a row.
+
+    file: the vocabulary, or where it should be. tokenizer: what was read from it; None where there
+    is no file.
+    """
+    if tokenizer is None:
+        return (
+            f"{file} is not there: the model takes and gives token ids, and no text: copy the "
+            "vocabulary of the checkpoint there"
+        )
+    largest, ids = max(tokenizer.ranks.values()), len(tokenizer)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{file} has tokens up to id {largest}, and the model has vocab_size {vocab_size}: the "
+            "vocabulary is of another model: put the file there that came with these weights"
+        )
+    if lost := [name for name, i in tokenizer.special_tokens.items() if i >= vocab_size]:
+        return (
+            f"{file} gives {some(lost)} ids that the model, of vocab_size {vocab_size}, has no "
+            "rows for: prompts with them are refused, as every chat is without <|im_start|>; put "
+            "the file there that came with these weights"
+        )
+    if -(-ids // PADDED) * PADDED < vocab_size:
+        return (
+            f"{file} has {ids} ids, and the model has vocab_size {vocab_size}: ids from {ids} on "
+            "are never generated; if the vocabulary is of another model, put the file there that "
+            "came with these weights"
+        )
+    return None
 
 
 def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:

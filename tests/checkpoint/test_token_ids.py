@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import qwen_jax
 from convert import from_hf, to_hf
 from qwen_jax import checkpoint
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.checkpoint import token_ids
-from tests.support.conversion import edit, last_line, there
+from qwen_jax.checkpoint import inspection, token_ids
+from tests.support.conversion import back, edit, last_line, there
 from tests.support.training import fail
 from tests.support.vocabulary import qwen_vocab_path
 from tests.tools.make_checkpoint import PRESETS, make_checkpoint
@@ -164,6 +166,80 @@ def test_the_beginning_of_the_published_vocabulary(tmp_path, capsys):
     # Small models may have small vocabularies, and large ones their own.
     token_ids.check(tmp_path, folder_of(tmp_path, lines, {"vocab_size": 2048}))
     token_ids.check(tmp_path, folder_of(tmp_path, vocabulary(), {"vocab_size": 151936}))
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows", "told", "refused"),
+    [
+        (
+            RANKS,
+            RANKS - 1,
+            f"has tokens up to id {RANKS - 1}, and the model has vocab_size 599",
+            True,
+        ),
+        (
+            RANKS,
+            RANKS + 1,
+            r"gives <|im_start|>, <|im_end|>, <|extra_0|>, .* and 202 more ids",
+            False,
+        ),
+        (RANKS, RANKS + 207, "gives <|extra_204|> ids that the model, of vocab_size 807,", False),
+        (RANKS, 1025, "has 808 ids, and the model has vocab_size 1025: ids from 808 on are", False),
+        (None, ROWS, "is not there: the model takes and gives token ids, and no text", False),
+        (RANKS, RANKS + 208, None, False),
+        (RANKS, 1024, None, False),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_told_of(tmp_path, capfd, lines, rows, told, refused):
+    """By both converters and by inspect, not first by generating."""
+    sizes = {"vocab_size": rows, "hidden_size": 16, "kv_channels": 8, "intermediate_size": 32}
+    make_checkpoint(tmp_path / "a", PRESETS["tiny"] | sizes | {"num_hidden_layers": 1}, "float32")
+    (tmp_path / "a/generation_config.json").unlink()
+    file = tmp_path / "a/qwen.tiktoken"
+    file.unlink(missing_ok=True)
+    write = lambda: lines and file.write_text(vocabulary(lines))  # noqa: E731
+    if refused:
+        write()
+        assert from_hf.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+        assert told in last_line(capfd) and not (tmp_path / "b").exists()
+        file.unlink()
+        there(tmp_path / "a", tmp_path / "b")
+        file = tmp_path / "b/qwen.tiktoken"  # as old directories may have it
+        write()
+        capfd.readouterr()
+    else:
+        write()
+        there(tmp_path / "a", tmp_path / "b")
+        assert warned(capfd, told, tmp_path / "b" if lines is None else tmp_path / "a")
+    assert inspection.main(["inspect", str(tmp_path / "b"), "--json"]) == 0
+    assert warned(capfd, told, tmp_path / "b")
+    back(tmp_path / "b", tmp_path / "c")
+    assert warned(capfd, told, tmp_path / "b")
+    facts = inspection.describe(str(tmp_path / "b"))
+    assert facts["whole"] and facts["tokenizer"] == (lines is not None)
+    assert facts["ids"] == (None if lines is None else 808)
+    assert len(facts["warnings"]) == (told is not None)
+
+
+def warned(capfd: Any, told: str | None, folder: Path) -> bool:
+    """Whether there was one warning, and it was this of the folder's vocabulary; None: no other."""
+    found = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
+    if told is None:
+        return not found
+    (line,) = found
+    return bool(re.match(f"warning: {folder}/qwen.tiktoken {told.replace('|', '[|]')}", line))
+
+
+def test_inspect_tells_what_a_load_refuses(tmp_path, model):
+    """Of a vocabulary that was cut short, and of ids that no row has; the weights are whole."""
+    path = Path(shutil.copytree(model, tmp_path / "m"))
+    (path / "qwen.tiktoken").write_text(vocabulary(300))
+    facts = inspection.describe(str(path))
+    assert facts["whole"] and facts["ids"] is None and "no id 600" in facts["warnings"][0]
+    assert "cannot be read" in inspection.text(facts)
+    (path / "qwen.tiktoken").unlink()
+    edit(path / "generation_config.json", eos_token_id=ROWS)
+    assert f"eos_token_id {ROWS}: ids are 0 to" in inspection.describe(str(path))["warnings"][0]
 
 
 def test_settings_that_come_with_an_adapter(tmp_path, model, capfd, monkeypatch):
