@@ -59,7 +59,7 @@ class Plan:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="convert/from_hf.py",
+        prog="python convert/from_hf.py",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -188,10 +188,12 @@ def origin(source: Path) -> dict[str, str]:
 def read_config(source: Path) -> Config:
     """The architecture of a checkpoint folder."""
     if (source / directory.MANIFEST).exists() or (source / directory.PARAMS).is_dir():
-        raise ValueError(f"{source} is a model directory already: convert/to_hf.py is the way back")
+        raise ValueError(
+            f"{source} is a model directory already: `python convert/to_hf.py` is the way back"
+        )
     if target.is_unfinished(source):
         raise ValueError(
-            f"{source} is an unfinished export: give the convert/to_hf.py command again"
+            f"{source} is an unfinished export: give the `python convert/to_hf.py` command again"
         )
     if not (source / directory.CONFIG).exists():
         raise ValueError(

@@ -308,7 +308,7 @@ def _with_embeddings(
                 f"{file}: the vocabulary of the base was resized to {rows}: {name} has {rows} rows "
                 f"and this model {size[0]}; in PyTorch, resize_token_embeddings({rows}) of the "
                 "base and save_pretrained(FOLDER, safe_serialization=True), convert FOLDER with "
-                "convert/from_hf.py, and put the adapter on that"
+                "`python convert/from_hf.py`, and put the adapter on that"
             )
     whole = {*shape.whole, *there.values()}
     if _HEAD in whole and "head" not in sizes:

@@ -1,9 +1,9 @@
 """Convert a model directory of qwen_jax back into a Hugging Face checkpoint folder.
 
-SRC is a directory that convert/from_hf.py made. DST gets safetensors files with an index, and the
-configuration and tokenizer that SRC carries. Stopped in the middle, the same command continues
-where it was. Several processes share the files when each is given the same command; DST must then
-be where all of them see it.
+SRC is a directory that `python convert/from_hf.py` made. DST gets safetensors files with an index,
+and the configuration and tokenizer that SRC carries. Stopped in the middle, the same command
+continues where it was. Several processes share the files when each is given the same command; DST
+must then be where all of them see it.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Plan:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="convert/to_hf.py",
+        prog="python convert/to_hf.py",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from qwen_jax.runtime import caches, command, paths
 
 if TYPE_CHECKING:

@@ -12,8 +12,13 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
@@ -50,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--gradient-dtype", default="float32", help="of sums over the mesh: float32 or bfloat16"
     )
-    add_adapters = parser.add_argument_group("training adapters, as train/sft.py does").add_argument
+    adapters = parser.add_argument_group("training adapters, as `python train/sft.py` does")
+    add_adapters = adapters.add_argument
     add_adapters(
         "--lora-rank", type=command.positive, metavar="N", help="as 64; the other values: sft_lora"
     )

@@ -8,6 +8,10 @@ import argparse
 import base64
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the root of the checkout is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from qwen_jax.chat.tokenizer import PATTERN
 from qwen_jax.runtime import command, lock, paths, values

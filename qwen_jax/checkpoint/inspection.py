@@ -22,9 +22,10 @@ _EXAMPLES = """examples:
   python -m qwen_jax.checkpoint inspect DIR >/dev/null && echo whole
 
 A directory is whole when its manifest.json is there, which is written last, and every file that it
-lists has its full size. Values are not compared: convert/from_hf.py --verify does that. The mesh is
-the one the files were cut for; they load on any other. A chunk is one file of params/. A vocabulary
-that is lacking or does not fit the model is warned of: the weights are whole all the same.
+lists has its full size. Values are not compared: `python convert/from_hf.py SRC DIR --verify` does
+that. The mesh is the one the files were cut for; they load on any other. A chunk is one file of
+params/. A vocabulary that is not there or does not fit the model is warned of: the weights are
+whole all the same.
 
 Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 usage.
 """

@@ -33,7 +33,7 @@ _EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m qwen_jax.generate",
-        description="Generate text from a directory written by convert/from_hf.py.",
+        description="Generate text from a directory written by `python convert/from_hf.py`.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

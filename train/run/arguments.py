@@ -20,12 +20,15 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
     """The parser of a training command. Each field of a recipe is an option; what is not given is
     the recipe's.
 
-    default: the recipe without --recipe. kind: "text" or "chat", of the recipes that the command
-    takes. about: what the command does.
+    default: the recipe without --recipe, which has the command's name. kind: "text" or "chat", of
+    the recipes that the command takes. about: what the command does.
     """
     recipes = [name for name, make in RECIPES.items() if make().data == kind]
     result = argparse.ArgumentParser(
-        description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python train/{default}.py",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add(
@@ -164,7 +167,7 @@ def recipe(args: argparse.Namespace) -> Recipe:
     except ValueError as error:
         raise command.UsageError(str(error)) from None
     if not made.lora_rank:
-        how = "is of adapters: take --recipe sft_lora of train/sft.py"
+        how = "is of adapters: take --recipe sft_lora of `python train/sft.py`"
         command.refuse(args, _OF_ADAPTERS, how)
     for name, kind in _OF_KIND.items():
         if kind != made.data:

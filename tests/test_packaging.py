@@ -1,0 +1,44 @@
+"""What is installed, and the commands of a checkout beside it."""
+
+import fnmatch
+import runpy
+import sys
+import tomllib
+
+import pytest
+
+from tests.support.conversion import ROOT
+
+COMMANDS = [
+    "convert/from_hf.py", "convert/to_hf.py", "train/pretrain.py", "train/sft.py",
+    "train/perplexity.py", "train/plan.py", "train/tokenizer.py",
+]  # fmt: skip
+
+
+def test_qwen_jax_alone_is_installed():
+    """`train` and `convert` are names that other packages have, too. What the package reads beside
+    its modules goes with it.
+    """
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["packages"] == {"find": {"include": ["qwen_jax", "qwen_jax.*"]}}
+    found = [x for x in (ROOT / "qwen_jax").rglob("*") if x.is_file()]
+    files = [x for x in found if "__pycache__" not in x.parts]
+    patterns = ["*.py", *settings["package-data"]["*"]]
+    lost = [x for x in files if not any(fnmatch.fnmatch(x.name, p) for p in patterns)]
+    assert files and not lost
+    assert all((x.parent / "__init__.py").exists() for x in files)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run_from_a_checkout(command, monkeypatch, capsys):
+    """As files, and as modules of the folder that they are run in: with the checkout first on the
+    path, whatever is installed; and they are spelled in one way.
+    """
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    monkeypatch.setattr(sys, "path", [str(ROOT / command.partition("/")[0]), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    assert not ended.value.code and sys.path[0] == str(ROOT)
+    module = command.removesuffix(".py").replace("/", ".")
+    usage = capsys.readouterr().out.split()[1:4]
+    assert usage[:2] == ["python", command] or usage == ["python", "-m", module]
