@@ -1,7 +1,9 @@
 """What is installed, and the commands of a checkout beside it."""
 
 import fnmatch
+import re
 import runpy
+import subprocess
 import sys
 import tomllib
 
@@ -27,6 +29,25 @@ def test_qwen_jax_alone_is_installed():
     lost = [x for x in files if not any(fnmatch.fnmatch(x.name, p) for p in patterns)]
     assert files and not lost
     assert all((x.parent / "__init__.py").exists() for x in files)
+
+
+def test_the_demo_installs_the_package_alone(tmp_path):
+    """And says before what that takes. What the tests need comes on top, into the same folder."""
+
+    def told(target: str) -> list[str]:
+        command = ["make", "--no-print-directory", "-n", target, f"VENV={tmp_path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    lines = told("demo")
+    assert re.search(r"\d+ minutes, [\d.]+ GB", lines[0]), "before anything else"
+    assert [x.split()[-1] for x in lines if "pip install" in x] == ["."]
+    (tmp_path / ".installed-demo").touch()
+    assert not [x for x in told("demo") if "pip install" in x]
+    assert [x.split()[-1] for x in told("pytest") if "pip install" in x] == ["'.[test]'"]
+    (tmp_path / ".installed-demo").unlink()
+    (tmp_path / ".installed").touch()
+    assert not [x for x in told("demo") if "pip install" in x]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
