@@ -96,6 +96,8 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 def _work(args: argparse.Namespace) -> None:
     _refuse_idle(args)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing of this machine is used
+    if not args.debug:  # C++ has traces of its own for what is handled, or said in a line, here
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from train.planning import topology as topologies
 
     try:

@@ -68,13 +68,24 @@ def of(program: Any, mesh: Any) -> list[Collective]:
 
 
 def each(program: Any, mesh: Any) -> Iterator[Collective]:
-    """As `of`, one entry for each place in the program."""
+    """As `of`, one entry for each place in the program.
+
+    Raises ValueError where the program has collectives in a computation that nothing is known to
+    run: they would be left out of the sums.
+    """
     text = program if isinstance(program, str) else program.as_text()
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
     parsed = hlo.parse(text)
     fused = _fused(parsed)
     across = _across_slices(text, sizes)
-    for computation, times, looped in parsed.runs():
+    runs = list(parsed.runs())
+    reached = {computation.name for computation, _, _ in runs}
+    for computation in parsed.computations.values():
+        if computation.name not in reached and any(map(_kind, computation.instructions)):
+            raise ValueError(
+                f"what runs computation {computation.name}, and how often, is not known"
+            )
+    for computation, times, looped in runs:
         if computation.name in fused:
             continue  # read where it is called
         for place, instruction in _in(parsed, computation):

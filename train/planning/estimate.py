@@ -105,6 +105,7 @@ class Estimate:
                 | {"bytes": x.bytes}
                 for x in self.program.collectives
             ],
+            "collectives_unread": self.program.unread,
             "links_known": self.links_known,
             "terms": None if bound is None else {x.name: x.seconds for x in bound.terms},
             "seconds": None if bound is None else bound.seconds,

@@ -14,7 +14,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 _OPCODE = re.compile(r" ([a-z][a-z0-9-]*)\(")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)"
-    r"|\bbranch_computations=\{([^}]*)\}"
+    r"|\b(?:branch|called)_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # What hands the same value on, as far as a counter is concerned.

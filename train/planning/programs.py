@@ -8,8 +8,10 @@ to say. Knows no rates and prints nothing.
 import dataclasses
 import functools
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,8 +83,8 @@ class Memory:
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled program, or one that the compiler refused for want of memory. collectives: None
-    where the program is not there to be read. runs: how often it is run (prefill: once for each
-    group of layers). seconds: to compile.
+    where they could not be read, and unread: why. runs: how often it is run (prefill: once for
+    each group of layers). seconds: to compile.
     """
 
     memory: Memory
@@ -90,6 +92,7 @@ class Program:
     collectives: list[Collective] | None
     seconds: float
     runs: float = 1
+    unread: str = ""
 
     @property
     def refused(self) -> bool:
@@ -217,26 +220,54 @@ def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:
             jax.jit(run).lower(*sharding.on_devices(mesh, shapes)).compile()
 
 
+# Platforms whose programs jaxlib cannot always print: of a TPU's, some have instructions that it
+# does not take back from libtpu (an asynchronous operation with several operands), and it then
+# writes a C++ trace to stderr. libtpu itself prints them all.
+_PRINTED_BY_COMPILER = ("tpu",)
+_PRINTED = "after_optimizations.txt"  # how the name of the final program's file ends
+
+
 def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:
     """held: bytes of the arguments by name."""
     started = time.perf_counter()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         traced = trace()
         work = flops.work(traced, layers)
         lowered = traced.lower()
+        printed = mesh.devices.flat[0].platform in _PRINTED_BY_COMPILER
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(**({"compiler_options": options} if printed else {}))
         except jax.errors.JaxRuntimeError as error:
             memory = _refused(str(error), held)
             if memory is None:
                 raise
-            return Program(memory, work, None, time.perf_counter() - started)
-    try:
-        found = collectives.of(compiled, mesh)
-    except jax.errors.JaxRuntimeError:  # of a TPU7x: jaxlib cannot take some instructions back
-        found = None
+            refused = "the compiler refused the program"
+            return Program(memory, work, None, time.perf_counter() - started, unread=refused)
+        found, unread = None, ""
+        try:
+            text = _printed(Path(folder), lowered) if printed else compiled.as_text()
+            found = collectives.of(text, mesh)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            unread = f"the text of the compiled program cannot be read ({_first_line(error)})"
     memory = _memory(compiled.memory_analysis(), held, work.kept)
-    return Program(memory, work, found, time.perf_counter() - started)
+    return Program(memory, work, found, time.perf_counter() - started, unread=unread)
+
+
+def _printed(folder: Path, lowered: Any) -> str:
+    """The text of the final program, as the compiler has written it into its folder of dumps.
+
+    Raises ValueError where it is not there.
+    """
+    name = lowered.compiler_ir().operation.attributes["sym_name"].value
+    files = sorted(folder.glob(f"*.{name}.*{_PRINTED}"))
+    if len(files) != 1:
+        raise ValueError(f"the compiler wrote {len(files)} files *.{name}.*{_PRINTED}, not one")
+    return files[0].read_text()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:

@@ -6,6 +6,10 @@ from qwen_jax import meshes
 from train.planning import collectives
 from train.planning.estimate import Estimate
 
+_WITHOUT_LINKS = (
+    "  so the times below lack that of the links, and that of HBM for what is gathered over them:\n"
+    "  a run may take longer than both bound and serial, by a time that is not known"
+)
 _UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "the prompts"}
 
 
@@ -45,7 +49,7 @@ def text(x: Estimate, model: str) -> str:
     unknown = "" if x.links_known else "; links not known"
     found = x.program.collectives
     if found is None:
-        lines += ["", "collectives: not known, jaxlib cannot print this program"]
+        lines += ["", f"collectives: not known: {x.program.unread}", _WITHOUT_LINKS]
     else:
         lines += ["", collectives.table(found)]
         if any(row.looped for row in found):

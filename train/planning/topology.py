@@ -87,6 +87,8 @@ def prepare(platform: str) -> None:
             f"compiling for {platform} needs the package {name}: pip install 'qwen-jax[aot]', in "
             "an environment of its own"
         )
+    # Programs of devices that are not there are written to jax's cache and cannot be read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     if platform == "tpu":  # without these, libtpu looks for a TPU
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: it would complain of none

@@ -76,6 +76,40 @@ def test_collectives_across_slices() -> None:
     }
 
 
+# As a TPU hands a collective to a core of its own: `async-start` runs a call that is not known by
+# its target, which names the computation of the collective.
+OFFLOADED = """HloModule offloaded, num_partitions=8
+
+%gather (x: f32[16]) -> f32[64] {
+  %x = f32[16] parameter(0)
+  ROOT %g = f32[64] all-gather(%x), channel_id=1, replica_groups={{0,2,4,6},{1,3,5,7}}
+}, execution_thread="sparsecore"
+
+%async (x.1: f32[16]) -> f32[64] {
+  %x.1 = f32[16] parameter(0)
+  ROOT %c = f32[64] custom-call(%x.1), custom_call_target="any", called_computations={%gather}
+}, execution_thread="sparsecore"
+
+ENTRY %main (y: f32[16]) -> f32[64] {
+  %y = f32[16] parameter(0)
+  %s = ((), (), (s32[8])) async-start(), async_execution_thread="sparsecore", calls=%async
+  %u = ((f32[16]), f32[64], (s32[8])) async-update(%s, %y)
+  ROOT %d = f32[64] async-done(%u)
+}
+"""
+
+
+def test_a_collective_on_a_core_of_its_own() -> None:
+    expected = {("all-gather", ("fsdp",), 4, 1, 64 * 4, False)}
+    assert rows(collectives.of(OFFLOADED, SIZES)) == expected
+
+
+def test_a_collective_that_nothing_is_known_to_run_is_not_left_out() -> None:
+    text = OFFLOADED.replace("called_computations", "computations_in_some_new_way")
+    with pytest.raises(ValueError, match="what runs computation gather, and how often, is not"):
+        collectives.of(text, SIZES)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -272,15 +272,50 @@ def test_a_program_that_is_refused_is_reported(
     assert x.to_json()["seconds"] is None
 
 
-def test_a_program_that_cannot_be_printed_is_reported(trained: estimate.Estimate) -> None:
-    program = dataclasses.replace(trained.program, collectives=None)
+def test_a_program_that_jaxlib_cannot_print_is_read_from_the_compiler(
+    trained: estimate.Estimate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = meshes.make(SIZES)
+    x = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", "tp")))
+
+    def compiled() -> programs.Program:
+        with jax.set_mesh(mesh):
+            summed = jax.jit(lambda x: jnp.sum(x, 0))  # over fsdp
+        return programs._compiled(lambda: summed.trace(x), mesh, {}, 0)
+
+    def fail(_: Any) -> str:
+        raise jax.errors.JaxRuntimeError(
+            "INTERNAL: RET_CHECK failure (hlo.cc:390) async\n*** trace"
+        )
+
+    expected = compiled()
+    assert expected.collectives and expected.collectives[0].axes == ("fsdp",)
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    unread = compiled()
+    reason = "cannot be read (INTERNAL: RET_CHECK failure (hlo.cc:390) async)"
+    assert unread.collectives is None and unread.unread.endswith(reason)
+    monkeypatch.setattr(programs, "_PRINTED_BY_COMPILER", ("cpu",))
+    assert compiled().collectives == expected.collectives
+    # jaxlib, which would write a trace, is not asked either where the compiler writes nothing.
+    monkeypatch.setattr(programs, "_PRINTED", "no such file")
+    unread = compiled()
+    assert unread.collectives is None and "the compiler wrote 0 files" in unread.unread
+    told = report.text(dataclasses.replace(trained, program=unread), "tiny")
+    assert "collectives: not known: the text of the compiled program cannot be read (the" in told
+
+
+def test_collectives_that_are_not_known_are_said(trained: estimate.Estimate) -> None:
+    program = dataclasses.replace(trained.program, collectives=None, unread="for a reason")
     x = dataclasses.replace(trained, program=program)
     assert x.fits
     text = report.text(x, "tiny")
-    assert "collectives: not known" in text and text.count("; links not known") == 2
+    assert "collectives: not known: for a reason\n  so the times below lack" in text
+    assert text.count("; links not known") == 2
     assert report.ranking([x, trained]).count("(links not known)") == 1
     assert "links not known" not in report.text(trained, "tiny")
-    assert x.to_json()["collectives"] is None and not x.to_json()["links_known"]
+    found = x.to_json()
+    assert found["collectives"] is None and not found["links_known"]
+    assert found["collectives_unread"] == "for a reason"
     assert trained.to_json()["links_known"]
 
 
