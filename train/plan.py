@@ -153,9 +153,10 @@ def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
     from qwen_jax import meshes
 
     found, failed = [], None
-    for one in tried:
+    for number, one in enumerate(tried, 1):
+        label = f"{number} of {len(tried)}: "
         try:
-            found += estimates(one.setting, topology, one.mesh, decode)
+            found += estimates(one.setting, topology, one.mesh, decode, label=label)
         except NotCompiled as error:
             command.say(f"{one.setting.batch} rows, mesh {meshes.describe(one.mesh)}: {error}")
             failed = error
@@ -164,19 +165,37 @@ def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
     return found
 
 
-def estimates(setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool) -> Iterator[Any]:
-    """The estimates of a setting: of training, or of prefill and decoding."""
+def estimates(
+    setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool, label: str = ""
+) -> Iterator[Any]:
+    """Yield the estimates of a setting: of training, or of prefill and decoding. label: begins the
+    line that is shown while one is compiled.
+    """
     from train.planning import estimate
 
     tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
     for task in tasks:
         if setting.attention == "auto":
-            yield _by_auto(task, setting, topology, sizes)
+            yield _by_auto(task, setting, topology, sizes, label)
         else:
-            yield task(setting, topology, sizes)
+            yield _compiled(task, setting, topology, sizes, label)
 
 
-def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -> Any:
+def _compiled(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], label: str) -> Any:
+    """The estimate that a task makes, which compiles a program for minutes: it is said which."""
+    from qwen_jax import meshes
+    from train.planning import report
+
+    remat = f", remat {setting.remat}" if task.__name__ == "training" else ""
+    program = (
+        f"{task.__name__}, {setting.batch} rows of {setting.length} tokens{remat}, "
+        f"mesh {meshes.describe(sizes)}, attention {setting.attention}"
+    )
+    with report.waiting(f"{label}compiling for {topology}: {program}"):
+        return task(setting, topology, sizes)
+
+
+def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], label: str) -> Any:
     """The estimate with the implementation that `auto` would take there: the first whose self-test
     compiles, in the order of measured lines of the chip, else its own kernel first.
 
@@ -191,7 +210,7 @@ def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -
             setting, attention=name, by_auto=True, passed_over=tuple(passed)
         )
         try:
-            return task(named, topology, sizes)
+            return _compiled(task, named, topology, sizes, label)
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             reason = _refusal(name, calls, topology, sizes)
             if reason is None:
@@ -202,7 +221,7 @@ def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int]) -
                 ) from error
         passed.append(f"{name}: {reason}")
     named = dataclasses.replace(setting, attention="xla", by_auto=True, passed_over=tuple(passed))
-    return task(named, topology, sizes)
+    return _compiled(task, named, topology, sizes, label)
 
 
 def _refusal(name: str, calls: Any, topology: Any, sizes: Mapping[str, int]) -> str | None:
@@ -210,12 +229,13 @@ def _refusal(name: str, calls: Any, topology: Any, sizes: Mapping[str, int]) -> 
     import jax
 
     from qwen_jax import meshes
-    from train.planning import programs
+    from train.planning import programs, report
     from train.planning import topology as topologies
 
     device = topologies.mesh(topology, sizes).devices.flat[:1]
     try:
-        programs.compile_calls(calls, name, meshes.make({}, device))
+        with report.waiting(f"compiling for {topology}: the self-test of attention {name}"):
+            programs.compile_calls(calls, name, meshes.make({}, device))
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return _one_line(error)
     return None

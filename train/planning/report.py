@@ -1,6 +1,10 @@
-"""Estimates as text for a terminal."""
+"""Estimates as text for a terminal, and what is told while they are made."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
 
 from qwen_jax import meshes
 from train.planning import collectives
@@ -11,6 +15,28 @@ _WITHOUT_LINKS = (
     "  a run may take longer than both bound and serial, by a time that is not known"
 )
 _UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "the prompts"}
+
+
+@contextlib.contextmanager
+def waiting(what: str, every: float = 1.0) -> Iterator[None]:
+    """Show on stderr what is being waited for and how long it has taken so far.
+
+    every: seconds after which the time is shown anew.
+    """
+    ended = threading.Event()
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}") as bar:
+
+        def show() -> None:
+            while not ended.wait(every):
+                bar.refresh()
+
+        shown = threading.Thread(target=show, daemon=True)
+        shown.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            shown.join()
 
 
 def text(x: Estimate, model: str) -> str:

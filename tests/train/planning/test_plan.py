@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import threading
 from collections import Counter
 from typing import Any
 
@@ -460,14 +461,33 @@ def test_the_command(
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     options = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla"]
     options += ["--batch", "4", "--length", "16"]
-    code, out, _ = run(capsys, *options, "--mesh", "fsdp=2,tp=2")
+    code, out, error = run(capsys, *options, "--mesh", "fsdp=2,tp=2")
     assert code == 0
+    assert "compiling for v5e:2x2: training, 4 rows of 16 tokens, remat full, mesh fsdp" in error
     assert "mesh fsdp=2,tp=2" in out and "bound" in out and "residuals" in out
     code, out, _ = run(capsys, *options, "--json")
     (found,) = json.loads(out)["plans"]
     assert found["mesh"] == "fsdp=4" and found["fits"] and found["memory"]["needed"] > 0
-    code, out, _ = run(capsys, *options, "--search", "--tries", "2")
+    code, out, error = run(capsys, *options, "--search", "--tries", "2")
     assert code == 0 and len(out.splitlines()) == 3
+    assert "1 of 2: compiling" in error and "2 of 2: compiling" in error
+
+
+def test_time_is_shown_while_a_program_is_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on although nothing else happens, and ends with what was waited for."""
+    again, refresh = threading.Semaphore(0), report.tqdm.refresh
+
+    def counted(bar: Any, *args: Any, **options: Any) -> Any:
+        again.release()
+        return refresh(bar, *args, **options)
+
+    monkeypatch.setattr(report.tqdm, "refresh", counted)
+    with pytest.raises(ValueError), report.waiting("compiling", every=0.001):
+        assert all(again.acquire(timeout=60) for _ in range(3))
+        raise ValueError
+    assert "compiling: 00:" in capsys.readouterr().err
 
 
 def test_what_auto_takes_there_is_planned(
