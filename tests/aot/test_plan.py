@@ -62,7 +62,9 @@ def test_training(where: str, mesh: str, kernel: str) -> None:
     if x.mesh["tp"] > 1:
         reduced = sum(c.bytes for c in found if c.kind == "all-reduce" and c.axes == ("tp",))
         assert reduced > 3 * 3 * residual
-    assert ("DCN data" in {term.name for term in x.bound.terms}) == ("*" in where)
+    terms = {term.name for term in x.bound.terms}
+    assert ("DCN data" in terms) == ("*" in where)
+    assert ("InfiniBand fsdp" in terms) == (where == "h100:2x2")
 
 
 @pytest.mark.parametrize(

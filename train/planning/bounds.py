@@ -14,10 +14,16 @@ from train.planning.topology import Path
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """name: "compute", "HBM", or the kind of link and the mesh axes, as "ICI fsdp"."""
+    """Time that one kind of hardware takes for its part of the work.
+
+    name: "compute", "HBM", or the kind of link and the mesh axes, as "ICI fsdp". in_step: how many
+    of these seconds a link works in step with a slower one, for collectives that go over both
+    piece by piece; they do not come on top of that one's.
+    """
 
     name: str
     seconds: float
+    in_step: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Bound:
 
     @property
     def serial(self) -> float:
-        """One term after the other."""
-        return sum(term.seconds for term in self.terms)
+        """One term after the other; of links that work in step, the slowest."""
+        return sum(term.seconds - term.in_step for term in self.terms)
 
     @property
     def limit(self) -> str:
@@ -47,18 +53,27 @@ def bound(
     bandwidth: float,
     collectives: Iterable[Collective],
     links: Mapping[tuple[str, ...], Sequence[Path]],
+    network: str = "",
 ) -> Bound:
     """The bound of a device's work: FLOPs over its peak, bytes over its HBM's bandwidth, and the
-    collectives over the links under their axes.
+    collectives over each kind of link under their axes.
+
+    network: the kind of link between hosts or slices, where there are several; it has a term of no
+    time where nothing goes over it.
     """
-    network: dict[str, float] = {}
+    over: dict[str, Term] = {}
     for one in collectives:
-        path, seconds = slowest(one, links[one.axes])
-        name = f"{path} {','.join(one.axes)}"
-        network[name] = network.get(name, 0) + seconds
-    over = sorted(network.items(), key=lambda item: -item[1])
+        limiting, _ = slowest(one, links[one.axes])
+        for path in links[one.axes]:
+            seconds = _seconds(one, path)
+            in_step = 0.0 if path.name == limiting else seconds
+            name = f"{path.name} {','.join(one.axes)}"
+            before = over.get(name, Term(name, 0.0))
+            over[name] = Term(name, before.seconds + seconds, before.in_step + in_step)
+    if network and not any(name.startswith(f"{network} ") for name in over):
+        over[network] = Term(network, 0.0)
     terms = [Term("compute", flops / peak), Term("HBM", moved / bandwidth)]
-    return Bound((*terms, *(Term(*item) for item in over)))
+    return Bound((*terms, *sorted(over.values(), key=lambda term: -term.seconds)))
 
 
 def slowest(one: Collective, paths: Sequence[Path]) -> tuple[str, float]:

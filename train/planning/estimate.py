@@ -108,6 +108,9 @@ class Estimate:
             "collectives_unread": self.program.unread,
             "links_known": self.links_known,
             "terms": None if bound is None else {x.name: x.seconds for x in bound.terms},
+            "terms_in_step": None
+            if bound is None
+            else {x.name: x.in_step for x in bound.terms if x.in_step},
             "seconds": None if bound is None else bound.seconds,
             "serial_seconds": None if bound is None else bound.serial,
             "limit": None if bound is None else bound.limit,
@@ -207,9 +210,10 @@ def _bound(
 ) -> Bound | None:
     if program.refused:
         return None
-    chip, found = topology.chip, found or []
+    chip, network = topology.chip, topology.network if program.collectives is not None else ""
+    found = found or []
     links = {x.axes: topologies.paths(topology, mesh, x.axes) for x in found}
-    return bounds.bound(flops, chip.flops, moved, chip.bandwidth, found, links)
+    return bounds.bound(flops, chip.flops, moved, chip.bandwidth, found, links, network)
 
 
 def _gathered(found: list[collectives.Collective]) -> int:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from qwen_jax import meshes
 from train.planning import collectives
+from train.planning.bounds import Term
 from train.planning.estimate import Estimate
 
 _WITHOUT_LINKS = (
@@ -81,7 +82,11 @@ def text(x: Estimate, model: str) -> str:
         if any(row.looped for row in found):
             lines.append("  * in the decode loop: for one token")
     lines += ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
-    lines += [f"  {term.name:<22} {1e3 * term.seconds:12.3f}" for term in x.bound.terms]
+    lines += [
+        f"  {term.name:<22} {1e3 * term.seconds:12.3f}{_note(term)}" for term in x.bound.terms
+    ]
+    if not x.links_known and x.topology.network:
+        lines.append(f"  {x.topology.network:<22} {'not known':>12}")
     lines += [
         f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once{unknown}",
         f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other{unknown}",
@@ -126,6 +131,16 @@ def _attention(x: Estimate) -> str:
     if name == "xla":
         return f"{name} (what auto takes on {device}: no kernel there takes this)"
     return f"{name} (what auto takes on {device} once it has proved itself there; else xla)"
+
+
+def _note(term: Term) -> str:
+    """What is to be said of a term beside its time."""
+    if not term.seconds:
+        return "  nothing goes over it"
+    if term.in_step == term.seconds:
+        return "  in step with a slower link, not in serial"
+    part = f"  {1e3 * term.in_step:.3f} of it in step with a slower link"
+    return part if term.in_step else ""
 
 
 def _fits(x: Estimate) -> str:

@@ -42,6 +42,13 @@ class Topology:
         cores = self.chip.cores if isinstance(self.chip, Tpu) else 1
         return self.slices * math.prod(self.lengths) * cores
 
+    @property
+    def network(self) -> str:
+        """The kind of link between slices, or hosts of GPUs; empty where there is one of them."""
+        if isinstance(self.chip, Gpu):
+            return "InfiniBand" if self.slices * self.lengths[0] > 1 else ""
+        return "DCN" if self.slices > 1 else ""
+
     def __str__(self) -> str:
         times = f"*{self.slices}" if self.slices > 1 else ""
         return f"{self.chip.name}:{'x'.join(map(str, self.lengths))}{times}"
@@ -167,14 +174,14 @@ def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
         here = len(group) // hosts
         found = [Path("NVLink", chip.link, chip.link, here)] if here > 1 else []
         if hosts > 1:
-            found.append(Path("InfiniBand", here * chip.network, chip.network, hosts))
+            found.append(Path(topology.network, here * chip.network, chip.network, hosts))
         return found
     of_slice = [getattr(device, "slice_index", 0) for device in group]  # lacking where it is one
     slices = len(set(of_slice))
     first = [x for x, number in zip(group, of_slice, strict=True) if number == of_slice[0]]
     found = _torus(topology, chip, first) if len(first) > 1 else []
     if slices > 1:
-        found.append(Path("DCN", len(first) * chip.network, chip.network, slices))
+        found.append(Path(topology.network, len(first) * chip.network, chip.network, slices))
     return found
 
 

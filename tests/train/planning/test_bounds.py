@@ -71,6 +71,40 @@ def test_terms_add_up_by_link_and_axes() -> None:
     assert bound.serial == pytest.approx(0.01 + 0.01 + 0.07 + 0.0175)
 
 
+def test_a_faster_link_of_a_collective_has_a_term_too() -> None:
+    """As InfiniBand beside NVLink, which limits a gather but not a sum here; piece by piece, so
+    that only the slower one counts where nothing overlaps.
+    """
+    network = dataclasses.replace(NETWORK, bandwidth=430e9)
+    axes = ("fsdp",)
+    found = [
+        Collective("all-gather", axes, 32, 1, 32 * 10**9),
+        Collective("collective-permute", axes, 2, 1, 10**9),
+    ]
+    bound = bounds.bound(0, 1, 0, 1, found, {axes: [SWITCH, network]}, "InfiniBand")
+    terms = {term.name: (term.seconds, term.in_step) for term in bound.terms[2:]}
+    gathered, sent = (28 / 450, 24 / 430), (1 / 450, 1 / 50)
+    assert terms["NVLink fsdp"] == pytest.approx((gathered[0] + sent[0], sent[0]))
+    assert terms["InfiniBand fsdp"] == pytest.approx((gathered[1] + sent[1], gathered[1]))
+    assert len(terms) == 2
+    assert bound.serial == pytest.approx(gathered[0] + sent[1])
+    assert bound.limit == "InfiniBand fsdp"
+    assert bound.seconds == pytest.approx(gathered[1] + sent[1])
+
+
+def test_a_network_that_carries_nothing_has_a_term() -> None:
+    found = [Collective("all-gather", ("tp",), 8, 4, 8 * 10**9)]
+    bound = bounds.bound(1, 1, 1, 1, found, {("tp",): [SWITCH]}, "InfiniBand")
+    assert bounds.Term("InfiniBand", 0.0) in bound.terms
+    assert [topology.parse(x).network for x in ("h100:8", "h100:2x8", "h100:8*2")] == [
+        "",
+        "InfiniBand",
+        "InfiniBand",
+    ]
+    assert topology.parse("v5e:4x4").network == ""
+    assert topology.parse("v5e:4x4*2").network == "DCN"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("qwen-1.8b", 9.8e9), ("qwen-7b", 44.2e9), ("qwen-14b", 82.8e9), ("qwen-72b", 434e9)],

@@ -320,6 +320,38 @@ def test_collectives_that_are_not_known_are_said(trained: estimate.Estimate) -> 
     assert trained.to_json()["links_known"]
 
 
+def test_time_between_hosts_or_slices_is_said(trained: estimate.Estimate) -> None:
+    terms = (
+        Term("compute", 0.5),
+        Term("NVLink fsdp", 0.02),
+        Term("InfiniBand fsdp", 0.01, 0.01),
+        Term("InfiniBand data", 0.004, 0.001),
+        Term("DCN", 0.0),
+    )
+    x = dataclasses.replace(trained, bound=Bound(terms), topology=topology.parse("h100:2x2"))
+    lines = [" ".join(line.split()) for line in report.text(x, "tiny").splitlines()]
+    assert "NVLink fsdp 20.000" in lines
+    assert "InfiniBand fsdp 10.000 in step with a slower link, not in serial" in lines
+    assert "InfiniBand data 4.000 1.000 of it in step with a slower link" in lines
+    assert "DCN 0.000 nothing goes over it" in lines
+    assert x.to_json()["terms_in_step"] == {"InfiniBand fsdp": 0.01, "InfiniBand data": 0.001}
+    program = dataclasses.replace(trained.program, collectives=None, unread="for a reason")
+    unread = dataclasses.replace(x, program=program, bound=Bound(terms[:1]))
+    assert re.search(r"\n  InfiniBand +not known\n", report.text(unread, "tiny"))
+
+
+def test_a_plan_has_the_link_between_slices(on_cpu: None) -> None:
+    """Also where no collective goes over it, and not where they are unknown."""
+    hosts, mesh = topology.parse("v5e:2x1*2"), meshes.make(SIZES)
+    program = programs.Program(Memory({}), flops.Work(0, Counter(), 0), [], 1)
+    names = []
+    for found in ([], None):
+        one = dataclasses.replace(program, collectives=found)
+        bound = estimate._bound(one, hosts, mesh, 1.0, 1.0, found)
+        names.append([term.name for term in bound.terms] if bound else [])
+    assert names == [["compute", "HBM", "DCN"], ["compute", "HBM"]]
+
+
 def test_what_is_too_large_for_the_chip_does_not_fit(trained: estimate.Estimate) -> None:
     assert trained.fits and "fits" in report.text(trained, "tiny")
     chip = dataclasses.replace(trained.topology.chip, usable=1000)
