@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--remat", default="full", help="full, projections or none")
     parser.add_argument(
-        "--sequence-parallel", action="store_true", help="split the residual over tp by tokens"
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="split the residual over tp by tokens, or keep it whole (default: split where the "
+        "tokens divide)",
     )
     parser.add_argument(
         "--accumulate", type=command.positive, default=1, help="parts of a batch, one by one"
@@ -130,7 +133,7 @@ def _work(args: argparse.Namespace) -> None:
                     f"{args.model} and --batch {args.batch} do not divide over the "
                     f"{topology.devices} devices of {topology}, but over {meshes.describe(sizes)}"
                 )
-        if sizes[sharding.TENSOR] == 1:
+        if sizes[sharding.TENSOR] == 1 and args.sequence_parallel:
             how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
             command.refuse(args, ("sequence_parallel",), how)
         found = list(estimates(setting, topology, sizes, args.decode))

@@ -16,6 +16,7 @@ from qwen_jax.meshes.build import (
     make,
     of_size,
     parse,
+    splits_tokens,
 )
 from qwen_jax.meshes.moves import fetch
 
@@ -31,4 +32,5 @@ __all__ = [
     "make",
     "of_size",
     "parse",
+    "splits_tokens",
 ]

@@ -162,6 +162,24 @@ def check(lengths: Mapping[str, int], mesh: Any, sequence_parallel: bool = False
     raise ValueError(f"mesh {describe(sizes)}: {problem}{advice}")
 
 
+def splits_tokens(asked: bool | None, length: int, mesh: Any | None = None) -> tuple[bool, str]:
+    """Decide whether training splits the residual stream by tokens over `tp`, and say why.
+
+    It sends no more than a whole residual does and keeps a part of it on each device, so that it is
+    the default wherever the tokens divide. asked: what the user wants; None is the default. length:
+    T. mesh: a mesh, or sizes by axis; None is the mesh in force.
+    """
+    sizes = axis_sizes(mesh)
+    if asked is not None:
+        return asked, "as asked for"
+    if sizes[TENSOR] == 1:
+        return False, "the mesh has no tp"
+    if problem := _problem({"T": length}, sizes, sequence_parallel=True):
+        return False, problem
+    over = " x ".join(f"{axis}={sizes[axis]}" for axis in (CONTEXT, TENSOR) if sizes[axis] > 1)
+    return True, f"the default where tokens divide, as {length} do over {over}"
+
+
 _NAMES = {
     "V": "vocabulary",
     "D": "model width",

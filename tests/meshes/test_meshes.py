@@ -223,6 +223,23 @@ def test_a_residual_split_by_tokens_is_checked():
         meshes.check({"T": 12}, {"context": 2, "tp": 4}, sequence_parallel=True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "length", "sizes", "expected"),
+    [
+        (None, 6, {"tp": 2}, (True, "the default where tokens divide, as 6 do over tp=2")),
+        (None, 8, {"context": 2, "tp": 4}, (True, "as 8 do over context=2 x tp=4")),
+        (None, 6, {"tp": 4}, (False, "length T = 6 does not divide over tp=4")),
+        (None, 12, {"context": 2, "tp": 4}, (False, "T = 12 does not divide over context=2 x tp")),
+        (None, 6, {"fsdp": 4}, (False, "the mesh has no tp")),
+        (False, 6, {"tp": 2}, (False, "as asked for")),
+        (True, 6, {"tp": 4}, (True, "as asked for")),  # which `check` refuses
+    ],
+)
+def test_a_residual_is_split_by_tokens_where_they_divide(asked, length, sizes, expected):
+    split, why = meshes.splits_tokens(asked, length, sizes)
+    assert split == expected[0] and expected[1] in why
+
+
 def test_fewer_devices_where_no_mesh_of_as_many_works():
     lengths = {"V": 6, "D": 6, "N": 6, "K": 6, "F": 6, "B": 6, "T": 7}
     with pytest.raises(ValueError, match="nearest mesh that works is ") as error:

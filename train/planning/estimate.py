@@ -89,7 +89,9 @@ class Estimate:
             "accumulate": setting.accumulate,
             "lora_rank": setting.adapters.lora_rank if setting.adapters else 0,
             "remat": setting.remat if self.task == "training" else None,
-            "sequence_parallel": setting.sequence_parallel,
+            "sequence_parallel": setting.splits_tokens(self.mesh)[0]
+            if self.task == "training"
+            else None,
             "gradient_dtype": setting.gradient_dtype if self.task == "training" else None,
             "memory": {**memory.parts, "needed": memory.needed},
             "available": round(self.available),

@@ -40,10 +40,10 @@ class Setting:
 
     batch: rows; length: tokens of a row, for decoding those in the cache. attention: a name of the
     registry, or "auto" for what a plan has to find out; by_auto: whether it has, and passed_over:
-    the kernels that `auto` cannot take there, each with the reason. remat,
-    sequence_parallel, accumulate (parts of a batch), gradient_dtype and adapters (the recipe that
-    has them; None trains all weights) are of training, cache_dtype (None: that of the weights) of
-    decoding.
+    the kernels that `auto` cannot take there, each with the reason. Of training: remat,
+    sequence_parallel (None: where the tokens divide), accumulate (parts of a batch), gradient_dtype
+    and adapters (the recipe that has them; None trains all weights). cache_dtype (None: that of the
+    weights) is of decoding.
     """
 
     config: Config
@@ -51,7 +51,7 @@ class Setting:
     length: int
     attention: str
     remat: str = "full"
-    sequence_parallel: bool = False
+    sequence_parallel: bool | None = None
     cache_dtype: str | None = None
     accumulate: int = 1
     adapters: Recipe | None = None
@@ -62,7 +62,11 @@ class Setting:
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where an axis does not divide over the mesh."""
         lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
-        meshes.check(lengths, sizes, self.sequence_parallel)
+        meshes.check(lengths, sizes, self.splits_tokens(sizes)[0])
+
+    def splits_tokens(self, sizes: Mapping[str, int]) -> tuple[bool, str]:
+        """Whether a step keeps its residual split by tokens over `tp`, and why."""
+        return meshes.splits_tokens(self.sequence_parallel, self.length, sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
         optimizer,
         attention.get(setting.attention),
         remat=setting.remat,
-        sequence_parallel=setting.sequence_parallel,
+        sequence_parallel=setting.splits_tokens(mesh.shape)[0],
         accumulate=setting.accumulate,
         attach=trained.attach,
         gradient_dtype=setting.gradient_dtype,

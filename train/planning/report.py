@@ -51,7 +51,6 @@ def text(x: Estimate, model: str) -> str:
             options += ["int8 base"] if adapters.base_dtype == "int8" else []
             options += ["embeddings trained"] if adapters.train_embeddings else []
         options += [f"{setting.accumulate} parts"] if setting.accumulate > 1 else []
-        options += ["sequence parallel"] if setting.sequence_parallel else []
         options += [f"gradients summed in {setting.gradient_dtype}"]
     elif setting.cache_dtype:
         options.append(f"{setting.cache_dtype} cache")
@@ -62,6 +61,7 @@ def text(x: Estimate, model: str) -> str:
         f"{x.program.seconds:.0f} s",
         f"attention: {_attention(x)}",
         *[f"  not {line}" for line in setting.passed_over],
+        *_sequence_parallel(x),
         "",
         "memory of a device, GB",
     ]
@@ -131,6 +131,14 @@ def _attention(x: Estimate) -> str:
     if name == "xla":
         return f"{name} (what auto takes on {device}: no kernel there takes this)"
     return f"{name} (what auto takes on {device} once it has proved itself there; else xla)"
+
+
+def _sequence_parallel(x: Estimate) -> list[str]:
+    """A line of training: whether the residual is split by tokens over `tp`, and why."""
+    if x.task != "training":
+        return []
+    parallel, why = x.setting.splits_tokens(x.mesh)
+    return [f"sequence parallel: {'yes' if parallel else 'no'} ({why})"]
 
 
 def _note(term: Term) -> str:

@@ -104,7 +104,7 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     shards = tp * math.prod(sizes[axis] for axis in sharding.WEIGHTS)
     width = 2 * tokens * config.hidden_size
     whole, split, wide = _KEPT[setting.remat]
-    whole = whole / tp if setting.sequence_parallel else whole
+    whole = whole / tp if setting.splits_tokens(sizes)[0] else whole
     split += wide * config.intermediate_size / config.hidden_size
     kept = config.num_layers * width * (whole + split / tp)
     if setting.remat == "none":

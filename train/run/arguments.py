@@ -294,7 +294,8 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
     if sizes[sharding.TENSOR] == 1 and wanted.sequence_parallel:
         how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
         command.refuse(args, ("sequence_parallel",), how)
-    meshes.check(lengths, sizes, wanted.sequence_parallel)
+    parallel, _ = meshes.splits_tokens(wanted.sequence_parallel, wanted.length, sizes)
+    meshes.check(lengths, sizes, parallel)
     saving.ignore_late_callbacks()
     with meshes.entered(meshes.make(sizes)):
         task.train(given, settings)

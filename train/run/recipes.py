@@ -99,7 +99,11 @@ class Recipe:
         "full, projections or none.",
         "full",
     )
-    sequence_parallel: bool = _about("Split the residual stream by tokens over tp.", False)
+    sequence_parallel: bool | None = _about(
+        "Split the residual stream by tokens over tp, or keep it whole (default: split where the "
+        "tokens divide).",
+        None,
+    )
     attention: str = _about(
         "Compute attention with this implementation of docs/attention.md; auto takes the fastest "
         "kernel that proves itself on this device, once.",

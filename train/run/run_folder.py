@@ -11,6 +11,9 @@ from qwen_jax.runtime import command, lock, paths, processes
 FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
 RESULTS = MODEL, ADAPTER = "model", "adapter"
 _RUN, _LOCK = "run.json", "run.lock"
+# Fields of a recipe that change roundings alone: a run may go on with others.
+ROUNDINGS = ("remat", "sequence_parallel", "attention", "gradient_dtype")
+_MAY_DIFFER = {f"recipe.{name}" for name in ("steps", "epochs", *ROUNDINGS)}
 
 
 @contextlib.contextmanager
@@ -62,7 +65,7 @@ def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None
             name, f"{name} was {old!r}, is {new!r}"
         )
         for name, old, new in _differences(before, identity)
-        if name != "recipe.steps" and name != "recipe.epochs"
+        if name not in _MAY_DIFFER
     ]
     taken = _steps_saved(out / CHECKPOINTS)
     saved = taken or any((out / name).exists() for name in RESULTS)

@@ -23,11 +23,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import attention, checkpoint
+from qwen_jax import attention, checkpoint, meshes
 from qwen_jax.attention import prove
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
+from qwen_jax.meshes import sharding
 from qwen_jax.runtime import command, paths, processes
 from train import data, step
 from train.data import records, shared_cache, token_cache
@@ -86,6 +87,7 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate
     calls = prove.passes(task.config, dtype, rows_at_once, recipe.length, backward=True)
     attend = prove.resolve(recipe.attention, calls)
+    parallel = bool(recipe.sequence_parallel)  # which `_settled` has decided
     optimizer = recipe.optimizer(steps)
     like = trained.abstract(optimizer)
     identity = _identity(task, rows)
@@ -110,7 +112,7 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
             attend,
             dtype,
             recipe.remat,
-            recipe.sequence_parallel,
+            parallel,
             recipe.accumulate,
             recipe.z_loss,
             recipe.dropout,
@@ -118,7 +120,7 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
             trained.attach,
             recipe.gradient_dtype,
         ),
-        evaluate=step.make_evaluation(attend, dtype, recipe.sequence_parallel, trained.attach),
+        evaluate=step.make_evaluation(attend, dtype, parallel, trained.attach),
         base=trained.base,
         batches=Batches(rows, recipe.length, recipe.rows, recipe.seed, position),
         held_out=held_out,
@@ -152,8 +154,15 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
 
 
 def _settled(task: Task) -> Task:
-    """The task, what its recipe leaves open decided: whether adapters come with the embeddings."""
+    """The task, with what its recipe leaves open decided for its model and the mesh in force:
+    whether the residual is split by tokens, and whether adapters come with the embeddings.
+    """
     recipe = task.recipe
+    parallel, why = meshes.splits_tokens(recipe.sequence_parallel, recipe.length)
+    if sharding.axis_sizes()[sharding.TENSOR] > 1:
+        command.say(f"sequence parallel: {'yes' if parallel else 'no'} ({why})")
+    recipe = dataclasses.replace(recipe, sequence_parallel=parallel)
+    task = dataclasses.replace(task, recipe=recipe)
     if not recipe.lora_rank or task.ckpt is None:
         return task
     settings = checkpoint.load_generation_config(task.ckpt)
@@ -239,8 +248,8 @@ def _steps(recipe: Recipe, rows: int) -> int:
 def _identity(task: Task, rows: Rows) -> dict[str, Any]:
     """What must be the same for a run to go on: anything that changes what is computed."""
     recipe = dataclasses.asdict(task.recipe)
-    for name in ("remat", "sequence_parallel", "attention", "gradient_dtype"):
-        del recipe[name]  # these change roundings alone
+    for name in run_folder.ROUNDINGS:
+        del recipe[name]
     if not (recipe["dropout"] or (recipe["lora_rank"] and recipe["lora_dropout"])):
         del recipe["accumulate"]  # as this does, where no part of a batch has a mask of its own
     manifest = task.ckpt and (task.ckpt / directory.MANIFEST).read_bytes()

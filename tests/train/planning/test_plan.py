@@ -83,8 +83,8 @@ def test_memory_of_training_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert least <= parts["weights"] < 1.1 * least
     assert parts["optimiser"] == 2 * parts["weights"] + 2 * 4  # and two counts of steps
     assert parts["batch"] == 5 * (4 // 2) * 16 * 4
-    # Of each of 2 layers, the residual [2, 16, 32] in bfloat16.
-    assert parts["residuals"] == 2 * 2 * 16 * 32 * 2
+    # Of each of 2 layers, the residual [2, 16, 32] in bfloat16, its tokens split over tp.
+    assert parts["residuals"] == 2 * 2 * (16 // 2) * 32 * 2
     assert abs(parts["padding"]) < 0.01 * program.memory.needed
 
 
@@ -503,6 +503,53 @@ def test_the_command(
     code, out, error = run(capsys, *options, "--search", "--tries", "2")
     assert code == 0 and len(out.splitlines()) == 3
     assert "1 of 2: compiling" in error and "2 of 2: compiling" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "said"),
+    [
+        ([], True, "yes (the default where tokens divide, as 16 do over tp=2)"),
+        (["--sequence-parallel"], True, "yes (as asked for)"),
+        (["--no-sequence-parallel"], False, "no (as asked for)"),
+        (["--length", "15"], False, "no (length T = 15 does not divide over tp=2)"),
+        (["--mesh", "fsdp=4"], False, "no (the mesh has no tp)"),
+        (["--mesh", "fsdp=4", "--no-sequence-parallel"], False, "no (as asked for)"),
+    ],
+)
+def test_a_plan_splits_the_residual_as_a_run_does(
+    uncompiled: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    taken: bool,
+    said: str,
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    given = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla", "--batch", "4"]
+    given += ["--length", "16", "--mesh", "fsdp=2,tp=2", *options]
+    code, out, _ = run(capsys, *given)
+    assert code == 0 and f"\nsequence parallel: {said}\n" in out
+    code, out, _ = run(capsys, *given, "--json")
+    assert json.loads(out)["plans"][0]["sequence_parallel"] == taken
+
+
+def test_a_step_is_planned_with_its_residual_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def make_step(*_: Any, sequence_parallel: bool, **__: Any) -> Any:
+        asked.append(sequence_parallel)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(step, "make_step", make_step)
+    for setting in (SETTING, dataclasses.replace(SETTING, sequence_parallel=False)):
+        with pytest.raises(ValueError, match="far enough"):
+            programs.training(setting, meshes.make(SIZES))
+    assert asked == [True, False]
+    # And a search counts with it.
+    wide = Setting(PRESETS["qwen-72b"], 512, 2048, "xla")
+    whole = dataclasses.replace(wide, sequence_parallel=False)
+    where, sizes = topology.parse("v5p:8x8x8"), meshes.parse("fsdp=64,tp=8")
+    assert search._rough(wide, where, sizes)[0] < search._rough(whole, where, sizes)[0]
 
 
 def test_time_is_shown_while_a_program_is_compiled(

@@ -1,6 +1,7 @@
 """Runs from beginning to end: what they leave, how they resume, and what they refuse."""
 
 import dataclasses
+import inspect
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ import pytest
 
 import qwen_jax
 from qwen_jax import checkpoint, meshes
+from qwen_jax.checkpoint import directory
+from qwen_jax.runtime import texts
 from tests.support.training import (
     CONFIG,
     curve,
@@ -29,7 +32,7 @@ from tests.support.training import (
 )
 from train import pretrain, sft, step
 from train.data import packing
-from train.run import logs, loop, recipes, run_folder, saving, task
+from train.run import logs, loop, parameters, recipes, run_folder, saving, task
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +381,53 @@ def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
     line = fail(capsys, pretraining(given, tmp_path), pretrain)
     assert "holds something else: give --out an empty or new folder" in line
     assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize("setting", [{}, {"sequence_parallel": False}, {"sequence_parallel": True}])
+def test_a_record_with_or_without_what_changes_roundings_alone(setting, tmp_path):
+    """Those settings are not part of a run; whatever a record says of them, the run goes on."""
+    recipe = {"learning_rate": 0.01, "steps": 12}
+    directory.write_json(tmp_path / "run.json", {"recipe": {**recipe, **setting}})
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    run_folder.claim(tmp_path, {"recipe": recipe}, 12, True)
+    assert texts.read_json(tmp_path / "run.json") == {"recipe": recipe}
+    with pytest.raises(ValueError, match=r"another run: recipe\.learning_rate was 0\.01"):
+        run_folder.claim(tmp_path, {"recipe": {**recipe, "learning_rate": 0.02}}, 12, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "said"),
+    [
+        (["--mesh", "tp=2"], True, "yes (the default where tokens divide, as 32 do over tp=2)"),
+        (["--mesh", "tp=2", "--sequence-parallel"], True, "yes (as asked for)"),
+        (["--mesh", "tp=2", "--no-sequence-parallel"], False, "no (as asked for)"),
+        (["--mesh", "tp=2", "--length", 31], False, "no (length T = 31 does not divide over tp=2)"),
+        (["--mesh", "fsdp=2"], False, ""),
+    ],
+)
+def test_the_residual_is_split_by_tokens_by_default(
+    given, tmp_path, capsys, monkeypatch, options, taken, said
+):
+    """In a run's steps and its evaluation; the log says so, and why, where there is a tp."""
+    seen = {}
+
+    def made(make):
+        def spied(*args, **named):
+            given = inspect.signature(make).bind(*args, **named).arguments
+            seen[make.__name__] = given["sequence_parallel"]
+            if make is evaluation:
+                raise ValueError("far enough")
+
+        return spied
+
+    evaluation = step.make_evaluation
+    monkeypatch.setattr(step, "make_step", made(step.make_step))
+    monkeypatch.setattr(step, "make_evaluation", made(evaluation))
+    monkeypatch.setattr(parameters.Whole, "begin", lambda *_: None)
+    assert pretrain.main(pretraining(given, tmp_path / "run", *options)) == 1
+    assert seen == {"make_step": taken, "make_evaluation": taken}
+    error = capsys.readouterr().err
+    assert f"sequence parallel: {said}" in error if said else "sequence parallel" not in error
 
 
 def test_a_run_that_was_never_saved_can_become_another(given, tmp_path, capsys, monkeypatch):
