@@ -22,6 +22,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
 
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
+from train.planning import glossary
 
 _LONGEST = 300  # characters of what a kernel or a compiler says
 
@@ -31,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m train.plan",
         description="Plan a run on accelerators that are not there: compile its programs here, and "
         "print the memory, work and time that they need.",
+        epilog="Every word of a plan is explained by --glossary, and in docs/scaling.md.",
     )
-    parser.add_argument("--model", required=True, help="a preset, or a folder with a config.json")
-    parser.add_argument("--topology", required=True, help="v5p:8x8x8, v5e:16x16*2, h100:8x8, ...")
+    parser.add_argument("--glossary", action="store_true", help="explain the words of a plan, end")
+    parser.add_argument("--model", help="a preset, or a folder with a config.json")
+    parser.add_argument("--topology", help="v5p:8x8x8, v5e:16x16*2, h100:8x8, ...")
     parser.add_argument("--mesh", help="as fsdp=64,tp=8; default: all devices")
     parser.add_argument("--length", type=command.positive, default=2048, help="tokens of a row")
     parser.add_argument("--batch", type=command.positive, default=256, help="rows, of all devices")
@@ -97,6 +100,11 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
+    if args.glossary:
+        print(glossary.text())
+        return
+    if missing := [f"--{name}" for name in ("model", "topology") if getattr(args, name) is None]:
+        raise UsageError(f"give {' and '.join(missing)}")
     _refuse_idle(args)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing of this machine is used
     if not args.debug:  # C++ has traces of its own for what is handled, or said in a line, here

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import re
 import threading
 from collections import Counter
@@ -21,7 +22,7 @@ from qwen_jax.kernels import choice
 from qwen_jax.meshes import hardware
 from tests.support.tiny import tiny_config
 from train import plan, step
-from train.planning import estimate, flops, programs, report, search, topology
+from train.planning import estimate, flops, glossary, programs, report, search, topology
 from train.planning.bounds import Bound, Term
 from train.planning.programs import Memory, Setting
 from train.planning.topology import Path
@@ -709,6 +710,8 @@ def test_a_plan_is_compiled_with_what_auto_takes(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--mesh", "fsdp=4"], "give --model and --topology"),
+        (["--model", "qwen-7b"], "give --topology"),
         (["--model", "qwen-1b", "--topology", "v5e:2x2"], "qwen-1.8b, qwen-7b"),
         (["--model", "qwen-7b", "--topology", "v5e"], "CHIP:SIZE"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--remat", "some"], "full, projections"),
@@ -734,6 +737,24 @@ def test_usage_errors(
     code, _, error = run(capsys, *options)
     assert code == 2
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_the_words_of_a_plan_are_explained(
+    trained: estimate.Estimate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By an option that --help names, and by the page, which are equal."""
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    assert plan.main(["--glossary"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "explained by --glossary, and in docs/scaling.md" in told
+    page = (pathlib.Path(scaling.__file__).parents[1] / "docs/scaling.md").read_text()
+    for word, meaning in glossary.WORDS.items():
+        assert f"{word} {meaning}" in told and f"| {word} | {meaning} |" in page
+    words = " ".join(glossary.WORDS)
+    said = [*trained.program.memory.parts, "serial", "bound", "MFU", "collective", "count"]
+    said += ["sequence parallel", "attention", "ICI", "DCN", "NVLink", "InfiniBand", "on chip"]
+    assert [word for word in said if word not in words] == []
 
 
 @pytest.mark.parametrize(
