@@ -165,9 +165,10 @@ def check(lengths: Mapping[str, int], mesh: Any, sequence_parallel: bool = False
 def splits_tokens(asked: bool | None, length: int, mesh: Any | None = None) -> tuple[bool, str]:
     """Decide whether training splits the residual stream by tokens over `tp`, and say why.
 
-    It sends no more than a whole residual does and keeps a part of it on each device, so that it is
-    the default wherever the tokens divide. asked: what the user wants; None is the default. length:
-    T. mesh: a mesh, or sizes by axis; None is the mesh in force.
+    Each device of `tp` then keeps a part of the residual in place of the whole, for which somewhat
+    more goes over the links (docs/scaling.md): the default wherever the tokens divide. asked: what
+    the user wants; None is the default. length: T. mesh: a mesh, or sizes by axis; None is the mesh
+    in force.
     """
     sizes = axis_sizes(mesh)
     if asked is not None:
