@@ -1,5 +1,10 @@
 """Plans for a TPU slice and for GPUs of two hosts: the real compilers, on a small model."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +103,25 @@ def test_fine_tuning_on_one_gpu(name: str, adapters: recipes.Recipe | None) -> N
     setting = Setting(PRESETS[name], 8, 8192, kernel, accumulate=8, adapters=adapters)
     x = estimate.training(setting, where, meshes.parse(None))
     assert x.fits and x.program.memory.needed < 80e9
+
+
+def test_the_command_says_all_and_nothing_else(tmp_path: Path) -> None:
+    """Of a program that jaxlib cannot print: what it holds of collectives, and no trace of C++, nor
+    a warning of jax's cache, from which nothing compiled for absent devices can be read.
+    """
+    (tmp_path / "config.json").write_text(json.dumps(small().to_hf()))
+    given = ["--model", str(tmp_path), "--topology", "tpu7x:2x2x1", "--mesh", "fsdp=4,tp=2"]
+    given += ["--batch", "8", "--length", "512", "--attention", "pallas_tpu"]
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment.pop("XLA_FLAGS", None)  # of this process, which dumps what kernels become
+    command = [sys.executable, "-m", "train.plan", *given]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert "\nall-gather           fsdp " in ran.stdout and "not known" not in ran.stdout
+    shown = ran.stderr.replace("\r", "\n").split("\n")
+    assert [x for x in shown if x and not x.startswith("compiling for tpu7x:2x2x1: training")] == []
+    assert not cache.exists() or not list(cache.glob("jit_step*"))
 
 
 def test_what_does_not_fit_is_reported() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import threading
@@ -737,6 +738,23 @@ def test_usage_errors(
     code, _, error = run(capsys, *options)
     assert code == 2
     assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("options", "level"), [([], "3"), (["--debug"], None)])
+def test_traces_of_cpp_do_not_reach_the_user(
+    uncompiled: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    level: str | None,
+) -> None:
+    """But with --debug. `tests/aot` has the command itself."""
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")  # so that it is put back
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    given = ["--model", "tiny", "--topology", "v5e:2x2", "--attention", "xla", "--batch", "4"]
+    code, _, _ = run(capsys, *given, *options)
+    assert code == 0 and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == level
 
 
 def test_the_words_of_a_plan_are_explained(
