@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
-        help="split the residual over tp by tokens, or keep it whole (default: split where the "
-        "tokens divide)",
+        help="split the residual over tp by tokens (default: where the tokens divide)",
     )
     parser.add_argument(
         "--accumulate", type=command.positive, default=1, help="parts of a batch, one by one"
@@ -194,15 +193,9 @@ def estimates(
 
 def _compiled(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], label: str) -> Any:
     """The estimate that a task makes, which compiles a program for minutes: it is said which."""
-    from qwen_jax import meshes
     from train.planning import report
 
-    remat = f", remat {setting.remat}" if task.__name__ == "training" else ""
-    program = (
-        f"{task.__name__}, {setting.batch} rows of {setting.length} tokens{remat}, "
-        f"mesh {meshes.describe(sizes)}, attention {setting.attention}"
-    )
-    with report.waiting(f"{label}compiling for {topology}: {program}"):
+    with report.waiting(label + report.program(task.__name__, setting, topology, sizes)):
         return task(setting, topology, sizes)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -10,6 +10,8 @@ from qwen_jax import meshes
 from train.planning import collectives
 from train.planning.bounds import Term
 from train.planning.estimate import Estimate
+from train.planning.programs import Setting
+from train.planning.topology import Topology
 
 _WITHOUT_LINKS = (
     "  so the times below lack that of the links, and that of HBM for what is gathered over them:\n"
@@ -38,6 +40,15 @@ def waiting(what: str, every: float = 1.0) -> Iterator[None]:
         finally:
             ended.set()
             shown.join()
+
+
+def program(task: str, setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> str:
+    """What is being compiled, in a line."""
+    remat = f", remat {setting.remat}" if task == "training" else ""
+    return (
+        f"compiling for {topology}: {task}, {setting.batch} rows of {setting.length} tokens"
+        f"{remat}, mesh {meshes.describe(sizes)}, attention {setting.attention}"
+    )
 
 
 def text(x: Estimate, model: str) -> str:

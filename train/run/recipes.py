@@ -100,9 +100,7 @@ class Recipe:
         "full",
     )
     sequence_parallel: bool | None = _about(
-        "Split the residual stream by tokens over tp, or keep it whole (default: split where the "
-        "tokens divide).",
-        None,
+        "Split the residual stream by tokens over tp (default: where the tokens divide).", None
     )
     attention: str = _about(
         "Compute attention with this implementation of docs/attention.md; auto takes the fastest "
@@ -118,8 +116,7 @@ class Recipe:
         for name, allowed in _ALLOWED.items():
             values.choice(name, getattr(self, name), allowed)
         for name, (least, below) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None:
+            if (value := getattr(self, name)) is None:
                 continue
             rounds_to_1 = below == 1 and 0 < value < 1 and np.float32(value) == 1
             if rounds_to_1 or not least <= value < below:
@@ -344,8 +341,7 @@ def _eps(source: str) -> float:
 def _of(source: str, **stated: Any) -> Any:
     """The value that a source states."""
     if not isinstance(source, str) or source not in stated:
-        shown = texts.shown(source)
-        raise ValueError(f"source {shown}: allowed here are {', '.join(stated)}")
+        raise ValueError(f"source {texts.shown(source)}: allowed here are {', '.join(stated)}")
     return stated[source]
 
 
