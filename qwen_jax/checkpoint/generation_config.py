@@ -73,7 +73,7 @@ class GenerationConfig:
         Raises ValueError that names the file and the key whose value cannot be. Warns in one line
         of what is asked for and not done.
         """
-        hf = values.mapping("hf, of a generation_config.json,", hf)
+        hf = values.mapping("hf (values of a generation_config.json)", hf)
         given = {key: value for key, value in hf.items() if value is not None}
         if asked := _not_done(given):
             said = ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items()))

@@ -172,7 +172,7 @@ class Config:
         code does not know and that may change the mathematics. Warns in one line of what would
         change answers and is not done.
         """
-        hf = values.mapping("hf, of a config.json (Config.read takes a path),", hf)
+        hf = values.mapping("hf (values of a config.json; Config.read takes a path)", hf)
         with values.named(file):
             config = cls(**hf_config.read(hf))
         hf_config.warn(hf, file)

@@ -1,1 +1,1 @@
-"""Files, processes, errors and the command line: what knows no model."""
+"""Files, processes, errors and the command line. Nothing in this room knows a model."""

@@ -1,4 +1,4 @@
-"""Folders of what can be made again: compiled programs, verdicts on kernels, encoded data."""
+"""Cache folders for data that can be recomputed: compiled programs, kernel checks, encoded data."""
 
 import argparse
 import atexit
@@ -14,10 +14,10 @@ from qwen_jax.runtime import paths
 
 
 def own_cache(name: str) -> Path:
-    """A folder of this user's files that can be made again, in XDG_CACHE_HOME or the home; it is
-    there.
+    """Return this user's cache folder of the given name, and create it if needed.
 
-    Where none can be written to, it is one that goes with this process, with one warning.
+    It lies in `$XDG_CACHE_HOME/qwen_jax`, or in `~/.cache/qwen_jax`. If neither is writable, a
+    temporary folder is used, which is removed when the process ends, and one warning says so.
     """
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_jax"
@@ -33,6 +33,7 @@ def own_cache(name: str) -> Path:
 
 
 def _passing_cache(reason: str, name: str) -> Path:
+    """A temporary cache folder. `reason`: why the user's own folder cannot be used."""
     folder = _passing_root(reason) / name
     folder.mkdir(exist_ok=True)
     return folder
@@ -40,7 +41,10 @@ def _passing_cache(reason: str, name: str) -> Path:
 
 @functools.cache
 def _passing_root(reason: str) -> Path:
-    """A folder that goes with this process. The warning comes once, as the folder is made once."""
+    """The temporary folder that holds the caches of this process; it is removed at exit.
+
+    Cached, so that the folder is made once and the warning is given once.
+    """
     warnings.warn(
         f"{reason}: compiled programs, verdicts on kernels and encoded data are not kept after "
         "this run; set XDG_CACHE_HOME to a folder that can be written to",
@@ -52,7 +56,7 @@ def _passing_root(reason: str) -> Path:
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """Add the option that `use_compilation_cache` takes."""
+    """Add the option `--compilation-cache`, which gives `use_compilation_cache` its argument."""
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
@@ -62,12 +66,14 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def use_compilation_cache(place: str | None = None) -> None:
-    """Keep compiled programs between runs.
+    """Keep compiled programs between runs in jax's persistent compilation cache.
 
-    place: a folder, which may be in `gs://`; None is the place that the user has told jax, or one
-    in the home. Of several processes jax lets process 0 alone write, and all read: the others find
-    programs only where all see the same folder. Raises ValueError or OSError for a place that
-    cannot be.
+    place: a folder, which may be in `gs://`. None keeps the folder that jax is configured with, and
+        otherwise takes one in the user's cache.
+
+    With several processes, jax lets only process 0 write to the cache while all read from it, so
+    the other processes find programs only if all see the same folder. Raises ValueError or OSError
+    if the folder cannot be used.
     """
     import jax
 
@@ -75,9 +81,9 @@ def use_compilation_cache(place: str | None = None) -> None:
         return
     folder = own_cache("jax") if place is None else paths.absolute(place)
     if place is not None:
-        paths.make_folder(folder)  # jax would say with each program that it is not there
+        paths.make_folder(folder)  # if it is missing, jax warns at every program
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if paths.is_remote(folder):
-        # What XLA keeps of GPU kernels beside the programs, it writes to a disk only.
+        # XLA's own caches of GPU kernels can be written to local disks only.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

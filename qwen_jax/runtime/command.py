@@ -1,7 +1,7 @@
-"""What the commands share: exit codes, one-line errors, progress on stderr, common arguments.
+"""What all commands share: exit codes, one-line errors, progress on stderr, common options.
 
-Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error. Of several processes
-the first one alone speaks, but for errors.
+Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error. With several processes,
+only process 0 prints, except for errors.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from typing import Any
 
 from qwen_jax.runtime import errors, paths, processes, rendezvous
 
-_RAISING = ("strict", "surrogateescape", "surrogatepass")  # a stream's errors, of encodings
+_RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may raise on output
 
 
 class UsageError(ValueError):
-    """Arguments that cannot be; the command exits with 2."""
+    """Arguments that are invalid or cannot be combined; the command exits with code 2."""
 
 
 def run(
@@ -31,7 +31,10 @@ def run(
     work: Callable[[argparse.Namespace], None],
     argv: list[str] | None = None,
 ) -> int:
-    """Parse, work, and turn what goes wrong into one line on stderr and an exit code."""
+    """Parse the arguments, call `work` with them, and return the exit code.
+
+    An exception becomes one line on stderr; with `--debug` it is raised.
+    """
     _settle_streams()
     args = parse(parser, argv)
     show_log(args.debug)
@@ -51,7 +54,7 @@ def run(
         if args.debug:
             raise
         _hush()
-        with contextlib.suppress(OSError):  # of stdout: perhaps the error itself
+        with contextlib.suppress(OSError):  # a failing stdout may be the error being reported
             _flush()
         processes.await_verdict(error)
         detail = errors.explain(error, vars(args))
@@ -64,13 +67,17 @@ def run(
 
 
 class _Absent(list[Any]):
-    """Stands for an argument that a command line does not name. A list: some are appended to."""
+    """The value of an argument that the command line does not name. It is a list because argparse
+    appends to the values of some arguments.
+    """
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of a command line, and in `given` the names of those that it names, be they
-    what the default is. argparse tells these apart when the others are there already, so that it
-    parses twice.
+    """Parse a command line; `given` of the result holds the names of the arguments that it
+    contains.
+
+    An argument counts as given even if its value equals the default. argparse can tell this only
+    when the namespace holds other values beforehand, so the line is parsed twice.
     """
     args, absent = parser.parse_args(argv), _Absent()
     named = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
@@ -79,8 +86,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    """Raise UsageError for the first of these arguments that the command line names: beside others
-    it means nothing. why: goes on after the option, and says what to do.
+    """Raise UsageError for the first of `names` that the command line contains.
+
+    For options that have no meaning together with the others. `why` follows the option's name in
+    the message, and says what to do.
     """
     for name in names:
         if name in args.given:
@@ -88,14 +97,18 @@ def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning as `say` would say it: one line, without the place in the code."""
+    """A warning as one line in the form of `say`, without its place in the code; "" except in
+    process 0.
+    """
     line = f"warning: {' '.join(str(message).split())}\n"
     return line if processes.index() == 0 else ""
 
 
 def _settle_streams() -> None:
-    """Let nothing that is printed end a run: what stdout's encoding lacks is replaced, and a stream
-    that was closed takes everything. (stderr escapes what it lacks, whatever is asked.)
+    """Make sure that printing cannot end a run.
+
+    Characters that stdout's encoding lacks are replaced, and a closed stdout or stderr is replaced
+    by the null device. (stderr always escapes such characters.)
     """
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -104,7 +117,7 @@ def _settle_streams() -> None:
 
 
 def _flush() -> None:
-    """Write out what was printed, while an error such as a full disk can still be told."""
+    """Flush stdout now, so that an error such as a full disk can still be reported."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -114,53 +127,53 @@ def _flush() -> None:
 
 
 def _discard() -> None:
-    """Send what is left for stdout nowhere: Python would try once more at the end."""
+    """Redirect stdout to the null device, because Python flushes it once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal, out of the way of stdout, from process 0."""
+    """Print a line to stderr, from process 0 only; stdout is left to the command's results."""
     if processes.index() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 def _hush() -> None:
-    """Show no traceback of what else is under way when a command fails, such as a checkpoint that
-    threads write: it fails with the command.
+    """Silence the tracebacks of background work, such as a checkpoint that threads are writing,
+    once the command itself has failed.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = threading.excepthook = _say_nothing
 
 
 def _say_nothing(_: Any) -> None:
-    """Do nothing. Not a lambda: a thread may be about to call a hook that is replaced, which must
-    not go.
+    """A hook that does nothing. It is not a lambda, because a thread may be about to call the hook
+    while it is replaced, and a lambda could be freed by then.
     """
 
 
 def show_log(debug: bool = False) -> None:
-    """Say what the library logs as `say` does.
+    """Print the log lines of this package as `say` does.
 
-    What Orbax, gcsfs and matplotlib log is shown for debugging alone: warnings of what is meant,
-    or of caches of theirs, and errors that they also raise.
+    The logs of Orbax, gcsfs and matplotlib are shown for debugging only: they hold warnings about
+    intended behaviour or about caches of their own, and errors that are raised as well.
     """
     handler = logging.Handler()
     handler.emit = lambda record: say(record.getMessage())
     logger = logging.getLogger("qwen_jax")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # libraries that log to the root would say it again
+    logger.propagate = False  # a library's handler on the root logger would print it again
     for name in ("absl", "gcsfs", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Add the option that shows tracebacks."""
+    """Add the option `--debug`, which shows tracebacks."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Add the options of several processes, for `join`."""
+    """Add the options that describe the processes of a run; `join` reads them."""
     group = parser.add_argument_group("several processes, on one host or many (docs/hosts.md)")
     add = group.add_argument
     add(
@@ -188,10 +201,14 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Join the processes that `add_processes` speaks of, if any, before jax is used."""
+    """Join the processes that the options of `add_processes` describe, if any.
+
+    Must be called before jax is used. Raises UsageError for options that contradict each other, and
+    ValueError if the processes were started with different arguments.
+    """
     named = (args.coordinator, args.processes, args.process)
     if not args.distributed and named == (None, None, None):
-        how = "is of several processes: add --distributed, or --coordinator and its like"
+        how = "applies to several processes: add --distributed, or --coordinator and its like"
         refuse(args, ("start_timeout", "heartbeat_timeout"), how)
         return
     if not args.distributed and None in named:
@@ -216,10 +233,12 @@ def join(args: argparse.Namespace) -> None:
 
 
 def _keep_stdout(shown: bool) -> None:
-    """Keep stdout for what Python prints, if it is to be shown: native code says there how sockets
-    fare.
+    """Reserve stdout for what Python prints, because native code reports on its sockets there.
 
-    NVIDIA's NCCL, when asked to, speaks there too: that goes to stderr.
+    shown: whether this process prints at all; otherwise its stdout is discarded.
+
+    Native output is discarded, unless NCCL_DEBUG is set: NVIDIA's NCCL then writes its report to
+    stdout, which goes to stderr instead.
     """
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -245,14 +264,15 @@ def path(given: str) -> Path:
 
 
 def text(given: str) -> str:
-    """An argparse type: a text, of the bytes that the system hands over. File names may hold any
-    bytes, and have no type.
+    """An argparse type: text that is valid UTF-8, decoded from the bytes of the command line.
+
+    File names may hold any bytes, so paths do not use this type.
     """
     try:
         given.encode()
         return given
     except UnicodeEncodeError:
-        try:  # in a locale without an encoding of its own, Python takes UTF-8 for bytes
+        try:  # in the C locale, Python may not have decoded the bytes as UTF-8
             return os.fsencode(given).decode()
         except UnicodeError:
             raise argparse.ArgumentTypeError(
@@ -261,12 +281,12 @@ def text(given: str) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes, for people."""
+    """A number of bytes in GB or MB, for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def overrides(items: Iterable[str]) -> dict[str, Any]:
-    """The values of every `--set KEY=VALUE`, by key. UsageError for a key that is given twice."""
+    """The values of all `--set KEY=VALUE` options, by key. Raises UsageError for a repeated key."""
     found: dict[str, Any] = {}
     for key, value in map(key_value, items):
         if key in found:
@@ -276,7 +296,7 @@ def overrides(items: Iterable[str]) -> dict[str, Any]:
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE, the value in JSON: `use_dynamic_ntk=true` is ("use_dynamic_ntk", True)."""
+    """Parse KEY=VALUE with VALUE in JSON: `use_dynamic_ntk=true` is ("use_dynamic_ntk", True)."""
     key, equals, value = text.partition("=")
     try:
         if not (key and equals):

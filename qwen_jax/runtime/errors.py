@@ -1,7 +1,7 @@
-"""An error as one line for the person at the terminal: what went wrong, and what to do about it.
+"""Turns an exception into one line for the person at the terminal: what went wrong, what to do.
 
-Libraries report some errors without a word, and others in words that lead nowhere: jax without its
-devices, memory that does not suffice, packages that are not installed, files.
+Some libraries raise errors without a message, others with messages that do not help. This module
+rewords the common cases: jax without its devices, too little memory, missing packages, files.
 """
 
 import errno
@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from qwen_jax.runtime import texts
 
-_LONGEST = 500  # characters of what a library says; XLA lists what it has allocated
+_LONGEST = 500  # characters kept of a library's message; XLA appends a list of allocations
+# The extra of this package that installs each optional package.
 _EXTRAS = {
     "grain": "train",
     "matplotlib": "train",
@@ -23,8 +24,9 @@ _EXTRAS = {
     "gcsfs": "gcs",
     "libtpu": "aot",
 }
-_OWN = ("convert", "train")
-_CLOUD = ("gcsfs", "aiohttp", "google")  # packages whose errors are of gs://, or on the way there
+_OWN = ("convert", "train")  # packages of the checkout, which are not installed
+_CLOUD = ("gcsfs", "aiohttp", "google")  # packages whose errors come from access to gs://
+# For each jax platform: the device's name, and how to get it to work.
 _PLATFORMS = {
     "cuda": (
         "CUDA device",
@@ -33,7 +35,7 @@ _PLATFORMS = {
     "tpu": ("TPU", "on a TPU VM pip install 'qwen-jax[tpu]', and let no other process hold it"),
 }
 _PLATFORMS["gpu"] = _PLATFORMS["cuda"]
-# What takes less memory, by option: a number to lower, or the option with its value.
+# Advice against running out of memory: options to lower, and options with a value that saves.
 _LOWER = ("length", "lengths", "max_length", "max_new_tokens", "rows", "batch")
 _TAKE = {
     "accumulate": "a larger --accumulate",
@@ -42,6 +44,7 @@ _TAKE = {
     "base_dtype": "--base-dtype int8",
     "mesh": "a --mesh of more devices",
 }
+# What to do about a system error, by its number.
 _FILES = {
     errno.EACCES: "this user may not do that: see its owner and mode",
     errno.EPERM: "this user may not do that: see its owner and mode",
@@ -54,6 +57,7 @@ _FILES = {
     errno.EMFILE: "raise the limit with ulimit -n",
     errno.ELOOP: "a link leads back to itself",
 }
+# Messages of CUDA libraries that mean an unsuitable driver.
 _DRIVER = re.compile(
     r"driver version is insufficient|DRIVER_MISMATCH|CUDA_ERROR_(NO_DEVICE|UNKNOWN|COMPAT\w*|"
     r"UNSUPPORTED_PTX\w*)|cuInit|cuDNN|CUDNN|DNN library|libcud\w+\.so"
@@ -61,7 +65,10 @@ _DRIVER = re.compile(
 
 
 def explain(error: BaseException, options: Collection[str] = ()) -> str:
-    """The line. options: names of the command's arguments, of which some may be named in it."""
+    """Describe an error in one line.
+
+    options: names of the command's arguments; advice mentions only options among them.
+    """
     words = " ".join(str(error).split())
     line = (
         _cloud(error, words)
@@ -80,11 +87,12 @@ def explain(error: BaseException, options: Collection[str] = ()) -> str:
 
 
 def _short(words: str) -> str:
+    """The words, cut to `_LONGEST` characters."""
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
 
 
 def _cloud(error: BaseException, words: str) -> str | None:
-    """An error on the way to Google Cloud Storage: no network, no credentials."""
+    """The line for an error in access to Google Cloud Storage; None for other errors."""
     if type(error).__module__.partition(".")[0] not in _CLOUD:
         return None
     return (
@@ -94,7 +102,7 @@ def _cloud(error: BaseException, words: str) -> str | None:
 
 
 def _file(error: BaseException) -> str | None:
-    """An error of the system: its words, the file, and what to do."""
+    """The line for an error of the operating system: its message, the file, and what to do."""
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     names = [
@@ -106,6 +114,7 @@ def _file(error: BaseException) -> str | None:
 
 
 def _package(error: BaseException) -> str | None:
+    """The line for a package that cannot be imported, with the command that installs it."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     name = error.name.partition(".")[0]
@@ -116,7 +125,7 @@ def _package(error: BaseException) -> str | None:
 
 
 def _devices(error: BaseException, words: str) -> str | None:
-    """jax without the devices that it was told to use, or with a driver that does not fit."""
+    """The line for a device that jax does not find, or a GPU driver that is too old."""
     frames = traceback.extract_tb(error.__traceback__)
     silent = not words and bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
     failed = re.search(r"Unable to initialize backend '(\w+)': ?(.*)", words)
@@ -124,14 +133,14 @@ def _devices(error: BaseException, words: str) -> str | None:
         if isinstance(error, RuntimeError) and _DRIVER.search(words):
             return (
                 f"{_short(words)}; CUDA 13 needs a driver of version 580 or later (nvidia-smi "
-                "tells it), and no other CUDA libraries on LD_LIBRARY_PATH"
+                "shows it), and no other CUDA libraries on LD_LIBRARY_PATH"
             )
         return None
     asked = os.environ.get("JAX_PLATFORMS", "")
     name = failed[1] if failed else asked.partition(",")[0]
-    # jax tries the two kinds of GPU for "gpu", and names the last.
+    # For "gpu" jax tries CUDA and ROCm, and its message names the last that it tried.
     name = asked if asked in _PLATFORMS else name
-    what, advice = _PLATFORMS.get(name, ("platform", "those known are cpu, cuda and tpu"))
+    what, advice = _PLATFORMS.get(name, ("platform", "known platforms are cpu, cuda and tpu"))
     what = what if name in _PLATFORMS else f"{what} {name!r}"
     reason = failed[2].partition(" (set JAX_PLATFORMS=")[0].rstrip(". ") if failed else ""
     asked_for = f" (JAX_PLATFORMS={asked})" if asked else ""
@@ -141,7 +150,7 @@ def _devices(error: BaseException, words: str) -> str | None:
 
 
 def _memory(error: BaseException, words: str, options: Collection[str]) -> str | None:
-    """Memory of a device, or of this machine, that does not suffice, and what takes less."""
+    """The line for exhausted device or host memory, with the options that would reduce its use."""
     of_device = isinstance(error, RuntimeError) and re.search(
         r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY", words
     )
@@ -159,7 +168,7 @@ def _memory(error: BaseException, words: str, options: Collection[str]) -> str |
 
 
 def _characters(error: BaseException) -> str | None:
-    """Characters without a code, bytes without a character, and what is nested too deeply."""
+    """The line for an encoding error, or for input that is nested too deeply."""
     if isinstance(error, RecursionError):
         return "something is nested too deeply, such as brackets in JSON; --debug shows where"
     if isinstance(error, UnicodeEncodeError):

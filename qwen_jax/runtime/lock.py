@@ -1,13 +1,13 @@
-"""One program at a time in a place where programs write: the others learn who is at work there.
+"""Locks a folder or file against other programs, and tells a refused program who holds the lock.
 
-On a disk the kernel holds the lock (`flock`, which Linux hands on to the server of an NFS) and
-frees it when its process ends, however it ends: a lock that a killed program left locks nobody out.
-Where a file system has no locks there is none, and a line says so.
+On a local disk the lock is an `flock`, which Linux forwards to an NFS server. The kernel frees it
+when the process ends in any way, so a killed program leaves no stale lock. On a file system without
+locks nothing is locked, and a warning says so.
 
-In `gs://` the lock is an object that is made only if there is none, and written again every few
-seconds while its program lives. One that has not been written for `LEASE` was left behind by a
-program that was killed, wherever it ran, and the next one takes its place. A program that was only
-halted for so long learns that when it next asks whether it may still write.
+In `gs://` the lock is an object that is created only if it does not exist, and rewritten every few
+seconds while its program runs. If it has not been rewritten for `LEASE` seconds, its program was
+killed, on whichever machine, and the next one takes the lock. A program that was merely suspended
+for that long finds out when it next checks the lock.
 """
 
 import contextlib
@@ -30,29 +30,29 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = "writer.lock"
-BEAT = 15.0  # seconds between two signs of life in gs://
-LEASE = 60.0  # seconds without one, after which a lock there was left behind
+BEAT = 15.0  # seconds between two writes of a lock in gs://
+LEASE = 60.0  # seconds without a write, after which a lock in gs:// is stale
 
 
 class Busy(ValueError):
-    """Another program is at work there; the message says which, since when, and what to do."""
+    """Another program holds the lock; the message says which, since when, and what to do."""
 
 
 @contextlib.contextmanager
 def alone(
     place: Path, file: Path | None = None, wait: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Work in a place while every other program that asks for its lock is refused.
+    """Hold the lock of a place; any other program that asks for it meanwhile is refused.
 
-    Yields a function to be called before a file is written that makes what was written count: it
-    raises Busy where another program has taken the place meanwhile, which happens in `gs://` alone.
+    place: the folder, or the file to be written.
+    file: the lock's file, removed at the end; by default `writer.lock` in the folder. Its folder is
+        created if missing, and removed again if it is left empty.
+    wait: wait for the other program instead of raising (local disks only).
 
-    place: a folder, or a file that is to be written. file: the lock's, which goes at the end; None:
-    `writer.lock` in the folder. Its folder is made where it is not there, and removed again where
-    it is left empty. wait: until the other program is done, instead of being refused; on disks
-    alone. Of several processes that share the work, one takes the lock.
-
-    Raises Busy while another program, or another part of this one, is at work there.
+    Yields a function to call before the write that makes the work count (such as a manifest). It
+    raises Busy if another program has taken the lock meanwhile, which happens in `gs://` only.
+    Raises Busy while another program, or another part of this one, holds the lock. If several
+    processes share the work, one of them takes the lock.
     """
     file = file or place / NAME
     with _object(place, file) if paths.is_remote(file) else _file(place, file, wait) as check:
@@ -61,6 +61,7 @@ def alone(
 
 @contextlib.contextmanager
 def _file(place: Path, file: Path, wait: bool) -> Iterator[Callable[[], None]]:
+    """`alone` on a local disk."""
     made = not file.parent.exists()
     try:
         stream = _locked(place, file, wait)
@@ -77,7 +78,7 @@ def _file(place: Path, file: Path, wait: bool) -> Iterator[Callable[[], None]]:
 
 
 def _locked(place: Path, file: Path, wait: bool) -> IO[str]:
-    """The lock's file, open and locked, with the name of this process in it."""
+    """Open and lock the lock's file, and write this process's identity into it."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -102,7 +103,7 @@ def _locked(place: Path, file: Path, wait: bool) -> IO[str]:
         except BaseException:
             stream.close()
             raise
-        if _is(stream, file):  # not one that its holder has removed meanwhile
+        if _is(stream, file):  # its last holder may have removed the file after we opened it
             stream.truncate(0)
             stream.write(json.dumps(_me()))
             stream.flush()
@@ -111,7 +112,7 @@ def _locked(place: Path, file: Path, wait: bool) -> IO[str]:
 
 
 def _is(stream: IO[str], file: Path) -> bool:
-    """Whether this open file is the one of that name."""
+    """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except FileNotFoundError:
@@ -120,11 +121,12 @@ def _is(stream: IO[str], file: Path) -> bool:
 
 @contextlib.contextmanager
 def _object(place: Path, file: Path) -> Iterator[Callable[[], None]]:
+    """`alone` in `gs://`."""
     lease = _Lease(place, file)
     while not lease.begin():
         try:
             generation, holder = paths.stamp(file)[1], _read(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:  # gone meanwhile
+        except FileNotFoundError:  # released since the attempt
             continue
         if holder.get("machine") == _machine() and isinstance(holder.get("pid"), int):
             left = not lives(holder["pid"])
@@ -144,7 +146,7 @@ def _object(place: Path, file: Path) -> Iterator[Callable[[], None]]:
 
 
 class _Lease:
-    """A lock that is an object: this program's, as long as it is written again and again."""
+    """A lock in `gs://`: an object that is this program's as long as it keeps rewriting it."""
 
     def __init__(self, place: Path, file: Path):
         self._place, self._file = place, file
@@ -155,32 +157,34 @@ class _Lease:
         self.over = threading.Event()
 
     def begin(self) -> bool:
-        """Write the lock, unless there is one."""
+        """Create the lock's object. False if another program holds it."""
         try:
             paths.create(self._file, self._content)
         except FileExistsError:
             if self._file_content() != self._content:
-                return False  # else made after all, by a request that was sent twice
+                return False  # equal content: a request was repeated, and ours succeeded first
         self._generation = paths.stamp(self._file)[1]
         return True
 
     def keep(self) -> None:
-        """Write it again and again; a thread of its own."""
+        """Rewrite the object every `BEAT` seconds until `over` is set; runs in its own thread."""
         while self._taken_by is None and not self.over.wait(BEAT):
-            with contextlib.suppress(Exception):  # the network's: the next one may arrive
+            with contextlib.suppress(Exception):  # a network error: the next write may succeed
                 self._beat()
 
     def _beat(self) -> None:
+        """Rewrite the object once, or record in `_taken_by` that another program holds it."""
         with self._writing:
             if self._taken_by is not None:
                 return
             try:
                 self._generation = paths.rewrite(self._file, self._content, self._generation)
-            except (FileExistsError, FileNotFoundError):  # removed, taken, or a request sent twice
+            except (FileExistsError, FileNotFoundError):  # removed, taken, or a repeated request
                 if not self.begin() and (other := self._file_content()) is not None:
                     self._taken_by = _read(other.decode())
 
     def check(self) -> None:
+        """Raise Busy if another program has taken the lock."""
         self._beat()
         if (other := self._taken_by) is not None:
             who = f"process {other.get('pid')} on {other.get('host')}"
@@ -196,6 +200,7 @@ class _Lease:
                 self._file.unlink()
 
     def _file_content(self) -> bytes | None:
+        """The bytes of the lock's object, or None if there is none."""
         try:
             return self._file.read_bytes()
         except FileNotFoundError:
@@ -203,8 +208,10 @@ class _Lease:
 
 
 def _expires(place: Path, file: Path, generation: int, holder: dict[str, Any]) -> bool:
-    """Whether a lock is not written again, nor removed, for as long as a lease. No clock but our
-    own has a part in it.
+    """Wait for one lease; return whether the lock is stale: neither rewritten nor removed
+    meanwhile.
+
+    Only this machine's clock is used. A lock that is removed meanwhile counts as stale, too.
     """
     logging.getLogger("qwen_jax").warning(
         "%s: waiting up to %g s for a sign of life of process %s on %s, which began to work there "
@@ -223,7 +230,7 @@ def _expires(place: Path, file: Path, generation: int, holder: dict[str, Any]) -
 
 
 def lives(process: int) -> bool:
-    """Whether a process of this machine, and of its numbering, still runs."""
+    """Whether a process still runs, by its number on this machine (or in this container)."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -234,6 +241,7 @@ def lives(process: int) -> bool:
 
 
 def _me() -> dict[str, Any]:
+    """The identity of this process, which is the content of a lock."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -244,8 +252,10 @@ def _me() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What tells apart machines, and containers of one, whose processes have numbers of their own:
-    of Linux the boot and the namespace of processes, elsewhere the name.
+    """Identify the space of process numbers that this process lives in.
+
+    On Linux that is the boot and the PID namespace, which differs between containers of one
+    machine; elsewhere it is the host's name.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -255,7 +265,7 @@ def _machine() -> str:
 
 
 def _read(text: str) -> dict[str, Any]:
-    """What a lock says of its holder; {} of one that is just being written."""
+    """The holder's identity in a lock, or {} if the lock has only just been created."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -264,6 +274,7 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _busy(place: Path, holder: dict[str, Any]) -> str:
+    """The message for `Busy`."""
     who = "another program is at work there"
     if holder:
         since, host = holder.get("since"), holder.get("host")

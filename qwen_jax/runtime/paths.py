@@ -1,10 +1,10 @@
-"""Files by path, on a disk or in Google Cloud Storage: the only file that knows the difference.
+"""File operations on local disks and in Google Cloud Storage; only this module tells them apart.
 
-A local path is a `pathlib.Path`, and what is done with it is done as directly as the system allows.
-`gs://...` is an `etils.epath.Path`, which has the same methods: names, `exists`, `is_dir`, `glob`,
-`iterdir`, `read_text`, `read_bytes`, `unlink`. For the rest there are functions here. A local file
-is written as a draft, which gets its name when it is whole; an object appears whole or not at all,
-and needs none. It cannot be appended to.
+A local path is a `pathlib.Path`. A path in `gs://` is an `etils.epath.Path`, which has the same
+methods for names, `exists`, `is_dir`, `glob`, `iterdir`, `read_text`, `read_bytes` and `unlink`;
+the functions here do the rest. A local file is written under a temporary name (a draft) and renamed
+when complete. An object in `gs://` appears complete or not at all, needs no draft, and cannot be
+appended to.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
-DRAFTS = f"*.{'[0-9a-f]' * 8}.tmp"  # a pattern of the names of drafts
-_PART = 16 * 2**20  # bytes of an upload that are sent at a time
+DRAFTS = f"*.{'[0-9a-f]' * 8}.tmp"  # a glob pattern for the names of drafts
+_PART = 16 * 2**20  # bytes of an upload per request
 
 
 def parse(text: "str | os.PathLike[str]") -> Path:
-    """The path of that name. ValueError for one that cannot be used, or not yet."""
+    """Turn a name into a path. Raises ValueError if it is invalid, or needs a missing package."""
     if not isinstance(text, str | os.PathLike) or not isinstance(os.fspath(text), str):
         raise ValueError(f"a path must be a str or a Path, got {type(text).__name__} {text!r}")
     name = os.fspath(text)
@@ -46,8 +46,9 @@ def parse(text: "str | os.PathLike[str]") -> Path:
 
 
 def _check_links(path: Path) -> None:
-    """Raise ValueError for a path through a symbolic link that leads nowhere: nothing can be read
-    there, and no folder be made.
+    """Raise ValueError if the path goes through a dangling symbolic link.
+
+    Nothing could be read there, and no folder created.
     """
     if os.path.exists(path):
         return
@@ -60,18 +61,22 @@ def _check_links(path: Path) -> None:
 
 
 def is_remote(path: Path) -> bool:
+    """Whether the path is in `gs://`."""
     return not isinstance(path, Path)
 
 
 def absolute(path: "str | os.PathLike[str]") -> Path:
+    """The absolute path of a name. Raises ValueError as `parse` does."""
     path = parse(path)
     return path if is_remote(path) else path.absolute()
 
 
 def is_within(folder: Path, name: str) -> bool:
-    """Whether a name that came with a folder stays inside it: no absolute path, no `..`, and no
-    symbolic link that leads elsewhere. In the cache of the Hugging Face hub every file is a link
-    to the folder `blobs` beside `snapshots`, and belongs to the snapshot.
+    """Whether a file name, resolved in a folder, stays inside that folder.
+
+    It does not if it is absolute, contains `..`, or leads outside through a symbolic link. In the
+    cache of the Hugging Face hub every file is a link into the folder `blobs` beside `snapshots`;
+    such a link counts as inside.
     """
     plain = PurePath(name)
     if plain.is_absolute() or ".." in plain.parts:
@@ -85,18 +90,18 @@ def is_within(folder: Path, name: str) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Folders exist on disks only."""
+    """Create a local folder and its parents; `gs://` has no folders, so nothing is done there."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def is_place(file: Path) -> bool:
-    """Whether a file can be written there: in `gs://` there are no folders to be missing."""
+    """Whether a file can be created at this path. In `gs://` no folder can be missing."""
     return is_remote(file) or file.parent.is_dir()
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder, if it is there."""
+    """Remove a folder and all that is in it, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(path):
             _objects().rm(str(path), recursive=True)
@@ -105,12 +110,12 @@ def remove_tree(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file. FileNotFoundError where there is none."""
+    """The size of a file in bytes. Raises FileNotFoundError if there is none."""
     return _objects().info(str(path))["size"] if is_remote(path) else path.stat().st_size
 
 
 def stamp(path: Path) -> list[int]:
-    """What changes when a file is written again: its size, and its time or generation."""
+    """Two numbers that change when a file is rewritten: size, and time in ns or generation."""
     if is_remote(path):
         found = _objects().info(str(path))
         return [found["size"], int(found["generation"])]
@@ -119,8 +124,9 @@ def stamp(path: Path) -> list[int]:
 
 
 def sizes(root: Path) -> dict[str, int]:
-    """The size of every file under `root`, by its path within it. One listing when remote. Files
-    that somebody moves or removes meanwhile may be there or not.
+    """The size in bytes of every file under `root`, by its path relative to `root`.
+
+    A remote folder takes one listing. Files that are moved or removed meanwhile may be missing.
     """
     if is_remote(root):
         top = str(root).removeprefix("gs://") + "/"
@@ -137,13 +143,13 @@ def sizes(root: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """An empty local file, which becomes the file at `path`, local or remote, when this ends
-    without exception.
+    """Yield an empty local file, which becomes the file at `path` if the block ends without
+    exception.
 
-    No other writer, of this program or another, has a draft of that name: each writes one of its
-    own, and the last to end gives the file its content. A writer that is killed leaves its draft.
-    A local file has the permissions of any new file there, also where a library has put a file of
-    its own, readable by its owner alone, in the draft's place.
+    `path` may be remote. Every writer has a draft with a name of its own, and the last one to
+    finish determines the content. A writer that is killed leaves its draft behind. A local file
+    has the permissions of any new file there, also where a library has replaced the draft by a
+    file of its own, readable by its owner alone.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +172,7 @@ def draft(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file, completely or not at all."""
     if is_remote(path):
         _objects().pipe_file(str(path), data)
         return
@@ -180,14 +186,15 @@ def copy(source: Path, target: Path) -> None:
 
 
 def create(path: Path, data: bytes) -> None:
-    """Write a small object unless there is one of that name: FileExistsError."""
+    """Create a small remote object. Raises FileExistsError if there is one of that name."""
     _objects().pipe_file(str(path), data, mode="create")
 
 
 def rewrite(path: Path, data: bytes, generation: int) -> int:
-    """Write a small object again as long as it is of that generation (`stamp`); the new one.
+    """Overwrite a small remote object if its generation (see `stamp`) is the given one.
 
-    Raises FileExistsError or FileNotFoundError where it is of another, or gone.
+    Returns the new generation. Raises FileExistsError if the object has another generation, and
+    FileNotFoundError if there is none.
     """
     bucket, _, key = str(path).removeprefix("gs://").partition("/")
     system, wanted = _objects(), {"uploadType": "media", "name": key}
@@ -197,25 +204,25 @@ def rewrite(path: Path, data: bytes, generation: int) -> int:
 
 
 def remove_generation(path: Path, generation: int) -> None:
-    """Remove an object unless it has been written again since (`stamp`), or is gone."""
+    """Remove a remote object of this generation (see `stamp`); one written since then is kept."""
     bucket, _, key = str(path).removeprefix("gs://").partition("/")
     with contextlib.suppress(FileExistsError, FileNotFoundError):
         _objects().call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
 
 
 def upload(source: Path, target: Path) -> None:
-    """Copy a local file of any size to a remote one, which appears whole."""
+    """Copy a local file of any size to a remote path, where it appears complete."""
     _objects().put_file(str(source), str(target))
 
 
 def upload_folder(source: Path, target: Path) -> None:
-    """Copy the files of a local folder, and of folders in it, to a remote one."""
+    """Copy the files of a local folder and of its subfolders to a remote folder."""
     for name in sizes(source):
         upload(source / name, target / name)
 
 
 def download(source: Path, target: Path) -> None:
-    """Copy a remote file of any size to a local one."""
+    """Copy a remote file of any size to a local path."""
     _objects().get_file(str(source), str(target))
 
 
@@ -226,7 +233,7 @@ class Object:
         self._path = str(path)
 
     def read(self, offset: int, count: int) -> bytes:
-        """The bytes that are there, at most `count`."""
+        """At most `count` bytes from `offset` on; fewer at the end of the file."""
         return _objects().cat_file(self._path, start=offset, end=offset + count)
 
 
@@ -243,18 +250,18 @@ class Upload:
         self._file.close()
 
     def abandon(self) -> None:
-        """Leave it unfinished, to expire; the file would otherwise complete itself when it goes."""
+        """Leave the upload incomplete, to expire; otherwise closing the file would complete it."""
         self._file.closed = True
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file to be read from front to back."""
+    """Open a local or remote file for reading from front to back."""
     return _objects().open(str(path), "rb") if is_remote(path) else open(path, "rb")
 
 
 @contextlib.contextmanager
 def reader(path: Path) -> Iterator[int | Object]:
-    """To read ranges of bytes: the descriptor of a local file, or an Object."""
+    """Open a file for reading ranges of bytes: yields a local file's descriptor, or an `Object`."""
     if is_remote(path):
         yield Object(path)
         return
@@ -264,9 +271,10 @@ def reader(path: Path) -> Iterator[int | Object]:
 
 @contextlib.contextmanager
 def writer(path: Path) -> Iterator[int | Upload]:
-    """To write from front to back: the descriptor of a `draft`, or an Upload.
+    """Open a file for writing from front to back: yields a `draft`'s descriptor, or an `Upload`.
 
-    The file has its name when this ends without an exception: what has its name is complete.
+    The file gets its name only if the block ends without an exception, so a file of that name is
+    complete.
     """
     if is_remote(path):
         upload = Upload(path)
@@ -282,7 +290,7 @@ def writer(path: Path) -> Iterator[int | Upload]:
 
 
 def read(path: Path, offset: int, count: int) -> bytes:
-    """A range of bytes, as many as are there."""
+    """Read at most `count` bytes from `offset` on; fewer at the end of the file."""
     if is_remote(path):
         return Object(path).read(offset, count)
     with open(path, "rb") as file:
@@ -291,8 +299,8 @@ def read(path: Path, offset: int, count: int) -> bytes:
 
 
 def check_name(folder: Path) -> None:
-    """Raise ValueError for a name that TensorStore, and so Orbax, cannot open: of the folder, or of
-    one that it is in.
+    """Raise ValueError if TensorStore (and so Orbax) cannot open the folder because of its name, or
+    because of the name of a folder above it.
     """
     whole = str(folder if is_remote(folder) else folder.resolve())
     try:
@@ -308,7 +316,7 @@ def check_name(folder: Path) -> None:
 
 
 def kvstore(folder: Path) -> dict[str, Any]:
-    """A folder as TensorStore is told of it."""
+    """TensorStore's specification of a folder. Raises ValueError as `check_name` does."""
     check_name(folder)
     if is_remote(folder):
         bucket, _, path = str(folder).removeprefix("gs://").partition("/")
@@ -318,9 +326,10 @@ def kvstore(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def _objects() -> Any:
-    """The file system behind epath, which must not remember what was there.
+    """The fsspec file system that epath uses, with its cache of listings turned off.
 
-    Other processes write, and TensorStore writes past it: a listing that it kept would be wrong.
+    Other processes write to the bucket, and TensorStore writes without this object, so a cached
+    listing would be wrong.
     """
     from etils.epath import backend
 

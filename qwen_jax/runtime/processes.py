@@ -1,9 +1,9 @@
-"""Several processes as one program: joined, watched, and ended with a line that says who is lost.
+"""Runs several processes as one program: joins them, watches them, and ends them together.
 
-`jax.distributed` does the work: it recognises TPU pods, Slurm and Kubernetes, joins the processes
-and hears their heartbeats. Here is what it leaves out: who is missing at the start
-(`rendezvous.py`), one line in place of its abort when a process is lost, and an end in step.
-Nothing here knows of models or commands, and jax is imported only where several processes are.
+`jax.distributed` recognises TPU pods, Slurm and Kubernetes, joins the processes and watches their
+heartbeats. This module adds what it lacks: the names of processes that did not start
+(`rendezvous.py`), one line instead of an abort when a process is lost (`watch.py`), and an orderly
+end. It knows no models or commands, and imports jax only if there are several processes.
 """
 
 import atexit
@@ -21,8 +21,8 @@ from qwen_jax.runtime import rendezvous, watch
 
 _PROPOSED = "qwen_jax/proposed/end"
 _FOREVER = 7 * 24 * 3600.0  # seconds
-_WAIT = int(1000 * _FOREVER)  # for another process: where one is lost, the watch ends this one
-# How the runtime reports a collective whose other end has gone.
+_WAIT = int(1000 * _FOREVER)  # ms; if the other process is lost, the watch ends this one
+# How the runtime reports a collective one of whose processes is gone.
 _BROKEN = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|DEADLINE_EXCEEDED): ")
 
 
@@ -30,21 +30,22 @@ _joined: watch.Joined | None = None
 
 
 def index() -> int:
-    """The number of this process; 0 where there is one alone."""
+    """The number of this process; 0 if there is only one."""
     return _joined.index if _joined else 0
 
 
 def count() -> int:
+    """The number of processes of this program."""
     return len(_joined.hosts) if _joined else 1
 
 
 def name(process: int) -> str:
-    """A process for people, with its host where there are several."""
+    """The name of a process for messages, with its host if there are several processes."""
     return _joined.name(process) if _joined else f"process {process}"
 
 
 def count_here() -> int:
-    """How many processes of this program are on this host, itself among them."""
+    """The number of processes of this program on this host, this one included."""
     return _joined.hosts.count(_joined.hosts[_joined.index]) if _joined else 1
 
 
@@ -55,22 +56,25 @@ def initialize(
     timeout: float = 300,
     heartbeat_timeout: float = 30,
 ) -> None:
-    """Join the processes of this program; before any other use of jax, in each of them.
+    """Join the processes of this program. Call it in each of them before any other use of jax.
 
-    coordinator: HOST:PORT of process 0; processes: how many; process: the number of this one, from
-    0. What is None comes from the TPU pod's metadata, Slurm, or whatever else jax recognises. One
-    process is as if this had not been called. timeout: seconds for all to come.
+    coordinator: HOST:PORT of process 0.
+    processes: the number of processes.
+    process: the number of this process, from 0.
+    timeout: seconds to wait for all processes to start.
     heartbeat_timeout: seconds without a sign of life after which a process counts as lost; the
-    others then end, with exit code 1 and one line that names it.
+        others then end with exit code 1 and one line that names it.
 
-    Raises ValueError when the processes cannot be found, or naming those that have not come.
+    An argument that is None is taken from the TPU pod's metadata, from Slurm, or from another
+    cluster that jax recognises. With one process, nothing is done. Raises ValueError if the
+    environment describes no processes, or if some have not started (the message names them).
     """
     global _joined
     if _joined:
         raise ValueError("initialize has been called already: once for each process")
     if "jax" not in sys.modules:
-        # jax's runtime announces the loss of a process with a stack trace and aborts. It reads this
-        # when it is loaded; where it was loaded before, the trace comes before our line.
+        # When a process is lost, jax's runtime prints a stack trace and aborts. It reads this level
+        # when it is loaded; if it is loaded already, the trace precedes our line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
     coordinator, processes, process, devices = _find(coordinator, processes, process, timeout)
     if not 0 <= process < processes:
@@ -88,20 +92,24 @@ def initialize(
     sys.excepthook = _excepthook(sys.excepthook)
     atexit.register(
         _leave, _joined, thread
-    )  # runs before jax's own, which leaves without waiting for the others
+    )  # runs before jax's own handler, which does not wait for the other processes
 
 
 def _find(
     coordinator: str | None, processes: int | None, process: int | None, timeout: float
 ) -> tuple[str, int, int, Any]:
-    """What was not given, from the environment, by jax's own detection."""
+    """Fill the arguments that are None from the environment, by jax's own detection.
+
+    Returns the coordinator's address, the number of processes, the number of this one, and the
+    local device ids (None for all).
+    """
     from jax._src import clusters
 
     try:
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             coordinator, processes, process, None, None, int(timeout)
         )
-    except Exception as error:  # of whatever the environment's kind asks: metadata, DNS, Kubernetes
+    except Exception as error:  # the detection may query metadata servers, DNS or Kubernetes
         raise ValueError(
             f"the environment does not say which processes there are: {error}"
         ) from error
@@ -116,18 +124,23 @@ def _find(
 
 
 def _in_use() -> bool:
+    """Whether jax has created its devices already."""
     from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized()
 
 
 def _start_jax(me: watch.Joined, devices: Any, timeout: float) -> None:
+    """Start jax's coordination service, and keep its client in `me`.
+
+    devices: ids of the local devices that this process uses, None for all; timeout: seconds.
+    """
     import jax
     from jax._src import distributed
 
-    # Otherwise the service makes every process abort before any could say why.
+    # Otherwise the service aborts every process before one can print the reason.
     jax.config.update("jax_enable_recoverability", True)
-    # It would catch SIGTERM and tell nobody: the process would not end.
+    # It would catch SIGTERM without ending the process.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         me.coordinator,
@@ -142,7 +155,7 @@ def _start_jax(me: watch.Joined, devices: Any, timeout: float) -> None:
 
 
 def barrier(timeout: float = _FOREVER) -> None:
-    """Wait until every process is here; all must call this equally often."""
+    """Wait until every process is here; all must call this equally often. timeout: seconds."""
     if (me := _joined) is None:
         return
     me.barriers += 1
@@ -154,7 +167,11 @@ def barrier(timeout: float = _FOREVER) -> None:
 
 
 def agree(what: str, value: str) -> None:
-    """Raise ValueError where process 0 has another value: the processes would wait for ever."""
+    """Raise ValueError if process 0 holds another value, as the processes would wait for ever.
+
+    what: the kind of value, for the key and the message; value: its text. All processes must call
+        it.
+    """
     if (me := _joined) is None:
         return
     key = f"qwen_jax/agree/{what}"
@@ -165,7 +182,9 @@ def agree(what: str, value: str) -> None:
 
 
 def gather(text: str) -> list[str]:
-    """What each process says, by its number; all must call this equally often."""
+    """Collect a text from each process, in order of their numbers; all must call this equally
+    often.
+    """
     if (me := _joined) is None:
         return [text]
     me.gatherings += 1
@@ -179,7 +198,7 @@ def gather(text: str) -> list[str]:
 
 
 def propose(number: int) -> int:
-    """Tell the others a number, unless one of them has told one before: the number that holds."""
+    """Propose a number to all processes, and return the one that was proposed first."""
     if (me := _joined) is None:
         return number
     import jax
@@ -190,7 +209,7 @@ def propose(number: int) -> int:
 
 
 def proposed() -> int | None:
-    """The number that one of the processes has proposed, if any."""
+    """The number that one of the processes has proposed, or None."""
     if (me := _joined) is None:
         return None
     found = dict(me.client.key_value_dir_get(_PROPOSED.rpartition("/")[0] + "/"))
@@ -198,7 +217,7 @@ def proposed() -> int | None:
 
 
 def first(work: Callable[[], Any]) -> Any:
-    """Do the work in process 0, and then in the others, which find what it has made."""
+    """Do the work in process 0, then in the others, which find what process 0 has produced."""
     if index():
         barrier()
         return work()
@@ -208,9 +227,10 @@ def first(work: Callable[[], Any]) -> Any:
 
 
 def failed(reason: str, code: int = 1) -> NoReturn:
-    """Say why this process ends, to the others too, and end it with an exit code.
+    """End this process with an exit code, and tell the reason to the user and the other processes.
 
-    What process 0 says already, such as an error in the command's arguments, is said once.
+    If process 0 fails with the same reason, as with a wrong argument of the command, only process 0
+    prints it.
     """
     me = _joined
     assert me is not None
@@ -220,24 +240,26 @@ def failed(reason: str, code: int = 1) -> NoReturn:
         me.client.key_value_set(f"{watch.FAILED}{me.index}", reason, allow_overwrite=True)
         reasons = dict(me.client.key_value_dir_get(watch.FAILED)) if watch.meet(me) else {}
     except Exception:
-        pass  # who cannot be told learns it from the missing heartbeat
+        pass  # a process that cannot be reached notices the missing heartbeat
     if me.index == 0 or reasons.get(f"{watch.FAILED}0") != reason:
         watch.say(me, me.reason)
     sys.stdout.flush()
-    os._exit(code)  # what else happens at the end of a process would wait for the others
+    os._exit(code)  # a normal exit would run handlers that wait for the other processes
 
 
 def await_verdict(error: BaseException) -> None:
-    """Where an error may come from the loss of another process, wait until it is known whose.
+    """Wait if an error may come from the loss of another process, until the watch knows which one.
 
-    The process then ends from another thread; this returns when nobody turns out to be lost.
+    The watch then ends this process from its own thread; this returns if no process is lost.
     """
     if (me := _joined) is not None and _BROKEN.search(str(error)):
         time.sleep(me.heartbeat_timeout + 10)
 
 
 def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
-    """For programs of the user's own: what `command.run` does for commands."""
+    """An exception hook for the user's own programs, which does what `command.run` does for
+    commands. `previous`: the hook that prints the traceback.
+    """
 
     def hook(
         kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
@@ -250,14 +272,15 @@ def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _leave(me: watch.Joined, thread: threading.Thread) -> None:
-    """End in step: jax's service lives in process 0, which therefore goes last."""
+    """End together with the other processes: jax's service runs in process 0, which ends last."""
     import jax
 
     try:
         me.client.wait_at_barrier("qwen_jax/end", int(_FOREVER * 1000))
         me.ending = 0
         if me.index == 0:
-            # Each of the others leaves as soon as its thread has this answer.
+            # jax answers a query once all living nodes have asked. The watch threads of the others
+            # need one more answer before they end, so this process keeps asking.
             while set(me.client.get_live_nodes(list(range(len(me.hosts))))) != {0}:
                 time.sleep(0.05)
         thread.join()

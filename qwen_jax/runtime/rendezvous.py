@@ -1,9 +1,9 @@
-"""Who is there, before jax joins the processes: process 0 listens, the others report to it.
+"""A rendezvous before jax joins the processes: all report to process 0, which sees who is missing.
 
-jax's own start aborts after its timeout without saying who is missing, and its coordination service
-answers nobody before all have come. So the processes meet at the coordinator's address first: every
-one learns the host of each, or which have not come. A line of JSON each way, then the port is free
-for jax. Nothing here knows of jax.
+jax's own start aborts after its timeout without naming the missing processes, and its coordination
+service answers nobody before all have started. So the processes first meet at the coordinator's
+address: each learns the host names of all, or which processes have not started. One line of JSON
+goes each way, and then the port is free for jax. Nothing here knows jax.
 """
 
 import json
@@ -12,17 +12,19 @@ import time
 from typing import Any
 
 _RETRY = 0.2  # seconds between two attempts
-_LONGEST = 65536  # bytes of a line
+_LONGEST = 65536  # bytes of a line, at most
 
 
 class Missing(ValueError):
-    """Processes have not come in time, or do not belong together; the message says which."""
+    """Processes have not started in time, or do not belong together; the message names them."""
 
 
 def hold(coordinator: str, processes: int, process: int, timeout: float) -> tuple[str, ...]:
-    """The host name of every process, once all are there. Raises `Missing` after `timeout` s.
+    """Return the host name of every process, once all have reported.
 
     coordinator: HOST:PORT, where process 0 listens.
+    processes, process: their number, and the number of this one.
+    timeout: seconds, after which `Missing` is raised.
     """
     host, port = address(coordinator)
     deadline = time.monotonic() + timeout
@@ -37,7 +39,7 @@ def hold(coordinator: str, processes: int, process: int, timeout: float) -> tupl
 
 
 def address(coordinator: str) -> tuple[str, int]:
-    """HOST:PORT, or [IPV6]:PORT, in its parts; ValueError for anything else."""
+    """Split HOST:PORT or [IPV6]:PORT into host and port. Raises ValueError for anything else."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"coordinator {coordinator!r}: write it as HOST:PORT")
@@ -45,7 +47,7 @@ def address(coordinator: str) -> tuple[str, int]:
 
 
 def answers(coordinator: str, timeout: float = 3.0) -> bool:
-    """Whether anything listens at the coordinator's address."""
+    """Whether anything listens at the coordinator's address. timeout: seconds."""
     try:
         socket.create_connection(address(coordinator), timeout).close()
     except OSError:
@@ -54,7 +56,11 @@ def answers(coordinator: str, timeout: float = 3.0) -> bool:
 
 
 def _listen(port: int, mine: dict[str, Any], deadline: float, timeout: float) -> dict[str, Any]:
-    """Process 0: take reports until all have come, then give everyone the same answer."""
+    """Process 0: collect reports until every process has reported, then send all the same answer.
+
+    mine: this process's own report; deadline: on the monotonic clock, `timeout` s after the start.
+        The answer has `hosts`, or `error`.
+    """
     hosts, lines = {0: mine["host"]}, dict[int, socket.socket]()
     problem = None
     try:
@@ -75,12 +81,12 @@ def _listen(port: int, mine: dict[str, Any], deadline: float, timeout: float) ->
                 continue
             report = _receive(line, time.monotonic() + 5)
             number = report.get("process")
-            if not isinstance(number, int):  # not one of ours
+            if not isinstance(number, int):  # the peer is no process of this program
                 line.close()
                 continue
             problem = _conflict(report, mine, hosts)
             hosts.setdefault(number, str(report.get("host")))
-            lines[-1 if number in lines else number] = line  # -1: a second one of that number
+            lines[-1 if number in lines else number] = line  # -1: a second process of that number
         answer = {"error": problem or _missing(hosts, mine["processes"], timeout)}
         if problem is None and len(hosts) == mine["processes"]:
             answer = {"hosts": [hosts[i] for i in range(mine["processes"])]}
@@ -93,6 +99,7 @@ def _listen(port: int, mine: dict[str, Any], deadline: float, timeout: float) ->
 
 
 def _server(port: int) -> socket.socket:
+    """A socket that listens on a port, for IPv6 and IPv4 where the system can do both."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
@@ -101,7 +108,10 @@ def _server(port: int) -> socket.socket:
 def _report(
     host: str, port: int, mine: dict[str, Any], deadline: float, timeout: float
 ) -> dict[str, Any]:
-    """Any other process: report until process 0 answers, and give up a little after it does."""
+    """Any other process: report to process 0 until it answers. Arguments as in `_listen`.
+
+    It waits for the answer a few seconds longer than process 0 waits for reports.
+    """
     why = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -120,7 +130,7 @@ def _report(
 
 
 def _conflict(report: dict[str, Any], mine: dict[str, Any], hosts: dict[int, str]) -> str | None:
-    """What is wrong with a report, None if nothing."""
+    """What is wrong with a report, or None. hosts: the host names so far, by process number."""
     number, host, count = report["process"], report.get("host"), mine["processes"]
     if report.get("processes") != count:
         return (
@@ -138,6 +148,7 @@ def _conflict(report: dict[str, Any], mine: dict[str, Any], hosts: dict[int, str
 
 
 def _missing(hosts: dict[int, str], count: int, timeout: float) -> str:
+    """The message that names the processes which have not started."""
     missing = [str(i) for i in range(count) if i not in hosts]
     there = ", ".join(f"{i} ({host})" for i, host in sorted(hosts.items()))
     verb = "process {} has" if len(missing) == 1 else "processes {} have"
@@ -148,7 +159,9 @@ def _missing(hosts: dict[int, str], count: int, timeout: float) -> str:
 
 
 def _connected(line: socket.socket) -> bool:
-    """Whether the other end still waits: it sends nothing more, so reading finds its end only."""
+    """Whether the other process is still connected. It sends nothing after its report, so a read
+    returns data only when the connection has been closed.
+    """
     line.setblocking(False)
     try:
         return line.recv(1) != b""
@@ -159,15 +172,16 @@ def _connected(line: socket.socket) -> bool:
 
 
 def _send(line: socket.socket, value: dict[str, Any]) -> None:
+    """Send one line of JSON; a connection that has failed is ignored."""
     try:
         line.settimeout(5)
         line.sendall(json.dumps(value).encode() + b"\n")
     except OSError:
-        pass  # whoever has gone is missed at the next step
+        pass  # the next step notices that the process is gone
 
 
 def _receive(line: socket.socket, deadline: float) -> dict[str, Any]:
-    """One line of JSON; {} when the other end hangs up, is too slow or says something else."""
+    """Receive one line of JSON; {} if the other side closes, is too slow or sends other data."""
     data = b""
     try:
         while not data.endswith(b"\n") and len(data) < _LONGEST:

@@ -1,7 +1,7 @@
-"""Texts that come from outside: arguments checked, and the bytes of a file as text.
+"""Checks and decodes text from outside: arguments, and files in UTF-8.
 
-What is no text is refused in one line. Files are UTF-8; the byte order mark that some editors write
-before it is no part of the text. Nothing here knows what a text is for.
+What is not valid text is refused with a one-line message. The byte order mark that some editors
+write at the start of a file is not part of the text. Nothing here knows what a text is for.
 """
 
 import codecs
@@ -22,17 +22,21 @@ _MARKS = {
 
 
 def check(name: str, value: Any) -> str:
-    """The value as a plain `str`. ValueError that names the argument where it is no text."""
+    """Return the value as a plain `str`. Raises ValueError that names the argument if it is not
+    text.
+    """
     if isinstance(value, str):
-        return str.__str__(value)  # of a subclass, such as numpy's: the characters alone
+        return str.__str__(value)  # plain characters, even if it is a subclass such as numpy's
     hint = ": decode them first" if isinstance(value, bytes | bytearray) else ""
     raise ValueError(f"{name} must be text (str), got {described(value)}{hint}")
 
 
 def check_whole(name: str, value: Any) -> str:
-    """`check` for what a model reads: ValueError for half a character, too (a lone surrogate).
+    """`check` for text that a model reads: a lone surrogate (half a character) is a ValueError,
+    too.
 
-    Such halves come from text that was cut within an emoji, and from bytes that were not UTF-8.
+    A lone surrogate comes from text that was cut within an emoji, or from bytes that are not UTF-8.
+    Surrogates that form a pair become one character.
     """
     text = check(name, value)
     try:
@@ -50,7 +54,7 @@ def check_whole(name: str, value: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """Type and value for a message, short and in one line."""
+    """The type and value of an object for a message, short and in one line."""
     if value is None:
         return "None"
     return f"{type(value).__name__} {shown(value)}"
@@ -60,28 +64,32 @@ def shown(value: Any) -> str:
     """A value for a message, short and in one line."""
     try:
         return " ".join(reprlib.repr(value).split())
-    except ValueError:  # Python prints no number of so many digits
+    except ValueError:  # Python refuses to print a number of so many digits
         return "of thousands of digits"
 
 
 def printable(text: str) -> str:
-    """The text with `\\udcff` in place of what is in no encoding, such as bytes of a file name."""
+    r"""The text with escapes such as `\\udcff` for characters that cannot be encoded, such as bytes
+    of a file name.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def foreign(data: bytes) -> str | None:
-    """What the first bytes of a file say of another encoding, in words; None for UTF-8."""
+    """The problem with a file whose first bytes mark another encoding, in words; None for UTF-8."""
     name = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     return name and f"it is {name}: save it as UTF-8"
 
 
 def unmarked(data: bytes) -> bytes:
-    """The bytes of a file after its byte order mark, if there is one."""
+    """The bytes of a file without its byte order mark."""
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decode(data: bytes) -> str:
-    """The text of a file. ValueError says what is wrong, and where, but not with which file."""
+    """Decode the bytes of a UTF-8 file. The ValueError says what is wrong and where, but not in
+    which file.
+    """
     if problem := foreign(data):
         raise ValueError(problem)
     skipped = len(data) - len(unmarked(data))
@@ -96,11 +104,12 @@ def decode(data: bytes) -> str:
 
 
 def _place(data: bytes, at: int) -> str:
+    """A position in a file, for a message."""
     return f"at byte {at}, in line {data.count(10, 0, at) + 1}"
 
 
 def read(path: str | Path) -> str:
-    """The text of a UTF-8 file, local or remote. ValueError names the file where it is none."""
+    """The text of a UTF-8 file, local or remote. Raises ValueError that names the file."""
     data = paths.parse(path).read_bytes()
     try:
         return decode(data)
@@ -109,13 +118,13 @@ def read(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a UTF-8 file; ValueError that names the file when it is not one."""
+    """The JSON object in a UTF-8 file. Raises ValueError that names the file if it is not one."""
     data = paths.parse(path).read_bytes()
     try:
         value = json.loads(decode(data))
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
-    except ValueError as error:  # no JSON, no UTF-8, or a number of too many digits
+    except ValueError as error:  # not JSON, not UTF-8, or a number with too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -1,9 +1,9 @@
-"""Numbers, flags, names and objects that others pass or write into files, checked one by one.
+"""Checks single values from callers and files: numbers, flags, names, objects.
 
-Each function returns the value that it was given as Python's own, or raises a ValueError of one
-line: name, value, what is allowed. `name` is whatever comes before the value, as "seq_length is".
-True and False are no numbers; scalars of numpy and jax are what they hold. Nothing here knows what
-a value is for.
+Each function returns the value as a plain Python object, or raises a ValueError of one line with
+the name, the value and what is allowed. `name` is the text before the value, such as "seq_length
+is". True and False are not numbers; a scalar of numpy or jax counts as the Python value in it.
+Nothing here knows what a value is for.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from qwen_jax.runtime import texts
 _T = TypeVar("_T")
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
-TINY = 1.1754943508222875e-38  # the smallest number that float32 holds in full, and the largest
-FLOAT32 = 3.4028234663852886e38
+TINY = 1.1754943508222875e-38  # the smallest normal number of float32
+FLOAT32 = 3.4028234663852886e38  # the largest
 POSITIVE = (TINY, FLOAT32)
-NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)  # though Python iterates over them
+NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)  # iterable, but not lists of values
 
 
 @contextlib.contextmanager
 def named(file: Any) -> Iterator[None]:
-    """Put the name of the file in front of what is wrong with a value in it."""
+    """Prefix the message of a ValueError in the block with the file's name."""
     try:
         yield
     except ValueError as error:
@@ -35,14 +35,14 @@ def named(file: Any) -> Iterator[None]:
 
 
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
-    """Values by their names, as JSON has them."""
+    """Check a mapping with text keys, such as a JSON object."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be values by their names, got {texts.described(value)}")
+        raise ValueError(f"{name} must map names to values, got {texts.described(value)}")
     return value
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """A whole number, from `least` to `most` where those are given."""
+    """Check a whole number, from `least` to `most` if these are given."""
     plain = _plain(value)
     try:
         found = None if isinstance(plain, bool) else operator.index(plain)
@@ -54,16 +54,16 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
 
 
 def from_file(value: Any) -> Any:
-    """A value of a file where a whole number is wanted: some tools write 50.0 for 50."""
+    """Turn a float with an integer value into an int: some tools write 50.0 for 50 into files."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def number(
     name: str, value: Any, least: float | None = None, most: float | None = None
 ) -> int | float:
-    """A real number, from `least` to `most` where those are given; NaN is within no limits.
+    """Check a real number, from `least` to `most` if these are given; NaN fails any limit.
 
-    An int that no int32 holds comes back as a float: jax takes no other.
+    An int outside int32 is returned as a float, since jax cannot take it as an int.
     """
     plain = _plain(value)
     real = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
@@ -79,7 +79,7 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Check a bool."""
     plain = _plain(value)
     if not isinstance(plain, bool):
         raise ValueError(f"{name} {texts.shown(plain)}: must be true or false")
@@ -87,8 +87,9 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False) -> None:
-    """Raise ValueError unless the value is one of these texts, or None where that is allowed. A
-    dtype of numpy is equal to its name.
+    """Raise ValueError unless the value is one of the allowed texts, or None with `or_none`.
+
+    A numpy dtype counts as its name.
     """
     known = list(allowed)
     named = isinstance(value, str | np.dtype) and value in known
@@ -98,7 +99,7 @@ def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False)
 
 
 def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...]) -> _T:
-    """The value, which must be an object of this class, or of one of these."""
+    """Check that the value is an object of one of these classes, and return it."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         what = " or a ".join(one.__name__ for one in kinds)
@@ -107,17 +108,17 @@ def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...]) -> _T
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of numpy or jax as Python's own; anything else as it is."""
+    """A scalar of numpy or jax as a Python number; anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _within(value: Any, least: float | None, most: float | None) -> bool:
-    """Exact for an int that no float holds."""
+    """Whether the value is within the limits; exact even for an int that no float holds."""
     return (least is None or value >= least) and (most is None or value <= most)
 
 
 def _said(least: float | None, most: float | None) -> str:
-    """The limits, for a message."""
+    """The limits in words, for a message."""
     if least is None:
         return ""
     shown = [f"{x:d}" if isinstance(x, int) else f"{x:g}" for x in (least, most) if x is not None]
@@ -125,10 +126,11 @@ def _said(least: float | None, most: float | None) -> str:
 
 
 def ids(name: str, given: Any, below: int | None = None) -> list[int]:
-    """Token ids, out of any sequence or array of one axis: whole numbers from 0, and below `below`.
+    """Check token ids in any sequence or one-axis array: whole numbers from 0, and less than
+    `below`.
 
-    ValueError for anything else: a float may be a number's rounding, a text is no ids, and a set or
-    a mapping has no order.
+    Raises ValueError for anything else: a float may be the result of rounding, text holds no ids,
+    and a set or mapping has no order.
     """
     try:
         if isinstance(given, NO_SEQUENCE):

@@ -1,7 +1,8 @@
-"""What a process does when another is lost: it ends, and says in one line which one and why.
+"""Ends this process when another one is lost, with one line that says which one and why.
 
-A thread asks jax each second who lives and who has failed. The end of process 0 comes as an abort
-from a thread of jax's, which a handler puts into the same words. `processes.py` starts both.
+A thread asks jax every second which processes live and which have failed. When process 0 ends, a
+thread of jax aborts this process; a signal handler turns the abort into the same line.
+`processes.py` starts both.
 """
 
 import ctypes
@@ -15,13 +16,21 @@ from typing import Any, NoReturn
 
 from qwen_jax.runtime import rendezvous
 
-FAILED = "qwen_jax/failed/"  # key: process, value: what it ended with
-SECOND = 1.0  # between two looks at the others
+FAILED = "qwen_jax/failed/"  # prefix of the keys; then the process's number. Value: the reason
+SECOND = 1.0  # between two queries
 
 
 @dataclasses.dataclass
 class Joined:
-    """What this process knows of the others. client: jax's, to its coordination service."""
+    """What this process knows about the program's processes.
+
+    index: the number of this process.
+    hosts: the host name of each process.
+    coordinator: HOST:PORT of process 0.
+    heartbeat_timeout: seconds without a sign of life after which a process is lost.
+    client: jax's client of its coordination service.
+    barriers, gatherings: how often those operations were called, for their keys.
+    """
 
     index: int
     hosts: tuple[str, ...]
@@ -29,28 +38,32 @@ class Joined:
     heartbeat_timeout: float
     client: Any = None
     ending: int | None = None  # the exit code, once this process is about to end
-    reason: str = ""  # why, while that has not been said
+    reason: str = ""  # why it ends, once that is known
     barriers: int = 0
     gatherings: int = 0
 
     def name(self, process: int) -> str:
+        """The name of a process for messages, with its host."""
         return f"process {process} ({self.hosts[process]})"
 
 
 _SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_kept: list[Any] = []  # the handler, which C calls
+_kept: list[Any] = []  # keeps the handler alive, which C calls
 
 
-_last_words = threading.Lock()  # taken by the thread that ends the process
+_last_words = threading.Lock()  # held by the thread that ends the process
 
 
 def look_after(me: Joined) -> None:
-    """Look after the others until the end. A thread of its own, as the program waits in jax."""
+    """Watch the other processes until the program ends.
+
+    Runs in a thread of its own, as the main thread may wait inside jax.
+    """
     everyone = list(range(len(me.hosts)))
     while me.ending != 0:
         try:
-            # jax knows by heartbeats who lives, and answers when all who do have asked: so even a
-            # process that has failed goes on asking, until the others know.
+            # jax answers this once all living processes (by heartbeat) have asked, so even a
+            # process that has failed must go on asking until the others know.
             living = me.client.get_live_nodes(everyone)
             failures = dict(me.client.key_value_dir_get(FAILED))
         except Exception as error:
@@ -69,11 +82,13 @@ def look_after(me: Joined) -> None:
 
 
 def _reason(me: Joined, failures: dict[str, str]) -> str:
+    """The line for failures that processes have reported: the reason of the first of them."""
     key, reason = min(failures.items())
     return f"{me.name(int(key.removeprefix(FAILED)))} has failed: {reason}"
 
 
 def lost_line(me: Joined, lost: list[int]) -> str:
+    """The line for processes that have died without a report. lost: their numbers."""
     names = ", ".join(me.name(i) for i in lost)
     return (
         f"{names} {'has' if len(lost) == 1 else 'have'} died: its own output may say why; the same "
@@ -82,7 +97,7 @@ def lost_line(me: Joined, lost: list[int]) -> str:
 
 
 def _coordinator_gone(me: Joined) -> bool:
-    """Whether nothing listens for process 0 any more; its system takes a moment to clear up."""
+    """Whether nothing listens at process 0's address any more; the port may close a moment late."""
     if me.index == 0:
         return False
     for _ in range(10):
@@ -93,44 +108,46 @@ def _coordinator_gone(me: Joined) -> bool:
 
 
 def end(me: Joined, line: str, together: bool = False) -> NoReturn:
-    """End this process at once: its main thread may wait for ever in a collective.
+    """Print the line and end this process at once; its main thread may wait in a collective for
+    ever.
 
-    together: all live, and wait until every one has heard.
+    together: all processes live, so wait until each of them knows the reason.
     """
     if not _last_words.acquire(blocking=False):
-        time.sleep(5)  # another thread is at it
+        time.sleep(5)  # another thread is ending the process
         os._exit(1)
     say(me, line)
     if together:
         meet(me)
     elif me.index == 0:
-        time.sleep(2 * SECOND)  # the others hear through the service, which lives here
+        time.sleep(2 * SECOND)  # the service in this process must first inform the others
     os._exit(1)
 
 
 def meet(me: Joined) -> bool:
-    """Wait a little for all to know of a failure; whether they do."""
+    """Wait up to 3 s until all processes know of a failure; returns whether they do."""
     try:
         me.client.wait_at_barrier("qwen_jax/failed", 3000)
     except Exception:
         return False
     if me.index == 0:
-        time.sleep(SECOND)  # the others have their answer from the service, which lives here
+        time.sleep(SECOND)  # the service in this process must first answer the others
     return True
 
 
 def say(me: Joined, line: str) -> None:
-    start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # off the line of a bar
+    """Write an error line to stderr, without Python's buffers."""
+    start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # below a progress bar
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     line = f"{start}error: {' '.join(line.split())}\n"
     os.write(2, line.encode(encoding, "backslashreplace"))
 
 
 def catch_abort(me: Joined) -> None:
-    """One line instead of an abort.
+    """Install a handler that prints one line when jax aborts this process.
 
-    When process 0 goes, its coordination service goes with it, and jax's client in every other
-    process calls `abort()` from a thread of its own: no exception, and too soon for any watching.
+    The coordination service ends with process 0, and jax's client in every other process then calls
+    `abort()` from its own thread: there is no exception, and the watch would come too late.
     """
 
     def aborted(number: int) -> None:

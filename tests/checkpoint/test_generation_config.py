@@ -87,7 +87,7 @@ def test_other_words_for_the_same() -> None:
 
 
 def test_what_is_no_mapping() -> None:
-    with pytest.raises(ValueError, match=r"hf, of a generation_config.json, must be values"):
+    with pytest.raises(ValueError, match=r"hf \(values of a generation_config.json\) must map"):
         GenerationConfig.from_hf("generation_config.json")  # type: ignore[arg-type]
 
 

@@ -52,8 +52,8 @@ def test_import_is_cheap() -> None:
         ({"dtype": ["float32"]}, "dtype .*: allowed are"),
         ({"cache_dtype": {}}, "cache_dtype {}: allowed are int8"),
         ({"attention": ["xla"]}, "attention .* is not known"),
-        ({"overrides": "a=1"}, "config overrides must be values by their names"),
-        ({"overrides": {1: 2}}, "config overrides must be values by their names"),
+        ({"overrides": "a=1"}, "config overrides must map names to values"),
+        ({"overrides": {1: 2}}, "config overrides must map names to values"),
     ],
 )
 def test_load_refuses(golden_dir: Path, settings: dict, message: str) -> None:
