@@ -1,6 +1,6 @@
-"""What a model is: its architecture in numbers, the published sizes, and settings of RoPE variants.
+"""The architecture of a model: its sizes and options, the published models, RoPE scaling.
 
-`Config` is made of a Hugging Face config.json and goes back into one. Nothing here needs jax.
+`Config` is read from a Hugging Face config.json and written to one. Nothing here needs jax.
 """
 
 from qwen_jax.config.architecture import Config

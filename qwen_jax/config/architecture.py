@@ -1,9 +1,9 @@
-"""The architecture of a checkpoint: `Config`. Its Hugging Face spelling is read in `hf_config.py`.
+"""The architecture of a checkpoint: `Config`. `hf_config.py` reads its Hugging Face spelling.
 
-A Config holds what a checkpoint decides and nothing else: no mesh, no storage dtype, no kernel, no
-batch. It is frozen and hashable, so it can be a static argument of `jax.jit`. Keys of a
-config.json that do not change the mathematics stay in that file, which a model directory keeps as
-it was (`checkpoint.py`); here they are only recognised.
+A Config holds what a checkpoint determines and nothing else: no mesh, no storage dtype, no kernel,
+no batch. It is frozen and hashable, so it can be a static argument of `jax.jit`. Keys of a
+config.json that do not change the mathematics are recognised but not stored; a model directory
+keeps the original file with them (`checkpoint`).
 """
 
 import dataclasses
@@ -15,16 +15,18 @@ from qwen_jax.config import hf_config
 from qwen_jax.config.rope_scaling import RopeScaling
 from qwen_jax.runtime import texts, values
 
-_MOST_LAYERS = 10_000  # whatever a damaged file says, loops over layers end
+_MOST_LAYERS = 10_000  # bounds loops over layers, whatever a damaged file says
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The architecture; the letter of each size is the legend of `model.py`.
+    """The architecture of a model.
 
-    `intermediate_size` is the real FFN width F (a Qwen config.json states twice that). `seq_length`
-    is the length the model was trained at: the threshold of dynamic NTK and LogN.
-    `layer_windows[l]` is the number of last tokens layer l sees, itself included; None is all.
+    The comment beside each size is its axis letter.
+    intermediate_size: the actual FFN width F (a Qwen config.json states twice that).
+    seq_length: the length the model was trained at, which is the threshold of dynamic NTK and LogN.
+    layer_windows: for each layer, the number of last tokens that it attends to, itself included;
+        None is all tokens.
     """
 
     vocab_size: int  # V, rows of the embedding, padded rows included
@@ -94,7 +96,7 @@ class Config:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The lengths of the axes of weights, by the letters of `model.py`."""
+        """The lengths of the axes of weights, by axis letter (`Q` and `U` are N*H and K*H)."""
         return {
             "V": self.vocab_size,
             "D": self.hidden_size,
@@ -116,33 +118,38 @@ class Config:
         return embeddings + self.num_layers * layer + self.hidden_size
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs that the model needs for a token of a training step, at that sequence length.
+        """FLOPs per token of a training step at sequences of this length.
 
-        6 for each weight that is multiplied with, and causal attention: a token's scores and
-        weighted values, forward and twice that backward. Recomputation does not count; a forward
-        pass alone is a third.
+        6 per weight that a token is multiplied with, plus causal attention: scores and weighted
+        values in the forward pass, and twice as much in the backward pass. Recomputation is not
+        counted. A forward pass alone takes a third.
         """
         keys = sum(self.mean_keys(length, window) for window in self.windows)
         return 6 * self.num_multiplied() + 12 * self.num_heads * self.head_dim * keys
 
     def num_multiplied(self) -> int:
-        """The number of weights that a token is multiplied with: the table is looked up."""
+        """The number of weights that a token is multiplied with: all but an untied input embedding,
+        which is looked up.
+        """
         table = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
         return self.num_params() - table
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer, None for all tokens."""
+        """The attention window of each layer in tokens, None for all tokens."""
         return self.layer_windows or (None,) * self.num_layers
 
     @staticmethod
     def mean_keys(length: int, window: int | None) -> float:
-        """Keys that a token sees, over a sequence: half of them, the diagonal's half left out."""
+        """The mean number of keys that a token attends to, over a causal sequence of this length.
+
+        The diagonal's half key is neglected: without a window it is `length / 2`.
+        """
         seen = length if window is None else min(window, length)
         return seen - seen * seen / (2 * length)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of the KV cache for a token: of a float dtype, or "int8" or "int8_asymmetric"."""
+        """Bytes of the KV cache per token. dtype: a float dtype, "int8" or "int8_asymmetric"."""
         if dtype not in _CACHE_BYTES:
             raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_CACHE_BYTES)}")
         each, scales = _CACHE_BYTES[dtype]
@@ -150,11 +157,11 @@ class Config:
 
     @property
     def in_training(self) -> "Config":
-        """This architecture as the original trains it: nothing scales with the length."""
+        """This architecture as the original trains it: without dynamic NTK and LogN."""
         return dataclasses.replace(self, dynamic_ntk=False, logn=False)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
-        """This architecture with some values replaced, by their Hugging Face names.
+        """This architecture with some values replaced. overrides: by their Hugging Face names.
 
         Raises ValueError for a name that is not part of the architecture.
         """
@@ -165,12 +172,13 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], file: str | Path = "config.json") -> "Config":
-        """Read the values of a first-generation Qwen config.json, in its current or its August-2023
-        spelling. file: its name, for messages.
+        """Read the values of a first-generation Qwen config.json, in either of its spellings.
 
-        Raises ValueError that names the file and every missing key, or a key or value that this
-        code does not know and that may change the mathematics. Warns in one line of what would
-        change answers and is not done.
+        hf: its keys, in the current or the August 2023 spelling; file: its name, for messages.
+
+        Raises ValueError that names the file and every missing key, or a key or value that is
+        unknown and may change the mathematics. Warns in one line of keys that would change answers
+        and are ignored.
         """
         hf = values.mapping("hf (values of a config.json; Config.read takes a path)", hf)
         with values.named(file):
@@ -180,13 +188,13 @@ class Config:
 
     @classmethod
     def read(cls, path: str | Path) -> "Config":
-        """The architecture that a config.json holds. Raises as `from_hf`."""
+        """Read the architecture from a config.json file. Raises ValueError as `from_hf` does."""
         return cls.from_hf(texts.read_json(path), path)
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that `from_hf` reads back as this Config.
+        """The values of a config.json that `from_hf` reads back as this Config.
 
-        Raises ValueError where Qwen's format has no word for the value.
+        Raises ValueError if Qwen's format cannot express the architecture.
         """
         if self.num_kv_heads != self.num_heads or self.qk_norm or not self.qkv_bias:
             raise ValueError("grouped KV heads, QK-norm and bias-free QKV have no Qwen-1 spelling")
@@ -199,7 +207,7 @@ class Config:
         return {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **written}
 
 
-# Bytes of a value in the KV cache, and float32 numbers that go with a token and head.
+# By KV cache dtype: bytes of a value, and float32 scales and offsets per token and head.
 _CACHE_BYTES = {
     "float32": (4, 0),
     "bfloat16": (2, 0),

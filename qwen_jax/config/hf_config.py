@@ -1,8 +1,9 @@
-"""The Hugging Face spelling of a first-generation Qwen config.json: its keys, one by one.
+"""Reads a first-generation Qwen config.json in its Hugging Face spelling, key by key.
 
-A key is part of the architecture (`KEYS`, `OURS`, under another name `_ALIASES`), must have the
-value that this code computes (`_FIXED`), says how to generate (`_GENERATION`), changes nothing
-(`_INERT`), or is refused by name. Knows the names of the fields of `Config`, and not the class.
+A key is part of the architecture (`KEYS`, `OURS`, or under another name `_ALIASES`), must have the
+one value that this code computes (`_FIXED`), sets a generation option (`_GENERATION`), has no
+effect (`_INERT`), or is refused by name. Knows the names of the fields of `Config`, but not the
+class.
 """
 
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 from qwen_jax.config.rope_scaling import RopeScaling
 from qwen_jax.runtime import texts, values
 
-# Hugging Face key -> field.
+# The field of Config for each Hugging Face key.
 KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -29,10 +30,10 @@ KEYS = {
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "initializer_range",
 }
-REAL = ("norm_eps", "rope_base", "initializer_range")  # fields that are no whole numbers
-# Keys of ours, written to a config.json only when they are set.
+REAL = ("norm_eps", "rope_base", "initializer_range")  # the fields that are real numbers
+# Keys that Qwen's format lacks, written to a config.json only if they are set.
 OURS = ("layer_windows", "rope_scaling")
-# Other spellings of the same keys: August 2023, and later duplicates.
+# Other spellings of the same keys: from August 2023, and from later versions of transformers.
 _ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -42,7 +43,7 @@ _ALIASES = {
     "padded_vocab_size": "vocab_size",
     "rope_theta": "rotary_emb_base",
 }
-# Keys that would change the mathematics: the values that mean what this code computes.
+# Keys that would change the mathematics, with the values that describe what this code computes.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("qwen",),
     "no_bias": (True,),
@@ -55,10 +56,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
 }
-# Keys without influence on what the model computes: which class loads it, which kernel or dtype the
-# original picks (rounding alone: `load` is given a dtype; softmax is in float32 here whatever
-# softmax_in_fp32 says), dropout (off outside training), bookkeeping of the transformers library and
-# of others. use_cache_kernel says how use_cache_quantization is computed, and nothing without it.
+# Keys that do not change what the model computes: the class that loads it, the original's kernels
+# and dtypes (which affect rounding only: `load` takes a dtype, and softmax is always in float32
+# here), dropout (off outside training), and bookkeeping of transformers and other libraries.
+# use_cache_kernel has a meaning only together with use_cache_quantization.
 _INERT = frozenset(
     (
         "architectures",
@@ -102,7 +103,7 @@ _INERT = frozenset(
         "_attn_implementation_internal",
         "_flash_attn_2_enabled",
         "attn_implementation",
-        "cross_attention_hidden_size",  # of an encoder and decoder, as the next four
+        "cross_attention_hidden_size",  # for encoder-decoder models, as are the next four
         "decoder_start_token_id",
         "is_decoder",
         "sep_token_id",
@@ -117,7 +118,7 @@ _INERT = frozenset(
         "return_dict_in_generate",
     )
 )
-# How to generate, which old files say here: it holds where there is no generation_config.json.
+# Generation options in old files: they apply if there is no generation_config.json.
 _GENERATION = frozenset(
     (
         "bad_words_ids",
@@ -148,7 +149,7 @@ _GENERATION = frozenset(
         "typical_p",
     )
 )
-# Keys that would change answers if they were heeded, and are not; what to do instead.
+# Keys that would change answers and are ignored, with what to do instead.
 _NOT_DONE = {
     "prefix": "write it into the prompt",
     "task_specific_params": "give the settings of the task as arguments",
@@ -157,9 +158,9 @@ _NOT_DONE = {
 
 
 def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` that a config.json speaks of, in either spelling.
+    """Convert the values of a config.json, in either spelling, to the fields of `Config`.
 
-    Raises ValueError that names every missing key, and every key or value that is not known and may
+    Raises ValueError that names every missing key, and every key or value that is unknown and may
     change the mathematics.
     """
     given = _without_windows(_canonical(hf))
@@ -177,7 +178,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(unknown)} is not known and may change what the model computes; remove it "
             "if it does not"
         )
-    # What the format itself means by an absent key: its two spellings differ in the flags.
+    # The format's own defaults for absent keys; they differ between its two spellings.
     later = hf.get("n_embd") is None
     absent = {
         "use_dynamic_ntk": later,
@@ -192,7 +193,9 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` for some keys of the architecture; ValueError for any other."""
+    """Convert some keys of the architecture to fields of `Config`. Raises ValueError for other
+    keys.
+    """
     overrides = _canonical(overrides)
     if unknown := sorted(set(overrides) - set(KEYS) - set(OURS)):
         raise ValueError(
@@ -203,8 +206,10 @@ def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of how to generate. An id that the model has no row for is left out:
-    it is the default of whoever wrote the file.
+    """The generation options in a config.json.
+
+    A token id that the model has no row for is left out: it is a default of the library that wrote
+    the file.
     """
     padded = hf.get("padded_vocab_size")  # then vocab_size is the number of real tokens
     rows = hf.get("vocab_size") if padded is None else padded
@@ -217,14 +222,14 @@ def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beyond(value: Any, rows: Any) -> bool:
-    """Whether an id, or one of several, has no row."""
+    """Whether an id, or one in a list of ids, is not in a vocabulary of this many rows."""
     ids = value if isinstance(value, list) else [value]
     numbers = all(isinstance(x, int) for x in (*ids, rows))
     return numbers and not all(0 <= x < rows for x in ids)
 
 
 def warn(hf: Mapping[str, Any], file: Any) -> None:
-    """Say in one line which keys of a config.json ask for what is not done."""
+    """Warn in one line of the keys of a config.json that this code ignores (`_NOT_DONE`)."""
     asked = [
         f"{key}={texts.shown(hf[key])} ({instead})"
         for key, instead in _NOT_DONE.items()
@@ -235,15 +240,16 @@ def warn(hf: Mapping[str, Any], file: Any) -> None:
 
 
 def spelled(field: str) -> str:
-    """A field of `Config` for a message, by its key in a config.json and its own name."""
+    """The name of a field of `Config` for a message: its key in a config.json and its own name."""
     key = next((key for key, name in KEYS.items() if name == field), field)
     return field if key == field else f"{key} ({field})"
 
 
 def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The same keys in the current spelling; two spellings of one key must agree.
+    """The keys in the current spelling. Raises ValueError if two spellings of one key disagree.
 
-    `vocab_size` beside `padded_vocab_size` is the number of real tokens, not of rows.
+    If there is a `padded_vocab_size`, `vocab_size` is the number of real tokens and not of rows,
+    and is left out.
     """
     given: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -261,9 +267,9 @@ def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_windows(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys without those with which later generations say that no layer has a window."""
+    """The keys without those by which later generations say that no layer has a window."""
     says_none: set[str] = set()
-    if given.get("use_sliding_window") is False:  # then the others are not looked at
+    if given.get("use_sliding_window") is False:  # the other two then have no effect
         says_none |= {"use_sliding_window", "sliding_window", "max_window_layers"}
     kinds = given.get("layer_types")
     if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
@@ -272,7 +278,7 @@ def _without_windows(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` for the keys that are part of the architecture."""
+    """Convert the keys of the architecture that are given to fields of `Config`."""
     fields = {field: given[key] for key, field in KEYS.items() if key in given}
     for field in set(fields) - set(REAL):
         fields[field] = values.from_file(fields[field])

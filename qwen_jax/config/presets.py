@@ -1,4 +1,4 @@
-"""The published sizes, with the values of their checkpoints' own config.json."""
+"""The published model sizes, with the values of their checkpoints' own config.json."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ from qwen_jax.config import Config
 
 
 def _published(**sizes: Any) -> Config:
+    """A Config with the values that the published models share; `sizes` adds to or replaces
+    them.
+    """
     return Config(
         **{
             "num_kv_heads": sizes["num_heads"],

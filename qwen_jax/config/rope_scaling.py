@@ -1,4 +1,4 @@
-"""A RoPE scaling variant as a checkpoint names it: `RopeScaling`, and its entry in a config.json.
+"""`RopeScaling`: a variant of RoPE scaling, read from and written to its entry in config.json.
 
 The formulas are in `rope.py`.
 """
@@ -12,8 +12,8 @@ from qwen_jax.runtime import texts, values
 YARN = ("yarn", "yarn_paper")
 _TYPES = ("linear", "ntk", *YARN)
 _OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
-_UNSET = (None, None, True)
-_LEAST = {
+_UNSET = (None, None, True)  # defaults of mscale, mscale_all_dim and truncate
+_LEAST = {  # the smallest allowed value of each number
     "factor": 1,
     "beta_fast": values.TINY,
     "beta_slow": values.TINY,
@@ -21,7 +21,8 @@ _LEAST = {
     "mscale": 0,
     "mscale_all_dim": 0,
 }
-# No position is larger, so that no factor has to be; powers and squares of it fit float32.
+# The largest allowed value of each number. No position is larger, so no factor needs to be; its
+# square still fits float32.
 _MOST = 2**31
 
 
@@ -29,18 +30,20 @@ _MOST = 2**31
 class RopeScaling:
     """A RoPE scaling variant other than the original's dynamic NTK.
 
-    "yarn" has its ramp over the pair index, as Hugging Face, vLLM and checkpoints that were trained
-    with it; "yarn_paper" has the paper's, over the number of turns.
+    type: "linear", "ntk", "yarn" or "yarn_paper". "yarn" ramps over the index of the dimension
+        pair, as Hugging Face, vLLM and checkpoints trained with it do; "yarn_paper" ramps over the
+        number of rotations, as in the paper.
+    factor: how many times longer the context becomes.
     """
 
     type: str
     factor: float
-    original_max_position_embeddings: int | None = None  # both kinds of YaRN need it
+    original_max_position_embeddings: int | None = None  # required for both kinds of YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
-    truncate: bool = True  # the ramp of yarn begins and ends at whole pairs
-    mscale: float | None = None  # of yarn, if both are there and no attention_factor
+    truncate: bool = True  # yarn: round the ends of the ramp to whole pairs
+    mscale: float | None = None  # yarn: used if both are given and attention_factor is not
     mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
@@ -78,8 +81,9 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, entry: Any) -> "RopeScaling | None":
-        """The `rope_scaling` entry of a config.json; None where it says that there is none. A key
-        that is null counts as absent. Raises ValueError for a key or value that is not known.
+        """Read the `rope_scaling` entry of a config.json; None if it says that there is no scaling.
+
+        A key whose value is null counts as absent. Raises ValueError for an unknown key or value.
         """
         if entry is None or isinstance(entry, RopeScaling):
             return entry
@@ -98,14 +102,16 @@ class RopeScaling:
                 )
         if (key := "original_max_position_embeddings") in given:
             given[key] = values.from_file(given[key])
-        if not given or given.get("type") == "default":  # as later generations say: none
+        if not given or given.get("type") == "default":  # later generations' word for none
             return None
         if not {"type", "factor"} <= set(given):
             raise ValueError(f"rope_scaling {texts.shown(entry)} lacks type or factor")
         return cls(**given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `rope_scaling` entry of a config.json, without what does not apply."""
+        """The `rope_scaling` entry of a config.json, without keys that do not apply to this
+        type.
+        """
         names = ["type", "factor", "original_max_position_embeddings"]
         names += ["beta_fast", "beta_slow", "attention_factor"] if self.type in YARN else []
         names += [] if self.truncate else ["truncate"]
