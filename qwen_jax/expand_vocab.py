@@ -1,11 +1,11 @@
-"""Learn tokens for words a vocabulary lacks, and write them as an expansion file.
+"""Learn tokens for words that a vocabulary lacks, and write them as an expansion file.
 
     python -m qwen_jax.expand_vocab VOCAB_FILE WORDS_FILE OUT_FILE [--start-id ID]
 
-The result is what `Tokenizer.from_file(..., extra_vocab_file=OUT_FILE)` reads. The learner goes on
-from the existing merges, so that every word given becomes one token and the encoding of other text
-changes only where the new tokens occur. It knows nothing of the model, whose embedding must have
-rows for the new ids.
+The result is read by `Tokenizer.from_file(..., extra_vocab_file=OUT_FILE)`. Learning continues from
+the existing merges: every given word becomes one token, and the encoding of other text changes only
+where the new tokens occur. This module knows nothing of the model, whose embedding must have rows
+for the new ids.
 """
 
 import argparse
@@ -26,10 +26,11 @@ from qwen_jax.runtime import command, lock, paths, texts, values
 
 
 def read_words(path: str | Path) -> dict[str, int]:
-    """Words and their frequencies from lines "word<TAB>frequency", NFC-normalised.
+    """Read words and their frequencies from lines "word<TAB>frequency", NFC-normalised.
 
     White space around a word is dropped. A frequency that is missing or not a positive integer
-    counts as 1; those of repeated words add up. ValueError if the file is not UTF-8.
+    counts as 1; the frequencies of repeated words add up. Raises ValueError if the file is not
+    UTF-8.
     """
     words: Counter[str] = Counter()
     data = paths.parse(path).read_bytes()
@@ -46,9 +47,9 @@ def read_words(path: str | Path) -> dict[str, int]:
 
 
 def splittable(words: Iterable[str]) -> list[str]:
-    """Those of the words that the pre-tokenizer splits: they can never be one token."""
-    # A piece that is itself a token becomes that token without any merges: where every word is a
-    # token, a word gives more than one id only if it is more than one piece.
+    """The words that the pre-tokenizer splits, which therefore can never be one token."""
+    # A piece that is itself a token becomes that token without any merges. So if every word is a
+    # token, a word is encoded as several ids only if it is split into several pieces.
     if isinstance(words, str | bytes) or not isinstance(words, Iterable):
         raise ValueError(f"words must be a list of texts, got {texts.described(words)}")
     words = [texts.check_whole("each word", word) for word in words]
@@ -60,12 +61,14 @@ def splittable(words: Iterable[str]) -> list[str]:
 
 
 def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
-    """New tokens, in the order of their ids, with which each word is a single token.
+    """Learn new tokens, in the order of their ids, such that each word becomes a single token.
 
-    `words`: NFC text to frequency (positive). Words that are tokens already are skipped; a word
-    that the pre-tokenizer splits is a ValueError. Each step joins the two neighbouring parts that
-    are the most frequent together; ties go to the fewest characters, then the fewest bytes, then
-    the smallest text.
+    words: the frequency (positive) of each word (NFC text). Words that are tokens already are
+        skipped.
+
+    Each step joins the two neighbouring parts that occur together most often; ties go to the fewest
+    characters, then the fewest bytes, then the smallest text. Raises ValueError for a word that the
+    pre-tokenizer splits.
     """
     if not isinstance(words, Mapping):
         raise ValueError(f"words must be word to frequency, got {texts.described(words)}")
@@ -77,11 +80,12 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     new = [word for word in words if word.encode() not in ranks]
     parts = [[table[i] for i in tokenizer.encode(word)] for word in new]
     counts: Counter[bytes] = Counter()
-    places: defaultdict[bytes, set[int]] = defaultdict(set)  # candidate -> words that may hold it
+    places: defaultdict[bytes, set[int]] = defaultdict(set)  # candidate -> words it may occur in
     heap: list[tuple[int, int, int, str, bytes]] = []
     changed: set[bytes] = set()
 
     def count(index: int, sign: int) -> None:
+        """Add (+1) or remove (-1) the pairs of neighbouring parts of a word."""
         for left, right in pairwise(parts[index]):
             counts[left + right] += sign * words[new[index]]
             places[left + right].add(index)
@@ -111,7 +115,7 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
 
 
 def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> None:
-    """Write an expansion file, ids from `start_id`; FileExistsError if there is one already."""
+    """Write an expansion file with ids from `start_id` on. Raises FileExistsError if it exists."""
     tokens = list(tokens)
     if wrong := [token for token in tokens if not isinstance(token, bytes)]:
         raise ValueError(f"tokens must be bytes, got {texts.described(wrong[0])}")
@@ -127,6 +131,7 @@ def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> No
 
 
 def _check_place(path: Path) -> None:
+    """Raise FileExistsError or FileNotFoundError unless a new file can be created at this path."""
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name or remove it")
     if not paths.is_place(path):
@@ -145,7 +150,7 @@ def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def expand(vocab_file: Path, words_file: Path, out_file: Path, start_id: int | None) -> None:
-    """What the command does; prints a line for each refused word (stderr) and a summary."""
+    """Run the command; prints a line for each refused word (to stderr) and a summary."""
     _check_place(out_file)
     tokenizer = Tokenizer.from_file(vocab_file)
     first = len(tokenizer) if start_id is None else start_id
@@ -166,7 +171,7 @@ def expand(vocab_file: Path, words_file: Path, out_file: Path, start_id: int | N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m qwen_jax.expand_vocab",
         description="Learn tokens for the words of WORDS_FILE and write them to OUT_FILE, an "

@@ -1,4 +1,4 @@
-"""Text: the tokenizer, the prompt of a chat, and tool calls. Nothing here needs jax."""
+"""The tokenizer, chat prompts and tool calls. Nothing here needs jax."""
 
 from qwen_jax.chat.prompt import (
     DEFAULT_SYSTEM,

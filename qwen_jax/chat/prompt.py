@@ -1,9 +1,9 @@
 """Prompts and replies of the two chat formats: "chatml" (chat models) and "raw" (base models).
 
-A prompt is put together from ids, never by encoding the finished text: the control tokens are
-placed here, and what users and callers wrote is encoded as ordinary text, whatever it spells.
-This module knows nothing of the model or of sampling: it makes the ids that go in, says which ids
-end a reply, and turns the reply's ids into text.
+A prompt is assembled from token ids and never by encoding the finished text: this module places the
+control tokens, and encodes what users and callers wrote as ordinary text, even if it spells a
+control token. It makes the prompt's ids, names the ids that end a reply, and decodes the reply. It
+knows nothing of the model or of sampling.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -26,14 +26,15 @@ def make_context(
     max_window_size: int = 6144,
     chat_format: str = "chatml",
 ) -> tuple[str, list[int]]:
-    """The prompt of one query, as text and as ids.
+    """Build the prompt of one query; returns it as text and as token ids.
 
-    `history`: pairs (query, reply), oldest first (`turns_of` makes them of messages). The newest
-    pairs are kept as long as system, kept pairs and the next one together stay below
-    `max_window_size` tokens; the query is never counted or cut. "raw" takes the query alone. Any
-    other format is a NotImplementedError.
+    history: pairs (query, reply), oldest first; `turns_of` makes them from messages.
+    max_window_size: the newest pairs are kept while the system message and the kept pairs together
+        stay below this number of tokens. The query is neither counted nor cut.
+    chat_format: "chatml", or "raw", whose prompt is the query alone; any other raises
+        NotImplementedError.
 
-    Raises ValueError that names the argument where anything is no text, or half a character.
+    Raises ValueError that names the argument if a text is not a `str` or has a lone surrogate.
     """
     values.instance("tokenizer", tokenizer, Tokenizer)
     _check_format(chat_format)
@@ -73,12 +74,14 @@ def make_context(
 
 
 def turns_of(history: History | None, system: str) -> tuple[str, list[tuple[str, str]]]:
-    """(system, pairs) of a conversation so far: what `make_context` takes.
+    """Convert a conversation so far to (system, pairs), as `make_context` takes it.
 
-    `history`: pairs (query, reply) of text, or messages {"role": ..., "content": ...} as the
-    OpenAI API has them, which end with a reply. Of messages, a first one of role "system" takes the
-    place of `system`, and calls and results of tools become part of the reply (`tools.turns`).
-    Raises ValueError, saying what history is, for anything else.
+    history: pairs (query, reply) of text, or messages {"role": ..., "content": ...} as in the
+        OpenAI API, the last of which is a reply.
+    system: used unless the first message has the role "system".
+
+    Tool calls and their results become part of the reply (`tools.turns`). Raises ValueError that
+    describes a valid history for anything else.
     """
     system = texts.check_whole("system", system)
     items = _items(history)
@@ -99,6 +102,7 @@ def turns_of(history: History | None, system: str) -> tuple[str, list[tuple[str,
 
 
 def _items(history: History | None) -> list[Any]:
+    """The items of a history as a list. Raises ValueError if it is not an ordered collection."""
     if history is None:
         return []
     ordered = isinstance(history, Iterable) and isinstance(history, Sized)
@@ -108,6 +112,9 @@ def _items(history: History | None) -> list[Any]:
 
 
 def _pairs(history: History | None) -> list[tuple[str, str]]:
+    """Check a history of pairs. Raises ValueError that names the item that is not a pair of
+    texts.
+    """
     found: list[tuple[str, str]] = []
     for number, item in enumerate(_items(history), 1):
         if isinstance(item, Mapping):
@@ -129,7 +136,7 @@ def _pairs(history: History | None) -> list[tuple[str, str]]:
 
 
 def with_turn(history: History | None, query: str, reply: str) -> list[Any]:
-    """The history with one turn more, in the form that it has: pairs, or messages."""
+    """The history with one more turn, in its own form: pairs, or messages."""
     past: list[Any] = [] if history is None else list(history)
     if any(isinstance(item, Mapping) for item in past):
         said = (("user", query), ("assistant", reply))
@@ -140,7 +147,7 @@ def with_turn(history: History | None, query: str, reply: str) -> list[Any]:
 def stop_sequences(tokenizer: Tokenizer, chat_format: str) -> tuple[tuple[int, ...], ...]:
     """The id sequences that end a reply of this format.
 
-    An unknown format is a NotImplementedError.
+    An unknown format raises NotImplementedError.
     """
     _check_format(chat_format)
     if chat_format == "raw":
@@ -151,9 +158,10 @@ def stop_sequences(tokenizer: Tokenizer, chat_format: str) -> tuple[tuple[int, .
 def until_stop(
     parts: Iterable[Iterable[int]], stops: Sequence[Sequence[int]]
 ) -> Iterator[list[int]]:
-    """Ids as they are made, without the stop that ends them.
+    """Pass on generated ids up to the first stop sequence, which is left out.
 
-    As many ids as a stop may still turn out to begin with are held back.
+    parts: ids as they are generated, in pieces; stops: the id sequences. Ids that may be the
+        beginning of a stop sequence are held back until that is decided.
     """
     ends = sorted(filter(None, _ends(stops)), key=len, reverse=True)
     longest = len(ends[0]) if ends else 1
@@ -178,11 +186,13 @@ def decode_reply(
     stop: Sequence[Sequence[int]] = (),
     errors: str = "replace",
 ) -> str:
-    """Text of a reply, without the white space around it.
+    """Decode a reply, and strip the white space around it.
 
-    `ids`: what the model generated, without the prompt. It is cut before the first
-    <|endoftext|>, in "chatml" also <|im_start|> or <|im_end|>, and before the first of the `stop`
-    sequences. `errors` as in `Tokenizer.decode`. An unknown format is a NotImplementedError.
+    ids: the generated ids, without the prompt. They are cut before the first <|endoftext|>, in
+        "chatml" also <|im_start|> or <|im_end|>, and before the first of the `stop` sequences.
+    errors: as in `Tokenizer.decode`.
+
+    An unknown format raises NotImplementedError.
     """
     _check_format(chat_format)
     reply = values.ids("ids", ids)
@@ -197,6 +207,7 @@ def decode_reply(
 
 
 def _ends(stops: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Check sequences of token ids, and return them as tuples."""
     if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
         raise ValueError(f"stop must be sequences of token ids, got {texts.described(stops)}")
     return [tuple(values.ids("each stop", sequence)) for sequence in stops]

@@ -1,9 +1,9 @@
 """Qwen's tokenizer: byte-pair encoding over qwen.tiktoken, its 208 special tokens, and expansions.
 
-Text becomes ids with tiktoken; ids become bytes by a table, and text only at the end, because a
-token may hold part of a character. `TextStream` does the same for ids that arrive one by one.
-User text is never parsed for special tokens unless asked. This module knows nothing of chat
-formats, of the model, or of how many rows its embedding has.
+tiktoken encodes text to ids. Ids are decoded to bytes by a table, and bytes to text only at the
+end, because a token may hold part of a character; `TextStream` does this for ids that arrive one by
+one. Special tokens in user text are ordinary text unless the caller allows them. This module knows
+nothing of chat formats, of the model, or of the number of rows of its embedding.
 """
 
 import binascii
@@ -18,9 +18,9 @@ import tiktoken
 
 from qwen_jax.runtime import paths, texts, values
 
-# A run of white space before a word gives its last character to the word: `\s+(?!\S)`. That one
-# backtracks through the whole run, and tiktoken panics at a million characters; the alternative
-# before it takes runs of more than 256 by chunks, possessively, and matches exactly the same text.
+# White space before a word leaves its last character to the word: `\s+(?!\S)`. This alternative
+# backtracks through the whole run, and tiktoken panics at a million characters. The alternative
+# before it takes runs of more than 256 in chunks, possessively, and matches exactly the same text.
 PATTERN = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -39,28 +39,31 @@ SPECIAL_TOKENS = (
     "<|im_end|>",
     *(f"<|extra_{i}|>" for i in range(205)),
 )
-# A download cut at a line's end looks like a smaller vocabulary. The published one is recognised
-# by one of its tokens, and then must have all its ranks.
+# A download that was cut at the end of a line looks like a smaller vocabulary. So the published
+# vocabulary is recognised by one of its tokens, and must then have all its ranks.
 PUBLISHED_RANKS = 151_643
 _LANDMARK_RANK, _LANDMARK = 20_000, b"LANG"
-_UNDECODABLE = b"\xff"  # a byte that is nowhere in UTF-8
-PADDED = 1024  # a model's vocabulary is filled up to a multiple of this, or of less
-Line = tuple[int, bytes, int]  # of a vocabulary file: its number, the token, the id
+_UNDECODABLE = b"\xff"  # a byte that never occurs in UTF-8
+PADDED = 1024  # models pad the vocabulary to a multiple of at most this
+Line = tuple[int, bytes, int]  # a line of a vocabulary file: its number, the token, the id
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Encodes text to token ids and decodes ids to text.
 
-    `ranks`: token bytes to id of every regular token, the expansion included. `special_tokens`:
-    text to id. `id_to_bytes`: id to bytes of everything that can be decoded, special tokens too.
-    `extra_ids`: the ids of <|extra_0|>..<|extra_204|>.
+    ranks: the id of every regular token by its bytes, the expansion included.
+    special_tokens: the id of every special token by its text.
+    id_to_bytes: the bytes of every id that can be decoded, special tokens included.
+    extra_ids: the ids of <|extra_0|>..<|extra_204|>.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], extra: Mapping[bytes, int] | None = None):
-        """Build from ranks 0..n-1; the special tokens take n..n+207, `extra` any ids still free.
+        """Build a tokenizer from ranks 0..n-1; the special tokens get n..n+207.
 
-        Tokens of `extra` that already exist are skipped. ValueError if an id is taken, the ranks
-        lack one of the 256 bytes, or either is no mapping of bytes to whole numbers.
+        extra: the tokens of an expansion, with any free ids; tokens that already exist are skipped.
+
+        Raises ValueError if an id is taken, if the ranks lack one of the 256 bytes, or if either
+        argument does not map bytes to whole numbers.
         """
         self.ranks = _ids_by_token("ranks", ranks)
         if problem := _lacks_bytes(self.ranks):
@@ -90,13 +93,16 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, extra_vocab_file: str | Path | None = None) -> "Tokenizer":
-        """Read a vocabulary in qwen.tiktoken's format, and optionally an expansion of it.
+        """Read a vocabulary in the format of qwen.tiktoken, and optionally an expansion of it.
 
-        `path`: lines "base64 rank", ranks 0, 1, 2, ... in order, the 256 single bytes among them;
-        it may be smaller than the published one. An expansion may follow in the same file, as the
-        original's tokenizer saves one: ids from the first after the special tokens on.
-        `extra_vocab_file`: lines "base64 id", any ids that are free; tokens that exist are passed
-        over. ValueError names the file, the line and what is wrong with it.
+        path: lines "base64 rank" with the ranks 0, 1, 2, ... in order, which include the 256 single
+            bytes; it may be smaller than the published vocabulary. An expansion may follow in the
+            same file, as the original tokenizer saves it, with ids after those of the special
+            tokens.
+        extra_vocab_file: lines "base64 id" with any free ids; tokens that already exist are
+            skipped.
+
+        Raises ValueError that names the file, the line and the problem.
         """
         ranks, own = _read_vocabulary(path)
         more = _read_lines(extra_vocab_file) if extra_vocab_file is not None else ()
@@ -116,7 +122,7 @@ class Tokenizer:
         return cls(ranks, expansion)
 
     def __len__(self) -> int:
-        """One past the largest id; with a sparse expansion not every id below it exists."""
+        """One more than the largest id; with a sparse expansion, not every smaller id exists."""
         return self._size
 
     def encode(
@@ -125,12 +131,16 @@ class Tokenizer:
         allowed_special: Collection[str] = frozenset(),
         disallowed_special: Collection[str] = (),
     ) -> list[int]:
-        """Ids of the text, NFC-normalised first.
+        """Encode a text, after NFC normalisation.
 
-        Special tokens spelled out in the text are ordinary text, except those of
-        `allowed_special`; both arguments are a set of special tokens or "all" (for
-        `disallowed_special`: all that are not allowed). ValueError where a name is no special
-        token, the text holds a disallowed one, or is no `str`. Lone surrogates become U+FFFD.
+        allowed_special: special tokens that are recognised in the text; all others are ordinary
+            text.
+        disallowed_special: special tokens that must not occur; "all" means all that are not
+            allowed.
+
+        Each is a set of special tokens, or "all". Raises ValueError if a name is not a special
+        token, if the text contains a disallowed one, or if it is not a `str`. Lone surrogates
+        become U+FFFD.
         """
         text = unicodedata.normalize("NFC", texts.check("text", text))
         allowed = self._special_set(allowed_special)
@@ -145,12 +155,12 @@ class Tokenizer:
         return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
-        """The bytes of the ids. ValueError for what is no whole number, and for an id that no model
-        of this vocabulary has.
+        """Decode ids to bytes.
 
-        Models have a few ids beyond the vocabulary, which is filled up to a multiple of at most
-        1024; such an id gives the byte 0xff. `skip_special_tokens` drops the 208 special tokens,
-        not those of an expansion.
+        skip_special_tokens: drop the 208 special tokens, but not tokens of an expansion.
+
+        Models pad their vocabulary to a multiple of at most 1024, and an id in the padding becomes
+        the byte 0xff. Raises ValueError for larger ids and for anything but whole numbers.
         """
         skip = self._special_ids if skip_special_tokens else range(0)
         table = self.id_to_bytes
@@ -160,21 +170,25 @@ class Tokenizer:
     def decode(
         self, ids: Iterable[int], errors: str = "replace", skip_special_tokens: bool = False
     ) -> str:
-        """Text of the ids.
+        """Decode ids to text.
 
-        Bytes that are not UTF-8, and ids that fill up a model's vocabulary, are left to `errors`:
-        "replace" (U+FFFD), "ignore" or "strict" (UnicodeDecodeError). ValueError for other ids that
-        do not exist.
+        errors: what becomes of bytes that are not UTF-8 and of ids in a model's padding: "replace"
+            (U+FFFD), "ignore" or "strict" (UnicodeDecodeError).
+
+        Raises ValueError for ids that no model of this vocabulary has.
         """
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", _handler(errors))
 
     def known_ids(self, size: int) -> np.ndarray:
-        """bool [size], True where the id decodes: False on rows that pad the vocabulary."""
+        """A bool array [size], True where the id can be decoded, False on rows that pad the
+        vocabulary.
+        """
         known = np.zeros(size, dtype=bool)
         known[[i for i in self.id_to_bytes if i < size]] = True
         return known
 
     def _special_set(self, names: Collection[str]) -> set[str]:
+        """Check a set of special tokens, and expand "all"."""
         if isinstance(names, str) and names == "all":
             return set(self.special_tokens)
         if isinstance(names, str | bytes) or not isinstance(names, Iterable):
@@ -192,7 +206,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of ids that arrive in pieces: all pushes and the flush joined equal one `decode`."""
+    """Decodes ids that arrive in pieces; all pushes and the flush joined equal one `decode`."""
 
     def __init__(
         self, tokenizer: Tokenizer, errors: str = "replace", skip_special_tokens: bool = False
@@ -207,14 +221,14 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.decode_bytes(ids, self._skip))
 
     def flush(self) -> str:
-        """What is left of an unfinished character, by `errors`; the stream then starts anew."""
+        """Decode what is left of an unfinished character by `errors`, and reset the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def _handler(errors: str) -> str:
-    """What becomes of bytes that are not UTF-8, checked before there are any."""
+    """Check the name of an error handler now, before there are bytes that need it."""
     try:
         codecs.lookup_error(errors)
     except (LookupError, TypeError):
@@ -223,16 +237,16 @@ def _handler(errors: str) -> str:
 
 
 def _ids_by_token(name: str, given: Mapping[bytes, int]) -> dict[bytes, int]:
-    """The ids of tokens, checked here: tiktoken would panic."""
+    """Check a mapping of tokens to ids here, because tiktoken would panic."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{name} must be ids by token (bytes), got {texts.described(given)}")
+        raise ValueError(f"{name} must map tokens (bytes) to ids, got {texts.described(given)}")
     if wrong := [token for token in given if not isinstance(token, bytes) or not token]:
         raise ValueError(f"{name}: tokens must be bytes, got {texts.described(wrong[0])}")
     return dict(zip(given, values.ids(f"{name}: ids", given.values(), 2**31), strict=True))
 
 
 def _lacks_bytes(ranks: Mapping[bytes, int]) -> str | None:
-    """Which bytes have no token, in words; None where all have."""
+    """Describe which single bytes have no token; None if all have one."""
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if not missing:
         return None
@@ -243,7 +257,9 @@ def _lacks_bytes(ranks: Mapping[bytes, int]) -> str | None:
 
 
 def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
-    """The ranks of a vocabulary, and the lines of an expansion that follows them in the file."""
+    """Read the ranks of a vocabulary, and the lines of an expansion that follows in the same
+    file.
+    """
     ranks: dict[bytes, int] = {}
     expansion: list[Line] = []
     seen: dict[bytes, int] = {}
@@ -274,12 +290,15 @@ def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
 
 
 def _is_published(ranks: Mapping[bytes, int]) -> bool:
+    """Whether the ranks begin as those of the published vocabulary do."""
     return ranks.get(_LANDMARK) == _LANDMARK_RANK
 
 
 def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
-    """Whether a line of this rank is the first of an expansion, after all ranks and the special
-    tokens. Of a vocabulary whose end is not known, only the very next id tells it from a gap.
+    """Whether a line of this rank is the first of an expansion, whose ids follow the special
+    tokens.
+
+    If the end of the vocabulary is unknown, only exactly the next id counts: any other is a gap.
     """
     first = len(ranks) + len(SPECIAL_TOKENS)
     if _is_published(ranks):
@@ -288,13 +307,13 @@ def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
 
 
 def _read_lines(path: str | Path) -> Iterator[Line]:
-    """Line number, token and id of each line "base64 id" that is not blank."""
+    """Yield line number, token and id of each line "base64 id" that is not blank."""
     file = paths.parse(path)
     if file.is_dir():
         raise ValueError(f"{path} is a folder: give the vocabulary in it, such as qwen.tiktoken")
     if not file.exists():
         raise ValueError(f"{path} does not exist: give the qwen.tiktoken of a checkpoint")
-    # At once: the file object of a remote file takes a minute for the lines of a vocabulary.
+    # Read at once: reading a remote file line by line takes a minute for a vocabulary.
     data = file.read_bytes()
     if problem := texts.foreign(data):
         raise ValueError(f"{path} is not UTF-8 text: {problem}")
@@ -306,9 +325,10 @@ def _read_lines(path: str | Path) -> Iterator[Line]:
             try:
                 encoded, digits = fields
                 token = binascii.a2b_base64(encoded, strict_mode=True)
-                # Strict as it is, it takes any bits before the padding: those of no encoder.
+                # Even in strict mode it accepts stray bits before the padding, which no encoder
+                # writes.
                 whole = binascii.b2a_base64(token, newline=False) == encoded
-                # int() alone would take signs and underscores; ids are int32 everywhere else
+                # int() alone would accept signs and underscores; ids are int32 everywhere else.
                 if not token or not whole or not digits.isdigit() or int(digits) >= 2**31:
                     raise ValueError
             except ValueError:

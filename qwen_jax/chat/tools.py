@@ -1,7 +1,7 @@
-"""Tools and calls of them as the text that Qwen was trained on: ReAct (arXiv 2210.03629).
+"""Tool descriptions and tool calls as the text that Qwen was trained on: ReAct (arXiv 2210.03629).
 
-Messages come as the OpenAI API has them; each question becomes one user turn and one reply, in
-which thoughts, calls, their results and the answer follow each other. Knows no ids.
+Messages come in the form of the OpenAI API. Each question becomes a user turn and a reply, in which
+thoughts, calls, their results and the answer follow each other. Knows no token ids.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _TOOL = (
     "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? "
     "{description} Parameters: {parameters}"
 )
-# What is read of a message beside its role and content, by its role.
+# The keys that are read from a message beside its role and content, by its role.
 _READ: dict[str, tuple[str, ...]] = {
     "system": (),
     "user": (),
@@ -41,8 +41,8 @@ _READ: dict[str, tuple[str, ...]] = {
     "tool": ("tool_call_id", "name"),
     "function": ("tool_call_id", "name"),
 }
-# Notes about a message, which say nothing to a model. The last four are its share in the loss,
-# which whoever trains judges.
+# Keys of metadata, which the model does not see. The last four weight a message in the loss, which
+# the training recipe decides.
 _NOTES = frozenset(
     (
         "id", "uuid", "message_id", "parent_id", "index", "turn", "turn_id",
@@ -52,7 +52,7 @@ _NOTES = frozenset(
         "weight", "train", "trainable", "loss",
     )
 )  # fmt: skip
-# What says something to a model, and is no text of the conversation as Qwen has it.
+# Keys with content for a model, which Qwen's text format has no place for.
 _CONTENT = frozenset(
     (
         "reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "thoughts",
@@ -66,9 +66,10 @@ _ANSWER = "Thought: I now know the final answer.\nFinal Answer: {text}"
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one side says: (text, whether that side wrote it); of a reply, results are not its own.
+    """The text of one side in a conversation, in spans.
 
     role: "user" or "assistant".
+    spans: (text, whether this side wrote it); in a reply, the results of tools are not its own.
     """
 
     role: str
@@ -76,12 +77,16 @@ class Turn:
 
     @property
     def text(self) -> str:
+        """The joined text of all spans."""
         return "".join(text for text, _ in self.spans)
 
 
 @dataclasses.dataclass
 class _Step:
-    """A call of a reply, or what else is said. id, name: of the call; waits: for its result."""
+    """One step of a turn: a tool call, or other text.
+
+    id, name: of the call, if it is one; waits: whether the call has no result yet.
+    """
 
     text: str
     id: Any = None
@@ -91,6 +96,7 @@ class _Step:
 
 
 def _turn(role: str, steps: Sequence[_Step]) -> Turn:
+    """Join the steps of a turn, each call followed by its result."""
     spans: list[tuple[str, bool]] = []
     for step in steps:
         spans.append((f"\n{step.text}" if spans else step.text, True))
@@ -100,9 +106,11 @@ def _turn(role: str, steps: Sequence[_Step]) -> Turn:
 
 
 def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What tells the model of its tools: functions, or {"type": "function", "function": ...}.
+    """The text that describes tools to the model, in the original's words.
 
-    Raises ValueError for what is no tool, or has no name.
+    tools: functions, or {"type": "function", "function": ...}.
+
+    Raises ValueError for an object that is not a tool, or has no name.
     """
     shown, names = [], []
     for number, tool in enumerate(_listed("tools", tools), 1):
@@ -110,7 +118,7 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
         function = _function(tool, what)
         name = function.get("name_for_model") or function.get("name")
         human = function.get("name_for_human") or name
-        # Parquet has null for what is not there.
+        # Parquet has null for missing values.
         told = function.get("description_for_model") or function.get("description") or ""
         if not name:
             raise ValueError(f"{what} has no name")
@@ -127,17 +135,19 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
 def turns(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[str | None, list[Turn]]:
-    """(system message, turns) of a conversation, messages {"role": ..., "content": ...}.
+    """Convert a conversation to (system message or None, turns).
 
-    roles: system (first alone), user, assistant, and tool or function for results. An assistant's
-    calls are in `tool_calls`, or in the older `function_call`; each is followed by its result: that
-    with its id in `tool_call_id`, or with its name, or the next. With tools, the first user turn
-    begins with what tells of them, as in the original's examples for fine-tuning: every reply is
-    trained, so none may call what it was not told of (the original's server, which needs the next
-    reply alone, puts it in the last turn but one).
+    messages: {"role": ..., "content": ...}, with the roles system (first only), user, assistant,
+        and tool or function for results. An assistant's calls are in `tool_calls`, or in the older
+        `function_call`. Results follow their calls, and are matched by `tool_call_id`, by name, or
+        in order.
+    tools: as in `instruction`; their description goes before the first user message, as in the
+        original's fine-tuning examples. Every reply is trained, so none may call a tool that is not
+        described before it. (The original's server only needs the next reply, and puts the
+        description into the last turn but one.)
 
-    Raises ValueError, naming the message, for another role, an order that cannot be, no text, what
-    has another shape, or a key that says what is not read (`check_read`).
+    Raises ValueError that names the message for an unknown role, an impossible order, a wrong
+    shape, a missing text, or a key with content that would be lost (`check_read`).
     """
     system: str | None = None
     found: list[tuple[str, list[_Step]]] = []
@@ -154,7 +164,7 @@ def turns(
         last, steps = found[-1] if found else (None, [])
         if role == "system":
             if number > 1:
-                raise ValueError(f"message {number} is of the system: only the first can be")
+                raise ValueError(f"message {number} has role 'system': only the first may")
             system = _content(message, number)
         elif role == "user":
             found.append(("user", [_Step(_content(message, number))]))
@@ -172,16 +182,20 @@ def turns(
             _answered(steps, message, number)
         else:
             allowed = "system, user, assistant, tool, function"
-            raise ValueError(f"message {number} is of {texts.shown(role)}: allowed are {allowed}")
-    if tools and found:  # the first turn is of a user: a reply before it is refused
+            raise ValueError(
+                f"message {number} has role {texts.shown(role)}: allowed are {allowed}"
+            )
+    if tools and found:  # the first turn is a user's, as a reply before it is refused
         question = found[0][1][0]
         question.text = f"{instruction(tools)}\n\nQuestion: {question.text}"
     return system, [_turn(role, steps) for role, steps in found]
 
 
 def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> None:
-    """Raise ValueError for a key that is not in `read` and says something that the conversation
-    would lack; warn of a key that is not known. What is not `given` says nothing, nor do notes.
+    """Raise ValueError for a key outside `read` whose content the conversation would lose.
+
+    what: the message's name for errors. An unknown key only causes a warning; empty values (not
+        `given`) and metadata are ignored.
     """
     for key, value in message.items():
         if key in read or key in _NOTES or not given(value):
@@ -191,21 +205,22 @@ def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> 
                 f"{what} has {texts.shown(key)} {texts.shown(value)}, which is not read there: "
                 "leave the field out, or say it in the text"
             )
-        warnings.warn(  # Python shows a warning of one text once
+        warnings.warn(  # Python shows each distinct text once
             f"messages have {texts.shown(key)}, which is not known and not read", stacklevel=2
         )
 
 
 def given(value: Any) -> bool:
-    """Whether a field of a record holds more than null, NaN, false, 0, empty text, and lists and
-    objects of such: Parquet and pandas have those where other rows have more.
+    """Whether a value is more than null, NaN, false, 0, empty text, or nested containers of these.
+
+    Parquet and pandas fill fields with such values where other rows have more.
     """
     left = [value]
     while left:
         part = left.pop()
         if isinstance(part, Mapping):
             left += part.values()
-        elif hasattr(part, "tolist"):  # of numpy
+        elif hasattr(part, "tolist"):  # a numpy array or scalar
             left.append(part.tolist())
         elif isinstance(part, Iterable) and not isinstance(part, str | bytes):
             left += part
@@ -215,7 +230,7 @@ def given(value: Any) -> bool:
 
 
 def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -> None:
-    """Put a result to its call: that of its id; where ids are lacking, of its name, or the next."""
+    """Store a tool's result at its call: by id, or without ids by name, or else the next call."""
     waiting = [step for step in steps if step.waits]
     wanted, name = message.get("tool_call_id") or None, message.get("name")
     by_id = [step for step in waiting if wanted is not None and step.id == wanted]
@@ -227,8 +242,9 @@ def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -
 
 
 def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_Step]:
-    """An assistant's message: its calls, or its answer. What is said beside calls is the thought
-    that comes before the first.
+    """Convert an assistant's message to steps: its tool calls, or its answer.
+
+    Content beside calls becomes the thought before the first call.
     """
     calls = message.get("tool_calls")
     calls = calls if given(calls) else []
@@ -260,7 +276,7 @@ def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_S
 
 
 def _function(value: Any, what: str) -> Mapping[str, Any]:
-    """The function of a tool or of a call: what is in "function", or all of it."""
+    """The function in a tool or call: the value of its key "function", or the object itself."""
     function = value.get("function") if isinstance(value, Mapping) else None
     function = function if given(function) else value
     if not isinstance(function, Mapping):
@@ -269,6 +285,7 @@ def _function(value: Any, what: str) -> Mapping[str, Any]:
 
 
 def _json(value: Any, what: str) -> str:
+    """The value as JSON. Raises ValueError that starts with `what`, its name."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:  # such as a date out of Parquet
@@ -276,7 +293,7 @@ def _json(value: Any, what: str) -> str:
 
 
 def _content(message: Mapping[str, Any], number: int, needed: bool = True) -> str:
-    """Its text; parts of type "text" are joined."""
+    """The text of a message; parts of type "text" are joined. needed: whether null is an error."""
     content = message.get("content")
     if isinstance(content, list):
         parts = [part if isinstance(part, Mapping) else {} for part in content]
@@ -296,7 +313,7 @@ def _content(message: Mapping[str, Any], number: int, needed: bool = True) -> st
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    """The values of a list, or of anything like one."""
+    """The items of a list or another iterable of objects."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of objects, got {texts.described(values)}")
     return list(values)

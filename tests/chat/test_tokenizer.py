@@ -177,8 +177,8 @@ def test_ids_that_no_model_has_are_refused(i):
     [
         ({b"a": 0}, None, r"^ranks: 1 tokens, but none for 255 of the 256 bytes \(the first: 0x00"),
         ({}, None, "^ranks: 0 tokens, but none for 256"),
-        (None, None, "^ranks must be ids by token .bytes., got None"),
-        ([b"a"], None, "^ranks must be ids by token"),
+        (None, None, "^ranks must map tokens .bytes. to ids, got None"),
+        ([b"a"], None, "^ranks must map tokens"),
         (tiny_ranks() | {b"xyz": 300}, None, "^ranks must be 0 to 261, each of them once"),
         (tiny_ranks() | {b"xyz": -1}, None, "^ranks: ids: token id -1 is out of range"),
         (tiny_ranks() | {b"xyz": "261"}, None, "^ranks: ids must be whole numbers"),

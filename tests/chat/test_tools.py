@@ -130,9 +130,13 @@ def calling(*calls: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("messages", "tools", "problem"),
     [
-        ([{"role": "bot", "content": "x"}], (), "message 1 is of 'bot': allowed are system, user"),
-        ([{"content": "x"}], (), "message 1 is of None"),
-        ([ASKED, {"role": "system", "content": "x"}], (), "message 2 is of the system"),
+        (
+            [{"role": "bot", "content": "x"}],
+            (),
+            "message 1 has role 'bot': allowed are system, user",
+        ),
+        ([{"content": "x"}], (), "message 1 has role None"),
+        ([ASKED, {"role": "system", "content": "x"}], (), "message 2 has role 'system'"),
         ([{"role": "assistant", "content": "x"}], (), "message 1 is a reply to nobody"),
         ([ASKED, {"role": "tool", "content": "x"}], (), "message 2 is the result of no call"),
         ([*calling(CALL), RESULT, RESULT], (), "message 4 is the result of no call"),
@@ -149,7 +153,7 @@ def calling(*calls: Any) -> list[Any]:
             "message 1 has parts that are no",
         ),
         ([ASKED, "x"], (), "message 2 is no object"),
-        ([{"role": ["user"], "content": "x"}], (), r"message 1 is of \['user'\]"),
+        ([{"role": ["user"], "content": "x"}], (), r"message 1 has role \['user'\]"),
         ([ASKED], [{"type": "function", "function": {}}], "tool 1 has no name"),
         ([ASKED], [WEATHER, "x"], "tool 2 is no object that holds a function"),
         ([ASKED], [3], "tool 1 is no object that holds a function"),

@@ -136,10 +136,10 @@ def test_messages_are_a_history():
 @pytest.mark.parametrize(
     ("history", "problem"),
     [
-        ([{"user": "a", "bot": "b"}], "message 1 is of None: allowed are system, user,"),
+        ([{"user": "a", "bot": "b"}], "message 1 has role None: allowed are system, user,"),
         ([ASKED], "a reply is the last"),
         ([ASKED, ASKED, SAID], "users and assistants take turns"),
-        ([ASKED, SAID, {"role": "system", "content": "x"}], "message 3 is of the system"),
+        ([ASKED, SAID, {"role": "system", "content": "x"}], "message 3 has role 'system'"),
         ([ASKED, ("a", "b")], "message 2 is no object with role and content: tuple"),
         ([ASKED, SAID | {"content": 3}], "message 2 has no text in 'content', but int 3"),
     ],
