@@ -1,6 +1,6 @@
-"""Model directories: loaded, saved, described, and found to be whole or not.
+"""Model directories: loading, saving, inspecting them, and checking that they are complete.
 
-`load` and `save` carry a decoder from and to the mesh in force. Importing this room starts no jax.
+`load` and `save` move a decoder to and from the current mesh. Importing this room starts no jax.
 """
 
 from qwen_jax.checkpoint.directory import CheckpointError, verify_whole

@@ -1,4 +1,4 @@
-"""`python -m qwen_jax.checkpoint inspect DIR`: what a model directory holds."""
+"""`python -m qwen_jax.checkpoint inspect DIR`: shows what a model directory holds."""
 
 from qwen_jax.checkpoint.inspection import main
 

@@ -1,7 +1,7 @@
-"""What makes a folder a model directory: its files' names, its manifest, and whether it is whole.
+"""The files of a model directory: their names, the manifest, and the check that it is complete.
 
-`manifest.json` is written last and holds the size of every file of params/: without it a directory
-is unfinished, whatever is in it. Nothing here knows jax, or what is in a leaf.
+`manifest.json` is written last and holds the size of every file under params/. A directory without
+it is unfinished, whatever it contains. Nothing here knows jax, or the content of a leaf.
 """
 
 import importlib.metadata
@@ -19,9 +19,9 @@ GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 PARAMS = "params"
 TOKENIZER = "qwen.tiktoken"
-UNFINISHED = "unfinished.json"  # there while a conversion or a save is under way
-FORMAT = 2  # 1 had a leaf axis for heads
-# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
+UNFINISHED = "unfinished.json"  # exists while a conversion or a save is running
+FORMAT = 2  # in format 1, leaves had an axis for heads
+# Files copied beside the weights: configuration, vocabularies, licence, and the auto_map's code.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
 ORIGIN = "origin"  # in the manifest of a conversion: where others find the checkpoint
@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def existing(path: str | Path) -> Path:
-    """The folder at `path`, which has a config.json. Raises CheckpointError."""
+    """The absolute path of a folder with a config.json. Raises CheckpointError if it is not one."""
     root = paths.absolute(path)
     if not root.is_dir():
         unreached = ", or cannot be reached" if paths.is_remote(root) else ""
@@ -45,9 +45,10 @@ def existing(path: str | Path) -> Path:
 
 
 def verify_whole(path: str | Path) -> dict[str, Any]:
-    """The manifest of a model directory all of whose files are there, each with its full size.
+    """Check that a model directory is complete, each file with its full size; returns its manifest.
 
-    Raises CheckpointError otherwise. The contents are not read: `--verify` of the converters does.
+    Raises CheckpointError otherwise. The contents are not read; the converters' `--verify` does
+    that.
     """
     root = existing(path)
     if not (root / MANIFEST).exists():
@@ -69,6 +70,7 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
 
 
 def _why_no_manifest(root: Path) -> str:
+    """The message for a directory without a manifest: what it seems to be, and what to do."""
     if (root / UNFINISHED).exists():
         if read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
             return (
@@ -98,7 +100,7 @@ def origin(root: Path) -> dict[str, str]:
 
 
 def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
-    """What is wrong with files of these sizes, in words; "" when nothing is."""
+    """Describe how file sizes in bytes differ from the wanted ones, by name; "" if they do not."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} does not belong there" for name in found if name not in wanted]
     problems += [
@@ -110,12 +112,16 @@ def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
 
 
 def some(problems: list[str]) -> str:
+    """Join the first five problems for a message, and count the rest."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return f"{', '.join(problems[:5])}{more}"
 
 
 def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> None:
-    """Declare a directory whole: its leaves are there. `facts`: dtype, mesh, source."""
+    """Write the manifest, which declares a directory complete; all its leaves must be written.
+
+    path: the directory; shapes: of the leaves, by path; facts: dtype, mesh, source and so on.
+    """
     libraries = ("qwen-jax", "jax", "flax", "orbax-checkpoint")
     write_json(
         path / MANIFEST,
@@ -131,14 +137,17 @@ def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: A
 
 
 def file_sizes(root: Path) -> dict[str, int]:
-    """The size of every file under params/, by its path within the directory."""
+    """The size in bytes of every file under params/, by its path relative to the directory."""
     return {f"{PARAMS}/{name}": size for name, size in paths.sizes(root / PARAMS).items()}
 
 
 def check_shapes(
     root: Path, manifest: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError when the stored leaves are not those that config.json speaks of."""
+    """Raise CheckpointError if the stored leaves differ from those that config.json implies.
+
+    root: for the message; wanted: shapes by path.
+    """
     stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
     if problems := mismatch(stored, wanted):
         raise CheckpointError(
@@ -148,7 +157,7 @@ def check_shapes(
 
 
 def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """How leaves of these shapes differ from those wanted, in words; "" when they do not."""
+    """Describe how the shapes of leaves differ from the wanted ones, by path; "" if they do not."""
     problems = [f"no {name}" for name in wanted if name not in found]
     problems += [f"{name} is not in the model" for name in found if name not in wanted]
     problems += [
@@ -160,8 +169,9 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
 
 
 def carried(source: Path) -> list[Path]:
-    """The files of a model beside weights and config.json. Raises ValueError for a link to a file
-    that is gone, as a cache of downloads may hold.
+    """The files of a model to copy beside its weights and config.json (`CARRIED`).
+
+    Raises ValueError for a dangling symbolic link, as a cache of downloads may hold.
     """
     named = (paths.parse(file) for pattern in CARRIED for file in source.glob(pattern))
     found = {file for file in named if file.is_file()}
@@ -170,33 +180,34 @@ def carried(source: Path) -> list[Path]:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copy what is `carried`, byte for byte."""
+    """Copy the files that `carried` lists, byte for byte."""
     for file in carried(source):
         paths.copy(file, target / file.name)
 
 
 def names(folder: Path) -> set[str]:
-    """What is in a folder, but for the lock of who works there, and what is left of drafts."""
+    """The names in a folder, except the lock and the drafts of interrupted writes."""
     found = {file.name for file in folder.iterdir()} if folder.exists() else set()
     left = {file.name for file in folder.glob(paths.DRAFTS)} | {f"{UNFINISHED}.tmp"}
     return found - left - {lock.NAME}
 
 
 def remove_drafts(root: Path) -> None:
-    """Remove the drafts that writers which were killed have left in a model directory."""
+    """Remove the drafts that killed writers left in a model directory."""
     if not paths.is_remote(root):
         for file in [*root.glob(paths.DRAFTS), *(root / PARAMS).rglob("*.tmp")]:
             file.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # A file name that is not UTF-8 holds what cannot be encoded; its escape is JSON's, too.
+    # A file name that is not UTF-8 holds lone surrogates; the escape of one is valid JSON.
     paths.write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _version(library: str) -> str:
+    """The installed version of a library, for the manifest."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

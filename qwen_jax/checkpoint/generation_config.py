@@ -1,6 +1,6 @@
-"""What a checkpoint says of how it wants to be sampled and stopped: its generation_config.json.
+"""The sampling and stopping settings of a checkpoint, from its generation_config.json.
 
-Read and checked once, when a model is loaded. A key that is null counts as absent.
+They are read and checked once, when a model is loaded. A key whose value is null counts as absent.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ _READ = frozenset(
         "pad_token_id", "repetition_penalty", "stop_words_ids", "temperature", "top_k", "top_p",
     )
 )  # fmt: skip
-# Keys that change no token, whatever they say: bookkeeping, caches, what else is returned, how
-# drafts are made that are checked afterwards. cache_implementation chooses where keys and values
-# lie (static, hybrid, offloaded, ...); "quantized" alone rounds them, and is said (`_not_done`).
+# Keys that change no token, whatever their value: bookkeeping, caches, additional outputs, and
+# speculative decoding, whose drafts are verified. cache_implementation chooses where keys and
+# values are kept (static, hybrid, offloaded, ...); only "quantized" rounds them, and causes a
+# warning.
 _INERT = frozenset(
     (
         "_commit_hash", "_from_model_config", "assistant_confidence_threshold",
@@ -36,7 +37,7 @@ _INERT = frozenset(
         "use_cache", "use_mtp",
     )
 )  # fmt: skip
-# Values that ask for nothing, beside null, false, 0, [] and {}: the defaults of transformers.
+# Values without effect, beside null, false, 0, [] and {}: the defaults of transformers.
 _OFF = {
     "encoder_repetition_penalty": 1,
     "guidance_scale": 1,
@@ -51,10 +52,13 @@ _OFF = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How a checkpoint generates unless a caller says otherwise.
+    """How a checkpoint generates unless the caller chooses otherwise.
 
-    stops: sequences of ids that end a row. pad_id, chat_format: None where the file names none.
-    max_window_size: most tokens of a chat's prompt, beyond which old turns are left out.
+    sampler: the sampling strategy.
+    stops: sequences of token ids that end a row.
+    max_new_tokens: the most tokens to generate.
+    pad_id, chat_format: None if the file has none.
+    max_window_size: the most tokens of a chat prompt, beyond which old turns are left out.
     """
 
     sampler: Greedy | Nucleus
@@ -68,17 +72,20 @@ class GenerationConfig:
     def from_hf(
         cls, hf: Mapping[str, Any], file: str | Path = "generation_config.json"
     ) -> "GenerationConfig":
-        """Read the values of a generation_config.json. file: its name, for messages.
+        """Read the values of a generation_config.json.
 
-        Raises ValueError that names the file and the key whose value cannot be. Warns in one line
-        of what is asked for and not done.
+        hf: its keys; file: its name, for messages.
+
+        Raises ValueError that names the file and the key with an invalid value. Warns in one line
+        of settings that are ignored.
         """
         hf = values.mapping("hf (values of a generation_config.json)", hf)
         given = {key: value for key, value in hf.items() if value is not None}
         if asked := _not_done(given):
             said = ", ".join(f"{key}={value!r}" for key, value in sorted(asked.items()))
             warnings.warn(
-                f"{file} asks for what is not done: {said}; heeded are {', '.join(sorted(_READ))}",
+                f"{file} has entries that are ignored: {said}; supported are "
+                f"{', '.join(sorted(_READ))}",
                 stacklevel=3,
             )
         with values.named(file):
@@ -86,7 +93,9 @@ class GenerationConfig:
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `GenerationConfig`. ValueError that names a key whose value cannot be."""
+    """The fields of `GenerationConfig`. Raises ValueError that names a key with an invalid
+    value.
+    """
 
     def whole(key: str, default: int, least: int) -> int:
         value = values.from_file(given.get(key, default))
@@ -117,7 +126,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """The sequences of ids that end a row, each once, in the order of the file."""
+    """The id sequences that end a row, without repetitions, in the order of the file."""
     eos, words = given.get("eos_token_id", []), given.get("stop_words_ids", [])
     ends = eos if isinstance(eos, list) else [eos]
     if not isinstance(words, list) or not all(isinstance(x, list) and x for x in words):
@@ -129,13 +138,14 @@ def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def _id(name: str, value: Any) -> int:
+    """Check a token id."""
     return values.whole(name, values.from_file(value), 0, values.INT32)
 
 
 def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that would change tokens if they were heeded, and are not."""
+    """The keys that would change tokens and are ignored."""
     passed: set[str] = {*_READ, *_INERT}
-    if "max_new_tokens" in given:  # which goes before it
+    if "max_new_tokens" in given:  # takes precedence over max_length
         passed.add("max_length")
     if given.get("cache_implementation") == "quantized":
         passed.remove("cache_implementation")
@@ -149,7 +159,7 @@ def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
 def make_sampler(
     draw: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float
 ) -> Greedy | Nucleus:
-    """The sampler of these settings, checked; temperature 0, or draw False, is greedy."""
+    """A checked sampler with these settings; greedy if `draw` is False or the temperature is 0."""
     sampler: Greedy | Nucleus = Greedy(repetition_penalty)
     if draw and temperature != 0:
         sampler = Nucleus(temperature, top_k, top_p, repetition_penalty)

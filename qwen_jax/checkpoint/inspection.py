@@ -1,7 +1,8 @@
-"""`python -m qwen_jax.checkpoint inspect`: what a model directory holds, and whether it is whole.
+"""`python -m qwen_jax.checkpoint inspect`: shows what a model directory holds, and if it is
+complete.
 
-It reads the small files, and of the weights the sizes alone, and imports no jax: it answers
-at once on any machine, while accelerators are busy elsewhere.
+It reads the small files, the vocabulary among them, and the sizes of the others, but no weights, and
+imports no jax. So it answers at once on any machine, even while the accelerators are busy.
 """
 
 import argparse
@@ -29,6 +30,7 @@ whole all the same.
 
 Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 usage.
 """
+# The printed name of each size, with its field of Config.
 _SIZES = {
     "layers": "num_layers",
     "hidden": "hidden_size",
@@ -41,6 +43,7 @@ _SIZES = {
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     result = argparse.ArgumentParser(
         prog="python -m qwen_jax.checkpoint",
         description="Look at model directories. `inspect --help` says more.",
@@ -60,10 +63,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     return command.run(parser(), work, argv)
 
 
 def work(args: argparse.Namespace) -> None:
+    """Print the facts. Raises CheckpointError if the directory is not complete."""
     facts = describe(args.dir)
     if args.json:
         print(json.dumps(facts))
@@ -76,7 +81,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """What can be said of the directory; `reason` says why it is not whole, and else is None."""
+    """Collect the facts about a directory; `reason` says why it is not complete, or is None."""
     facts: dict[str, Any] = {"path": path, "whole": False, "reason": None}
     try:
         root = directory.existing(path)
@@ -135,7 +140,7 @@ def vocabulary(root: Path, config: Config) -> dict[str, Any]:
 
 
 def model_name(config: Config) -> str | None:
-    """The published model of these sizes."""
+    """The name of the published model with these sizes, or None."""
     sizes = _SIZES.values()
     for name, preset in PRESETS.items():
         if all(getattr(preset, field) == getattr(config, field) for field in sizes):
@@ -144,7 +149,7 @@ def model_name(config: Config) -> str | None:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """A line for each fact that is known."""
+    """The known facts, one per line."""
     lines = {"directory": facts["path"]}
     if "sizes" in facts:
         sizes = ", ".join(f"{word} {size:,}" for word, size in facts["sizes"].items())

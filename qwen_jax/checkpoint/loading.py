@@ -1,7 +1,7 @@
-"""A model directory read: its config, its tokenizer, its settings of generation, and its decoder.
+"""Loads a model directory: its config, tokenizer, generation settings and decoder.
 
-What was saved on one mesh is restored on any other, by any number of processes. A directory without
-its manifest is unfinished and is never read.
+A decoder saved on one mesh can be loaded on any other, by any number of processes. A directory
+without its manifest is unfinished and is never read.
 """
 
 import logging
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     from qwen_jax.model import Decoder
 
 
-_READERS = 2  # leaves at the same time
+_READERS = 2  # leaves that are read at the same time
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_config(path: str | Path) -> Config:
-    """The architecture of a model directory. Raises CheckpointError or ValueError."""
+    """Load the architecture of a model directory. Raises CheckpointError or ValueError."""
     return Config.read(existing(path) / CONFIG)
 
 
 def load_generation_config(path: str | Path) -> "GenerationConfig":
-    """The directory's generation_config.json, checked; without one, as in transformers, what its
-    config.json says of how to generate.
+    """Load and check the generation settings of a model directory.
+
+    They come from generation_config.json, or without one from config.json, as in transformers.
     """
     from qwen_jax.checkpoint import token_ids
     from qwen_jax.checkpoint.generation_config import GenerationConfig
@@ -60,12 +61,12 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":
-    """The directory's tokenizer, None where it has no vocabulary file.
+    """Load the tokenizer of a model directory; None if it has no vocabulary file.
 
-    An expansion of the vocabulary is the file of the directory that `extra_vocab_file` of
-    tokenizer_config.json names. Warns of what that file, special_tokens_map.json and
-    added_tokens.json ask for and is not done. Raises ValueError where the vocabulary is not that of
-    the other files (`token_ids.check`).
+    If `extra_vocab_file` in tokenizer_config.json names a file of the directory, that is an
+    expansion of the vocabulary. Warns of entries in that file, in special_tokens_map.json and in
+    added_tokens.json that are ignored. Raises ValueError if the vocabulary does not fit the other
+    files (`token_ids.check`).
     """
     from qwen_jax.chat.tokenizer import Tokenizer
     from qwen_jax.checkpoint import token_ids, tokenizer_config
@@ -89,14 +90,17 @@ def load(
     mesh: "Mesh | None" = None,
     keep: "Callable[[str, Weight], Any] | None" = None,
 ) -> "Decoder":
-    """The decoder of a model directory, every leaf restored straight into its place on the mesh.
+    """Load the decoder of a model directory; every leaf is restored directly to its shards on the
+    mesh.
 
-    config: the directory's own, or one with overrides of it. dtype: None is the stored one; the
-    cast happens while reading. mesh: None is the mesh in force, or (1, 1). A process reads and
-    holds its own shards, and beside them a few chunks of the files. keep: what becomes of each leaf
-    by its path as soon as it is read, as `int8.of_layers`; None keeps it.
+    config: the directory's own by default; may have overrides.
+    dtype: the stored one by default; otherwise leaves are cast while they are read.
+    mesh: by default the current mesh, or (1, 1).
+    keep: applied to each leaf, with its path, as soon as it is read, such as `int8.of_layers`; its
+        result takes the leaf's place.
 
-    Raises CheckpointError when the directory is not whole or does not match the config.
+    Each process reads and holds its own shards, and a few chunks of the files besides. Raises
+    CheckpointError if the directory is not complete or does not match the config.
     """
     from qwen_jax import meshes
     from qwen_jax.leaves.weights import Weight, map_leaves
@@ -123,7 +127,7 @@ def load(
         restored = Weight(array, letters=leaf.letters)
         if keep is None:
             return restored
-        with meshes.entered(mesh):  # of this thread
+        with meshes.entered(mesh):  # the mesh is set per thread
             return keep(name, restored)
 
     with store.one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
@@ -132,7 +136,7 @@ def load(
 
 
 def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
-    """The decoder without its values, and its leaves by path; not yet on the mesh of anyone."""
+    """The decoder without values, and its leaves by path; on no particular mesh yet."""
     from qwen_jax import meshes, model
     from qwen_jax.leaves.weights import named_leaves
 

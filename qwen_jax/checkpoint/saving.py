@@ -1,10 +1,10 @@
-"""A decoder written into a model directory, by all processes, from whatever mesh it is on.
+"""Saves a decoder as a model directory, by all processes together, from any mesh.
 
     config.json, generation_config.json, tokenizer files    as the checkpoint's author wrote them
     params/          an Orbax tree with a leaf for each layer, `layers` -> `0` -> `attn` -> `q`
     manifest.json    written last: the size of every file of params/, shapes, dtype, versions
 
-A mesh decides how the files are cut, and nothing else.
+The mesh determines how the files are split, and nothing else.
 """
 
 import contextlib
@@ -45,24 +45,24 @@ if TYPE_CHECKING:
 
     from qwen_jax.model import Decoder
 
-_WRITERS = 4  # leaves at the same time
+_WRITERS = 4  # leaves that are written at the same time
 
 
 def save(
     path: str | Path, config: Config, decoder: "Decoder", like: str | Path | None = None
 ) -> None:
-    """Write a decoder, from whatever mesh it lives on, as the model directory `path`.
+    """Save a decoder, from whatever mesh it is on, as the model directory `path`.
 
-    decoder: with a leaf for each layer, or stacked. like: a model directory or checkpoint folder
-    whose tokenizer, generation_config and other small files come along, and its config.json where
-    that says the same as `config`. Every process of a run calls this with the same arguments; each
-    writes its own shards, into a file system they share, and returns when all is written. Beside
-    the weights, a process holds a few chunks of the files.
+    decoder: with a leaf for each layer, or with stacked layers.
+    like: a model directory or checkpoint folder. Its tokenizer, generation_config.json and other
+        small files are copied, and its config.json if that describes the same `config`.
 
-    Without its manifest, which comes last, nothing that was written counts: remains of a save that
-    was stopped are never read, and are removed by the next one. Raises CheckpointError where `path`
-    holds anything else: an earlier directory is never touched. Raises `lock.Busy` while another
-    program writes there.
+    Every process of a run calls this with the same arguments, on a shared file system. Each writes
+    its own shards, holding a few chunks of the files at a time, and returns when all are written.
+
+    The manifest is written last. A save that was interrupted before is never read, and the next
+    save removes its remains. Raises CheckpointError if `path` holds anything else: an earlier
+    directory is never changed. Raises `lock.Busy` while another program writes to it.
     """
     from qwen_jax.model import Decoder
 
@@ -74,12 +74,12 @@ def save(
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
     held = contextlib.ExitStack()
-    check: Callable[[], None]  # from `begin` on, where the lock is
+    check: Callable[[], None]  # assigned in `begin`, in the process that holds the lock
     facts = {
         "made_by": SAVED_BY,
         "dtype": next(iter(leaves.values())).dtype,
         "mesh": _mesh_sizes(decoder),
-        "id": uuid.uuid4().hex,  # another save of other weights has another manifest
+        "id": uuid.uuid4().hex,  # makes the manifests of two saves differ
     }
 
     def begin() -> None:
@@ -111,9 +111,10 @@ def save(
 
 
 def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], facts: Mapping[str, Any]) -> None:
-    """Declare a directory whole that has every chunk of these leaves; facts: see `write_manifest`.
+    """Declare a directory complete if it has every chunk of these leaves.
 
-    Raises CheckpointError where a chunk is missing or has another size, or a file is too many.
+    facts: for the manifest (`write_manifest`). Raises CheckpointError if a chunk is missing or has
+        another size, or if there is a file too many.
     """
     wanted = store.chunk_files(leaves)
     found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
@@ -126,9 +127,10 @@ def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], facts: Mapping[st
 def _pieces(
     config: Config, decoder: "Decoder"
 ) -> "dict[str, tuple[store.StoredLeaf, jax.Array, int | None]]":
-    """What is stored of a decoder, by path: the leaf, the array that holds it, and its layer there.
+    """For each stored leaf by path: its description, the array that holds it, and its layer there.
 
-    Raises CheckpointError when the decoder is not of this config.
+    The layer is None for an array that is the leaf itself. Raises CheckpointError if the decoder
+    does not belong to this config.
     """
     from qwen_jax.leaves.weights import named_leaves
 
@@ -159,6 +161,7 @@ def _pieces(
 
 
 def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:
+    """The axis sizes of the mesh that a decoder is on; {} on a single device."""
     from jax.sharding import NamedSharding
 
     place = decoder.embedding.get_value().sharding
@@ -166,6 +169,7 @@ def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:
 
 
 def _refuse_whole(root: Path) -> None:
+    """Raise CheckpointError if the directory is complete already."""
     if (root / MANIFEST).exists():
         raise CheckpointError(
             f"{root} is a whole model directory already: save to another place, or remove it first"
@@ -173,7 +177,9 @@ def _refuse_whole(root: Path) -> None:
 
 
 def _clear(root: Path) -> None:
-    """An empty folder; what a save left that was stopped is removed, and nothing else."""
+    """Remove what an interrupted save left in the folder. Raises CheckpointError for other
+    files.
+    """
     _refuse_whole(root)
     found = names(root)
     stopped = read_json(root / UNFINISHED) if UNFINISHED in found else {}
@@ -187,7 +193,7 @@ def _clear(root: Path) -> None:
             f"{root} holds {sorted(found)[0]}, which no save left there: save to an empty place"
         )
     remove_drafts(root)
-    # Its mark is written over, so that a kill here leaves what can be removed again.
+    # `unfinished.json` stays until it is overwritten, so a kill here can be cleaned up again.
     for name in left - {PARAMS}:
         (root / name).unlink()
     if PARAMS in left:
@@ -195,7 +201,7 @@ def _clear(root: Path) -> None:
 
 
 def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
-    """The config.json to write: that of `like`, as it is, where it says what `config` says."""
+    """The config.json to write: that of `like` unchanged if it describes `config`, or a new one."""
     if like is not None:
         file = existing(like) / CONFIG
         said = read_json(file)
@@ -206,9 +212,9 @@ def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
 
 
 def _together(work: Callable[[], None], alone: bool = False) -> None:
-    """Every process does its part (alone: the first one only), and goes on when all have.
+    """Run `work` in every process (alone: in process 0 only), and wait until all are done.
 
-    An error anywhere is one everywhere: nobody waits for a process that has gone.
+    An error in one process is raised in all of them, so none waits for a process that has failed.
     """
     import jax
 

@@ -1,10 +1,10 @@
-"""The files of a model directory's params/: where each byte of a leaf is, and what Orbax is told.
+"""The layout of a model directory's params/: where each byte of a leaf is stored, and its metadata.
 
-The layout is the one of Orbax without OCDBT: a Zarr array for each leaf, and `_METADATA`, the tree.
-A chunk is a file of raw bytes, so a leaf is copied without passing through an array, Orbax or jax,
-by the kernel where neither dtype nor columns change. Chunks follow the mesh; along its first axis a
-shard is cut further, so that reading and writing it never takes much memory. Between chunks and
-devices TensorStore carries the values, a chunk at a time.
+It is Orbax's layout without OCDBT: a Zarr array for each leaf, and `_METADATA` with the tree. A
+chunk is a file of raw bytes, so a leaf can be copied without Orbax, jax or even an array, by the
+kernel if neither dtype nor columns change. Chunks follow the shards of the mesh, and a shard is
+split further along its first axis, so that reading and writing take little memory. TensorStore
+moves the values between chunks and devices, one chunk at a time.
 """
 
 import contextlib
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 CHUNK_BYTES = 64 * 2**20
-_WRITES = 8  # at the same time; each waits until its chunk is on the disk
+_WRITES = 8  # chunks written at the same time; each write waits until its chunk is on the disk
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DTYPES = tuple(ITEM_BYTES)  # that a directory may have
+DTYPES = tuple(ITEM_BYTES)  # the dtypes that a directory can have
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredLeaf:
-    """A leaf as it is stored: its Zarr array is the folder `params/{path}`."""
+    """The description of a stored leaf; its Zarr array is the folder `params/{path}`.
+
+    shape: of the leaf; chunks: the shape of a chunk, which divides it; dtype: a name.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -55,9 +58,10 @@ class StoredLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, in one file for each range of columns.
+    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, stored in one file per range of columns.
 
-    It may be a part of them: the columns that one of several processes writes.
+    pieces: the file's name, and the ranges on all axes but the first. Of several processes, each
+        may have a band of only the columns that it writes.
     """
 
     leaf: StoredLeaf
@@ -66,29 +70,34 @@ class Band:
 
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return self.leaf.chunks[0]
 
     @property
     def row_elements(self) -> int:
+        """The number of elements in a row of the leaf."""
         return math.prod(self.leaf.shape[1:])
 
     @property
     def chunk_elements(self) -> int:
+        """The number of elements in one file."""
         return math.prod(self.leaf.chunks)
 
     @property
     def whole(self) -> bool:
-        """Whether all columns are there."""
+        """Whether the band has all columns."""
         return len(self.pieces) * self.chunk_elements == self.rows * self.row_elements
 
     def files(self, params: Path) -> dict[Path, tuple[slice, ...]]:
+        """The path of each file, with its ranges on all axes but the first."""
         return {params / self.leaf.path / name: at for name, at in self.pieces.items()}
 
 
 def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
     """A shard's shape, its first axis divided until a chunk has at most `CHUNK_BYTES`.
 
-    Only into equal parts: Zarr pads unequal ones. An axis with no fitting divisor stays whole.
+    The parts are equal, because Zarr pads unequal ones. An axis with no suitable divisor stays
+    whole.
     """
     wanted = math.ceil(math.prod(shard) * item_bytes / CHUNK_BYTES)
     parts = next((n for n in range(wanted, 8 * wanted) if shard[0] % n == 0), 1)
@@ -96,7 +105,7 @@ def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
 
 
 def chunk_files(leaves: Mapping[str, StoredLeaf]) -> dict[str, int]:
-    """The size that every chunk must have, by its path within params/."""
+    """The size in bytes that every chunk must have, by its path relative to params/."""
     return {
         f"{leaf.path}/{name}": band.chunk_elements * ITEM_BYTES[leaf.dtype]
         for leaf in leaves.values()
@@ -106,7 +115,7 @@ def chunk_files(leaves: Mapping[str, StoredLeaf]) -> dict[str, int]:
 
 
 def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
-    """Everything but the chunks: after this the tree exists, and its values are missing."""
+    """Write everything but the chunks: afterwards the tree exists, and its values are missing."""
     tree = {}
     arrays: dict[Path, bytes] = {}
     for leaf in leaves.values():
@@ -117,7 +126,7 @@ def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
             "dtype": {"float32": "<f4", "float16": "<f2"}.get(leaf.dtype, leaf.dtype),
             "order": "C",
             "compressor": None,
-            "fill_value": None,  # of any other, chunks that hold nothing else would be left out
+            "fill_value": None,  # with another value, chunks that hold only it would be left out
             "filters": None,
             "dimension_separator": ".",
         }
@@ -125,7 +134,7 @@ def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
         keys = tuple(leaf.path.split("."))
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
-            # As an array of numpy it can be opened on any machine, whatever mesh it was cut for.
+            # A numpy array can be opened on any machine, whatever mesh the chunks were made for.
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
     metadata = {
@@ -143,12 +152,16 @@ def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
 
 
 def _small_files(params: Path) -> ThreadPoolExecutor:
-    """For files that are remote, and take long to answer; elsewhere threads cost memory."""
+    """An executor for small files: parallel for remote files, which are slow to answer; elsewhere
+    threads would only cost memory.
+    """
     return ThreadPoolExecutor(16 if paths.is_remote(params) else 1)
 
 
 def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
-    """The leaves of a params/ that `write_metadata` wrote."""
+    """Read the leaves of a params/ folder that `write_metadata` wrote, by path. dtype: of all
+    leaves.
+    """
     leaves = {}
     files = list(params.glob("*/.zarray"))
     with _small_files(params) as executor:
@@ -166,17 +179,17 @@ def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
 
 
 def open_leaf(params: Path, name: str, write: bool = False) -> Any:
-    """The TensorStore of a leaf; a file that is missing is an error, never zeros."""
+    """Open a leaf as a TensorStore; a missing chunk is an error and never read as zeros."""
     import tensorstore
 
-    # The default number of reads at a time would keep gigabytes of chunks in memory.
+    # With the default number of parallel reads, gigabytes of chunks would be in memory.
     limits = {"file_io_concurrency": _WRITES if write else 2, "gcs_request_concurrency": _WRITES}
     context = tensorstore.Context({key: {"limit": limit} for key, limit in limits.items()})
     spec = {
         "driver": "zarr",
         "kvstore": paths.kvstore(params / name),
         "fill_missing_data_reads": False,
-        # What was read for one shard serves the next: nobody changes a chunk that is being read.
+        # A chunk read for one shard is reused for the next: nobody changes it meanwhile.
         "recheck_cached_data": "open",
     }
     return tensorstore.open(spec, open=True, read=True, write=write, context=context).result()
@@ -185,9 +198,10 @@ def open_leaf(params: Path, name: str, write: bool = False) -> Any:
 def restore(
     params: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, place: "Sharding"
 ) -> "jax.Array":
-    """One leaf, its shards of this process read straight into the memory that jax takes over.
+    """Restore one leaf: this process's shards are read straight into memory that jax takes over.
 
-    Orbax's own restore holds about 1.5 times the weights.
+    name: the leaf's path; shape, dtype: of the result; place: its sharding. Orbax's own restore
+        needs memory for about 1.5 times the weights.
     """
     import jax
     import tensorstore
@@ -204,7 +218,7 @@ def restore(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; jax copies what begins elsewhere."""
+    """Memory at a 64-byte boundary, which a CPU device takes over; jax would copy any other."""
     count = math.prod(shape) * dtype.itemsize
     memory = np.empty(count + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -212,10 +226,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def write_shards(params: Path, leaf: StoredLeaf, array: "jax.Array", layer: int | None) -> None:
-    """Write the shards of this process, a chunk at a time; of a shard's copies only the first.
+    """Write this process's shards, one chunk at a time; of replicated shards, only the first.
 
-    layer: None for an array that is the leaf, otherwise its place on the array's first axis. Not
-    under a mesh: a shard is an array of its own, on one device.
+    array: the leaf, or stacked layers; layer: the leaf's index on the first axis of stacked layers,
+        or None. Must be called without a mesh: each shard is an array of its own, on one device.
     """
     import jax
     import tensorstore
@@ -243,7 +257,10 @@ def write_shards(params: Path, leaf: StoredLeaf, array: "jax.Array", layer: int 
 
 @contextlib.contextmanager
 def one_line(root: Path, what: str) -> Iterator[None]:
-    """TensorStore reports trouble in many ways; here it is one."""
+    """Turn TensorStore's many kinds of errors into a CheckpointError of one line.
+
+    what: "read" or "written".
+    """
     try:
         yield
     except (CheckpointError, lock.Busy):

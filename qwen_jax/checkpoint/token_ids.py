@@ -1,7 +1,7 @@
-"""Whether the token ids that a model's files name are those of its vocabulary.
+"""Checks that the token ids in a model's files belong to its vocabulary.
 
-A qwen.tiktoken that was cut at a line's end, as an interrupted download leaves it, is a smaller
-vocabulary like any other, and gives the control tokens other ids. The files beside it tell.
+A qwen.tiktoken that was cut at the end of a line, as by an interrupted download, is a valid smaller
+vocabulary with other ids for the control tokens. The other files of the model reveal it.
 """
 
 import warnings
@@ -14,15 +14,18 @@ from qwen_jax.checkpoint.directory import CONFIG, GENERATION_CONFIG, TOKENIZER, 
 from qwen_jax.config import Config
 from qwen_jax.runtime.texts import read_json
 
-NO_PAD = -1  # some tools write this for a pad_token_id that is not there
+NO_PAD = -1  # some tools write this pad_token_id for none
 _KEYS = ("eos_token_id", "pad_token_id", "stop_words_ids")
-# A token of the published vocabulary that is in every part of it which somebody might take for it.
+# An early token of the published vocabulary, by which even a short part of it is recognised.
 _EARLY_RANK, _EARLY = 1000, b"atus"
 _AGAIN = "download or copy it again"
 
 
 def check_range(file: Path, vocab_size: int) -> None:
-    """Raise ValueError for an id of a generation_config.json that no row of the embedding has."""
+    """Raise ValueError for an id in a generation_config.json that has no row in the embedding.
+
+    file: the generation_config.json; vocab_size: the number of rows.
+    """
     for key, i in _ids(read_json(file)):
         if not 0 <= i < vocab_size:
             raise ValueError(
@@ -32,11 +35,13 @@ def check_range(file: Path, vocab_size: int) -> None:
 
 
 def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> None:
-    """Raise ValueError where the ids in generation_config.json and config.json of a model directory
-    or checkpoint folder are not of its model, or not of its tokenizer. Warns where replies end at a
-    token that is seldom meant to end them.
+    """Check the ids in generation_config.json and config.json against the model and its tokenizer.
 
-    vocabulary: the file of the tokenizer; None is that of the folder.
+    root: a model directory or checkpoint folder; vocabulary: the tokenizer's file, by default the
+        one in `root`.
+
+    Raises ValueError for an id outside the model or the vocabulary. Warns if replies end at a token
+    that is rarely intended to end them.
     """
     config, settings = root / CONFIG, root / GENERATION_CONFIG
     rows = Config.read(config).vocab_size
@@ -45,10 +50,10 @@ def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> N
     vocabulary = vocabulary or root / TOKENIZER
     check_whole(vocabulary, tokenizer, rows)
     named = list(_ids(read_json(settings))) if settings.exists() else []
-    # Those of config.json may be anybody's defaults, and count where they can be meant.
+    # The ids in config.json may be a library's defaults; only ids that have a row count.
     others = [(key, i) for key, i in _ids(read_json(config)) if key == "eos_token_id"]
     others = [(key, i) for key, i in others if 0 <= i < rows]
-    # Nothing is missing of the published vocabulary: the rows after it are as good to pad with.
+    # If the published vocabulary is complete, a padding id may also be in the rows after it.
     padding = "pad_token_id" if tokenizer.eod_id == PUBLISHED_RANKS else None
     for file, ids in ((settings, named), (config, others)):
         for key, i in ids:
@@ -68,8 +73,10 @@ def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> N
 
 
 def check_whole(file: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise ValueError for the beginning of the published vocabulary beside an embedding that has
-    rows for all of it.
+    """Raise ValueError if the vocabulary is a truncated published one, judging by the embedding.
+
+    That is so if it begins like the published vocabulary, has fewer ranks, and the model has rows
+    for all of them.
     """
     ranks, whole = tokenizer.eod_id, PUBLISHED_RANKS + len(SPECIAL_TOKENS)
     begins = tokenizer.ranks.get(_EARLY) == _EARLY_RANK
@@ -114,7 +121,10 @@ def check_fits(file: Path, tokenizer: Tokenizer | None, vocab_size: int) -> str 
 
 
 def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every id that the file names, with its key. What is no id, `GenerationConfig` refuses."""
+    """Yield every token id in the file's values, with its key.
+
+    Values that are not ids are skipped here; `GenerationConfig` refuses them.
+    """
     for key in _KEYS:
         left = [values.get(key)]
         while left:

@@ -1,7 +1,7 @@
-"""What a checkpoint says of its tokenizer beside the vocabulary: its tokenizer_config.json, and the
-files in which transformers keeps tokens that were added.
+"""Tokenizer settings beside the vocabulary: tokenizer_config.json, and files of added tokens.
 
-One key is heeded, `extra_vocab_file`; what others ask for and is not done is said in one line.
+Only the key `extra_vocab_file` has an effect. Entries of tokenizer_config.json,
+special_tokens_map.json and added_tokens.json that would matter and are ignored cause a warning.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from qwen_jax.checkpoint.directory import some
 from qwen_jax.runtime import paths
 from qwen_jax.runtime.texts import read_json
 
-# Keys that would change ids or text, and the values that mean what is done here.
+# Keys that would change ids or text, with the values that describe this tokenizer.
 _DONE: dict[str, tuple[Any, ...]] = {
     "tokenizer_class": ("QWenTokenizer",),
     "errors": ("replace",),
@@ -23,15 +23,15 @@ _DONE: dict[str, tuple[Any, ...]] = {
     "add_eos_token": (False,),
     "add_prefix_space": (False,),
 }
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # transformers' names of tokens
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in transformers
 _CHATML = "<|im_start|>"
 
 
 def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
-    """The expansion of the vocabulary that a directory's tokenizer_config.json names, if any.
+    """The vocabulary expansion that a directory's tokenizer_config.json names, or None.
 
-    Raises ValueError unless it is a file of that directory: whoever made the checkpoint chose the
-    name, and what lies elsewhere on this machine is not theirs to read.
+    values: those of tokenizer_config.json. Raises ValueError unless it is a file of that directory:
+        the checkpoint's author chose the name, and must not get other files of this machine read.
     """
     name = values.get("extra_vocab_file")
     if name is None or name == "":
@@ -54,9 +54,9 @@ def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
 
 
 def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Say what the files beside the vocabulary ask for and is not done, a line for each file.
+    """Warn of ignored entries in the files beside the vocabulary, one line for each file.
 
-    values: those of tokenizer_config.json. Raises ValueError for a file that is no JSON object.
+    values: those of tokenizer_config.json. Raises ValueError for a file that is not a JSON object.
     """
     asked = [
         f"{key}={values[key]!r}"
@@ -66,7 +66,7 @@ def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     told: set[str] = set()
 
     def lacking(names: Iterable[str]) -> list[str]:
-        """Those of the tokens that are not in the vocabulary, nor told of already."""
+        """The tokens that are neither in the vocabulary nor in an earlier warning, sorted."""
         found = sorted(name for name in {*names} - told if not _holds(tokenizer, name))
         told.update(found)
         return found
@@ -78,23 +78,25 @@ def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         asked.append("chat_template, which is not ChatML")
     if asked:
         warnings.warn(
-            f"tokenizer_config.json asks for what is not done: {'; '.join(asked)}", stacklevel=3
+            f"tokenizer_config.json has entries that are ignored: {'; '.join(asked)}", stacklevel=3
         )
     for name, tokens_of in (("special_tokens_map.json", _added), ("added_tokens.json", iter)):
         file = root / name
         if file.exists() and (unknown := lacking(tokens_of(read_json(file)))):
             warnings.warn(
-                f"{name} asks for what is not done: added tokens {some(unknown)}", stacklevel=3
+                f"{name} has entries that are ignored: added tokens {some(unknown)}", stacklevel=3
             )
 
 
 def _holds(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the vocabulary has a token of this text."""
     return text in tokenizer.special_tokens or text.encode("utf-8", "replace") in tokenizer.ranks
 
 
 def _added(values: Mapping[str, Any]) -> set[str]:
-    """The text of the tokens that a library has added to the vocabulary, or means to: as a text, as
-    an object with its "content", or as a list of such.
+    """The texts of the tokens that a library has added, or would add, to the vocabulary.
+
+    An entry may be a text, an object with the text as "content", or a list of either.
     """
     decoder, more = values.get("added_tokens_decoder"), values.get("additional_special_tokens")
     entries = [*(decoder.values() if isinstance(decoder, dict) else ())]

@@ -236,7 +236,7 @@ def warn(hf: Mapping[str, Any], file: Any) -> None:
         if hf.get(key)
     ]
     if asked:
-        warnings.warn(f"{file} asks for what is not done: {'; '.join(asked)}", stacklevel=3)
+        warnings.warn(f"{file} has entries that are ignored: {'; '.join(asked)}", stacklevel=3)
 
 
 def spelled(field: str) -> str:

@@ -234,7 +234,7 @@ def test_tokens_that_the_vocabulary_has_not_are_said(tmp_path):
     with pytest.warns(UserWarning) as caught:
         checkpoint.load_tokenizer(tmp_path)
     assert [str(warning.message) for warning in caught] == [
-        f"{name} asks for what is not done: added tokens {token}"
+        f"{name} has entries that are ignored: added tokens {token}"
         for name, token in zip(files, ("<a>", "</s>", "<b>"), strict=True)
     ]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))

@@ -109,5 +109,5 @@ def test_what_is_asked_for_and_not_done_is_said_in_one_line() -> None:
     assert config.sampler == Greedy()
     for asked in ({"max_length": 9999}, {"cache_implementation": "quantized"}):
         ((key, value),) = asked.items()
-        with pytest.warns(UserWarning, match=f"^dir/config.json asks .*{key}={value!r}"):
+        with pytest.warns(UserWarning, match=f"^dir/config.json has .*{key}={value!r}"):
             GenerationConfig.from_hf(asked, "dir/config.json")

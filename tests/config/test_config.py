@@ -466,7 +466,7 @@ def test_what_changes_answers_and_is_not_done_is_said():
     with pytest.warns(UserWarning) as caught:
         assert Config.from_hf({**QWEN_7B, **asked}) == PRESETS["qwen-7b"]
     (line,) = [str(warning.message) for warning in caught]
-    assert line.startswith("config.json asks for what is not done: prefix='x' (")
+    assert line.startswith("config.json has entries that are ignored: prefix='x' (")
     assert "use_cache_quantization=True (for a cache of 8 bits, give cache_dtype int8" in line
 
 

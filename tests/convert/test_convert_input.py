@@ -302,7 +302,9 @@ def test_tokens_that_the_vocabulary_has_not_are_said_before_anything_is_copied(t
     (source / "added_tokens.json").write_text('{"<mine>": 500}')
     (source / "generation_config.json").unlink()
     asked = from_hf.parser().parse_args([str(source), str(tmp_path / "out")])
-    with pytest.warns(UserWarning, match=r"added_tokens\.json asks for .*: added tokens <mine>$"):
+    with pytest.warns(
+        UserWarning, match=r"added_tokens\.json has entries .*: added tokens <mine>$"
+    ):
         from_hf.make_plan(asked)
 
 
@@ -314,7 +316,8 @@ def test_a_conversion_warns_of_a_key_once(tmp_path, source):
         warnings.simplefilter("default")
         from_hf.make_plan(asked)
     assert [str(warning.message) for warning in said] == [
-        f"{source}/config.json asks for what is not done: prefix='Hello' (write it into the prompt)"
+        f"{source}/config.json has entries that are ignored: prefix='Hello' (write it into the "
+        "prompt)"
     ]
 
 
