@@ -1,1 +1,1 @@
-"""The plan before the bill: real programs compiled for devices that are not there, and costed."""
+"""Plans a run before it is paid for: compiles its programs for absent devices and costs them."""

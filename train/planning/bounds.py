@@ -1,8 +1,8 @@
-"""The least time that a program can take: its work over the published rates, term by term.
+"""A lower bound on a program's time: its work divided by the published rates, term by term.
 
-Every term runs on hardware of its own (matrix units, HBM, each kind of link), so in the best case
-all overlap and the longest is the bound; their sum is what it takes when nothing overlaps. Latency
-counts nothing, nor do kernels that reach less than the peak: a bound, not a forecast.
+Each term runs on its own hardware (matrix units, HBM, each kind of link). In the best case all
+terms overlap and the longest is the bound; their sum is the time if nothing overlaps. Latency is
+ignored, and so is the gap between a kernel's rate and the peak: this is a bound, not a forecast.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from train.planning.topology import Path
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """Time that one kind of hardware takes for its part of the work.
+    """The time in seconds that a program spends on one kind of hardware.
 
-    name: "compute", "HBM", or the kind of link and the mesh axes, as "ICI fsdp". in_step: how many
-    of these seconds a link works in step with a slower one, for collectives that go over both
-    piece by piece; they do not come on top of that one's.
+    name: "compute", "HBM", or a kind of link with the mesh axes, such as "ICI fsdp".
+    in_step: how many of these seconds a link works in step with a slower one, for collectives that
+        go over both piece by piece; they do not come on top of that one's.
     """
 
     name: str
@@ -28,16 +28,18 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
+    """The lower bound of a program's time, as terms that may overlap."""
+
     terms: tuple[Term, ...]
 
     @property
     def seconds(self) -> float:
-        """All terms at once: no run is faster."""
+        """The longest term: the time if all terms overlap. No run is faster."""
         return max(term.seconds for term in self.terms)
 
     @property
     def serial(self) -> float:
-        """One term after the other; of links that work in step, the slowest."""
+        """The time in seconds if no two terms overlap; of links that work in step, the slowest."""
         return sum(term.seconds - term.in_step for term in self.terms)
 
     @property
@@ -55,11 +57,13 @@ def bound(
     links: Mapping[tuple[str, ...], Sequence[Path]],
     network: str = "",
 ) -> Bound:
-    """The bound of a device's work: FLOPs over its peak, bytes over its HBM's bandwidth, and the
-    collectives over each kind of link under their axes.
+    """The bound of the work of one device.
 
-    network: the kind of link between hosts or slices, where there are several; it has a term of no
-    time where nothing goes over it.
+    flops: its FLOPs; peak: FLOP/s.
+    moved: bytes to and from HBM; bandwidth: bytes/s.
+    collectives: what it sends; links: for each combination of mesh axes, the links that carry it.
+    network: the kind of link between hosts or slices, if there are several; it has a term of zero
+        seconds if nothing goes over it.
     """
     over: dict[str, Term] = {}
     for one in collectives:
@@ -77,17 +81,20 @@ def bound(
 
 
 def slowest(one: Collective, paths: Sequence[Path]) -> tuple[str, float]:
-    """The kind of link that limits a collective, and its time there. Parts over several kinds of
-    link follow each other piece by piece, so the slowest counts.
+    """The name of the kind of link that limits a collective, and the time in seconds on it.
+
+    A collective over several kinds of link works piece by piece, so the slowest kind sets the time.
     """
     return max(((path.name, _seconds(one, path)) for path in paths), key=lambda found: found[1])
 
 
 def _seconds(one: Collective, path: Path) -> float:
-    """On a ring of n, an array of which each has a part makes n - 1 steps of a part each.
+    """The time of a collective on one kind of link, in seconds.
 
-    An all-reduce scatters and then gathers. An all-to-all crosses a ring's or line's middle: a
-    quarter of its length times what it moves (of an array per device, half goes to either side).
+    On a ring of n devices, an all-gather or reduce-scatter takes n - 1 steps of 1/n of the array
+    each, and an all-reduce is one of each. An all-to-all is limited by the middle of a ring or
+    line, which carries a quarter of the ring's length times the bytes of a device (half of each
+    array goes to either side).
     """
     share = (path.size - 1) / path.size
     if one.kind in ("all-gather", "reduce-scatter"):

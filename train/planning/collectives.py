@@ -1,7 +1,8 @@
-"""The collectives of a compiled program: kind, mesh axes, how often, how many bytes.
+"""Lists the collectives of a compiled program: their kind, mesh axes, number and bytes.
 
-Read from the program's text, for CPU, GPU and TPU alike: plain, asynchronous and fused ones, in
-loops as often as the loop runs. Knows no hardware and no model; `bounds.py` makes times of it.
+They are read from the program's text, for CPU, GPU and TPU alike. Plain, asynchronous and fused
+collectives count, in loops as often as the loop runs. Knows no hardware and no model; `bounds.py`
+computes times.
 """
 
 import dataclasses
@@ -28,13 +29,15 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over the same mesh axes.
+    """The collectives of one kind over the same mesh axes.
 
-    axes: those along which the members of a group differ, in the mesh's order. size: devices that
-    take part together. count: how often in a run of the program, on each device. bytes: of all of
-    them on a device: of the whole array that an all-gather makes or a reduce-scatter takes (a ring
-    moves (size - 1) / size of it), of the array that the others take. looped: in a loop whose trip
-    count the compiler does not know; it is counted for one pass. where: op_names of the sources.
+    axes: the mesh axes along which the members of a group differ, in the mesh's order.
+    size: the number of devices in a group.
+    count: how often each device takes part per run of the program.
+    bytes: on a device, over all of them: of the whole array that an all-gather produces or a
+        reduce-scatter takes (a ring moves (size - 1) / size of it), of the operand for other kinds.
+    looped: inside a loop whose trip count the compiler does not know; one pass is counted.
+    where: the op_names of the source.
     """
 
     kind: str
@@ -47,10 +50,12 @@ class Collective:
 
 
 def of(program: Any, mesh: Any) -> list[Collective]:
-    """The collectives of a program, those of one kind, axes and size together, largest first.
+    """The collectives of a program, merged by kind, axes and size, the largest first.
 
-    program: a `jax.stages.Compiled` or its text. mesh: the mesh it was compiled for, or its axis
-    sizes by name. Groups of one device are left out: nothing moves.
+    program: a `jax.stages.Compiled` or its text.
+    mesh: the mesh it was compiled for, or its axis sizes by name.
+
+    Groups of one device are left out, as they move nothing.
     """
     found: dict[Any, list[Collective]] = {}
     for one in each(program, mesh):
@@ -68,10 +73,10 @@ def of(program: Any, mesh: Any) -> list[Collective]:
 
 
 def each(program: Any, mesh: Any) -> Iterator[Collective]:
-    """As `of`, one entry for each place in the program.
+    """The collectives of a program, as in `of`, but one entry for each place in the program.
 
-    Raises ValueError where the program has collectives in a computation that nothing is known to
-    run: they would be left out of the sums.
+    Raises ValueError if the program has collectives in a computation that nothing is known to run:
+    the sums would leave them out.
     """
     text = program if isinstance(program, str) else program.as_text()
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
@@ -95,7 +100,7 @@ def each(program: Any, mesh: Any) -> Iterator[Collective]:
 
 
 def table(rows: list[Collective]) -> str:
-    """The rows for a terminal."""
+    """The collectives as a table for the terminal."""
     lines = [f"{'collective':<20} {'axes':<14} {'devices':>7} {'count':>6} {'MB a device':>12}"]
     for x in rows:
         count = f"{x.count}{'*' if x.looped else ''}"
@@ -105,7 +110,7 @@ def table(rows: list[Collective]) -> str:
 
 
 def _fused(program: hlo.HloProgram) -> set[str]:
-    """The computations that a fusion calls."""
+    """The names of computations that a fusion calls."""
     return {
         name
         for computation in program.computations.values()
@@ -120,8 +125,8 @@ def _in(
 ) -> Iterator[tuple[Computation, Instruction]]:
     """A computation's own collectives and those in its fusions, each once.
 
-    A TPU program overlaps an asynchronous collective with fusions: one starts it, some carry it on,
-    one ends it, and each names the whole collective, with one channel.
+    A TPU program overlaps an asynchronous collective with several fusions: one starts it, others
+    continue it, and one ends it. Each of them contains the whole collective, with the same channel.
     """
     overlapped: dict[tuple[str, str], tuple[Computation, Instruction]] = {}
     for place, instruction in _through_fusions(program, computation):
@@ -136,6 +141,7 @@ def _in(
 def _through_fusions(
     program: hlo.HloProgram, computation: Computation
 ) -> Iterator[tuple[Computation, Instruction]]:
+    """All collectives of a computation and of its fusions, with the computation that holds them."""
     for instruction in computation.instructions:
         if _kind(instruction):
             yield computation, instruction
@@ -145,8 +151,9 @@ def _through_fusions(
 
 
 def _across_slices(text: str, sizes: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes that go over slices: a TPU program is that of one slice, on whose devices the
-    other axes lie.
+    """The mesh axes that extend over slices.
+
+    A TPU program is written for the devices of one slice, on which the other axes lie.
     """
     partitions = re.search(r"\bnum_partitions=(\d+)", text)
     slices = math.prod(sizes.values()) // int(partitions.group(1)) if partitions else 1
@@ -158,11 +165,12 @@ def _across_slices(text: str, sizes: dict[str, int]) -> tuple[str, ...]:
     return tuple(axes)
 
 
-# What a TPU program hands to its runtime, as a send to the host, to be done across slices.
+# The collective across slices that a TPU program delegates to its runtime, as a send to the host.
 _HANDED_OVER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 def _kind(instruction: Instruction) -> str | None:
+    """The kind of collective that an instruction starts; None for other instructions."""
     kind = instruction.opcode.removesuffix("-start")
     if kind == "send" and (handed := _HANDED_OVER.search(instruction.rest)):
         kind = handed.group(1).lower().replace("_", "-")
@@ -176,7 +184,10 @@ def _collective(
     sizes: dict[str, int],
     across: tuple[str, ...],
 ) -> Collective | None:
-    """One run of an instruction; None where nothing moves."""
+    """One execution of a collective instruction; None if it moves nothing.
+
+    computation: that of the instruction; sizes: of the mesh's axes; across: axes over slices.
+    """
     kind = _kind(instruction)
     assert kind
     if instruction.opcode == "send":
@@ -186,7 +197,7 @@ def _collective(
         total = size * slices if kind == "all-gather" else size
         return Collective(kind, across, slices, 1, total) if across else None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # as a TPU program spells it
+        kind = "reduce-scatter"  # the form it takes in a TPU program
     made = [computation.by_name[x] for x in instruction.operands if x in computation.by_name]
     size = sum(hlo.nbytes(x.shape) for x in made)
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest):
@@ -206,7 +217,10 @@ def _collective(
 
 
 def _axes(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ, in any group."""
+    """The mesh axes along which the devices of any group differ.
+
+    groups: int [groups, devices of a group], device numbers in the mesh's order.
+    """
     if not groups.size:
         return ()
     places = np.unravel_index(groups, tuple(sizes.values()))
@@ -215,10 +229,11 @@ def _axes(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """int [groups, devices of a group] of the `replica_groups=` of an instruction.
+    """Parse an instruction's `replica_groups=` to int [groups, devices of a group].
 
-    Lists, `{{0,1},{2,3}}` (`{}` is all devices); iotas, `[4,2]<=[2,4]T(1,0)`; and mesh axes,
-    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`.
+    It may be a list, `{{0,1},{2,3}}` (`{}` is all devices); an iota, `[4,2]<=[2,4]T(1,0)`; or mesh
+    axes, `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`. devices: the number of all
+    devices.
     """
     found = re.search(r"replica_groups=(\S.*)", attributes)
     if not found:
@@ -237,6 +252,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _mesh_groups(text: str) -> np.ndarray:
+    """Parse `replica_groups` in the form of mesh axes."""
     found = re.match(r"mesh\[(.*?)\](, device_ids=\((.*?\)?)\))? \{(.*?)\}", text)
     if not found:
         raise ValueError(f"replica_groups {text[:80]!r}: this way to write them is not known")
@@ -246,7 +262,8 @@ def _mesh_groups(text: str) -> np.ndarray:
     ids = np.arange(count)
     if order:
         ids = _iota(order) if order.startswith("[") else np.array(_numbers(order))
-    # An axis may be split, as 'b':(2)2: the next 2 after the first 2. Axes become their parts.
+    # 'b':(2)2 is a part of axis b: a factor of 2 after a first factor of 2. So axes are split into
+    # parts.
     wanted = re.findall(r"'?([\w-]+)'?(?::\((\d+)\)(\d+))?", grouped)
     cuts: dict[str, set[int]] = {name: {1, size} for name, size in axes.items()}
     for name, before, size in wanted:
@@ -267,15 +284,17 @@ def _mesh_groups(text: str) -> np.ndarray:
 
 
 def _steps(cuts: list[int]) -> list[tuple[int, int]]:
+    """The pairs of neighbouring cuts."""
     return list(itertools.pairwise(cuts))
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: the numbers from 0 on in this shape, transposed, flat."""
+    """Expand `[2,4]T(1,0)`: the numbers from 0 on in this shape, transposed and flattened."""
     shape, _, order = text.partition("T")
     ids = np.arange(int(np.prod(_numbers(shape)))).reshape(_numbers(shape))
     return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
 
 
 def _numbers(text: str) -> list[int]:
+    """The numbers in a text."""
     return [int(x) for x in re.findall(r"\d+", text)]

@@ -1,6 +1,6 @@
-"""What a program would cost: memory against the chip's, time against its rates, as one report.
+"""Estimates the cost of a program: its memory against the chip's, its time from published rates.
 
-Joins the compiled programs (`programs.py`), what is published (`hardware.py`), the links
+Combines the compiled programs (`programs.py`), the chips' data (`hardware.py`), the links
 (`topology.py`) and the arithmetic (`bounds.py`).
 """
 
@@ -21,15 +21,19 @@ from train.planning.programs import Program, Setting
 from train.planning.topology import Topology
 from train.run import parameters
 
-CHUNK = 2048  # tokens of a prompt that a pass takes at most
+CHUNK = 2048  # the most tokens of a prompt per prefill pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """task: "training", "decoding" or "prefill". tokens: of all rows that the time is for: a step's
-    (decoding: one for each row; prefill: the whole prompts). model_flops: those that it needs,
-    hardware_flops: those that are done, of all devices. bound: None of a program that the compiler
-    refused; without links where its collectives are not known.
+    """The estimated memory and time of one program.
+
+    task: "training", "decoding" or "prefill".
+    tokens: the tokens of all rows that the time covers: of a step, one per row when decoding, or of
+        the whole prompts in prefill.
+    model_flops: the FLOPs that the model needs, over all devices.
+    hardware_flops: the FLOPs that are executed, over all devices.
+    bound: None if the compiler refused the program; without links if its collectives are unknown.
     """
 
     task: str
@@ -44,26 +48,29 @@ class Estimate:
 
     @property
     def available(self) -> float:
-        """Bytes that a device's program may take."""
+        """The bytes that the program may use on a device."""
         return self.program.memory.available or self.topology.chip.usable
 
     @property
     def over(self) -> float:
-        """Bytes that are lacking; none where it fits."""
+        """The bytes that are lacking on a device; 0 if the program fits."""
         return max(0.0, self.program.memory.needed - self.available)
 
     @property
     def fits(self) -> bool:
+        """Whether the compiler accepted the program and its memory suffices."""
         return self.bound is not None and not self.over
 
     @property
     def links_known(self) -> bool:
-        """Whether the bound has the time of collectives."""
+        """Whether the bound includes the time of collectives."""
         return self.program.collectives is not None
 
     @property
     def mfu(self) -> float:
-        """The part of the peak that the model's own FLOPs can reach: recomputation is not work."""
+        """The highest possible MFU: the model's FLOPs over peak times bound, without
+        recomputation.
+        """
         if self.bound is None:
             return 0.0
         peak = self.topology.devices * self.topology.chip.flops
@@ -71,9 +78,11 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
+        """The highest possible number of tokens per second, over all devices."""
         return 0.0 if self.bound is None else self.tokens / self.bound.seconds
 
     def to_json(self) -> dict[str, Any]:
+        """The estimate as a JSON object."""
         setting, memory, chip = self.setting, self.program.memory, self.topology.chip
         bound = self.bound
         return {
@@ -123,7 +132,10 @@ class Estimate:
 
 
 def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
-    """A step: HBM moves its arguments and results once, what it keeps or gathers out and in."""
+    """Estimate a training step.
+
+    HBM traffic: arguments and results once, and a write and a read of what is kept or gathered.
+    """
     mesh = topologies.mesh(topology, sizes)
     program = programs.training(setting, mesh)
     tokens = setting.batch * setting.length
@@ -147,7 +159,10 @@ def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
 
 
 def decoding(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
-    """A token for each row: every weight but the embedding table, and the cache, read once."""
+    """Estimate one decode step, which makes a token for each row.
+
+    HBM traffic: one read of every weight except the embedding table, and of the whole cache.
+    """
     mesh = topologies.mesh(topology, sizes)
     program = programs.decoding(setting, mesh)
     config = setting.config
@@ -175,7 +190,10 @@ def decoding(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
 
 
 def prefill(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
-    """Prompts of `length` tokens in chunks: for each, all weights are read, and half the cache."""
+    """Estimate the prefill of prompts of `length` tokens, in chunks.
+
+    HBM traffic per chunk: one read of all weights, and of half the cache.
+    """
     mesh = topologies.mesh(topology, sizes)
     chunk = min(CHUNK, setting.length)
     program = programs.prefill(setting, mesh, chunk)
@@ -210,6 +228,11 @@ def _bound(
     moved: float,
     found: list[Collective] | None,
 ) -> Bound | None:
+    """The bound of a program; None if the compiler refused it.
+
+    flops, moved: FLOPs and bytes of HBM traffic per device; found: its collectives, None if
+        unknown.
+    """
     if program.refused:
         return None
     chip, network = topology.chip, topology.network if program.collectives is not None else ""
@@ -219,16 +242,16 @@ def _bound(
 
 
 def _gathered(found: list[collectives.Collective]) -> int:
-    """Bytes that all-gathers leave in HBM, from where they are used."""
+    """The bytes that all-gathers write to HBM, from where they are then read."""
     return sum(x.bytes for x in found if x.kind == "all-gather")
 
 
 def _product(setting: Setting, sizes: Mapping[str, int]) -> float:
-    """FLOPs of one product of queries and keys in a run of an attention kernel, on a device."""
+    """FLOPs of one product of queries and keys in one run of an attention kernel, on a device."""
     config = setting.config
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
     length = setting.length / sizes[sharding.CONTEXT]
     seen = [config.mean_keys(setting.length, window) / setting.length for window in config.windows]
-    keys = length * sum(seen) / len(seen)  # a ring's pieces are seen as much as the whole
+    keys = length * sum(seen) / len(seen)  # the fraction holds on average for a ring's blocks, too
     heads = config.num_heads / sizes[sharding.TENSOR]
     return 2 * rows * length * heads * keys * config.head_dim

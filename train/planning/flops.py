@@ -1,7 +1,7 @@
-"""What a traced program makes each device do: products, attention kernels, what scans keep.
+"""Counts the work of a traced program per device: matrix products, attention kernels, residuals.
 
-Read from a jaxpr, whose types say how arrays are partitioned, so nothing is compiled for it and
-loops count as often as they run. Unlike `Config.flops_per_token` it counts recomputation.
+It is read from a jaxpr, whose types say how arrays are sharded, so nothing needs compiling. Loops
+count as often as they run. Unlike `Config.flops_per_token`, this includes recomputation.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from jax.interpreters import partial_eval
 
 from qwen_jax.meshes import sharding
 
-# Products of [queries, keys] x H that a fused kernel makes; a backward one computes scores again.
+# The number of products of [queries, keys] x H in each fused kernel; a backward kernel recomputes
+# the scores.
 KERNELS = {
     "flash_forward": 2,
     "flash_backward": 5,
@@ -26,8 +27,11 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one device. dots: FLOPs of the products that XLA makes; kernels: runs of each attention
-    kernel by name; kept: bytes of what forward loops over `length` layers keep for the backward.
+    """The work of one device.
+
+    dots: FLOPs of XLA's matrix products.
+    kernels: the number of runs of each attention kernel, by name.
+    kept: bytes that forward loops over the layers keep for the backward pass.
     """
 
     dots: float
@@ -35,15 +39,21 @@ class Work:
     kept: int
 
     def flops(self, product: float) -> float:
-        """All FLOPs, with `product` those of one product of an attention kernel's run."""
+        """All FLOPs. product: those of one product of queries and keys in a run of an attention
+        kernel.
+        """
         return self.dots + product * sum(KERNELS[name] * n for name, n in self.kernels.items())
 
 
 def work(traced: Any, layers: int) -> Work:
-    """What a `jax.stages.Traced` does; a loop of unknown length counts one pass, a branch all."""
+    """Count the work of a program.
+
+    traced: a `jax.stages.Traced`; layers: the number of layers, by which loops over layers are
+        found. A loop of unknown length counts as one pass; all branches of a conditional count.
+    """
     dots, kernels, kept = 0.0, Counter(), 0
     whole = traced.jaxpr.jaxpr
-    # Of weights that are not trained a trace has the gradients too, and no compiler.
+    # A trace also has the gradients of frozen weights, which every compiler removes.
     needed, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
     for equation, times in _equations(needed, 1):
         name = equation.params.get("name")
@@ -57,12 +67,15 @@ def work(traced: Any, layers: int) -> Work:
 
 
 def _is_forward_loop(equation: Any, layers: int) -> bool:
+    """Whether an equation is a forward scan over the layers."""
     of_layers = equation.primitive.name == "scan" and equation.params["length"] == layers
     return of_layers and not equation.params["reverse"]
 
 
 def _stacked(loop: Any) -> list[Any]:
-    """The types of what a scan stacks: an axis more than a pass returns."""
+    """The types of the outputs that a scan stacks: they have one axis more than one pass
+    returns.
+    """
     inner = loop.params["jaxpr"]
     passed = [x.aval for x in getattr(inner, "jaxpr", inner).outvars]
     made = [x.aval for x in loop.outvars]
@@ -70,7 +83,7 @@ def _stacked(loop: Any) -> list[Any]:
 
 
 def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
-    """Every equation and how often it runs, those inside kernels left out."""
+    """Every equation and how often it runs, without those inside kernels."""
     for equation in jaxpr.eqns:
         yield equation, times
         if equation.params.get("name") in KERNELS or equation.primitive.name == "pallas_call":
@@ -84,6 +97,7 @@ def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
 
 
 def _dot(equation: Any) -> float:
+    """FLOPs of a matrix product on one device."""
     left, (out,) = equation.invars[0].aval, equation.outvars
     (summed, _), _ = equation.params["dimension_numbers"]
     shape = local_shape(left)
@@ -91,7 +105,7 @@ def _dot(equation: Any) -> float:
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
-    """The shape of a device's part of an array's type (or of a ShapeDtypeStruct)."""
+    """The shape of one device's part of an array, from its type (or ShapeDtypeStruct)."""
     place = getattr(x, "sharding", None)
     if place is None:
         return tuple(x.shape)
@@ -102,5 +116,5 @@ def local_shape(x: Any) -> tuple[int, ...]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes that a device holds of a tree of abstract arrays."""
+    """The bytes that a tree of abstract arrays takes on a device."""
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

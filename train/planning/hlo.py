@@ -1,7 +1,7 @@
-"""The text of a compiled program as computations of instructions, and how often each one runs.
+"""Parses the text of a compiled program into computations and instructions, with run counts.
 
-Only what a reader of costs needs: names, opcodes, shapes, operands, attributes and called
-computations; loops with their trip counts. Knows nothing of collectives, meshes or hardware.
+It reads only what cost estimates need: names, opcodes, shapes, operands, attributes, called
+computations, and the trip counts of loops. Knows nothing of collectives, meshes or hardware.
 """
 
 import dataclasses
@@ -17,13 +17,17 @@ _CALLED = re.compile(
     r"|\b(?:branch|called)_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# What hands the same value on, as far as a counter is concerned.
+# Instructions that pass a loop counter on unchanged.
 _SAME = ("copy", "convert", "bitcast", "copy-start", "copy-done", "optimization-barrier")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation. shape: its type as text; rest: everything behind the operands."""
+    """One instruction, a line of a computation.
+
+    shape: its type as text; arguments: the text between its parentheses; operands: the names in it;
+        rest: the text after the parentheses; root: whether it is the computation's result.
+    """
 
     name: str
     shape: str
@@ -34,15 +38,15 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The computation that an attribute names, `body=%region_0` for instance."""
+        """The name of the computation in an attribute, such as `body=%region_0`."""
         found = re.search(rf"\b{name}=%([\w.-]+)", self.rest)
         return found.group(1) if found else None
 
     @property
     def called(self) -> list[str]:
-        """The computations that this instruction runs, a loop's body and condition among them."""
+        """The names of the computations that it runs; for a loop, the body and the condition."""
         if self.opcode.endswith(("-done", "-update")):
-            return []  # names once more what its start has run
+            return []  # repeats the names that its start instruction has run
         names = []
         for one, several in _CALLED.findall(self.rest):
             names += [one] if one else re.findall(r"%([\w.-]+)", several)
@@ -51,33 +55,38 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+    """A named sequence of instructions."""
+
     name: str
     instructions: tuple[Instruction, ...]
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
+        """The instructions by name."""
         return {x.name: x for x in self.instructions}
 
     @property
     def root(self) -> Instruction:
+        """The instruction whose value is the computation's result."""
         return next(x for x in self.instructions if x.root)
 
     def parameter(self, index: int) -> Instruction | None:
-        """The parameter of that number."""
+        """The parameter instruction of this number, or None."""
         found = (x for x in self.instructions if x.opcode == "parameter")
         return next((x for x in found if x.arguments == str(index)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """entry: the name of the computation that runs first."""
+    """A parsed program. entry: the name of the computation that runs first."""
 
     computations: dict[str, Computation]
     entry: str
 
     def runs(self) -> Iterator[tuple[Computation, int, bool]]:
-        """Every computation that runs, for each place that calls it: how often, and whether that
-        is for one pass of a loop whose trip count is not known.
+        """Yield (computation, how often it runs, looped) for each place that calls it.
+
+        looped: whether the number is for one pass of a loop whose trip count is unknown.
 
         All branches of a conditional count. A loop's condition runs once more than its body.
         """
@@ -96,10 +105,10 @@ class HloProgram:
                         stack.append((called, times * runs, open_ended))
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a loop's body runs, 1 for any other instruction, None where it is open.
+        """How often a loop's body runs: 1 for any other instruction, None if it is unknown.
 
-        The compiler says so (CPU, GPU), or it follows from a counter that is compared with a
-        constant (TPU).
+        computation: that of the loop. On CPU and GPU the compiler states the number; on TPU it
+            follows from a counter that is compared with a constant.
         """
         if loop.opcode != "while":
             return 1
@@ -127,7 +136,9 @@ class HloProgram:
         return max(0, -(-(stop - start) // step))
 
     def _element(self, computation: Computation, name: str, index: int) -> int | None:
-        """The integer at one place of the tuple that a loop starts from."""
+        """The integer at one index of the tuple that a loop starts from, or None if it is not
+        constant.
+        """
         made = computation.by_name.get(name)
         if made is None or made.opcode != "tuple":
             return None
@@ -137,7 +148,9 @@ class HloProgram:
         return None if value is None else _constant(value)
 
     def _step(self, body: Computation, index: int) -> int | None:
-        """What a pass adds to the counter."""
+        """The constant that each pass adds to the counter, or None. index: the counter's in the
+        tuple.
+        """
         if body.root.opcode != "tuple":
             return None
         value = body.by_name.get(body.root.operands[index])
@@ -145,7 +158,7 @@ class HloProgram:
             value = body.by_name.get(value.operands[0])
         if value is None:
             return None
-        if value.opcode == "fusion":  # of the addition alone, or with what else uses the counter
+        if value.opcode == "fusion":  # the addition, perhaps fused with other uses of the counter
             inner = self.computations.get(value.called[0]) if value.called else None
             value, body = (None, body) if inner is None else (inner.root, inner)
         if value is None or value.opcode != "add":
@@ -156,9 +169,9 @@ class HloProgram:
 
 
 def parse(text: str) -> HloProgram:
-    """The program of `compiled.as_text()`.
+    """Parse the text of a program, as `compiled.as_text()` returns it.
 
-    Raises ValueError where the text has no entry computation.
+    Raises ValueError if the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, lines = None, None, []
@@ -179,7 +192,7 @@ def parse(text: str) -> HloProgram:
 
 
 def nbytes(shape: str) -> int:
-    """Bytes of an array type as text, or of all arrays of a tuple: "(bf16[8,128]{1,0}, f32[])"."""
+    """The bytes of an array type, or of all arrays in a tuple type: "(bf16[8,128]{1,0}, f32[])"."""
     total = 0
     for dtype, dims in _SHAPE.findall(shape):
         size = 1
@@ -192,6 +205,7 @@ def nbytes(shape: str) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
+    """Parse one line of a computation; None if it is not an instruction."""
     found = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
     if not found:
         return None
@@ -212,7 +226,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis that was opened before `start` ends."""
+    """The position of the parenthesis that closes the one opened before `start`."""
     depth = 1
     for i in range(start, len(line)):
         depth += (line[i] == "(") - (line[i] == ")")
@@ -222,7 +236,7 @@ def _closing(line: str, start: int) -> int:
 
 
 def _index(value: Instruction | None) -> int | None:
-    """Which element of a tuple an instruction takes out."""
+    """The tuple index that a get-tuple-element reads; None for other instructions."""
     if value is None or value.opcode != "get-tuple-element":
         return None
     found = re.search(r"index=(\d+)", value.rest)
@@ -230,6 +244,7 @@ def _index(value: Instruction | None) -> int | None:
 
 
 def _constant(value: Instruction) -> int | None:
+    """The value of an integer constant; None for other instructions."""
     number = value.arguments.strip()
     is_integer = value.opcode == "constant" and re.fullmatch(r"-?\d+", number)
     return int(number) if is_integer else None

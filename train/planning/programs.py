@@ -1,8 +1,8 @@
-"""The programs that a plan is about, compiled for devices that need not be there.
+"""The programs of a plan, compiled for devices that need not exist.
 
-A training step, a decode step, and prefill of a chunk: lowered from shapes alone, as the library
-runs them. What each device holds of their arguments is known by name; the rest is the compiler's
-to say. Knows no rates and prints nothing.
+A training step, a decode step, and the prefill of a chunk are lowered from shapes alone, just as
+the library runs them. The memory of their arguments is known by name; the rest is reported by the
+compiler. This module knows no hardware rates and prints nothing.
 """
 
 import dataclasses
@@ -36,14 +36,18 @@ from train.run.recipes import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a program is compiled for; sizes by axis letter are checked against the mesh.
+    """The model, batch and options that a program is compiled for.
 
-    batch: rows; length: tokens of a row, for decoding those in the cache. attention: a name of the
-    registry, or "auto" for what a plan has to find out; by_auto: whether it has, and passed_over:
-    the kernels that `auto` cannot take there, each with the reason. Of training: remat,
-    sequence_parallel (None: where the tokens divide), accumulate (parts of a batch), gradient_dtype
-    and adapters (the recipe that has them; None trains all weights). cache_dtype (None: that of the
-    weights) is of decoding.
+    batch: rows.
+    length: tokens per row; for decoding, the tokens in the cache.
+    attention: a registered name, or "auto" if the plan is to choose.
+    remat, gradient_dtype: of training, as in `step.make_step`.
+    sequence_parallel: of training; None splits the residual where the tokens divide.
+    accumulate: the number of parts that a training batch is split into.
+    adapters: the recipe of a LoRA training; None trains all weights.
+    cache_dtype: of the KV cache when decoding; None is the weights' dtype.
+    by_auto: whether the plan has chosen `attention`.
+    passed_over: the kernels that `auto` cannot use here, each with the reason.
     """
 
     config: Config
@@ -60,7 +64,7 @@ class Setting:
     gradient_dtype: str = "float32"
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raise ValueError where an axis does not divide over the mesh."""
+        """Raise ValueError if an axis does not divide over the mesh. sizes: of the mesh's axes."""
         lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
         meshes.check(lengths, sizes, self.splits_tokens(sizes)[0])
 
@@ -71,9 +75,10 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of each device. parts: named, and adding up to what the compiler says; needed: that.
+    """The memory of a program on each device, in bytes.
 
-    available: what the compiler found too little, where it refused the program; None otherwise.
+    parts: by name; they add up to the compiler's total.
+    available: the memory that was too small, if the compiler refused the program; otherwise None.
     """
 
     parts: dict[str, int]
@@ -81,14 +86,18 @@ class Memory:
 
     @property
     def needed(self) -> int:
+        """The total in bytes."""
         return sum(self.parts.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, or one that the compiler refused for want of memory. collectives: None
-    where they could not be read, and unread: why. runs: how often it is run (prefill: once for
-    each group of layers). seconds: to compile.
+    """A compiled program, or one that the compiler refused for lack of memory.
+
+    work: the work of one device; runs: how often the program runs (prefill: once per group of
+        layers).
+    collectives: None if the program's text cannot be read; unread: why it cannot.
+    seconds: the time it took to compile.
     """
 
     memory: Memory
@@ -100,11 +109,12 @@ class Program:
 
     @property
     def refused(self) -> bool:
+        """Whether the compiler refused the program for lack of memory."""
         return self.memory.available is not None
 
 
 def training(setting: Setting, mesh: Mesh) -> Program:
-    """The training step of `train.step`."""
+    """Compile the training step of `train.step`. Raises ValueError as `Setting.check` does."""
     setting.check(mesh.shape)
     optimizer = step.Optimizer()
     trained = parameters.abstract(setting.config, setting.adapters)
@@ -128,7 +138,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
 
 
 def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
-    """The decode loop of `qwen_jax.decoding.decode`, with a cache of `length` slots."""
+    """Compile the decode loop of `qwen_jax.decoding.decode`, with a cache of `length` slots."""
     meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
     with jax.set_mesh(mesh):
@@ -145,7 +155,7 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
 
 
 def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.DecodeState]:
-    """A batch between two tokens, its cache in use."""
+    """The state of a batch between two tokens with a cache in use, and the rules of decoding."""
     config, batch = setting.config, setting.batch
 
     def zeros(letters: str, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
@@ -171,9 +181,11 @@ def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.Dec
 
 
 def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
-    """A group of layers over a chunk of the prompt, with a cache of `length` slots behind it: the
-    program that prefill runs for one group after the other. Its memory is that of all layers; a
-    last group of fewer layers counts as the part of a run that it is.
+    """Compile the prefill of a chunk by one group of layers, with a cache of `length` slots.
+
+    chunk: tokens of the prompt per pass. Prefill runs this program for one group of layers after
+        the other. The returned memory is that of all layers, and a smaller last group counts as a
+        fraction of a run.
     """
     config = setting.config
     meshes.check({**config.sizes, "B": setting.batch}, mesh)
@@ -200,7 +212,9 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
 
 
 def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> dict[str, Any]:
-    """The arguments of `running.run_group`, of the first layers in the middle of a prompt."""
+    """The arguments of `running.run_group` for the first group of layers in the middle of a
+    prompt.
+    """
     _, state = decode_state(setting, dtype)
     cache = state.cache
     tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
@@ -213,10 +227,10 @@ def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> dict[
 
 
 def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:
-    """Compile the calls with which `auto` proves a kernel, for a device of the mesh.
+    """Compile the calls by which `auto` verifies a kernel, for a device of the mesh.
 
-    Raises NotImplementedError where the kernel declines one, and jax's JaxRuntimeError where the
-    compiler refuses it.
+    Raises NotImplementedError if the kernel does not support a call, and jax's JaxRuntimeError if
+    the compiler refuses it.
     """
     for case in cases:
         run, shapes = workloads.call(case, name)
@@ -232,7 +246,7 @@ _PRINTED = "after_optimizations.txt"  # how the name of the final program's file
 
 
 def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:
-    """held: bytes of the arguments by name."""
+    """Trace and compile a program. held: bytes of its arguments on a device, by name."""
     started = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         traced = trace()
@@ -275,7 +289,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:
-    """The compiler's totals, split by what is known of them."""
+    """Split the compiler's totals into the parts that are known.
+
+    said: the result of `memory_analysis()`; held: bytes of the arguments by name; kept: bytes that
+        the forward pass keeps for the backward.
+    """
     kept = min(kept, said.temp_size_in_bytes)
     parts = {
         **held,
@@ -291,13 +309,13 @@ def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
-# The two ways in which libtpu says that a program does not fit. It calls what it needs temporaries
-# where it has not scheduled the program; arguments and results are in that number too.
+# libtpu's two messages for a program that does not fit. If it has not scheduled the program, it
+# calls the whole need temporaries; that number includes arguments and results.
 _NEEDED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
 
 def _refused(message: str, held: dict[str, int]) -> Memory | None:
-    """What a compiler that ran out of memory says it needs, and has; None for another error."""
+    """The memory in the message of a compiler that ran out of it; None for another error."""
     found = _NEEDED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None

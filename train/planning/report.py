@@ -52,7 +52,7 @@ def program(task: str, setting: Setting, topology: Topology, sizes: Mapping[str,
 
 
 def text(x: Estimate, model: str) -> str:
-    """One estimate, over some 30 lines."""
+    """One estimate in about 30 lines. model: its name."""
     memory, setting = x.program.memory, x.setting
     options = []
     if x.task == "training":
@@ -109,7 +109,7 @@ def text(x: Estimate, model: str) -> str:
 
 
 def ranking(found: Sequence[Estimate]) -> str:
-    """A line for each estimate."""
+    """Several estimates as a table, one per line."""
     head = (
         f"{'task':<9} {'mesh':<26} {'batch':>6} {'remat':<11} {'GB':>7} {'of':>6} "
         f"{'tokens/s':>10} {'MFU':>6} {'serial':>6}  limit"
@@ -134,7 +134,7 @@ def ranking(found: Sequence[Estimate]) -> str:
 
 
 def _attention(x: Estimate) -> str:
-    """The implementation, and where `auto` would take it, on which condition."""
+    """The attention implementation; if `auto` chooses it, on which device and condition."""
     name, chip = x.setting.attention, x.topology.chip
     if not x.setting.by_auto:
         return name
@@ -163,6 +163,7 @@ def _note(term: Term) -> str:
 
 
 def _fits(x: Estimate) -> str:
+    """Whether the program fits, and how many GB are left or lacking."""
     if not x.fits:
         refused = " (the compiler refused it)" if x.bound is None else ""
         return f"does not fit, {x.over / 1e9:.3f} GB over{refused}"

@@ -1,6 +1,7 @@
-"""Which meshes, remat policies and batch sizes are worth compiling, by a rough closed form.
+"""Chooses the meshes, remat policies and batch sizes worth compiling, by a rough closed formula.
 
-Compiling says what fits and what it costs; this says in which order to try. Knows no compiler.
+Compiling shows what fits and what it costs; the formula only decides what to try first. Knows no
+compiler.
 """
 
 import dataclasses
@@ -17,23 +18,26 @@ from qwen_jax.meshes.hardware import Gpu
 from train.planning.programs import Setting
 from train.planning.topology import Topology
 
-# Bytes of a weight with two moments and a gradient, float32 each, and its copy in bfloat16.
+# Bytes per parameter: weight, two moments and a gradient in float32, and a bfloat16 copy.
 _STATE = 18
-# Of an activation [B, T, D] in bfloat16, what a layer keeps under each policy, in multiples: whole
-# on each device of `tp`, and split over them, at the width of D and at the feed-forward's. Without
-# recomputation gathered weights are kept too.
+# What a layer keeps under each remat policy, in multiples of a bfloat16 activation: replicated over
+# `tp` at width D, split over `tp` at width D, split over `tp` at width F. Without recomputation the
+# gathered weights are kept as well.
 _KEPT = {"full": (1, 0, 0), "projections": (2, 3, 2), "none": (12, 9, 4.5)}
-# The forward passes that are computed.
+# Executed FLOPs under each policy, relative to a step without recomputation.
 _PASSES = {"full": 4 / 3, "projections": 1.03, "none": 1.0}
 _HALVINGS = 10
-_SMALLEST = 3  # are tried where nothing may fit, for what they lack
-_SPLIT_OFF = "fsdp_outer"  # the axis that a mesh of a torus splits off that of weights
-_MOST_TENSOR = 16  # more devices would share a head's products than pays anywhere
+_SMALLEST = 3  # candidates to return if none fits, so that their deficits can be shown
+_SPLIT_OFF = "fsdp_outer"  # the axis that a torus mesh splits off the weights' axis for speed
+_MOST_TENSOR = 16  # the most devices on `tp`: beyond it the products per device get too small
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """bytes: of a device; seconds: for a token, all devices together; both rough."""
+    """A setting worth compiling, with a rough estimate of its cost.
+
+    bytes: memory per device; seconds: time per token over all devices.
+    """
 
     setting: Setting
     mesh: Mapping[str, int]
@@ -42,9 +46,11 @@ class Candidate:
 
 
 def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
-    """What may fit, the fastest first: meshes of all devices, for training remat policies, the
-    batch asked for and halves of it, of which the two largest that may fit. Where nothing may, the
-    few that need least, each with the smallest batch of its mesh and policy.
+    """Settings worth compiling, fastest first.
+
+    Tries every mesh over all devices (see `_meshes`) and, for training, every remat policy, each
+    with the requested batch and its halves until two fit. If nothing fits, returns the three
+    settings that need least memory, each with the smallest batch of its mesh and policy.
     """
     batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
     policies = ["full"] if decode else list(_KEPT)
@@ -69,7 +75,9 @@ def candidates(setting: Setting, topology: Topology, decode: bool = False) -> li
 
 
 def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
-    """Whether a setting runs on a mesh, and splits tokens only where it has no more rows."""
+    """Whether a setting can run on a mesh, and splits tokens over devices only if rows are
+    used up.
+    """
     alone = setting.batch == math.prod(sizes[axis] for axis in sharding.BATCH)
     if sizes[sharding.CONTEXT] > 1 and (decode or not alone):
         return False
@@ -81,9 +89,11 @@ def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
 
 
 def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
-    """Meshes of all devices: slices are copies of the model, hosts of GPUs may be, and to decode
-    any part, which then gathers no weights for a token; `tp` stays within a host. What is split off
-    the axis of weights for speed is not asked for (`meshes.in_planes`).
+    """The meshes over all devices that are worth trying, as axis sizes.
+
+    Every slice is a copy of the model, and every GPU host may be one. For decoding any part may be
+    a copy, which then gathers no weights for a token. `tp` stays within a host. An axis that only
+    speeds up FSDP on a torus is left out here (`meshes.in_planes` chooses it).
     """
     chip, most, slices = topology.chip, _MOST_TENSOR, topology.slices
     copies = range(slices, topology.devices + 1, slices) if decode else [slices]
@@ -97,6 +107,7 @@ def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
 
 
 def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """The bytes per device and the seconds per token of a training step, roughly."""
     config, chip = setting.config, topology.chip
     tp, context = sizes[sharding.TENSOR], sizes[sharding.CONTEXT]
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
@@ -114,14 +125,14 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
     held = _STATE * config.num_params() / shards + kept + 6 * width + block
     compute = tokens * config.flops_per_token(setting.length) / tp * _PASSES[setting.remat]
     passes = 3 if setting.remat == "full" else 2
-    # Weights forward, as often as that is computed, and their gradients once.
+    # Weights are gathered in every forward pass, and their gradients are reduced once.
     gathered = (2 * (passes - 1) + summed) * config.num_params() / tp * (shards > tp)
     reduced = (passes + 2) * config.num_layers * width * 2 * (tp > 1)
     copies = 2 * summed * config.num_params() / shards * (sizes[sharding.COPIES] > 1)
     ring = 4 * config.num_layers * width / tp * (context - 1)
     across = gathered / _links(topology, shards // tp) + ring / chip.link
     across += copies / chip.network
-    # Of what is equally fast where all overlaps, what sends least comes first.
+    # Among settings that are equally fast with full overlap, prefer those that send less.
     seconds = max(compute / chip.flops, across) + across / 10 + reduced / _links(topology, tp)
     return held, seconds / (setting.batch * setting.length)
 
@@ -129,6 +140,7 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
 def _rough_decode(
     setting: Setting, topology: Topology, sizes: Mapping[str, int]
 ) -> tuple[float, float]:
+    """The bytes per device and the seconds per token of decoding, roughly."""
     config, chip = setting.config, topology.chip
     tp = sizes[sharding.TENSOR]
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
@@ -143,7 +155,7 @@ def _rough_decode(
 
 
 def _links(topology: Topology, size: int) -> float:
-    """Bytes/s of a device's collectives over so many neighbours."""
+    """The bytes/s of a device in collectives over `size` neighbours."""
     chip: Any = topology.chip
     if isinstance(chip, Gpu):
         return chip.link if size <= topology.lengths[1] else chip.network * topology.lengths[1]

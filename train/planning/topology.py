@@ -1,7 +1,7 @@
-"""Devices that are not there: what to ask for, the mesh on them, and the links under its axes.
+"""Describes devices that are not attached: their topology, meshes of them, the links of each axis.
 
-The compilers of TPUs and GPUs run on any machine; `prepare` says what they must find in the
-environment. Needs the packages of the `aot` extra. Knows no model and no program.
+The compilers for TPUs and GPUs run on any machine; `prepare` sets the environment they need. Needs
+the packages of the `aot` extra. Knows no model and no program.
 """
 
 import dataclasses
@@ -22,15 +22,16 @@ from jax.sharding import Mesh
 from qwen_jax import meshes
 from qwen_jax.meshes.hardware import CHIPS, Gpu, Tpu
 
-_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # of the one name that libtpu knows
-_LONGEST = 16  # chips along a side of a slice in a plane
+_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # other names, and the one that libtpu knows
+_LONGEST = 16  # the most chips along a side of a two-dimensional slice
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Accelerators and how they are connected. lengths: of a TPU slice's torus, or (hosts, GPUs).
+    """Accelerators and how they are connected.
 
-    slices: how many of these, connected by the slow network.
+    lengths: the sides of a TPU slice's torus in chips, or (hosts, GPUs per host).
+    slices: the number of such slices, connected by the slower network.
     """
 
     chip: Tpu | Gpu
@@ -39,6 +40,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
+        """The number of jax devices; a TPU chip may have several cores."""
         cores = self.chip.cores if isinstance(self.chip, Tpu) else 1
         return self.slices * math.prod(self.lengths) * cores
 
@@ -55,7 +57,8 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """`v5p:8x8x8`, two slices `v5e:16x16*2`, 64 GPUs on 8 hosts `h100:8x8`, one host `h100:8`.
+    """Parse a topology: `v5p:8x8x8`, two slices `v5e:16x16*2`, 8 hosts of 8 GPUs `h100:8x8`,
+    `h100:8`.
 
     Raises ValueError that says what is allowed.
     """
@@ -81,9 +84,9 @@ def parse(text: str) -> Topology:
 
 
 def prepare(platform: str) -> None:
-    """Set what the compiler of "tpu" or "cuda" reads when it starts, which must not have happened.
+    """Set the environment that a platform's compiler reads when it starts; call it before that.
 
-    Raises ValueError where its package is not installed.
+    platform: "tpu" or "cuda". Raises ValueError if the compiler's package is not installed.
     """
     package, name = {
         "tpu": ("libtpu", "libtpu"),
@@ -98,9 +101,9 @@ def prepare(platform: str) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     if platform == "tpu":  # without these, libtpu looks for a TPU
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-        os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: it would complain of none
+        os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any type: without one it complains
         os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # it locks the whole machine otherwise
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # otherwise it locks the whole machine
         return
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     ptxas = f"{site.getsitepackages()[0]}/nvidia/cu13/bin"
@@ -109,6 +112,7 @@ def prepare(platform: str) -> None:
 
 
 def _there(package: str) -> bool:
+    """Whether a package is installed."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
@@ -117,7 +121,10 @@ def _there(package: str) -> bool:
 
 @functools.cache
 def devices(topology: Topology) -> tuple[Any, ...]:
-    """The devices: slice by slice, for GPUs host by host."""
+    """Describe the devices of a topology to jax, slice by slice, and for GPUs host by host.
+
+    Raises ValueError if the compiler does not know the topology.
+    """
     chip = topology.chip
     prepare(chip.platform)
     options: dict[str, Any] = {}
@@ -137,7 +144,7 @@ def devices(topology: Topology) -> tuple[Any, ...]:
 
 
 def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of a topology. Raises ValueError when it has another number."""
+    """A mesh over all devices of a topology. Raises ValueError if `sizes` has another number."""
     count = math.prod(sizes.values())
     if count != topology.devices:
         raise ValueError(
@@ -148,12 +155,15 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """What a collective goes through. name: of the kind of link.
+    """The kind of link that a collective goes through, with its rates.
 
-    bandwidth: bytes/s with which each device takes in what a ring (or a switch) brings it. one_way:
-    bytes/s from a device to one other. size: parties that the ring connects. crossing: of a torus,
-    the most hops along a dimension, times the share of `bandwidth` that other dimensions have; an
-    all-to-all is limited by the middle of that one. 0 behind a switch.
+    name: of the kind of link.
+    bandwidth: bytes/s that each device receives in a ring (or through a switch).
+    one_way: bytes/s from a device to one other.
+    size: the number of parties in the ring.
+    crossing: on a torus, the largest over its dimensions of the ring length (in hops) times the
+        ratio of `bandwidth` to that dimension's rate: the middle of that dimension limits an
+        all-to-all. 0 behind a switch.
     """
 
     name: str
@@ -164,7 +174,7 @@ class Path:
 
 
 def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
-    """The links under collectives over these mesh axes; each must carry what goes over it."""
+    """The links under collectives over these mesh axes; a collective goes through each of them."""
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = mesh.devices[index].reshape(-1)
     chip = topology.chip
@@ -176,7 +186,7 @@ def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
         if hosts > 1:
             found.append(Path(topology.network, here * chip.network, chip.network, hosts))
         return found
-    of_slice = [getattr(device, "slice_index", 0) for device in group]  # lacking where it is one
+    of_slice = [getattr(device, "slice_index", 0) for device in group]  # missing for one slice
     slices = len(set(of_slice))
     first = [x for x, number in zip(group, of_slice, strict=True) if number == of_slice[0]]
     found = _torus(topology, chip, first) if len(first) > 1 else []
@@ -191,18 +201,18 @@ def _torus(topology: Topology, chip: Tpu, group: Sequence[Any]) -> list[Path]:
     lengths = np.array(topology.lengths)
     cores = len({device.core_on_chip for device in group})
     found = [Path("on chip", chip.on_chip, chip.on_chip, cores)] if cores > 1 else []
-    # Where a group has one device of each chip, another group has the other, on the same links.
+    # If a group has one core of each chip, another group has the other cores and shares the links.
     link = chip.link * cores / chip.cores
     wrapped = lengths % chip.wraps == 0
     if chip.torus == 3:
         wrapped = np.full(3, wrapped.all())
-    rates: list[tuple[float, int]] = []  # of each dimension that it extends over, and its length
+    rates: list[tuple[float, int]] = []  # per dimension of the group: bytes/s, and devices along it
     one_way = 0.0
     for places_along, length, wraps in zip(places.T, lengths, wrapped, strict=True):
         along = np.unique(places_along)
         if len(along) == 1:
             continue
-        # Groups that lie between each other share the links.
+        # Interleaved groups share the links.
         stride = int(np.min(np.diff(along)))
         ring = wraps and len(along) * stride == length
         rates.append(((2 if ring else 1) * link / stride, len(along)))
