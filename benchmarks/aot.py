@@ -1,36 +1,36 @@
-"""Compile for accelerators that are not there, and read what a kernel costs in their programs.
+"""Compile for accelerators that are not attached, and read a kernel's cost from its program.
 
     JAX_PLATFORMS=cpu python benchmarks/aot.py FILE.py --target v5e v6e [--pairs N] [--regions]
 
 FILE.py defines `fn` and `args` (arrays or ShapeDtypeStructs) or `build(target) -> (fn, args)`, and
-may define `pairs`, the (query, key) pairs that a computing step handles. Needs the `aot` extra.
+may define `pairs`, the number of (query, key) pairs per computing step. Needs the `aot` extra.
 
-**How the numbers of a TPU kernel are derived.** libtpu's compiler leaves, for each kernel, the
-program of its VLIW core after register allocation: a tree of regions with the range of bundles of
-each, the branches, the bundle that each jumps to, and the trip counts of loops
-(`*-post-bundle-packing-post-ra.txt`); and the slots that each of those bundles uses, over the
-capacity of the core (`*-pre-delay_hlo-static-per-bundle-utilization.txt`). A bundle is one cycle.
-Empty bundles stand for waits on a result (of the matrix unit, say). The later `*-final_bundles.txt`
-leaves many of them out, because the hardware makes the wait itself: it is a count of instructions
-and not of cycles, and is reported only as `final`.
+**How the numbers of a TPU kernel are derived.** For each kernel, libtpu's compiler dumps the
+program of the VLIW core after register allocation: a tree of regions with the range of bundles of
+each, the branches with their target bundles, and the trip counts of loops
+(`*-post-bundle-packing-post-ra.txt`). A second file lists the slots that each bundle uses, and the
+capacity of the core (`*-pre-delay_hlo-static-per-bundle-utilization.txt`). A bundle takes one
+cycle. Empty bundles are waits for a result, such as the matrix unit's. The later
+`*-final_bundles.txt` leaves out many of them, because the hardware waits by itself: it counts
+instructions and not cycles, and is reported only as `final`.
 
-A branch takes effect after a few delay bundles, at the end of the region that holds it. From the
-branches alone follow the loops (a jump back: target to branch are the body) and the predicated
-regions (a jump forward: they are what is skipped). Then:
+A branch takes effect after a few delay bundles, at the end of the region that holds it. The
+branches determine the loops (a backward jump: the body is from its target to the branch) and the
+predicated regions (a forward jump: the region that it skips). Then:
 
-* *step*: a run through the loop at the root, by default the outermost loop with matrix work, which
-  is the grid's, or the innermost with matrix work and an unknown trip count, which is a loop over
-  blocks inside a grid step. It holds all bundles outside predicated regions, inner loops times
-  their trips, and the predicated regions with matrix work, or with no vector work at all (these
-  start and await copies). Where several regions with matrix work exclude each other, as a masked
-  and an unmasked one may, each is a step of its own kind;
-* *edges*: predicated regions with vector work and no matrix work, such as the start and finish of
-  a query block. Reported and not part of a step.
+* *step*: one pass of the root loop. That is the outermost loop with matrix work, which is the
+  grid's, or the innermost loop with matrix work and an unknown trip count, which is a loop over
+  blocks inside a grid step. A step has all bundles outside predicated regions, inner loops times
+  their trip counts, and the predicated regions that have matrix work or no vector work at all
+  (these start and await copies). If several regions with matrix work exclude each other, as a
+  masked and an unmasked one may, each is a step of its own kind;
+* *edges*: predicated regions with vector work and no matrix work, such as the start and finish of a
+  query block. They are reported, and not part of a step.
 
-MATMUL and MATPUSH count the cycles during which matrix units are busy, not instructions.
+MATMUL and MATPUSH count the cycles in which matrix units are busy, not instructions.
 
-Left out: copies between HBM and VMEM that arrive late, bank conflicts, the fetching of
-instructions, everything outside the kernel. A predicated instruction counts whether it acts or not.
+Not included: copies between HBM and VMEM that arrive late, bank conflicts, instruction fetches, and
+everything outside the kernel. A predicated instruction counts whether it executes or not.
 """
 
 import argparse
@@ -74,14 +74,15 @@ SLOTS: tuple[str, ...] = (
     "VSTORE",
     "SPILL",
 )
-VECTOR = ("XLU", "VALU", "EUP", "VLOAD", "VSTORE")  # a region with none of these is bookkeeping
+VECTOR = ("XLU", "VALU", "EUP", "VLOAD", "VSTORE")  # a region without these is bookkeeping
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU: a topology that has it, jax's name for it; all figures are of one core.
+    """A TPU; all figures are per core.
 
-    rows: of bf16 activations that a matrix unit multiplies by its square of weights in a cycle.
+    topology: a topology with this chip; version: jax's name for it.
+    rows: of bf16 activations that a matrix unit multiplies by its square of weights per cycle.
     """
 
     topology: str
@@ -90,26 +91,27 @@ class Chip:
 
     @property
     def info(self) -> pltpu.TpuInfo:
+        """jax's data about the chip."""
         return pltpu.get_tpu_info_for_chip(self.version, 1)
 
     @property
     def kind(self) -> str:
-        """jax's name of such a device."""
+        """jax's `device_kind` of the chip."""
         return _devices(self.topology).flat[0].device_kind
 
     @property
     def flops(self) -> int:
-        """bf16 FLOPs of all matrix units of a core in a cycle."""
+        """bf16 FLOPs per cycle of all matrix units of a core."""
         return 2 * self.info.num_mxus * self.info.mxu_column_size**2 * self.rows
 
     @property
     def clock(self) -> float:
-        """Cycles/s that follow from the published peak (jax's table of chips)."""
+        """Cycles/s, derived from the published peak (in jax's table of chips)."""
         return self.info.bf16_ops_per_second / self.flops
 
     @property
     def hbm(self) -> float:
-        """HBM bytes that arrive in a cycle of a core, at the published bandwidth."""
+        """Bytes that HBM delivers per cycle to a core, at the published bandwidth."""
         return self.info.mem_bw_bytes_per_second / self.clock
 
 
@@ -126,7 +128,7 @@ TPUS = {
 class Region:
     """Bundles [first, last) of a program: a loop's body, or what a predicate may skip.
 
-    kind: "program", "loop" or "predicated"; trips: of a loop, where the compiler knows them.
+    kind: "program", "loop" or "predicated"; trips: a loop's trip count, if the compiler knows it.
     """
 
     kind: str
@@ -136,6 +138,7 @@ class Region:
     children: tuple["Region", ...] = ()
 
     def walk(self) -> Iterator["Region"]:
+        """The region and all regions within it."""
         yield self
         for child in self.children:
             yield from child.walk()
@@ -143,7 +146,13 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A kernel's schedule. slots[b] are the slots that bundle b uses, in the order of `SLOTS`."""
+    """The schedule of a kernel.
+
+    root: the tree of its regions.
+    slots: int [bundles, len(SLOTS)], the slots that each bundle uses.
+    capacity: int [len(SLOTS)], the slots of a bundle.
+    final: the number of instructions in the end.
+    """
 
     name: str
     root: Region
@@ -152,20 +161,24 @@ class Program:
     final: int
 
     def used(self, region: Region) -> np.ndarray:
+        """int [len(SLOTS)]: the slots that a region uses."""
         return self.slots[region.first : region.last].sum(0)
 
     def hot(self, region: Region) -> bool:
+        """Whether a region has matrix work."""
         return bool(self.used(region)[SLOTS.index("MATMUL")])
 
     def scalar(self, region: Region) -> bool:
+        """Whether a region has no vector work."""
         return not any(self.used(region)[SLOTS.index(slot)] for slot in VECTOR)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one computing step executes. used: slots over all its cycles, by name.
+    """The cost of one kind of computing step.
 
-    idle: the cycles of a step that reaches the last of its predicated regions and skips it.
+    used: slots by name, over all its cycles.
+    idle: cycles of a step that reaches the last of its predicated regions and skips it.
     """
 
     label: str
@@ -176,9 +189,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of a kernel. edges: cycles of the regions that no computing step executes.
+    """The cost of a kernel.
 
-    capacity: slots of a bundle, by name; bundles: of the whole program; final: its instructions.
+    steps: the kinds of computing steps.
+    edges: cycles of each region that is part of no computing step.
+    capacity: slots of a bundle, by name.
+    bundles: of the whole program; final: its instructions.
     """
 
     name: str
@@ -190,16 +206,18 @@ class Cost:
 
     @property
     def step(self) -> Step:
-        """The cheapest kind of computing step: of a kernel that masks where it must, the others."""
+        """The cheapest kind of computing step; in a kernel with masked blocks, that of the
+        others.
+        """
         return min(self.steps, key=lambda step: step.cycles)
 
     def share(self, slot: str) -> float:
-        """Of the slots of this kind in all of a step's cycles, the part in use."""
+        """The fraction of the slots of this kind that the cycles of a step use."""
         return self.step.used[slot] / (self.step.cycles * self.capacity[slot])
 
     @property
     def spills(self) -> int:
-        """Vector registers that a step stores for want of room, and loads again."""
+        """Vector registers that a step spills to memory and fills again."""
         return self.step.used["SPILL"] + self.step.used["FILL"]
 
 
@@ -210,7 +228,7 @@ _LIMIT = re.compile(r"loop: start=(-?\d+), step=(-?\d+), limit=(-?\d+)")
 
 
 def regions(text: str) -> Region:
-    """The tree of loops and predicated regions of a `*-post-bundle-packing-post-ra.txt`."""
+    """Parse the tree of loops and predicated regions in a `*-post-bundle-packing-post-ra.txt`."""
     end, size, trips, body = 0, 0, None, False
     limits: dict[int, int | None] = {}
     branches: list[tuple[int, int]] = []
@@ -237,7 +255,7 @@ def regions(text: str) -> Region:
 
 
 def _nest(outer: Region, spans: Sequence[Region]) -> Region:
-    """outer with the spans inside it as its children, each with its own."""
+    """The region `outer` with the spans inside it as children, nested in turn."""
     spans = sorted((s for s in spans if s.last > s.first), key=lambda s: (s.first, -s.last))
     children = []
     while spans:
@@ -251,7 +269,9 @@ def _nest(outer: Region, spans: Sequence[Region]) -> Region:
 
 
 def utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Slots used, [bundles, len(SLOTS)], and their capacity, of a `*per-bundle-utilization.txt`."""
+    """Parse a `*per-bundle-utilization.txt`: slots used [bundles, len(SLOTS)], and their
+    capacity.
+    """
     head, rows = text.split("== UTILIZATION:\n")
     names, capacity = head.splitlines()[1:3]
     order = [name.strip().rpartition(":")[2] for name in names.split(",")]
@@ -261,7 +281,7 @@ def utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def programs(folder: Path) -> list[Program]:
-    """The Pallas kernels whose dumps are in folder, in the order of compilation."""
+    """Read the Pallas kernels whose dumps are in the folder, in the order of compilation."""
     found = []
     for path in sorted(folder.glob("*-post-bundle-packing-post-ra.txt")):
         stem = re.fullmatch(r"(\d+-(.*))-\d+-post-bundle-packing-post-ra.txt", path.name)
@@ -270,7 +290,7 @@ def programs(folder: Path) -> list[Program]:
         read = functools.partial(_only, folder, prefix)
         analysis = read("schedule-analysis_final_bundles")
         if not re.search(rf"\(100\.00%\): %{re.escape(name)} = .* custom-call\(", analysis):
-            continue  # XLA's own
+            continue  # a kernel of XLA's own
         slots, capacity = utilization(read("pre-delay_hlo-static-per-bundle-utilization"))
         total = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
         assert total
@@ -278,13 +298,14 @@ def programs(folder: Path) -> list[Program]:
         if len(slots) - root.last not in (
             0,
             1,
-        ):  # one more where the program ends in a fall-through
+        ):  # one more if the program ends in a fall-through
             raise ValueError(f"{name}: {root.last} bundles scheduled, slots of {len(slots)} listed")
         found.append(Program(name, root, slots, capacity, int(total.group(1))))
     return found
 
 
 def _only(folder: Path, prefix: str, what: str) -> str:
+    """The text of the one dump of this kind."""
     (path,) = [
         path
         for path in folder.iterdir()
@@ -295,9 +316,9 @@ def _only(folder: Path, prefix: str, what: str) -> str:
 
 
 def steady(program: Program, trips: int = 1) -> Cost:
-    """What a computing step costs (the module's docstring says what that is).
+    """The cost of a kernel's computing steps, as the module's docstring defines them.
 
-    trips: of loops inside the step whose trip count the compiler does not know.
+    trips: assumed for loops inside the step whose trip count the compiler does not know.
     """
     loops = [r for r in program.root.walk() if r.kind == "loop" and program.hot(r)]
     unknown = [r for r in loops if r.trips is None]
@@ -321,11 +342,12 @@ def steady(program: Program, trips: int = 1) -> Cost:
 
 
 def _label(path: Sequence[Region]) -> str:
+    """A name for a kind of step: where its predicated regions begin."""
     return " ".join(f"{region.first:#x}" for region in path)
 
 
 def _paths(program: Program, region: Region) -> list[tuple[Region, ...]]:
-    """The ways through region to matrix work: the predicated regions that each goes through."""
+    """The paths through a region to matrix work, as the predicated regions that each passes."""
     hot = [child for child in region.children if program.hot(child)]
     ways = itertools.product(*(_paths(program, child) for child in hot if child.kind == "loop"))
     through = [sum(way, ()) for way in ways]
@@ -334,7 +356,9 @@ def _paths(program: Program, region: Region) -> list[tuple[Region, ...]]:
 
 
 def _total(program: Program, region: Region, path: Sequence[Region], trips: int) -> np.ndarray:
-    """[cycles, slots used...] of one run through region, of predicated ones those on the path."""
+    """[cycles, slots used...] of one pass through a region; predicated regions count if on the
+    path.
+    """
     own = np.concatenate([[region.last - region.first], program.used(region)])
     for child in region.children:
         own -= np.concatenate([[child.last - child.first], program.used(child)])
@@ -349,10 +373,12 @@ def _total(program: Program, region: Region, path: Sequence[Region], trips: int)
 def compile_tpu(
     fn: Callable[..., Any], args: Sequence[Any], target: str
 ) -> tuple[jax.stages.Compiled, list[Program]]:
-    """fn compiled for one chip of `TPUS`, and the programs of its Pallas kernels.
+    """Compile a function for one chip of `TPUS`; returns it, and the programs of its Pallas
+    kernels.
 
-    args: trees of arrays or ShapeDtypeStructs; they are placed whole on the chip. libtpu must not
-    have been loaded before by anyone else: it reads where to dump when it starts.
+    args: trees of arrays or ShapeDtypeStructs, each placed whole on the chip.
+
+    libtpu must not be loaded in this process yet, because it reads where to dump when it starts.
     """
     folder = _dumps()
     mesh = Mesh(_devices(TPUS[target].topology)[:1], ("x",), axis_types=(AxisType.Explicit,))
@@ -364,17 +390,18 @@ def compile_tpu(
 
 
 def _placed(args: Sequence[Any], mesh: Mesh) -> Any:
+    """The arguments as ShapeDtypeStructs, replicated on the mesh."""
     whole = NamedSharding(mesh, P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
 
 
 @functools.cache
 def _dumps() -> Path:
-    """The folder of libtpu's dumps."""
+    """The folder for libtpu's dumps."""
     folder = Path(tempfile.mkdtemp(prefix="libtpu-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     topology.prepare("tpu")
-    passes = "post-bundle-packing-post-ra|pre-delay|final"  # the others take most of the time
+    passes = "post-bundle-packing-post-ra|pre-delay|final"  # dumps of all passes would be slow
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
         f"--xla_jf_dump_llo_pass_label_regex={passes}"
@@ -384,15 +411,19 @@ def _dumps() -> Path:
 
 @functools.cache
 def _devices(topology: str) -> np.ndarray:
+    """The devices of a TPU topology."""
     _dumps()
     return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuKernel:
-    """What ptxas says of a kernel. registers: of a thread; shared, spilled (stores + loads): bytes.
+    """The resources of a GPU kernel, as reported by ptxas.
 
-    threads: of a block; shared: of a block, what is asked for at the launch included.
+    threads: per block.
+    registers: per thread.
+    shared: bytes of shared memory per block, including what the launch requests.
+    spilled: bytes of spill stores and loads.
     """
 
     name: str
@@ -405,16 +436,17 @@ class GpuKernel:
 def compile_gpu(
     fn: Callable[..., Any], args: Sequence[Any], target: str
 ) -> tuple[jax.stages.Compiled, list[GpuKernel]]:
-    """fn compiled for one GPU of `GPUS`, and its kernels: Triton's (XLA's own too), then Mosaic's.
+    """Compile a function for one GPU of `GPUS`; returns it and its kernels.
 
-    args as for `compile_tpu`. The CUDA plugin must not have been loaded before by anyone else: it
-    reads where to dump when it starts. Of a Mosaic kernel nothing is known when it is compiled
-    again in the same process, since it is not.
+    The kernels are Triton's (also XLA's own), then Mosaic's. args: as in `compile_tpu`.
+
+    The CUDA plugin must not be loaded in this process yet, because it reads where to dump when it
+    starts. A Mosaic kernel is reported only once per process, as it is not compiled again.
     """
     folder = _gpu_dumps()
     one = topology.devices(topology.Topology(GPUS[target], (1, 1)))
     mesh = Mesh(np.array(one), ("x",), axis_types=(AxisType.Explicit,))
-    for path in folder.iterdir():  # a CPU's programs are folders
+    for path in folder.iterdir():  # dumps of CPU programs are folders
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with jax.set_mesh(mesh):
         compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile()
@@ -423,8 +455,9 @@ def compile_gpu(
 
 
 def prepare() -> None:
-    """Say where to dump, before any backend starts: each reads it once. For processes that do
-    something else with jax before they compile here.
+    """Set the folders of dumps for all backends, each of which reads its own when it starts.
+
+    For processes that use jax otherwise before they compile here.
     """
     _dumps()
     _gpu_dumps()
@@ -432,7 +465,7 @@ def prepare() -> None:
 
 @functools.cache
 def _gpu_dumps() -> Path:
-    """The folder of the dumps of XLA and of Mosaic."""
+    """The folder for the dumps of XLA and Mosaic."""
     folder = Path(tempfile.mkdtemp(prefix="cuda-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     topology.prepare("cuda")
@@ -442,6 +475,9 @@ def _gpu_dumps() -> Path:
 
 
 def _triton(folder: Path, arch: str) -> Iterator[GpuKernel]:
+    """The Triton kernels in a folder of dumps. arch: the architecture for ptxas, such as
+    "sm_90a".
+    """
     launches = re.compile(r"\] (\S+) grid: .* threads: \[(\d+), .* shared_memory: (\d+) bytes")
     thunks = "\n".join(
         path.read_text(encoding="utf-8") for path in folder.glob("*.thunk_sequence.txt")
@@ -459,6 +495,7 @@ def _triton(folder: Path, arch: str) -> Iterator[GpuKernel]:
 
 
 def _mosaic(folder: Path) -> Iterator[GpuKernel]:
+    """The Mosaic kernels in a folder of dumps."""
     launch = re.compile(r"threads\(.*?\) in \(.* = %c(\d+), .* dynamic_shared_memory_size %c(\d+)")
     for path in sorted(folder.glob("*.ptxas")):
         passes = path.with_name(f"{path.stem}.mlir-passes.log").read_text(encoding="utf-8")
@@ -471,7 +508,10 @@ def _mosaic(folder: Path) -> Iterator[GpuKernel]:
 
 
 def ptxas(report: str, name: str, threads: int, shared: int) -> GpuKernel:
-    """The kernel of this name in a report of `ptxas -v`; shared: bytes asked for at the launch."""
+    """Parse the kernel of this name in a report of `ptxas -v`.
+
+    threads: per block; shared: bytes that the launch requests.
+    """
     part = report.split(f"entry function '{name}'")[1].split("entry function")[0]
     registers, *_ = map(int, re.findall(r"Used (\d+) registers", part))
     static = sum(map(int, re.findall(r"(\d+) bytes smem", part)))
@@ -486,7 +526,7 @@ HEADER = (
 
 
 def row(name: str, target: str, cost: Cost, pairs: int | None = None) -> str:
-    """A line under `HEADER`: shares of capacity in a computing step, its cycles for 1000 pairs."""
+    """A line under `HEADER`: cycles per step and per 1000 pairs, and shares of capacity."""
     per = f"{1000 * cost.step.cycles / pairs:7.3f}" if pairs else " " * 7
     slots = ("MATMUL", "VALU", "EUP", "XLU", "VLOAD", "VSTORE")
     shares = " ".join(f"{cost.share(slot):6.1%}" for slot in slots)
@@ -498,6 +538,7 @@ def row(name: str, target: str, cost: Cost, pairs: int | None = None) -> str:
 
 
 def _show(program: Program, region: Region, depth: int = 0) -> None:
+    """Print a tree of regions with the slots that they use."""
     trips = "" if region.kind != "loop" else f" x {region.trips or '?'}"
     used = dict(zip(SLOTS, program.used(region).tolist(), strict=True))
     slots = " ".join(f"{slot} {count}" for slot, count in used.items() if count)
@@ -508,6 +549,7 @@ def _show(program: Program, region: Region, depth: int = 0) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="What the TPU kernels of a function cost.")
     parser.add_argument("file", help="python file that defines fn and args, or build(target)")
     parser.add_argument("--target", nargs="+", choices=[*TPUS, *GPUS], default=["v5e", "v6e"])
@@ -516,7 +558,7 @@ def main() -> None:
     parser.add_argument("--regions", action="store_true", help="print each program's regions too")
     args = parser.parse_args()
     if not {*args.target} & {*TPUS} and (args.pairs or args.trips or args.regions):
-        parser.error("--pairs, --trips and --regions are of TPUs: name one in --target")
+        parser.error("--pairs, --trips and --regions apply to TPUs: name one in --target")
     names = runpy.run_path(args.file)
     print(HEADER)
     for target in args.target:

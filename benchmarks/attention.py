@@ -1,17 +1,18 @@
-"""Attention on the device here: every implementation that it has, in turn, at the models' shapes.
+"""Times every attention implementation on the local device, in turn, at the models' shapes.
 
     python benchmarks/attention.py [--quick] [--shapes '7b-*' ...] [--markdown FILE]
 
-A line for each implementation and shape: milliseconds of a layer; TFLOP/s (causal pairs counted as
-half, nothing as computed twice) and their share of a large matrix product, or for decoding the GB/s
-at which the cache is read and their share of a large copy (bytes read and written); how many times
-as fast as the best rival, which is whatever is not ours (`pallas_*`); and what LogN, a window and
-packing cost: the time of a visible pair with all three over that of plain causal attention.
+There is one line for each implementation and shape: milliseconds per layer; TFLOP/s (causal pairs
+count as half, recomputation is not counted) and their share of a large matrix product, or for
+decoding the GB/s at which the cache is read and their share of a large copy (bytes read and
+written); the speed relative to the best rival, which is the best implementation not by this project
+(`pallas_*`); and the cost of LogN, a window and packing: the time per visible pair with all three,
+relative to plain causal attention.
 
-`NAME*` is another implementation as it does best, without our mask: plain causal with a mask of its
-own, or a cache in its own layout. Product and copy are timed in the same run, and all medians are
-over rounds in which everything has its turn. An implementation that differs from the reference is
-named and left out. Nothing else should run on the device.
+`NAME*` is another implementation at its best, without this project's mask: plain causal attention
+with its own mask, or a cache in its own layout. Product and copy are timed in the same run, and all
+medians are over rounds in which everything takes its turn. An implementation that differs from the
+reference is named and left out. Nothing else should run on the device.
 """
 
 import argparse
@@ -37,14 +38,14 @@ from qwen_jax.kernels import choice, others
 from qwen_jax.runtime import caches, command
 
 HEADS = {"1.8b": 16, "7b": 32, "14b": 40, "72b": 64}
-LENGTHS = {512: 64, 2048: 16, 8192: 4, 32768: 1}  # tokens of a row, and rows
-CACHES = {32768: (1,), 8192: (8,), 2048: (1, 64)}  # slots of a row, and rows
+LENGTHS = {512: 64, 2048: 16, 8192: 4, 32768: 1}  # tokens per row -> rows
+CACHES = {32768: (1,), 8192: (8,), 2048: (1, 64)}  # slots per row -> rows
 QUICK = ("7b-*-b16-t2048", "7b-*-b4-t8192", "7b-decode-*-s32768*", "7b-decode-b64-*")
 COLUMNS = ("shape", "implementation", "ms", "rate", "share", "to best rival", "LogN etc.")
 
 
 def shapes(dtype: str) -> dict[str, Case]:
-    """The named shapes; those of `tiny` are for trying this out."""
+    """The shapes by name; `tiny` ones are for trying out this program."""
     result = {}
 
     def add(size: str, task: str, batch: int, length: int, cache: str | None = None) -> None:
@@ -68,7 +69,7 @@ def shapes(dtype: str) -> dict[str, Case]:
 
 
 class Row(NamedTuple):
-    """Cells of a line, under COLUMNS."""
+    """The cells of a line, under COLUMNS."""
 
     shape: str
     implementation: str
@@ -81,7 +82,7 @@ class Row(NamedTuple):
 
 @functools.cache
 def right(case: Case, name: str) -> bool:
-    """Whether an implementation agrees with the reference; says so where it does not."""
+    """Whether an implementation agrees with the reference; prints a line if it does not."""
     worst = agreement.error(case, name)
     if not worst <= agreement.TOLERANCE[case.dtype]:
         command.say(f"{name}, {case.task}: WRONG, by {worst:.1e}; left out")
@@ -89,7 +90,7 @@ def right(case: Case, name: str) -> bool:
 
 
 def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dict[str, Any]:
-    """What is timed at a shape: implementations, ours with LogN etc. too, and rivals at best."""
+    """What is timed at a shape: every implementation, kernels with LogN etc. too, and rivals."""
     made: dict[str, timing.Program] = {}
 
     def attempt(label: str, make: Callable[[], timing.Program]) -> None:
@@ -115,7 +116,7 @@ def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dic
 
 
 def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]:
-    """Time the programs of a shape, together with what they are measured against."""
+    """Time the programs of a shape together with their upper limit, a copy or a product."""
     limit, amount = timing.copy() if case.task == "decode" else timing.product(case.dtype)
     seconds = timing.medians({**made, "limit": limit}, rounds)
     peak = amount / seconds.pop("limit")
@@ -148,6 +149,7 @@ def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]:
-    """The shapes that were asked for."""
+    """The shapes that the arguments select."""
     patterns = args.shapes or (QUICK if args.quick else [f"{size}-*" for size in HEADS])
     patterns = ["tiny-*" if x == "tiny" else x for x in patterns]
     for pattern in patterns:
@@ -177,12 +179,13 @@ def chosen(args: argparse.Namespace, known: dict[str, Case]) -> dict[str, Case]:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Time the selected shapes, and print a table."""
     if args.list:
         others = [name for name in args.given if name != "list"]
         command.refuse(args, others, "means nothing beside --list, which times nothing")
     on_cpu = choice.device().platform == "cpu"
     if not on_cpu:
-        command.refuse(args, ("interpreted",), "is of a CPU: here kernels are compiled")
+        command.refuse(args, ("interpreted",), "applies to a CPU: here kernels are compiled")
     known = shapes(args.dtype or ("float32" if on_cpu else "bfloat16"))
     names = workloads.available(attention.IMPLEMENTATIONS, args.interpreted)
     if args.list:
@@ -211,6 +214,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     return command.run(parser(), functools.partial(work, argv=given), given)
 

@@ -1,11 +1,13 @@
-"""What decoding and prefill need beside the cache, compiled for accelerators that are not there.
+"""Memory that decoding and prefill need beside the cache, compiled for devices that are not
+attached.
 
     JAX_PLATFORMS=cpu python benchmarks/cache.py [--target v5e:2x2 v5p:2x2x1 h100:1] [--length 4096]
     JAX_PLATFORMS=cpu python benchmarks/cache.py --group 1 2 4 8 --rows 1 8 --length 8192
 
-Two layers with the heads of the 7B (32 of 128) and little else, 8 rows, on one device; prefill is a
-chunk of 512 tokens. With --group, prefill of the 7B itself, a chunk of 2048 tokens, as many layers
-a program. Prints Markdown, in MB. Needs the `aot` extra.
+The model has two layers with the heads of the 7B (32 of 128) and little else, 8 rows, on one
+device; prefill takes a chunk of 512 tokens. With --group it is prefill of the 7B itself with a
+chunk of 2048 tokens, for each number of layers per program. Prints Markdown, in MB. Needs the `aot`
+extra.
 """
 
 import argparse
@@ -30,6 +32,7 @@ CONFIG = dataclasses.replace(
 
 
 def row(where: str, kernel: str, kind: str | None, task: str, program: Program, length: int) -> str:
+    """A line of the table. kind: the cache's dtype, None for bfloat16."""
     parts = program.memory.parts
     cells = [where, task, kernel, kind or "bfloat16", f"{ROWS} x {length}"]
     cells += [f"{parts[name] / 1e6:,.0f}" for name in ("cache", "temporaries")]
@@ -37,7 +40,9 @@ def row(where: str, kernel: str, kind: str | None, task: str, program: Program, 
 
 
 def by_group(args: argparse.Namespace) -> None:
-    """A row for each target, implementation and number of rows; a column for each group."""
+    """Print a row for each target, implementation and number of rows, with a column per
+    group size.
+    """
     print(f"| target | attention | rows | {' | '.join(f'{n} layers' for n in args.group)} |")
     print("|---" * (3 + len(args.group)) + "|")
     for where in args.target:
@@ -53,6 +58,7 @@ def by_group(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Memory beside the cache, from the compilers.")
     parser.add_argument("--target", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "h100:1"])
     parser.add_argument("--length", nargs="+", type=int, default=[4096])

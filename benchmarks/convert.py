@@ -1,10 +1,11 @@
-"""Convert a checkpoint folder there and back, and compare with copying the folder.
+"""Convert a checkpoint folder to a model directory and back, and compare with copying the folder.
 
     python benchmarks/convert.py SRC [--work DIR]
 
-Prints a row of a Markdown table: wall time of `cp -r`, and for each way wall time, its ratio to cp,
-rate, and the peak resident memory of the process (ru_maxrss, the kernel's VmHWM). Before each run
-the page cache is dropped where that is permitted. Needs room for two copies of SRC.
+Prints a row of a Markdown table: the wall time of `cp -r`, and for each direction the wall time,
+its ratio to cp, the rate, and the peak resident memory of the process (ru_maxrss, the kernel's
+VmHWM). The page cache is dropped before each run if that is permitted. Needs room for two copies of
+SRC.
 """
 
 import argparse
@@ -23,7 +24,7 @@ DROP = Path("/proc/sys/vm/drop_caches")
 
 
 def cold() -> bool:
-    """Write back and drop the page cache; False where that is not permitted."""
+    """Write back and drop the page cache; False if that is not permitted."""
     subprocess.run(["sync"], check=True)
     try:
         DROP.write_text("3\n", encoding="utf-8")
@@ -33,7 +34,7 @@ def cold() -> bool:
 
 
 def timed(*command: str | Path) -> tuple[float, float]:
-    """(seconds, peak resident GB) of a command run from a cold cache where possible."""
+    """Run a command, from a cold cache where possible: (seconds, peak resident GB)."""
     cold()
     start = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT)
@@ -45,6 +46,7 @@ def timed(*command: str | Path) -> tuple[float, float]:
 
 
 def main() -> int:
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("src", metavar="SRC", type=Path)
     parser.add_argument("--work", metavar="DIR", type=Path, help="default: beside SRC")

@@ -1,14 +1,14 @@
-"""Prefill and decoding of the published sizes with random weights, against the device's memory.
+"""Times prefill and decoding of the published sizes with random weights, against device limits.
 
     python benchmarks/decoding.py                                   # 1.8B and 7B
     python benchmarks/decoding.py --model qwen-7b --batch 1 --cache bfloat16 --attention xla
 
-A line for each model, cache, number of rows and implementation of attention. A decode step reads
-every weight but the embedding once and the filled part of the cache; those bytes over the time of a
-step, over the bandwidth of a large copy (bytes read and written) that is timed in turn with it, is
-`of copy`: the share of what the device's memory allows. `prefill` counts FLOPs that the model needs
-(causal attention as half) against a large matrix product. Medians over rounds in which everything
-takes its turn. Nothing else should run on the device.
+There is one line for each model, cache, number of rows and attention implementation. A decode step
+reads every weight but the embedding once, and the filled part of the cache. These bytes divided by
+the time of a step, relative to the bandwidth of a large copy (bytes read and written) timed in turn
+with it, are `of copy`: the share of what the device's memory allows. `prefill` relates the FLOPs
+that the model needs (causal attention counts as half) to a large matrix product. All figures are
+medians over rounds in which everything takes its turn. Nothing else should run on the device.
 """
 
 import argparse
@@ -44,11 +44,11 @@ COLUMNS = (
     "model", "cache", "rows", "attention", "prefill tokens/s", "of product",
     "ms of a step", "tokens/s", "GB/s", "of copy",
 )  # fmt: skip
-CACHES = {"bfloat16": None, "int8": "int8"}  # as the command names them -> cache_dtype
+CACHES = {"bfloat16": None, "int8": "int8"}  # the command's name -> cache_dtype
 
 
 class Row(NamedTuple):
-    """Cells of a line, under COLUMNS."""
+    """The cells of a line, under COLUMNS."""
 
     model: str
     cache: str
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 def shape(size: str, layers: int | None, vocab: int | None) -> Config:
-    """A published size, with fewer layers or a smaller vocabulary where they are given."""
+    """A published size, with the given number of layers and rows of the vocabulary."""
     config = PRESETS[size]
     return dataclasses.replace(
         config,
@@ -74,11 +74,15 @@ def shape(size: str, layers: int | None, vocab: int | None) -> Config:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decoder(config: Config, dtype: str) -> Decoder:
+    """A decoder with random weights."""
     return model.create(config, jax.random.key(0), dtype)
 
 
 def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:
-    """A loaded model around random weights, without a tokenizer."""
+    """A LanguageModel around random weights, without a tokenizer.
+
+    name: of the attention implementation; cache: a key of CACHES; length: the most tokens per row.
+    """
     mesh, dtype = meshes.current(), decoder.embedding[...].dtype.name
     return LanguageModel(
         config=decoder.config,
@@ -93,7 +97,9 @@ def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:
 
 
 def step_bytes(language_model: LanguageModel, rows: int, tokens: float) -> float:
-    """What a decode step reads: weights without the embedding, and `tokens` of each row's cache."""
+    """The bytes that a decode step reads: weights without the embedding, `tokens` of each row's
+    cache.
+    """
     decoder = language_model.decoder
     weights = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder.embedding[...].nbytes
     start = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -110,7 +116,7 @@ def step_bytes(language_model: LanguageModel, rows: int, tokens: float) -> float
 
 
 def timed(language_model: LanguageModel, prompt: np.ndarray, new: int) -> tuple[float, float]:
-    """Seconds to the first token, and of a decode step."""
+    """The seconds to the first token, and the seconds per decode step. new: tokens to generate."""
     started = time.perf_counter()
     parts = language_model.stream(prompt, max_new_tokens=new, at_once=32)
     next(parts)
@@ -120,7 +126,7 @@ def timed(language_model: LanguageModel, prompt: np.ndarray, new: int) -> tuple[
 
 
 def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namespace) -> Row:
-    """Time one cell of the table."""
+    """Time one cell of the table. case: (model, cache, rows, attention)."""
     size, cache, rows, name = case
     config, length = decoder.config, args.prompt
     language_model = made(decoder, name, cache, length + args.new)
@@ -134,7 +140,7 @@ def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namesp
         turns.append((*timed(language_model, drawn, args.new), times["copy"], times["product"]))
     first, step, copying, multiplying = (statistics.median(x) for x in zip(*turns, strict=True))
     needed = step_bytes(language_model, rows, length + args.new / 2)
-    work = rows * length * config.flops_per_token(length) / 3  # forward alone
+    work = rows * length * config.flops_per_token(length) / 3  # the forward pass only
     return Row(
         f"{size}, {config.num_layers} layers",
         cache,
@@ -150,6 +156,7 @@ def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namesp
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Time the selected cases, and print a table."""
     caches.use_compilation_cache()
     started, rows = time.monotonic(), []
     dtype = "float32" if choice.device().platform == "cpu" else "bfloat16"
@@ -201,6 +209,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     return command.run(parser(), functools.partial(work, argv=given), given)
 

@@ -1,6 +1,6 @@
-"""Everything worth measuring on an accelerator, unattended, in parts of at most five minutes each.
+"""All measurements on an accelerator, unattended, in parts of at most five minutes each.
 
-    make device                      # all parts, on the device here
+    make device                      # all parts, on the local device
     make device PART=2               # one of them
     python benchmarks/device.py --part 3 4 --out results
     python benchmarks/device.py --list          # what was measured on this code, and what was not
@@ -11,13 +11,13 @@
     3  prefill and decoding of the 1.8B and 7B: 1, 8 and 64 rows, bfloat16 and int8 caches
     4  training steps of the 1.8B and of layers of the 7B, at 2048 and 8192 tokens
 
-A part is a list of commands, each with a time limit. What they found goes into the folder of --out
-(by default $OUT, else `device/`): `device.md` (tables for docs/benchmarks.md), `device.json` (what
-ran, on which code, and how it ended), `measured.json` (lines for qwen_jax/kernels/measured.json)
-and `device.log`. A command that has ended well on this code and device is not run again, be it
-recorded there or in `benchmarks/device.json`, where results are kept; --again runs it all the same.
-Wheels in `.wheels/`, which `benchmarks/device_wheels.sh` fills, are installed beside the packages
-that are there. No network is used.
+A part is a list of commands, each with a time limit. Their results go into the folder of --out (by
+default $OUT, else `device/`): `device.md` (tables for docs/benchmarks.md), `device.json` (what ran,
+on which code, and how it ended), `measured.json` (lines for qwen_jax/kernels/measured.json) and
+`device.log`. A command that has succeeded on this code and device is not run again, if that is
+recorded in the folder or in `benchmarks/device.json`, where results are kept; --again runs it all
+the same. Wheels in `.wheels/`, which `benchmarks/device_wheels.sh` fills, are installed beside the
+present packages. No network is used.
 """
 
 import argparse
@@ -42,17 +42,18 @@ from qwen_jax.runtime import command, paths  # noqa: E402
 
 KEPT = ROOT / "benchmarks" / "device.json"
 WHEELS = ROOT / ".wheels"
-# The programs that a figure depends on; the table of measured blocks is a result, not a program.
+# The source files that a figure depends on; the table of measured blocks is a result, not a source.
 CODE = ("qwen_jax/**/*.py", "convert/*.py", "train/**/*.py", "benchmarks/*.py")
 PARTS = (1, 2, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A measurement: a command that is run in a process of its own, within a limit of `seconds`.
+    """A measurement: a command that runs in a process of its own, for at most `seconds`.
 
-    part: the part that it belongs to. {out} in an argument is the folder of results, {work} one
-    that is thrown away. table: the file in {work} whose text goes into device.md.
+    part: the part that it belongs to.
+    arguments: of Python; {out} in one stands for the folder of results, {work} for a temporary one.
+    table: the file in {work} whose text goes into device.md.
     """
 
     name: str
@@ -63,14 +64,14 @@ class Task:
 
 
 def _task(name: str, part: int, seconds: int, line: str) -> Task:
-    """A task from a command line; its table is what it is told to write with --markdown."""
+    """A task from a command line, to which `--markdown` with the task's table is added."""
     table = f"{name}.md"
     if not line.startswith("-m"):
         line += f" --markdown {{work}}/{table}"
     return Task(name, part, tuple(line.split()), seconds, table)
 
 
-# Limits of a part add up to less than five minutes.
+# The limits of a part add up to less than five minutes.
 TASKS = [
     _task("golden", 1, 285, "benchmarks/golden.py"),
     _task("tune", 2, 170, "-m qwen_jax.kernels.tune --length 2048 8192 --out {out}/measured.json"),
@@ -92,7 +93,7 @@ TASKS = [
         " --profile {work}/trace-7b",
     ),
 ]
-# The same commands where there is no accelerator: they show that everything runs, and no speed.
+# The same commands without an accelerator, which show that everything runs, but no speed.
 REHEARSAL = [
     _task(
         "golden", 1, 120, "benchmarks/golden.py --attention xla --no-kernels --only logits,?plain*"
@@ -123,7 +124,7 @@ REHEARSAL = [
 
 
 def fingerprint() -> str:
-    """A digest of the programs that figures depend on."""
+    """A digest of the source files that figures depend on."""
     digest = hashlib.sha256()
     for pattern in CODE:
         for name in sorted(glob.glob(pattern, root_dir=ROOT, recursive=True)):
@@ -132,7 +133,9 @@ def fingerprint() -> str:
 
 
 def device_kind(environment: dict[str, str]) -> dict[str, str]:
-    """The device and the versions, asked in a process of its own, which lets go of the device."""
+    """The device and the versions, found in a process of its own, which releases the device
+    again.
+    """
     program = (
         "import jax, json, sys; d = jax.devices()[0]; print(json.dumps({'device': d.device_kind,"
         " 'platform': d.platform, 'jax': jax.__version__, 'python': sys.version.split()[0]}))"
@@ -147,8 +150,8 @@ def device_kind(environment: dict[str, str]) -> dict[str, str]:
 
 
 def environment(rehearse: bool, site: Path) -> dict[str, str]:
-    """The environment of the commands: they find this checkout first, then the wheels, then what is
-    installed.
+    """The environment of the commands: imports search this checkout, then the wheels, then the
+    rest.
     """
     result = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]),
@@ -161,7 +164,7 @@ def environment(rehearse: bool, site: Path) -> dict[str, str]:
 
 
 def install_wheels(site: Path) -> None:
-    """Unpack the wheels that came along, if any, where only these commands see them."""
+    """Unpack the provided wheels, if any, into a folder that only these commands see."""
     wheels = sorted(map(str, WHEELS.glob("*.whl")))
     if not wheels:
         return
@@ -173,7 +176,9 @@ def install_wheels(site: Path) -> None:
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """Read the records of a ledger; none where there is no file. ValueError names a broken one."""
+    """Read the records of a ledger; [] if there is no file. Raises ValueError that names a broken
+    one.
+    """
     if not file.exists():
         return []
     try:
@@ -186,14 +191,17 @@ def records(file: Path) -> list[dict[str, Any]]:
 
 
 def done_before(task: Task, here: dict[str, str], ledgers: Iterable[dict[str, Any]]) -> Any:
-    """The record of this task on this code, device and jax that ended well, or None."""
+    """The latest record of this task with success on this code, device and jax, or None."""
     wanted = {"task": task.name, "arguments": list(task.arguments), **here, "ended": "done"}
     found = [x for x in ledgers if all(x.get(key) == value for key, value in wanted.items())]
     return found[-1] if found else None
 
 
 def run(task: Task, out: Path, work: Path, given: dict[str, str]) -> dict[str, Any]:
-    """Run a task, its output into device.log; returns how it ended, its table and last lines."""
+    """Run a task, with its output in device.log; returns its record.
+
+    The record says how it ended, and has its table and the last lines of its output.
+    """
     arguments = [x.format(out=out, work=work) for x in task.arguments]
     started = time.monotonic()
     text = f"\n== part {task.part}, {task.name}: python {' '.join(task.arguments)}\n"
@@ -231,7 +239,7 @@ def run(task: Task, out: Path, work: Path, given: dict[str, str]) -> dict[str, A
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    """Write all records as one page of Markdown."""
+    """All records as one page of Markdown."""
     parts = []
     for record in found:
         title = f"## Part {record['part']}: {record['task']}"
@@ -244,7 +252,9 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def write(out: Path, found: list[dict[str, Any]]) -> None:
-    """Write both files anew, after every task, so that a run that is cut off keeps what it has."""
+    """Write both files of results. Called after every task, so that an interrupted run keeps its
+    results.
+    """
     for name, text in (
         ("device.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
         ("device.md", markdown(found)),
@@ -253,6 +263,7 @@ def write(out: Path, found: list[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         prog="python benchmarks/device.py",
@@ -272,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
+    """Run the selected tasks that are not measured yet. Raises ValueError if one fails."""
     if args.list:
         command.refuse(args, ("again",), "means nothing beside --list, which runs nothing")
     with tempfile.TemporaryDirectory() as folder:
@@ -311,6 +323,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     return command.run(parser(), work, argv)
 
 

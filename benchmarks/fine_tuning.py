@@ -1,10 +1,10 @@
-"""What fine-tuning takes of one GPU, beside what the original's README says it took.
+"""The memory that fine-tuning needs on one GPU, beside the figures in the original's README.
 
     JAX_PLATFORMS=cpu python benchmarks/fine_tuning.py > table.md
 
-The original's figures are of one A100-80G (7B, all weights: two), batches of 8 rows one after the
-other, PyTorch with DeepSpeed ZeRO-2, and its Q-LoRA is on Int4 weights. Ours are what the compiler
-says a device needs, for the same batch. Rows are kept in `--cache`. Needs the `aot` extra.
+The original's figures are for one A100-80G (7B, all weights: two), batches of 8 rows one after the
+other, PyTorch with DeepSpeed ZeRO-2; its Q-LoRA is on Int4 weights. Ours are the compiler's figures
+for a device and the same batch. Rows are kept in `--cache`. Needs the `aot` extra.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OPTIONS = {
     INT8: ["--lora-rank", "64", "--base-dtype", "int8"],
     WHOLE: [],
 }
-# GB at 256 and at 8192 tokens, by the original's README; None where it says nothing.
+# GB at 256 and at 8192 tokens in the original's README; None if it has no figure.
 THEIRS: dict[tuple[str, str], tuple[float | None, float | None]] = {
     ("qwen-1.8b", LORA): (6.7, 21.8),
     ("qwen-1.8b", EMBEDDINGS): (13.7, 27.7),
@@ -45,6 +45,7 @@ MODELS = tuple(dict.fromkeys(model for model, _ in THEIRS))
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="What fine-tuning takes of one GPU.")
     parser.add_argument(
         "--only", nargs="*", default=[], choices=MODELS, metavar="MODEL", help=", ".join(MODELS)
@@ -64,6 +65,9 @@ def main() -> None:
 
 
 def _row(model: str, what: str, length: int, theirs: float | None, found: list[Any]) -> str:
+    """A line of the table. theirs: the original's GB; found: the plans, of which there may
+    be none.
+    """
     cells = [model, what, f"{length:,}"]
     if not found:
         return f"| {' | '.join(cells)} | the compiler failed |"

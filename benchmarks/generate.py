@@ -3,7 +3,7 @@
     python benchmarks/generate.py HF_FOLDER CKPT --torch-python .venv-torch/bin/python
 
 HF_FOLDER is the safetensors folder, CKPT its conversion; `torch_qwen.py` says how to make the torch
-environment. Each variant runs in a process of its own, in turn, `--rounds` times; medians are
+environment. Each variant runs in a process of its own, in turn, `--rounds` times. The medians are
 printed as a table for docs/benchmarks.md. Nothing else should run on the machine.
 """
 
@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def ours(args: argparse.Namespace, dtype: str, new_tokens: int) -> list[str]:
+    """The command line of this project's benchmark."""
     bench = ["--bench", "--json", "--dtype", dtype, "--max-new-tokens", str(new_tokens)]
     return [sys.executable, "-m", "qwen_jax.generate", "--ckpt", args.ckpt, *bench]
 
 
 def torchs(args: argparse.Namespace, dtype: str, *extra: str) -> list[str]:
+    """The command line of the torch benchmark."""
     script = str(ROOT / "benchmarks/torch_qwen.py")
     sizes = ["--prompt-length", "128", "--new-tokens", str(args.new_tokens)]
     threads = ["--threads", str(os.cpu_count()), "--json"]
@@ -34,7 +36,7 @@ def torchs(args: argparse.Namespace, dtype: str, *extra: str) -> list[str]:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -44,6 +46,7 @@ def processor() -> str:
 
 
 def measure(command: list[str]) -> dict[str, Any]:
+    """Run a benchmark; returns the JSON object in the last line of its output."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -51,6 +54,7 @@ def measure(command: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Prefill and decode rates beside torch.")
     parser.add_argument("hf", help="safetensors folder")
     parser.add_argument("ckpt", help="its conversion")
@@ -63,7 +67,7 @@ def main() -> None:
         "torch float32": torchs(args, "float32"),
         "torch float32, weights by column": torchs(args, "float32", "--columns"),
         "torch bfloat16": torchs(args, "bfloat16"),
-        # XLA's CPU backend has no bfloat16 product worth the name: a few tokens are enough.
+        # XLA's CPU backend is very slow in bfloat16: a few tokens are enough.
         "qwen_jax bfloat16": ours(args, "bfloat16", 4),
     }
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}

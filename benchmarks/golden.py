@@ -1,13 +1,13 @@
-"""Whether the device here computes what the original computes, through every attention it has.
+"""Compares the local device's results with the original's, through every attention it has.
 
     python benchmarks/golden.py [--attention NAME ...] [--markdown FILE]
 
-Two kinds of lines. The first compare the tiny checkpoint in `tests/golden` with the original's own
-figures: full passes with and without dynamic NTK and LogN, greedy decoding over the cache in float
-and in int8, left-padded rows, and bfloat16. The second compare each fused kernel, forward, backward
-and decoding, with the reference in float32: packed sequences, a window, LogN, padding and grouped
-heads. Everything is compiled for the device; nothing is interpreted. It ends with 1 if anything
-differs by more than its bound.
+There are two kinds of lines. The first compare the tiny checkpoint in `tests/golden` with the
+original's own figures: full passes with and without dynamic NTK and LogN, greedy decoding over the
+cache in float and in int8, left-padded rows, and bfloat16. The second compare each fused kernel
+(forward, backward and decoding) with the reference in float32: packed sequences, a window, LogN,
+padding and grouped heads. Everything is compiled for the device, and nothing is interpreted. The
+exit code is 1 if anything differs by more than its bound.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from tests.support.golden_figures import GOLDEN, arrays, overrides, scalars, wor
 
 COLUMNS = ("what", "attention", "difference", "bound", "")
 LOGITS = 2e-4  # standard deviations of the original's logits; its own float32 noise reaches 5e-5
-# Mean KL divergence of bfloat16's distributions from the original's, in nats; a CPU's reach 9e-4.
+# Mean KL divergence in nats of bfloat16 distributions from the original's; on a CPU up to 9e-4.
 DIVERGENCE = 3e-3
 HEAD_DIMS = (64, 128)
 
 
 class Row(NamedTuple):
-    """Cells of a line, under COLUMNS."""
+    """The cells of a line, under COLUMNS."""
 
     what: str
     attention: str
@@ -56,7 +56,7 @@ Check = tuple[str, str, float, Callable[[], float]]  # what, attention, bound, t
 
 
 def model_checks(path: Path, name: str) -> Iterator[Check]:
-    """The original's figures through one implementation of attention."""
+    """Checks of the original's figures with one attention implementation."""
 
     def load(flags: str, dtype: str = "float32", cache: str | None = None) -> LanguageModel:
         given = overrides(flags)
@@ -91,7 +91,7 @@ def model_checks(path: Path, name: str) -> Iterator[Check]:
 
 
 def kernel_checks(name: str, length: int) -> Iterator[Check]:
-    """A kernel against the reference; see `timing.error`."""
+    """Checks of a kernel against the reference (`agreement.error`). length: tokens per row."""
     for dtype in ("bfloat16", "float32"):
         for dim in HEAD_DIMS:
             for task in workloads.TASKS:
@@ -103,7 +103,7 @@ def kernel_checks(name: str, length: int) -> Iterator[Check]:
 
 
 def measured(check: Check) -> Row | None:
-    """The line of a check; None where the implementation declines it."""
+    """Run a check, and return its line; None if the implementation does not support the case."""
     what, name, bound, difference = check
     try:
         found = difference()
@@ -117,6 +117,7 @@ def measured(check: Check) -> Row | None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,8 +133,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Run the selected checks, and print a table. Raises ValueError if one differs."""
     if args.no_kernels:
-        command.refuse(args, ("length",), "is of kernels: drop it, or --no-kernels")
+        command.refuse(args, ("length",), "applies to kernels: drop it, or --no-kernels")
     caches.use_compilation_cache()
     names = args.attention or workloads.available(attention.IMPLEMENTATIONS)
     for name in names:
@@ -164,6 +166,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     return command.run(parser(), functools.partial(work, argv=given), given)
 

@@ -1,24 +1,25 @@
-"""Cycles of attention kernels on TPUs, ours and jax's, from their compiled programs.
+"""Cycles of attention kernels on TPUs, this project's and jax's, from their compiled programs.
 
     JAX_PLATFORMS=cpu python benchmarks/kernel_cost.py flash masks decode gpu [--target v5e ...]
 
-No accelerator is needed: `aot.py` says what is counted and what is left out. Prints Markdown. bf16,
-head dim 128, as many key/value heads as query heads; one core.
+No accelerator is needed; `aot.py` says what is counted and what is not. Prints Markdown. All cases
+are in bf16 with head dim 128 and as many key/value heads as query heads, on one core.
 
-* flash: causal attention against jax's splash attention with its best blocks. Cycles for each 1000
-  (query, key) pairs: `block`, those of a computing step in a block that is wholly visible, with the
-  bookkeeping of the step; `whole`, those that the mask lets through, over a whole sequence: blocks
-  that cross the diagonal, steps skipped above it, the start and finish of each row of blocks are in
-  it. Copies that arrive late are not. `ideal` is the share of the FLOPs of a pair (512 forward,
-  1280 backward: nothing computed twice) over the peak of a core.
-* masks: what windows and packed documents cost over that. The scale of a query (LogN) is an
-  argument of every call, so it costs what a plain one does.
-* decode: a token against a cache, and jax's two kernels for it; `limit` is the time that the bytes
-  of the cache take to arrive, as a share of the time of the kernel's program: over 100 % it waits.
-* gpu: what ptxas says of the kernels for GPUs.
+* flash: causal attention against jax's splash attention with its best blocks. Figures are cycles
+  per 1000 (query, key) pairs. `block` is for a computing step in a block that is entirely visible,
+  with the bookkeeping of the step. `whole` is for the visible pairs over a whole sequence, and
+  includes blocks that cross the diagonal, steps skipped above it, and the start and finish of each
+  row of blocks, but not copies that arrive late. `ideal` is the share of the FLOPs of a pair (512
+  forward, 1280 backward: nothing computed twice) over the peak of a core.
+* masks: the additional cost of windows and packed documents. The scale of a query (LogN) is an
+  argument of every call, so it costs nothing more.
+* decode: one token against a cache, and jax's two kernels for it. `limit` is the time that the
+  bytes of the cache take to arrive, as a share of the time of the kernel's program; above 100 % the
+  kernel waits for them.
+* gpu: the resources of the GPU kernels, as reported by ptxas.
 
 `--sweep` compiles all block sizes of `flash` and prints the best for each length, to be put into
-`BEST` (ours: `flash_tpu.CHIPS`); otherwise only those are compiled.
+`BEST` (for this project's kernels: `flash_tpu.CHIPS`); otherwise only those are compiled.
 """
 
 import argparse
@@ -55,7 +56,7 @@ from qwen_jax.kernels.flash_tpu import TpuBlocks
 from qwen_jax.leaves.int8 import Int8
 
 HEADS, DIM = 4, 128
-FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs of a pair: 2 and 5 products
+FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs per pair: 2 and 5 products
 DECODE_HEADS = 32
 LENGTHS = (2048, 8192, 32768)
 Built = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -63,9 +64,12 @@ Built = tuple[Callable[..., Any], tuple[Any, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How often one head over a sequence runs what of a kernel. steps: each kind of computing step,
-    in the order of the program (one number: the cheapest kind); skipped: steps that compute
-    nothing; edges: each start or finish (one number: all of them).
+    """How often a kernel runs each of its parts for one head over a sequence.
+
+    steps: for each kind of computing step, in the order of the program (one number: the cheapest
+        kind).
+    skipped: steps that compute nothing.
+    edges: for each start or finish (one number: all of them).
     """
 
     steps: tuple[int, ...]
@@ -75,10 +79,13 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """A kernel, or several that do one thing. flops: of a pair.
+    """A kernel, or several that do one task together.
 
-    build: what to compile for a length and blocks. kernels: the part of its name that tells each
-    kernel that counts, and its counts for a target, length and blocks.
+    flops: per pair.
+    build: what to compile for a length and blocks.
+    kernels: for each kernel that counts, a part of its name, and its counts for a target, length
+        and blocks.
+    sizes: the blocks to try.
     """
 
     name: str
@@ -89,16 +96,19 @@ class Entry:
 
 
 def array(shape: Sequence[int], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an argument."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
 def causal(length: int) -> attention.Mask:
+    """The mask of plain causal attention."""
     return packed(length, length)
 
 
 def packed(length: int, document: int, first: int = 0, window: int = attention.FULL) -> Any:
-    """Documents one behind the other, of that many tokens, before them `first` tokens of another;
-    each has its own positions.
+    """The mask of a sequence of packed documents, each with its own positions.
+
+    document: tokens per document; first: tokens of another document before them.
     """
     token = np.arange(length)
     since = np.where(token < first, token, (token - first) % document)
@@ -108,14 +118,14 @@ def packed(length: int, document: int, first: int = 0, window: int = attention.F
 
 
 def visible(mask: attention.Mask) -> int:
-    """The (query, key) pairs that a mask of `packed` lets through."""
+    """The number of (query, key) pairs that a mask of `packed` lets through."""
     return int(np.minimum(np.asarray(mask.q_positions) + 1, int(mask.window)).sum())
 
 
 def our_counts(
     target: str, length: int, blocks: TpuBlocks, *, backward: bool, mask: Any = None
 ) -> Counts:
-    """Of the list of steps that flash_tpu makes for a mask; without one, for causal attention."""
+    """The counts in flash_tpu's list of steps for a mask; without one, for causal attention."""
     mask = causal(length) if mask is None else mask
     parts = -(-length // flash_tpu.CHIPS[aot.TPUS[target].kind].resident) if backward else 1
     part = length // parts
@@ -135,17 +145,21 @@ def our_counts(
 
 
 def _queries(mask: attention.Mask, rows: slice) -> attention.Mask:
+    """The mask of a range of queries."""
     return dataclasses.replace(
         mask, q_positions=mask.q_positions[:, rows], q_segments=mask.q_segments[:, rows]
     )
 
 
 def our_body(blocks: TpuBlocks) -> flash_tpu.TpuBody:
+    """This project's kernel with these blocks."""
     chip = flash_tpu.CHIPS[choice.device().device_kind]
     return flash_tpu.TpuBody(blocks, blocks, chip.resident, chip.vmem)
 
 
 def our_forward(length: int, blocks: TpuBlocks) -> Built:
+    """The forward pass of this project's kernel."""
+
     def run(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
         return our_body(blocks).forward(q, k, v, mask, scale, q.dtype)
 
@@ -153,6 +167,8 @@ def our_forward(length: int, blocks: TpuBlocks) -> Built:
 
 
 def our_backward(length: int, blocks: TpuBlocks) -> Built:
+    """The backward pass of this project's kernel."""
+
     def run(q: Any, k: Any, v: Any, mask: Any, scale: Any, lse: Any, delta: Any, do: Any) -> Any:
         return our_body(blocks).backward(q, k, v, mask, scale, lse, delta, do)
 
@@ -162,7 +178,7 @@ def our_backward(length: int, blocks: TpuBlocks) -> Built:
 
 
 def mask_and_scale(batch: int, queries: int, keys: int) -> tuple[Any, Any]:
-    """The shapes of a mask and of the scale."""
+    """The shapes of a mask and of the queries' scale."""
     q, k = (array((batch, length), jnp.int32) for length in (queries, keys))
     scale = array((batch, queries), jnp.float32)
     return attention.Mask(q, k, q, k, array((), jnp.int32)), scale  # type: ignore[arg-type]
@@ -171,7 +187,7 @@ def mask_and_scale(batch: int, queries: int, keys: int) -> tuple[Any, Any]:
 def both_passes(
     attend: Callable[..., Any], batch: int, length: int, heads: int, dim: int = DIM
 ) -> Built:
-    """o and the gradients of q, k, v."""
+    """The forward pass and the gradients of q, k, v."""
 
     def run(q: Any, k: Any, v: Any, mask: Any, scale: Any, do: Any) -> Any:
         o, pull = jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)
@@ -182,7 +198,10 @@ def both_passes(
 
 
 def splash_counts(target: str, length: int, blocks: TpuBlocks, *, by_key: bool) -> Counts:
-    """A grid over all blocks, of which those above the diagonal are skipped."""
+    """The counts of splash attention: a grid over all blocks that skips those above the diagonal.
+
+    by_key: whether rows of the grid are blocks of keys.
+    """
     del target
     rows, columns = length // blocks.q, length // blocks.k
     computing = sum(-(-(row + 1) * blocks.q // blocks.k) for row in range(rows))
@@ -191,11 +210,13 @@ def splash_counts(target: str, length: int, blocks: TpuBlocks, *, by_key: bool) 
 
 
 def splash_forward(length: int, blocks: TpuBlocks) -> Built:
+    """The forward pass of jax's splash attention."""
     sizes = splash.BlockSizes(block_q=blocks.q, block_kv=blocks.k, block_kv_compute=blocks.compute)
     return _splash(length, sizes, 3)
 
 
 def splash_backward(length: int, blocks: TpuBlocks, *, fused: bool) -> Built:
+    """The backward pass of jax's splash attention. fused: in one kernel."""
     sizes = splash.BlockSizes(
         block_q=min(512, length),
         block_kv=min(512, length),
@@ -211,6 +232,8 @@ def splash_backward(length: int, blocks: TpuBlocks, *, fused: bool) -> Built:
 
 
 def _splash(length: int, sizes: splash.BlockSizes, inputs: int) -> Built:
+    """Causal splash attention, with the shapes of `inputs` arguments."""
+
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * HEADS)
         return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)(
@@ -221,6 +244,7 @@ def _splash(length: int, sizes: splash.BlockSizes, inputs: int) -> Built:
 
 
 def _inputs(length: int, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of `count` arguments [1, length, HEADS, DIM]."""
     return (array((1, length, HEADS, DIM)),) * count
 
 
@@ -229,7 +253,7 @@ SIZES = tuple(
     for q, k, compute in itertools.product((512, 1024, 2048), (512, 1024, 2048), (256, 512, 1024))
     if compute <= k
 )
-# A block is one straight run of instructions: larger ones make programs of a hundred thousand.
+# A block is unrolled: larger ones make programs of a hundred thousand instructions.
 OUR_SIZES = tuple(x for x in SIZES if x.q * x.k <= 2**21 and x.compute <= 512)
 BY_ROW = functools.partial(splash_counts, by_key=False)
 BY_COLUMN = functools.partial(splash_counts, by_key=True)
@@ -269,7 +293,7 @@ RIVALS = {
     ),
 }
 
-# Of the `sizes` of an entry, those with the least `whole`: by entry, target and length.
+# The blocks with the lowest `whole` among the `sizes` of an entry: by entry, target and length.
 BEST: dict[tuple[str, str, int], TpuBlocks] = {
     ("splash forward", "v5e", 2048): TpuBlocks(1024, 1024, 512),
     ("splash forward", "v5e", 8192): TpuBlocks(2048, 2048, 256),
@@ -302,6 +326,7 @@ BEST: dict[tuple[str, str, int], TpuBlocks] = {
 
 
 def best(entry: Entry, target: str, length: int) -> TpuBlocks:
+    """The best blocks of an entry."""
     chip = flash_tpu.CHIPS[aot.TPUS[target].kind]
     ours = {OURS["forward"].name: chip.forward, OURS["backward"].name: chip.backward}
     if entry.name in ours:
@@ -311,7 +336,9 @@ def best(entry: Entry, target: str, length: int) -> TpuBlocks:
 
 @functools.cache
 def measure(entry: Entry, target: str, length: int, blocks: TpuBlocks) -> dict[str, aot.Cost]:
-    """Of each kernel that counts, what it costs, compiled for a length: others differ by little."""
+    """The cost of each kernel that counts, compiled for one length; it differs little for
+    others.
+    """
     programs = aot.compile_tpu(*entry.build(length, blocks), target)[1]
     return {
         kernel: aot.steady(program)
@@ -322,7 +349,7 @@ def measure(entry: Entry, target: str, length: int, blocks: TpuBlocks) -> dict[s
 
 
 def cycles(cost: aot.Cost, counts: Counts) -> int:
-    """Of a head over a whole sequence."""
+    """Cycles for one head over a whole sequence."""
     steps = cost.steps if len(counts.steps) > 1 else (cost.step,)
     edges = cost.edges if len(counts.edges) > 1 else (sum(cost.edges),)
     total = sum(n * x.cycles for n, x in zip(counts.steps, steps, strict=True))
@@ -333,7 +360,7 @@ def cycles(cost: aot.Cost, counts: Counts) -> int:
 def whole(
     entry: Entry, costs: dict[str, aot.Cost], target: str, length: int, blocks: TpuBlocks
 ) -> float:
-    """Cycles for each 1000 pairs of causal attention over a whole sequence."""
+    """Cycles per 1000 pairs of causal attention over a whole sequence."""
     counted = {kernel: count(target, length, blocks) for kernel, count in entry.kernels.items()}
     total = sum(cycles(costs[kernel], counts) for kernel, counts in counted.items())
     return 1000 * total / (length * (length + 1) / 2)
@@ -346,7 +373,7 @@ def sweep(entry: Entry, target: str, lengths: list[int]) -> None:
         try:
             tried[blocks] = measure(entry, target, max(lengths), blocks)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):  # that is: too large for VMEM
+            if "RESOURCE_EXHAUSTED" not in str(error):  # which means too large for VMEM
                 raise
     for length in lengths:
         fitting = (blocks for blocks in tried if max(blocks.q, blocks.k) <= length)
@@ -358,15 +385,18 @@ def sweep(entry: Entry, target: str, lengths: list[int]) -> None:
 
 
 def line(*cells: Any) -> None:
+    """Print a line of a Markdown table."""
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def header(*cells: str) -> None:
+    """Print the head of a Markdown table."""
     line(*cells)
     print("|---" * len(cells) + "|")
 
 
 def flash_table(targets: list[str], lengths: list[int]) -> None:
+    """Print the table `flash`."""
     slots = ("MATMUL", "VALU", "EUP")
     header(
         "kernel", "chip", "T", "blocks", "block", "ideal", "whole", "ideal", "ours / best", *slots
@@ -399,6 +429,7 @@ MASKS: dict[str, Callable[[int], Any]] = {
 
 
 def masks_table(targets: list[str], lengths: list[int]) -> None:
+    """Print the table `masks`."""
     header(
         *("kernel", "chip", "T", "mask", "blocks: full", "positions", "segments"),
         *("cycles / causal: of a block", "of a visible pair"),
@@ -428,7 +459,9 @@ def our_decode(
     heads: int = DECODE_HEADS,
     dim: int = DIM,
 ) -> Built:
-    """A token of each row against a cache."""
+    """Decoding of one token per row against a cache by this project's kernel. kind: None is
+    bf16.
+    """
     own = array((batch, 1, heads, dim))
     row, one = array((batch,), jnp.int32), array((), jnp.int32)
     shape = (batch, heads, slots)
@@ -441,9 +474,11 @@ def our_decode(
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A rival of decode_tpu. build: for batch, slots, the cache's kind, and the slots of a step.
+    """A rival of decode_tpu.
 
-    size: such slots, beyond which the cost changes by little; heads: of a step, by the kind.
+    build: for batch, slots, the cache's kind, and the slots per step.
+    size: a number of slots per step beyond which the cost changes little.
+    heads: per step, by the kind of cache.
     """
 
     name: str
@@ -453,6 +488,7 @@ class Decoder:
 
 
 def paged(batch: int, slots: int, kind: str | None, size: int) -> Built:
+    """jax's `paged_attention`."""
     page, heads = 128, DECODE_HEADS
     assert kind is None
     run = functools.partial(paged_attention.paged_attention, pages_per_compute_block=size // page)
@@ -462,7 +498,7 @@ def paged(batch: int, slots: int, kind: str | None, size: int) -> Built:
 
 
 def ragged(batch: int, slots: int, kind: str | None, size: int) -> Built:
-    """One scale for the whole cache where it is int8, which costs least."""
+    """jax's `ragged_paged_attention`; an int8 cache has one scale, which is the cheapest case."""
     page, heads = 128, DECODE_HEADS
     scale = None if kind is None else 0.1
     run = functools.partial(
@@ -489,8 +525,10 @@ CACHES = ((1, 32768), (64, 2048))
 
 
 def our_decode_cycles(cost: aot.Cost, batch: int, slots: int, kind: str | None) -> float:
-    """Cycles of the whole call. The program's kinds of steps: a row's beginning, a block of slots
-    that all are seen, one where some are.
+    """Cycles of a whole call of decode_tpu.
+
+    Its program has three kinds of steps: the beginning of a row, a block of slots that are all
+    visible, and a block of which some are.
     """
     dtype = jnp.dtype(jnp.bfloat16 if kind is None else jnp.int8)
     shape = decode_tpu._shape(1, 1, DECODE_HEADS, slots, DIM, dtype, None)
@@ -501,13 +539,16 @@ def our_decode_cycles(cost: aot.Cost, batch: int, slots: int, kind: str | None) 
 
 
 def rival_cycles(rival: Decoder, cost: aot.Cost, batch: int, slots: int, kind: str | None) -> float:
-    """The start of each row outside the loop over its blocks is left out."""
+    """Cycles of a whole call of a rival, without the start of each row before the loop over its
+    blocks.
+    """
     steps = batch * slots // min(rival.size, slots) * DECODE_HEADS // rival.heads[kind]
     rows = batch * DECODE_HEADS // rival.heads[kind]
     return steps * cost.step.cycles + rows * sum(cost.edges)
 
 
 def decode_table(targets: list[str]) -> None:
+    """Print the table `decode`."""
     header("kernel", "chip", "batch x slots", "cache", "cycles / 1000", "HBM limit", "ours / best")
     for target, (batch, slots), kind in itertools.product(targets, CACHES, (None, "int8")):
         built = our_decode(decode_tpu.tpu_decode, batch, slots, kind)
@@ -528,18 +569,20 @@ def decode_table(targets: list[str]) -> None:
 
 
 def cache_bytes(name: str, kind: str | None) -> int:
-    """Of a key and a value; ours have a scale each."""
+    """Bytes of a key and a value in the cache; int8 ones of decode_tpu have a scale each."""
     if kind is None:
         return 2 * DIM * 2
     return 2 * (DIM + 4 * (name == decode_tpu.NAME))
 
 
 def decode_cost(built: Built, target: str, name: str) -> aot.Cost:
+    """Compile a decode kernel, and return its cost."""
     (program,) = (x for x in aot.compile_tpu(*built, target)[1] if name in x.name)
     return aot.steady(program)
 
 
 def gpu_table() -> None:
+    """Print the table `gpu`."""
     header("kernel", "chip", "shape", "registers", "threads", "shared memory", "bytes spilled")
     for target, (name, shape, built) in itertools.product(("h200", "a100"), gpu_kernels()):
         if target == "a100" and name == flash_hopper.NAME:
@@ -553,12 +596,12 @@ def gpu_table() -> None:
 
 
 def pallas(kernels: list[aot.GpuKernel]) -> list[aot.GpuKernel]:
-    """Without XLA's own."""
+    """The kernels without XLA's own."""
     return sorted((x for x in kernels if "fusion" not in x.name), key=lambda x: x.name)
 
 
 def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
-    """Name, shape, and what to compile."""
+    """Name, shape, and what to compile, for each GPU kernel."""
     hopper, triton = flash_hopper.hopper_attention, flash_triton.triton_attention
     passes = (
         (flash_hopper.NAME, hopper, 128),
@@ -577,6 +620,7 @@ def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Cycles of attention kernels.")
     tables = ("flash", "masks", "decode", "gpu")
     parser.add_argument("table", nargs="*", help=", ".join(tables))
@@ -589,13 +633,13 @@ def main() -> None:
     if unknown := set(wanted) - {*tables}:
         parser.error(f"{min(unknown)}: choose from {', '.join(tables)}")
     if args.only and not args.sweep:
-        parser.error("--only is of a sweep: add --sweep")
+        parser.error("--only applies to a sweep: add --sweep")
     if args.table and args.sweep:
         parser.error(f"{args.table[0]}: --sweep prints no table")
     if args.length and not {*wanted} & {"flash", "masks"}:
-        parser.error("--length is of the tables flash and masks, and of a sweep")
+        parser.error("--length applies to the tables flash and masks, and to a sweep")
     if args.target and {*wanted} == {"gpu"}:
-        parser.error("--target is of TPUs, and the table gpu of none")
+        parser.error("--target applies to TPUs, which the table gpu does not compile for")
     targets: list[str] = args.target or ["v5e", "v5p", "v6e"]
     lengths: list[int] = args.length or [*LENGTHS]
     if args.sweep:

@@ -1,7 +1,7 @@
 """`python benchmarks/packing.py`: seconds and memory of packing documents and examples into rows.
 
-Lengths are drawn; the tokens themselves are not looked at, and their file is a hole. For each count
-of examples a process of its own makes the rows, and another one finds them made.
+Lengths are drawn at random; the tokens themselves are not read, and their file is sparse. For each
+number of examples, one process packs the rows and another one finds them packed.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from qwen_jax.runtime import command
 from train.data.packing import Rows
 from train.data.token_files import Counts, TokenCache
 
-_MEAN = {"joined": 600, "fitted": 300, "alone": 300}  # tokens of a document, of a conversation
+_MEAN = {"joined": 600, "fitted": 300, "alone": 300}  # mean tokens of a document or conversation
 _ROW = 2048
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     result = argparse.ArgumentParser(description=(__doc__ or "").partition(": ")[2])
     add = result.add_argument
     add("--millions", type=float, nargs="+", default=[2, 5, 20, 50], metavar="N", help="examples")
@@ -39,13 +40,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def lengths_of(count: int, pack: str) -> np.ndarray:
-    """Drawn lengths, none longer than a row where examples stay whole."""
+    """Random lengths in tokens, none longer than a row if examples stay whole."""
     found = 1 + np.random.default_rng(0).exponential(_MEAN[pack], count).astype(np.int64)
     return found if pack == "joined" else np.minimum(found, _ROW)
 
 
 def made(folder: Path, pack: str) -> dict[str, float]:
-    """Make the rows of a cache, or find them: seconds, and the most memory that was resident."""
+    """Pack the rows of a cache, or find them packed: seconds, peak resident GB, rows, places
+    used.
+    """
     begin = time.perf_counter()
     rows = Rows(TokenCache(folder), _ROW, pack)
     seconds = time.perf_counter() - begin
@@ -56,13 +59,13 @@ def made(folder: Path, pack: str) -> dict[str, float]:
 
 
 def apart(folder: Path, pack: str) -> dict[str, float]:
-    """`made` in a process of its own, whose peak of memory is that of nothing else."""
+    """`made` in a process of its own, so that its peak memory is that of nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(made, (folder, pack))
 
 
 def prepare(folder: Path, lengths: np.ndarray) -> None:
-    """A cache of examples of these lengths, all of whose tokens are 0."""
+    """Write a cache of examples of these lengths, all of whose tokens are 0."""
     ends = np.cumsum(lengths)
     ends.tofile(folder / "ends.i8")
     with open(folder / "ids.u4", "wb") as file:
@@ -73,6 +76,7 @@ def prepare(folder: Path, lengths: np.ndarray) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
+    """Measure the selected cases, and print a table."""
     machine = f"{os.cpu_count()} CPUs, numpy {np.__version__}"
     print(f"{datetime.date.today()}, {machine}, rows of {_ROW} tokens")
     print("| pack | examples, million | rows, million | places used | made, s | peak, GB | "
@@ -93,6 +97,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     return command.run(parser(), work, argv)
 
 

@@ -1,11 +1,11 @@
-"""The training step of a pod, compiled on a machine without one: beside a peer's, and as it grows.
+"""The training step of a pod, compiled on a machine without one: beside MaxText's, and by size.
 
     JAX_PLATFORMS=cpu python benchmarks/pod.py peer      temporary memory beside MaxText's
     JAX_PLATFORMS=cpu python benchmarks/pod.py depth     compile time and memory by layers
     JAX_PLATFORMS=cpu python benchmarks/pod.py width     memory by chips, at 1 row a chip
 
-Prints Markdown tables. Every row is a process of its own, so that none finds what another compiled.
-Needs the `aot` extra.
+Prints Markdown tables. Every row has a process of its own, so that no row finds what another one
+has compiled. Needs the `aot` extra.
 """
 
 import argparse
@@ -27,7 +27,9 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to compile, `batch` rows over all devices. layers: None is the model's own."""
+    """A training step to compile. batch: rows over all devices; layers: None is the model's own
+    number.
+    """
 
     model: str
     topology: str
@@ -40,8 +42,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """What MaxText e591f30 `train_compile` needs at the same shapes: remat_policy=full, AdamW, jax
-    0.10.2, libtpu 0.0.51, 2 cores. Bytes of a device; seconds of the whole command.
+    """The needs of MaxText e591f30 `train_compile` at the same shapes.
+
+    Measured with remat_policy=full, AdamW, jax 0.10.2, libtpu 0.0.51, 2 cores. arguments,
+    temporary: bytes per device; seconds: of the whole command.
     """
 
     arguments: float
@@ -65,7 +69,7 @@ WIDTHS = [
 
 
 def compiled(case: Case) -> dict[str, float]:
-    """Bytes of a device, and seconds: wall from the start of tracing, and of all cores."""
+    """Compile a step: bytes per device, and seconds (wall time of compiling, and of all cores)."""
     topologies.prepare("tpu")
     from qwen_jax import PRESETS, meshes
     from train.planning import programs
@@ -87,7 +91,8 @@ def compiled(case: Case) -> dict[str, float]:
     return {
         "arguments": held,
         "residuals": parts["residuals"],
-        # Of its part of the weights a device holds float32 gradients, and the layers' in bfloat16.
+        # For its part of the weights, a device holds float32 gradients and, of the layers, a
+        # bfloat16 copy.
         "copies": (4 * config.num_params() + 2 * of_layers) / mesh.size,
         "temporary": parts["residuals"] + parts["temporaries"],
         "seconds": program.seconds,
@@ -96,7 +101,7 @@ def compiled(case: Case) -> dict[str, float]:
 
 
 def apart(case: Case) -> dict[str, float]:
-    """`compiled` in a process of its own; wall is that of the whole process."""
+    """`compiled` in a process of its own; `wall` is the wall time of the whole process."""
     started = time.perf_counter()
     command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -107,6 +112,7 @@ def apart(case: Case) -> dict[str, float]:
 
 
 def peer() -> None:
+    """Print the comparison with MaxText."""
     print(
         "| model, chips, mesh, rows | arguments, GB | temporary, GB | of MaxText's | s, cores | s |"
     )
@@ -124,6 +130,7 @@ def peer() -> None:
 
 
 def table(cases: list[Case]) -> None:
+    """Print a table of these cases."""
     head = (
         "| model, layers | chips, mesh | rows | residuals, GB | gradients and bf16 weights, GB "
         "| other temporary, GB | s, cores |"
@@ -141,6 +148,7 @@ def table(cases: list[Case]) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("peer", "depth", "width"), default="peer")
     parser.add_argument("--case", help=argparse.SUPPRESS)

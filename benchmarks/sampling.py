@@ -1,8 +1,8 @@
-"""What choosing a token costs on many devices: temporaries and collectives of its compiled program.
+"""The cost of choosing a token on many devices: temporaries and collectives of the program.
 
     JAX_PLATFORMS=cpu python benchmarks/sampling.py [--topology v5e:2x4 --mesh data=2,tp=4 ...]
 
-Compiles what a decode step does with its logits, for devices that need not be there. Needs the
+Compiles what a decode step does with its logits, for devices that need not be attached. Needs the
 `aot` extra.
 """
 
@@ -23,6 +23,7 @@ from train.planning import collectives, programs, topology
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Collectives and temporaries of sampling.")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--mesh", default="data=2,tp=4")

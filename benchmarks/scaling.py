@@ -2,13 +2,12 @@
 
     JAX_PLATFORMS=cpu python benchmarks/scaling.py [--only qwen-7b v5e:16x16]
 
-The last sections of docs/scaling.md; the first are of `pod.py`.
+They are the last sections of docs/scaling.md; `pod.py` makes the first ones.
 
-For pretraining at 2k and 8k, fine-tuning at 2k and decoding at 32k it compiles the most promising
-settings that `train.planning.search` finds, and prints the best one that fits, or what the smallest
-lacks.
-Each compilation has a process of its own, so one that dies loses a row only; rows are kept in
-`--cache` and not made again. Needs the `aot` extra.
+For pretraining at 2k and 8k tokens, fine-tuning at 2k and decoding at 32k, this compiles the most
+promising settings that `train.planning.search` finds. It prints the best one that fits, or what the
+smallest one lacks. Each compilation has a process of its own, so one that dies only loses a row.
+Rows are kept in `--cache` and not compiled again. Needs the `aot` extra.
 """
 
 import argparse
@@ -41,8 +40,10 @@ TOPOLOGIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """rows: of a step at most; a search halves them until it fits, for a step to add up several.
-    Pretraining takes 4 M tokens, fine-tuning 128 rows of 2048, as the report does.
+    """A kind of run to plan.
+
+    rows: the most rows per step. A search halves them until they fit, and a step then accumulates
+        several parts. Pretraining takes 4 M tokens, fine-tuning 128 rows of 2048, as in the report.
     """
 
     title: str
@@ -60,6 +61,7 @@ TASKS = (
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Tables of models and machines.")
     parser.add_argument("--only", nargs="*", default=[], help="models and topologies to make")
     parser.add_argument("--cache", type=Path, default=Path(".cache/scaling.jsonl"))
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any:
-    """The best setting that fits, or the one that lacks least; None where none was compiled."""
+    """The best setting that fits, or the one that lacks least memory; None if none was compiled."""
     options = ["--model", model, "--topology", topology, "--length", str(task.length)]
     options += ["--batch", str(task.rows), "--tries", str(tries), "--search", "--json"]
     options += ["--decode"] if task.decode else []
@@ -88,7 +90,7 @@ def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any
 
 
 def plans(options: Sequence[str], cache: Path) -> list[Any]:
-    """What `train.plan` prints for these options, or has printed before."""
+    """The output of `train.plan` for these options, from the cache or a new process."""
     key = " ".join((*options, *versions().values()))
     for line in map(json.loads, _lines(cache)):
         if line["key"] == key:
@@ -106,14 +108,17 @@ def plans(options: Sequence[str], cache: Path) -> list[Any]:
 
 
 def _lines(cache: Path) -> list[str]:
+    """The lines of the cache."""
     return cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []
 
 
 def versions() -> dict[str, str]:
+    """The versions of the compilers."""
     return {name: metadata.version(name) for name in ("jax", "libtpu")}
 
 
 def _head() -> str:
+    """The head of the section."""
     compilers = ", ".join(f"{name} {version}" for name, version in versions().items())
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"""## Plans
@@ -124,6 +129,7 @@ all terms overlap, *serial* none. Memory is of a device, in GB."""
 
 
 def _columns(task: Task) -> str:
+    """The head of a table."""
     names = ["model", "devices", "mesh", "rows"]
     names += [] if task.decode else ["remat"]
     names += ["needed", "available", "tokens/s", "a device", "MFU", "serial", "limit"]
@@ -131,6 +137,7 @@ def _columns(task: Task) -> str:
 
 
 def _row(model: str, topology: str, x: Any) -> str:
+    """A line of a table. x: a plan, None if the compiler failed."""
     if x is None:
         return f"| {model} | {topology} | the compiler failed |"
     cells = [model, topology, x["mesh"], x["batch"]]

@@ -1,4 +1,4 @@
-"""A section of docs/benchmarks.md: what was run and where, and a table of what came out."""
+"""Writes a section of docs/benchmarks.md: what was run and where, and a table of the results."""
 
 import datetime
 import shlex
@@ -14,7 +14,7 @@ from qwen_jax.runtime import paths
 
 
 def where(device: str | None = None) -> str:
-    """Device, versions and date. device: what it is called, if not as jax calls it."""
+    """The device, versions and date. device: its name, if jax's own is not to be used."""
     here = choice.device()
     return (
         f"{device or f'{here.device_kind} ({here.platform})'}, jax {jax.__version__}, jaxlib "
@@ -23,12 +23,12 @@ def where(device: str | None = None) -> str:
 
 
 def title(script: str, argv: Sequence[str], device: str | None = None) -> str:
-    """The line above the table. script: the name of the file in benchmarks/."""
+    """The line above the table. script: the file's name in benchmarks/."""
     return f"{where(device)}; `{shlex.join(['python', f'benchmarks/{script}', *argv])}`:"
 
 
 def text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The section."""
+    """The section as Markdown."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(row)} |".replace("*", "\\*") for row in rows]
     return "\n".join([title, "", *lines, ""])
@@ -37,8 +37,9 @@ def text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> s
 def write(
     path: Path | None, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Write the section, whole or not at all; None: nowhere. After each line, so that a run that is
-    cut off keeps what it has.
+    """Write the section to a file, completely or not at all; None writes nothing.
+
+    It is called after each line, so that an interrupted run keeps its results.
     """
     if path is not None:
         paths.write(path, text(title, columns, rows).encode())

@@ -1,7 +1,7 @@
-"""The same decoder written in plain torch, as the rival of this project's benchmarks.
+"""The same decoder in plain torch, as the rival in this project's benchmarks.
 
-It knows nothing of this library and reads the same safetensors folder, below the length at which
-the dynamic NTK and LogN scaling set in. Install torch in an environment of its own:
+It knows nothing of this library, and reads the same safetensors folder. Lengths must stay below the
+one at which dynamic NTK and LogN begin. Install torch in an environment of its own:
 
     python3 -m venv .venv-torch
     .venv-torch/bin/pip install torch==2.13.0 numpy safetensors
@@ -9,7 +9,7 @@ the dynamic NTK and LogN scaling set in. Install torch in an environment of its 
 """
 
 # pyright: reportMissingImports=false
-# torch is in that other environment only.
+# torch is installed in the other environment only.
 
 import argparse
 import json
@@ -25,18 +25,22 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis in float32. x: [..., D], weight: [D]."""
     return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half rotary embedding of `x` [T, N, H] in float32; cos, sin are [T, 1, H]."""
+    """Rotate-half rotary embedding of `x` [T, N, H] in float32; cos, sin: [T, 1, H]."""
     x = x.float()
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Decoder:
-    """One sequence, its cache allocated once for `length` tokens."""
+    """The decoder for one sequence, with a cache allocated once for `length` tokens.
+
+    columns: store matrices with more rows than columns in column order.
+    """
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, length: int, columns: bool = False
@@ -51,8 +55,8 @@ class Decoder:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    # A copy even without a cast: mapped weights would be neither aligned nor
-                    # sure to stay resident.
+                    # Copy even without a cast: mapped weights would be unaligned, and might not
+                    # stay resident.
                     tensor = file.get_tensor(name).to(dtype, copy=True)
                     if (
                         columns
@@ -70,6 +74,7 @@ class Decoder:
         self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
     def attention(self, x: Tensor, layer: int, start: int) -> Tensor:
+        """Attention of one layer. x: [T, D] at positions from `start` on."""
         prefix = f"h.{layer}.attn."
         qkv = F.linear(
             x, self.weights[prefix + "c_attn.weight"], self.weights[prefix + "c_attn.bias"]
@@ -87,6 +92,7 @@ class Decoder:
         return F.linear(out[0].transpose(0, 1).flatten(1), self.weights[prefix + "c_proj.weight"])
 
     def feed_forward(self, x: Tensor, layer: int) -> Tensor:
+        """The feed-forward of one layer. x: [T, D]."""
         w1, w2, c_proj = (
             self.weights[f"h.{layer}.mlp.{name}.weight"] for name in ("w1", "w2", "c_proj")
         )
@@ -94,7 +100,10 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start: int, every: bool = False) -> Tensor:
-        """Logits [T or 1, V] of `tokens` [T] at positions from `start`; a prompt has start 0."""
+        """Logits [T or 1, V] of `tokens` [T] at positions from `start`; a prompt has start 0.
+
+        every: whether to return the logits of all tokens, or of the last one.
+        """
         h = F.embedding(tokens, self.weights["wte.weight"])
         for layer in range(self.layers):
             x = rms_norm(h, self.weights[f"h.{layer}.ln_1.weight"], self.eps)
@@ -106,7 +115,7 @@ class Decoder:
 
 
 def measure(decoder: Decoder, prompt: Tensor, new_tokens: int, repeats: int) -> dict[str, float]:
-    """Median tokens/s of `repeats` prefills after a first one, and of greedy single steps."""
+    """Median tokens/s of `repeats` prefills after a first one, and of greedy decode steps."""
     logits = decoder(prompt, 0)
     prefill = []
     for _ in range(repeats):
@@ -125,6 +134,7 @@ def measure(decoder: Decoder, prompt: Tensor, new_tokens: int, repeats: int) -> 
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Prefill and decode rates of plain torch.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a safetensors folder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

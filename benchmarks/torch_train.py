@@ -1,15 +1,16 @@
-"""A training step in plain torch, as the rival of `train.py`, which starts this and gives orders.
+"""A training step in plain torch, as the rival of `train.py`, which starts and controls this
+process.
 
 It knows nothing of this library: weights, batch and settings come in one safetensors file, orders
-as lines on stdin, answers as lines of JSON on stdout. `begin` takes the weights of the file again,
-`eager N` and `compiled N` take N steps. The environment is that of `torch_qwen.py`.
+as lines on stdin, and answers go to stdout as lines of JSON. `begin` restores the weights of the
+file; `eager N` and `compiled N` take N steps. The environment is that of `torch_qwen.py`.
 
-It takes torch's fused operations where there are such: attention, RMSNorm, AdamW. The logits are
-made whole; `F.linear_cross_entropy` was not tried.
+It uses torch's fused operations where they exist: attention, RMSNorm, AdamW. The logits are
+computed whole; `F.linear_cross_entropy` was not tried.
 """
 
 # pyright: reportMissingImports=false
-# torch is in that other environment only.
+# torch is installed in the other environment only.
 
 import argparse
 import json
@@ -25,12 +26,14 @@ from torch import Tensor, nn
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half rotary embedding of `x` [B, T, N, H]; cos, sin are [T, 1, H]."""
+    """Rotate-half rotary embedding of `x` [B, T, N, H]; cos, sin: [T, 1, H]."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Block(nn.Module):
+    """One layer of the decoder."""
+
     def __init__(self, weights: dict[str, Tensor], width: int, eps: float) -> None:
         super().__init__()
         self.width, self.eps = width, eps
@@ -56,6 +59,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The decoder with its loss."""
+
     def __init__(self, weights: dict[str, Tensor], settings: dict[str, Any], length: int) -> None:
         super().__init__()
         self.eps: float = settings["eps"]
@@ -73,7 +78,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", angles.sin()[:, None])
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy over the whole vocabulary."""
+        """The mean cross-entropy over the whole vocabulary. tokens, targets: [B, T]."""
         x = F.embedding(tokens, self.embedding)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
@@ -82,7 +87,7 @@ class Decoder(nn.Module):
 
 
 class Trainer:
-    """One state for both ways to step, so that memory holds it once."""
+    """The model and optimizer, shared by both kinds of steps so that memory holds them once."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
@@ -96,6 +101,7 @@ class Trainer:
         self.begin()
 
     def begin(self) -> None:
+        """Restore the first weights, with a new optimizer."""
         self.decoder.load_state_dict(self.fresh)
         settings = self.settings
         matrices = [x for x in self.decoder.parameters() if x.ndim > 1]
@@ -112,7 +118,10 @@ class Trainer:
         )
 
     def step(self, way: str) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradients' norm before it is clipped."""
+        """Take a step; returns the loss, and the gradients' norm before clipping.
+
+        way: "eager" or "compiled".
+        """
         loss = self.ways[way](*self.batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(
@@ -124,6 +133,7 @@ class Trainer:
 
 
 def main() -> None:
+    """Answer the orders on stdin."""
     parser = argparse.ArgumentParser(description="A training step in torch; see train.py.")
     parser.add_argument("file", type=Path, help="what train.py wrote")
     parser.add_argument("--threads", type=int, required=True)

@@ -1,4 +1,4 @@
-"""The speed of a training step, and how near it comes to the device's matrix products.
+"""The speed of a training step, and how close it comes to the device's matrix products.
 
     python benchmarks/train.py                                          # on a CPU: a small model
     python benchmarks/train.py --torch-python .venv-torch/bin/python    # beside torch
@@ -6,20 +6,20 @@
     python benchmarks/train.py --lora 64                                # adapters alone
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python benchmarks/train.py --profile trace   # on a GPU
 
-On a GPU or TPU the models are the 1.8B and the 7B, with as many layers as memory takes, at 2048 and
-8192 tokens, in bfloat16 with float32 weights and moments. On a CPU all is float32, and the ratio to
-torch is printed where --torch-python names an environment with it (`torch_qwen.py` says how to make
-one): eager and compiled, whichever is faster. Both begin from the same weights, and nothing is
-timed before their first losses and gradient norms agree.
+On a GPU or TPU the models are the 1.8B and the 7B, with as many layers as fit into memory, at 2048
+and 8192 tokens, in bfloat16 with float32 weights and moments. On a CPU everything is float32, and
+the ratio to torch is printed if --torch-python names an environment with it (`torch_qwen.py` says
+how to make one): eager or compiled, whichever is faster. Both begin with the same weights, and
+nothing is timed before their first losses and gradient norms agree.
 
-A line for each model, length and way to step: `full`, `projections` and `none` are what the
-backward pass recomputes (`none` stores all, as torch does). `of product` is the share of a large
-matrix product, timed in the same run, at which the FLOPs that the model needs are made:
-recomputation does not count. Everything takes turns, a step at a time; figures are medians over
-rounds, `to torch` that of each round's ratio. Nothing else should run on the device.
+There is one line for each model, length and kind of step: `full`, `projections` and `none` say what
+the backward pass recomputes (`none` stores everything, as torch does). `of product` relates the
+FLOPs that the model needs, without recomputation, to a large matrix product timed in the same run.
+Everything takes turns, a step at a time; figures are medians over rounds, `to torch` the median of
+each round's ratio. Nothing else should run on the device.
 
---profile also prints where time goes, by scope and pass. On a GPU, kernels in a CUDA graph may have
-no name there: XLA_FLAGS=--xla_gpu_enable_command_buffer= does without graphs.
+--profile also prints the time by scope and pass. On a GPU, kernels in a CUDA graph may have no name
+there; XLA_FLAGS=--xla_gpu_enable_command_buffer= turns graphs off.
 """
 
 import argparse
@@ -74,11 +74,11 @@ COLUMNS = (
     "to torch",
 )  # fmt: skip
 CHECKED = 3  # steps whose losses and norms must agree
-# Of a loss, and of a gradient norm. In bfloat16 what is recomputed is rounded at other places.
+# Relative, for a loss and a gradient norm. In bfloat16, recomputed values are rounded differently.
 TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-2, 5e-2)}
-_STATE_BYTES = 16  # of a weight in training: itself, its gradient and two moments, float32
-_STATE_SHARE = 0.75  # of the memory; the rest is for what the step computes
-# Named scopes of a step, as they are found in the name of an operation.
+_STATE_BYTES = 16  # per trained weight: the weight, its gradient and two moments in float32
+_STATE_SHARE = 0.75  # of the memory; the rest is for activations and temporaries
+# Named scopes of a step, by a part of an operation's name.
 SCOPES = {
     "attention": "attention",
     "feed_forward": "feed_forward",
@@ -90,7 +90,7 @@ SCOPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained. rank: of adapters, 0 for all weights."""
+    """A training step to time. rank: of the adapters, 0 to train all weights."""
 
     name: str
     config: Config
@@ -102,10 +102,11 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """The tokens of a step."""
         return self.rows * self.length
 
     def flops(self) -> float:
-        """Of a step, that the model needs."""
+        """The FLOPs that the model needs for a step."""
         adapters = dataclasses.replace(
             recipes.sft_lora(), lora_rank=self.rank, train_embeddings=False
         )
@@ -113,7 +114,7 @@ class Case:
         return self.tokens * trained.flops_per_token(self.length)
 
     def batch(self) -> Batch:
-        """Random tokens on the host, every one with a target."""
+        """A batch of random tokens on the host, every one with a target."""
         ids = np.random.default_rng(0).integers(
             0, self.config.vocab_size, (self.rows, self.length + 1)
         )
@@ -121,7 +122,7 @@ class Case:
 
 
 class Row(NamedTuple):
-    """Cells of a line, under COLUMNS."""
+    """The cells of a line, under COLUMNS."""
 
     model: str
     length: str
@@ -135,7 +136,9 @@ class Row(NamedTuple):
 
 
 class Ours:
-    """Our step, in several ways that share one state: a second copy would not fit a GPU."""
+    """This project's step with each remat policy, on one shared state: a second would not fit a
+    GPU.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.optimizer = case, Optimizer()
@@ -148,13 +151,15 @@ class Ours:
         self.programs: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """The state before the first step; the last one is let go of first."""
+        """Create the state before the first step; the last state is freed first."""
         self.state = None
         config, rank = self.case.config, self.case.rank
         weights = _adapters(config, rank, self.base) if rank else _decoder(config, "float32")
         self.state = self._start(weights)
 
     def compile(self, remat: str) -> None:
+        """Compile the step with a remat policy."""
+
         def attach(weights: Any, base: Any, key: Any) -> Any:
             return lora.attach(base, weights)
 
@@ -168,11 +173,13 @@ class Ours:
         self.programs[remat] = run.lower(self.state, self.batch, self.base).compile()
 
     def _attend(self) -> Callable[..., Any]:
+        """The attention implementation of the case."""
         case = self.case
         calls = prove.passes(case.config, case.dtype, case.rows, case.length, backward=True)
         return prove.resolve(case.attention, calls)
 
     def step(self, remat: str) -> Any:
+        """Take a step; returns its report."""
         self.state, report = self.programs[remat](self.state, self.batch, self.base)
         return report
 
@@ -183,7 +190,7 @@ class Ours:
         return [(float(x.metrics.loss), float(x.gradient_norm)) for x in reports]
 
     def memory(self, remat: str) -> float:
-        """Bytes that a step needs, as the compiler says; the state is counted once."""
+        """The bytes that a step needs, as reported by the compiler; the state is counted once."""
         found = self.programs[remat].memory_analysis()
         both = found.argument_size_in_bytes + found.output_size_in_bytes
         return both - found.alias_size_in_bytes + found.temp_size_in_bytes
@@ -200,6 +207,7 @@ class Torch:
         self.version = self._answer()["torch"]
 
     def _answer(self) -> dict[str, Any]:
+        """Read an answer. Raises ValueError if it is an error, or the process has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -210,39 +218,45 @@ class Torch:
         return answer
 
     def order(self, line: str) -> dict[str, Any]:
+        """Send an order, and return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self._answer()
 
     def first(self, way: str) -> list[tuple[float, float]]:
+        """Losses and gradient norms of the first steps. way: "eager" or "compiled"."""
         self.order("begin")
         answer = self.order(f"{way} {CHECKED}")
         return list(zip(answer["losses"], answer["norms"], strict=True))
 
     def end(self) -> None:
+        """Close the process."""
         self.process.communicate()
 
 
 def threads() -> int:
-    """Processors that this process may use: jax takes as many, torch is told to."""
+    """The number of processors that this process may use; jax uses as many, and so does
+    torch here.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decoder(config: Config, dtype: str) -> Any:
-    """Fresh weights, stacked."""
+    """Random weights, with stacked layers."""
     return step.stacked(model.create(config, jax.random.key(0), dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _adapters(config: Config, rank: int, base: Any) -> Any:
+    """Random adapters of this rank for all projections of the base."""
     groups = peft.targets(("c_attn", "c_proj", "w1", "w2"), config.num_layers)
     return lora.create(base, groups, rank, 16, jax.random.key(1))
 
 
 def write(case: Case, path: Path) -> None:
-    """What the torch side begins from."""
+    """Write the weights, batch and settings that the torch process begins with."""
     arrays = {
         k: np.asarray(x[...]) for k, x in named_leaves(_decoder(case.config, "float32")).items()
     }
@@ -264,7 +278,7 @@ def write(case: Case, path: Path) -> None:
 
 @contextlib.contextmanager
 def rival(python: str | None, case: Case) -> Iterator[Torch | None]:
-    """The torch process, for as long as the context lasts."""
+    """The torch process, for as long as the context lasts; None without a `python`."""
     if python is None:
         yield None
         return
@@ -282,7 +296,7 @@ def rival(python: str | None, case: Case) -> Iterator[Torch | None]:
 def difference(
     got: list[tuple[float, float]], wanted: list[tuple[float, float]]
 ) -> tuple[float, float]:
-    """The largest relative difference of losses, and of norms; inf where one is no number."""
+    """The largest relative difference of losses, and of norms; inf if one is not finite."""
     pairs = np.array(got, np.float64), np.array(wanted, np.float64)
     worst = np.max(np.abs(pairs[0] - pairs[1]) / np.abs(pairs[1]), axis=0)
     loss, norm = (float(x) if np.isfinite(x) else float("inf") for x in worst)
@@ -290,7 +304,7 @@ def difference(
 
 
 def same(name: str, got: Any, wanted: Any, dtype: str) -> None:
-    """Say how far the first steps differ. Raises ValueError where that is too far."""
+    """Print how far the first steps differ. Raises ValueError if that is too far."""
     found = difference(got, wanted)
     line = f"{name}: first {CHECKED} losses differ by {found[0]:.1e}, norms by {found[1]:.1e}"
     if not all(x <= most for x, most in zip(found, TOLERANCE[dtype], strict=True)):
@@ -299,8 +313,9 @@ def same(name: str, got: Any, wanted: Any, dtype: str) -> None:
 
 
 def measure(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call of each, by round, in which each has its turn; a first call does not
-    count."""
+    """Seconds per call of each program, by round; in a round each takes its turn. A first call of
+    each does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in programs}
     for turn in trange(rounds + 1, unit="round", disable=len(programs) < 2, leave=False):
         for name, program in programs.items():
@@ -312,7 +327,7 @@ def measure(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def rows(case: Case, remats: list[str], python: str | None, rounds: int, trace: Any) -> list[Row]:
-    """Check the ways to step against each other, time them, and say what they reach."""
+    """Check the kinds of steps against each other, time them, and return their lines."""
     ours = Ours(case)
     ours.begin()
     wanted, works = None, []
@@ -346,7 +361,7 @@ def rows(case: Case, remats: list[str], python: str | None, rounds: int, trace: 
                 ways.append(f"torch {way}")
                 programs[ways[-1]] = functools.partial(other.order, f"{way} 1")
         product, amount = timing.product(case.dtype)
-        calls = max(1, round(0.2 / _seconds(product)))  # long enough for what else goes on
+        calls = max(1, round(0.2 / _seconds(product)))  # long enough to average out other load
         programs["product"] = lambda: [product() for _ in range(calls)][-1]
         times = measure(programs, rounds)
         if trace is not None:
@@ -356,13 +371,18 @@ def rows(case: Case, remats: list[str], python: str | None, rounds: int, trace: 
 
 
 def _seconds(program: Callable[[], Any]) -> float:
+    """The median seconds of a call."""
     return statistics.median(measure({"": program}, 5)[""])
 
 
 def lines(
     case: Case, times: dict[str, list[float]], flops: float, memory: dict[str, float], ways: Any
 ) -> list[Row]:
-    """A line for each; flops: of a call of the product."""
+    """The lines of a case.
+
+    times: seconds of each program by round; flops: of a call of the product; memory: bytes of each
+        of this project's programs; ways: the names of torch's programs.
+    """
     seconds = {name: statistics.median(each) for name, each in times.items()}
     peak = flops / seconds.pop("product")
     fastest = min(ways, key=lambda way: seconds[way], default=None)
@@ -390,7 +410,7 @@ def lines(
 
 
 def profile(ours: Ours, remat: str, folder: Path, steps: int = 3) -> None:
-    """Record a few steps for TensorBoard, xprof or Perfetto, and say where their time goes."""
+    """Record a few steps for TensorBoard, xprof or Perfetto, and print where their time goes."""
     with jax.profiler.trace(str(folder)):
         for _ in range(steps):
             jax.block_until_ready(ours.step(remat))
@@ -405,19 +425,20 @@ def profile(ours: Ours, remat: str, folder: Path, steps: int = 3) -> None:
 
 
 def by_scope(file: Path, program: str) -> Counter[tuple[str, str]]:
-    """Seconds of a trace by scope and pass; threads of a CPU add up. program: the compiled one, as
-    text, which has the scope of each operation.
+    """Seconds of a trace by (scope, pass), summed over the threads of a CPU.
+
+    program: the compiled program as text, which has the scope of each operation.
     """
     lines = re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", program, re.MULTILINE)
     scopes = {name: _scope(rest) for name, rest in lines}
     found: Counter[tuple[str, str]] = Counter()
     planes = jax.profiler.ProfileData.from_file(str(file)).planes
     with warnings.catch_warnings():
-        # jaxlib's types of statistics warn on Python 3.12, and as an error that ends the process.
+        # jaxlib's types of statistics warn on Python 3.12; as an error, that ends the process.
         warnings.simplefilter("ignore", DeprecationWarning)
         for event in (e for plane in planes for line in plane.lines for e in line.events):
             name = str(dict(event.stats).get("hlo_op", ""))
-            # A loop's time is that of what is in it.
+            # The time of a loop is counted by the operations in it.
             if name and not name.startswith(("while", "conditional")):
                 found[scopes.get(name, ("other", ""))] += event.duration_ns / 1e9
     return found
@@ -435,6 +456,7 @@ def _scope(instruction: str) -> tuple[str, str]:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
+    """The cases that the arguments select."""
     on_cpu = choice.device().platform == "cpu"
     chip = hardware.of_kind(choice.device().device_kind)
     result = []
@@ -446,7 +468,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for length in args.length or ([512] if on_cpu else [2048, 8192]):
             tokens = args.tokens or (1024 if on_cpu else 32768)
             dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-            # Not "auto", which takes the reference where that is faster: the kernel is measured.
+            # Not "auto", which may choose the reference: the kernel is to be measured.
             attend = args.attention or (chip.kernel if chip else "auto")
             rows = max(1, tokens // length)
             result.append(Case(name, config, rows, length, dtype, attend, args.lora))
@@ -454,7 +476,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def small(hidden: int) -> Config:
-    """A Qwen of that width, 4 layers and 32768 tokens; all else is as in the 1.8B."""
+    """A Qwen of this width with 4 layers and 32768 tokens; everything else is as in the 1.8B."""
     like = PRESETS["qwen-1.8b"]
     head_dim = min(like.head_dim, hidden // 2)
     if hidden % 16 or hidden % head_dim:
@@ -472,7 +494,10 @@ def small(hidden: int) -> Config:
 
 
 def _layers_that_fit(config: Config, frozen: bool) -> int:
-    """As many of its layers as leave room for the rest; all where the device tells no limit."""
+    """As many layers as leave room for the rest, or all if the device reports no limit.
+
+    frozen: whether only adapters are trained, which leaves room for all layers.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if not limit or frozen:
         return config.num_layers
@@ -483,7 +508,7 @@ def _layers_that_fit(config: Config, frozen: bool) -> int:
 
 
 def head(argv: list[str]) -> str:
-    """Where and when; the load is that before anything is timed."""
+    """Where and when this runs; the load is that before anything is timed."""
     here = choice.device()
     name = processor() if here.platform == "cpu" else here.device_kind
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
@@ -491,6 +516,7 @@ def head(argv: list[str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -516,13 +542,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Time the selected cases, and print a table."""
     on_cpu = choice.device().platform == "cpu"
     caches.use_compilation_cache()
-    if args.profile:  # else a program may come with the scopes of another version of this library
+    if args.profile:  # otherwise a cached program may have the scopes of another version
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     wanted = cases(args)
     if all(case.name != SMALL for case in wanted):
-        command.refuse(args, ("hidden",), f"is of the small model: add --model {SMALL}")
+        command.refuse(args, ("hidden",), f"applies to the small model: add --model {SMALL}")
     if args.torch_python and (args.lora or {x.dtype for x in wanted} != {"float32"} or not on_cpu):
         raise command.UsageError("--torch-python: on a CPU, in float32, without --lora")
     title, found = head(argv), []
@@ -531,7 +558,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     with meshes.entered(meshes.make()):
         for case in wanted:
             new = rows(case, remats, args.torch_python, args.rounds, args.profile)
-            gc.collect()  # a state in a cycle would keep the next from the memory
+            gc.collect()  # a state in a reference cycle would occupy the next one's memory
             found += new
             for row in new:
                 print("  ".join(filter(None, row)), flush=True)
@@ -539,6 +566,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     return command.run(parser(), functools.partial(work, argv=given), given)
 

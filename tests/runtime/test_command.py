@@ -263,8 +263,8 @@ READS = [*CKPT, "--data", "a", "--modes", "plain,own"]
         (plan, [*PLAN, "--base-dtype", "same"], "--base-dtype is of adapters: give --lora-rank"),
         (plan, [*PLAN, "--sequence-parallel", "--mesh", "fsdp=4"], "mesh fsdp=4 has none"),
         (attend, ["--list", "--quick"], "--quick means nothing beside --list"),
-        (golden, ["--no-kernels", "--length", "64"], "--length is of kernels"),
-        (steps, ["--model", "qwen-1.8b", "--hidden", "64"], "--hidden is of the small model"),
+        (golden, ["--no-kernels", "--length", "64"], "--length applies to kernels"),
+        (steps, ["--model", "qwen-1.8b", "--hidden", "64"], "--hidden applies to the small model"),
         (device, ["--list", "--again"], "--again means nothing beside --list"),
     ],
 )
@@ -283,11 +283,11 @@ def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monk
         (fine_tuning, ["--only", "qwen-8b"], "invalid choice: 'qwen-8b'"),
         (cached, ["--task", "train"], "invalid choice: 'train'"),
         (kernel_cost, ["flush"], "flush: choose from flash"),
-        (kernel_cost, ["--only", "flash"], "--only is of a sweep"),
+        (kernel_cost, ["--only", "flash"], "--only applies to a sweep"),
         (kernel_cost, ["flash", "--sweep"], "flash: --sweep prints no table"),
-        (kernel_cost, ["decode", "--length", "2048"], "--length is of the tables flash"),
-        (kernel_cost, ["gpu", "--target", "v5e"], "--target is of TPUs"),
-        (aot, ["a.py", "--target", "h100", "--trips", "1"], "are of TPUs: name one"),
+        (kernel_cost, ["decode", "--length", "2048"], "--length applies to the tables flash"),
+        (kernel_cost, ["gpu", "--target", "v5e"], "--target applies to TPUs"),
+        (aot, ["a.py", "--target", "h100", "--trips", "1"], "apply to TPUs: name one"),
     ],
 )
 def test_what_means_nothing_to_a_script(program, argv, message, capsys, monkeypatch):
