@@ -1,6 +1,8 @@
-"""Processes that add up for ever, as a training run does, or until `--steps`.
+"""A program of several processes that compute a sum for ever, like a training run, or `--steps`
+times.
 
---fail I: process I raises an error after ten steps, and a kernel is wrong on its device.
+With --fail I, process I raises an error after ten steps, and a kernel gives wrong results on its
+device.
 """
 
 import argparse
@@ -11,6 +13,7 @@ from qwen_jax.runtime import command, processes
 
 
 def work(args: argparse.Namespace) -> None:
+    """Compute sums over all processes."""
     command.join(args)
     import jax
     import numpy as np
@@ -35,7 +38,10 @@ def work(args: argparse.Namespace) -> None:
 
 
 def attention_of(wrong: int) -> list[str]:
-    """What each process takes where one of them has a device on which a kernel is wrong."""
+    """The attention that each process chooses if a kernel is wrong on the device of one of them.
+
+    wrong: the number of that process.
+    """
     from types import SimpleNamespace
 
     from qwen_jax.attention import prove
@@ -52,6 +58,7 @@ def attention_of(wrong: int) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's argument parser."""
     result = argparse.ArgumentParser()
     result.add_argument("--steps", type=int, default=10**9)
     result.add_argument("--fail", type=int)

@@ -1,7 +1,8 @@
-"""`counted.py FILE MODULE ...`: run a command; write the bytes that it has read to FILE.PROCESS.
+"""`counted.py FILE MODULE ...`: run a command, and write the bytes that it has read to
+FILE.PROCESS.
 
-They are the kernel's own count of what went through `read` and its kin, whether from disk or not.
-Imports come before, as far as they can.
+The kernel counts what goes through `read` and similar calls, whether from disk or not. Modules are
+imported beforehand, as far as possible.
 """
 
 import importlib
@@ -10,11 +11,13 @@ from pathlib import Path
 
 
 def bytes_read() -> int:
+    """The bytes that this process has read so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(lines[0].removeprefix("rchar: "))
 
 
 def main() -> int:
+    """Run the command, and return its exit code."""
     file, module, *arguments = sys.argv[1:]
     for name in ("tensorstore", "convert.copying", "qwen_jax.generate.language_model"):
         importlib.import_module(name)

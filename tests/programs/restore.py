@@ -1,5 +1,7 @@
-"""Restore a model directory on a mesh; process 0 prints a digest of all leaves, new tokens, and how
-many programs were compiled by strides after the first, and by fetching an array a second time.
+"""Restore a model directory on a mesh, and print what came of it as JSON (process 0).
+
+`leaves`: a digest of all leaves. With --generate also `tokens`, the new tokens, and `compiled`, how
+    many programs are compiled by strides after the first and by fetching an array a second time.
 """
 
 import argparse
@@ -12,6 +14,7 @@ from qwen_jax.runtime import command
 
 
 def work(args: argparse.Namespace) -> None:
+    """Restore the model, and print the result."""
     command.join(args)
     import jax
 
@@ -44,6 +47,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("ckpt")
     parser.add_argument("--mesh")

@@ -1,6 +1,7 @@
-"""`steps.py CKPT FILE`: steps on a mesh; process 0 prints each loss and norm.
+"""`steps.py CKPT FILE`: take training steps on a mesh; process 0 prints each loss and norm.
 
-After `--steps` the first moments go to FILE, an .npz: a tenth of the gradients, after one step.
+After `--steps` steps the first moments are written to FILE, an .npz. After one step they are a
+tenth of the gradients.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from train.data import batches
 
 
 def work(args: argparse.Namespace) -> None:
+    """Take the steps."""
     command.join(args)
     import numpy as np
 
@@ -41,6 +43,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("ckpt")
     parser.add_argument("file")

@@ -1,9 +1,8 @@
-"""`stopped.py WHERE COUNT PROCESS SIGNAL MODULE ...`: a command that is stopped at a point of its
-work.
+"""`stopped.py WHERE COUNT PROCESS SIGNAL MODULE ...`: run a command that is stopped at some point.
 
-It gets the signal of that number as the function WHERE, `package.module:name`, is called for the
-COUNT-th time; of several processes the one of the number PROCESS does. Bytes are copied in blocks
-of 4 kB, so that `convert.copying:_check_stop`, called before each, counts what has been written.
+Process number PROCESS gets the signal when the function WHERE, `package.module:name`, is called for
+the COUNT-th time. Bytes are copied in blocks of 4 kB, so `convert.copying:_check_stop`, which is
+called before each block, counts what has been written.
 """
 
 import functools
@@ -20,8 +19,9 @@ BLOCK = 4096
 def stopping(
     where: str, count: int, stop: Callable[[], Any], patch: Callable[..., Any] = setattr
 ) -> None:
-    """Have `stop` called as the function `where` is called for the `count`-th time. patch: setattr,
-    or a monkeypatch's.
+    """Have `stop` called when the function `where` is called for the `count`-th time.
+
+    patch: setattr, or that of a monkeypatch.
     """
     module, _, name = where.partition(":")
     *path, name = name.split(".")
@@ -37,6 +37,7 @@ def stopping(
 
 
 def main() -> int:
+    """Run the command, and return its exit code."""
     where, count, victim, sent, module, *arguments = sys.argv[1:]
     number = arguments[arguments.index("--process") + 1] if "--process" in arguments else victim
     from convert import copying

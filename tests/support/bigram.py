@@ -1,4 +1,4 @@
-"""What a model of pairs of tokens knows of a text: the mark that a real model has to pass."""
+"""The loss of a bigram model on a text: the baseline that a trained model has to beat."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,11 @@ import numpy as np
 
 
 def held_out_loss(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray], size: int) -> float:
-    """The mean loss, in nats, of every token of `held_out` but the first of each document.
+    """The mean loss in nats of every token in `held_out` but the first of each document.
 
-    Counts of pairs with absolute discounting, backed off to single tokens (Ney, Essen and Kneser,
-    1994), with the discount that is best on the very tokens it is judged by.
+    train, held_out: token ids of documents; size: of the vocabulary. The model counts pairs with
+        absolute discounting, backed off to single tokens (Ney, Essen and Kneser, 1994), with the
+        discount that is best on the held-out tokens themselves.
     """
     single = np.full(size, 0.01)
     pairs = np.zeros((size, size))

@@ -1,4 +1,4 @@
-"""How many programs are compiled while something runs, those found in a cache included."""
+"""Counts the programs that are compiled while something runs, cached ones included."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jax
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[str]]:
-    """A list that gets an entry for each program that is compiled until the context ends."""
+    """A list that gets an entry for each program compiled within the context."""
     found: list[str] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:

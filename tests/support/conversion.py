@@ -1,4 +1,4 @@
-"""What the tests of the converters share: the golden checkpoint, damage to it, and its values."""
+"""Helpers for tests of the converters: the golden checkpoint, damage to it, and its values."""
 
 import hashlib
 import json
@@ -17,11 +17,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint folder, by name."""
     return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """Bytes, dtypes and shapes."""
+    """Whether two sets of tensors have equal names, bytes, dtypes and shapes."""
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes()
         for k in a
@@ -29,6 +30,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def contents(path: Path) -> dict[str, str]:
+    """The SHA-256 digest of every file in a folder, by relative path."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return {
         file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -37,20 +39,25 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def there(source: Path | str, path: Path | str, *options: str) -> None:
+    """Convert a checkpoint folder to a model directory."""
     assert from_hf.main([str(source), str(path), *options]) == 0
 
 
 def back(model: Path | str, path: Path | str, *options: str) -> None:
+    """Convert a model directory to a checkpoint folder."""
     assert to_hf.main([str(model), str(path), *options]) == 0
 
 
 def flip(file: Path, at: int) -> None:
+    """Flip a bit of the byte at a position in a file."""
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
 
 
 def raises(error: Exception) -> Callable[..., Any]:
+    """A function that raises this error."""
+
     def function(*args: Any, **kwargs: Any) -> Any:
         raise error
 
@@ -58,13 +65,14 @@ def raises(error: Exception) -> Callable[..., Any]:
 
 
 def last_line(capfd: Any) -> str:
-    """What a command said last; it must be one line and no traceback."""
+    """The last line that a command printed to stderr; fails if there is a traceback."""
     err = capfd.readouterr().err
     assert "Traceback" not in err
     return err.strip().splitlines()[-1]
 
 
 def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], Any], number: int = 2) -> None:
+    """Change the tensors in one file of the golden checkpoint. number: of the file, 1 or 2."""
     file = path / f"model-0000{number}-of-00002.safetensors"
     held = load_file(file)
     change(held)
@@ -72,4 +80,5 @@ def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], Any], number: 
 
 
 def edit(file: Path, **changes: Any) -> None:
+    """Change values in a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -1,4 +1,4 @@
-"""The original's figures, for tests: arrays and scalars of tests/golden."""
+"""The original's figures in tests/golden: arrays and scalars."""
 
 import functools
 import json
@@ -13,16 +13,18 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @functools.cache
 def arrays() -> dict[str, np.ndarray]:
+    """The arrays, by name."""
     return load_file(GOLDEN / "model.safetensors")
 
 
 @functools.cache
 def scalars() -> dict[str, Any]:
+    """The scalars and settings, by name."""
     return json.loads((GOLDEN / "model.json").read_text())
 
 
 def overrides(flags: str) -> dict[str, bool]:
-    """Config overrides for flags as the figures name them: "plain", "ntk", "logn", "ntk+logn"."""
+    """The config overrides for the flags in a figure's name: "plain", "ntk", "logn", "ntk_logn"."""
     return {"use_dynamic_ntk": "ntk" in flags, "use_logn_attn": "logn" in flags}
 
 

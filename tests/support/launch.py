@@ -1,10 +1,10 @@
-"""Real processes for tests: one command started n times on this machine, watched and cleaned up.
+"""Runs one command as n real processes on this machine, watches them and cleans up.
 
     with launch.group(["convert/from_hf.py", src, dst], 4) as group:
         results = group.wait()
 
-Every process gets the arguments of `command.add_processes` after its own, and one CPU device unless
-it asks for more.
+Every process gets the arguments of `command.add_processes` after its own, and has one CPU device
+unless it requests more.
 """
 
 import contextlib
@@ -21,31 +21,37 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Seconds. Nothing that goes well takes so long, however slow or busy the machine is.
-LONG = 1800.0
-# After so many a process that is killed is missed. No machine lets one that lives rest that long.
+LONG = 1800.0  # seconds: more than a test that passes takes on any machine, however busy
+# Seconds after which a killed process counts as lost: longer than a living one is ever suspended.
 SHORT = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
+    """The exit code and the output of a process."""
+
     code: int
     out: str
     err: str
 
 
 class Group:
-    """The processes, by their number; those not started are not there."""
+    """The processes of a command by their number; a number that was not started is missing."""
 
     def __init__(self, processes: dict[int, subprocess.Popen[bytes]], folder: Path):
         self._processes, self._folder = processes, folder
 
     def kill(self, number: int, with_signal: int = signal.SIGKILL) -> None:
-        """As the kernel does when memory runs out, unless another signal is named."""
+        """Send a signal to a process; by default SIGKILL, as the kernel does when memory
+        runs out.
+        """
         self._processes[number].send_signal(with_signal)
 
     def wait(self) -> dict[int, Result]:
-        """Everyone's result. AssertionError, with what they said, when one never ends."""
+        """Wait for all processes, and return their results.
+
+        Raises AssertionError with their output if one does not end.
+        """
         deadline = time.monotonic() + LONG
         while running := [i for i, x in self._processes.items() if x.poll() is None]:
             if time.monotonic() > deadline:
@@ -58,7 +64,10 @@ class Group:
         }
 
     def until(self, begun: Callable[[], bool]) -> None:
-        """Wait for something that the processes do."""
+        """Wait until a condition on the processes' work holds.
+
+        Raises AssertionError if a process ends before that.
+        """
         deadline = time.monotonic() + LONG
         while not begun():
             over = [i for i, process in self._processes.items() if process.poll() is not None]
@@ -67,6 +76,7 @@ class Group:
             time.sleep(0.001)
 
     def read(self, number: int, kind: str) -> str:
+        """The output of a process so far. kind: "out" or "err"."""
         file = self._folder / f"{number}.{kind}"
         return file.read_text(errors="replace") if file.exists() else ""
 
@@ -79,9 +89,10 @@ def group(
     start_timeout: float = LONG,
     heartbeat: float = 300,
 ) -> Iterator[Group]:
-    """Start `python *arguments` count times, or as the processes `present` alone.
+    """Start `python *arguments` count times, or only as the processes `present`.
 
-    heartbeat: SHORT where one of them is to be missed.
+    start_timeout, heartbeat: seconds, for the options of these names; heartbeat should be SHORT if
+        a process is to be lost.
     """
     common = [sys.executable, *map(str, arguments), "--coordinator", f"127.0.0.1:{free_port()}"]
     common += ["--processes", str(count), "--start-timeout", f"{start_timeout:.0f}"]
@@ -108,9 +119,10 @@ def group(
 
 
 def environment() -> dict[str, str]:
-    """This process's, but for the eight devices of the tests, and what importing jax has added.
+    """This process's environment without the tests' eight devices and without what importing jax
+    sets.
 
-    Programs are compiled without much optimisation: every process compiles, all at the same time.
+    Programs are compiled with little optimisation, as all processes compile at the same time.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
@@ -121,5 +133,6 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A decoder small enough for every test, and the arrays of a pass placed on the mesh in force."""
+"""A decoder small enough for every test, and passes through it on the current mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from qwen_jax.leaves.weights import Weight, map_leaves
 from qwen_jax.meshes.moves import place
 from qwen_jax.model import Decoder, Output, rope
 
-KERNELS = ("pallas_tpu", "pallas_triton")  # attention that a CPU interprets
+KERNELS = ("pallas_tpu", "pallas_triton")  # attention kernels that a CPU can interpret
 # For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 def tiny_config(**changes: Any) -> Config:
-    """Every axis divides by 4 and is of another length, but for the heads."""
+    """A config whose axes all divide by 4 and differ in length, except for the heads."""
     values = {
         "vocab_size": 68,
         "hidden_size": 32,
@@ -44,9 +44,10 @@ def tiny_config(**changes: Any) -> Config:
 
 
 def tiny_decoder(config: Config, dtype: Any = jnp.float32) -> Decoder:
-    """Weights of a trained model's size, so that attention is sharp; no bias is 0, no norm 1.
+    """A decoder whose weights have the scale of trained ones, so that attention is sharp.
 
-    Drawn on the host from the leaf's name, so that a leaf is the same on every mesh.
+    No bias is 0 and no norm is 1. Weights are drawn on the host from the leaf's name, so they are
+    the same on every mesh.
     """
 
     def draw(name: str, leaf: Weight) -> jax.Array:
@@ -66,7 +67,10 @@ def replace_leaves(tree: Any, value: Callable[[str, Weight], Any]) -> Any:
 
 
 def small_noise(config: Config) -> Callable[[str, Weight], jax.Array]:
-    """A fifth of N(0, 1) in float32 for `replace_leaves`, drawn as those of `tiny_decoder`."""
+    """A `value` for `replace_leaves` that draws float32 noise with standard deviation 0.2.
+
+    It depends on the leaf's name only, as in `tiny_decoder`.
+    """
 
     def draw(name: str, leaf: Weight) -> jax.Array:
         noise = np.random.default_rng(list(name.encode())).standard_normal(leaf.shape, np.float32)
@@ -76,13 +80,13 @@ def small_noise(config: Config) -> Callable[[str, Weight], jax.Array]:
 
 
 def tiny_tokens(batch: int, length: int) -> np.ndarray:
-    """int32 [B, T]."""
+    """Random tokens, int32 [B, T]."""
     rng = np.random.default_rng(batch + 1000 * length)
     return rng.integers(0, tiny_config().vocab_size, (batch, length), np.int32)
 
 
 def frequencies(config: Config, batch: int, alpha: Any = 1.0) -> jax.Array:
-    """The RoPE of each row, on the mesh."""
+    """The RoPE frequencies of each row, on the mesh. alpha: the NTK factor of each row."""
     scheme = rope.from_config(config)
     return place(scheme.frequencies(np.broadcast_to(np.float64(alpha), batch)), "BH")
 
@@ -95,7 +99,7 @@ def full_pass(
     alpha: Any = 1.0,
     **options: Any,
 ) -> Output:
-    """One pass over tokens [B, T] from position 0 on, in one segment, unless told otherwise."""
+    """One pass over tokens [B, T], by default from position 0 on and in one segment."""
     places = np.arange(tokens.shape[1]) + 0 * tokens if places is None else places
     segments = np.ones_like(tokens) if segments is None else segments
     return decoder(
@@ -108,7 +112,7 @@ def full_pass(
 
 
 def full_logits(decoder: Decoder, tokens: np.ndarray, **options: Any) -> np.ndarray:
-    """float32 [B, T, V] of `full_pass`."""
+    """The logits of `full_pass`, float32 [B, T, V]."""
     return np.asarray(decoder.logits(full_pass(decoder, tokens, **options).last))
 
 
@@ -120,7 +124,10 @@ def cached_logits(
     alpha: Any = 1.0,
     kind: str | None = None,
 ) -> np.ndarray:
-    """float32 [B, T, V]: the same tokens in passes of these lengths over one cache."""
+    """The logits of passes over one KV cache, float32 [B, T, V].
+
+    chunks: the number of tokens in each pass; start: the first real slot of each row.
+    """
     batch = len(tokens)
     start = place(np.zeros(batch, np.int32) if start is None else start.astype(np.int32), "B")
     dtype = decoder.embedding[...].dtype
@@ -139,5 +146,5 @@ def cached_logits(
 
 
 def on_mesh(**sizes: int) -> Any:
-    """A context with a mesh of these axes in force; (1, 1) by default."""
+    """A context with a mesh of these axis sizes; (1, 1) by default."""
     return meshes.entered(meshes.make(sizes))

@@ -1,4 +1,4 @@
-"""What the tests of runs share: a tiny model and data, arguments, and what a run has left."""
+"""Helpers for tests of runs: a tiny model and data, arguments, and readers of a run's files."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ CHATS = [
 
 
 def prepared(folder: Path) -> Path:
-    """A folder with config.json, qwen.tiktoken, text.txt and chats.json."""
+    """Write config.json, qwen.tiktoken, text.txt and chats.json into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
     write_tiny_vocab(folder / "qwen.tiktoken")
@@ -32,7 +32,7 @@ def prepared(folder: Path) -> Path:
 
 
 def pretraining(folder: Path, out: Path, *options: Any) -> list[str]:
-    """Arguments of `train/pretrain.py`, without the command; 12 steps."""
+    """The arguments of `train/pretrain.py` for a run of 12 steps."""
     given = ["--model", folder / "config.json", "--tokenizer", folder / "qwen.tiktoken"]
     given += ["--data", folder / "text.txt", "--out", out, "--steps", 12, "--rows", 4]
     given += ["--length", 32, "--warmup", 3, "--learning-rate", 0.01, "--dtype", "float32"]
@@ -40,25 +40,26 @@ def pretraining(folder: Path, out: Path, *options: Any) -> list[str]:
 
 
 def fine_tuning(folder: Path, ckpt: Path, out: Path, *options: Any) -> list[str]:
-    """Arguments of `train/sft.py`, without the command; 6 steps."""
+    """The arguments of `train/sft.py` for a run of 6 steps."""
     given = ["--ckpt", ckpt, "--data", folder / "chats.json", "--out", out, "--steps", 6]
     given += ["--rows", 4, "--length", 64, "--warmup", 2, "--learning-rate", 0.01]
     return [str(x) for x in (*given, "--dtype", "float32", "--eval-every", 0, *options)]
 
 
 def succeed(arguments: list[str], command: Any = pretrain) -> None:
+    """Run a command that must succeed."""
     assert command.main(arguments) == 0
 
 
 def fail(capsys: Any, arguments: list[str], command: Any = sft) -> str:
-    """The one line of an error."""
+    """Run a command that must fail; returns its one line of error."""
     assert command.main(arguments) in (1, 2)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     return line
 
 
 def curve(out: Path, of: str = "train") -> dict[int, dict[str, float]]:
-    """The figures of each step, without those of time."""
+    """The metrics of each step, without those that depend on time. of: "train" or another kind."""
     found = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         figures = json.loads(line)
@@ -71,5 +72,6 @@ def curve(out: Path, of: str = "train") -> dict[int, dict[str, float]]:
 
 
 def weights(model: Path) -> dict[str, np.ndarray]:
+    """The weights of a model directory, by path."""
     leaves = named_leaves(checkpoint.load(model))
     return {name: np.asarray(leaf[...]) for name, leaf in leaves.items()}

@@ -13,7 +13,7 @@ MD5 = "f0bffbad8c413a41d51fe6da4a7e99d7"
 
 
 def qwen_vocab_path() -> Path:
-    """The file qwen.tiktoken; fails, never skips, where it is not the published one."""
+    """The path of the published qwen.tiktoken. Raises RuntimeError if the file is another one."""
     spec = importlib.util.find_spec("dashscope")  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
@@ -33,19 +33,19 @@ def qwen_vocab_path() -> Path:
 
 @functools.cache
 def qwen_tokenizer() -> Tokenizer:
-    """The published vocabulary, read once a process."""
+    """The published tokenizer, read once per process."""
     return Tokenizer.from_file(qwen_vocab_path())
 
 
 def tiny_ranks() -> dict[bytes, int]:
-    """The 256 bytes and a few merges: a vocabulary of 261 ranks."""
+    """A vocabulary of 261 ranks: the 256 bytes and a few merges."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [b"ab", b"cd", b"abcd", b"\xe4\xbd", b"\xe4\xbd\xa0"]
     return {token: rank for rank, token in enumerate(tokens)}
 
 
 def write_tiny_vocab(path: Path) -> Path:
-    """The tiny vocabulary as a qwen.tiktoken file: with its special tokens, 469 ids."""
+    """Write the tiny vocabulary as a qwen.tiktoken file; with its special tokens it has 469 ids."""
     lines = [f"{base64.b64encode(t).decode()} {rank}\n" for t, rank in tiny_ranks().items()]
     path.write_text("".join(lines))
     return path

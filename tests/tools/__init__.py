@@ -1,1 +1,1 @@
-"""Tools for the tests and the benchmarks; each is a script too, and none needs torch."""
+"""Tools for the tests and the benchmarks, each of which is also a script; none needs torch."""

@@ -1,7 +1,8 @@
 """Write a PyTorch-layout Qwen checkpoint with random weights: tiny, demo or a published size.
 
-The file holds the original's tensor names, shapes and configuration keys and nothing of this
-library, so that it can judge it. Memory stays at one tensor plus 100 MB, whatever the size.
+The code has the original's tensor names, shapes and configuration keys, and uses nothing of this
+library, so that it can be a reference for it. Memory stays at one tensor plus 100 MB, whatever the
+size.
 
     python tests/tools/make_checkpoint.py OUT --preset qwen-1.8b --tokenizer
 """
@@ -25,9 +26,9 @@ DTYPES = {
     "float16": ("F16", np.dtype(np.float16)),
     "float32": ("F32", np.dtype(np.float32)),
 }
-DRAWN = 2**24 - 3  # a larger tensor repeats its first values; odd, so that no two rows are equal
+DRAWN = 2**24 - 3  # larger tensors repeat these values; odd, so that no two rows are equal
 
-# The keys of the 7B's own config.json; the presets say what they change.
+# The keys of the 7B's own config.json, which the other presets change.
 QWEN_7B: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
     "auto_map": {
@@ -66,6 +67,7 @@ QWEN_7B: dict[str, Any] = {
 
 
 def _config(width: int, layers: int, heads: int, intermediate: int, **changes: Any) -> dict:
+    """A preset: the 7B's config with these sizes and changes."""
     sizes = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -130,7 +132,7 @@ CHAT_GENERATION: dict[str, Any] = {
 
 
 def generation(chat: bool, vocab_size: int) -> dict[str, Any]:
-    """The published settings; of a smaller vocabulary the last id ends a reply."""
+    """The published generation settings; in a smaller vocabulary, the last id ends a reply."""
     settings = CHAT_GENERATION if chat else GENERATION
     if vocab_size > settings["eos_token_id"]:
         return settings
@@ -139,7 +141,7 @@ def generation(chat: bool, vocab_size: int) -> dict[str, Any]:
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, in the order of the original's modules."""
+    """The shape of every tensor, in the order of the original's modules."""
     width, vocab = config["hidden_size"], config["vocab_size"]
     inner = config["num_attention_heads"] * config["kv_channels"]
     ffn = config["intermediate_size"] // 2
@@ -163,10 +165,11 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Fill shards in order, starting one when the next tensor would pass `limit` bytes.
+    """Distribute tensors to shards in order; a new one begins if the next tensor would exceed
+    `limit`.
 
-    In module order this gives the published splits, tensor by tensor: the 7B's 8 files at 2048 MB
-    and the 72B's 19 at 8 GB (units of 1000).
+    sizes, limit: bytes. In module order this gives the published splits, tensor by tensor: the 7B's
+        8 files at 2048 MB and the 72B's 19 at 8 GB (units of 1000).
     """
     shards: list[list[str]] = [[]]
     used = 0
@@ -180,6 +183,7 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def parse_size(text: str) -> int:
+    """An argparse type: a number of bytes such as 2GB or 500MB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB or 500MB")
@@ -204,7 +208,7 @@ def draw(
 
 
 def chunks(values: np.ndarray, count: int) -> Iterator[memoryview]:
-    """`values` over and over, `count` elements in all, as bytes to write."""
+    """Repeat the values until there are `count` elements, as bytes to write."""
     for start in range(0, count, len(values)):
         yield values[: count - start].view(np.uint8).data
 
@@ -212,7 +216,7 @@ def chunks(values: np.ndarray, count: int) -> Iterator[memoryview]:
 def write_shard(
     file: BinaryIO, names: list[str], config: dict[str, Any], dtype: str, seed: int
 ) -> None:
-    """One safetensors file, tensor by tensor; `save_file` would hold all of it in memory."""
+    """Write one safetensors file tensor by tensor; `save_file` would hold all of it in memory."""
     code, storage = DTYPES[dtype]
     all_shapes = shapes(config)
     order = {name: i for i, name in enumerate(all_shapes)}
@@ -234,7 +238,7 @@ def write_shard(
 
 
 def find_tiktoken() -> Path:
-    """The real vocabulary, as the `dashscope` package carries it (found without importing it)."""
+    """The published vocabulary in the `dashscope` package, found without importing it."""
     spec = importlib.util.find_spec("dashscope")
     for root in (spec and spec.submodule_search_locations) or ():
         path = Path(root) / "resources" / "qwen.tiktoken"
@@ -244,6 +248,7 @@ def find_tiktoken() -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -255,9 +260,11 @@ def make_checkpoint(
     max_shard_size: int | None = None,
     tokenizer: bool = False,
 ) -> Path:
-    """Write the folder `out`; `preset` is a name of `PRESETS` or a whole config.
+    """Write a checkpoint into the folder `out`.
 
-    `max_shard_size` in bytes; None is the published one.
+    preset: a name of `PRESETS`, or a whole config.
+    max_shard_size: bytes; None is the published size.
+    tokenizer: whether to copy the published qwen.tiktoken.
     """
     config = PRESETS[preset] if isinstance(preset, str) else preset
     chat = preset == "demo"
@@ -290,6 +297,7 @@ def make_checkpoint(
 
 
 def main() -> int:
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--preset", choices=PRESETS, default="tiny")

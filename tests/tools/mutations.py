@@ -1,9 +1,9 @@
-"""Faults put in by hand, one in each module that matters, which the quick tests must catch.
+"""Puts a fault into each important module, one at a time; the quick tests must catch it.
 
     .venv/bin/python -m tests.tools.mutations [MODULE ...]
 
-Each is put into a copy of the tree, where the named tests then run; a fault that no test catches,
-or whose place is no longer there, ends this with 1. Some ten minutes on two cores.
+Each fault is put into a copy of the tree, in which the named tests then run. The exit code is 1 if
+a fault is not caught, or if its place no longer exists. It takes about ten minutes on two cores.
 """
 
 import argparse
@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-FAILED = 1  # pytest's code for tests that ran and failed
+FAILED = 1  # pytest's exit code if tests ran and some failed
 
 
 class Fault(NamedTuple):
-    """text: that is there once, and becomes `wrong`. tests: arguments of pytest."""
+    """A fault to put into a module.
+
+    text: occurs once in the module, and is replaced by `wrong`.
+    tests: arguments of pytest.
+    """
 
     module: str
     text: str
@@ -190,6 +194,7 @@ FAULTS = [
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser(
         description="Faults put in by hand, which the quick tests must catch."
     )
@@ -209,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def copied(folder: Path) -> Path:
-    """The files that git knows, as they are now."""
+    """Copy the files that git tracks, in their present state, into a folder."""
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -220,7 +225,9 @@ def copied(folder: Path) -> Path:
 
 
 def outcome(fault: Fault, tree: Path) -> str:
-    """What the tests say of the tree with the fault in it; it is taken out again."""
+    """Run the tests on the tree with the fault; returns whether it is caught. The fault is then
+    removed.
+    """
     file = tree / fault.module
     right = file.read_text(encoding="utf-8")
     if right.count(fault.text) != 1:

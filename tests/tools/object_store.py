@@ -1,4 +1,4 @@
-"""A stand-in of Google Cloud Storage on this machine, for the real clients: gcsfs, TensorStore."""
+"""A local emulator of Google Cloud Storage for the real clients, gcsfs and TensorStore."""
 
 import contextlib
 import http
@@ -16,7 +16,7 @@ BUCKET = "models"
 
 @contextlib.contextmanager
 def running(log: Path) -> Iterator[dict[str, str]]:
-    """A server with an empty bucket; yields the environment in which the clients talk to it."""
+    """Run a server with an empty bucket; yields the environment variables for its clients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,7 +30,7 @@ def running(log: Path) -> Iterator[dict[str, str]]:
             yield {
                 "STORAGE_EMULATOR_HOST": address,
                 "TENSORSTORE_GCS_HTTP_URL": address,
-                # What no stand-in has: credentials, and buckets of other kinds.
+                # Without credentials and other kinds of buckets, which the emulator lacks.
                 "GCE_METADATA_ROOT": "127.0.0.1:9",
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             }
@@ -40,6 +40,7 @@ def running(log: Path) -> Iterator[dict[str, str]]:
 
 
 def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server answers. Raises RuntimeError if it ends."""
     while server.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
@@ -48,10 +49,11 @@ def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _heed_generations() -> None:
-    """The stand-in does not say which generation of an object it sends, without which TensorStore
-    cannot read an object twice, as Orbax's checkpoints do; and takes no notice of
-    `ifGenerationMatch`, by which an object is made only where there is none, and removed only as it
-    was. Here it does both.
+    """Patch the emulator so that it handles the generations of objects.
+
+    It does not report the generation of an object that it sends, without which TensorStore cannot
+    read an object twice, as it does for Orbax's checkpoints. And it ignores `ifGenerationMatch`, by
+    which an object is only created if there is none, and only removed if unchanged.
     """
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
@@ -87,6 +89,6 @@ def _heed_generations() -> None:
 
 if __name__ == "__main__":
     _heed_generations()
-    from gcp_storage_emulator.__main__ import main  # which looks the handlers up
+    from gcp_storage_emulator.__main__ import main  # after the patch, as it looks up the handlers
 
     main()

@@ -1,7 +1,7 @@
-"""The table of rooms in docs/design.md: `python -m tests.tools.rooms` makes it from the files.
+"""Writes the table of rooms in docs/design.md: `python -m tests.tools.rooms`.
 
-What a room holds is the first sentence of its `__init__.py`. Its arrows are the rooms that it
-imports from, wherever in a file the import stands; `make lint` holds their order.
+A room is a package. The table has the first sentence of its `__init__.py`, and the rooms that it
+imports from, wherever in a file the import is. `make lint` checks their order.
 """
 
 import ast
@@ -13,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/design.md"
 BEGIN, END = "<!-- rooms: python -m tests.tools.rooms -->", "<!-- end of rooms -->"
-# From the bottom to the top, as in pyproject.toml.
+# From the lowest to the highest, as in pyproject.toml.
 QWEN_JAX = "runtime config meshes kernels leaves attention chat model decoding checkpoint generate"
 ROOMS = (
     *(f"qwen_jax/{name}" for name in QWEN_JAX.split()),
@@ -25,7 +25,12 @@ ROOMS = (
 
 
 class Room(NamedTuple):
-    """arrows: the rooms that it imports from. lines: of code, its docstrings and comments too."""
+    """A line of the table.
+
+    holds: the first sentence of the room's docstring.
+    lines: with docstrings and comments.
+    arrows: the rooms that it imports from.
+    """
 
     name: str
     holds: str
@@ -35,18 +40,18 @@ class Room(NamedTuple):
 
 
 def files_of(room: str) -> list[Path]:
-    """The modules of a room that lie in no room within it."""
+    """The modules of a room, without those of rooms inside it."""
     return sorted((ROOT / room).glob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """The room that a module, `qwen_jax.model.rope` for instance, lies in."""
+    """The room of a module, such as `qwen_jax.model.rope`."""
     path = module.replace(".", "/")
     return max((room for room in ROOMS if f"{path}/".startswith(f"{room}/")), key=len)
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The modules of this project that a file imports, when it is loaded or later."""
+    """The modules of this project that a file imports, at its start or later."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:
@@ -56,12 +61,13 @@ def imported(file: Path) -> Iterator[str]:
 
 
 def holds(room: str) -> str:
-    """What the `__init__.py` of a room says in its first sentence."""
+    """The first sentence of a room's `__init__.py`."""
     text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")))
     return " ".join((text or "").split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
 def rooms() -> list[Room]:
+    """All rooms, from the lowest to the highest."""
     found = []
     for room in ROOMS:
         files = files_of(room)
@@ -72,6 +78,7 @@ def rooms() -> list[Room]:
 
 
 def table(found: list[Room]) -> str:
+    """The table in Markdown."""
     rows = ["| room | holds | files | lines | imports from |", "|---|---|---|---|---|"]
     for room in found:
         arrows = ", ".join(arrow.removeprefix("qwen_jax/") for arrow in room.arrows) or "nothing"
@@ -80,6 +87,7 @@ def table(found: list[Room]) -> str:
 
 
 def main() -> int:
+    """Rewrite the table, and return an exit code."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
