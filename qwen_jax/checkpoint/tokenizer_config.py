@@ -30,8 +30,10 @@ _CHATML = "<|im_start|>"
 def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
     """The vocabulary expansion that a directory's tokenizer_config.json names, or None.
 
-    values: those of tokenizer_config.json. Raises ValueError unless it is a file of that directory:
-        the checkpoint's author chose the name, and must not get other files of this machine read.
+    values: the contents of tokenizer_config.json.
+
+    Raises ValueError unless it is a file of that directory: the checkpoint's author chose the name,
+    and must not get other files of this machine read.
     """
     name = values.get("extra_vocab_file")
     if name is None or name == "":
@@ -56,7 +58,9 @@ def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
 def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Warn of ignored entries in the files beside the vocabulary, one line for each file.
 
-    values: those of tokenizer_config.json. Raises ValueError for a file that is not a JSON object.
+    values: the contents of tokenizer_config.json.
+
+    Raises ValueError for a file that is not a JSON object.
     """
     asked = [
         f"{key}={values[key]!r}"

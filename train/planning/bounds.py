@@ -61,7 +61,8 @@ def bound(
 
     flops: its FLOPs; peak: FLOP/s.
     moved: bytes to and from HBM; bandwidth: bytes/s.
-    collectives: what it sends; links: for each combination of mesh axes, the links that carry it.
+    collectives: the collectives it takes part in.
+    links: for each combination of mesh axes, the links that carry its collectives.
     network: the kind of link between hosts or slices, if there are several; it has a term of zero
         seconds if nothing goes over it.
     """

@@ -186,7 +186,9 @@ def _collective(
 ) -> Collective | None:
     """One execution of a collective instruction; None if it moves nothing.
 
-    computation: that of the instruction; sizes: of the mesh's axes; across: axes over slices.
+    computation: the one with the instruction.
+    sizes: of the mesh's axes.
+    across: the axes that extend over slices.
     """
     kind = _kind(instruction)
     assert kind

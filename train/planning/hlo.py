@@ -107,7 +107,7 @@ class HloProgram:
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
         """How often a loop's body runs: 1 for any other instruction, None if it is unknown.
 
-        computation: that of the loop. On CPU and GPU the compiler states the number; on TPU it
+        computation: the one with the loop. On CPU and GPU the compiler states the number; on TPU it
             follows from a counter that is compared with a constant.
         """
         if loop.opcode != "while":

@@ -64,7 +64,9 @@ class Setting:
     gradient_dtype: str = "float32"
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raise ValueError if an axis does not divide over the mesh. sizes: of the mesh's axes."""
+        """Raise ValueError if an axis does not divide over the mesh. sizes: the mesh's axis
+        sizes.
+        """
         lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
         meshes.check(lengths, sizes, self.splits_tokens(sizes)[0])
 
