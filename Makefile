@@ -1,10 +1,11 @@
 # Everything is made in .venv from the package index; nothing else is downloaded. What compiles for
 # accelerators that are not there has an environment of its own, .venv-aot, and so has what needs
-# torch, .venv-peft.
+# torch, .venv-peft, and what builds the documentation, .venv-docs.
 PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
 PEFT_VENV ?= .venv-peft
+DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 PYTEST_ARGS ?= -m 'not slow'
 AOT_ARGS ?=
@@ -16,6 +17,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 AOT_STAMP := $(AOT_VENV)/.installed
 PEFT_STAMP := $(PEFT_VENV)/.installed
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -23,7 +25,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft aot-smoke device demo demo-train format clean
+.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft aot-smoke device demo demo-train docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +54,11 @@ $(AOT_STAMP): pyproject.toml
 $(PEFT_STAMP): pyproject.toml
 	test -x $(PEFT_VENV)/bin/python || $(PYTHON) -m venv $(PEFT_VENV)
 	$(PEFT_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peft]'
+	touch $@
+
+$(DOCS_STAMP): docs/requirements.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
 lint: venv ## formatting, lint, types, and the order of the rooms
@@ -94,11 +101,14 @@ demo: $(or $(wildcard $(STAMP)),$(DEMO_STAMP)) ## convert the small model of exa
 demo-train: venv ## make that model again from its text, in some ten minutes
 	PYTHON=$(BIN)/python bash examples/moby_dick/train.sh demo-train
 
+docs: $(DOCS_STAMP) ## the documentation site, in site/; fails at a broken link or anchor
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
 format: venv ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-newest .venv-aot .venv-peft .cache .hypothesis .pytest_cache .ruff_cache
-	rm -rf build demo demo-train *.egg-info
+	rm -rf .venv .venv-newest .venv-aot .venv-peft .venv-docs .cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf build demo demo-train site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
