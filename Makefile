@@ -102,7 +102,7 @@ demo-train: venv ## make that model again from its text, in some ten minutes
 	PYTHON=$(BIN)/python bash examples/moby_dick/train.sh demo-train
 
 docs: $(DOCS_STAMP) ## the documentation site, in site/; fails at a broken link or anchor
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 format: venv ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix
