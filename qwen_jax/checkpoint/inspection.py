@@ -1,7 +1,7 @@
 """`python -m qwen_jax.checkpoint inspect`: shows what a model directory holds, and if it is
 complete.
 
-It reads the small files, the vocabulary among them, and the sizes of the others, but no weights, and
+It reads the small files, the vocabulary too, and the sizes of the others, but no weights, and
 imports no jax. So it answers at once on any machine, even while the accelerators are busy.
 """
 
