@@ -95,7 +95,8 @@ def plans(options: Sequence[str], cache: Path) -> list[Any]:
     for line in map(json.loads, _lines(cache)):
         if line["key"] == key:
             return line["plans"]
-    command = [sys.executable, "-m", "train.plan", *options]
+    script = Path(__file__).resolve().parent.parent / "train/plan.py"
+    command = [sys.executable, str(script), *options]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         print(f"{' '.join(options)}: {ran.stderr.strip()[-300:]}", file=sys.stderr)

@@ -1,5 +1,5 @@
 """Measure how well a model predicts long text, by length and by what extends its context: the table
-of the report (table 3), and a plot of it. `python -m train.perplexity`.
+of the report (table 3), and a plot of it. `python train/perplexity.py`.
 
 Every length sees the same tokens, cut into rows of that length, so that its figures differ by what
 comes before a token alone.
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
 OWN = "own"  # what config.json says: the one mode with rope_scaling, such as YaRN
 _EXAMPLES = """examples:
-  python -m train.perplexity --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
-  python -m train.perplexity --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
+  python train/perplexity.py --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
+  python train/perplexity.py --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
 """
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m train.perplexity",
+        prog="python train/perplexity.py",
         description="Measure how well a model predicts long text, by length and by what extends "
         "its context. Prints a table, and writes a plot.",
         epilog=_EXAMPLES,

@@ -1,6 +1,6 @@
 """The plan before the bill: what a run needs and can reach on accelerators that are not there.
 
-    python -m train.plan --model qwen-72b --topology v5p:8x8x8 --mesh fsdp=64,tp=8 \\
+    python train/plan.py --model qwen-72b --topology v5p:8x8x8 --mesh fsdp=64,tp=8 \\
         --length 4096 --batch 512
 
 compiles the real training step (with --decode: prefill and the decode loop) on any machine, and
@@ -29,7 +29,7 @@ _LONGEST = 300  # characters of what a kernel or a compiler says
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.plan",
+        prog="python train/plan.py",
         description="Plan a run on accelerators that are not there: compile its programs here, and "
         "print the memory, work and time that they need.",
         epilog="Every word of a plan is explained by --glossary, and in docs/scaling.md.",

@@ -1,4 +1,4 @@
-"""Learn a vocabulary from text and write it as a qwen.tiktoken: `python -m train.tokenizer`.
+"""Learn a vocabulary from text and write it as a qwen.tiktoken: `python train/tokenizer.py`.
 
 Byte-pair encoding (arXiv 1508.07909) by Hugging Face's `tokenizers`, on the pieces into which
 Qwen's tokenizer cuts text: a model of any size needs no vocabulary of 151 643 tokens.
@@ -13,25 +13,31 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from qwen_jax.chat.tokenizer import PATTERN
+from qwen_jax.chat.tokenizer import PATTERN, SPECIAL_TOKENS
 from qwen_jax.runtime import command, lock, paths, values
 from qwen_jax.runtime.texts import check_whole, described
 
 _EXAMPLES = """examples:
-  python -m train.tokenizer --data book.txt --size 4096 --out qwen.tiktoken
+  python train/tokenizer.py --data book.txt --size 4096 --out qwen.tiktoken
 """
 _BYTES, _MOST = 256, 10**7
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m train.tokenizer",
+        prog="python train/tokenizer.py",
         description="Learn a vocabulary from text and write it as a qwen.tiktoken.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("--data", required=True, nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL, JSON, Parquet or text (a text file is one document)",
+    )
     add(
         "--field",
         type=command.text,
@@ -47,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
         help="tokens, the 256 bytes among them; control tokens come after (default %(default)s)",
     )
     add(
-        "--out", type=command.path, required=True, metavar="FILE", help="the qwen.tiktoken to write"
+        "--out",
+        type=command.path,
+        required=True,
+        metavar="FILE",
+        help="the qwen.tiktoken to write; its folder is made",
     )
     command.add_debug(result)
     return result
@@ -81,7 +91,11 @@ def _learn(args: argparse.Namespace) -> None:
     ranks = learn(texts(), args.size)
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
     paths.write(args.out, b"".join(lines))
-    command.say(f"{args.out}: {len(ranks)} tokens")
+    controls = len(SPECIAL_TOKENS)
+    command.say(
+        f"{args.out}: {len(ranks)} tokens, and {controls} control tokens after them: the model's "
+        f'config.json needs "vocab_size": {len(ranks) + controls}, or more'
+    )
 
 
 def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:

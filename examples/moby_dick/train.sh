@@ -14,7 +14,7 @@ python=${PYTHON:-python}
 mkdir -p "$out"
 
 test -f "$out/qwen.tiktoken" ||
-    "$python" -m train.tokenizer --data $here/moby_dick.jsonl --size 1024 --out "$out/qwen.tiktoken"
+    "$python" train/tokenizer.py --data $here/moby_dick.jsonl --size 1024 --out "$out/qwen.tiktoken"
 "$python" train/pretrain.py --recipe pretrain --model $here/config.json \
     --tokenizer "$out/qwen.tiktoken" --data $here/moby_dick.jsonl --eval-share 0.05 \
     --length 256 --rows 16 --steps 600 --warmup 50 --learning-rate 3e-3 --dtype float32 \

@@ -7,6 +7,7 @@ rewords the common cases: jax without its devices, too little memory, missing pa
 import errno
 import os
 import re
+import sys
 import traceback
 from collections.abc import Collection
 
@@ -115,11 +116,19 @@ def _file(error: BaseException) -> str | None:
 
 def _package(error: BaseException) -> str | None:
     """The line for a package that cannot be imported, with the command that installs it."""
-    if not isinstance(error, ModuleNotFoundError) or not error.name:
+    if not isinstance(error, ImportError) or not error.name:
         return None
     name = error.name.partition(".")[0]
     if name in _OWN:
+        found = sys.modules.get(name)
+        if found is not None and not hasattr(found, "__path__"):
+            return (
+                f"{found.__file__} hides the package {name} of qwen_jax: rename it, or start the "
+                "command by its file, such as python train/sft.py"
+            )
         return f"there is no package {error.name}: run this from the root of a checkout"
+    if not isinstance(error, ModuleNotFoundError):
+        return None
     extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
     return f"the package {name} is not installed: pip install 'qwen-jax{extra}'"
 

@@ -6,8 +6,10 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,10 @@ def raising(error: BaseException) -> Callable[..., Any]:
         (ModuleNotFoundError(name="huggingface_hub"), "pip install 'qwen-jax[hub]'"),
         (ModuleNotFoundError(name="tiktoken"), "pip install 'qwen-jax'"),
         (ModuleNotFoundError(name="train.data"), "run this from the root of a checkout"),
+        (
+            ImportError("cannot import name 'peft' from 'convert'", name="convert"),
+            "convert.py hides the package convert of qwen_jax: rename it, or start the command by",
+        ),
         (MemoryError(), "not enough memory on this machine: lower --rows; or --remat full"),
         (
             RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes{' x' * 9999}"),
@@ -94,7 +100,11 @@ def raising(error: BaseException) -> Callable[..., Any]:
         ),
     ],
 )
-def test_every_error_is_a_line_that_leads_on(error, line, capsys):
+def test_every_error_is_a_line_that_leads_on(error, line, capsys, monkeypatch):
+    if "hides" in line:
+        hiding = types.ModuleType("convert")
+        hiding.__file__ = "convert.py"
+        monkeypatch.setitem(sys.modules, "convert", hiding)
     assert run(raising(error), ("--rows", "--remat")) == 1
     said = capsys.readouterr().err
     assert line in said and said.startswith("error: ") and said.count("\n") == 1
@@ -380,3 +390,41 @@ def test_a_real_process(golden_dir):
     done = subprocess.run(argv, env={**os.environ, "PYTHONIOENCODING": "gbk"}, capture_output=True)
     assert done.returncode == 1 and "鲸鱼?" in done.stdout.decode("gbk")
     assert "鲸鱼\\U0001f40b is not a directory" in done.stderr.decode("gbk")
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("train/pretrain.py", "train/sft.py", "train/perplexity.py", "train/tokenizer.py")
+SCRIPTS += ("train/plan.py", "convert/from_hf.py", "convert/to_hf.py")
+# As Python starts a file, but for all in one process: the folder of the file comes first.
+START = """
+import contextlib, runpy, sys
+for script in sys.argv[1:]:
+    sys.path[0] = script.rpartition("/")[0]
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    for name in [x for x in sys.modules if x.partition(".")[0] in ("train", "convert")]:
+        del sys.modules[name]
+"""
+
+
+def test_commands_are_not_hidden_by_files_of_the_same_names(tmp_path):
+    """Started where a train.py and a convert.py are found before what is installed."""
+    for name in ("train", "convert"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('another')")
+    scripts = [str(ROOT / script) for script in SCRIPTS]
+    command = [sys.executable, "-c", START, *scripts]
+    hiding = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=hiding, capture_output=True, text=True)
+    assert done.stdout.count("usage: ") == len(SCRIPTS)
+
+
+def test_commands_are_spelled_in_one_way():
+    """As files, which nothing hides, wherever a command is named."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    texts += [*ROOT.glob("train/**/*.py"), *ROOT.glob("convert/**/*.py"), ROOT / "Makefile"]
+    texts += [*ROOT.glob("examples/*/*.sh"), *ROOT.glob("benchmarks/*.py")]
+    modules = re.compile(r"-m[\\\",\s]+(train|convert)\.")
+    # A section of docs/training.md says what becomes of the other way.
+    found = [f.name for f in texts if modules.search(f.read_text(encoding="utf-8"))]
+    assert found == ["training.md"]

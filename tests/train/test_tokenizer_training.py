@@ -31,6 +31,16 @@ def test_text_comes_back_in_fewer_tokens(tmp_path):
     assert vocabulary.decode(vocabulary.encode(other)) == other
 
 
+def test_it_says_what_a_model_needs_and_makes_its_folder(tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    out = tmp_path / "new" / "folder" / "qwen.tiktoken"
+    given = ("--data", tmp_path / "text.jsonl", "--size", 300, "--out", out)
+    succeed([str(x) for x in given], tokenizer)
+    said = capsys.readouterr().err
+    size = len(Tokenizer.from_file(out))
+    assert f'config.json needs "vocab_size": {size}, or more' in said and size > 300
+
+
 def test_what_is_frequent_is_merged_first(tmp_path):
     """By hand: `aab` 30 times and `ab` 10 times, pieces of their own. The pairs are ab 40, aa 30;
     then a-ab 30.
