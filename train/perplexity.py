@@ -2,16 +2,20 @@
 of the report (table 3), and a plot of it. `python train/perplexity.py`.
 
 Every length sees the same tokens, cut into rows of that length, so that its figures differ by what
-comes before a token alone.
+comes before a token alone. Each figure is told when it is there, and what was measured before an
+interruption or an error is printed all the same.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
 OWN = "own"  # what config.json says: the one mode with rope_scaling, such as YaRN
+_AT_A_TIME = 4096  # tokens that are measured together, where no row is longer
+Figures = dict[str, dict[int, float]]  # perplexities by mode and length, as far as measured
 _EXAMPLES = """examples:
   python train/perplexity.py --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
   python train/perplexity.py --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
@@ -39,13 +45,20 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python train/perplexity.py",
         description="Measure how well a model predicts long text, by length and by what extends "
-        "its context. Prints a table, and writes a plot.",
+        "its context. Prints a table, and writes a plot. An interruption leaves what was measured "
+        "before it.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add("--ckpt", required=True, metavar="DIR", help="model directory")
-    add("--data", required=True, nargs="+", metavar="FILE", help="JSONL, JSON, Parquet or text")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL, JSON, Parquet or text (a text file is one document)",
+    )
     add("--lengths", default="1024,2048,4096,8192,16384,32768", metavar="N,...")
     add(
         "--modes",
@@ -72,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", metavar="SPEC", help="e.g. context=8 (default: one device)")
     add("--plot", metavar="FILE", help="write a plot there (default: perplexity.png)")
     add("--json", action="store_true", help="print JSON in place of a table")
+    add(
+        "--out",
+        type=command.path,
+        metavar="FILE",
+        help="write the figures there as JSON, each when it is measured",
+    )
     caches.add_compilation_cache(result)
     command.add_debug(result)
     return result
@@ -91,6 +110,8 @@ def work(args: argparse.Namespace) -> None:
     picture = None if given is None else paths.parse(given)
     if picture:
         _check_picture(picture)
+    if args.out is not None and (args.out.is_dir() or not paths.is_place(args.out)):
+        raise command.UsageError(f"--out {args.out}: a file in a folder that is there")
     from qwen_jax import attention, checkpoint, meshes
 
     attention.get(args.attention)
@@ -111,20 +132,50 @@ def work(args: argparse.Namespace) -> None:
         meshes.check({**config.sizes, "T": length}, sizes)
     ids = _ids(args, max(lengths))
     dtype = args.dtype or language_model.default_dtype()
-    found: dict[str, dict[int, float]] = {}
-    with meshes.entered(meshes.make(sizes)):
+    with _told(args, len(ids), picture) as tell, meshes.entered(meshes.make(sizes)):
         decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
-        attend = prove.resolve(args.attention, prove.passes(config, dtype, 1, max(lengths)))
+        rows = rows_at_once(max(lengths), len(ids) // max(lengths))
+        calls = prove.passes(config, dtype, rows, max(lengths))
+        attend = prove.resolve(args.attention, calls)
         for mode, setting in settings.items():
-            measure = functools.partial(perplexity, decoder, setting, ids, attend, dtype)
-            found[mode] = {length: measure(length) for length in lengths}
-    if args.json:
-        print(json.dumps({"tokens": len(ids), "perplexity": found}))
-    else:
-        print(table(found))
-    if picture:
-        plot(found, picture)
-        command.say(f"plot: {picture}")
+            for length in lengths:
+                begin = time.perf_counter()
+                value = perplexity(decoder, setting, ids, attend, dtype, length)
+                tell(mode, length, value, time.perf_counter() - begin)
+
+
+@contextlib.contextmanager
+def _told(
+    args: argparse.Namespace, tokens: int, picture: Path | None
+) -> Iterator[Callable[[str, int, float, float], None]]:
+    """A function that is handed each figure: mode, length, perplexity and seconds. At the end,
+    whatever that is, those that there are make the table or JSON, and the plot.
+
+    tokens: how many are measured at each length.
+    """
+    found: Figures = {}
+    whole = False
+
+    def facts() -> str:
+        return json.dumps({"tokens": tokens, "perplexity": found, "complete": whole})
+
+    def tell(mode: str, length: int, value: float, seconds: float) -> None:
+        found.setdefault(mode, {})[length] = value
+        command.say(f"{mode}, {length:,} tokens: perplexity {value:.4g} ({seconds:.1f} s)")
+        if args.out is not None:
+            paths.write(args.out, facts().encode())
+
+    try:
+        yield tell
+        whole = True
+    finally:
+        if found:
+            print(facts() if args.json else table(found), flush=True)
+            if args.out is not None:
+                paths.write(args.out, facts().encode())
+            if picture:
+                plot(found, picture, _title(args.ckpt, tokens))
+                command.say(f"plot: {picture}")
 
 
 def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None) -> "Config":
@@ -158,19 +209,45 @@ def perplexity(
     """Measure the perplexity of ids [N] in rows of `length`: exp of the mean cross-entropy of all
     tokens but the first of each row.
 
-    decoder: stacked; config: what it computes as. On the mesh in force, whose `data` and `fsdp`
-    split nothing here.
+    decoder: stacked; config: what it computes as. On the mesh in force, in batches of
+    `rows_at_once`; the last is filled up with rows that do not count.
     """
     from qwen_jax.model import rope
     from train.data import batches
+    from train.data.batch import IGNORED
 
     scheme = rope.from_config(config)
     rates = scheme.frequencies(scheme.alpha(np.array([length])))
     total = _total(config, attend, dtype)
-    rows = ids[: len(ids) // length * length].reshape(-1, 1, length)
-    bar = tqdm(rows, desc=f"{length} tokens", unit="row", mininterval=0.5, leave=False)
-    sums = [float(total(decoder, batches.place(batches.batch_of(row, row)), rates)) for row in bar]
-    return math.exp(min(700, sum(sums) / (len(rows) * (length - 1))))
+    rows = ids[: len(ids) // length * length].reshape(-1, length)
+    size, entropy, done = rows_at_once(length, len(rows)), 0.0, 0
+    with tqdm(
+        desc=f"{length} tokens", total=len(rows), unit="row", mininterval=0.5, leave=False
+    ) as bar:
+        for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+            filling = ((0, size - len(part)), (0, 0))
+            labels = np.pad(part, filling, constant_values=IGNORED)
+            batch = batches.place(batches.batch_of(np.pad(part, filling), labels))
+            entropy += float(total(decoder, batch, rates))
+            done += len(part) * (length - 1)
+            bar.set_postfix(perplexity=f"{_perplexity(entropy / done):.4g}", refresh=False)
+            bar.update(len(part))
+    return _perplexity(entropy / done)
+
+
+def rows_at_once(length: int, count: int) -> int:
+    """How many of `count` rows of a length are measured together on the mesh in force, or on one
+    device: as many as make `_AT_A_TIME` tokens, one at least, and a multiple of what splits rows.
+    """
+    from qwen_jax.meshes import sharding
+
+    sizes = sharding.axis_sizes()
+    parts = math.prod(sizes[axis] for axis in sharding.BATCH)
+    return max(1, min(_AT_A_TIME // length // parts, -(-count // parts))) * parts
+
+
+def _perplexity(entropy: float) -> float:
+    return math.exp(min(700, entropy))
 
 
 @functools.cache
@@ -194,30 +271,48 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
 
 
 def table(found: Mapping[str, Mapping[int, float]]) -> str:
-    """Perplexities by mode and length: a line for each mode."""
-    lengths = list(next(iter(found.values())))
+    """Perplexities by mode and length: a line for each mode, blank where there is none yet."""
+    lengths = sorted({length for values in found.values() for length in values})
     lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
     for mode, values in found.items():
-        lines.append(f"{mode:<16}" + "".join(f"{values[length]:>10.2f}" for length in lengths))
-    return "\n".join(lines)
+        lines.append(f"{mode:<16}" + "".join(_cell(values.get(length)) for length in lengths))
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def plot(found: Mapping[str, Mapping[int, float]], path: Path) -> None:
-    """Perplexity over length, a line for each mode."""
+def _cell(value: float | None) -> str:
+    return f"{'' if value is None else f'{value:.2f}':>10}"
+
+
+def plot(found: Mapping[str, Mapping[int, float]], path: Path, title: str = "Perplexity") -> None:
+    """Perplexity over length, a line for each mode. title: of the plot."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for mode, values in found.items():
         axes.plot(list(values), list(values.values()), marker="o", label=mode)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="perplexity")
-    axes.set_xticks(list(next(iter(found.values()))), minor=False)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xscale="log", xlabel="tokens of a row", ylabel="perplexity")
+    axes.set_xticks(sorted({length for values in found.values() for length in values}))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    figures = [value for values in found.values() for value in values.values()]
+    if max(figures) > 10 * min(figures):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    axes.set_title(title, parse_math=False, wrap=True)
     axes.legend()
-    with paths.draft(path) as draft:
+    with paths.draft(path) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name, in the title
         figure.savefig(draft, dpi=150, format=_format(path))
+
+
+def _title(ckpt: str, tokens: int) -> str:
+    """The title of the plot: the model by the end of its path, and how much was read."""
+    name = "/".join(paths.absolute(ckpt).parts[-2:])
+    return f"Perplexity of {name} over {tokens:,} tokens"
 
 
 def _format(path: Path) -> str:

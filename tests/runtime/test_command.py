@@ -403,7 +403,7 @@ for script in sys.argv[1:]:
     sys.argv = [script, "--help"]
     with contextlib.suppress(SystemExit):
         runpy.run_path(script, run_name="__main__")
-    import convert.peft, train.data  # what a command imports when it works
+    import convert, train  # as a command does when it works
     for name in [x for x in sys.modules if x.partition(".")[0] in ("train", "convert")]:
         del sys.modules[name]
 """

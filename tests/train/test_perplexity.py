@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import qwen_jax
 from qwen_jax import attention, model
@@ -39,15 +41,84 @@ def by_hand(given: Path, length: int, **overrides: object) -> float:
     return float(np.exp(-found.mean()))
 
 
-def test_measuring_again_compiles_nothing():
-    config = tiny_config()
+def test_rows_are_measured_together(monkeypatch):
+    """As one by one, although the last batch is not full; measuring again compiles nothing."""
+    config, ids = tiny_config(), tiny_tokens(1, 80)[0]
+
+    def found(at_a_time: int) -> float:
+        monkeypatch.setattr(perplexity, "_AT_A_TIME", at_a_time)
+        return perplexity.perplexity(decoder, config, ids, attention.xla, "float32", 16)
+
+    with on_mesh(fsdp=4):
+        assert [perplexity.rows_at_once(16, count) for count in (1, 5, 999)] == [4, 8, 256]
     with on_mesh():
         decoder = model.stack(tiny_decoder(config))
-        measured = decoder, config, tiny_tokens(1, 32)[0], attention.xla, "float32", 16
-        first = perplexity.perplexity(*measured)
+        assert [perplexity.rows_at_once(16, count) for count in (1, 5, 999)] == [1, 5, 256]
+        one = found(16)
+        np.testing.assert_allclose(found(32), one, rtol=1e-6)
         with compilations.counted() as programs:
-            assert perplexity.perplexity(*measured) == first
+            assert found(16) == one
     assert programs == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_what_was_measured_before_an_interruption(given, tmp_path, capsys, monkeypatch, error):
+    """Is told as it comes, and printed at the end: a table, JSON, a file of JSON, and the plot."""
+
+    def measured(*arguments: object) -> float:
+        if not values:
+            raise error
+        told.append(capsys.readouterr().err)
+        return values.pop(0)
+
+    monkeypatch.setattr(perplexity, "perplexity", measured)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    out, picture = tmp_path / "x.json", tmp_path / "x.png"
+    for options in ((), ("--json",)):
+        values, told = [9.0, 8.0, 7.0, 6.0], []
+        options = (*options, "--modes", "plain,ntk", "--out", out, "--plot", picture)
+        assert perplexity.main(command(given, *options)) == code
+        assert "plain, 64 tokens: perplexity 9 (" in told[1]
+        found = json.loads(out.read_text())
+        assert found["perplexity"] == {"plain": {"64": 9, "128": 8, "256": 7}, "ntk": {"64": 6}}
+        assert found["complete"] is False and picture.exists()
+        picture.unlink()
+        printed = capsys.readouterr().out
+        if "--json" in options:
+            assert json.loads(printed) == found
+        else:
+            assert [line.split() for line in printed.splitlines()] == [
+                ["64", "128", "256"],
+                ["plain", "9.00", "8.00", "7.00"],
+                ["ntk", "6.00"],
+            ]
+
+
+@pytest.mark.parametrize("values", [[4.1, 4.4, 4.8], [7, 70, 3000], [5]])
+def test_a_plot_has_numbers_on_its_axes_and_a_title(values, tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    found = {"plain": dict(zip((1024, 2048, 32768), values, strict=False))}
+    perplexity.plot(found, tmp_path / "x.png", perplexity._title("models/a$b$_鲸", 4096))
+    (figure,) = drawn
+    (axes,) = figure.axes
+    shown = [
+        [
+            text.get_text()
+            for x, text in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+            if low <= x <= high
+        ]
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
+    ]
+    assert shown[0] == ["1,024", "2,048", "32,768"][: len(values)]
+    assert len([text for text in shown[1] if float(text.replace(",", "")) > 0]) >= 3
+    assert axes.get_title() == "Perplexity of models/a$b$_鲸 over 4,096 tokens"
 
 
 @pytest.mark.slow
@@ -97,6 +168,7 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
         (["--lengths", "64,x"], "--lengths 64,x: whole numbers"),
         (["--windows", "[64"], "--windows [64: a list of widths, as [1024, null]"),
         (["--windows", "[64]"], "layer_windows"),
+        (["--out", "none/x.json"], "--out none/x.json: a file in a folder that is there"),
         (["--plot", "."], "--plot .: a file in a folder that is there"),
         (["--plot", "none/x.png"], "--plot none/x.png: a file in a folder that is there"),
         (["--plot", "x.jpq"], "--plot x.jpq: its suffix must be one of "),
