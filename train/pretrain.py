@@ -14,7 +14,7 @@ _EXAMPLES = """examples:
   python train/pretrain.py --model qwen-1.8b --tokenizer qwen.tiktoken --data corpus/ --out RUN
   python train/pretrain.py --ckpt DIR --data more.jsonl --steps 1000 --learning-rate 3e-5 --out RUN
   python train/pretrain.py --recipe code --model qwen-7b --dry-run
-  python train/pretrain.py --resume --model qwen-1.8b ... --out RUN
+  python train/pretrain.py --out RUN --resume                       goes on with that run
 """
 
 

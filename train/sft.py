@@ -13,7 +13,8 @@ from train.run import arguments
 _EXAMPLES = """examples:
   python train/sft.py --ckpt DIR --data chats.jsonl --out RUN
   python train/sft.py --recipe sft_lora --ckpt DIR --data chats.json --eval-share 0.02 --out RUN
-  python train/sft.py --ckpt DIR --data chats.jsonl --epochs 3 --rows 32 --out RUN --resume
+  python train/sft.py --ckpt DIR --data chats.jsonl --epochs 3 --rows 32 --out RUN
+  python train/sft.py --out RUN --resume                            goes on with that run
 """
 
 

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_jax.runtime import caches, command
@@ -56,7 +58,8 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
         "--data",
         nargs="+",
         metavar="FILE",
-        help="Train on these files (JSONL, JSON, Parquet or text), folders of such, or gs://.",
+        help="Train on these files (JSONL, JSON, Parquet or text), folders of such, or gs://; "
+        "a text file is one document.",
     )
     add(
         "--eval-data",
@@ -80,7 +83,11 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
     add("--strict", action="store_true", help="Stop at a record that cannot be used.")
     add = result.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="Write the run into this folder, which is new or empty.")
-    add("--resume", action="store_true", help="Go on with the run in --out, if there is one.")
+    add(
+        "--resume",
+        action="store_true",
+        help="Go on with the run in --out, if there is one; what is not given is as it was.",
+    )
     add(
         "--eval-every",
         type=int,
@@ -128,6 +135,7 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
     command.add_processes(result)
     caches.add_compilation_cache(result)
     command.add_debug(result)
+    result.set_defaults(kind=kind)
     return result
 
 
@@ -184,13 +192,16 @@ def recipe(args: argparse.Namespace) -> Recipe:
 
 def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code."""
-    return command.run(make_parser(), work, None if argv is None else list(argv))
+    given = sys.argv[1:] if argv is None else list(argv)
+    return command.run(make_parser(), lambda args: work(args, given), given)
 
 
-def work(args: argparse.Namespace) -> None:
-    """Do what a command line asks for."""
+def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Do what a command line asks for. argv: the line itself, which the run keeps."""
     from qwen_jax.meshes import options
+    from train.run import resuming
 
+    resuming.complete(args)
     wanted = recipe(args)
     if args.dry_run:
         for name, value in dataclasses.asdict(wanted).items():
@@ -200,7 +211,10 @@ def work(args: argparse.Namespace) -> None:
     if (args.ckpt is None) == (args.model is None):
         missing.append("one of --ckpt and --model")
     if missing:
-        raise command.UsageError(f"give {', '.join(missing)}")
+        where = ""
+        if args.resume and args.out:
+            where = f": {args.out} holds no run that keeps the arguments it was begun with"
+        raise command.UsageError(f"give {', '.join(missing)}{where}")
     if args.eval_data and args.eval_share:
         raise command.UsageError("--eval-data and --eval-share: one of them")
     if args.keep_best is None:
@@ -224,10 +238,10 @@ def work(args: argparse.Namespace) -> None:
     if args.mesh is not None:
         sizes = options.mesh_sizes(args.mesh)
         options.virtual_cpu_devices(sizes)
-    _train(args, wanted, sizes)
+    _train(args, wanted, sizes, start=resuming.record(args, argv))
 
 
-def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
+def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any, start: Mapping[str, Any]) -> None:
     import jax
 
     from qwen_jax import PRESETS, checkpoint, meshes
@@ -273,6 +287,7 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         tuple(records.files(args.eval_data)),
         args.eval_share,
         args.strict,
+        start,
     )
     settings = loop.Settings(
         paths.absolute(args.out),
@@ -287,8 +302,13 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any) -> None:
         None if args.token_cache is None else paths.absolute(args.token_cache),
     )
     lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
+    devices = jax.devices()
+    if sizes is not None and "mesh" not in args.given and math.prod(sizes.values()) > len(devices):
+        command.say(
+            f"the run's mesh {args.mesh} is for more than {len(devices)} devices: not taken"
+        )
+        sizes = None
     if sizes is None:
-        devices = jax.devices()
         slices = meshes.count_slices(devices)
         sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
     if sizes[sharding.TENSOR] == 1 and wanted.sequence_parallel:

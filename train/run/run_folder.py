@@ -1,19 +1,23 @@
 """The folder of a run: whose it is, and that one run at a time works in it. Knows no model."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.checkpoint import directory
-from qwen_jax.runtime import command, lock, paths, processes
+from qwen_jax.runtime import command, lock, paths, processes, texts
 
 FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
 RESULTS = MODEL, ADAPTER = "model", "adapter"
 _RUN, _LOCK = "run.json", "run.lock"
 # Fields of a recipe that change roundings alone: a run may go on with others.
 ROUNDINGS = ("remat", "sequence_parallel", "attention", "gradient_dtype")
-_MAY_DIFFER = {f"recipe.{name}" for name in ("steps", "epochs", *ROUNDINGS)}
+# Of a recipe what other values follow from, or which examples there are; and what may change.
+_FIRST = ("name", "length", "pack", "too_long", "field", "system", "loss_on", "seed")
+_FREE = ("steps", "epochs", *ROUNDINGS)
+_OF_START = ("command", "versions")
+_SHOWN = 3  # differences
 
 
 @contextlib.contextmanager
@@ -43,8 +47,19 @@ def check(out: Path, resume: bool) -> None:
         raise ValueError(f"{out} holds something else: give --out an empty or new folder")
 
 
-def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None:
+def read(out: Path) -> dict[str, Any]:
+    """What run.json says of the run in a folder; nothing where there is none."""
+    return directory.read_json(out / _RUN) if (out / _RUN).exists() else {}
+
+
+def claim(
+    out: Path, identity: dict[str, Any], steps: int, resume: bool, start: Mapping[str, Any]
+) -> None:
     """Take the folder for a run of so many steps, or find the run in it.
+
+    identity: what must be the same for a run to go on. start: what is told of this start beside
+    that (`resuming.record`, and "rows", how many there are to train on); run.json keeps the first,
+    and of the last the arguments and, as "resumed", the command and versions.
 
     What was never saved is no run: with `resume` another may take its place. Raises ValueError
     where the folder holds another run, or anything else.
@@ -56,28 +71,32 @@ def claim(out: Path, identity: dict[str, Any], steps: int, resume: bool) -> None
             "all hosts share, or in gs://"
         )
     check(out, resume)
+    now = {**identity, **start}
     if not file.exists():
-        directory.write_json(file, identity)
+        directory.write_json(file, now)
         return
-    before = directory.read_json(file)
-    changed = [
-        {"data": "other examples", "ckpt": "another --ckpt"}.get(
-            name, f"{name} was {old!r}, is {new!r}"
-        )
-        for name, old, new in _differences(before, identity)
-        if name not in _MAY_DIFFER
-    ]
+    before = read(out)
+    changed = _differences(before, now)
     taken = _steps_saved(out / CHECKPOINTS)
     saved = taken or any((out / name).exists() for name in RESULTS)
     if changed and saved:
-        raise ValueError(f"{out} holds another run: {'; '.join(changed[:5])}")
+        more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        raise ValueError(
+            f"{out} holds another run: {'; '.join(changed[:_SHOWN])}{more}: --out {out} "
+            "--resume alone takes what it began with; for another run give another --out"
+        )
     if taken and max(taken) > steps:
         raise ValueError(f"{out} is at step {max(taken)}: of {steps} steps it has more")
-    if before != identity and processes.index() == 0:
-        if changed:
-            command.say(f"{out} holds a run that was never saved: this one takes its place")
-            paths.remove_tree(out / FILES)
-        directory.write_json(file, identity)  # with as many steps as it now has
+    if processes.index():
+        return
+    if changed:
+        command.say(f"{out} holds a run that was never saved: this one takes its place")
+        paths.remove_tree(out / FILES)
+    else:  # with as many steps as it now has
+        resumed = {name: now.pop(name) for name in _OF_START if name in now}
+        now |= {name: before[name] for name in _OF_START if name in before}
+        now |= {"resumed": resumed} if resumed else {}
+    directory.write_json(file, now)
 
 
 def remove_results(out: Path) -> None:
@@ -95,10 +114,63 @@ def _steps_saved(folder: Path) -> list[int]:
     return [int(x.name) for x in found if not paths.is_remote(x) or (x / last).exists()]
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            inner = f"{name}.{key}" if name else key
-            yield from _differences(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield name, before, now
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes a run another one, in words, the likeliest cause first, with old and new values.
+    Other steps are none. before, now: contents of run.json; an older one lacks "arguments".
+    """
+    return [*_of_model(before, now), *_of_recipe(before, now), *_of_data(before, now)]
+
+
+def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before.get("ckpt") != now["ckpt"]:
+        told = _told("ckpt", before, now)
+        yield told or "--ckpt has another model than before: its manifest.json has changed"
+    for name, old, new in _changed(before.get("config", {}), now["config"]):
+        yield f"config.{name} was {texts.shown(old)}, is {texts.shown(new)}"
+
+
+def _of_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    found = {
+        name: f"was {texts.shown(old)}, is {texts.shown(new)}"
+        for name, old, new in _changed(before.get("recipe", {}), now["recipe"])
+        if name not in _FREE
+    }
+    for name in sorted(found, key=lambda x: (x not in _FIRST, x in _FIRST and _FIRST.index(x))):
+        yield f"--{'recipe' if name == 'name' else name.replace('_', '-')} {found[name]}"
+
+
+def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Other examples, unless the recipe says already why they are others."""
+    recipes = before.get("recipe", {}), now["recipe"]
+    if before.get("data") == now["data"] or any(x in _FIRST for x, *_ in _changed(*recipes)):
+        return
+    told = [_told(name, before, now) for name in ("data", "tokenizer", "eval_share")]
+    if any(told):
+        yield from filter(None, told)
+    elif "arguments" not in before:
+        yield "other examples: another --data, --tokenizer or --eval-share"
+    else:
+        yield f"--data has changed: it made {before['rows']:,} rows, and makes {now['rows']:,}"
+
+
+def _told(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How an argument differs, where both are known and do."""
+    if "arguments" not in before:
+        return None
+    old, new = (x["arguments"].get(name) for x in (before, now))
+    if old == new:
+        return None
+    shown = [" ".join(x) if isinstance(x, list) else "none" if x is None else x for x in (old, new)]
+    return f"--{name.replace('_', '-')} was {shown[0]}, is {shown[1]}"
+
+
+def _changed(
+    before: Mapping[str, Any], now: Mapping[str, Any], name: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The names, old and new values of what differs, in the order of `now`."""
+    for key in dict.fromkeys([*now, *before]):
+        inner, old, new = f"{name}{key}", before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(old, new, f"{inner}.")
+        elif old != new:
+            yield inner, old, new

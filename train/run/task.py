@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Task:
 
     ckpt: the model directory to begin from; None for fresh weights. held_out: files to measure the
     loss on; or share: how much of the examples is held out for that. strict: stop at a bad record.
+    start: what run.json says of how the run was started (`resuming.record`).
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Task:
     held_out: tuple[Path, ...] = ()
     share: float = 0.0
     strict: bool = False
+    start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def train(task: Task, settings: Settings) -> None:
@@ -93,7 +95,8 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     identity = _identity(task, rows)
     # The others find what process 0 has claimed.
     resume = settings.resume or processes.index() > 0
-    processes.first(lambda: run_folder.claim(out, identity, steps, resume))
+    start = {**task.start, "rows": len(rows)}
+    processes.first(lambda: run_folder.claim(out, identity, steps, resume, start=start))
     files = processes.first(lambda: _write_files(out / run_folder.FILES, task))
     checkpoints = Checkpoints(out / run_folder.CHECKPOINTS, settings.keep_last, settings.keep_best)
     if settings.resume and checkpoints.latest is not None:
@@ -143,7 +146,7 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
         stopped = loop.stopped(asked)
     checkpoints.close()
     if stopped:
-        command.say(f"saved at step {loop.position}; --resume goes on from there")
+        command.say(f"saved at step {loop.position}; --out {out} --resume goes on from there")
         if asked.get("signal") == signal.SIGINT:
             raise KeyboardInterrupt
         return

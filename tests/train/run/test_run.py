@@ -64,7 +64,9 @@ def test_what_a_run_leaves(whole, given):
 
 
 def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
-    """Stopped between two checkpoints, as by kill -9: what came after the last is made again."""
+    """Stopped between two checkpoints, as by kill -9: what came after the last is made again, by a
+    command that names the folder alone.
+    """
     out = tmp_path / "run"
     hear = loop.Loop._hear
 
@@ -78,7 +80,12 @@ def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
         patch.setattr(loop.Loop, "_hear", stopped)
         assert pretrain.main(pretraining(given, out, *extra)) == 1
     assert max(curve(out)) == 10 and not (out / "model").exists()
-    succeed(pretraining(given, out, *extra, "--resume"))
+    monkeypatch.chdir(tmp_path)
+    succeed(["--out", "run", "--resume"])
+    told = json.loads((out / "run.json").read_text())
+    assert told["command"].startswith("python train/pretrain.py --model ")
+    assert told["resumed"]["command"] == "python train/pretrain.py --out run --resume"
+    assert told["versions"]["jax"] == jax.__version__
     assert curve(out) == curve(whole) and curve(out, "held_out") == curve(whole, "held_out")
     expected = weights(whole / "model")
     for name, value in weights(out / "model").items():
@@ -376,7 +383,7 @@ def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
     assert (whole / "run.json").read_text() == claimed
     other = [*again, "--resume", "--learning-rate", "0.02"]
     line = fail(capsys, other, pretrain)
-    assert "holds another run: recipe.learning_rate was 0.01, is 0.02" in line
+    assert "holds another run: --learning-rate was 0.01, is 0.02: --out " in line
     (tmp_path / "letter.txt").write_text("dear")
     line = fail(capsys, pretraining(given, tmp_path), pretrain)
     assert "holds something else: give --out an empty or new folder" in line
@@ -466,7 +473,8 @@ def test_another_directory_of_the_same_shape_is_another(whole, given, tmp_path, 
         config, decoder = checkpoint.load_config(whole / "model"), checkpoint.load(whole / "model")
         checkpoint.save(other, config, decoder, like=whole / "model")
     again = fine_tuning(given, other, out, *lora, "--resume")
-    assert "holds another run: another --ckpt" in fail(capsys, again)
+    named = f"--ckpt was {whole / 'model'}, is {other}: --out {out} --resume alone takes what it"
+    assert f"holds another run: {named}" in fail(capsys, again)
 
 
 def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_empty(tmp_path):

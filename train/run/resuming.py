@@ -1,0 +1,80 @@
+"""What a run keeps of the command line that began it, so that going on takes `--out RUN --resume`
+alone.
+"""
+
+import argparse
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import qwen_jax
+from qwen_jax import PRESETS
+from qwen_jax.checkpoint import directory
+from qwen_jax.runtime import command, paths
+from train.run import run_folder
+
+PROGRAMS = {"text": "train/pretrain.py", "chat": "train/sft.py"}
+_PLACES = ("ckpt", "model", "tokenizer", "data", "eval_data", "token_cache", "compilation_cache")
+_EITHER = (("steps", "epochs"), ("ckpt", "model"), ("eval_data", "eval_share"))
+# Of one start alone: where the run is, which process this is, and what is looked at.
+_PASSING = ("out", "resume", "dry_run", "debug", "profile_steps", "distributed", "coordinator")
+_PASSING += ("processes", "process", "start_timeout", "heartbeat_timeout")
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Set the arguments that the command line does not name, and that the run in --out was begun
+    with; `args.kept` has all that the run keeps. UsageError where another command began it.
+
+    The model's config.json and vocabulary are those that the run holds, wherever they came from.
+    """
+    args.kept = {}
+    if not args.resume or not args.out:
+        return
+    out = paths.absolute(args.out)
+    before = run_folder.read(out)
+    kind = before.get("recipe", {}).get("data", args.kind)
+    if kind != args.kind:
+        raise command.UsageError(f"{out} is a run of {PROGRAMS[kind]}: go on with that command")
+    replaced = {
+        other
+        for pair in _EITHER
+        for other in pair
+        if other not in args.given and set(pair) & set(args.given)
+    }
+    kept = before.get("arguments", {})
+    args.kept = {x: value for x, value in kept.items() if hasattr(args, x) and x not in replaced}
+    own = {"model": directory.CONFIG, "tokenizer": directory.TOKENIZER}
+    for name, value in args.kept.items():
+        if name in args.given:
+            continue
+        copy = out / run_folder.FILES / own.get(name, "")
+        is_file = name in own and value not in PRESETS and copy.is_file()
+        setattr(args, name, str(copy) if is_file else value)
+
+
+def record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What run.json says of a start: the command line, its arguments with absolute paths, and the
+    versions of what computes. args: `complete`; argv: of the command, without its name.
+    """
+    given = {name: getattr(args, name) for name in args.given if name not in _PASSING}
+    return {
+        "command": shlex.join(["python", PROGRAMS[args.kind], *argv]),
+        "arguments": args.kept | {name: _absolute(name, value) for name, value in given.items()},
+        "versions": {
+            "qwen_jax": qwen_jax.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
+        },
+    }
+
+
+def _absolute(name: str, value: Any) -> Any:
+    if name not in _PLACES or (name == "model" and value in PRESETS):
+        return value
+    return [_absolute(name, x) for x in value] if isinstance(value, list) else _path(value)
+
+
+def _path(value: str) -> str:
+    return str(paths.absolute(value))
