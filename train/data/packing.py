@@ -244,9 +244,19 @@ class Rows:
         return len(self._pieces.first) - 1
 
     @property
+    def tokens(self) -> int:
+        """How many places hold a token."""
+        return int(self._pieces.length.sum(dtype=np.int64))
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest piece of an example that is in one row."""
+        return int(self._pieces.length.max())
+
+    @property
     def efficiency(self) -> float:
         """The share of all places that hold a token."""
-        return float(self._pieces.length.sum()) / (len(self) * self._length)
+        return self.tokens / (len(self) * self._length)
 
     def __getitem__(self, index: int) -> Batch:
         ids, targets, positions, segments = np.zeros((4, self._length), np.int32)

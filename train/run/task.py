@@ -15,11 +15,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,8 +36,8 @@ from train import data, step
 from train.data import records, shared_cache, token_cache
 from train.data.batches import Batches
 from train.data.packing import Rows
-from train.run import parameters, run_folder
-from train.run.logs import Log
+from train.run import advice, parameters, run_folder
+from train.run.logs import EVENTS, Log
 from train.run.loop import Loop, Settings, signals
 from train.run.recipes import Recipe
 from train.run.saving import Checkpoints
@@ -103,7 +105,14 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
         state, facts = checkpoints.restore(like)
         command.say(f"resumed from step {checkpoints.latest}")
     else:
+        if better := advice.less_waste(
+            rows, recipe, sharding.axis_sizes(), platform=jax.default_backend()
+        ):
+            command.say(f"less work for the same examples: {'; '.join(better)}")
         state, facts = trained.begin(optimizer), {"position": 0}
+    if said := advice.other_length(recipe, task.config, fresh=task.ckpt is None):
+        command.say(said)
+    command.say(f"curves: tensorboard --logdir {shlex.quote(str(out / EVENTS))}")
     position = facts["position"]
     owed = bool(facts.get("owed")) and held_out is not None
     if position < steps:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,8 @@ import qwen_jax
 from qwen_jax import checkpoint, meshes
 from qwen_jax.checkpoint import directory
 from qwen_jax.runtime import texts
+from qwen_jax.chat.tokenizer import SPECIAL_TOKENS
+from qwen_jax.config import Config
 from tests.support.training import (
     CONFIG,
     curve,
@@ -32,7 +35,7 @@ from tests.support.training import (
 )
 from train import pretrain, sft, step
 from train.data import packing
-from train.run import logs, loop, parameters, recipes, run_folder, saving, task
+from train.run import advice, logs, loop, parameters, recipes, run_folder, saving, task
 
 
 @pytest.fixture(scope="module")
@@ -292,10 +295,42 @@ def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir() if x.is_dir()) == ["1", "5"]
 
 
-def test_steps_are_profiled_on_request(given, tmp_path):
-    out = tmp_path / "run"
+def test_steps_are_profiled_on_request(given, tmp_path, capsys, monkeypatch):
+    """Beside what each start says."""
+    out = tmp_path / "a run"
+    monkeypatch.setattr(advice, "less_waste", lambda *_, **__: ["--length 1", "--rows 1"])
     succeed(pretraining(given, out, "--steps", 5, "--profile-steps", "2-3"))
     assert list((out / "profile").rglob("*.xplane.pb"))
+    said = capsys.readouterr().err
+    assert "less work for the same examples: --length 1; --rows 1\n" in said
+    assert f"curves: tensorboard --logdir '{out}/events'\n" in said
+    assert "--length 32: the model's config.json has seq_length 64; write 32 there, if" in said
+
+
+def small_model() -> tuple[str, str]:
+    """The section of the docs on a model of one's own, and the config.json in it."""
+    page = (Path(__file__).parents[3] / "docs/training.md").read_text(encoding="utf-8")
+    section = page.partition("## A small model of one's own")[2]
+    (text,) = re.findall(r"^```json\n(.*?)^```", section, re.M | re.S)
+    return section, text
+
+
+def test_the_small_model_of_the_docs_is_whole(tmp_path):
+    """Its config.json fits the commands beside it."""
+    section, text = small_model()
+    (file := tmp_path / "config.json").write_text(text)
+    size, length = (int(re.findall(rf"--{x} (\d+)", section)[0]) for x in ("size", "length"))
+    config = Config.read(file)
+    assert config.vocab_size == size + len(SPECIAL_TOKENS) and config.seq_length == length
+    assert f"of {config.num_params() / 1e6:.1f} million weights" in section
+    assert json.loads(text).keys() >= config.to_hf().keys() - {"fp16", "bf16", "fp32"}
+
+
+@pytest.mark.slow
+def test_the_small_model_of_the_docs_trains(given, tmp_path):
+    (file := tmp_path / "config.json").write_text(small_model()[1])
+    succeed(pretraining(given, tmp_path / "run", "--model", file, "--steps", 1, "--mesh", "fsdp=1"))
+    assert list(curve(tmp_path / "run")) == [1]
 
 
 @pytest.mark.parametrize(

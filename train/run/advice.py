@@ -1,0 +1,90 @@
+"""What would waste less of a run's work, from the lengths of its own examples; and what follows
+from rows that are not as long as the model's `seq_length`.
+"""
+
+import math
+from collections.abc import Mapping
+
+from qwen_jax.config import Config
+from qwen_jax.meshes import sharding
+from train.data.packing import Rows
+from train.run.recipes import Recipe
+
+_LITTLE = 0.5  # of the places used: there is something to gain
+_FINE, _COARSE = 16, 64  # lengths are multiples of the first, and above the second of that
+
+
+def less_waste(rows: Rows, recipe: Recipe, sizes: Mapping[str, int], platform: str) -> list[str]:
+    """Options that make a step's work less for the same examples, each with what it gains, from
+    the most to the least.
+
+    rows: what is trained on; sizes: of the mesh by axis; platform: as jax names the backend.
+    Nothing is cut by a shorter `--length`, and every value divides over the mesh.
+    """
+    found = []
+    if rows.efficiency < _LITTLE:
+        found += [*_shorter(rows, recipe, sizes), *_together(rows, recipe, sizes)]
+    if recipe.rows > len(rows):
+        unit = _unit(recipe, sizes)
+        fewer = max(1, len(rows) // unit) * unit
+        if fewer < recipe.rows:
+            found.append(
+                f"--rows {fewer}, as a batch of {recipe.rows} repeats the {len(rows)} rows"
+            )
+    if platform == "cpu" and recipe.dtype == "bfloat16":
+        found.append("--dtype float32, which CPUs compute faster than bfloat16 as a rule")
+    return found
+
+
+def _shorter(rows: Rows, recipe: Recipe, sizes: Mapping[str, int]) -> list[str]:
+    """Rows as long as the longest example or, where one row holds all, as long as that needs."""
+    if recipe.pack != "alone" and len(rows) > 1:
+        return []
+    need = rows.longest if recipe.pack == "alone" else rows.tokens
+    context = sizes[sharding.CONTEXT]
+    pieces = 2 * context if context > 1 else 1
+    unit = math.lcm(_FINE if need <= _COARSE else _COARSE, pieces, sizes[sharding.TENSOR])
+    length = -(-need // unit) * unit
+    if length >= recipe.length:
+        return []
+    used = rows.tokens / (len(rows) * length)
+    what = "the longest example" if recipe.pack == "alone" else "all of it"
+    return [f"--length {length} ({what} has {need:,} tokens), of which {used:.0%} are used"]
+
+
+def _together(rows: Rows, recipe: Recipe, sizes: Mapping[str, int]) -> list[str]:
+    """As many examples in a batch as now, but several in a row."""
+    if recipe.pack != "alone":
+        return []
+    per_row = recipe.length * len(rows) // rows.tokens
+    unit = _unit(recipe, sizes)
+    batch = -(-recipe.rows // (per_row * unit)) * unit
+    if batch >= recipe.rows:
+        return []
+    return [
+        f"--pack fitted --rows {batch}, with some {per_row} examples in a row of {recipe.length}"
+    ]
+
+
+def _unit(recipe: Recipe, sizes: Mapping[str, int]) -> int:
+    """What the rows of a batch must be a multiple of."""
+    return recipe.accumulate * math.prod(sizes[axis] for axis in sharding.BATCH)
+
+
+def other_length(recipe: Recipe, config: Config, fresh: bool) -> str | None:
+    """What it means that rows are not as long as the config's `seq_length`; None where they are.
+
+    fresh: whether the model begins with this run.
+    """
+    length, known = recipe.length, config.seq_length
+    if length == known:
+        return None
+    if fresh:
+        follows = f"write {length} there, if that is the length that the model learns"
+    elif length < known:
+        follows = f"what is more than {length} tokens apart is not trained"
+    elif config.dynamic_ntk or config.logn:
+        follows = "training does without the dynamic NTK and LogN that generation uses beyond it"
+    else:
+        follows = "places beyond it are new to the model"
+    return f"--length {length}: the model's config.json has seq_length {known}; {follows}"
