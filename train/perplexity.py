@@ -14,8 +14,7 @@ import json
 import math
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from qwen_jax.runtime import caches, command, paths
+from train import perplexity_figures
 
 if TYPE_CHECKING:
     from qwen_jax.config import Config
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
 OWN = "own"  # what config.json says: the one mode with rope_scaling, such as YaRN
 _AT_A_TIME = 4096  # tokens that are measured together, where no row is longer
-Figures = dict[str, dict[int, float]]  # perplexities by mode and length, as far as measured
 _EXAMPLES = """examples:
   python train/perplexity.py --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
   python train/perplexity.py --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
@@ -109,7 +108,7 @@ def work(args: argparse.Namespace) -> None:
     given = "perplexity.png" if args.plot is None and not args.json else args.plot
     picture = None if given is None else paths.parse(given)
     if picture:
-        _check_picture(picture)
+        perplexity_figures.check_picture(picture)
     if args.out is not None and (args.out.is_dir() or not paths.is_place(args.out)):
         raise command.UsageError(f"--out {args.out}: a file in a folder that is there")
     from qwen_jax import attention, checkpoint, meshes
@@ -153,7 +152,7 @@ def _told(
 
     tokens: how many are measured at each length.
     """
-    found: Figures = {}
+    found: dict[str, dict[int, float]] = {}
     whole = False
 
     def facts() -> str:
@@ -170,11 +169,12 @@ def _told(
         whole = True
     finally:
         if found:
-            print(facts() if args.json else table(found), flush=True)
+            print(facts() if args.json else perplexity_figures.table(found), flush=True)
             if args.out is not None:
                 paths.write(args.out, facts().encode())
             if picture:
-                plot(found, picture, _title(args.ckpt, tokens))
+                title = perplexity_figures.title_of(args.ckpt, tokens)
+                perplexity_figures.plot(found, picture, title=title)
                 command.say(f"plot: {picture}")
 
 
@@ -268,66 +268,6 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
         return jnp.sum(weights * (found.lse - found.logit))
 
     return total
-
-
-def table(found: Mapping[str, Mapping[int, float]]) -> str:
-    """Perplexities by mode and length: a line for each mode, blank where there is none yet."""
-    lengths = sorted({length for values in found.values() for length in values})
-    lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
-    for mode, values in found.items():
-        lines.append(f"{mode:<16}" + "".join(_cell(values.get(length)) for length in lengths))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: float | None) -> str:
-    return f"{'' if value is None else f'{value:.2f}':>10}"
-
-
-def plot(found: Mapping[str, Mapping[int, float]], path: Path, title: str = "Perplexity") -> None:
-    """Perplexity over length, a line for each mode. title: of the plot."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for mode, values in found.items():
-        axes.plot(list(values), list(values.values()), marker="o", label=mode)
-    axes.set(xscale="log", xlabel="tokens of a row", ylabel="perplexity")
-    axes.set_xticks(sorted({length for values in found.values() for length in values}))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    figures = [value for values in found.values() for value in values.values()]
-    if max(figures) > 10 * min(figures):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.set_title(title, parse_math=False, wrap=True)
-    axes.legend()
-    with paths.draft(path) as draft, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name, in the title
-        figure.savefig(draft, dpi=150, format=_format(path))
-
-
-def _title(ckpt: str, tokens: int) -> str:
-    """The title of the plot: the model by the end of its path, and how much was read."""
-    name = "/".join(paths.absolute(ckpt).parts[-2:])
-    return f"Perplexity of {name} over {tokens:,} tokens"
-
-
-def _format(path: Path) -> str:
-    """The format that the name of a picture asks for."""
-    return path.suffix[1:].lower() or "png"
-
-
-def _check_picture(path: Path) -> None:
-    """Raise UsageError where no plot can be written, before anything is measured."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    if path.is_dir() or not paths.is_place(path):
-        raise command.UsageError(f"--plot {path}: a file in a folder that is there")
-    if _format(path) not in (known := FigureCanvasBase.filetypes):
-        raise command.UsageError(f"--plot {path}: its suffix must be one of {', '.join(known)}")
 
 
 def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:

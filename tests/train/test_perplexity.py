@@ -14,7 +14,7 @@ from qwen_jax.config import RopeScaling
 from tests.support import compilations
 from tests.support.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.support.training import TEXT, fail, prepared, pretraining, succeed
-from train import perplexity
+from train import perplexity, perplexity_figures
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,8 @@ def test_a_plot_has_numbers_on_its_axes_and_a_title(values, tmp_path, monkeypatc
 
     monkeypatch.setattr(Figure, "savefig", saved)
     found = {"plain": dict(zip((1024, 2048, 32768), values, strict=False))}
-    perplexity.plot(found, tmp_path / "x.png", perplexity._title("models/a$b$_鲸", 4096))
+    title = perplexity_figures.title_of("models/a$b$_鲸", 4096)
+    perplexity_figures.plot(found, tmp_path / "x.png", title=title)
     (figure,) = drawn
     (axes,) = figure.axes
     shown = [

@@ -1,0 +1,67 @@
+"""Perplexities by mode and length as a table of text, and as a plot."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_jax.runtime import command, paths
+
+
+def table(found: Mapping[str, Mapping[int, float]]) -> str:
+    """Perplexities by mode and length: a line for each mode, blank where there is none yet."""
+    lengths = sorted({length for values in found.values() for length in values})
+    lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
+    for mode, values in found.items():
+        lines.append(f"{mode:<16}" + "".join(_cell(values.get(length)) for length in lengths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: float | None) -> str:
+    return f"{'' if value is None else f'{value:.2f}':>10}"
+
+
+def plot(found: Mapping[str, Mapping[int, float]], path: Path, title: str = "Perplexity") -> None:
+    """Perplexity over length, a line for each mode. title: of the plot."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for mode, values in found.items():
+        axes.plot(list(values), list(values.values()), marker="o", label=mode)
+    axes.set(xscale="log", xlabel="tokens of a row", ylabel="perplexity")
+    axes.set_xticks(sorted({length for values in found.values() for length in values}))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    figures = [value for values in found.values() for value in values.values()]
+    if max(figures) > 10 * min(figures):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.set_title(title, parse_math=False, wrap=True)
+    axes.legend()
+    with paths.draft(path) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name, in the title
+        figure.savefig(draft, dpi=150, format=_format(path))
+
+
+def title_of(ckpt: str, tokens: int) -> str:
+    """The title of the plot: the model by the end of its path, and how much was read."""
+    name = "/".join(paths.absolute(ckpt).parts[-2:])
+    return f"Perplexity of {name} over {tokens:,} tokens"
+
+
+def _format(path: Path) -> str:
+    """The format that the name of a picture asks for."""
+    return path.suffix[1:].lower() or "png"
+
+
+def check_picture(path: Path) -> None:
+    """Raise UsageError where no plot can be written, before anything is measured."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.is_dir() or not paths.is_place(path):
+        raise command.UsageError(f"--plot {path}: a file in a folder that is there")
+    if _format(path) not in (known := FigureCanvasBase.filetypes):
+        raise command.UsageError(f"--plot {path}: its suffix must be one of {', '.join(known)}")
