@@ -141,12 +141,14 @@ def _of_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Other examples, unless the recipe says already why they are others."""
-    recipes = before.get("recipe", {}), now["recipe"]
-    if before.get("data") == now["data"] or any(x in _FIRST for x, *_ in _changed(*recipes)):
+    if before.get("data") == now["data"]:
         return
     told = [_told(name, before, now) for name in ("data", "tokenizer", "eval_share")]
+    recipes = before.get("recipe", {}), now["recipe"]
     if any(told):
         yield from filter(None, told)
+    elif any(name in _FIRST for name, *_ in _changed(*recipes)):
+        return
     elif "arguments" not in before:
         yield "other examples: another --data, --tokenizer or --eval-share"
     else:

@@ -38,7 +38,7 @@ def test_short_chats_a_row_each(short):
 
 
 def test_values_divide_over_the_mesh(short):
-    axes = {"data": 2, "fsdp": 2, "context": 48}
+    axes = {"data": 2, "fsdp": 2, "context": 12}
     shorter, together = of(short, axes=axes, accumulate=2)
     assert shorter.startswith("--length 96 ") and together.startswith("--pack fitted --rows 8,")
 

@@ -104,6 +104,10 @@ def test_a_run_of_another_command(tmp_path, capsys):
             {"data": "9", "arguments.data": ["/d/c.jsonl"]},
             "--data was /d/a.jsonl /d/b.jsonl, is /d/c.jsonl: ",
         ),
+        (
+            {"recipe.length": 256, "data": "9", "arguments.data": ["/d/c.jsonl"]},
+            "--length was 512, is 256; --data was /d/a.jsonl /d/b.jsonl, is /d/c.jsonl: ",
+        ),
         ({"data": "9", "arguments.eval_share": 0.1}, "--eval-share was none, is 0.1: "),
         ({"data": "9", "rows": 39}, "--data has changed: it made 40 rows, and makes 39: "),
         (
