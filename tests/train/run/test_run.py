@@ -19,10 +19,10 @@ import pytest
 
 import qwen_jax
 from qwen_jax import checkpoint, meshes
-from qwen_jax.checkpoint import directory
-from qwen_jax.runtime import texts
 from qwen_jax.chat.tokenizer import SPECIAL_TOKENS
+from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
+from qwen_jax.runtime import texts
 from tests.support.training import (
     CONFIG,
     curve,
