@@ -1,6 +1,6 @@
-"""The decoder: its mathematics, RoPE, and the vocabulary at both of its ends.
+"""The Qwen decoder: its layers, RoPE, and the embedding and logits at its two ends.
 
-Begin with `decoder.py`. Nothing here knows of files, of sampling, or of how a leaf is stored.
+Begin with `decoder.py`. Nothing here knows of files, of sampling, or of how a weight is stored.
 """
 
 from qwen_jax.model.build import abstract, create, stack, unstack

@@ -1,4 +1,6 @@
-"""Decoders made and rearranged: with fresh weights, as shapes, with layers stacked or apart."""
+"""Functions that make and rearrange decoders: fresh weights, shapes alone, stacked or separate
+layers.
+"""
 
 from typing import Any
 
@@ -12,8 +14,10 @@ from qwen_jax.model.decoder import Block, Decoder
 
 
 def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
-    """A decoder with fresh weights (the original's: N(0, 0.02^2), both projections back into
-    the residual divided by sqrt(2 L), biases 0, norms 1), partitioned over the mesh in force.
+    """Make a decoder with freshly drawn weights, partitioned over the mesh in force.
+
+    As in the original, weights are drawn from N(0, 0.02^2), the two projections back into the
+    residual stream divided by sqrt(2 L); biases are 0 and norms are 1.
     """
     make = _maker(config, key, dtype)
     blocks = [Block(config, make) for _ in range(config.num_layers)]
@@ -21,7 +25,9 @@ def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
 
 
 def abstract(config: Config, dtype: Any) -> Decoder:
-    """The decoder as shapes and partitionings: no memory is used, whatever the size."""
+    """Return the decoder as shapes with partitionings. It takes no memory, whatever the model's
+    size.
+    """
 
     def make() -> Maker:  # a key too is made as a shape: the devices may not be there
         return _maker(config, jax.random.key(0), dtype)
@@ -33,10 +39,10 @@ def abstract(config: Config, dtype: Any) -> Decoder:
 
 
 def stack(decoder: Decoder, consume: bool = False) -> Decoder:
-    """The same decoder, its blocks' leaves stacked on a first axis L: one program for any depth.
+    """Stack the leaves of all blocks on a new first axis L, so that one program serves any depth.
 
-    consume: let go of each leaf when it is stacked, so that beside the weights only one leaf of all
-    layers is there twice.
+    consume: delete each leaf once it is stacked, so that beside the weights only one leaf of all
+        layers is held twice.
     """
 
     def stacked(*leaves: Weight) -> Weight:
@@ -56,8 +62,10 @@ def _stack(arrays: list[jax.Array]) -> jax.Array:
 
 
 def unstack(decoder: Decoder) -> Decoder:
-    """The inverse of `stack`, for whoever trains and then decodes: under `jit`, else each layer of
-    each leaf is a program of its own. Donating saves nothing, as no part has the size of the whole.
+    """Undo `stack`: give each layer leaves of its own, for a trained model that is to decode.
+
+    Call it under `jit`; otherwise each layer of each leaf is a program of its own. Donating saves
+    nothing, as no part has the size of the whole.
     """
 
     def block(i: int) -> Block:
@@ -70,6 +78,7 @@ def unstack(decoder: Decoder) -> Decoder:
 
 
 def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
+    """Add the embedding, the final norm and the head to a list of blocks."""
     std = config.initializer_range
     head = None if config.tie_embeddings else make.normal("VD", std)
     return Decoder(
@@ -82,5 +91,6 @@ def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
 
 
 def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
+    """A source of leaves for a config, once its axes are known to divide over the mesh in force."""
     meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
     return Maker(config.sizes, key, dtype)

@@ -1,24 +1,24 @@
-"""The decoder: the mathematics of Qwen, from token ids to logits.
+"""The decoder: the mathematics of a Qwen model, from token ids to logits.
 
-Axis letters, used in every equation, partitioning, table and error message:
+These axis letters name the axes of arrays in every equation, partitioning, table and message:
 
     B batch   T query tokens   S key tokens   D model width   L layers   V vocabulary
     N query heads   K key/value heads   G queries per KV head   H head dim   F feed-forward width
     Q = N H and U = K H, the widths of queries and of keys
 
-A `Decoder` is an immutable pytree of named weights. A pass goes
+A `Decoder` is an immutable pytree of named weights. A forward pass computes
 
     token ids -> embed -> L blocks {norm, attention, norm, feed-forward} -> norm -> logits
 
-and this file holds nothing else. What it leaves to others:
+and this file holds only that. The rest lies elsewhere:
 
-    rope.py               the angles of RoPE and the scale of a query, by scheme
-    vocabulary.py         the look-up in, and probabilities over, a vocabulary split over devices
-    running.py            the blocks one after the other: scanned, or a few in a compiled program
-    build.py              decoders made, stacked, and taken apart
-    leaves/weights.py     how a weight of whatever kind (float, int8, LoRA) is drawn and multiplied
-    attention/            the functions `attend`, masks, and the KV cache
-    meshes/moves.py       how arrays get onto the device that needs them
+    rope.py               rotary position embedding: angles and query scales for each scheme
+    vocabulary.py         embedding look-up and log-probabilities, over a sharded vocabulary
+    running.py            runs the blocks in order, as one scan or a few layers per program
+    build.py              makes decoders, and stacks and unstacks their layers
+    leaves/weights.py     draws weights and multiplies by them, whether float, int8 or LoRA
+    attention/            attention functions (`attend`), masks, and the KV cache
+    meshes/moves.py       moves arrays to the devices that need them
 """
 
 import functools
@@ -43,15 +43,15 @@ from qwen_jax.model.running import Context, Groups, KVCache, LayerCache
 
 
 def rms_norm(x: jax.Array, weight: Any, *, eps: float) -> jax.Array:
-    """x / rms(x) in float32, cast back, then times the weight: the original's order."""
+    """Divide x by its root mean square, round to x's dtype, then multiply by the weight."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return _in_float32(jnp.multiply, wide.astype(x.dtype), weight=weight)
 
 
 def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Any) -> jax.Array:
-    """x * weight or x + weight, of x's dtype. In float32 the result is rounded as it would be in
-    bfloat16 or float16, and the weight's gradient adds up over tokens in float32.
+    """Compute x * weight or x + weight in float32 and round it to x's dtype, so that the weight's
+    gradient sums over tokens in float32.
     """
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
@@ -83,9 +83,9 @@ class Attention(nnx.Module):
         layer: LayerCache | None,
         attend: Callable[..., Any],
     ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, T, D] after the norm -> the same shape, and the layer's cache with these keys.
+        """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache.
 
-        layer: None without a cache. attend: an implementation out of `attention.IMPLEMENTATIONS`.
+        layer: this layer's cache, or None. attend: a function of `attention.IMPLEMENTATIONS`.
         """
         residual = jax.typeof(x).sharding.spec
         heads = self.config.num_kv_heads
@@ -116,13 +116,13 @@ class Attention(nnx.Module):
         return contract("BTQ,DQ->BTD", o, weight=self.o, out=residual), layer
 
     def _by_head(self, x: jax.Array) -> jax.Array:
-        """[B, T, Q] -> [B, T, N, H], and so keys."""
+        """Split the last axis into heads: [B, T, Q] -> [B, T, N, H], and likewise for keys."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
         return jnp.reshape(x, shape, out_sharding=P(*jax.typeof(x).sharding.spec, None))
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: down(up(x) * silu(gate(x))). In a Qwen checkpoint the gate is w2, up is w1."""
+    """SwiGLU: down(up(x) * silu(gate(x))). In a Qwen checkpoint the gate is w2, and up is w1."""
 
     def __init__(self, config: Config, make: Maker):
         std = config.initializer_range
@@ -131,7 +131,7 @@ class FeedForward(nnx.Module):
         self.down = make.normal("DF", std / math.sqrt(2 * config.num_layers))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] after the norm -> the same shape."""
+        """Apply the network to x [B, T, D], already normed. Returns the same shape."""
         residual = jax.typeof(x).sharding.spec
         x = moves.to_columns(x)
         gate = contract("BTD,FD->BTF", x, weight=self.gate)
@@ -140,7 +140,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then a feed-forward network, each of a norm of what it is added to."""
+    """One layer: attention, then a feed-forward network, each added to the residual stream."""
 
     def __init__(self, config: Config, make: Maker):
         self.norm_eps = config.norm_eps
@@ -157,7 +157,7 @@ class Block(nnx.Module):
         layer: LayerCache | None,
         attend: Callable[..., Any],
     ) -> tuple[jax.Array, LayerCache | None]:
-        """The residual x [B, T, D] -> the same after this layer, and the layer's cache."""
+        """Run the layer on the residual stream x [B, T, D]. Returns it and the new cache."""
         dropout = context.dropout
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attn_norm, eps=self.norm_eps)
@@ -172,11 +172,12 @@ class Block(nnx.Module):
 
 @struct.dataclass
 class Output:
-    """The result of a pass.
+    """The result of a forward pass.
 
-    last [B, T, D]: after the final norm, what `Decoder.logits` takes. cache: None without one.
-    hidden_states, where asked for: [B, T, D] each, first the embeddings, then the residual after
-    every block, of which the last one is replaced by `last`; else empty.
+    last: [B, T, D] after the final norm, as `Decoder.logits` takes it.
+    cache: the KV cache with this pass's keys and values, or None.
+    hidden_states: if requested, the embeddings and each block's output, the last one normed; else
+        ().
     """
 
     last: jax.Array
@@ -185,11 +186,11 @@ class Output:
 
 
 class Decoder(nnx.Module):
-    """The weights of a model, and a pass through them.
+    """A Qwen model: its weights, and the forward pass through them.
 
-    embedding [V, D]. layers: L separate blocks (for decoding and conversion); or one Block whose
-    leaves are stacked on a first axis L (for training); or `Groups` of separate blocks. final_norm
-    [D]. head [V, D], or None where the embedding is the head, too.
+    embedding: [V, D]. final_norm: [D]. head: [V, D], or None where the embedding is also the head.
+    layers: L separate blocks, for decoding and conversion, as a list or as `Groups`; or, for
+        training, one Block whose leaves are stacked on a first axis L.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Decoder(nnx.Module):
         self.head = head
 
     def replace(self, **changes: Any) -> "Decoder":
-        """The same decoder with other parts, by the names of the constructor's arguments."""
+        """Return this decoder with other parts, named as the constructor's arguments."""
         parts = {
             "config": self.config,
             "embedding": self.embedding,
@@ -219,25 +220,25 @@ class Decoder(nnx.Module):
         return Decoder(**(parts | changes))
 
     def grouped(self) -> "Decoder":
-        """The same decoder, of separate blocks, made ready for many passes outside `jit`."""
+        """Return this decoder of separate blocks, prepared for many passes outside `jit`."""
         return self.replace(layers=Groups(running.groups(self.layers)))
 
     def embed(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
-        """int [B, T] -> [B, T, D] of `dtype` (None: the weights'), in which the blocks compute."""
+        """Look up tokens, int [B, T]: [B, T, D] in the compute dtype (None: the weights')."""
         return _embed(self.embedding, tokens, dtype=dtype or self.embedding.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] after the final norm -> float32 [B, T, V]."""
+        """Compute float32 logits [B, T, V] from x [B, T, D], the `last` of an `Output`."""
         return logits(x, self.output)
 
     @property
     def output(self) -> Weight:
-        """The head, [V, D]."""
+        """The weight [V, D] that makes logits: the head, or the embedding where they are tied."""
         return self.embedding if self.head is None else self.head
 
     @property
     def windows(self) -> np.ndarray:
-        """How many tokens each layer sees, int32 [L]."""
+        """The number of tokens that each layer attends to, int32 [L]."""
         widths = self.config.layer_windows or [None] * self.config.num_layers
         return np.array([width or attention.FULL for width in widths], np.int32)
 
@@ -250,7 +251,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         dropout: Dropout | None = None,
     ) -> Context:
-        """What the blocks share in a pass; arguments as those of a call."""
+        """Compute the values that all blocks of a pass share. Arguments as for a call."""
         scheme = rope.from_config(self.config)
         rotary, own = _rotary_and_mask(positions, segments, frequencies=frequencies, scheme=scheme)
         past, index = (None, None) if cache is None else cache.context(positions, segments)
@@ -269,14 +270,13 @@ class Decoder(nnx.Module):
         hidden_states: bool = False,
         dropout: Dropout | None = None,
     ) -> Output:
-        """One pass over x [B, T, D], embeddings of tokens at `positions`, int32 [B, T].
+        """Run one forward pass over x [B, T, D], embeddings of tokens at `positions`, int32 [B, T].
 
-        segments int32 [B, T]: 0 is padding, and tokens see their own segment only. frequencies
-        float32 [B, H/2]: of `rope.Rope.frequencies`. attend: out of `attention.IMPLEMENTATIONS`.
-        remat: a policy of `jax.checkpoint_policies`, applied to each block. hidden_states: keep the
-        residual after each block. dropout: in the blocks. A stacked decoder is scanned and keeps no
-        cache. Outside `jit` the blocks run a few at a time through one compiled program, and the
-        cache passed in is donated.
+        segments: int32 [B, T]. Tokens attend within their own segment only; 0 is padding.
+        frequencies: float32 [B, H/2], from `rope.Rope.frequencies`.
+        cache: earlier keys and values, for separate blocks only; outside `jit` it is donated.
+        attend: a function of `attention.IMPLEMENTATIONS`.
+        remat: a policy of `jax.checkpoint_policies`, applied to each block.
         """
         context = self.context(
             positions, segments, frequencies=frequencies, cache=cache, dropout=dropout
@@ -314,6 +314,6 @@ def _final_norm(x: jax.Array, weight: Weight, *, eps: float) -> jax.Array:
 
 @jax.jit
 def logits(x: jax.Array, head: Weight) -> jax.Array:
-    """[B, T, D] after the final norm and a head [V, D] -> float32 [B, T, V]."""
+    """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
     head = moves.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)

@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on a decoder: created, attached to it, merged into it.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): created, attached to a decoder, merged into it.
 
-A decoder with adapters is a decoder: `attach` makes its leaves `low_rank.Lora`, `merge` adds the
-adapters in. Axis letter R: rank. What the original stacks into one module (queries, keys and
-values) shares its `a`. Knows no files.
+A decoder with adapters is still a decoder: `attach` turns its leaves into `low_rank.Lora`, and
+    `merge` adds the adapters to the weights. Axis letter R is the rank. Projections that the
+    original stacks into one module (queries, keys and values) share one `a`. Nothing here knows of
+    files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,13 @@ from qwen_jax.model import Decoder
 
 @struct.dataclass
 class Adapters:
-    """The trained parameters of LoRA, the adapters of all layers stacked.
+    """The trained parameters of LoRA, with the adapters of all layers stacked.
 
-    groups: the leaves that share an `a`, by the group's name. a: by group, [L, R, in]; b: by leaf,
-    [L, out, R]; both are float32 while they are trained. embedding, head: trained whole, in place
-    of the decoder's, or None. scale: the factor, alpha / rank for instance, of what adapters add.
+    a: [L, R, in] for each group of leaves. float32 while trained, as is b.
+    b: [L, out, R] for each leaf.
+    embedding, head: trained copies that replace the decoder's whole arrays, or None.
+    groups: the name of each group, with the paths of its leaves, which share an `a`.
+    scale: the factor on each adapter's product, such as alpha / rank.
     """
 
     a: dict[str, Weight]
@@ -50,11 +53,12 @@ def create(
     key: jax.Array,
     embeddings: bool = False,
 ) -> Adapters:
-    """Make adapters for a stacked decoder that change nothing yet: b is 0; a is drawn from
-    U(-1/sqrt(in), 1/sqrt(in)), as PEFT's.
+    """Make adapters for a stacked decoder. They change nothing yet, as b is 0.
 
-    groups: leaves of a block by path, "attn.q" for instance, that share an `a`. embeddings: train
-    copies of the embedding and the head, too.
+    As in PEFT, a is drawn from U(-1/sqrt(in), 1/sqrt(in)).
+
+    groups: for each group the paths of its leaves in a block, such as "attn.q"; they share an `a`.
+    embeddings: train copies of the embedding and the head too.
     """
     sizes = {**decoder.config.sizes, "L": decoder.config.num_layers, "R": rank}
     make = Maker(sizes, key, "float32")
@@ -79,7 +83,10 @@ def create(
 def attach(
     decoder: Decoder, adapters: Adapters, key: jax.Array | None = None, dropout: float = 0.0
 ) -> Decoder:
-    """Put adapters on the leaves of a stacked decoder. key: draws the dropout; None for none."""
+    """Put adapters on the leaves of a stacked decoder.
+
+    key: the PRNG key of the dropout on each adapter's input; None for no dropout.
+    """
     layers = decoder.config.num_layers
     group_of = {leaf: name for name, members in adapters.groups for leaf in members}
     keys = {}
@@ -103,7 +110,7 @@ def attach(
 
 
 def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
-    """Add adapters into the leaves of a stacked decoder, in the leaves' own dtype."""
+    """Add adapters into the weights of a stacked decoder, each in its own dtype."""
     group_of = {leaf: name for name, members in adapters.groups for leaf in members}
 
     def one(path: str, leaf: Weight) -> Weight:

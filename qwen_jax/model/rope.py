@@ -1,8 +1,8 @@
-"""Rotary position embedding: the schemes that choose its frequencies, and the query scales.
+"""Rotary position embedding (RoPE): the schemes that choose its frequencies and query scales.
 
-A scheme is a frozen value that turns into `frequencies`, float32 [B, H/2], on the host, in the
-precision of the original. `rotary` turns those and positions into what a pass needs; attention
-sees only a rotation and a scale for each query, and never learns which scheme is active.
+A scheme is a frozen value. On the host it computes `frequencies`, float32 [B, H/2], in the
+precision of the original; `rotary` combines them with positions. Attention receives only a rotation
+and a scale for each query, and does not know which scheme is active.
 """
 
 import dataclasses
@@ -20,14 +20,18 @@ from qwen_jax.runtime import values
 
 @struct.dataclass
 class Rotary:
-    """cos, sin: float32 [B, T, H/2]; query_scale: float32 [B, T], on top of H**-0.5."""
+    """The rotation of the tokens of a pass.
+
+    cos, sin: float32 [B, T, H/2].
+    query_scale: float32 [B, T], a factor on attention scores besides H**-0.5.
+    """
 
     cos: jax.Array
     sin: jax.Array
     query_scale: jax.Array
 
     def rotate(self, x: jax.Array) -> jax.Array:
-        """Turn x [B, T, N, H] in float32 and cast back: dimension i is paired with i + H/2."""
+        """Rotate x [B, T, N, H] in float32 and cast back. Dimension i is paired with i + H/2."""
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = self.cos[:, :, None, :], self.sin[:, :, None, :]
         turned = [first * cos - second * sin, second * cos + first * sin]
@@ -36,18 +40,24 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Plain RoPE (arXiv 2104.09864): angle of pair i at position p is p * base**(-2i/H)."""
+    """Plain RoPE (arXiv 2104.09864): the angle of pair i at position p is p * base**(-2i/H).
+
+    logn_length: the trained length, beyond which LogN scales queries; None turns LogN off.
+    """
 
     head_dim: int
     base: float
     logn_length: int | None = None  # LogN: the trained length, None = off
 
     def alpha(self, lengths: np.ndarray) -> np.ndarray:
-        """The NTK alpha of rows with these numbers of tokens: 1, no scaling."""
+        """Return the NTK alpha for rows of these numbers of tokens: 1, which scales nothing."""
         return np.ones(np.shape(lengths), np.float64)
 
     def frequencies(self, alpha: Any = 1.0) -> np.ndarray:
-        """float32 [..., H/2] for alpha [...]: base * alpha**(H/(H-2)) in place of base."""
+        """Compute the frequencies, float32 [..., H/2], for NTK factors alpha [...].
+
+        The base becomes base * alpha**(H/(H-2)). Raises ValueError for an alpha below 1.
+        """
         alpha = np.asarray(alpha, np.float64)
         if not (np.isfinite(alpha).all() and (alpha >= 1).all()):
             raise ValueError(f"ntk_alpha {alpha.tolist()}: must be at least 1")
@@ -56,24 +66,26 @@ class Rope:
         return _powers(base, self.head_dim)
 
     def temperature(self) -> float:
-        """A constant factor on every attention score."""
+        """Return a constant factor on every attention score."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNTK(Rope):
-    """The original's dynamic NTK: each row's alpha follows from its number of tokens."""
+    """The original's dynamic NTK scaling: each row's alpha follows from its number of tokens."""
 
     trained_length: int = 0
 
     def alpha(self, lengths: np.ndarray) -> np.ndarray:
-        """max(2**ceil(log2(length / trained_length) + 1) - 1, 1), for each row."""
+        """Compute max(2**ceil(log2(length / trained_length) + 1) - 1, 1) for each row."""
         ratio = np.maximum(np.asarray(lengths, np.float64), 1) / self.trained_length
         return np.maximum(2.0 ** np.ceil(np.log2(ratio) + 1) - 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scaled(Rope):
+    """A scheme that scales all frequencies by a fixed `factor` and takes no NTK alpha."""
+
     factor: float = 1.0
 
     def frequencies(self, alpha: Any = 1.0) -> np.ndarray:
@@ -82,6 +94,7 @@ class _Scaled(Rope):
         return np.broadcast_to(self._scaled(), (*np.shape(alpha), self.head_dim // 2))
 
     def _scaled(self) -> np.ndarray:
+        """Compute the scaled frequencies, float32 [H/2]."""
         raise NotImplementedError
 
 
@@ -119,12 +132,14 @@ class YarnPaper(_Scaled):
         return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
 
     def _kept(self, plain: np.ndarray) -> np.ndarray:
-        """How much of each frequency [H/2] stays as it is: 1 all, 0 none; the rest is divided."""
+        """Return the share of each frequency [H/2] that stays unscaled: 1 keeps it, 0 divides it by
+        the factor.
+        """
         turns = self.trained_length * plain / (2 * math.pi)
         return np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
 
     def temperature(self) -> float:
-        """1/t, where sqrt(1/t) = 0.1 ln(factor) + 1 scales queries and keys alike (eq. 15)."""
+        """Return 1/t, where sqrt(1/t) = 0.1 ln(factor) + 1 scales queries and keys (eq. 15)."""
         if self.attention_factor is not None:
             return self.attention_factor**2
         return (0.1 * math.log(self.factor) + 1) ** 2
@@ -132,9 +147,11 @@ class YarnPaper(_Scaled):
 
 @dataclasses.dataclass(frozen=True)
 class Yarn(YarnPaper):
-    """YaRN as Hugging Face and vLLM compute it, and as checkpoints are trained with it: what is
-    interpolated is linear in the index of the pair, from the pair that turns beta_fast times in the
-    trained length to the one that turns beta_slow times; with `truncate` from and to whole pairs.
+    """YaRN as Hugging Face and vLLM compute it, and as checkpoints are trained with it.
+
+    Unlike the paper's, the interpolation is linear in the index of the pair. It runs from the pair
+    that turns beta_fast times in the trained length to the pair that turns beta_slow times;
+    `truncate` rounds both outwards to whole pairs.
     """
 
     truncate: bool = True
@@ -150,12 +167,17 @@ class Yarn(YarnPaper):
         return 1 - np.clip((np.arange(len(plain)) - first) / width, 0, 1)
 
     def _pair(self, turns: float) -> float:
-        """The pair, between two of them as a rule, that turns so often in the trained length."""
+        """Return the index, usually fractional, of the pair that turns so many times in the trained
+        length.
+        """
         length = self.trained_length / (2 * math.pi * turns)
         return self.head_dim * math.log(length) / (2 * math.log(self.base))
 
     def temperature(self) -> float:
-        """As the paper's; with both mscales their ratio, 0.1 m ln(factor) + 1 each, squared."""
+        """Return the paper's temperature, or with both mscales the square of their ratio.
+
+        Each mscale m enters the ratio as 0.1 m ln(factor) + 1.
+        """
         if self.attention_factor is None and self.mscale and self.mscale_all_dim:
             ratio = [
                 0.1 * m * math.log(self.factor) + 1 for m in (self.mscale, self.mscale_all_dim)
@@ -165,7 +187,7 @@ class Yarn(YarnPaper):
 
 
 def from_config(config: Config) -> Rope:
-    """The scheme that a config asks for."""
+    """Return the RoPE scheme of a config."""
     logn = config.seq_length if config.logn else None
     scaling = config.rope_scaling
     if scaling is None and config.dynamic_ntk:
@@ -178,7 +200,7 @@ def from_config(config: Config) -> Rope:
     if scaling.type == "ntk":
         return NTKAware(*plain)
     trained = scaling.original_max_position_embeddings
-    assert trained is not None  # RopeScaling sees to it
+    assert trained is not None  # RopeScaling checks it
     paper = (*plain, trained, scaling.beta_fast, scaling.beta_slow, scaling.attention_factor)
     if scaling.type == "yarn_paper":
         return YarnPaper(*paper)
@@ -186,10 +208,11 @@ def from_config(config: Config) -> Rope:
 
 
 def rotary(rope: Rope, positions: jax.Array, frequencies: jax.Array) -> Rotary:
-    """The rotation of tokens at `positions`, int32 [B, T] from 0, with frequencies [B, H/2].
+    """Compute the rotation of tokens at `positions`, int32 [B, T] from 0, with frequencies [B,
+    H/2].
 
-    LogN (Su 2021; Qwen report, section 2.3): a token at 1-based position p beyond the trained
-    length n attends with log(p)/log(n) times its query.
+    LogN (Su 2021; Qwen report, section 2.3): the query of a token at 1-based position p beyond the
+    trained length n is multiplied by log(p)/log(n).
     """
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[:, None, :]
     scale = jnp.full_like(angles[:, :, 0], rope.temperature())
@@ -201,7 +224,10 @@ def rotary(rope: Rope, positions: jax.Array, frequencies: jax.Array) -> Rotary:
 
 
 def _powers(base: Any, head_dim: int) -> np.ndarray:
-    """base**(-2i/H), float32 [..., H/2], rounded as the original rounds."""
+    """Compute base**(-2i/H), float32 [..., H/2], rounded as the original rounds.
+
+    Raises ValueError for a base beyond float32.
+    """
     if np.any(np.asarray(base) > values.FLOAT32):
         raise ValueError(
             f"a RoPE base of {np.max(base):g}, scaled by ntk_alpha or rope_scaling: must be at "

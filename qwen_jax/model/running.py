@@ -1,8 +1,8 @@
-"""The blocks of a decoder run one after the other: scanned where they are stacked, else in groups.
+"""Runs the blocks of a decoder in order: stacked blocks in one scan, separate blocks in groups.
 
-A scan compiles one block whatever the depth, for training and long prompts. Separate blocks are
-what decoding needs, as XLA copies each slice of a stacked leaf before it multiplies a vector; they
-run `GROUP` at a time through one compiled program. Nothing here knows what a block computes.
+A scan compiles one block whatever the depth, which suits training and long prompts. Decoding needs
+separate blocks, as XLA copies each slice of a stacked leaf before it multiplies a vector; they run
+`GROUP` at a time through one compiled program. Nothing here knows what a block computes.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from qwen_jax.meshes import moves
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model.rope import Rotary
 
-# Layers of a program outside `jit`: more take longer to compile, fewer need more calls.
+# Layers in one compiled program outside `jit`. More take longer to compile, fewer need more calls.
 GROUP = 4
 
 
 class LayerCache(Protocol):
-    """What a block asks of the keys and values that are kept for it: `attention/cache.py` has one.
+    """The interface of one layer's KV cache, which `attention/cache.py` implements.
 
     `attend` returns softmax attention of q [B, T, N, H] over this pass's k, v [B, T, K, H] and the
-    kept ones, and the cache with both. past and index are what `KVCache.context` has returned.
+    cached ones, and the cache with both. past and index are the results of `KVCache.context`.
     """
 
     def attend(
@@ -46,8 +46,10 @@ class LayerCache(Protocol):
 
 
 class KVCache(Protocol):
-    """What a pass asks of a cache: the parts of its layers, in `layers`; which kept keys the
-    queries see, and where the layers write; and itself when `length` tokens more are written.
+    """The interface of a whole model's KV cache.
+
+    `layers` holds a part for each layer. `context` returns the mask over cached keys and the index
+    at which layers write. `advanced` returns the cache after a pass that wrote `length` tokens.
     """
 
     @property
@@ -60,11 +62,13 @@ class KVCache(Protocol):
 
 @struct.dataclass
 class Context:
-    """What the blocks of a pass share.
+    """The values that all blocks of a pass share.
 
-    rotary: the rotation of queries and keys. own: a mask over this pass's keys. past: a mask over
-    the cache's keys, None without a cache and while it is empty. index: where the cache is written,
-    whatever its layers need to know; None without one. dropout: None outside of training.
+    rotary: the rotation of queries and keys.
+    own: a mask over this pass's keys.
+    past: a mask over the cached keys; None without a cache, or while it is empty.
+    index: where the layers write into the cache, in the cache's own terms; None without one.
+    dropout: the dropout of a training step, else None.
     """
 
     rotary: Rotary
@@ -74,7 +78,7 @@ class Context:
     dropout: Dropout | None
 
     def in_layer(self, number: jax.Array, window: jax.Array) -> "Context":
-        """The context of one layer, which sees the last `window` tokens, int32 []."""
+        """Return the context of one layer, which attends to the last `window` tokens, int32 []."""
         own = dataclasses.replace(self.own, window=window)
         past = self.past and dataclasses.replace(self.past, window=window)
         dropout = self.dropout and self.dropout.in_layer(number)
@@ -83,16 +87,19 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Separate blocks as a compiled program takes them: flat lists of leaves, `GROUP` layers each.
+    """Separate blocks flattened for the compiled program, as lists of leaves for `GROUP` layers
+    each.
 
-    To flatten modules costs the host 15 us a layer; whoever runs many passes does it once.
+    Flattening modules costs the host 15 us a layer, so callers that run many passes do it once.
     """
 
     parts: list[tuple[int, list[jax.Array], Any]]
 
 
 def groups(blocks: Any) -> list[tuple[int, list[jax.Array], Any]]:
-    """The number of the first layer, the leaves and their tree, of one group after the other."""
+    """Flatten separate blocks into groups: each one's first layer number, its leaves, and their
+    tree.
+    """
     if isinstance(blocks, Groups):
         return blocks.parts
     starts = range(0, len(blocks), GROUP)
@@ -109,8 +116,10 @@ def scan(
     remat: Callable[..., Any] | None,
     hidden_states: bool,
 ) -> list[jax.Array]:
-    """Run all blocks, whose leaves are stacked: x after each of them where hidden_states are asked
-    for, else after the last alone. windows int32 [L]; the others as in a call of a Decoder.
+    """Run stacked blocks on the residual stream x [B, T, D].
+
+    Returns x after each block with hidden_states, else after the last one alone. windows: int32
+    [L]. The other arguments are those of a call of `Decoder`.
     """
     first = jax.tree.map(moves.leading_axis, blocks)
 
@@ -141,8 +150,9 @@ def in_groups(
     remat: Callable[..., Any] | None,
     hidden_states: bool,
 ) -> tuple[list[jax.Array], Any]:
-    """Run separate blocks, or `Groups`: x as `scan` returns it, and the cache with this pass's keys
-    (None without one).
+    """Run separate blocks, or `Groups`, on the residual stream x [B, T, D].
+
+    Returns x as `scan` does, and the cache with this pass's keys and values (None without a cache).
     """
     after: list[jax.Array] = []
     new: list[Any] = []
@@ -183,9 +193,15 @@ def run_group(
     remat: Callable[..., Any] | None = None,
     hidden_states: bool = False,
 ) -> tuple[list[jax.Array], list[Any]]:
-    """Run a few layers, of which `first` is the number of the first: x after each of them (unless
-    hidden_states, after the last alone), and what they keep. leaves and tree: of `groups`. layers:
-    their caches, None without.
+    """Run one group of layers on the residual stream x [B, T, D].
+
+    Returns x after each layer with hidden_states, else after the last one alone, and the updated
+    caches of the layers.
+
+    leaves, tree: one group from `groups`.
+    layers: the caches of these layers, or None.
+    windows: int32, the number of tokens that each of these layers attends to.
+    first: the number of the group's first layer, int32 [].
     """
 
     def run(x: jax.Array, block: Any, *of_layer: Any) -> tuple[jax.Array, Any]:
@@ -198,8 +214,8 @@ def run_group(
     for i, block in enumerate(tree.unflatten(leaves)):
         x, layer = kept(x, block, windows[i], first + i, layers and layers[i])
         if layers is not None and x.shape[1] > FEW:
-            # A compiler otherwise puts off writing keys and values, and adding up x, to the end of
-            # the program, and keeps what it needs for that of every layer.
+            # Otherwise the compiler defers the cache writes and the sums of x to the end of the
+            # program, and keeps the operands of every layer until then.
             x, layer = jax.lax.optimization_barrier((x, layer))
         after.append(x)
         new.append(layer)
@@ -217,6 +233,6 @@ def _run_block(
     context: Context,
     attend: Callable[..., Any],
 ) -> tuple[jax.Array, Any]:
-    """One layer. Traced once for all that are alike."""
+    """Run one layer. It is traced once for all layers of the same shapes."""
     block = moves.unshard(block, x.dtype)
     return block(x, context.in_layer(number, window), layer=layer, attend=attend)

@@ -1,8 +1,8 @@
-"""What is sharded over the vocabulary: the embedding look-up, and the log-probability of a token.
+"""Operations over a sharded vocabulary: the embedding look-up, and log-probabilities of tokens.
 
-Neither ever holds the whole table, nor the logits of all tokens. Rows of the table are gathered
-from the devices that share them a chunk at a time, used for all tokens, and let go; so are the
-logits, forward and backward. Collectives are written by hand: their order is the point.
+Neither holds the whole table or the logits of all tokens at once. Rows of the table are gathered a
+chunk at a time, used for all tokens and dropped; so are logits, forward and backward. Collectives
+are written by hand because their order matters.
 """
 
 import functools
@@ -17,19 +17,20 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.leaves.weights import precision
 from qwen_jax.meshes import sharding
 
-LOGITS_BYTES = 2**28  # of float32 logits that a device holds at once
+LOGITS_BYTES = 2**28  # the most bytes of float32 logits that a device holds at once
 _ROW_MULTIPLE = 128
-# Rows that are added to a table at once. libtpu sorts longer lists first, which takes it half a
-# gigabyte and, in a pod's step, a third of the time to compile.
+# Rows added to a table's gradient at once. libtpu sorts longer lists first, which takes half a
+# gigabyte and, in a pod's step, a third of the compile time.
 _SCATTERED = 4096
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Look up the rows of a table [V, D] for tokens int [B, T]: [B, T, D] of `dtype`.
+    """Look up the rows of a table [V, D] for tokens int [B, T]. Returns [B, T, D] in `dtype`.
 
-    Each device looks up every token in its own rows and columns, then they exchange columns for
-    tokens: what travels is the size of the result, not of the table. Differentiable in reverse.
+    Each device looks up every token in its own rows and columns of the table; then devices exchange
+    columns for tokens. The traffic is the size of the result, not of the table. Only reverse-mode
+    derivatives exist.
     """
     split, over_rows = _split(table, 1), _split(table, 0)
 
@@ -51,9 +52,7 @@ def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: Any) -> tuple[j
 
 
 def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
-    """Add the gradient of every token to its row of the table, once tokens were exchanged for
-    columns.
-    """
+    """Exchange tokens for columns, then add each token's gradient to its row of the table."""
     table, tokens = saved
     split, over_rows = _split(table, 1), _split(table, 0)
     over_tokens = [axis for entry in sharding.spec("BT") for axis in sharding.entries(entry)]
@@ -92,22 +91,23 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _own_rows(table: jax.Array, ids: jax.Array, over: tuple[str, ...]) -> tuple[Any, Any]:
-    """The ids as rows of this device's part of the table, and which of them it has."""
+    """Turn ids into row numbers of this device's part of the table, and mark those it holds."""
     rows = ids - jax.lax.axis_index(over) * table.shape[0] if over else ids
     return rows, (rows >= 0) & (rows < table.shape[0])
 
 
 def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
-    """The mesh axes that split an axis of x."""
+    """Return the mesh axes that split an axis of x."""
     return sharding.entries(jax.typeof(x).sharding.spec[axis])
 
 
 class TokenScores(NamedTuple):
-    """What the logits say of each target token: three arrays float32 [B, T].
+    """Three numbers about each target token, float32 [B, T] each; `logit - lse` is its
+    log-probability.
 
-    logit: its logit; lse: the log-sum-exp of all logits; largest: the largest of all logits.
-
-    The log-probability is `logit - lse`. The gradient of `largest` is not defined: it is 0.
+    logit: the target's own logit.
+    lse: the log-sum-exp of all logits.
+    largest: the largest of all logits. Its gradient is not defined; 0 is returned.
     """
 
     logit: Any
@@ -116,18 +116,20 @@ class TokenScores(NamedTuple):
 
 
 def token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
-    """Compute what the logits x head^T say of targets, int [B, T], without the logits ever whole.
+    """Compute the scores of target tokens, int [B, T], without ever holding the logits whole.
 
-    x: [B, T, D]; head: [V, D], of any dtype. The tokens of x may be split over `tp`, those of
-    targets and results are not.
+    x: [B, T, D] after the final norm. Its tokens may be split over `tp`; those of targets and
+        results are not.
+    head: [V, D], of any dtype; the logits are x head^T.
 
-    Products take the dtype of x and add up in float32, as does the softmax.
+    Products are computed in the dtype of x and summed in float32; the softmax is in float32.
     """
     return _token_scores(x, head, targets)
 
 
 @jax.custom_vjp
 def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
+    """Scan over chunks of the head with a running maximum and sum, then combine them over `tp`."""
     plan = _Plan.of(x, head)
 
     @jax.shard_map(out_specs=TokenScores(*[plan.rows] * 3), check_vma=False)
@@ -165,6 +167,7 @@ def _forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[TokenSc
 
 
 def _backward(saved: Any, cotangents: TokenScores) -> Any:
+    """Compute the logits again a chunk at a time, and from them the gradients of x and head."""
     x, head, targets, lse = saved
     plan = _Plan.of(x, head)
     specs = tuple(jax.typeof(a).sharding.spec for a in (x, head))
@@ -208,10 +211,14 @@ _token_scores.defvjp(_forward, _backward)
 
 
 class _Plan(NamedTuple):
-    """How a head is cut: `size` rows at a time, of those that a device of `tensor` has.
+    """How the head is cut into chunks, and which mesh axes split the operands.
 
-    split: mesh axes over which D is cut; copies: those that hold equal heads; rows: of [B, T];
-    parted: whether the tokens of x are split over `tensor`.
+    size: rows of the head in one chunk.
+    tensor: mesh axes that split V.
+    split: mesh axes that split D of the head.
+    copies: mesh axes that split tokens but hold equal heads.
+    rows: the partitioning of [B, T].
+    parted: whether the tokens of x are also split over `tensor`.
     """
 
     size: int
@@ -223,6 +230,7 @@ class _Plan(NamedTuple):
 
     @staticmethod
     def of(x: jax.Array, head: jax.Array) -> "_Plan":
+        """Plan for these arrays, with logits of at most `LOGITS_BYTES` at a time."""
         tensor, split = _split(head, 0), _split(head, 1)
         rows = sharding.spec("BT")
         axes = [axis for entry in rows for axis in sharding.entries(entry)]
@@ -239,20 +247,21 @@ class _Plan(NamedTuple):
         return _Plan(size, tensor, split, copies, rows, parted)
 
     def tokens(self, x: jax.Array) -> jax.Array:
-        """Gather x [B, T of this device, D] as [tokens of all devices of `tensor`, D]."""
+        """Gather x [B, T of this device, D] over `tensor`, flattened to [tokens, D]."""
         x = jax.lax.all_gather(x, self.tensor, axis=1, tiled=True) if self.parted else x
         return x.reshape(-1, x.shape[-1])
 
     def own_tokens(self, dx: jax.Array, x: jax.Array) -> jax.Array:
-        """Sum the gradient of `tokens`, of which each device has a part, in the shape of x."""
+        """Sum the partial gradients of `tokens` over `tensor`, in the shape of x."""
         dx = dx.reshape(x.shape[0], -1, x.shape[2])
         if self.parted:
             return jax.lax.psum_scatter(dx, self.tensor, scatter_dimension=1, tiled=True)
         return jax.lax.psum(dx, self.tensor) if self.tensor else dx
 
     def chunks(self, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cut the head into [chunks, size, D of this device], with zeros behind the last row; also
-        the number of each chunk's first row.
+        """Cut the head into [chunks, size, D of this device], with zeros after its last row.
+
+        Also returns the number of each chunk's first row.
         """
         count = -(-head.shape[0] // self.size)
         padded = jnp.pad(head, ((0, count * self.size - head.shape[0]), (0, 0)))
@@ -260,25 +269,28 @@ class _Plan(NamedTuple):
         return padded.reshape(count, self.size, head.shape[1]), firsts
 
     def gathered(self, part: jax.Array, dtype: Any) -> jax.Array:
-        """Gather a chunk [size, D of this device] as [D, size], along its first axis."""
+        """Cast a chunk [size, D of this device] and gather it over `split` as [D, size]."""
         part = part.astype(dtype).T
         return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
 
     def logits(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+        """Compute the logits of a chunk that is still to be gathered, as `product` does."""
         return self.product(x, self.gathered(part, x.dtype), first, rows)
 
     def product(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
-        """The logits of a chunk, float32 [tokens, size]; -inf for rows that are not there."""
+        """Compute the logits of a chunk, float32 [tokens, size], with -inf for rows beyond the
+        head's.
+        """
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
         logits = jnp.einsum("td,dv->tv", x, part, **settings)
         return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
 
     def is_target(self, rows: jax.Array, first: jax.Array) -> jax.Array:
-        """Where a chunk's row is a token's target, bool [tokens, size]."""
+        """Mark where a chunk's row is a token's target, bool [tokens, size]."""
         return (rows - first)[:, None] == jnp.arange(self.size)
 
     def summed(self, dpart: jax.Array, dtype: Any) -> jax.Array:
-        """Sum the gradient [D, size] of a chunk over all tokens: [size, D of this device]."""
+        """Sum the gradient [D, size] of a chunk over devices: [size, D of this device]."""
         if self.split:
             dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=0, tiled=True)
         dpart = jax.lax.psum(dpart, self.copies) if self.copies else dpart
