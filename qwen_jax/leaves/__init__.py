@@ -1,1 +1,3 @@
-"""Kinds of leaves of a decoder: plain weights, eight bits, adapters. Only they know storage."""
+"""The kinds of leaves of a decoder: plain weights, int8 and LoRA. Only they know how they are
+stored.
+"""

@@ -1,7 +1,7 @@
-"""Eight bits: `Int8`, a leaf of whole numbers with a scale for each row.
+"""`Int8`: a leaf of 8-bit integers with a scale for each row.
 
-Weights that are not trained take half of bfloat16's memory, and so do keys and values in the KV
-cache. Rounding is to the nearest, row by row; nothing is calibrated. Knows no layer and no files.
+It serves frozen weights, which take half of bfloat16's memory, and keys and values in the KV cache.
+Rounding is to the nearest, row by row, without calibration. Nothing here knows of layers or files.
 """
 
 import functools
@@ -19,12 +19,15 @@ _LARGEST = 127
 
 @struct.dataclass
 class Int8(Leaf):
-    """An array as values * scale + zero, with a scale (and a zero) for each row of its last axis.
+    """An array stored as values * scale + zero, with one scale (and zero) for each row of its last
+    axis.
 
-    values: int8 [..., H]. scale [...]: float32 in the KV cache, bfloat16 of weights. zero: float32
-    [...], or None where the numbers are symmetric. In a decoder values and scale are `Weight`s,
-    which name their axes; in the cache they are arrays. No axis has length 1: a TPU would pad it to
-    128 lanes.
+    values: int8 [..., H].
+    scale: [...], float32 in the KV cache, bfloat16 for weights.
+    zero: float32 [...], or None for symmetric rounding.
+
+    In a decoder, values and scale are `Weight`s, which name their axes; in the cache they are
+    arrays. No axis has length 1, as a TPU would pad it to 128 lanes.
     """
 
     values: Any
@@ -33,7 +36,7 @@ class Int8(Leaf):
 
     @property
     def letters(self) -> str:
-        """The axes of a weight, by letter."""
+        """The axis letters of a weight."""
         return self.values.letters
 
     @property
@@ -41,13 +44,17 @@ class Int8(Leaf):
         return self.values.shape
 
     def dequantize(self, dtype: Any) -> jax.Array:
-        """The array again, computed in float32 and rounded to `dtype`."""
+        """Compute the array in float32 and round it to `dtype`."""
         x = self.values[...].astype(jnp.float32) * self.scale[...].astype(jnp.float32)[..., None]
         return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
 
 
 def quantize(x: jax.Array, symmetric: bool = True, *, scale_dtype: Any = jnp.float32) -> Int8:
-    """Round x [..., H] to 8 bits: +-127 over the largest magnitude, or 0..255 over the range."""
+    """Round x [..., H] to 8 bits, row by row.
+
+    symmetric: scale the largest magnitude to 127, without a zero; otherwise map the range to
+        0..255.
+    """
     x = x.astype(jnp.float32)
     tiny = jnp.finfo(jnp.float32).tiny
     if symmetric:
@@ -62,7 +69,7 @@ def quantize(x: jax.Array, symmetric: bool = True, *, scale_dtype: Any = jnp.flo
 
 @functools.partial(jax.jit, donate_argnums=0)
 def quantize_weight(weight: Weight) -> Int8:
-    """The nearest leaf of eight bits, its scales in bfloat16; the weight passed in is consumed."""
+    """Round a weight to int8 with bfloat16 scales. The weight passed in is donated."""
     rounded = quantize(weight[...], scale_dtype=jnp.bfloat16)
     return Int8(
         Weight(rounded.values, letters=weight.letters),
@@ -71,8 +78,9 @@ def quantize_weight(weight: Weight) -> Int8:
 
 
 def of_layers(path: str, weight: Weight) -> Any:
-    """What `checkpoint.load` keeps of each leaf: matrices of layers in eight bits, as embedding,
-    head, norms and biases are few and matter more.
+    """Convert the matrices of the layers to int8, as a leaf converter for `checkpoint.load`.
+
+    Embedding, head, norms and biases keep their dtype, as they are few and matter more.
     """
     small = not path.startswith("layers.") or len(weight.letters.removeprefix("L")) < 2
     return weight if small else quantize_weight(weight)
@@ -80,6 +88,7 @@ def of_layers(path: str, weight: Weight) -> Any:
 
 @product.register
 def _(weight: Int8, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
-    # Numbers up to 127 are exact in every float; rows of the result are scaled, not the weights.
+    # Integers up to 127 are exact in every float dtype. The rows of the result are scaled, not the
+    # weights.
     values = Weight(weight.values[...].astype(x.dtype), letters=weight.letters)
     return scaled_product(values, weight.scale[...], equation, x, out, **kwargs)

@@ -1,4 +1,4 @@
-"""A weight with a low-rank adapter on it (LoRA, arXiv 2106.09685): a leaf made of three others."""
+"""A weight with a low-rank adapter (LoRA, arXiv 2106.09685), as a leaf made of three others."""
 
 from typing import Any
 
@@ -13,10 +13,13 @@ from qwen_jax.meshes.dropout import drop
 
 @struct.dataclass
 class Lora(Leaf):
-    """A weight with an adapter on it, which multiplies as `base + scale * b a` would.
+    """A weight with an adapter, which multiplies as the weight `base + scale * b a` would.
 
-    base: the weight below, of any kind. key: uint32 [2], which draws the dropout of what goes into
-    `a`; None for no dropout.
+    base: the frozen weight, a leaf of any kind.
+    a, b: the adapter's factors, [R, in] and [out, R].
+    key: uint32 [2], the PRNG key of the dropout on the input of `a`; None for no dropout.
+    scale: the factor on the adapter's product.
+    dropout: the rate of that dropout.
     """
 
     base: Any
@@ -32,7 +35,8 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
     given, leaf, result = equation.replace("->", ",").split(",")
     whole = product(weight.base, equation, x, out, **kwargs)
     spec = jax.typeof(x).sharding.spec
-    # Both small products are local; gradients are summed where there are R of them, not the width.
+    # Both small products stay local, and gradients are summed over devices where they have R
+    # columns, not the model width.
     low = jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
     if weight.key is not None:
         low = drop(low, jax.random.wrap_key_data(weight.key), weight.dropout)
@@ -42,7 +46,8 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
         low = jax.reshard(low, P(*jax.typeof(low).sharding.spec, reduced=spec.reduced))
     b, (_, tokens, _) = weight.b, jax.typeof(low).sharding.spec.partitions
     if sharding.TENSOR in sharding.entries(tokens):
-        # The residual is split by tokens, so each device of `tp` has a part of b's gradient.
+        # The residual stream is split by tokens, so each device of `tp` computes only a partial
+        # gradient of b.
         held = jax.typeof(b[...]).sharding.spec
         held = P(*held.partitions, reduced=held.reduced | {sharding.TENSOR})
         b = Weight(jax.reshard(b[...], held), letters=b.letters)

@@ -1,7 +1,7 @@
-"""Weights as named leaves: how they are drawn, named and multiplied with. Knows no layer.
+"""Weights as leaves with named axes: how they are drawn, found by name, and multiplied by.
 
-Every leaf has its output axes first, as PyTorch stores them, so that a checkpoint converts without
-a transposition and a matrix-vector product on a CPU reads whole rows.
+Every weight has its output axes first, as in PyTorch, so that a checkpoint converts without a
+transposition and a matrix-vector product on a CPU reads whole rows. Nothing here knows of layers.
 """
 
 import functools
@@ -16,32 +16,34 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.meshes import sharding
 
-SUMMED = "summed"  # the name of a row-parallel product, for policies of `jax.checkpoint`
+SUMMED = "summed"  # `jax.checkpoint` policies know a row-parallel product by this name
 
 
 class Weight(nnx.Param):
-    """A leaf of a decoder; its metadata `letters` names its axes, and so its partitioning."""
+    """One array of a decoder. Its metadata `letters` names its axes, and so its partitioning."""
 
 
 class Leaf:
-    """A leaf that is made of several arrays; `product` knows how it multiplies."""
+    """The base class of leaves made of several arrays, each with its own `product`."""
 
 
 class Maker:
-    """Draws the leaves of a decoder: sizes by axis letter, storage dtype and PRNG in one place."""
+    """Draws the leaves of a decoder from the sizes of its axes by letter, a PRNG key and
+    a dtype.
+    """
 
     def __init__(self, sizes: Mapping[str, int], key: jax.Array, dtype: Any):
         self._sizes, self._key, self._dtype = sizes, key, dtype
         self._drawn = 0
 
     def normal(self, letters: str, std: float) -> Weight:
-        """A leaf drawn from N(0, std^2) in float32, then stored as the dtype asked for."""
+        """Draw a leaf from N(0, std^2) in float32 and cast it to the maker's dtype."""
         shape, spec = self._place(letters)
         drawn = jax.random.normal(self._next(), shape, jnp.float32, out_sharding=spec)
         return Weight((std * drawn).astype(self._dtype), letters=letters)
 
     def uniform(self, letters: str) -> Weight:
-        """A leaf drawn from U(-1/sqrt(n), 1/sqrt(n)), n the length of its last axis."""
+        """Draw a leaf from U(-1/sqrt(n), 1/sqrt(n)), where n is the length of its last axis."""
         shape, spec = self._place(letters)
         bound = shape[-1] ** -0.5
         drawn = jax.random.uniform(
@@ -50,15 +52,17 @@ class Maker:
         return Weight(drawn.astype(self._dtype), letters=letters)
 
     def _next(self) -> jax.Array:
+        """Return a new key for each leaf that is drawn."""
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
 
     def full(self, letters: str, value: float) -> Weight:
-        """A leaf of one value."""
+        """Make a leaf that holds one value."""
         shape, spec = self._place(letters)
         return Weight(jnp.full(shape, value, self._dtype, out_sharding=spec), letters=letters)
 
     def _place(self, letters: str) -> tuple[tuple[int, ...], P]:
+        """Return the shape and the partitioning of a leaf with these axes."""
         shape = tuple(self._sizes[letter] for letter in letters)
         return shape, sharding.spec(letters, self._sizes)
 
@@ -66,17 +70,19 @@ class Maker:
 def contract(
     equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs: Any
 ) -> jax.Array:
-    """einsum of an activation with a weight. float32 is computed as float32 on every backend.
+    """Compute the einsum of an activation x and a weight. float32 stays float32 on every backend.
 
-    equation: as "BTD,FD->BTF". out: the partitioning of the result of a row-parallel product, whose
-    operands leave it open. weight: a leaf of any kind that `product` knows.
+    equation: an einsum equation such as "BTD,FD->BTF".
+    weight: a leaf of any kind that `product` knows.
+    out: the partitioning of the result of a row-parallel product, which its operands do not
+        determine.
     """
     return product(weight, equation, x, out, **kwargs)
 
 
 @functools.singledispatch
 def product(weight: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
-    """`contract` by the kind of leaf; each kind registers its own."""
+    """Compute `contract` for one kind of leaf. Each kind registers its own implementation."""
     raise TypeError(f"{type(weight).__name__} is no kind of leaf")
 
 
@@ -93,9 +99,8 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
     apart = frozenset(sharding.entries(summed))
     if out is None or not apart:
         return multiply(out)
-    # Each device has a part of the sum; that the parts are still to be added is said, so that the
-    # gradient is gathered before it is multiplied. Whoever keeps products for the backward pass
-    # keeps the sum, by its name.
+    # Each device has a part of the sum. The type says `unreduced`, so that the gradient is gathered
+    # before it is multiplied. The name lets remat policies that keep products keep the sum instead.
     parts = multiply(P(*kept, None, unreduced=apart))
     return checkpoint_name(jax.reshard(parts, out), SUMMED)
 
@@ -103,10 +108,11 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
 def scaled_product(
     weight: Any, scale: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any
 ) -> jax.Array:
-    """`product` times a scale: a number, or an array [outputs] of any float dtype.
+    """Compute `product` times a scale: a number, or an array [outputs] of any float dtype.
 
-    float16 ends at 65504, which a sum may pass whose scaled value is small: it is kept in float32
-    until it is scaled. Other dtypes scale the rounded sum, so that it travels in its own width.
+    float16 ends at 65504, and a sum may exceed it although its scaled value is small, so float16
+    sums stay in float32 until they are scaled. Other dtypes scale the rounded sum, which then
+    travels between devices in its own width.
     """
     dtype = kwargs.pop("preferred_element_type", x.dtype)
     wide = jnp.float32 if dtype == jnp.float16 else dtype
@@ -118,10 +124,10 @@ def scaled_product(
 def _rounded_product(
     x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
 ) -> jax.Array:
-    """einsum of x with a weight of a wider dtype, which is rounded to that of x.
+    """Compute the einsum of x and a weight of a wider dtype, which is rounded to x's dtype first.
 
-    The weight's gradient comes in its own dtype: the products of rounded operands add up unrounded,
-    over tokens here, and over the mesh in `sharding.unshard`.
+    The weight's gradient has the weight's own dtype: products of rounded operands are summed
+    unrounded over tokens here, and over the mesh in `moves.unshard`.
     """
     return _einsum(equation, x, w.astype(x.dtype), out, preferred)
 
@@ -134,7 +140,7 @@ def _einsum(equation: str, x: jax.Array, y: jax.Array, out: P | None, preferred:
 def _rounded_product_forward(
     x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
 ) -> tuple[jax.Array, Any]:
-    rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # the latter says the dtype
+    rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # empty: it carries the dtype
     return _einsum(equation, x, rounded, out, preferred), (x, rounded, no_weights)
 
 
@@ -146,8 +152,8 @@ def _rounded_product_backward(
     dy = dy.astype(x.dtype)
     dx = _einsum(f"{result},{leaf}->{given}", dy, w, _of_gradient(x), None)
     dw = _einsum(f"{result},{given}->{leaf}", dy, x, _of_gradient(w), like.dtype)
-    # XLA's CPU backend otherwise folds transpositions into this product after it has decided how to
-    # compute it, and then cannot.
+    # Without the barrier, XLA's CPU backend folds transpositions into this product after it has
+    # chosen how to compute it, and then fails.
     return dx, jax.lax.optimization_barrier(dw)
 
 
@@ -155,24 +161,28 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 def _of_gradient(x: jax.Array) -> P:
-    """The partitioning of the gradient of x."""
+    """Return the partitioning of the gradient of x."""
     spec = jax.typeof(x).sharding.spec
     return P(*spec.partitions, unreduced=spec.reduced)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:
-    """GPUs and TPUs otherwise multiply float32 in TF32 or bfloat16."""
+    """Return the einsum precision for x: the highest for float32, which GPUs and TPUs otherwise
+    multiply in TF32 or bfloat16.
+    """
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def named_leaves(tree: Any) -> dict[str, Weight]:
-    """The leaves of a module by path, `layers.0.attn.q` for instance, in the order of the tree."""
+    """Return the leaves of a module by path, such as `layers.0.attn.q`, in the order of
+    the tree.
+    """
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     return {".".join(_key(step) for step in path): leaf for path, leaf in found}
 
 
 def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
-    """The same module with every leaf, of whatever kind, replaced by `leaf(path, leaf)`."""
+    """Return the same module with each leaf, of any kind, replaced by `leaf(path, leaf)`."""
 
     def put(path: Any, x: Weight) -> Any:
         return leaf(".".join(_key(step) for step in path), x)
