@@ -1,1 +1,3 @@
-"""Tokens after tokens: the loop on the devices, samplers, and the callers' arguments as arrays."""
+"""Generation of tokens: callers' arguments as arrays, samplers, and the decode loop on
+the devices.
+"""

@@ -1,8 +1,9 @@
-"""From prompts to new tokens, on device: chunked prefill and the decode loop. No text, no files.
+"""Generation on the devices, from prompts to new tokens: chunked prefill and the decode loop.
 
-A pass is left-padded, so that all rows end together. The prompt runs in chunks of a few fixed
-lengths (`buckets`), a few blocks at a time through one compiled program; decoding is one program, a
-loop over tokens that stops when every row has, so nothing is traced again as the sequence grows.
+Prompts are left-padded, so that all rows end together. A prompt runs in chunks of a few fixed
+lengths (`buckets`), a few blocks at a time through one compiled program. Decoding is one program
+that loops over tokens until every row has ended, so nothing is traced again as the sequence grows.
+Nothing here knows of text or files.
 """
 
 import collections
@@ -25,16 +26,17 @@ from qwen_jax.leaves.weights import Weight
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder
 
-_SHORTEST = 32  # tokens of the smallest prefill bucket
-STRIDE = 32  # tokens that one call into the decode program makes at most
+_SHORTEST = 32  # tokens in the smallest prefill bucket
+STRIDE = 32  # the most tokens that one call of the decode program generates
 
 
 @struct.dataclass
 class Rules:
-    """What may be generated and when a row ends: the same for all rows of a call.
+    """Which tokens may be generated, and when a row ends. All rows of a call share them.
 
-    allowed bool [V]: ids that exist; stops int32 [n, M]: token sequences that end a row, filled up
-    on the left with -1; pad int32: what follows the end of a row.
+    allowed: bool [V], True for ids that may be generated.
+    stops: int32 [n, M], token sequences that end a row, filled up on the left with -1.
+    pad: int32 [], the token written after a row has ended.
     """
 
     allowed: jax.Array
@@ -44,11 +46,17 @@ class Rules:
 
 @struct.dataclass
 class DecodeState:
-    """A batch between two tokens: `token` int32 [B] is chosen and not yet fed to the decoder.
+    """The state of a batch between two decode steps.
 
-    frequencies float32 [B, H/2]: each row's own RoPE; seen bool [B', V]: ids in the row, kept as
-    `unseen` says; recent int32 [B, M]: its last new tokens; done bool [B]; fault int32 [B]: 0, or
-    the code of `sampling.FAULTS` that ended the row; seeds uint32 [B]; step int32: tokens chosen.
+    cache: the KV cache.
+    frequencies: float32 [B, H/2], the RoPE frequencies of each row.
+    token: int32 [B], the last chosen tokens, not yet fed to the decoder.
+    seen: bool [B', V], the ids that each row contains, partitioned as by `unseen`.
+    recent: int32 [B, M], the last new tokens of each row, to be compared with stops.
+    done: bool [B], whether a row has ended.
+    fault: int32 [B], 0, or the code in `sampling.FAULTS` that ended the row.
+    seeds: uint32 [B], the sampling seed of each row.
+    step: int32 [], the number of tokens chosen so far.
     """
 
     cache: Cache
@@ -63,7 +71,7 @@ class DecodeState:
 
 
 def make_rules(allowed: np.ndarray, stops: Sequence[Sequence[int]], pad: int) -> Rules:
-    """Rules from host values; stops may be of different lengths, none is empty."""
+    """Make rules from host values. Stops may differ in length, but none is empty."""
     longest = max((len(stop) for stop in stops), default=1)
     table = np.full((len(stops), longest), -1, np.int32)
     for row, stop in zip(table, stops, strict=True):
@@ -72,13 +80,16 @@ def make_rules(allowed: np.ndarray, stops: Sequence[Sequence[int]], pad: int) ->
 
 
 def buckets() -> list[int]:
-    """The lengths in which a prompt is run. Longer ones pay where a pass costs little to start."""
+    """Return the lengths of prefill chunks. Longer ones pay off where starting a pass
+    costs little.
+    """
     longest = 512 if jax.default_backend() == "cpu" else 2048
     return [_SHORTEST * 2**i for i in range((longest // _SHORTEST).bit_length())]
 
 
 def plan(prompt: int, new: int) -> tuple[list[int], int]:
-    """The chunk lengths for a prompt of that many tokens, and the slots of its cache.
+    """Return the chunk lengths for a prompt of `prompt` tokens, and the number of slots in its
+    cache.
 
     The first chunk takes the remainder, left-padded to a bucket. Capacities come in quarters of a
     power of two, so that few programs serve all lengths and at most a quarter is wasted.
@@ -103,9 +114,12 @@ def prefill(
     attend: Callable[..., Any],
     cache_dtype: str | None = None,
 ) -> DecodeState:
-    """Run left-padded prompts, int [B, T] with `lengths` [B] real tokens, and choose one token.
+    """Run left-padded prompts through the decoder and choose the first new token of each row.
 
-    new: how many tokens will be asked for, this one included; it sizes the cache.
+    tokens, lengths: int [B, T], and the number of real tokens in each row, [B].
+    frequencies, seeds: the RoPE frequencies [B, H/2] and the sampling seed [B] of each row.
+    new: the number of tokens to be generated in all, the first included. It sizes the cache.
+    cache_dtype: as `kind` of `cache.empty`.
     """
     chunks, capacity = plan(int(lengths.max()), new)
     total, (batch, width) = sum(chunks), tokens.shape
@@ -153,21 +167,22 @@ def decode(
     new: int,
     at_once: int = STRIDE,
 ) -> Iterator[np.ndarray]:
-    """Yield the new tokens as they are generated, `new` for each row in all.
+    """Yield new tokens as they are generated, `new` for each row in all.
 
-    First int32 [B, 1], which `prefill` chose, then int32 [B, n] with n at most `at_once`.
+    The first array is int32 [B, 1], the tokens that `prefill` chose; later ones are int32 [B, n], n
+    at most `at_once`. Ends early when every row has met a stop. The state passed in is donated.
 
-    Ends early when every row has met a stop. The state passed in is consumed. The device is a
-    stride ahead: while the tokens of one are fetched and used, the next is under way, which does
-    nothing where every row has ended. Raises ValueError for a row for which no token can be chosen,
-    when all tokens before that have been handed over.
+    The device works one stride ahead: while the host fetches and uses the tokens of one stride, the
+        next one runs, and does nothing if every row has ended. Raises ValueError if no token can be
+        chosen for a row, after all earlier tokens have been yielded.
     """
     leaves, tree = jax.tree.flatten(decoder)  # once: a module of 80 layers takes 1.5 ms
     chosen = _report(state.token[:, None], np.int32(1), state.done, state.fault)
     reports = collections.deque([moves.begin_fetch(chosen)])
     new, made = new - 1, 0
     while True:
-        # Nothing goes ahead of the first token, which would wait for the loop to be compiled.
+        # The loop starts after the first token was yielded, which would otherwise wait for the
+        # loop to compile.
         while made and new > 0 and len(reports) < 2:
             limit = min(new, at_once, STRIDE)
             state, report = run_stride(leaves, state, sampler, rules, np.int32(limit), tree, attend)
@@ -201,9 +216,9 @@ def run_stride(
     tree: Any,
     attend: Callable[..., Any],
 ) -> tuple[DecodeState, jax.Array]:
-    """Decode up to `limit` tokens (at most STRIDE): the state after them, and a `_report` of them.
+    """Decode up to `limit` tokens, at most STRIDE. Returns the new state, and its `_report`.
 
-    leaves, tree: of the decoder.
+    leaves, tree: the flattened decoder.
     """
     decoder: Decoder = tree.unflatten(leaves)
     tokens = jnp.broadcast_to(rules.pad, (state.token.shape[0], STRIDE))
@@ -235,8 +250,9 @@ def run_stride(
 
 @jax.jit
 def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.Array) -> jax.Array:
-    """What the host has to know, in one array on every device: int32 [B, n + 3], tokens [B, n], how
-    many of them are written, and of each row whether it is done, and its fault.
+    """Pack the results of a stride into one replicated array for the host, int32 [B, n + 3].
+
+    Columns: the tokens [B, n], the number of them that are written, and each row's done and fault.
     """
     rows = jax.reshard(jnp.broadcast_to(written, done.shape), sharding.spec("B"))
     columns = jnp.stack([rows, done.astype(jnp.int32), fault], axis=1)
@@ -247,12 +263,17 @@ def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.A
 def _first(
     head: Weight, last: jax.Array, state: DecodeState, rules: Rules, sampler: Any
 ) -> DecodeState:
-    """The state after the prompt: the head alone of the decoder, the state without its cache."""
+    """Choose the first token after a prompt. Takes the head alone, and a state without
+    its cache.
+    """
     return choose(model.logits(last[:, -1:], head)[:, 0], state, rules, sampler)
 
 
 def choose(logits: jax.Array, state: DecodeState, rules: Rules, sampler: Any) -> DecodeState:
-    """Append one token to every row that has not ended; `pad` to those that have."""
+    """Choose the next token of each row from logits [B, V], or `pad` if the row has ended.
+
+    Returns the state with these tokens, and with the rows marked that end by them.
+    """
     rows = sharding.spec("BT")
 
     @jax.shard_map(out_specs=(rows, sharding.rows_spec(2)), check_vma=False)
@@ -264,8 +285,8 @@ def choose(logits: jax.Array, state: DecodeState, rules: Rules, sampler: Any) ->
         allowed: jax.Array,
         sampler: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        """Each row's token and fault, and `seen` with the token. Every device draws for some rows,
-        of which it has all logits: no sharding for their arithmetic to agree on.
+        """Choose each row's token and fault, and mark the token in `seen`. Every device draws for
+        some rows and holds all their logits, so results do not depend on the mesh.
         """
         count, seeds = len(seeds), moves.own_rows(seeds)
         logits = jnp.where(allowed, moves.whole_rows(logits), -jnp.inf)
@@ -293,14 +314,18 @@ def choose(logits: jax.Array, state: DecodeState, rules: Rules, sampler: Any) ->
 
 @functools.partial(jax.jit, static_argnames="length")
 def positions(start: jax.Array, index: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Positions and segments, int32 [B, length], of the next tokens: segment 0 is padding."""
+    """Return positions and segments, int32 [B, length], of the next tokens. Segment 0 is
+    padding.
+    """
     places = index + jnp.arange(length, dtype=jnp.int32) - start[:, None]
     return places, (places >= 0).astype(jnp.int32)
 
 
 def unseen(batch: int, vocab_size: int) -> jax.Array:
-    """bool [B', V], all False: which ids are in each row, partitioned as the sampler takes it, by
-    rows over every device of the mesh; B' is B filled up so that it divides.
+    """Make the array that marks the ids in each row, bool [B', V], all False.
+
+    Its rows are split over every device of the mesh, as the sampler takes them. B' is B, rounded up
+    so that it divides.
     """
     shape = (sharding.padded_rows(batch), vocab_size)
     return jnp.zeros(shape, bool, out_sharding=sharding.rows_spec(2))
@@ -308,7 +333,7 @@ def unseen(batch: int, vocab_size: int) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="seen")
 def _mark(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """`seen` with the tokens int32 [B, T] of a chunk, but for padding (segment 0)."""
+    """Mark the tokens of a chunk, int32 [B, T], in `seen`, except padding (segment 0)."""
 
     @jax.shard_map(out_specs=sharding.rows_spec(2), check_vma=False)
     def local(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:

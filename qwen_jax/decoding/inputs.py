@@ -1,6 +1,6 @@
-"""Token ids, masks, stops and seeds that callers pass, turned into host arrays and checked.
+"""Callers' arguments as checked host arrays: token ids, masks, stops, seeds and NTK alphas.
 
-Each mistake is a ValueError of one line that names the argument, its value and what is allowed.
+Each mistake raises a ValueError of one line that names the argument, its value and what is allowed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,10 @@ from qwen_jax.runtime import texts, values
 
 
 def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32 [B, T], and the number of real tokens of each row, [B]. vocab_size: one past
-    the largest id that is allowed.
+    """Check prompts and return them as int32 [B, T], with the number of real tokens in each row,
+    [B].
+
+    vocab_size: one more than the largest allowed id.
     """
     try:
         tokens = np.asarray(tokens)
@@ -41,7 +43,7 @@ def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _mask(given: Any) -> np.ndarray:
-    """A mask as a bool array. ValueError for what is no array of 0 and 1."""
+    """Return a mask as a bool array. Raises ValueError unless it holds only 0 and 1."""
     try:
         mask = np.asarray(given)
         if not np.isin(mask, (0, 1)).all() or mask.dtype.kind not in "biuf":
@@ -55,7 +57,7 @@ def _mask(given: Any) -> np.ndarray:
 
 
 def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
-    """The NTK alpha of each row, float64 [rows], from one for all or one for each."""
+    """Return the NTK alpha of each row, float64 [rows], from one number or one for each row."""
     try:
         found = np.asarray(ntk_alpha)
         if found.dtype.kind in "bcSUOMm" or found.shape not in ((), (rows,)):
@@ -69,7 +71,7 @@ def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
 
 
 def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
-    """What ends a row, given as ids or as sequences of ids, as sequences of ids."""
+    """Return stops as sequences of ids, from ids or sequences of ids."""
     words = isinstance(stop, str | bytes | bytearray | memoryview | Mapping)
     if words or not isinstance(stop, Iterable):
         shown = texts.shown(stop)
@@ -84,7 +86,9 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
 
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
-    """The seed of each row, uint32 [batch], from one for all or one for each, modulo 2**32."""
+    """Return the seed of each row, uint32 [batch], modulo 2**32, from one number or one for each
+    row.
+    """
     several = isinstance(seed, Iterable) and not isinstance(seed, values.NO_SEQUENCE)
     given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
     if len(given) not in (1, batch):

@@ -1,8 +1,8 @@
-"""How the next token is chosen from logits. Knows nothing of models or tokenizers.
+"""Samplers, which choose the next token from logits. They know nothing of models or tokenizers.
 
-A sampler is a pytree of numbers, so changing a temperature compiles nothing again. The order is the
-original's: repetition penalty, temperature, top-k, top-p. Rows are independent of each other, and
-whole: nothing here knows of devices.
+A sampler is a pytree of numbers, so that a changed temperature compiles nothing again. The order is
+the original's: repetition penalty, temperature, top-k, top-p. Rows are whole and independent of
+each other; nothing here knows of devices.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from flax import struct
 
 from qwen_jax.runtime import texts, values
 
-_TINY, _LARGEST = values.POSITIVE  # of float32: hardware rounds to 0 what is smaller
-_HOTTEST = 2.0**64  # at this temperature float32 probabilities are equal; a power of 2 keeps order
+_TINY, _LARGEST = values.POSITIVE  # normal float32 numbers: hardware rounds smaller ones to 0
+_HOTTEST = 2.0**64  # probabilities are equal from this temperature on; a power of 2 keeps order
 _SAFE = 1e38  # scores up to here leave room for rounding below the largest float32
 
-# Why no token can be chosen for a row: what `faults` finds, by its code.
+# The reasons why no token can be chosen for a row, by the codes that `faults` returns.
 FAULTS = {
     1: "a logit is NaN or infinite",
     2: "every logit is -infinity or of an id that may not be generated",
@@ -27,7 +27,7 @@ FAULTS = {
 
 @struct.dataclass
 class Greedy:
-    """The largest logit, after the repetition penalty (1 = none)."""
+    """Chooses the largest logit, after the repetition penalty (1 = none)."""
 
     repetition_penalty: float = 1.0
 
@@ -36,9 +36,9 @@ class Greedy:
         _check_penalty(self.repetition_penalty)
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
-        """The logits after the repetition penalty, float32 [B, V].
+        """Return the logits after the repetition penalty, float32 [B, V].
 
-        seen: bool [B, V], the ids that are in the row already.
+        seen: bool [B, V], the ids that the row already contains.
         """
         return _penalise(logits, seen, self.repetition_penalty)
 
@@ -51,12 +51,13 @@ class Greedy:
 
 @struct.dataclass
 class Nucleus:
-    """A draw from the smallest set of most likely tokens that holds `top_p` of the probability.
+    """Draws from the smallest set of most likely tokens that holds `top_p` of the probability.
 
-    temperature > 0; top_k: only the k most likely tokens (0 = all; ties with the last are kept);
-    top_p in [0, 1] (Holtzman et al., arXiv 1904.09751); repetition_penalty (Keskar et al., arXiv
-    1909.05858): logits of tokens already in the row are divided by it where positive, else
-    multiplied.
+    temperature: above 0.
+    top_k: keep only the k most likely tokens, and ties with the last of them; 0 keeps all.
+    top_p: in [0, 1] (Holtzman et al., arXiv 1904.09751).
+    repetition_penalty: divides positive logits of tokens already in the row, and multiplies
+        negative ones (Keskar et al., arXiv 1909.05858).
     """
 
     temperature: float = 1.0
@@ -79,8 +80,9 @@ class Nucleus:
         values.number("top_p", self.top_p, 0, 1)
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
-        """The logits of the distribution that tokens are drawn from: float32 [B, V], -inf for a
-        token that is cut off. Arguments as `Greedy.scores`.
+        """Return the logits of the distribution that tokens are drawn from, float32 [B, V].
+
+        Tokens that are cut off have -inf. Arguments as for `Greedy.scores`.
         """
         logits = _divide(_penalise(logits, seen, self.repetition_penalty), self.temperature)
 
@@ -97,8 +99,9 @@ class Nucleus:
     def __call__(
         self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
     ) -> jax.Array:
-        """Draw a token for each row, int32 [B]; a draw depends on the row's seed, uint32 [B], the
-        step and the row's logits alone.
+        """Draw a token for each row, int32 [B].
+
+        A draw depends only on the row's seed, uint32 [B], the step, and the row's logits.
         """
 
         def noise(seed: jax.Array) -> jax.Array:
@@ -110,13 +113,13 @@ class Nucleus:
 
 
 def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax.Array:
-    """Find the rows for which no token can be chosen: int32 [B], a code of `FAULTS`, else 0.
+    """Find the rows for which no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
 
-    Arguments as of `scores`. A logit of -inf is an id that may not be chosen and no fault. Logits
-    that overflow by the repetition penalty count as infinite.
+    Arguments as for `scores`. A logit of -inf forbids an id and is no fault. Logits that overflow
+    through the repetition penalty count as infinite.
     """
     logits = _penalise(logits, seen, sampler.repetition_penalty)
-    broken = jnp.any(~(logits < jnp.inf), axis=-1)  # NaN is not less either
+    broken = jnp.any(~(logits < jnp.inf), axis=-1)  # also True for NaN
     empty = ~jnp.any(logits > -jnp.inf, axis=-1)
     return jnp.where(broken, 1, jnp.where(empty, 2, 0)).astype(jnp.int32)
 
@@ -135,25 +138,26 @@ def _penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
 
 
 def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
-    """logits / temperature, or where that would overflow, what has the same probabilities.
+    """Divide logits by a temperature; where that would overflow, return logits of equal
+    probabilities.
 
-    Temperatures that float32 has no normal number for are as good as the smallest that it has, and
-    beyond `_HOTTEST` all probabilities are equal.
+    Temperatures below float32's smallest normal number act as that number, and beyond `_HOTTEST`
+    all probabilities are equal.
     """
     temperature = jnp.clip(temperature, _TINY, _HOTTEST)
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    # A softmax may be shifted. Elsewhere it is not, as a difference is rounded once more.
+    # A softmax is invariant to a shift. Only large logits are shifted, as it rounds once more.
     shift = jnp.where(jnp.abs(largest) > _SAFE * temperature, largest, 0)
     return (logits - shift) / temperature
 
 
 def _where_on(on: Any, cut: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
-    """`cut(logits)` where a setting is on; where it is off, a program does not run it either."""
+    """Apply `cut` to the logits if a setting is on; otherwise the program skips its work."""
     return jax.lax.cond(on, cut, lambda logits: logits, logits)
 
 
 def _keep_largest(logits: jax.Array, weights: jax.Array, target: Any) -> jax.Array:
-    """-inf for all but the fewest largest logits whose weights sum to `target` or more.
+    """Set all but the fewest largest logits whose weights sum to at least `target` to -inf.
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
     instead of a sort of the vocabulary, on any sharding of it. Equal logits are kept together.
@@ -169,7 +173,7 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, target: Any) -> jax.Arr
         enough = kept >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # Made of the logits, so as to be partitioned like them.
+    # Computed from the logits, so that the bounds have their partitioning.
     ends = [order[:, :1] * 0 + jnp.int32(end) for end in (-(2**31), 2**31 - 1)]
     threshold, _ = jax.lax.fori_loop(0, 32, halve, tuple(ends))
     return jnp.where(order >= threshold, logits, -jnp.inf)
