@@ -1,5 +1,5 @@
-"""Attention: which keys a query sees, the reference, the registry of implementations and their
-proof on the device, the ring over devices, and the KV cache.
+"""Attention: masks, the reference, a registry of implementations and their self-tests on the
+device, ring attention, and the KV cache.
 
 Nothing here knows of RoPE, of layers or of files.
 """

@@ -1,4 +1,4 @@
-"""How far an implementation of attention is from the reference, forward and backward."""
+"""The error of an attention implementation against the reference, forward and backward."""
 
 import dataclasses
 import functools
@@ -17,10 +17,14 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 def error(case: Case, name: str, in_parts: bool = False) -> float:
-    """The worst difference of an implementation from the reference in float32, over the largest
-    number: outputs, or gradients, of a small call with packing, padding, LogN, a window and grouped
-    heads. in_parts: also of the same call in two parts of its keys, merged by their log-sum-exp, as
-    the chunks of a prompt and a ring of devices need it.
+    """Return an implementation's largest error against the float32 reference, over the largest
+    value.
+
+    It compares outputs, or gradients, of a small call with packing, padding, LogN, a window and
+    grouped heads. A result that is not finite has an infinite error.
+
+    in_parts: also compare the same call in two parts of its keys, merged by their log-sum-exp, as
+        chunked prompts and ring attention use it.
     """
     small, ways = _small(case), _ways(case, name, in_parts)
     wanted = len(ways) * _wanted(small)
@@ -31,8 +35,9 @@ def error(case: Case, name: str, in_parts: bool = False) -> float:
 
 
 def check(case: Case, name: str) -> None:
-    """Trace the calls of `error` and run nothing. NotImplementedError where the implementation
-    declines them.
+    """Trace the calls of `error` without running them.
+
+    Raises NotImplementedError where the implementation declines one.
     """
     small = _small(case)
     arrays = jax.eval_shape(lambda: _arguments(small, workloads.drawn, workloads.leaf))
@@ -41,13 +46,16 @@ def check(case: Case, name: str) -> None:
 
 
 def _small(case: Case) -> Case:
-    """The call by which an implementation is compared with the reference."""
+    """Return the small call by which implementations are compared with the reference."""
     features, length = case.task != "decode", min(case.length, 4096) - 19
     shape = {"batch": 2, "length": length, "heads": 4, "kv_heads": 2}
     return dataclasses.replace(case, features=features, **shape)
 
 
 def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
+    """Return the functions to be compared: the implementation and, with in_parts, it merged from
+    parts.
+    """
     attend = registry.get(name)
     if in_parts and case.task != "decode":
         return [attend, functools.partial(_in_parts, attend)]
@@ -56,13 +64,14 @@ def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _wanted(case: Case) -> list[jax.Array]:
+    """Return the reference's float32 results."""
     return _results(case, reference.xla, "float32")
 
 
 def _in_parts(
     attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
 ) -> jax.Array:
-    """Attention over the first third of the keys and over the others, merged."""
+    """Attend to the first third of the keys and to the rest, and merge the two."""
     parts = []
     for cut in (slice(0, k.shape[1] // 3), slice(k.shape[1] // 3, None)):
         positions, segments = mask.k_positions[:, cut], mask.k_segments[:, cut]
@@ -72,8 +81,8 @@ def _in_parts(
 
 
 def _with_all(mask: Mask) -> Mask:
-    """The mask with a window that cuts its sequences, and with padding: on the left of the last
-    row, on the right of the others.
+    """Add a window shorter than the sequences, and padding: left in the last row, right in the
+    others.
     """
     length = mask.q_segments.shape[1]
     index, count = jnp.arange(length), length // 8 + 3
@@ -84,6 +93,8 @@ def _with_all(mask: Mask) -> Mask:
 
 
 def _results(case: Case, attend: Callable[..., Any], dtype: str) -> list[jax.Array]:
+    """Run a call with operands of `dtype`, and return the arrays to be compared."""
+
     def cast(x: Any) -> Any:
         x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
         return x if hasattr(x, "dequantize") else x.astype(dtype)
@@ -93,7 +104,7 @@ def _results(case: Case, attend: Callable[..., Any], dtype: str) -> list[jax.Arr
 
 
 def _arguments(case: Case, normal: Callable[..., Any], leaf: Callable[..., Any]) -> list[Any]:
-    """Of `_call`, drawn with `normal` and `leaf`."""
+    """Make the arguments of `_call`, drawn with `normal` and `leaf`."""
     if case.task == "decode":
         token = dataclasses.replace(case, length=1)
         own = [normal(token, n, i) for i, n in enumerate((case.heads, 2, 2))]
@@ -102,7 +113,9 @@ def _arguments(case: Case, normal: Callable[..., Any], leaf: Callable[..., Any])
 
 
 def _call(case: Case, attend: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
-    """(q, k, v, and the gradient of the result, or the leaves of a cache) -> what is compared."""
+    """Return a function of q, k, v, and the result's gradient or a cache's leaves, that makes the
+    arrays to be compared.
+    """
     if case.task == "decode":
         start = jnp.array([case.length // 3, case.length // 2], jnp.int32)
         index, window = jnp.int32(case.length + 5), jnp.int32(case.length // 2 + 7)
@@ -121,7 +134,7 @@ def _call(case: Case, attend: Callable[..., Any]) -> Callable[..., list[jax.Arra
 
 
 def forget() -> None:
-    """Let go of the arrays that programs were made with; those that are left keep their own."""
+    """Free the cached operands and reference results. Programs that still exist keep their own."""
     workloads.normal.cache_clear()
     workloads.leaves.cache_clear()
     _wanted.cache_clear()

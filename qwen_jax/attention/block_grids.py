@@ -1,10 +1,10 @@
-"""Block sizes of our kernels that `tune` tries, by kernel and task."""
+"""The block sizes of our kernels that `tune` tries, by kernel and task."""
 
 import itertools
 
 
 def _grid(**values: tuple[int, ...]) -> list[dict[str, int]]:
-    """All combinations."""
+    """Return all combinations of the values."""
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
@@ -17,11 +17,11 @@ _TRITON = {"tile": (64, 128), "block": (32, 64, 128), "warps": (4, 8), "stages":
 
 
 def _of(part: str) -> list[dict[str, int]]:
-    """Triton's blocks with the name of a backward kernel before each."""
+    """Return Triton's block sizes for a backward kernel, its name before each key."""
     return _grid(**{f"{part}_{key}": values for key, values in _TRITON.items()})
 
 
-# kernel -> task -> grids; each grid is searched with what was best in those before it
+# kernel -> task -> grids. Each grid is searched with the best blocks of the grids before it.
 CANDIDATES: dict[str, dict[str, list[list[dict[str, int]]]]] = {
     "pallas_tpu": {
         "forward": [_MOSAIC],
@@ -44,8 +44,12 @@ CANDIDATES: dict[str, dict[str, list[list[dict[str, int]]]]] = {
 
 
 def sweeps(name: str, task: str) -> list[list[dict[str, int]]]:
+    """Return the grids of a kernel for a task, empty if it has none."""
     return CANDIDATES.get(name, {}).get(task, [])
 
 
 def steps(name: str, task: str) -> int:
+    """Return how many programs `tune` times: the kernel's own choice, and each entry of
+    its grids.
+    """
     return 1 + sum(len(grid) for grid in sweeps(name, task))

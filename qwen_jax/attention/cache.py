@@ -1,8 +1,8 @@
 """The KV cache: keys and values of earlier passes, in the compute dtype or in int8.
 
-Layers are separate leaves [B, K, S, H], so that a decode step reads each where it lies. All rows
-share one write index and end there; `start` says at which index a row began, so left padding, and a
-row that joins late, need no scatter. The slots are a ring: token i lies in slot i mod S.
+Each layer has leaves of its own, [B, K, S, H], so that a decode step reads them in place. All rows
+share one write index and end there; `start` is the index at which a row began, so left padding, and
+a row that joins late, need no scatter. The slots form a ring: token i lies in slot i mod S.
 """
 
 import dataclasses
@@ -23,26 +23,28 @@ from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
 
 DTYPES = ("int8", "int8_asymmetric")
-_PIECE = 2048  # slots that a long pass attends to at a time, and so copies or dequantises at most
+_PIECE = 2048  # slots that a long pass attends to, and so copies or dequantises, at a time
 
 
 @struct.dataclass
 class LayerCache:
-    """Keys (after RoPE) and values of one layer, [B, K, S, H] each: arrays or Int8."""
+    """The KV cache of one layer: rotated keys and values, [B, K, S, H] each, as arrays or Int8."""
 
     k: Any
     v: Any
 
     def extend(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "LayerCache":
-        """Write k, v [B, T, K, H] at `index`; a pass must not run over the end of the ring."""
+        """Write k, v [B, T, K, H] from slot `index` on. A pass must not run over the end of the
+        ring.
+        """
         return LayerCache(_put(self.k, k, index), _put(self.v, v, index))
 
     def read(self) -> tuple[Any, Any]:
-        """k, v [B, S, K, H], as attention takes them."""
+        """Return k, v as [B, S, K, H], the order that attention takes."""
         return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (self.k, self.v))
 
     def piece(self, first: jax.Array, length: int) -> "LayerCache":
-        """The slots from `first` on, so many."""
+        """Return `length` slots from slot `first` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 2), self)
 
     def attend(
@@ -57,11 +59,13 @@ class LayerCache:
         scale: jax.Array,
         index: jax.Array,
     ) -> tuple[jax.Array, "LayerCache"]:
-        """Attention over this pass's k, v and the earlier ones held here; and the layer with both.
+        """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the extended
+        cache.
 
-        q [B, T, N, H]; k, v [B, T, K, H]; own: a mask over this pass's keys. past, index: what
-        `Cache.context` has returned. The pass's own keys are not read back from the cache, where
-        they may be quantised.
+        q: [B, T, N, H].
+        k, v: [B, T, K, H]. They are attended to as they are, not read back from a quantised cache.
+        own: a mask over this pass's keys.
+        past, index: the results of `Cache.context`.
         """
         decode = registry.decoder(implementation, q, self.k)
         rows = jax.typeof(q).sharding.spec
@@ -89,18 +93,19 @@ class LayerCache:
                 found = implementation(q, k, v, own, scale, return_lse=True)
                 found = _merge_cached(found, implementation, q, layer, past, scale, index)
                 o = found[0].astype(q.dtype)
-            # Zero, but the compiler cannot know: the write waits for the read, so it needs no copy
-            # of the leaf. XLA otherwise keeps one for every layer and step.
+            # This is 0, but the compiler cannot know, so the write waits for the read and needs no
+            # copy of the leaf. Otherwise XLA keeps a copy for every layer and step.
             after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
             return o, layer.extend(k, v, index + after_reading).laid_out()
 
         return local(q, k, v, own, past, scale, self, index)
 
     def laid_out(self) -> "LayerCache":
-        """The same, in the order of memory in which every program is handed it: that of its axes.
+        """Return the same cache with its memory in the order of its axes, as every program receives
+        it.
 
-        A compiler otherwise chooses another order for a loop, or for one program, and copies every
-        leaf into it and back again.
+        A compiler otherwise chooses another order for a loop or a program, and copies every leaf
+        into it and back.
         """
 
         def ordered(x: jax.Array) -> jax.Array:
@@ -111,8 +116,12 @@ class LayerCache:
 
 @struct.dataclass
 class Cache:
-    """layers: one `Layer` each; start int32 [B]: the index of a row's first token; index int32 []:
-    tokens written so far, padding included. fresh: nothing is written yet (known to the compiler).
+    """The KV cache of a whole model.
+
+    layers: a `LayerCache` for each layer.
+    start: int32 [B], the index of each row's first token.
+    index: int32 [], the number of tokens written so far, padding included.
+    fresh: True while nothing is written, known at compile time.
     """
 
     layers: tuple[LayerCache, ...]
@@ -122,22 +131,22 @@ class Cache:
 
     @property
     def capacity(self) -> int:
+        """The number of slots, S."""
         return jax.tree.leaves(self.layers)[0].shape[2]
 
     def context(
         self, positions: jax.Array, segments: jax.Array
     ) -> tuple[Mask | None, jax.Array | None]:
-        """Which slots queries at these positions see, None while nothing is written; and what the
-        layers need to know to write, here the index.
-        """
+        """Return the mask of cached slots (None while nothing is written), and the write index."""
         past = None if self.fresh else self.past_mask(positions, segments)
         return past, self.index
 
     def past_mask(self, positions: jax.Array, segments: jax.Array) -> Mask:
-        """Which slots queries at these positions see: those that earlier passes have written."""
+        """Return the mask by which queries at these positions see the slots that are written."""
         return _past_mask(self.start, self.index, positions, segments, self.capacity)
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> "Cache":
+        """Return the cache with these layers after `length` more tokens."""
         return Cache(layers, self.start, self.index + length, fresh=False)
 
 
@@ -152,9 +161,10 @@ def _past_mask(
 
 
 def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str | None) -> Cache:
-    """An empty cache of `capacity` slots for the rows that begin at `start`, int32 [B].
+    """Make an empty cache of `capacity` slots for rows that begin at `start`, int32 [B].
 
-    kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric".
+    kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric". Raises
+        ValueError for another.
     """
     if kind is not None and kind not in DTYPES:
         raise ValueError(f"cache_dtype {kind!r}: allowed are {', '.join(DTYPES)} or None")
@@ -165,10 +175,11 @@ def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str
 
 
 def held_dtype(dtype: Any) -> Any:
-    """The dtype in which float keys and values of `dtype` are held: on a CPU always float32.
+    """Return the dtype in which float keys and values of `dtype` are stored: on a CPU always
+    float32.
 
-    XLA's CPU backend rewrites the whole of a bfloat16 or float16 array at every write, and turns
-    it into float32 whenever it is multiplied. What is written has been rounded to `dtype` before.
+    XLA's CPU backend rewrites a whole bfloat16 or float16 array at every write, and converts it to
+    float32 at every product. Values are rounded to `dtype` before they are written.
     """
     return jnp.dtype(jnp.float32 if choice.device().platform == "cpu" else dtype)
 
@@ -177,7 +188,7 @@ def held_dtype(dtype: Any) -> Any:
 def _zeros(
     num_layers: int, shape: tuple[int, ...], dtype: Any, kind: str | None
 ) -> tuple[tuple[LayerCache, ...], jax.Array]:
-    """Layers of zeros, of the shape [B, K, S, H], and an index of 0: one program for all leaves."""
+    """Make layers of zeros [B, K, S, H] and an index of 0, in one program for all leaves."""
 
     def zeros(letters: str, dtype: Any) -> jax.Array:
         return jnp.zeros(shape[: len(letters)], dtype, out_sharding=sharding.spec(letters))
@@ -200,13 +211,12 @@ def _merge_cached(
     scale: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merge attention to a layer's keys of earlier passes into `found`: o in float32 and the
-    log-sum-exp of its scores.
+    """Attend to a layer's cached keys and merge that into `found`: float32 o and its log-sum-exp.
 
-    Many queries go through a long cache in pieces, as far as it is written, and fold the results:
-    scores, and what an implementation copies or dequantises, do not grow with the cache. The loop
-    begins with what was found: zeros would be made once for all layers of a program, and be kept,
-    with a copy for each layer, from its beginning.
+    Many queries go through a long cache in pieces, up to its last written slot, and merge the
+    results, so that scores, and copies or dequantised keys, do not grow with the cache. The loop
+    starts from `found`, because XLA would make zeros once for all layers and keep a copy per layer
+    from the start of the program.
     """
     slots = past.k_positions.shape[1]
     if slots <= _PIECE or q.shape[1] <= registry.FEW:
@@ -218,7 +228,7 @@ def _merge_cached(
             jax.lax.dynamic_slice_in_dim(x, first, _PIECE, 1)
             for x in (past.k_positions, past.k_segments)
         )
-        again = first + jnp.arange(_PIECE) < i * _PIECE  # where the last piece overlaps another
+        again = first + jnp.arange(_PIECE) < i * _PIECE  # the last piece may overlap the one before
         segments = jnp.where(again, 0, segments)
         mask = dataclasses.replace(past, k_positions=positions, k_segments=segments)
         keys = layer.piece(first, _PIECE).laid_out().read()
@@ -229,6 +239,9 @@ def _merge_cached(
 
 
 def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:
+    """Write new keys or values [B, T, K, H] into a leaf [B, K, S, H] at `index` modulo S, quantised
+    as the leaf is.
+    """
     new = jnp.swapaxes(new, 1, 2)  # [B, K, T, H]
     written = quantize(new, leaf.zero is None) if isinstance(leaf, Int8) else new
     slot = index % jax.tree.leaves(leaf)[0].shape[2]

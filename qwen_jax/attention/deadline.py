@@ -1,4 +1,4 @@
-"""A self-test that gets so many seconds and no more, whatever hangs in it."""
+"""A time limit for a self-test, whatever hangs in it."""
 
 import atexit
 import logging
@@ -10,13 +10,14 @@ from typing import Any
 
 from qwen_jax.attention import registry
 
-LIMIT = 120.0  # seconds for a kernel to be compiled and run, for one task
+LIMIT = 120.0  # seconds to compile and run a kernel for one task
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises. TimeoutError where it takes longer: it is left to itself.
+    """Run `work` for at most so many seconds and return its result, or raise its exception.
 
-    It runs in a thread, where no mesh is in force: on this process's first device.
+    Raises TimeoutError if it takes longer, and abandons it. It runs in a thread with no mesh in
+    force, on this process's first device.
     """
     results: list[Any] = []
     errors: list[BaseException] = []
@@ -42,8 +43,10 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def wait_at_exit(thread: threading.Thread) -> None:
-    """At the end of the process, wait for a self-test that is still within a compiler: what it uses
-    would be taken down under it. One that hangs does not keep the process for ever.
+    """Wait, when the process ends, for an abandoned self-test that is still inside a compiler.
+
+    Otherwise the interpreter would free what it uses. A compiler that hangs ends the process with
+    exit code 1 after `LIMIT`.
     """
     if not thread.is_alive():
         return

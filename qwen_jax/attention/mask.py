@@ -1,4 +1,6 @@
-"""Which keys a query sees: `Mask`, said by positions, segments and a window, never as [T, S]."""
+"""`Mask`: which keys a query attends to, given by positions, segments and a window, never as
+[T, S].
+"""
 
 import jax
 from flax import struct
@@ -8,10 +10,15 @@ FULL = 2**30  # a window that no length reaches
 
 @struct.dataclass
 class Mask:
-    """A key counts iff its segment equals the query's and is not 0 (padding, an empty slot), it is
-    not after the query, and fewer than `window` tokens before it (itself included).
+    """A sliding-window causal mask over packed and padded sequences.
 
-    Positions and segments are int32 [B, T] for queries, [B, S] for keys; window is an int32 scalar.
+    A query attends to a key if both have the same segment, that segment is not 0 (padding or an
+    empty slot), the key is not after the query, and it is fewer than `window` tokens before it (the
+    query's own token counts).
+
+    q_positions, q_segments: int32 [B, T].
+    k_positions, k_segments: int32 [B, S].
+    window: int32 [].
     """
 
     q_positions: jax.Array
@@ -21,7 +28,7 @@ class Mask:
     window: jax.Array
 
     def visible(self) -> jax.Array:
-        """bool [B, T, S]."""
+        """Compute the dense mask, bool [B, T, S]."""
         distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
         same = self.q_segments[:, :, None] == self.k_segments[:, None, :]
         real = self.k_segments[:, None, :] != 0

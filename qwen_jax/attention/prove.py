@@ -1,9 +1,10 @@
-"""`auto`: a kernel is proved on the device here before it is trusted, and taken where it is faster.
+"""`auto`: proves a kernel on this machine's device before it is trusted, and takes it if it is
+faster.
 
-`resolve` runs each candidate against the reference on a small call, times both at the shape that
-the program has, and keeps the verdict (`verdicts.py`). It is called before a program is traced: by
-`load`, by a training run, by `perplexity`. Several processes prove on a device each, and all take
-what agrees on all of them.
+`resolve` runs each candidate against the reference on a small call, times both at the program's
+shape, and stores the verdict (`verdicts.py`). It is called before a program is traced: by `load`,
+by a training run, by `perplexity`. With several processes each proves on a device of its own, and
+all take a kernel that agrees on all of them.
 """
 
 import contextlib
@@ -27,18 +28,19 @@ from qwen_jax.kernels import choice
 from qwen_jax.meshes import sharding
 from qwen_jax.runtime import processes
 
-ROUNDS = 5  # of a kernel and the reference in turns
-_SHORTEST, _LONGEST = 256, 8192  # tokens of what is timed
+ROUNDS = 5  # rounds in which a kernel and the reference are timed in turns
+_SHORTEST, _LONGEST = 256, 8192  # limits on the tokens of a timed call
 REFERENCE = "xla"
 
 
 def passes(
     config: Config, dtype: Any, rows: int, length: int, backward: bool = False, mesh: Any = None
 ) -> list[Case]:
-    """The calls of attention that a pass makes, for `resolve` to prove kernels on.
+    """Return the attention calls of a forward or training pass, for `resolve` to prove kernels on.
 
-    The pass goes over `rows` rows of `length` tokens, of which a device of the mesh (None: the one
-    in force) has its share. backward: the pass of a training step, with gradients.
+    rows, length: the pass's rows and their tokens, over all devices.
+    backward: whether the pass computes gradients, as a training step does.
+    mesh: the mesh that divides the work; None is the mesh in force.
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
@@ -50,8 +52,10 @@ def passes(
 def decoding(
     config: Config, dtype: Any, rows: int, slots: int, cache: str | None = None, mesh: Any = None
 ) -> list[Case]:
-    """The call of attention that decoding makes, for `resolve` to prove kernels on: a token of each
-    of `rows` rows against `slots` keys. cache: None (of `dtype`), "int8" or "int8_asymmetric".
+    """Return the attention call of a decode step, for `resolve` to prove kernels on.
+
+    rows, slots: one token of each of `rows` rows attends to `slots` keys.
+    cache: None (keys of `dtype`), "int8" or "int8_asymmetric".
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
@@ -67,8 +71,9 @@ def _case(
     sizes: Mapping[str, int],
     cache: str | None = None,
 ) -> Case:
-    """A call of attention, smaller than the program's where that is large: the reference's scores
-    must fit beside it, and a turn take milliseconds.
+    """Return one device's attention call, made smaller where the program's is large.
+
+    The reference's scores must fit in memory beside it, and a turn should take milliseconds.
     """
     tp = sizes[sharding.TENSOR]
     length = min(max(_SHORTEST, 1 << (length - 1).bit_length()), _LONGEST)
@@ -85,10 +90,12 @@ def _case(
 
 
 def resolve(name: str, cases: Sequence[Case]) -> Callable[..., Any]:
-    """The implementation of that name; for "auto" the fastest that has proved itself here.
+    """Return the implementation of a name; for "auto", the fastest that has proved itself here.
 
-    cases: the calls of the program that is to be traced, from `passes` and `decoding`. Every
-    process calls this for the same. Raises ValueError for a name that is not in the registry.
+    cases: the attention calls of the program to be traced, from `passes` and `decoding`.
+
+    Every process must call this with the same arguments. Raises ValueError for a name that is not
+    in the registry.
     """
     if name != "auto":
         return registry.get(name)
@@ -103,7 +110,7 @@ def resolve(name: str, cases: Sequence[Case]) -> Callable[..., Any]:
 
 
 def _settled(cases: Sequence[Case]) -> str:
-    """What is taken for calls that one implementation makes, said and remembered for `auto`."""
+    """Choose an implementation for calls that share one, log it, and store it for `auto`."""
     case, kind = cases[0], choice.device().device_kind
     name = _choose(cases) if choice.device().platform != "cpu" else REFERENCE
     if case.task == "decode":
@@ -117,13 +124,14 @@ def _settled(cases: Sequence[Case]) -> str:
 
 
 def _choose(cases: Sequence[Case]) -> str:
+    """Run the trials in all processes, and return the name that all of them take."""
     if jax.process_count() != processes.count():
         registry.say(
             "attention: xla: processes that were not joined by qwen_jax.initialize cannot agree "
             "on a kernel; name one to take it"
         )
         return REFERENCE
-    # The first process says which, so that all try the same, in the same order.
+    # Process 0 names the candidates, so that all processes try the same ones in the same order.
     names, ordered = json.loads(processes.gather(json.dumps(candidates(cases)))[0])
     trials: dict[str, list[list[Verdict]]] = {}
     for name in names:
@@ -140,11 +148,10 @@ def _choose(cases: Sequence[Case]) -> str:
 
 
 def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
-    """The implementations that may be taken instead of the reference, and whether they are in the
-    order of measured lines.
+    """Return the names that may replace the reference, and whether they are in measured order.
 
-    They are names that have a line for each task on this device, as far as they are faster than
-    the reference. Where there are no lines: our own kernels.
+    If this device has measured lines for each task, they are the names faster than the reference,
+    fastest first. Otherwise they are our own kernels.
     """
     times: list[dict[str, float]] = []
     for case in cases:
@@ -162,7 +169,7 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
         faster = measured[: measured.index(REFERENCE)] if REFERENCE in measured else measured
         return faster, True
     ours = [name for name in known if name.startswith("pallas")]
-    if decodes:  # two of the names decode with the same kernel
+    if decodes:  # two names share one decode kernel
         ours = list({DECODERS[known[name]]: name for name in reversed(ours)}.values())[::-1]
     return ours, False
 
@@ -170,11 +177,13 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
 def decide(
     trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool
 ) -> tuple[str, list[tuple[str, int]]]:
-    """Choose the implementation that all processes take, and say why not another: lines, each with
-    its level of logging.
+    """Choose the implementation that all processes take, with log lines on why others were not
+    taken.
 
-    trials: by name, in the order of trial: for each process its verdicts, of each task. ordered:
-    the first that agrees is the fastest; else the one whose slowest process is.
+    trials: for each name, in the order of trial, each process's verdicts on the tasks.
+    ordered: take the first name that agrees; otherwise the one whose slowest process is fastest.
+
+    Returns the name, and the lines with their logging levels.
     """
     best, least, notes = REFERENCE, math.inf, []
     for name, found in trials.items():
@@ -197,6 +206,7 @@ def decide(
 
 
 def _failure(name: str, process: int, verdict: Verdict, several: bool) -> tuple[str, int]:
+    """Return the log line for a kernel that failed or declined, and its level."""
     where = f" on {processes.name(process)}" if several else ""
     if verdict.outcome == "declined":
         return f"attention: not {name}{where}: {verdict.detail}", logging.INFO
@@ -208,7 +218,7 @@ def _failure(name: str, process: int, verdict: Verdict, several: bool) -> tuple[
 
 
 def _trial(name: str, cases: Sequence[Case], timed: bool) -> list[Verdict]:
-    """Verdicts of a kernel on this process's device, up to the first that is against it."""
+    """Return verdicts on a kernel on this process's device, up to the first failure."""
     found: list[Verdict] = []
     for case in cases:
         key = Key(
@@ -232,7 +242,7 @@ def _trial(name: str, cases: Sequence[Case], timed: bool) -> list[Verdict]:
 
 
 def _proved(key: Key, case: Case, timed: bool) -> Verdict:
-    """Run the self-test, and keep what it found."""
+    """Run the self-test, and store its verdict."""
     ran = f"{case.batch} x {case.length} tokens, {case.heads} heads over {case.kv_heads}"
     said = functools.partial(
         Verdict,
@@ -258,7 +268,7 @@ def _proved(key: Key, case: Case, timed: bool) -> Verdict:
             verdict = said("timed out", detail=f"not done after {deadline.LIMIT:g} s")
         except Exception as refusal:  # compilers and drivers refuse in ways of their own
             verdict = said("refused", detail=_one_line(refusal))
-            # Where memory was short, it may be there the next time.
+            # Memory that was short now may be free the next time.
             lasting = "RESOURCE_EXHAUSTED" not in verdict.detail
         else:
             right = error <= agreement.TOLERANCE[case.dtype]
@@ -272,13 +282,15 @@ def _proved(key: Key, case: Case, timed: bool) -> Verdict:
 
 
 class _Declined(Exception):
-    """A kernel is not for such calls, as its trace says. What a compiler lacks is a failure."""
+    """Raised where a kernel's trace declines a call. Anything that the compiler lacks is a failure
+    instead.
+    """
 
 
 def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, float] | None]:
-    """The worst error; and seconds of the kernel's program and of the reference's, if it agrees.
+    """Return the error, and the seconds of the kernel's and the reference's programs if it agrees.
 
-    Raises _Declined before anything is said, compiled or run.
+    Raises _Declined before anything is logged, compiled or run.
     """
     name = key.kernel
     try:
@@ -293,13 +305,14 @@ def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, f
     if not (timed and error <= agreement.TOLERANCE[case.dtype]):
         return error, None
     programs = {name: workloads.program(case, name)}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # its scores may not fit, here as there
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the reference's scores may not fit
         programs[REFERENCE] = workloads.program(case, REFERENCE)
     times = timing.medians(programs, ROUNDS)
     return error, (times[name], times.get(REFERENCE, math.inf))
 
 
 def _one_line(error: BaseException) -> str:
+    """Return an exception's text as one short line."""
     text = " ".join(str(error).split()) or "no message"
     named = isinstance(error, _Declined)
     return (text if named else f"{type(error).__name__}: {text}")[:300]

@@ -1,4 +1,6 @@
-"""Attention in plain XLA: the definition, with which every kernel must agree."""
+"""Attention in plain XLA: the reference that defines the result, with which every kernel must
+agree.
+"""
 
 import dataclasses
 from typing import Any
@@ -9,18 +11,22 @@ import jax.numpy as jnp
 from qwen_jax.attention.mask import Mask
 from qwen_jax.leaves.weights import precision
 
-_QUERY_BLOCK = 512  # query rows whose scores the reference holds at once
+_QUERY_BLOCK = 512  # the most query rows whose scores are held at once
 
 
 def xla(
     q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """softmax(scale * q k^T) v over the visible keys, in float32 where it matters.
+    """Compute softmax(scale * q k^T) v over the visible keys, with scores and sums in float32.
 
-    q [B, T, N, H]; k, v [B, S, K, H], arrays of q's dtype or a wider one, or quantised leaves, N a
-    multiple of K; scale: a float or float32 [B, T]. Returns o [B, T, N, H] of q's dtype, zeros for
-    a query that sees nothing. With return_lse: o in float32 and the log-sum-exp of the scores,
-    float32 [B, T, N], -inf for a query that sees nothing.
+    q: [B, T, N, H].
+    k, v: [B, S, K, H], arrays of q's dtype or a wider one, or quantised leaves. N is a multiple of
+        K.
+    scale: a float, or float32 [B, T].
+
+    Returns o [B, T, N, H] in q's dtype, 0 for a query that sees no key. With return_lse: o in
+    float32, and the log-sum-exp of the scores, float32 [B, T, N], -inf for a query that sees no
+    key.
     """
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
@@ -51,6 +57,10 @@ def xla(
 def _block(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """Compute float32 o [B, T, N, H] and log-sum-exp [B, T, N] for a block of queries.
+
+    visible: bool [B, T, S]. scale: float32 [B, T].
+    """
     batch, length, heads, _ = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: as the cache keeps them
     kv_heads, rows = k.shape[1], heads // k.shape[1] * length

@@ -1,7 +1,7 @@
-"""The registry of implementations of attention by name, and which of them "auto" takes.
+"""The registry of attention implementations by name, and the choice that "auto" makes among them.
 
-Kernels agree with the reference, and decline what they cannot do with NotImplementedError. An
-implementation runs on each device's heads and rows; `on_shards` makes it one of global arrays.
+Kernels agree with the reference, and raise NotImplementedError for calls that they do not support.
+An implementation runs on one device's heads and rows; `on_shards` applies it to global arrays.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from qwen_jax.kernels import (
 )
 from qwen_jax.meshes import sharding
 
-FEW = 16  # query tokens that a decode kernel takes at most
+FEW = 16  # the most query tokens that a decode kernel takes
 
 
 def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation run on each device's heads and rows; takes and returns global arrays.
-    Tokens that are split over `context` are attended to by a ring.
+    """Make an implementation take and return global arrays, each device running its heads and rows.
 
-    Where no mesh axis is explicit (none in force, or inside `shard_map`) it is run as it is.
+    Tokens that are split over `context` are attended to by ring attention. Where no mesh axis is
+    explicit (no mesh in force, or inside `shard_map`), the implementation runs unchanged.
     """
 
     @functools.wraps(attend)
@@ -57,7 +57,7 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
         out = (rows, P(*rows[:3])) if return_lse else rows
         shared = sharding.CONTEXT in sharding.entries(rows[1])
 
-        @jax.shard_map(out_specs=out, check_vma=False)  # kernels say nothing of mesh axes
+        @jax.shard_map(out_specs=out, check_vma=False)  # a kernel's type says no mesh axes
         def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
             if shared:
                 return ring.ring_attention(attend, q, k, v, mask, scale, return_lse)
@@ -84,7 +84,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "tokamax": on_shards(others.tokamax),
 }
 # attend -> decode(q, k, v, cache_k, cache_v, start, index, window, scale), for a few queries
-# against a cache; the others attend to the cache and to the new tokens, and merge.
+# against a cache. Implementations without one attend to cache and new tokens apart, and merge.
 DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
     pallas_tpu: decode_tpu.tpu_decode,
     pallas_triton: decode_triton.triton_decode,
@@ -92,13 +92,13 @@ DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-# What `prove.resolve` has decided in this process: (device kind, what a call is for, dtype, head
-# dim) -> name. A call is for "forward", "gradients" (forward and backward) or `cached(leaves)`.
+# The choices of `prove.resolve` in this process: (device kind, purpose, dtype, head dim) -> name.
+# A purpose is "forward", "gradients" (forward and backward) or the result of `cached`.
 RESOLVED: dict[tuple[str, str, str, int], str] = {}
 
 
 def get(name: str) -> Callable[..., Any]:
-    """The implementation of that name; "auto" is the one that `prove.resolve` has decided on.
+    """Return the implementation of a name. "auto" takes the choice of `prove.resolve`.
 
     Raises ValueError for a name that is not in the registry.
     """
@@ -112,11 +112,14 @@ def get(name: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """An implementation for inference: `forward` by that name, for a prompt; `decode` by that name,
-    for a few tokens against a cache (see `decoder`).
+    """An attention function for inference, with one implementation for prompts and one for
+    decoding.
 
-    A kernel that was proved forward alone is not differentiated: gradients are the reference's, and
-    so is a call of a few tokens without a decode kernel.
+    forward: its name for a prompt.
+    decode: its name for a few tokens against a cache (see `decoder`).
+
+    A kernel that was proved forward only is not differentiated: gradients come from the reference,
+    and so do calls of a few tokens without a decode kernel.
     """
 
     forward: str
@@ -134,6 +137,7 @@ class Chosen:
 def _forward_alone(
     name: str, return_lse: bool, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array
 ) -> Any:
+    """Run an implementation forward, with the gradients of the reference."""
     return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
 
 
@@ -154,8 +158,10 @@ _forward_alone.defvjp(_with_reference, _reference_gradients)
 def auto(
     q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """What `prove.resolve` has decided on in this process, for this device, dtype and head dim;
-    where it has decided nothing, the reference. Nothing can be proved here, within a trace.
+    """Attend by the choice of `prove.resolve` for this device, dtype and head dim, else by the
+    reference.
+
+    No kernel can be proved here, as this runs within a trace.
     """
     dtype, dim = q.dtype.name, q.shape[-1]
     if (name := resolved("gradients", dtype, dim)) is not None:
@@ -170,20 +176,24 @@ def auto(
 
 
 def resolved(purpose: str, dtype: str, head_dim: int) -> str | None:
-    """The implementation that `RESOLVED` has for the device that is compiled for."""
+    """Return the name in `RESOLVED` for the device that is compiled for, or None."""
     return RESOLVED.get((choice.device().device_kind, purpose, dtype, head_dim))
 
 
 def cached(leaf: Any) -> str:
-    """What a decode kernel is for, as `RESOLVED` has it: the kind of leaf that holds the keys."""
+    """Return a decode kernel's purpose in `RESOLVED`, which depends on how `leaf` holds
+    the keys.
+    """
     if not hasattr(leaf, "values"):
         return "decode"
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
 def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
-    """The decode kernel that goes with an implementation, for queries q against cached keys
-    [B, K, S, H]; None where there is none, or more queries than such a kernel is for.
+    """Return the decode kernel of an implementation for queries q against keys [B, K, S, H], or
+    None.
+
+    It is None where there is no such kernel, or more than `FEW` queries.
     """
     if q.shape[1] > FEW:
         return None
@@ -197,5 +207,5 @@ def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
 
 @functools.cache
 def say(line: str, level: int = logging.INFO) -> None:
-    """Log a line, once."""
+    """Log a line, once per process."""
     logging.getLogger("qwen_jax").log(level, line)

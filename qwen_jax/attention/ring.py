@@ -1,12 +1,13 @@
-"""Ring attention: queries stay, keys and values go round the devices that share a sequence.
+"""Ring attention: queries stay, and keys and values travel around the devices that share a
+sequence.
 
-Ring Attention (arXiv 2310.01889) over any implementation of `attention.IMPLEMENTATIONS`: each part
-of the keys gives an output and a log-sum-exp, and the parts merge into one softmax. No device holds
-the keys of the others for longer than a step. Runs within `jax.shard_map`.
+It is Ring Attention (arXiv 2310.01889) over any function of `attention.IMPLEMENTATIONS`: each part
+of the keys gives an output and a log-sum-exp, and these merge into one softmax. No device holds
+another's keys for longer than a step. It runs within `jax.shard_map`.
 
-Positions and segments travel with the keys, so causality, windows, packing and LogN need no rule of
-their own, and tokens may be in any order. `meshes.moves.zigzag` is the one in which causal work is
-equal: device i of n holds piece i and piece 2n - 1 - i of 2n.
+Positions and segments travel with the keys, so causality, windows, packing and LogN need no special
+rule, and tokens may be in any order. `meshes.moves.zigzag` is an order that balances causal work:
+device i of n holds pieces i and 2n - 1 - i of 2n.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ def ring_attention(
     scale: jax.Array,
     return_lse: bool = False,
 ) -> Any:
-    """Attention over the keys of all devices; arguments and results as `attention.xla`, each the
-    part of this device.
+    """Attend to the keys of all devices of `context`.
+
+    Arguments and results are those of `attention.xla`, each this device's part.
     """
     out: Any = _ring(implementation, q, k, v, mask, scale)
     return out if return_lse else out[0].astype(q.dtype)
@@ -40,7 +42,7 @@ def ring_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
-    """o and its log-sum-exp, in float32."""
+    """Compute o and its log-sum-exp in float32, passing keys around the ring once."""
     keys = (k, v, mask.k_positions, mask.k_segments)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -61,12 +63,12 @@ def _forward(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any)
 
 
 def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
-    """Keys go round once more, and their gradients with them until both are home again."""
+    """Compute the gradients, passing keys around the ring again with their own gradients."""
     q, k, v, mask, scale, o, lse = saved
     do, dlse = cotangents
     keys = (k, v, mask.k_positions, mask.k_segments)
 
-    # A kernel takes the whole's o and lse, and need not compute those of a part again.
+    # A kernel that takes the merged o and lse need not recompute those of each part.
     options = {"known": (o, lse)} if "known" in inspect.signature(implementation).parameters else {}
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -102,20 +104,25 @@ _ring.defvjp(_forward, _backward)
 
 
 def _arguments(q: Any, keys: Any, mask: Any, scale: Any) -> tuple[Any, ...]:
+    """Arrange the arguments of an implementation for these keys, with their positions and
+    segments.
+    """
     k, v, positions, segments = keys
     return q, k, v, dataclasses.replace(mask, k_positions=positions, k_segments=segments), scale
 
 
 def _pass_on(x: Any) -> Any:
-    """To the next device of the ring."""
+    """Send arrays to the next device of the ring."""
     size = jax.lax.axis_size(sharding.CONTEXT)
     ring = [(i, (i + 1) % size) for i in range(size)]
     return jax.tree.map(lambda a: jax.lax.ppermute(a, sharding.CONTEXT, ring), x)
 
 
 def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """One softmax from several sets of keys: o and log-sum-exp of each, as return_lse gives them,
-    and so of all.
+    """Merge attention over several sets of keys into one softmax.
+
+    parts: float32 o [B, T, N, H] and log-sum-exp [B, T, N] for each set, as with return_lse.
+        Returns the same for all keys together.
     """
     lse = jnp.stack([lse for _, lse in parts])  # [parts, B, T, N]
     largest = jnp.maximum(jnp.max(lse, 0), jnp.finfo(jnp.float32).min)

@@ -1,4 +1,4 @@
-"""How long programs take: they take turns, and a figure is a median."""
+"""Timing of compiled programs: they take turns, and a figure is a median."""
 
 import functools
 import math
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels import choice
 
-_SECONDS = 0.02  # that a turn takes at least, so that the clock and the host do not count
+_SECONDS = 0.02  # the least duration of a turn, beside which the clock and the host do not count
 
 Program = Callable[[], Any]
 
 
 def medians(programs: dict[str, Program], rounds: int) -> dict[str, float]:
-    """Seconds of a call of each, over rounds in which each has its turn."""
+    """Return the median seconds per call of each program, over rounds in which each takes
+    a turn.
+    """
     calls = {name: _calls(program) for name, program in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
@@ -28,7 +30,7 @@ def medians(programs: dict[str, Program], rounds: int) -> dict[str, float]:
 
 
 def _calls(program: Program) -> int:
-    """How many calls fill a turn. It warms up on the way."""
+    """Return how many calls fill a turn. The trials warm the program up."""
     _timed(program, 1)
     calls = 1
     while (seconds := _timed(program, calls)) < _SECONDS:
@@ -37,6 +39,7 @@ def _calls(program: Program) -> int:
 
 
 def _timed(program: Program, calls: int) -> float:
+    """Return the seconds that so many calls take, until the last result is there."""
     started = time.perf_counter()
     results = [program() for _ in range(calls)][-1:]
     jax.block_until_ready(results)
@@ -44,20 +47,21 @@ def _timed(program: Program, calls: int) -> float:
 
 
 def product(dtype: str) -> tuple[Program, float]:
-    """A large matrix product, and its FLOPs."""
+    """Return a program that multiplies large matrices, and its FLOPs."""
     size = 512 if choice.device().platform == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     return compiled(jnp.dot, x, x), 2.0 * size**3
 
 
 def copy() -> tuple[Program, float]:
-    """A copy of much memory, and the bytes that it reads and writes."""
+    """Return a program that copies much memory, and the bytes that it reads and writes."""
     size = 2**24 if choice.device().platform == "cpu" else 2**29
     x = jnp.ones(size // 4, jnp.float32)
     return compiled(lambda x: x + 1, x), 2.0 * size
 
 
 def compiled(run: Callable[..., Any], *args: Any) -> Program:
+    """Compile a function for these arguments, run it once, and return the program."""
     compiled = jax.jit(run).lower(*args).compile()
     jax.block_until_ready(compiled(*args))
     return functools.partial(compiled, *args)

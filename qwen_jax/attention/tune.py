@@ -1,8 +1,9 @@
-"""Time attention on the device here and write what was found into `measured.json`.
+"""Times attention on this machine's device and writes the results into `measured.json`.
 
-Block sizes that are tried are put where measured ones are looked up, so a line means what was
-timed. A kernel whose results differ from the reference's is named and not entered. The quickest of
-each kernel take turns with all other implementations in one last run, whose medians are written.
+Block sizes under test are put where measured ones are looked up, so that a line of the table means
+what was timed. A kernel whose results differ from the reference's is reported and not entered. The
+fastest blocks of each kernel take turns with all other implementations in a last run, whose medians
+are written.
 """
 
 import argparse
@@ -36,8 +37,8 @@ Lines of the same device, kernel, task, head dim, dtype and length are replaced,
 `auto` compares the lines of a task, so measure all kernels alike. The table is part of the package:
 commit what changes in it, with the output of `python benchmarks/attention.py --markdown`.
 """
-_TOKENS = 16384  # of a batch, where the length allows more than one row
-_FINALISTS = 3  # block sizes of a kernel that take part in the last run
+_TOKENS = 16384  # tokens in a batch, where the length allows more than one row
+_FINALISTS = 3  # how many block sizes of a kernel take part in the last run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,9 +141,7 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def shown() -> str:
-    """The verdicts of `auto` that are kept for this machine, and the table's lines for this device,
-    as text.
-    """
+    """Return text of this machine's verdicts, and of the table's lines for its device."""
     from qwen_jax.attention import verdicts
     from qwen_jax.kernels import choice
 
@@ -172,6 +171,7 @@ def _what(line: dict[str, Any]) -> str:
 
 
 def _cases(args: argparse.Namespace, task: str) -> list[Any]:
+    """Return the calls to be timed for a task."""
     from qwen_jax.attention.workloads import Case
 
     shape = {"heads": args.heads, "head_dim": args.head_dim, "dtype": args.dtype}
@@ -183,7 +183,9 @@ def _cases(args: argparse.Namespace, task: str) -> list[Any]:
 
 
 def _tuned(case: Any, names: list[str], rounds: int, bar: Any) -> list[dict[str, Any]]:
-    """A line for each implementation that takes the case and is right."""
+    """Time a case with all implementations. Returns a line for each that supports it and
+    is right.
+    """
     from qwen_jax.attention import timing
 
     entrants: dict[str, tuple[str, dict[str, int], Any]] = {}
@@ -199,7 +201,9 @@ def _tuned(case: Any, names: list[str], rounds: int, bar: Any) -> list[dict[str,
 
 
 def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any]]:
-    """The quickest blocks of a kernel, {} for its own choice, and their programs."""
+    """Return the fastest block sizes of a kernel and their programs; {} stands for its
+    own choice.
+    """
     from qwen_jax.attention import timing
 
     tried: dict[str, tuple[float, dict[str, int], Any]] = {}
@@ -238,7 +242,7 @@ def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any
 
 @contextlib.contextmanager
 def trying(case: Any, name: str, blocks: dict[str, int]) -> Iterator[None]:
-    """The table has one line, with these blocks; {}: none, and a kernel takes its own choice."""
+    """Make these blocks the only line of the table; {} leaves it empty, and the kernel chooses."""
     from qwen_jax.kernels import choice
 
     measured = choice.measured
@@ -251,6 +255,7 @@ def trying(case: Any, name: str, blocks: dict[str, int]) -> Iterator[None]:
 
 
 def _line(case: Any, name: str, blocks: dict[str, int], seconds: float) -> dict[str, Any]:
+    """Make a line of the table from seconds per call."""
     import jax
 
     from qwen_jax.kernels import choice
@@ -287,8 +292,9 @@ def _text(line: dict[str, Any]) -> str:
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Put lines into a table, sorted; those with the keys of a new one make room for it. What
-    several programs write at the same time is all there.
+    """Merge lines into a table and sort it. New lines replace those with the same keys.
+
+    A lock file makes programs that write at the same time keep each other's lines.
     """
     from qwen_jax.kernels import choice
 

@@ -1,9 +1,9 @@
-"""What `auto` has found out about kernels on this machine, kept between runs: a file a verdict.
+"""Verdicts on kernels: the results of `auto`'s self-tests on this machine, one file each.
 
     $XDG_CACHE_HOME/qwen_jax/attention/KERNEL-TASK-DTYPE-DIM-TOKENS-HASH.json
 
-A file has its name when it is whole, and the last writer wins: programs at the same time find out
-the same. What cannot be read counts as not found out yet. Knows no kernels and runs nothing.
+A file gets its name once it is whole, and the last writer wins: concurrent programs find the same.
+A file that cannot be read counts as absent. This module knows no kernels and runs nothing.
 """
 
 import contextlib
@@ -21,18 +21,20 @@ from typing import Any
 from qwen_jax.runtime import caches, lock, paths
 from qwen_jax.runtime.version import VERSION
 
-_DEATHS = 2  # of programs, while they proved a kernel, after which it is left alone
-_SHOWN = 60  # characters of an error in the table
+_DEATHS = 2  # a kernel is skipped after so many programs died while proving it
+_SHOWN = 60  # the most characters of an error in the table
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a kernel was proved for: a verdict holds for equal values of all of these alone.
+    """The conditions of a self-test. A verdict holds only where all of them are equal.
 
-    device: jax's `device_kind`. task: "forward", "backward" or "decode". dtype: of the queries;
-    cache: "int8" or "int8_asymmetric", None for keys of that dtype. length: tokens, rounded up to a
-    power of two: blocks and speed depend on it. code: a digest of the kernels' source and measured
-    blocks.
+    device: jax's `device_kind`.
+    task: "forward", "backward" or "decode".
+    dtype: the dtype of the queries.
+    cache: "int8" or "int8_asymmetric"; None for keys of the queries' dtype.
+    length: tokens, rounded up to a power of two, as blocks and speed depend on it.
+    code: a digest of the kernels' source and of the measured block sizes.
     """
 
     device: str
@@ -46,7 +48,7 @@ class Key:
     code: str
 
     def file(self) -> Path:
-        """Where the verdict is kept."""
+        """Return the path of the verdict's file."""
         digest = hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
         words = (self.kernel, self.task, self.cache, self.dtype, self.head_dim, self.length)
         name = "-".join(str(x) for x in words if x is not None)
@@ -55,12 +57,15 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a self-test found. outcome: "agrees", "wrong", "refused" (an exception), "timed out",
-    "crashed" (programs died of it) or "declined" (it is not for such calls; never kept).
+    """The result of a self-test.
 
-    error: the worst difference from the reference over the largest number. detail: of an exception.
-    ran: the call that was timed. milliseconds: of a call; xla_milliseconds: of the reference's, in
-    turns with it. None: not timed, because the package has measured lines for the device.
+    outcome: "agrees", "wrong", "refused" (an exception), "timed out", "crashed" (programs died
+        during the test) or "declined" (the kernel does not support such calls; never stored).
+    error: the largest difference from the reference, over the largest value.
+    detail: the text of an exception.
+    ran: the call that was timed.
+    milliseconds, xla_milliseconds: per call of the kernel and of the reference, timed in turns;
+        None where neither was timed, because the package has measured lines for the device.
     """
 
     key: Key
@@ -86,7 +91,7 @@ class Verdict:
         return self.outcome + (f": {self.detail}" if self.detail else "")
 
     def line(self) -> str:
-        """All that a report of a failure must say, in one line."""
+        """Return all that a failure report needs, in one line."""
         key = self.key
         cache = f", {key.cache} cache" if key.cache else ""
         return (
@@ -100,23 +105,23 @@ class Verdict:
 
 
 def from_json(text: str | bytes) -> Verdict:
-    """The inverse of `Verdict.to_json`. ValueError for anything else."""
+    """Parse the text of `Verdict.to_json`. Raises ValueError for anything else."""
     try:
         fields = json.loads(text)
         verdict = Verdict(**{**fields, "key": Key(**fields["key"])})
-        table([verdict])  # its fields are of the right types, as far as they are shown
+        table([verdict])  # raises if a field that is shown has a wrong type
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"no verdict: {error}") from None
     return verdict
 
 
 def folder() -> Path:
-    """Where verdicts are kept."""
+    """Return the folder of the verdicts."""
     return caches.own_cache("attention")
 
 
 def find(key: Key) -> Verdict | None:
-    """The verdict that is kept, if any."""
+    """Return the stored verdict of a key, or None."""
     try:
         verdict = from_json(key.file().read_bytes())
     except (OSError, ValueError):
@@ -125,13 +130,13 @@ def find(key: Key) -> Verdict | None:
 
 
 def keep(verdict: Verdict) -> None:
-    """Write a verdict; nothing where it cannot be written: it is found out again."""
+    """Write a verdict. An error of the disk is ignored: the test then runs again next time."""
     with contextlib.suppress(OSError):
         paths.write(verdict.key.file(), verdict.to_json().encode())
 
 
 def kept() -> list[Verdict]:
-    """All that can be read, by device, kernel and task."""
+    """Return all stored verdicts that can be read, sorted by device, kernel and task."""
     found = []
     for file in folder().glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -140,7 +145,7 @@ def kept() -> list[Verdict]:
 
 
 def forget() -> int:
-    """Remove all verdicts, so that kernels are proved anew; how many there were."""
+    """Remove all verdicts, so that kernels are proved anew. Returns how many there were."""
     count = 0
     for file in list(folder().glob("*")):
         with contextlib.suppress(FileNotFoundError):
@@ -151,8 +156,10 @@ def forget() -> int:
 
 @contextlib.contextmanager
 def begun(key: Key) -> Iterator[bool]:
-    """Note that this program is proving a kernel, as long as it is. Whether it should: not where
-    programs have died doing it, for a compiler that aborts would end every program that starts.
+    """Leave a note on disk while this program proves a kernel, and yield whether it should.
+
+    It should not if programs have died doing so, because a compiler that aborts would otherwise end
+    every program that starts.
     """
     prefix = f"{key.file().stem}.{re.sub('[^A-Za-z0-9_-]', '_', socket.gethostname())}."
     notes = [x for x in folder().glob(f"{prefix}*.begun") if not _lives(x)]
@@ -161,7 +168,7 @@ def begun(key: Key) -> Iterator[bool]:
         yield False
         return
     with contextlib.suppress(OSError):
-        if own in notes:  # of an earlier program with this number
+        if own in notes:  # left by an earlier program with this process id
             own.rename(own.with_name(f"{prefix}0.begun"))
         own.touch()
     try:
@@ -172,14 +179,16 @@ def begun(key: Key) -> Iterator[bool]:
 
 
 def _lives(note: Path) -> bool:
-    """Whether the program that has left a note still runs, and is another one."""
+    """Return whether the program that left a note is still running, and is another process."""
     process = int(note.suffixes[-2][1:])
     return process not in (0, os.getpid()) and lock.lives(process)
 
 
 @functools.cache
 def code() -> str:
-    """A digest of the kernels: with other source, or other measured blocks, they are others."""
+    """Return a digest of the kernels' source and measured blocks, as a change of either voids
+    verdicts.
+    """
     digest = hashlib.sha256()
     here = Path(__file__).parents[1] / "kernels"
     for file in sorted((*here.glob("*.py"), *here.glob("*.json"))):
@@ -188,7 +197,7 @@ def code() -> str:
 
 
 def driver() -> str:
-    """The runtime or driver under jax, as far as it names itself."""
+    """Return the version of the runtime or driver under jax, as far as it reports one."""
     import jax
 
     said = str(getattr(jax.local_devices()[0].client, "platform_version", "no driver"))
@@ -199,7 +208,7 @@ def driver() -> str:
 
 
 def table(found: Sequence[Verdict]) -> str:
-    """Verdicts for people, under a heading for each device."""
+    """Format verdicts as a table for people, with a heading for each device."""
     head = ("kernel", "task", "dtype", "head dim", "tokens", "found", "error", "ms", "xla ms")
     head = (*head, "jax", "date")
     lines: list[str] = []
@@ -214,6 +223,7 @@ def table(found: Sequence[Verdict]) -> str:
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:
+    """Return the cells of a verdict's row in the table."""
     key = verdict.key
 
     def number(x: Any, form: str) -> str:

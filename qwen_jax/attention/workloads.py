@@ -1,8 +1,8 @@
 """Calls of attention that are proved and timed, and the programs that make them.
 
-A program runs a case through several layers, each with keys of its own: so nothing that belongs to
-a call (a transposition, say) is done once for all, a cache does not stay in the chip's own memory,
-and starting the program is a small part of its time.
+A program runs a case through several layers, each with its own keys. So work that belongs to a call
+(a transposition, for example) is not done once for all, a cache does not stay in the chip's on-chip
+memory, and the start of the program is a small part of its time.
 """
 
 import dataclasses
@@ -19,19 +19,22 @@ from qwen_jax.attention.timing import Program
 from qwen_jax.kernels import choice, others
 from qwen_jax.leaves import int8
 
-_LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # keys and values of all layers of a program
+_LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # limits: keys and values of a program, and its layers
 TASKS = ("forward", "backward", "decode")
 
 
-_PACKED = 4  # sequences of a row with features
+_PACKED = 4  # sequences in a row, with `Case.features`
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call that is timed. length: of queries and keys, or the slots of a cache, all written.
+    """A call of attention that is proved or timed.
 
-    cache: of what a cache is, "int8" or "int8_asymmetric"; None: of `dtype`. features: LogN, four
-    packed sequences, and a window of half a sequence; else plain causal.
+    task: "forward", "backward" or "decode".
+    length: tokens of queries and keys, or slots of a cache, all written.
+    cache: "int8" or "int8_asymmetric"; None for a cache of `dtype`.
+    features: use LogN, four packed sequences, and a window of half a sequence; otherwise plain
+        causal.
     """
 
     task: str
@@ -46,6 +49,7 @@ class Case:
 
     @property
     def groups(self) -> int:
+        """The number of query heads per key/value head."""
         return self.heads // (self.kv_heads or self.heads)
 
     @property
@@ -54,25 +58,28 @@ class Case:
         return "int8" if self.cache else self.dtype
 
     def flops(self) -> float:
-        """Of a layer; a causal mask counts as half of the pairs, nothing as computed twice."""
+        """Return the FLOPs of a layer. A causal mask counts as half of the pairs, and recomputation
+        not at all.
+        """
         pairs = self.batch * self.heads * self.length**2 / 2
         return pairs * self.head_dim * {"forward": 4, "backward": 10}[self.task]
 
     def bytes(self) -> int:
-        """Of the keys and values of a layer, scales included."""
+        """Return the bytes of the keys and values of a layer, scales included."""
         arrays = jax.tree.leaves(jax.eval_shape(lambda: leaf(self, 0)))
         return 2 * sum(x.size * x.dtype.itemsize for x in arrays)
 
     def layers(self) -> int:
+        """Return the number of layers in a program."""
         return max(1, min(_MOST_LAYERS, _LAYERS_BYTES // self.bytes()))
 
     @property
     def window(self) -> int:
-        """Tokens that a query sees of its sequence, itself included."""
+        """The number of tokens of its sequence that a query sees, itself included."""
         return max(1, self.length // (2 * _PACKED)) if self.features else FULL
 
     def pairs(self) -> int:
-        """Visible pairs of a row and head."""
+        """Return the number of visible query-key pairs for one row and head."""
         if not self.features:
             return self.length * (self.length + 1) // 2
         part, window = -(-self.length // _PACKED), self.window
@@ -81,16 +88,16 @@ class Case:
 
 
 def available(names: Iterable[str], interpreted: bool = False) -> list[str]:
-    """Those that a device runs in earnest: on a CPU not the kernels, unless `interpreted`."""
+    """Return the names that run on this device, without kernels on a CPU unless `interpreted`."""
     on_cpu = choice.device().platform == "cpu"
     emulated = ("pallas", "splash", "flash", "paged")
     return [x for x in names if interpreted or not (on_cpu and x.startswith(emulated))]
 
 
 def program(case: Case, name: str) -> Program:
-    """`case` through an implementation of the registry: compiled and run once.
+    """Compile a program for `case` with an implementation of the registry, and run it once.
 
-    Raises NotImplementedError for what the implementation does not do.
+    Raises NotImplementedError where the implementation does not support the case.
     """
     attend = registry.get(name)
     if case.task == "decode":
@@ -100,8 +107,9 @@ def program(case: Case, name: str) -> Program:
 
 
 def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
-    """What `program` runs for one layer, to be compiled, and the shapes of its arguments: for
-    devices that are not there.
+    """Return a function that makes one layer's call as `program` does, and its arguments' shapes.
+
+    It is for ahead-of-time compilation for devices that this machine lacks.
     """
     attend, kv_heads = registry.get(name), case.heads // case.groups
     if case.task == "decode":
@@ -131,7 +139,9 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
 
 
 def rival(case: Case, name: str) -> Program:
-    """`case` as another implementation does it best: see `others.CAUSAL` and `others.CACHED`."""
+    """Compile `case` for another library in its best form: see `others.CAUSAL` and
+    `others.CACHED`.
+    """
     if case.features:
         raise NotImplementedError(f"{name}: LogN, windows and packing at once")
     if case.task != "decode":
@@ -150,6 +160,7 @@ def rival(case: Case, name: str) -> Program:
 
 
 def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
+    """Compile a forward or backward program of several layers."""
     q, do = (normal(case, case.heads, i) for i in (0, 1))
     kv_heads = case.heads // case.groups
     keys = [tuple(normal(case, kv_heads, 2 + 2 * i + j) for j in (0, 1)) for i in _n(case)]
@@ -175,6 +186,7 @@ def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
 
 
 def _decode(case: Case, step: Callable[..., jax.Array], layers: Any) -> Program:
+    """Compile a decode program of several layers."""
     token = dataclasses.replace(case, length=1)
     q = normal(token, case.heads, 0)
     k, v = (normal(token, case.heads // case.groups, i) for i in (1, 2))
@@ -216,10 +228,12 @@ def decode(
 
 
 def _n(case: Case) -> range:
+    """Return the numbers of the layers."""
     return range(case.layers())
 
 
 def mask_of(case: Case) -> Mask:
+    """Return the mask of a case."""
     index = jnp.arange(case.length, dtype=jnp.int32)
     part = -(-case.length // _PACKED) if case.features else case.length
     positions, segments = (
@@ -229,29 +243,33 @@ def mask_of(case: Case) -> Mask:
 
 
 def scale_of(case: Case) -> jax.Array:
+    """Return the scale of each query, float32 [B, T]."""
     logn = jnp.linspace(1, 1.5, case.length) if case.features else jnp.ones(case.length)
     return jnp.broadcast_to(logn * case.head_dim**-0.5, (case.batch, case.length))
 
 
-@functools.cache  # one copy for all programs of a case
+@functools.cache  # all programs of a case share one copy
 def normal(case: Case, heads: int, seed: int) -> jax.Array:
+    """Draw an array [B, T, heads, H], once."""
     return drawn(case, heads, seed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def drawn(case: Case, heads: int, seed: int) -> jax.Array:
+    """Draw an array [B, T, heads, H] from N(0, 1)."""
     shape = (case.batch, case.length, heads, case.head_dim)
     return jax.random.normal(jax.random.key(seed), shape, case.dtype)
 
 
 @functools.cache
 def leaves(case: Case, layer: int) -> tuple[Any, Any]:
-    """Keys and values of a cache's layer."""
+    """Return the keys and values of a cached layer."""
     return leaf(case, 2 * layer), leaf(case, 2 * layer + 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def leaf(case: Case, seed: int) -> Any:
+    """Draw a cache leaf [B, K, S, H] from N(0, 1), quantised if the case says so."""
     shape = (case.batch, case.heads // case.groups, case.length, case.head_dim)
     x = jax.random.normal(jax.random.key(seed), shape, case.dtype)
     return int8.quantize(x, case.cache == "int8") if case.cache else x
