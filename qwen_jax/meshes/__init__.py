@@ -1,8 +1,8 @@
 """Meshes of devices, and how arrays are partitioned over them.
 
-This is the only room that names mesh axes. `build` makes and chooses meshes, `sharding` says how an
-array is partitioned, `moves` gets it from there to where it is needed, `hardware` holds what is
-published of accelerators.
+Only this folder names mesh axes. `build` makes and chooses meshes, `sharding` defines
+partitionings, `moves` reshards arrays and copies them to and from the host, `hardware` holds
+published figures of accelerators.
 """
 
 from qwen_jax.meshes.build import (

@@ -1,6 +1,6 @@
-"""Meshes of devices: written and read, made, checked against a model, and chosen.
+"""Meshes of devices: parsed, formatted, made, checked against a model, and chosen.
 
-What their axes split is said in `sharding.py`. Nothing here knows of models or files: a model is
+`sharding.py` says what each axis splits. Nothing here knows of models or files: a model is given as
 the lengths of its axes by letter.
 """
 
@@ -18,11 +18,11 @@ from jax.sharding import AxisType, Mesh
 from qwen_jax.meshes.sharding import AXES, BATCH, CONTEXT, COPIES, TENSOR, WEIGHTS, axis_sizes
 from qwen_jax.runtime.texts import described
 
-_MOST_TRIED = 2**13  # devices of a mesh that is suggested
+_MOST_TRIED = 2**13  # the most devices of a suggested mesh
 
 
 def parse(text: str | None) -> dict[str, int]:
-    """`"fsdp=4,tp=2"` -> {"data": 1, "fsdp": 4, ...}; axes not named are 1.
+    """Parse a mesh such as `"fsdp=4,tp=2"` into sizes by axis; axes not named are 1.
 
     Raises ValueError that says what is allowed.
     """
@@ -38,16 +38,18 @@ def parse(text: str | None) -> dict[str, int]:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """The inverse of `parse`: axes of size 1 are left out."""
+    """Format sizes as `parse` reads them, without axes of size 1."""
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "fsdp=1"
 
 
 def make(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
-    """A mesh with explicit axes over the first devices, all axes 1 by default.
+    """Make a mesh with explicit axes over the first devices. All axes are 1 by default.
 
-    devices: None is all of this run's, over all processes. Of several TPU slices, `data` goes over
-    slices before anything else. Raises ValueError when there are fewer devices than the mesh asks
-    for, when another axis would go over slices, or for sizes that are none.
+    devices: None takes all devices of this run, over all processes. Over several TPU slices, `data`
+        spans the slices.
+
+    Raises ValueError for invalid sizes, for fewer devices than the mesh needs, and where another
+    axis than `data` would span slices.
     """
     _check_sizes({} if sizes is None else sizes)
     shape = tuple((sizes or {}).get(axis, 1) for axis in AXES)
@@ -84,7 +86,7 @@ def _check_sizes(sizes: Any) -> None:
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each TPU slice; of others all together: their hosts are no slices."""
+    """Group devices by TPU slice. Other devices form one group, as their hosts are no slices."""
     found: dict[int, list[Any]] = {}
     for device in devices:
         index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
@@ -93,12 +95,12 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def count_slices(devices: Sequence[Any]) -> int:
-    """Of how many TPU slices devices are; 1 for others."""
+    """Return the number of TPU slices that devices belong to; 1 for other devices."""
     return len(_slices(devices))
 
 
 def in_planes(mesh: Mesh) -> Mesh:
-    """A mesh of all `AXES`, with `fsdp_outer` split off `fsdp` where that is faster."""
+    """Return the mesh with `fsdp_outer` split off `fsdp` where that is faster."""
     outer = _planes(mesh)
     if outer == 1:
         return mesh
@@ -108,7 +110,7 @@ def in_planes(mesh: Mesh) -> Mesh:
 
 
 def _planes(mesh: Mesh) -> int:
-    """Into how many equal parts `fsdp` falls, each in a plane of a 3-D torus; 1 where it is flat.
+    """Return the number of equal parts of `fsdp` that each lie in a plane of a 3-D torus, else 1.
 
     XLA gathers over one or two dimensions of a torus; over three it adds up arrays of zeros, which
     sends twice the bytes and holds two copies of the result.
@@ -126,9 +128,10 @@ def _planes(mesh: Mesh) -> int:
 
 
 def current() -> Mesh:
-    """The mesh entered with `jax.set_mesh`, or one of a single device.
+    """Return the mesh entered with `jax.set_mesh`, or a mesh of one device.
 
-    Raises ValueError when the mesh in force has other axes than `AXES`, or some not explicit.
+    Raises ValueError when the mesh in force has axes other than `AXES`, or axes that are not
+    explicit.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -148,10 +151,11 @@ def entered(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def check(lengths: Mapping[str, int], mesh: Any, sequence_parallel: bool = False) -> None:
-    """Raise ValueError when an axis does not divide over the mesh, naming the nearest that works.
+    """Raise ValueError if an axis does not divide over the mesh, and name the nearest that works.
 
-    lengths: of axes by letter: V, D, N, K, F, and B (rows of a batch) and T where they are known.
-    mesh: a mesh, or sizes by axis. sequence_parallel: T is split over `tp` too.
+    lengths: of axes by letter: V, D, N, K, F, and where known B (rows of a batch) and T.
+    mesh: a mesh, or sizes by axis.
+    sequence_parallel: whether T is split over `tp` too.
     """
     sizes = axis_sizes(mesh)
     problem = _problem(lengths, sizes, sequence_parallel)
@@ -195,13 +199,16 @@ _NAMES = {
 def _problem(
     lengths: Mapping[str, int], sizes: Mapping[str, int], sequence_parallel: bool = False
 ) -> str | None:
+    """Describe the first axis that does not divide over the mesh, or return None."""
     tokens = (CONTEXT, TENSOR) if sequence_parallel else (CONTEXT,)
     over = {"B": BATCH, "D": WEIGHTS, "T": tokens} | dict.fromkeys("NFVK", (TENSOR,))
     for letter, axes in over.items():
         parts = math.prod(sizes[axis] for axis in axes)
         length = lengths.get(letter)
         pieces = letter == "T" and sizes[CONTEXT] > 1
-        if pieces:  # a device holds one from the front and one from the back
+        if (
+            pieces
+        ):  # in ring attention a device holds one piece from the front and one from the back
             parts = math.lcm(parts, 2 * sizes[CONTEXT])
         if length is None or length % parts == 0:
             continue
@@ -216,8 +223,10 @@ def _problem(
 def _nearest(
     lengths: Mapping[str, int], sizes: Mapping[str, int], sequence_parallel: bool
 ) -> dict[str, int] | None:
-    """The mesh of as many devices, or of the most below, whose axes are changed least; of several
-    the one that takes devices into `fsdp`, which every program can use.
+    """Return the nearest mesh that works, with as many devices as `sizes`, or the most below.
+
+    Its axes are changed least; of several such meshes it is the one that moves devices into `fsdp`,
+    which every program can use.
     """
 
     def changed(mesh: dict[str, int]) -> tuple[float, ...]:
@@ -233,7 +242,7 @@ def _nearest(
 def of_size(
     total: int, lengths: Mapping[str, int] | None = None, sequence_parallel: bool = False
 ) -> Iterator[dict[str, int]]:
-    """Every mesh of that many devices; with lengths (as for `check`), every one that divides."""
+    """Yield every mesh of `total` devices; with lengths, as for `check`, every one that divides."""
     lengths = lengths or {}
     small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
     divisors = sorted({*small, *(total // n for n in small)})
@@ -252,11 +261,13 @@ def of_size(
 def default(
     lengths: Mapping[str, int], devices: int, training: bool = False, slices: int = 1
 ) -> dict[str, int]:
-    """The mesh to use when none is asked for: the most devices that divide, of all slices or one.
+    """Choose a mesh where none is given: the most devices that divide, over all slices or within
+    one.
 
-    Decoding reads every weight for each token, so `tp` takes as many as it can, and rows the rest.
-    Training splits rows and weights (`fsdp`); what the model width does not divide over holds
-    copies (`data`), as slices do, and only what rows do not divide over splits heads.
+    Decoding reads every weight for each token, so `tp` takes as many devices as it can, and rows
+    the rest. Training splits rows and weights (`fsdp`); devices that the model width does not
+    divide over hold copies (`data`), as slices do, and heads are split only over devices that rows
+    do not divide over.
     """
     least = (TENSOR, CONTEXT, COPIES) if training else (COPIES, CONTEXT, "fsdp")
     for total in [devices] * (slices > 1) + list(range(devices // slices, 0, -1)):

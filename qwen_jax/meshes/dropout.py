@@ -1,4 +1,4 @@
-"""Dropout whose draws are the same on every mesh: they follow from a row, a place and a column."""
+"""Dropout with the same random draws on every mesh: they depend on row, place and column alone."""
 
 import functools
 from typing import Any
@@ -15,8 +15,10 @@ from qwen_jax.meshes import moves
 
 @struct.dataclass
 class Dropout:
-    """Elements set to 0 in training, the others scaled up: of the embeddings, and of what each half
-    of a block adds to the residual. key: of a step; within a pass, of a layer. `drop` draws.
+    """The dropout of a training step: of the embeddings, and of both branches of each block.
+
+    key: the PRNG key of the step, or within a pass of a layer.
+    rate: the share of elements set to 0; the others are scaled up.
     """
 
     key: jax.Array
@@ -39,11 +41,11 @@ class Dropout:
 
 
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """x [B, T, ...] with the share `rate` of its elements set to 0, the others divided by 1 - rate.
+    """Set the share `rate` of the elements of x [B, T, ...] to 0, and divide the others by 1 -
+    rate.
 
-    An element's draw (Threefry, as of `jax.random`) follows from the key, its row, its token's
-    place in the sequence, wherever `ring.zigzag` has put that, and its column: so it is the same on
-    every mesh.
+    An element's draw (Threefry, as in `jax.random`) depends on the key, its row, its token's place
+    in the sequence (before `moves.zigzag`) and its column, so it is the same on every mesh.
     """
     length = x.shape[1]
     spec = P(*jax.typeof(x).sharding.spec.partitions)

@@ -1,7 +1,8 @@
-"""What is published of the accelerators that a plan is made for: peak, memory, links.
+"""Published figures of accelerators that plans are made for: peak, memory, links.
 
-Figures are of one device as jax sees it, in bytes and seconds, each with its source. TPU pages are
-those of docs.cloud.google.com/tpu/docs (read in November 2026). Knows no model and no program.
+Figures are for one device as jax sees it, in bytes and seconds, each with its source. TPU pages are
+those of docs.cloud.google.com/tpu/docs (read in November 2026). Nothing here knows of models or
+programs.
 """
 
 import dataclasses
@@ -11,12 +12,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device as jax sees it: a TPU chip (of a TPU7x, one of its two cores), or a GPU.
+    """A device as jax sees it: a TPU chip (for a TPU7x, one of its two cores), or a GPU.
 
-    kernel: the attention that a plan takes. flops: peak, bf16, dense. hbm: published bytes.
-    usable: bytes that a program may take. bandwidth: of the HBM. link: bytes/s one way, of one ICI
-    link of a chip, or of all NVLinks of a GPU together. network: bytes/s one way, of a device to
-    other slices (DCN) or other hosts (InfiniBand).
+    kernel: the attention implementation that plans assume.
+    flops: peak dense bf16 FLOP/s.
+    hbm: published bytes of memory.
+    usable: bytes that a program may take.
+    bandwidth: bytes/s of the HBM.
+    link: bytes/s one way of one ICI link of a chip, or of all NVLinks of a GPU together.
+    network: bytes/s one way of a device to other slices (DCN) or other hosts (InfiniBand).
     """
 
     name: str
@@ -32,9 +36,14 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(Chip):
-    """torus: dimensions. wraps: a dimension has its wrap-around links where its length, or in three
-    dimensions every length, is a multiple of this. cores: devices on a chip, which share its links.
-    on_chip: bytes/s one way between those. config: what libtpu is told to make a chip one device.
+    """A TPU, with the shape of its interconnect.
+
+    torus: the number of dimensions.
+    wraps: a dimension has wrap-around links where its length (in three dimensions, every length) is
+        a multiple of this.
+    cores: devices on a chip, which share its links.
+    on_chip: bytes/s one way between the devices of a chip.
+    config: the libtpu setting that makes a chip one device.
     """
 
     torus: int
@@ -46,8 +55,15 @@ class Tpu(Chip):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """node: GPUs that NVSwitches connect. The rest is what the compiler is told, in bytes: compute
-    capability, multiprocessors and their FP32 units, their shared memory, L2, clock in GHz.
+    """A GPU, with what XLA needs in order to compile for it. Sizes are in bytes.
+
+    kind: jax's `device_kind`.
+    capability: the major compute capability.
+    cores, fpus: multiprocessors, and FP32 units in each.
+    shared: shared memory of a multiprocessor.
+    l2: size of the L2 cache.
+    clock: in GHz.
+    node: GPUs connected by NVSwitches.
     """
 
     kind: str
@@ -61,7 +77,7 @@ class Gpu(Chip):
 
     @property
     def config(self) -> str:
-        """XLA's `GpuTargetConfigProto`, as text. A block may use 1 KiB less than a core has."""
+        """XLA's `GpuTargetConfigProto` as text. A block may use 1 KiB less than a core has."""
         return f"""
             gpu_device_info {{
               threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -78,7 +94,7 @@ class Gpu(Chip):
         """
 
 
-# `usable`: what libtpu 0.0.51 says is available when it refuses a program that does not fit.
+# `usable`: the available memory that libtpu 0.0.51 reports for a program that does not fit.
 # `link`: the published "bidirectional ICI bandwidth per chip", over its links, over two directions.
 TPUS = {
     # /v4: 275 TFLOPS, 32 GiB, 1200 GB/s. Six links of 50 GB/s: arXiv 2304.01433, table 4. DCN: not
@@ -111,8 +127,8 @@ TPUS = {
     ),
 }  # fmt: skip
 
-# Of the memory that a driver shows, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax takes 0.75 if
-# not told); CUDA's and NCCL's own buffers need the rest.
+# The usable share of the memory that a driver reports, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
+# (jax's default is 0.75); CUDA's and NCCL's own buffers need the rest.
 _SHARE = 0.95
 # NVIDIA's data sheets: dense bf16 (half the figure "with sparsity"), HBM, NVLink in both directions
 # (halved here). Networks as in a DGX: A100 one 200 Gb/s port a GPU, H100 and H200 one of 400 Gb/s.
@@ -137,7 +153,7 @@ GPUS = {
     ),
 }  # fmt: skip
 CHIPS: dict[str, Tpu | Gpu] = {**TPUS, **GPUS}
-# What jax calls the TPUs; GPUs have their `kind`.
+# jax's `device_kind` of each TPU; a GPU's is its `kind`.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -148,6 +164,6 @@ _KINDS = {
 
 
 def of_kind(kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, None where it is none of these."""
+    """Return the chip of a `jax.Device.device_kind`, or None for an unknown one."""
     kinds = _KINDS | {gpu.kind: name for name, gpu in GPUS.items()}
     return CHIPS[kinds[kind]] if kind in kinds else None

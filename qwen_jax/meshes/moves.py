@@ -1,7 +1,7 @@
-"""Arrays moved over a mesh: from the host and back, gathered before use, spread, exchanged.
+"""Moves of arrays over a mesh: from and to the host, gathering, scattering and exchanging.
 
-Each function takes global arrays and changes their partitioning only, but for those that say
-that they run in `shard_map`. Workarounds for what a compiler does with such moves lie here, too.
+Functions take global arrays and change only their partitioning, except those that run within
+`shard_map`, which say so. Workarounds for what compilers do with such moves are here too.
 """
 
 import functools
@@ -29,25 +29,24 @@ from qwen_jax.meshes.sharding import (
     spec,
 )
 
-_LANES = 128  # of a TPU's registers
+_LANES = 128  # the lanes of a TPU register
 
 
 def place(value: np.ndarray, letters: str, lengths: Mapping[str, int] | None = None) -> jax.Array:
-    """Put a host array on the mesh in force. All processes call this with the same array."""
+    """Put a host array on the mesh in force. All processes must call this with the same array."""
     sharding = named(letters, jax.sharding.get_mesh(), lengths)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """Copy the whole of a global array to the host of every process; all of them must call this."""
+    """Copy a whole global array to the host of every process. All processes must call this."""
     return np.asarray(begin_fetch(x))
 
 
 def begin_fetch(x: jax.Array) -> jax.Array:
-    """Begin to copy the whole of a global array to the host of every process.
+    """Start copying a whole global array to the host of every process, without waiting.
 
-    The result is an array of this process; `np.asarray` of it waits for the copy, this does not.
-    All processes must call this.
+    Returns an array of this process, for which `np.asarray` waits. All processes must call this.
     """
     if not (x.is_fully_addressable or x.is_fully_replicated):
         mesh = x.sharding.mesh  # type: ignore[attr-defined]
@@ -60,13 +59,15 @@ def begin_fetch(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """A program that copies an array to every device of a mesh, which need not be in force."""
+    """Return a program that copies an array to every device of a mesh, which need not be
+    in force.
+    """
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
-    """Make an array one that callers can give to any jax function, with no mesh entered. It has the
-    same buffers.
+    """Return an array with the same buffers that callers can use in any jax function without a
+    mesh.
     """
     if not jax.sharding.get_mesh().empty:
         return x
@@ -77,12 +78,12 @@ def handed_over(x: jax.Array) -> jax.Array:
 
 
 def unshard(tree: Any, dtype: Any = None) -> Any:
-    """Round weights to `dtype` and gather them over the mesh axes that split weights, just before
-    their use.
+    """Round weights to `dtype`, and gather them over the FSDP axes just before their use.
 
-    A leaf of a wider dtype than `dtype` keeps its own as its type, though its values are rounded
-    and travel as `dtype`: its gradient comes back, is summed over the mesh, and scattered in the
-    leaf's own. dtype: None keeps each leaf's own; whole numbers always do.
+    A leaf of a wider dtype keeps it as its type, although its values are rounded and travel as
+    `dtype`, so its gradient is summed over the mesh and scattered in the leaf's own dtype.
+
+    dtype: None keeps each leaf's dtype; integers always keep theirs.
     """
 
     def gather(leaf: jax.Array) -> jax.Array:
@@ -96,7 +97,7 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
-    """Do for one leaf, of dtype `own` and partitioned by `spec`, what `unshard` does."""
+    """Gather one leaf, of dtype `own` and partitioned by `spec`, as `unshard` does."""
     whole = _resharded(leaf.astype(dtype), *_gathering(spec))
     return whole.astype(jnp.promote_types(dtype, own))
 
@@ -106,8 +107,8 @@ def _gathered_forward(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> tuple[j
 
 
 def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Scatter the gradient of a gathered leaf: each step of the gathering is undone by a sum over
-    its mesh axis, of which every device keeps its part; the copies of `data` add up what is left.
+    """Reduce-scatter the gradient of a gathered leaf, one mesh axis at a time, then sum it over
+    `data`.
     """
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
@@ -118,7 +119,9 @@ _gathered.defvjp(_gathered_forward, _scatter)
 
 
 def _resharded(x: jax.Array, axis: int, places: Sequence[P]) -> jax.Array:
-    """Reshard x to one partitioning after the other, which are those of x with `axis` put first."""
+    """Reshard x to one partitioning after another; these are of x with `axis` moved to
+    the front.
+    """
     x = jnp.moveaxis(x, axis, 0)
     for place in places:
         x = jax.reshard(x, place)
@@ -126,11 +129,12 @@ def _resharded(x: jax.Array, axis: int, places: Sequence[P]) -> jax.Array:
 
 
 def _gathering(spec: P) -> tuple[int, list[P]]:
-    """Plan how a weight is gathered: over which of its axes, and by which partitionings.
+    """Plan how a weight is gathered: the axis to gather, and the partitionings on the way.
 
-    The axis is the one that `WEIGHTS` split. The partitionings, from the weight's own to that of
-    the gathered weight, are of the weight with that axis first, where parts lie one behind the
-    other. `reduced` says of a copy that its gradient is still to be summed over those mesh axes.
+    The axis is the one that `WEIGHTS` split. The partitionings, from the weight's own to the
+    gathered one, are of the weight with that axis in front, where its parts are contiguous.
+    `reduced` in a type means that the gradient is a partial sum, still to be summed over those mesh
+    axes.
     """
     partition = [entries(entry) for entry in spec.partitions]
     split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
@@ -153,10 +157,10 @@ def _gathering(spec: P) -> tuple[int, list[P]]:
 
 
 def leading_axis(stacked: jax.Array) -> int:
-    """The axis of stacked weights that comes first in each layer while a scan goes over them.
+    """Return the axis of stacked weights that is moved to the front of each layer during a scan.
 
-    A TPU pads the last axis to 128 elements, so the gradients that a scan stacks would take a
-    multiple of their bytes where a device's part of that axis is narrower: it goes to the front.
+    A TPU pads the last axis to 128 elements, so stacked gradients would take a multiple of their
+    bytes where a device's part of that axis is narrower; then it is moved to the front.
     """
     last = stacked.ndim - 1
     axes = entries(jax.typeof(stacked).sharding.spec.partitions[last])
@@ -165,17 +169,20 @@ def leading_axis(stacked: jax.Array) -> int:
 
 
 def sequence_parallel(x: jax.Array) -> jax.Array:
-    """Split the tokens of an activation [B, T, D] over `tp` too, as a residual may be kept."""
+    """Split the tokens of an activation [B, T, D] over `tp` too, as a residual stream may be
+    stored.
+    """
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
 def to_columns(x: jax.Array, split: bool = True) -> jax.Array:
-    """Gather the tokens of an activation [B, T, D] on each device of `tp`, as column-parallel
-    products take it. The gradients of all products with one result are summed over `tp` once.
+    """Gather the tokens of an activation [B, T, D] over `tp`, for column-parallel products.
 
-    split: whether the weights are; where each device has all of them (key/value heads fewer than
-    `tp`), each has all of the gradient too, and there is nothing to sum.
+    The gradients of all products with one result are summed over `tp` once.
+
+    split: whether the weights are split over `tp`. Where each device has all of them (key/value
+        heads fewer than `tp`), it has the whole gradient too, and nothing is summed.
     """
     if axis_sizes()[TENSOR] == 1:
         return x
@@ -185,9 +192,7 @@ def to_columns(x: jax.Array, split: bool = True) -> jax.Array:
 
 
 def spread_heads(x: jax.Array) -> jax.Array:
-    """Repeat the heads of keys or values [B, T, K, H] that are fewer than `tp`, so that each device
-    has one.
-    """
+    """Repeat the heads of keys or values [B, T, K, H] so that each device of `tp` has one."""
     batch, length, heads, dim = x.shape
     held = held_heads(heads)
     if held == heads:
@@ -197,7 +202,9 @@ def spread_heads(x: jax.Array) -> jax.Array:
 
 
 def own_rows(x: jax.Array) -> jax.Array:
-    """Take this device's share of rows [b, ...] that all devices of `tp` have, in `shard_map`."""
+    """Take this device's share of rows [b, ...] that all devices of `tp` hold. Runs in
+    `shard_map`.
+    """
     parts = axis_sizes()[TENSOR]
     if parts == 1:
         return x
@@ -207,8 +214,8 @@ def own_rows(x: jax.Array) -> jax.Array:
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """Exchange the columns [b, V of this device] of all rows for this device's share of whole rows,
-    in `shard_map`.
+    """Exchange this device's columns of all rows, [b, V of this device], for its share of whole
+    rows. Runs in `shard_map`.
     """
     parts = axis_sizes()[TENSOR]
     if parts == 1:
@@ -217,7 +224,7 @@ def whole_rows(x: jax.Array) -> jax.Array:
 
 
 def all_rows(x: jax.Array, rows: int) -> jax.Array:
-    """Gather `rows` rows that `own_rows` has dealt out, in `shard_map`."""
+    """Gather `rows` rows that `own_rows` has divided. Runs in `shard_map`."""
     if axis_sizes()[TENSOR] == 1:
         return x
     return jax.lax.all_gather(x, TENSOR, axis=0, tiled=True)[:rows]
@@ -229,11 +236,12 @@ def _filled_up(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _with(entry: Any, axis: str) -> Any:
+    """Add a mesh axis to an entry of a PartitionSpec, unless its size is 1."""
     return joined((*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ())))
 
 
 def zigzag(x: jax.Array) -> jax.Array:
-    """[B, T] in the order of a sequence -> the same tokens, in the order of the devices."""
+    """Reorder tokens [B, T] from sequence order to the order that balances ring attention."""
     if axis_sizes()[CONTEXT] == 1:
         return x
     order = zigzag_order(x.shape[1])
@@ -242,7 +250,10 @@ def zigzag(x: jax.Array) -> jax.Array:
 
 
 def zigzag_order(length: int) -> np.ndarray:
-    """int32 [T]: the place in its sequence of each token, as `zigzag` orders them."""
+    """Return the sequence position of each token in the order of `zigzag`, int32 [T].
+
+    Raises ValueError where T does not divide into two pieces per device.
+    """
     devices = axis_sizes()[CONTEXT]
     places = np.arange(length, dtype=np.int32)
     if devices == 1:
@@ -255,22 +266,24 @@ def zigzag_order(length: int) -> np.ndarray:
 
 @jax.custom_vjp
 def settled(x: Any) -> Any:
-    """x; backward, its gradients are all there before any is used.
+    """Return x unchanged; in the backward pass, compute all its gradients before any is used.
 
-    XLA otherwise puts off the products that make the gradients of weights, and keeps their operands
-    until the other half of the block is done: 1 GB of 11 a device (72B, fsdp 64 x tp 8, v5p).
+    XLA otherwise defers the products that make weight gradients, and keeps their operands until the
+    other half of the block is done: 1 GB of 11 a device (72B, fsdp 64 x tp 8, v5p).
     """
     return x
 
 
 def _settle(given: Any) -> tuple[Any, list[Any]]:
-    """Which leaves have gradients is said by the structure, () or None, as it is no array."""
+    """Note which leaves have gradients by structure, () or None, as saved values must be arrays."""
     leaves, tree = jax.tree.flatten(given)
     return tree.unflatten([x.value for x in leaves]), [() if x.perturbed else None for x in leaves]
 
 
 def _settle_gradients(wanted: list[Any], dx: Any) -> tuple[Any]:
-    """Those of weights that are not trained are not waited for, and so not made."""
+    """Wait for the gradients that exist. Those of frozen weights are left out, and so never
+    computed.
+    """
     leaves, tree = jax.tree.flatten(dx)
     zero = jax.custom_derivatives.SymbolicZero
     there = [mark == () and not isinstance(x, zero) for mark, x in zip(wanted, leaves, strict=True)]

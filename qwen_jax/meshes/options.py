@@ -1,4 +1,4 @@
-"""`--mesh` on the command line: read, and given as many virtual CPU devices as it needs."""
+"""The command-line option `--mesh`: parsed, and given as many virtual CPU devices as it needs."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from qwen_jax.runtime.command import UsageError
 
 
 def mesh_sizes(option: str | None) -> dict[str, int]:
-    """The sizes of `--mesh` by axis, all 1 where it is not given. UsageError for what is none."""
+    """Parse `--mesh` into sizes by axis, all 1 without it. Raises UsageError for a bad value."""
     try:
         return build.parse(option)
     except ValueError as error:
@@ -18,7 +18,9 @@ def mesh_sizes(option: str | None) -> dict[str, int]:
 
 
 def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
-    """Make as many CPU devices as the mesh asks for; an accelerator's are what they are."""
+    """Make as many CPU devices as the mesh needs. The number of an accelerator's devices
+    is fixed.
+    """
     import jax
 
     own = -(-math.prod(sizes.values()) // processes.count())

@@ -1,16 +1,16 @@
-"""Mesh axes and how arrays are partitioned over them. Only this file and `meshes.py`, which makes
-and chooses meshes, name mesh axes.
+"""Mesh axes, and how arrays are partitioned over them.
 
-A partitioning is named by the axis letters of an array (legend in `model.py`): `spec("BTD")` is an
-activation, `spec("FD")` a weight.
+A partitioning is named by the axis letters of an array (listed in `model/decoder.py`):
+`spec("BTD")` is an activation, `spec("FD")` a weight. The mesh axes are:
 
     data         copies of the model: splits the batch; for slices that a slow network connects
-    fsdp         splits the batch of activations, and the model dimension of weights
-    fsdp_outer   the same, in a step of its own; `meshes.make` splits it off where it is faster
+    fsdp         splits the batch of activations, and the model width of weights
+    fsdp_outer   the same, gathered in a step of its own; `meshes.make` splits it off where faster
     context      splits the tokens of a sequence (ring attention), and weights as fsdp does
-    tp           splits heads, FFN width and vocabulary
+    tp           splits heads, feed-forward width and vocabulary
 
-Axes of size 1 appear in no partitioning. Nothing here knows of modules or files.
+Axes of size 1 appear in no partitioning. Only this folder names mesh axes. Nothing here knows of
+modules or files.
 """
 
 import math
@@ -22,21 +22,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp_outer", "fsdp", "context", "tp")
-BATCH = ("data", "fsdp_outer", "fsdp")  # what splits the rows of a batch
-# What splits weights until just before their use. They are gathered from the last to the first, so
-# the slower links between hosts, over which `fsdp` goes, carry the smaller parts.
+BATCH = ("data", "fsdp_outer", "fsdp")  # the axes that split the rows of a batch
+# The axes that split weights until just before their use. Weights are gathered from the last axis
+# to the first, so that the slower links between hosts, which `fsdp` uses, carry the smaller parts.
 WEIGHTS = ("context", "fsdp_outer", "fsdp")
-COPIES = "data"  # whose devices hold equal weights
+COPIES = "data"  # the devices along this axis hold equal weights
 CONTEXT = "context"
 TENSOR = "tp"
 _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
 def spec(letters: str, lengths: Mapping[str, int] | None = None, mesh: Any = None) -> P:
-    """Say how an array is partitioned over a mesh, by its axis letters.
+    """Return the partitioning of an array, given its axis letters. With a batch axis it is an
+    activation.
 
-    An array with a batch axis is an activation. lengths: the lengths of axes by letter, where they
-    are known: key/value heads fewer than `tp` stay whole. mesh: None is the mesh in force.
+    lengths: the lengths of axes by letter, where known: key/value heads fewer than `tp` stay whole.
+    mesh: a mesh, or sizes by axis; None is the mesh in force.
     """
     sizes = axis_sizes(mesh)
     activation = "B" in letters
@@ -58,8 +59,9 @@ def spec(letters: str, lengths: Mapping[str, int] | None = None, mesh: Any = Non
 
 
 def axis_sizes(mesh: Any = None) -> dict[str, int]:
-    """The size of each of `AXES` in a mesh, or in sizes by axis; None is the mesh in force. An
-    axis that is lacking has size 1.
+    """Return the size of each of `AXES` in a mesh, 1 for an axis that it lacks.
+
+    mesh: a mesh, or sizes by axis; None is the mesh in force.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     shape = getattr(mesh, "shape", mesh)
@@ -67,13 +69,17 @@ def axis_sizes(mesh: Any = None) -> dict[str, int]:
 
 
 def named(letters: str, mesh: Any, lengths: Mapping[str, int] | None = None) -> NamedSharding:
-    """The sharding on real devices of an array with these axes; arguments as `spec`."""
+    """Return the sharding on a mesh's devices of an array with these axes. Arguments as
+    for `spec`.
+    """
     return NamedSharding(mesh, spec(letters, lengths, mesh))
 
 
 def on_devices(mesh: Mesh, tree: Any) -> Any:
-    """Give shapes that have partitionings, as `jax.eval_shape` returns them, shardings on the
-    devices of a mesh, which need not be there.
+    """Give partitioned shapes, as `jax.eval_shape` returns them, shardings on the devices of a
+    mesh.
+
+    The devices may belong to hardware that this machine lacks.
     """
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
@@ -84,34 +90,36 @@ def on_devices(mesh: Mesh, tree: Any) -> Any:
 
 
 def held_heads(heads: int) -> int:
-    """How many key/value heads there are once each device of `tp` has those of its queries."""
+    """Return the number of key/value heads once they are repeated so that `tp` divides them."""
     return math.lcm(heads, axis_sizes()[TENSOR])
 
 
-# Rows over every device, for work on whole rows of the vocabulary (sampling): the rows that the
-# devices of `tp` share are dealt out among them, filled up with zeros where they do not divide. So
-# no device has more than its share, which leaving axes out that do not divide would not hold.
+# Sampling works on whole rows of the vocabulary, and splits the rows over every device. Rows that
+# the devices of `tp` share are divided among them, padded with zero rows where they do not divide,
+# so that no device has more than its share. Dropping axes that do not divide would break that.
 
 
 def rows_spec(ndim: int) -> P:
-    """The partitioning of an array of `ndim` axes whose rows are split over all devices."""
+    """Return the partitioning of an array of `ndim` axes whose rows are split over all devices."""
     sizes = axis_sizes()
     axes = joined(tuple(axis for axis in (*BATCH, TENSOR) if sizes[axis] > 1))
     return P(axes, *[None] * (ndim - 1))
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows an array of `rows_spec` has for a batch of `rows`, filled up with zeros."""
+    """Return the number of rows of an array of `rows_spec` for a batch of `rows`, padding
+    included.
+    """
     sizes = axis_sizes()
     shards = math.prod(sizes[axis] for axis in BATCH)
     return shards * -(-rows // (shards * sizes[TENSOR])) * sizes[TENSOR]
 
 
 def entries(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that one entry of a PartitionSpec names."""
+    """Return the mesh axes in one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def joined(axes: tuple[str, ...]) -> Any:
-    """The inverse of `entries`."""
+    """Make an entry of a PartitionSpec from mesh axes, as the inverse of `entries`."""
     return axes if len(axes) > 1 else axes[0] if axes else None
