@@ -206,9 +206,7 @@ def _problem(
         parts = math.prod(sizes[axis] for axis in axes)
         length = lengths.get(letter)
         pieces = letter == "T" and sizes[CONTEXT] > 1
-        if (
-            pieces
-        ):  # in ring attention a device holds one piece from the front and one from the back
+        if pieces:  # each device holds a piece from the front and one from the back (`zigzag`)
             parts = math.lcm(parts, 2 * sizes[CONTEXT])
         if length is None or length % parts == 0:
             continue
