@@ -1,8 +1,8 @@
-"""Which device a kernel is for, whether it may run there, and the blocks it was measured with.
+"""The device that a kernel is compiled for, whether it runs there, and its measured block sizes.
 
-`measured.json` beside this file holds a line for each measured run, which
-`python -m qwen_jax.kernels.tune` writes. A kernel without a line for a device was not measured
-there, and "auto" proves it on the user's own (`prove.py`).
+`measured.json` beside this file holds a line for each measurement, which `python -m
+qwen_jax.kernels.tune` writes. A kernel without a line for a device was not measured there, and
+"auto" proves it on the user's own (`prove.py`).
 """
 
 import functools
@@ -13,19 +13,20 @@ from typing import Any
 import jax
 
 TABLE = Path(__file__).with_name("measured.json")
-KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # what a line is looked up by
+KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # the keys of a line
 
 
 def device() -> Any:
-    """The device that is compiled for, with `platform` and `device_kind`: of the mesh in force,
-    which may be of devices that are not there, else the first device here.
+    """Return the device that is compiled for, with `platform` and `device_kind`.
+
+    It is the one of the mesh in force, which this machine may lack, or else the first device here.
     """
     of_mesh = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0] if of_mesh is None else of_mesh
 
 
 def interpreted(name: str, platform: str) -> bool:
-    """Whether a kernel for that platform runs interpreted: it does on a CPU, for tests.
+    """Return whether a kernel for `platform` runs interpreted, as it does on a CPU for tests.
 
     Raises NotImplementedError on any other device.
     """
@@ -36,7 +37,7 @@ def interpreted(name: str, platform: str) -> bool:
 
 
 def need_gpu(name: str, newest_refused: float) -> None:
-    """Raise NotImplementedError on a GPU of that compute capability or less, where it is known."""
+    """Raise NotImplementedError on a GPU whose compute capability is known to be this or less."""
     kind = device().device_kind
     for here in jax.devices():
         capability = getattr(here, "compute_capability", None)
@@ -46,14 +47,15 @@ def need_gpu(name: str, newest_refused: float) -> None:
 
 @functools.cache
 def measured() -> list[dict[str, Any]]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None) -> Any:
-    """Measured lines for this device, the fastest first, of the measured length that is nearest.
+    """Return measured lines for this device, fastest first, at the measured length nearest to
+    `length`.
 
-    task: "forward", "backward" or "decode". kernel: lines of that kernel only.
+    task: "forward", "backward" or "decode". kernel: only lines of this kernel.
     """
     wanted = {"device": device().device_kind, "task": task, "head_dim": head_dim, "dtype": dtype}
     if kernel is not None:
@@ -65,6 +67,8 @@ def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None 
 
 
 def blocks(kernel: str, task: str, head_dim: int, dtype: str, length: int) -> dict[str, int]:
-    """The block sizes measured best for this device and the nearest length; {} if none were."""
+    """Return the block sizes measured best for this device at the nearest length; {} without a
+    line.
+    """
     found = lines(task, head_dim, dtype, length, kernel)
     return found[0]["blocks"] if found else {}

@@ -1,9 +1,10 @@
-"""Attention of a few query tokens to a cache, for TPUs (Pallas, Mosaic).
+"""Attention from a few query tokens to a cache, for TPUs (Pallas, Mosaic).
 
-The time of a step is that of reading the cache, so a key or value block goes from HBM to a matrix
-unit as it lies, as the stationary operand, and is read once for all queries of its head. A grid
-step handles one block of slots of several heads; the steps are a list, made beforehand from
-scalars, of the blocks that a row sees, so slots not written or beyond the window are never copied.
+A step takes as long as reading the cache does, so a block of keys or values goes from HBM to a
+matrix unit unchanged, as the stationary operand, and is read once for all queries of its head. A
+grid step handles one block of slots of several heads. The steps are a list, computed beforehand
+from scalars, of the blocks that a row sees, so slots not written or beyond the window are never
+copied.
 """
 
 import functools
@@ -19,20 +20,25 @@ from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline, pad, round_up
 
 NAME = "decode_tpu"
-FAMILY = "pallas_tpu"  # as which it is measured
+FAMILY = "pallas_tpu"  # its name in the table of measured lines
 DTYPES = ("bfloat16", "float32")
 _LANES, _SUBLANES = 128, 8
-_HEADS = 16  # of a grid step: the softmax of some runs while the matrix units load the others
-# Of keys in a grid step. The most that fits; and the least that keeps its bookkeeping behind the
-# copies, where a ring is short and smaller blocks would read less beyond a row's ends.
+_HEADS = 16  # heads in a grid step: some are in the softmax while the matrix units load others
+# Bytes of keys in a grid step. The most is what fits. The least keeps the step's bookkeeping hidden
+# behind its copies, where a short ring asks for smaller blocks that read less beyond a row's ends.
 _MOST_BYTES, _LEAST_BYTES = 2**21, 2**20
-_SCORES = 2**15  # of a pack: half of the registers
+_SCORES = 2**15  # scores of a pack: half of the registers
 
 
 class TpuShape(NamedTuple):
-    """heads: of a grid step; rows: queries of a head, padded; packed: heads whose queries share the
-    sublanes of a register, a pack; packs: of a grid step; block: its slots; slots: S; tokens: T;
-    groups: G.
+    """The sizes of the decode kernel.
+
+    heads: key/value heads in a grid step.
+    rows: queries of a head, padded.
+    packed: heads whose queries share the sublanes of a register, called a pack.
+    packs: packs in a grid step.
+    block: slots in a grid step.
+    slots, tokens, groups: S, T and G.
     """
 
     heads: int
@@ -46,6 +52,7 @@ class TpuShape(NamedTuple):
 
     @property
     def pack_rows(self) -> int:
+        """The rows of a pack."""
         return max(_SUBLANES, self.packed * self.rows)
 
 
@@ -63,14 +70,21 @@ def tpu_decode(
     interpret: bool | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """Softmax over a ring of earlier keys and this pass's own: o [B, T, N, H] of q's dtype.
+    """Attend to a ring of cached keys and to this pass's own. Returns o [B, T, N, H] in q's dtype.
 
-    q [B, T, N, H]; k, v [B, T, K, H]: the pass's own; cache_k, cache_v [B, K, S, H]: arrays of q's
-    dtype, or int8 leaves with values, scale and zero (or None). Token p of row b lies in slot
-    (start[b] + p) mod S; `index - start` of them are written and query t is token
-    index - start + t: one before 0 is padding and gets 0. window int32 []; scale float32 [B, T].
-    block: slots of a grid step. Raises NotImplementedError for a dtype, a head dim or a device that
-    it is not for; on a CPU it is interpreted, unless `interpret` says otherwise.
+    q: [B, T, N, H].
+    k, v: [B, T, K, H], of this pass.
+    cache_k, cache_v: [B, K, S, H], arrays of q's dtype, or int8 leaves with values, scale and zero
+        (or None).
+    start, index: int32 [B] and [], as in `Cache`. Token p of row b lies in slot (start[b] + p) mod
+        S; `index - start` tokens are written, and query t is token index - start + t. A query
+        before token 0 is padding and gets 0.
+    window: int32 [], the tokens that a query sees.
+    scale: float32 [B, T].
+    interpret: None interprets the kernel on a CPU only.
+    block: slots in a grid step.
+
+    Raises NotImplementedError for a dtype, head dim or device that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     values = getattr(cache_k, "values", cache_k)
@@ -137,7 +151,7 @@ def tpu_decode(
 
 
 def _arrays(leaf: Any) -> list[jax.Array]:
-    """values, and of a quantised leaf its scale and, where it has one, its zero."""
+    """Return a leaf's arrays: values, and for a quantised leaf its scale and zero, if any."""
     if not hasattr(leaf, "values"):
         return [leaf]
     return [x for x in (leaf.values, leaf.scale, leaf.zero) if x is not None]
@@ -146,7 +160,7 @@ def _arrays(leaf: Any) -> list[jax.Array]:
 def _shape(
     tokens: int, groups: int, kv_heads: int, slots: int, dim: int, dtype: Any, block: int | None
 ) -> TpuShape:
-    """How much of the cache a grid step handles."""
+    """Choose how much of the cache a grid step handles."""
     rows = tokens * groups
     rows = 1 << (rows - 1).bit_length() if rows < _SUBLANES else round_up(rows, _SUBLANES)
     packed = max(1, _SUBLANES // rows)
@@ -163,20 +177,21 @@ def _shape(
 
 
 def _bits(shape: TpuShape) -> int:
-    """A grid step is row << bits | block of slots."""
+    """Return how many low bits of a packed grid step hold its block; the others hold its row."""
     return max(1, (-(-shape.slots // shape.block) - 1).bit_length())
 
 
 def _low(shape: TpuShape) -> int:
+    """Return the bit mask of the block in a packed grid step."""
     return (1 << _bits(shape)) - 1
 
 
 def _steps(
     first: jax.Array, written: jax.Array, window: jax.Array, shape: TpuShape
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The rows and blocks to visit, in order; those to copy; how many.
+    """List the packed rows and blocks to visit, those to copy, and the number of steps.
 
-    A row that sees no slot has one step too, which copies the block that is there already.
+    A row that sees no slot also has one step, which copies the block that is already there.
     """
     slots, block, bits = shape.slots, shape.block, _bits(shape)
     blocks = -(-slots // block)
@@ -198,9 +213,13 @@ def _steps(
 
 
 class Scratch(NamedTuple):
-    """Of every query so far: the scale of its scores and the largest score (in all lanes), the sum
-    of exponentials and that of exponentials times zeros of values (spread over the lanes), and the
-    output before it is divided. float32 [packs, pack rows, lanes] each.
+    """The running softmax of each query, float32 [packs, pack rows, lanes].
+
+    scale: the factor on its scores.
+    largest: the largest score so far, equal in all lanes.
+    total: the sum of exponentials, spread over the lanes.
+    zero: the sum of exponentials times zeros of values, spread over the lanes.
+    out: the output before division by the total.
     """
 
     scale: Any
@@ -225,7 +244,7 @@ def _kernel(
     o: Any,
     *scratch: Any,
 ) -> None:
-    """One block of slots of one row and of several heads."""
+    """Process one block of slots for one row and several heads."""
     del copied
     state = Scratch(*scratch)
     step, steps, bits = pl.program_id(1), pl.num_programs(1), _bits(shape)
@@ -258,7 +277,13 @@ def _kernel(
 
 
 class _Slots(NamedTuple):
-    """A block of slots of a row, from `slot` on. first: the slot of token 0; tokens: written."""
+    """A block of slots of a row.
+
+    slot: its first slot.
+    first: the slot of token 0.
+    tokens: the number of written tokens.
+    window: the tokens that a query sees.
+    """
 
     slot: Any
     first: Any
@@ -267,38 +292,40 @@ class _Slots(NamedTuple):
 
     @property
     def oldest(self) -> Any:
-        """The first token that query 0 sees, if positive; query t sees those from t later on."""
+        """The first token that query 0 sees, if positive. Query t sees tokens from t later on."""
         return self.tokens - self.window + 1
 
     def full(self, shape: TpuShape) -> Any:
-        """Whether every query sees every slot."""
+        """Return whether every query sees every slot of the block."""
         head = self._token(self.slot, shape)
         tail = head + shape.block - 1  # the last slot's, unless the ring begins anew before it
         seen = (tail < self.tokens) & (head >= self.oldest + shape.tokens - 1)
         return seen & (tail < shape.slots) & (self.slot + shape.block <= shape.slots)
 
     def seen(self, shape: TpuShape, size: tuple[int, int], axis: int, query: Any) -> jax.Array:
-        """Whether query number `query` sees a slot, for an array with slots along `axis`."""
+        """Return whether a query sees each slot, for an array with slots along `axis`."""
         slot = self.slot + lax.broadcasted_iota(jnp.int32, size, axis)
         token = self._token(slot, shape)
         return (slot < shape.slots) & (token < self.tokens) & (token >= self.oldest + query)
 
     def _token(self, slot: Any, shape: TpuShape) -> Any:
+        """Return the number of the token that lies in a slot."""
         return jnp.where(slot < self.first, slot + shape.slots, slot) - self.first
 
 
 def _rows(shape: TpuShape, pack: int) -> slice:
+    """Return the rows of a pack."""
     return slice(pack * shape.pack_rows, (pack + 1) * shape.pack_rows)
 
 
 def _row(shape: TpuShape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Which head of its pack, and which query token, a row of a pack is."""
+    """Return which head of its pack, and which query token, each row of a pack belongs to."""
     row = lax.broadcasted_iota(jnp.int32, size, 0)
     return row // shape.rows, row % shape.rows // shape.groups
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
-    """x [rows, X] times y, whose axis `contract` is X."""
+    """Multiply x [rows, X] by y, whose axis `contract` is X, in float32."""
     if 1 in y.shape:  # Mosaic multiplies with a vector without its matrix units, in float32 only
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -309,7 +336,7 @@ def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
 def _begin(
     shape: TpuShape, slots: _Slots, scales: list[Any], q: Any, k: Any, v: Any, state: Scratch
 ) -> None:
-    """The state of a row after its own tokens."""
+    """Start a row's running softmax with this pass's own tokens."""
     size = (shape.pack_rows, shape.heads)
     head, query = _row(shape, size)
     key_head = lax.broadcasted_iota(jnp.int32, size, 1)
@@ -324,7 +351,7 @@ def _begin(
         near = (query >= u) & (query - u < slots.window) & (slots.tokens + u >= 0)
         return jnp.where(near & (key_head == head + pack * shape.packed), s, MASKED)
 
-    # All packs side by side, a stage after the other: each stage is a wait.
+    # All packs go through each stage together, as every stage ends in a wait.
     own = range(shape.tokens)
     scores = [[score(pack, u) for u in own] for pack in range(shape.packs)]
     for pack, parts in enumerate(scores):
@@ -341,10 +368,11 @@ def _begin(
 
 
 def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Scratch) -> None:
-    """Add a block of slots to the state; slots: None if every query sees all of them.
+    """Add a block of slots to the running softmax. slots: None if every query sees all of them.
 
-    A head's keys are the stationary operand for all rows of its pack, of which its own are kept:
-    so a pack fills whole registers with scores. Those of the next pack come before the softmax.
+    A head's keys are the stationary operand for all rows of its pack, and the scores of its own
+    rows are kept, so a pack fills whole registers. The next pack's scores are computed before the
+    softmax.
     """
     (keys, *key_scales), (values, *value_scales) = leaves
     size = (shape.pack_rows, shape.block)
@@ -374,7 +402,7 @@ def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Sc
         return s if seen is None else jnp.where(seen, s, MASKED)
 
     def real_value(h: int) -> jax.Array:
-        # What no token was written to may be no number, which a weight of 0 does not cancel.
+        # A slot that was never written may hold NaN, which a weight of 0 does not cancel.
         value = values[h].astype(q.dtype)
         return value if real is None or value_scales else jnp.where(real, value, 0)
 
@@ -403,7 +431,9 @@ def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Sc
 
 
 def _select(head: jax.Array, parts: list[jax.Array]) -> jax.Array:
-    """Of every head's part, [pack rows, X] each, the rows of that head."""
+    """Select each row from the part of its head. parts: [pack rows, X] for each head of
+    the pack.
+    """
     result = parts[0]
     for i, part in enumerate(parts[1:], 1):
         result = jnp.where(head == i, part, result)
@@ -411,5 +441,5 @@ def _select(head: jax.Array, parts: list[jax.Array]) -> jax.Array:
 
 
 def _lanes(x: jax.Array) -> jax.Array:
-    """[rows, n * 128] summed over n."""
+    """Sum x [rows, n * 128] over n."""
     return functools.reduce(jnp.add, [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)])

@@ -1,9 +1,9 @@
-"""Attention of a few query tokens to a cache, for NVIDIA GPUs (Pallas, Triton).
+"""Attention from a few query tokens to a cache, for NVIDIA GPUs (Pallas, Triton).
 
-The time of a step is that of reading the cache. Its visible blocks of slots are dealt out to
-`splits` programs for each head, so that one long row fills the chip; each writes a partial output
-and its log-sum-exp, and a small second kernel makes one softmax of them (flash-decoding). All
-queries of a head share each read: they are the rows of one matrix product. Softmax in base 2.
+A step takes as long as reading the cache does. The visible blocks of slots are divided among
+`splits` programs for each head, so that one long row fills the chip. Each program writes a partial
+output and its log-sum-exp, and a small second kernel merges them into one softmax (flash-decoding).
+All queries of a head share each read, as the rows of one matrix product. The softmax is in base 2.
 """
 
 import functools
@@ -19,18 +19,23 @@ from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline
 
 NAME = "decode_triton"
-FAMILY = "pallas_triton"  # as which it is measured
+FAMILY = "pallas_triton"  # its name in the table of measured lines
 DTYPES = ("float16", "bfloat16", "float32")
-_ROWS = (16, 32)  # the least rows of a tensor core's product, and the most of a program
-_PROGRAMS = 1024  # several for each multiprocessor of any chip, so that none waits for long
-_SPLIT_SLOTS = (256, 4096)  # the least and the most slots of a split where the cache is full
-_BLOCK_BYTES = 2**14  # of the keys that are read at once, as the tensor cores take them
-_MERGED = 2**13  # partial numbers that a program of the second kernel holds
+_ROWS = (16, 32)  # the least rows in a tensor core's product, and the most in a program
+_PROGRAMS = 1024  # several for each multiprocessor of any chip, so that none idles for long
+_SPLIT_SLOTS = (256, 4096)  # the least and the most slots in a split of a full cache
+_BLOCK_BYTES = 2**14  # bytes of keys read at once, in the dtype that tensor cores multiply
+_MERGED = 2**13  # partial results that a program of the second kernel holds
 
 
 class TritonShape(NamedTuple):
-    """rows: of a program's matrix product; row_blocks: programs for the queries of a head; block:
-    slots read at once. A head dim is `planes` interleaved parts of `width` columns each.
+    """The sizes of the decode kernel.
+
+    rows: rows in a program's matrix product.
+    row_blocks: programs for the queries of a head.
+    block: slots read at once.
+    planes, width: a head dim is `planes` interleaved parts of `width` columns each.
+    splits: programs that share the slots of a head.
     """
 
     tokens: int
@@ -51,9 +56,13 @@ class TritonShape(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The queries of a program, [rows] each. place: of a query among T N; t: its token; real: it is
-    no padding of the matrix product; factor: of its scores, in base 2; skip: how many of the
-    tokens that query 0 sees are beyond its window.
+    """The queries of a program, [rows] each.
+
+    place: the query's index among T N.
+    t: its token.
+    real: False for padding of the matrix product.
+    factor: the factor on its scores, in base 2.
+    skip: how many of the tokens that query 0 sees are beyond this query's window.
     """
 
     place: jax.Array
@@ -64,8 +73,12 @@ class Queries(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Of every query: the largest score, [rows]; the sum of exponentials and that of exponentials
-    times zeros of values, [rows, block], to be added up; the planes of the output, undivided.
+    """The running softmax of a program's queries.
+
+    largest: [rows], the largest score so far.
+    total: [rows, block], to be summed: exponentials.
+    zeros: [rows, block], to be summed: exponentials times zeros of values.
+    o: the planes of the output, before division by the total.
     """
 
     largest: jax.Array
@@ -91,15 +104,23 @@ def triton_decode(
     warps: int | None = None,
     stages: int | None = None,
 ) -> jax.Array:
-    """Softmax over a ring of earlier keys and this pass's own: o [B, T, N, H] of q's dtype.
+    """Attend to a ring of cached keys and to this pass's own. Returns o [B, T, N, H] in q's dtype.
 
-    q [B, T, N, H]; k, v [B, T, K, H]: the pass's own; cache_k, cache_v [B, K, S, H]: arrays of q's
-    dtype, or int8 leaves with values, scale and zero (or None). Token p of row b lies in slot
-    (start[b] + p) mod S; `index - start` of them are written and query t is token
-    index - start + t: one before 0 is padding and gets 0. window int32 []; scale float32 [B, T].
-    block: slots read at once, a power of 2 from 16; splits: programs that share a head's slots;
-    warps, stages: of a program, Triton's (stages - 1 blocks are on their way at a time).
-    Raises NotImplementedError for what it does not do.
+    q: [B, T, N, H].
+    k, v: [B, T, K, H], of this pass.
+    cache_k, cache_v: [B, K, S, H], arrays of q's dtype, or int8 leaves with values, scale and zero
+        (or None).
+    start, index: int32 [B] and [], as in `Cache`. Token p of row b lies in slot (start[b] + p) mod
+        S; `index - start` tokens are written, and query t is token index - start + t. A query
+        before token 0 is padding and gets 0.
+    window: int32 [], the tokens that a query sees.
+    scale: float32 [B, T].
+    interpret: None interprets the kernel on a CPU only.
+    block: slots read at once, a power of 2 from 16.
+    splits: programs that share a head's slots.
+    warps, stages: of a program, as in Triton; stages - 1 blocks are loaded ahead.
+
+    Raises NotImplementedError for calls that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
     choice.need_gpu(NAME, 7.5)
@@ -146,10 +167,10 @@ def triton_decode(
 
 
 def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
-    """values, and of a quantised leaf its scale and, where it has one, its zero.
+    """Return a leaf's arrays: values, and for a quantised leaf its scale and zero, if any.
 
-    Two int8 numbers are seen as one of 16 bits: tensor cores want values in an order that only
-    numbers of 16 bits can be loaded in. XLA makes no copy of it.
+    Pairs of int8 are viewed as int16, because tensor cores want values in an order that only 16-bit
+    numbers can be loaded in. XLA makes no copy of the view.
     """
     if hasattr(leaf, "values"):
         pairs = leaf.values.reshape(*leaf.values.shape[:-1], -1, 2)
@@ -161,8 +182,10 @@ def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
 
 
 def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | None) -> TritonShape:
-    """How the work is cut. The splits follow from S, not from what is written: that is dealt out
-    evenly to them when the kernel runs.
+    """Choose how the work is cut.
+
+    The number of splits follows from S, not from how many slots are written; those are divided
+    evenly among the splits when the kernel runs.
     """
     batch, tokens, heads, dim = q.shape
     kv_heads, slots = values.shape[1:3]
@@ -184,13 +207,13 @@ def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | Non
 
 
 def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
-    """One split of one row's slots, for the queries of one head."""
+    """Process one split of one row's slots for the queries of one head."""
     start_ref, index_ref, window_ref, scale_ref, q_ref, k_ref, v_ref, keys, values, *outs = refs
     # Row blocks of the same slots are neighbours: all but one of them read from the L2 cache.
     split, row_block = pl.program_id(0) // shape.row_blocks, pl.program_id(0) % shape.row_blocks
     head, b = pl.program_id(1), pl.program_id(2)
     window = window_ref[...]
-    # A row that has not begun may lie arbitrarily far ahead; the bound keeps what follows in range.
+    # A row may begin arbitrarily far ahead of the index; the bound keeps the arithmetic in range.
     written = jnp.maximum(index_ref[...] - start_ref[b], -shape.tokens)
     low = jnp.maximum(written - window + 1, 0)  # the first token that query 0 sees
     length = jnp.maximum(written - low, 0)
@@ -257,7 +280,9 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
 def _plane_places(
     shape: TritonShape, rows: Queries
 ) -> list[tuple[tuple[jax.Array, jax.Array], jax.Array]]:
-    """Of every plane: which queries and columns it is, and which of them there are."""
+    """Return for each plane the indices of its queries and columns, and a mask of those
+    that exist.
+    """
     places = []
     for plane in range(shape.planes):
         column = jnp.arange(shape.width) * shape.planes + plane
@@ -267,13 +292,15 @@ def _plane_places(
 
 
 def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The indices of a block of an array's last two axes: unlike slices they may be out of it."""
+    """Return indices of a block of an array's last two axes. Unlike slices they may exceed it."""
     area = (row.size, column.size)
     return jnp.broadcast_to(row[:, None], area), jnp.broadcast_to(column[None, :], area)
 
 
 def _rank(slot: jax.Array, begin: Any, shape: TritonShape) -> jax.Array:
-    """How far round the ring a slot lies behind `begin`; beyond the last slot: far."""
+    """Return how far a slot lies behind `begin` on the ring; slots beyond the last one
+    rank last.
+    """
     rank = jnp.where(slot < begin, slot - begin + shape.slots, slot - begin)
     if shape.slots % shape.block:
         rank = jnp.where(slot < shape.slots, rank, shape.slots)
@@ -290,10 +317,10 @@ def _blocks(
     step: Any,
     state: Partial,
 ) -> Partial:
-    """The state after this split's share of the blocks that hold `length` slots from `begin`.
+    """Fold this split's share of the blocks that hold `length` slots from `begin` into the state.
 
-    Blocks are numbered as the ring is walked. All queries see all of some of them, a run, which
-    take a path without a mask.
+    Blocks are numbered along the ring. A run of them that all queries see whole takes a path
+    without a mask.
     """
     block, slots = shape.block, shape.slots
     ring = pl.cdiv(slots, block)
@@ -325,8 +352,9 @@ def _blocks(
 def _load(
     shape: TritonShape, leaf: Any, where: Any, slot: jax.Array, mask: jax.Array | None
 ) -> list[jax.Array]:
-    """A block of values, [block, width], and of a quantised leaf what goes with each slot; zeros
-    outside the mask: what lies there may not be finite.
+    """Load a block of values, [block, width], and for a quantised leaf each slot's scale and zero.
+
+    Slots outside the mask give 0, as their contents may not be finite.
     """
     column = jnp.arange(shape.width)
     tile_mask = None if mask is None else mask[:, None]
@@ -346,7 +374,7 @@ def _read(ref: Any, mask: jax.Array | None) -> jax.Array:
 def _plane(
     shape: TritonShape, tile: jax.Array, plane: int, dtype: Any, interpret: bool
 ) -> jax.Array:
-    """A plane of a tile of values as `dtype`: the tile itself, or one of the int8 of each pair."""
+    """Return a plane of a tile as `dtype`: the tile itself, or one int8 of each pair."""
     if shape.planes == 1:
         return tile
     if interpret or dtype == jnp.float32:
@@ -363,11 +391,11 @@ def _plane(
 
 
 def _asm(plane: int, dtype: Any) -> str:
-    """PTX that makes two numbers of 16 bits of the int8 in byte `plane` of two pairs.
+    """Return PTX that converts the int8 in byte `plane` of two pairs to two 16-bit floats.
 
-    The bits of an int8 become the mantissa of a large number, from which another is subtracted:
-    much faster than the instruction that converts. float16: 1024 + (x + 128) less 1152. A mantissa
-    of bfloat16 has 7 bits: 128 + (x mod 128), less 128, or less 256 where x is negative.
+    The bits of an int8 become the mantissa of a large number, from which another is subtracted,
+    which is much faster than the conversion instruction. float16: 1024 + (x + 128) less 1152. A
+    bfloat16 mantissa has 7 bits: 128 + (x mod 128), less 128, or less 256 where x is negative.
     """
     source = "shr.u32 x, $1, 8;" if plane else "mov.b32 x, $1;"
     if dtype == jnp.float16:
@@ -389,7 +417,9 @@ def _sum(parts: list[jax.Array]) -> jax.Array:
 
 
 def _dot(interpret: bool, x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y in float32. float32 takes three products of tensor cores, which a CPU has none of."""
+    """Multiply x by y in float32. For float32, tensor cores compute three products; a CPU
+    has none.
+    """
     precision: Any = lax.Precision.DEFAULT
     if x.dtype == jnp.float32:
         precise = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -409,7 +439,9 @@ def _own(
     k_ref: Any,
     v_ref: Any,
 ) -> Partial:
-    """The state that the blocks are added to: in the first split, of the pass's own tokens."""
+    """Start the running softmax: in the first split with this pass's own tokens, in
+    others empty.
+    """
     b, head = where
     count = max(pl.next_power_of_2(shape.tokens), _ROWS[0])
     u = jnp.arange(count)
@@ -434,7 +466,7 @@ def _own(
 
 
 def _merge(shape: TritonShape, columns: int, o_ref: Any, lse_ref: Any, out_ref: Any) -> None:
-    """One softmax from the splits of one query, for some columns of its output."""
+    """Merge the splits of one query into one softmax, for some columns of its output."""
     b, place = pl.program_id(2), pl.program_id(1)
     column = pl.program_id(0) * columns + jnp.arange(columns)
     split = jnp.arange(pl.next_power_of_2(shape.splits))
@@ -442,7 +474,7 @@ def _merge(shape: TritonShape, columns: int, o_ref: Any, lse_ref: Any, out_ref: 
     lse = plt.load(lse_ref.at[b, place, split], mask=real, other=LOWEST)
     at = (b, place, *_area(split, column))
     parts = plt.load(o_ref.at[at], mask=real[:, None] & inside[None, :], other=0)
-    # Where no split has seen anything the shares are arbitrary, and all parts 0.
+    # Where no split has seen a key, the shares are arbitrary and all parts are 0.
     shares = jnp.exp2(lse - jnp.max(lse, 0))
     o = jnp.sum(parts * shares[:, None], 0) / jnp.sum(shares, 0)
     plt.store(out_ref.at[b, place, column], o.astype(out_ref.dtype), mask=inside)

@@ -1,12 +1,13 @@
-"""What the flash kernels share: what they decline, which blocks a mask leaves, the derivative.
+"""What the flash attention kernels share: unsupported calls, visible blocks of a mask, the
+derivative.
 
-A `Body` computes one attention, forward and backward, for one kind of hardware. The softmax is kept
-in base 2: a score is q k^T scale log2(e), so that one exponential instruction serves. Nothing here
-or in the bodies holds an array of queries times keys (FlashAttention-2, arXiv 2307.08691).
+A `Body` computes one attention, forward and backward, for one kind of hardware. The softmax is in
+base 2: a score is q k^T scale log2(e), so that one exponential instruction serves. Nothing here or
+in the bodies holds an array of queries times keys (FlashAttention-2, arXiv 2307.08691).
 
-The scale comes in two parts. H**-0.5 multiplies the float32 scores (`score_factor`); what is left,
-which is 1 unless LogN or YaRN is on, multiplies the query, rounded to its dtype (`factored`): so
-the original rounds a LogN query, and a query without LogN is not rounded at all.
+The scale comes in two parts. H**-0.5 multiplies the float32 scores (`score_factor`). The rest,
+which is 1 without LogN and YaRN, multiplies the query, rounded to its dtype (`factored`). So a LogN
+query is rounded as in the original, and a query without LogN is not rounded at all.
 """
 
 import dataclasses
@@ -26,20 +27,25 @@ LOG2E = math.log2(math.e)
 MASKED = -1e30
 LOWEST = -1e20
 _NEVER = 2**30  # beyond every position
-_MASKED_LSE = 1e30  # the log-sum-exp of a query that sees nothing, as backward bodies get it
+_MASKED_LSE = 1e30  # the log-sum-exp that backward bodies get for a query that sees no key
 
 
 class Body(Protocol):
-    """A forward and a backward kernel. Hashable. Arrays are local to a device.
+    """A forward and a backward kernel for one kind of hardware. Hashable; arrays are local to a
+    device.
 
-    q [B, T, N, H]; k, v [B, S, K, H], of one dtype; mask as `attention.Mask`; scale float32 [B, T].
+    q: [B, T, N, H]. k, v: [B, S, K, H]. All have one dtype.
+    mask: an `attention.Mask`.
+    scale: float32 [B, T].
     """
 
     def forward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """o [B, T, N, H] of `dtype`, zeros for a query that sees nothing; the natural log-sum-exp
-        of the scores, float32 [B, T, N], -inf for such a query.
+        """Compute o [B, T, N, H] in `dtype`, and the natural log-sum-exp of the scores, float32
+        [B, T, N].
+
+        A query that sees no key has o = 0 and a log-sum-exp of -inf.
         """
         ...
 
@@ -54,9 +60,10 @@ class Body(Protocol):
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """dq in float32 or of q's dtype, dk, dv of the dtypes of k, v. lse as from forward, but a
-        large number for a query that sees nothing; delta float32 [B, T, N]: sum(do * o) less the
-        cotangent of lse.
+        """Compute dq in float32 or q's dtype, and dk, dv in the dtypes of k, v.
+
+        lse: as from `forward`, but a large number for a query that sees no key.
+        delta: float32 [B, T, N], sum(do * o) minus the cotangent of lse.
         """
         ...
 
@@ -71,11 +78,12 @@ def attend_through(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attention through `body`; arguments and results as `attention.xla`. Differentiable in q, k,
-    v (arrays) and scale; log-sum-exp included.
+    """Attend through `body`. Arguments and results are those of `attention.xla`.
 
-    known: o in float32 and the log-sum-exp of these queries over more keys than k and v, which are
-    a part of them. They are returned as they are, and the gradients are this part's own.
+    Differentiable in q, k, v (arrays) and scale, log-sum-exp included.
+
+    known: float32 o and the log-sum-exp of these queries over a larger set of keys that contains k
+        and v. They are returned unchanged, and the gradients are those of this part of the keys.
     """
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -139,7 +147,9 @@ _part.defvjp(_part_forward, _part_backward)
 def decline(
     name: str, q: jax.Array, k: Any, dtypes: Sequence[str], head_dims: Sequence[int]
 ) -> None:
-    """Raise NotImplementedError, naming what this kernel does not do."""
+    """Raise NotImplementedError for a dtype, head dim or number of heads that a kernel does not
+    support.
+    """
     if q.dtype.name not in dtypes:
         raise NotImplementedError(f"{name}: dtype {q.dtype.name}, only {', '.join(dtypes)}")
     if q.shape[-1] not in head_dims:
@@ -152,19 +162,22 @@ def decline(
 
 
 def factored(q: jax.Array, scale: jax.Array) -> jax.Array:
-    """q [B, T, N, H] times scale [B, T] without its part `score_factor`, of q's dtype."""
+    """Multiply q [B, T, N, H] by scale [B, T] without its part `score_factor`, in q's dtype."""
     own = scale * math.sqrt(q.shape[-1])
     return (q.astype(jnp.float32) * own[:, :, None, None]).astype(q.dtype)
 
 
 def score_factor(head_dim: int) -> float:
-    """What multiplies the float32 products of `factored` queries and keys: log2(e) / sqrt(H)."""
+    """Return the factor on float32 products of `factored` queries and keys: log2(e) / sqrt(H)."""
     return LOG2E / math.sqrt(head_dim)
 
 
 class Extent(NamedTuple):
-    """What a block of tokens spans. first, last: positions of its real tokens; low, high: their
-    segments; uniform: 1 where all its tokens are real and of one segment. int32 [B, blocks] each.
+    """The range of positions and segments in each block of tokens, int32 [B, blocks] each.
+
+    first, last: the least and the largest position of its real tokens.
+    low, high: the least and the largest segment of its real tokens.
+    uniform: 1 where all its tokens are real and of one segment.
     """
 
     first: Any
@@ -175,7 +188,10 @@ class Extent(NamedTuple):
 
 
 def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
-    """Positions and segments, int32 [B, n * block], by blocks; segment 0 is no token."""
+    """Compute the extents of blocks from positions and segments, int32 [B, n * block].
+
+    Tokens of segment 0 are padding and do not count.
+    """
     positions, segments = (
         x.reshape(x.shape[0], -1, block).astype(jnp.int32) for x in (positions, segments)
     )
@@ -189,19 +205,19 @@ def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
 
 
 def visible(q: Extent, k: Extent, window: Any) -> Any:
-    """Whether some query of a block may see some key of another: false only if none does."""
+    """Return whether some query of a block may see some key of another. False only if none does."""
     near = (q.last >= k.first) & (q.first - k.last < window)
     return near & (q.low <= k.high) & (k.low <= q.high)
 
 
 def full(q: Extent, k: Extent, window: Any) -> Any:
-    """Whether every query of a block sees every key of another."""
+    """Return whether every query of a block sees every key of another."""
     near = (q.first >= k.last) & (q.last - k.first < window)
     return near & (q.low == k.low) & (q.uniform == 1) & (k.uniform == 1)
 
 
 def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """x with zeros behind it along `axis`, up to `length`: segment 0, so padding is no token."""
+    """Append zeros to x along `axis`, up to `length`. As segments they mark padding."""
     if x.shape[axis] == length:
         return x
     widths = [(0, 0)] * x.ndim
@@ -210,7 +226,7 @@ def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 def padded_mask(mask: Any, queries: int, keys: int) -> Any:
-    """The mask over that many queries and keys."""
+    """Pad a mask to these numbers of queries and keys."""
     return dataclasses.replace(
         mask,
         q_positions=pad(mask.q_positions, 1, queries),
@@ -221,5 +237,5 @@ def padded_mask(mask: Any, queries: int, keys: int) -> Any:
 
 
 def round_up(x: int, multiple: int) -> int:
-    """The least multiple that is not less than x."""
+    """Return the least multiple of `multiple` that is not less than x."""
     return -(-x // multiple) * multiple

@@ -1,10 +1,11 @@
 """Flash attention for Hopper GPUs (H100, H200), forward and backward, in Pallas Mosaic GPU.
 
-A thread block is three warpgroups: one issues the TMA copies of the blocks that pass by, two
-compute on 64 rows each. In the forward pass those two take turns, so that the exponentials of one
-run under the matrix products of the other. All three walk the visible blocks by the same rule, read
-from the extents of blocks, so nothing is handed over but filled and emptied buffers. Lengths need
-not be multiples of a block: TMA reads zeros beyond the end and writes nothing there.
+A thread block has three warpgroups: one issues the TMA copies of the blocks that it walks over, and
+    two compute on 64 rows each. In the forward pass those two take turns, so that the exponentials
+    of one run during the matrix products of the other. All three walk the visible blocks by the
+    same rule, computed from extents of blocks, so they exchange only full and empty buffers.
+    Lengths need not be multiples of a block: TMA reads zeros beyond the end and writes nothing
+    there.
 """
 
 import dataclasses
@@ -24,22 +25,25 @@ NAME = "pallas_hopper"
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (128,)
 _NAMES = ("H100", "H200", "H800", "H20", "GH200")
-_ROWS = 64  # of a computing warpgroup: the height of a wgmma
-_TILE = 2 * _ROWS  # of a thread block
+_ROWS = 64  # rows of a computing warpgroup: the height of a wgmma
+_TILE = 2 * _ROWS  # rows of a thread block
 _EMPTY, _PARTLY, _FULL = 0, 1, 2
 _SIGN = jnp.iinfo(jnp.int32).min
-_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of a key that is no token: no query's
-_L2 = 2**25  # bytes; the cache has half as many again
+_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # the segment of padding keys, which equals no query's
+_L2 = 2**25  # bytes to fill of the L2 cache, which is half as large again
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24
 _Sums = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-# Layouts of a value for each column, and for each row, of what a wgmma accumulates.
+# Layouts of one value per column, and of one per row, of a wgmma accumulator.
 _COLUMN, _ROW = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hopper:
-    """A `flash.Body`. block: keys (in dkv: queries) of a block that passes by; stages: how many of
-    them shared memory holds at once. interpret: parameters of jax's emulation.
+    """The `flash.Body` for Hopper GPUs, with the block sizes of its three kernels.
+
+    block: keys (in dkv: queries) in the blocks that a tile walks over.
+    stages: how many of these blocks shared memory holds at once.
+    interpret: parameters of jax's emulation, or None.
     """
 
     block: int = 128
@@ -109,6 +113,7 @@ class Hopper:
         return dq[:, :length], dk[:, :keys], dv[:, :keys]
 
     def _backward_queries(self, mask: Any, *operands: jax.Array) -> jax.Array:
+        """Run the backward kernel over tiles of queries: dq."""
         q, k = operands[:2]
         batch, _, heads, dim = q.shape
         group = heads // k.shape[2]
@@ -136,6 +141,7 @@ class Hopper:
         )(_plan(mask, block), *operands)
 
     def _backward_keys(self, mask: Any, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Run the backward kernel over tiles of keys: dk and dv."""
         q, k = operands[:2]
         batch, _, heads, dim = k.shape
         group = q.shape[2] // heads
@@ -169,8 +175,10 @@ class Hopper:
         size: tuple[int, int, int, int],
         scratch: dict[str, Any],
     ) -> Callable[..., Any]:
-        """size: batch, heads, tiles, and the heads that run side by side: the last axis of a grid
-        is the one that goes round first.
+        """Make a kernel with this body, output and scratch memory.
+
+        size: batch, heads, tiles, and the number of heads that run side by side. The last axis of a
+            grid varies fastest.
         """
         batch, heads, tiles, together = size
         return plgpu.kernel(
@@ -198,9 +206,9 @@ def hopper_attention(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attention on a Hopper GPU; arguments and results as `flash.attend_through`.
+    """Attend on a Hopper GPU. Arguments and results are those of `flash.attend_through`.
 
-    Raises NotImplementedError, naming what it is, for what the kernel does not do.
+    Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
     here = choice.device()
     if here.platform != "gpu" or not _is_hopper(here):
@@ -212,7 +220,9 @@ def hopper_attention(
 
 
 def _is_hopper(device: Any) -> bool:
-    """By compute capability, or by name where the device is one that is only compiled for."""
+    """Return whether a device is a Hopper GPU, by compute capability, or by name if it has none
+    because it is only compiled for.
+    """
     capability = getattr(device, "compute_capability", None)
     if capability is None:
         return any(name in device.device_kind for name in _NAMES)
@@ -220,9 +230,11 @@ def _is_hopper(device: Any) -> bool:
 
 
 class _Plan(NamedTuple):
-    """What decides which blocks a tile of rows visits. tiles, blocks: the fields of a
-    `flash.Extent`, int32 [B, 5, n]; bounds: the first block, one past the last, int32 [B, 2,
-    tiles]; window: int32 [1].
+    """The data by which a tile of rows finds the blocks that it visits.
+
+    tiles, blocks: the fields of a `flash.Extent`, int32 [B, 5, n].
+    bounds: int32 [B, 2, tiles], the first visible block and one past the last.
+    window: int32 [1].
     """
 
     tiles: Any
@@ -232,7 +244,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
-    """Of tiles of queries that visit blocks of keys, or the other way round."""
+    """Plan for tiles of queries that visit blocks of keys, or the reverse with over_queries."""
     q = flash.extent(mask.q_positions, mask.q_segments, block if over_queries else _TILE)
     k = flash.extent(mask.k_positions, mask.k_segments, _TILE if over_queries else block)
     window = jnp.maximum(jnp.asarray(mask.window, jnp.int32), 0)
@@ -250,7 +262,9 @@ def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
 
 
 def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Positions and segments of queries, of keys, int32 [B, 2, n] each, as `_masked` takes them."""
+    """Return positions and segments of queries, and of keys, int32 [B, 2, n], as `_masked` takes
+    them.
+    """
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
         jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
@@ -259,8 +273,10 @@ def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _together(x: jax.Array, group: int = 1) -> int:
-    """How many heads of x [B, S, heads, H], in groups, may run at once so that the two arrays of
-    this size that their tiles walk over stay in the L2 cache; as many groups, of those that divide.
+    """Return how many groups of heads of x [B, S, heads, H] run side by side.
+
+    The two arrays of x's size that their tiles walk over should stay in the L2 cache. The result
+    divides the number of groups.
     """
     groups = x.shape[2] // group
     most = max(1, _L2 // (2 * x.shape[1] * group * x.shape[3] * x.dtype.itemsize))
@@ -268,12 +284,16 @@ def _together(x: jax.Array, group: int = 1) -> int:
 
 
 def _even(x: jax.Array) -> jax.Array:
-    """x [B, T, heads, H] with zeros behind it, so that 8 rows make a tile of shared memory."""
+    """Append zeros to x [B, T, heads, H] up to a multiple of 8 rows, the height of a tile in shared
+    memory.
+    """
     return flash.pad(x, 1, flash.round_up(x.shape[1], 8))
 
 
 def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices in the order that TMA and wgmma read without bank conflicts."""
+    """Return shared memory for matrices, in the order that TMA and wgmma read without bank
+    conflicts.
+    """
     columns = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -281,7 +301,7 @@ def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """A tile's way over the blocks that it visits, the same in each warpgroup."""
+    """The walk of a tile over the blocks that it visits, the same in each warpgroup."""
 
     plan: _Plan
     batch: Any
@@ -289,14 +309,15 @@ class _Walk:
     over_queries: bool = False
 
     def run(self, visit: Callable[..., Any], state: Any) -> Any:
-        """state = visit(block, full, state) for the visible blocks in order; full: nothing of this
-        block is masked.
+        """Apply state = visit(block, full, state) to the visible blocks in order.
+
+        full: whether no score of the block is masked.
         """
         first, beyond = (self.plan.bounds[self.batch, i, self.tile] for i in range(2))
         last = self.plan.blocks.shape[2] - 1
 
         def kind(block: Any) -> Any:
-            # All read again for each block: registers are what a computing warpgroup lacks.
+            # All are read again for each block, as a computing warpgroup is short of registers.
             window = self.plan.window[0]
             mine = self._extent(self.plan.tiles, self.tile)
             other = self._extent(self.plan.blocks, jnp.minimum(block, last))
@@ -321,6 +342,7 @@ class _Walk:
         return lax.while_loop(lambda x: x[0] < beyond, step, start)[2]
 
     def _extent(self, fields: Any, index: Any) -> flash.Extent:
+        """Read the extent of a tile or block."""
         return flash.Extent(*(fields[self.batch, i, index] for i in range(5)))
 
 
@@ -349,6 +371,7 @@ def _forward(
     v_emptied: Any,
     turn: Any,
 ) -> None:
+    """Compute o and the log-sum-exp of a tile of queries. q is factored."""
     stages, block_k, dim = k_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = plan.tiles.shape[2] - 1 - lax.axis_index("tiles")  # the longest of a causal mask first
@@ -384,9 +407,9 @@ def _forward(
         plgpu.copy_gmem_to_smem(q_positions.at[batch, :, rows], q_places.at[warpgroup], filled)
         plgpu.barrier_wait(filled)
 
-        # The warpgroups meet at `turn` twice a block: when the scores are in the making, and when
-        # the exponentials are done. The second one starts a meeting late, so that each of its
-        # halves of a step falls together with the other half of the first one's.
+        # The warpgroups meet at `turn` twice per block: once their score products are issued, and
+        # once their exponentials are done. The second one starts a meeting late, so that each half
+        # of its step coincides with the other half of the first one's.
         def take_turn() -> None:
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
@@ -406,7 +429,7 @@ def _forward(
             total = total * fading + jnp.sum(weights, 1)
             sums *= _along_rows(fading, dim)
             weights = weights.astype(v.dtype)
-            # All of this belongs before the turn passes.
+            # All of this has to be done before the turn passes.
             now, total, sums, weights = lax.optimization_barrier((now, total, sums, weights))
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_filled.at[slot])
@@ -426,7 +449,7 @@ def _forward(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(lse_tile.at[warpgroup], lse.at[batch, head, rows])
         result = (sums * _along_rows(1 / divisor, dim)).astype(o.dtype)
-        width = o_tile.shape[2]  # float32 goes out in halves: there is no room for more
+        width = o_tile.shape[2]  # float32 is written in halves, as shared memory holds no more
         for at in range(0, dim, width):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_tile[warpgroup] = result[:, at : at + width]
@@ -461,6 +484,7 @@ def _backward_queries(
     filled: Any,
     emptied: Any,
 ) -> None:
+    """Compute dq of a tile of queries. q is factored; stats hold lse in base 2, and delta."""
     stages, block_k, dim = k_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = plan.tiles.shape[2] - 1 - lax.axis_index("tiles")
@@ -548,7 +572,9 @@ def _backward_keys(
     filled: Any,
     emptied: Any,
 ) -> None:
-    """Scores lie [keys, queries] here, so that they are what dk and dv are sums of."""
+    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so that dk and dv sum over
+    them.
+    """
     stages, block_q, dim = q_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = lax.axis_index("tiles")
@@ -625,16 +651,17 @@ def _backward_keys(
 
 
 def _head() -> Any:
+    """Return the head of this thread block."""
     return lax.axis_index("parts") * lax.axis_size("heads") + lax.axis_index("heads")
 
 
 def _slot(count: Any, stages: int) -> tuple[Any, Any]:
-    """The buffer of the count-th block, and whether another block was in it before."""
+    """Return the buffer of the count-th block, and whether it has held another block before."""
     return lax.rem(count, jnp.int32(stages)), count >= stages
 
 
 def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None) -> list[Any]:
-    """a b for each pair, float32; issued: what to do while they are in the making."""
+    """Compute a b for each pair in float32. issued: called while the products are computed."""
 
     def body(*sums: Any) -> list[Any]:
         for ref, (a, b) in zip(sums, pairs, strict=True):
@@ -648,7 +675,7 @@ def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None)
 
 
 def _accumulate(*parts: tuple[Any, Any, Any]) -> list[Any]:
-    """sums + a b for each (sums, a, b)."""
+    """Return sums + a b for each (sums, a, b)."""
 
     def body(refs: list[Any]) -> None:
         for ref, (_, a, b) in zip(refs, parts, strict=True):
@@ -660,7 +687,10 @@ def _accumulate(*parts: tuple[Any, Any, Any]) -> list[Any]:
 def _masked(
     scores: Any, full: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False
 ) -> Any:
-    """Scores [queries, keys], or turned round, `flash.MASKED` where the mask hides a key."""
+    """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
+
+    turned: the scores are [keys, queries].
+    """
 
     def masked(scores: Any) -> Any:
         q_layout, q_axis, k_layout, k_axis = (
@@ -671,7 +701,7 @@ def _masked(
             return lax.broadcast_in_dim(_load(places.at[i], layout) + shift, scores.shape, (axis,))
 
         same = of(q_places, 1, q_layout, q_axis) == of(k_places, 1, k_layout, k_axis)
-        # 0 <= distance < window by one comparison: as unsigned numbers, moved down by 2**31.
+        # 0 <= distance < window by one comparison: shifting both sides by 2**31 makes it unsigned.
         distance = of(q_places, 0, q_layout, q_axis, _SIGN) - of(k_places, 0, k_layout, k_axis)
         return jnp.where(same & (distance < window[0] + _SIGN), scores, flash.MASKED)
 
@@ -679,16 +709,17 @@ def _masked(
 
 
 def _load(ref: Any, layout: Any) -> Any:
+    """Load an array into registers in a layout."""
     return plgpu.layout_cast(ref[...], layout)
 
 
 def _along_rows(x: Any, columns: int) -> Any:
-    """[64] -> [64, columns]."""
+    """Broadcast x [64] to [64, columns]."""
     return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))
 
 
 def _along_columns(x: Any) -> Any:
-    """[columns] -> [64, columns]."""
+    """Broadcast x [columns] to [64, columns]."""
     return lax.broadcast_in_dim(x, (_ROWS, x.shape[0]), (1,))
 
 

@@ -1,9 +1,9 @@
 """Flash attention for TPU, forward and backward, in Pallas Mosaic.
 
-The grid walks a list of (query block, key block) pairs made from the mask before the kernel starts:
-pairs that the mask empties are not in it. A block pair is one straight run of instructions, cut
-along the keys into pieces small enough that the next piece's scores are computed while the last
-one's exponentials are; that, and not the order of the source, is what fills the matrix units.
+The grid walks a list of (query block, key block) pairs, made from the mask before the kernel
+starts, without pairs that the mask hides whole. A block pair is straight-line code, cut along the
+keys into pieces small enough that the next piece's scores are computed during the last one's
+exponentials; that, and not the order of the source, fills the matrix units.
 """
 
 import dataclasses
@@ -21,26 +21,32 @@ from qwen_jax.kernels import choice, flash
 NAME = "pallas_tpu"
 DTYPES = ("bfloat16", "float32", "float16")
 _LANES = 128
-_NT = (((1,), (1,)), ((), ()))  # rows of both operands
+_NT = (((1,), (1,)), ((), ()))  # contracts the last axis of both operands
 _NN = (((1,), (0,)), ((), ()))
-_TN = (((0,), (0,)), ((), ()))  # columns of both
-# A step of the grid, packed in an int32: query block, key block, and what to do there.
+_TN = (((0,), (0,)), ((), ()))  # contracts the first axis of both
+# A grid step is packed in an int32: query block, key block, flags and kind of work.
 _INDEX_BITS = 13
 _FIRST, _LAST = 4, 8  # the first, the last step of an output block
-_EMPTY, _FULL, _NEAR, _MIXED = 0, 1, 2, 3  # _NEAR: of one segment, positions decide
+_EMPTY, _FULL, _NEAR, _MIXED = 0, 1, 2, 3  # _NEAR: one segment, so only positions are compared
 _SIGN = jnp.iinfo(jnp.int32).min
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuBlocks:
-    """Tokens of a query block and a key block; keys whose scores are computed at once."""
+    """The block sizes of a kernel, in tokens.
+
+    q, k: tokens in a query block and in a key block.
+    compute: keys whose scores are computed at once.
+    """
 
     q: int
     k: int
     compute: int
 
     def fitted(self, queries: int, keys: int) -> "TpuBlocks":
-        """TpuBlocks no larger that cut these lengths evenly; multiples of a register's lanes."""
+        """Return blocks no larger that cut these lengths evenly, in multiples of a register's
+        lanes.
+        """
         q = _even(queries, self.q)
         k = _even(keys, self.k)
         compute = _even(k, self.compute)
@@ -49,7 +55,11 @@ class TpuBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class TpuBody:
-    """A `flash.Body`. resident: queries whose dq is held in VMEM at once; vmem: its bytes."""
+    """The `flash.Body` for TPUs.
+
+    resident: the number of queries whose dq VMEM holds at once.
+    vmem: the bytes of VMEM that a kernel may use.
+    """
 
     forward_blocks: TpuBlocks
     backward_blocks: TpuBlocks
@@ -154,7 +164,9 @@ class TpuBody:
     def _backward_part(
         self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: TpuBlocks
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """dq (not yet times scale), dk, dv of some queries, float32 [B, N, T or S, H]."""
+        """Compute dq (before the factor scale), dk and dv for some queries, float32
+        [B, N, T or S, H].
+        """
         q, do, lse, delta, positions, segments = rows
         mask = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
         q, do = (jnp.swapaxes(x, 1, 2) for x in (q, do))
@@ -162,7 +174,7 @@ class TpuBody:
         batch, heads, length, dim = q.shape
         group = heads // k.shape[1]
         steps, count = _steps(jnp.swapaxes(_kinds(mask, blocks), 1, 2))
-        by_query, by_key = _index(_key_block), _index(_query_block)  # the list is turned round
+        by_query, by_key = _index(_key_block), _index(_query_block)  # the list is transposed
         q_block = pl.BlockSpec((None, None, blocks.q, dim), by_query(lambda h: h))
         k_block = pl.BlockSpec((None, None, blocks.k, dim), by_key(lambda h: h // group))
         dk_block = pl.BlockSpec((None, None, blocks.k, dim), by_key(lambda h: h))
@@ -217,9 +229,12 @@ class TpuBody:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The block sizes for a generation of TPUs. forward, backward: the blocks from a number of keys
-    on; small ones waste less beyond the diagonal, large ones start less often. resident: as in
-    `TpuBody`. vmem: bytes of a core.
+    """The block sizes for a generation of TPUs.
+
+    forward, backward: blocks by the least number of keys that they are for. Small blocks waste less
+        beyond the diagonal; large ones start less often.
+    resident: as in `TpuBody`.
+    vmem: bytes of a core.
     """
 
     forward: dict[int, TpuBlocks]
@@ -229,7 +244,7 @@ class Generation:
 
 
 def blocks_for(sizes: dict[int, TpuBlocks], keys: int) -> TpuBlocks:
-    """Those of the largest number that `keys` reaches."""
+    """Return the entry with the largest least number of keys that `keys` reaches."""
     return sizes[max(least for least in sizes if least <= keys)]
 
 
@@ -249,7 +264,7 @@ CHIPS = {
     "TPU7x": Generation(*_V7, 16384, 60 * _MIB),
 }
 _TINY = {0: TpuBlocks(128, 256, 128)}
-_SMALL = Generation(_TINY, _TINY, 256, 15 * _MIB)  # interpreted
+_SMALL = Generation(_TINY, _TINY, 256, 15 * _MIB)  # for interpreted kernels
 
 
 def tpu_attention(
@@ -261,13 +276,13 @@ def tpu_attention(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attention on a TPU; arguments and results as `flash.attend_through`.
+    """Attend on a TPU. Arguments and results are those of `flash.attend_through`.
 
-    Raises NotImplementedError, naming what it is, for what the kernel does not do.
+    Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu")
     flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
-    if q.dtype == jnp.float16 and not interpret:  # no unit of a TPU takes it: exact in float32
+    if q.dtype == jnp.float16 and not interpret:  # TPUs have no float16; float32 holds it exactly
         wide = q.astype(jnp.float32), _float32(k), _float32(v)
         o = tpu_attention(*wide, mask, scale, return_lse, known)
         return o if return_lse else o.astype(q.dtype)
@@ -308,8 +323,11 @@ def _forward_kernel(
     *,
     compute: int,
 ) -> None:
-    """q is factored. largest, total: [q, 128], the running maximum of a row in every lane, and its
-    sum of exponentials spread over the lanes; sums [q, H]: the output, not divided by the total.
+    """Fold a key block into the running softmax of a query block. q is factored.
+
+    largest: [q, 128], the running maximum of each row in every lane.
+    total: [q, 128], the sum of exponentials of each row, spread over the lanes.
+    sums: [q, H], the output before division by the total.
     """
     rows, dim = q.shape
     factor = flash.score_factor(dim)
@@ -323,7 +341,7 @@ def _forward_kernel(
         sums[...] = jnp.zeros_like(sums)
 
     def block(kind: int) -> None:
-        # Made where they are needed, behind the products, and not at the start of a row.
+        # Computed here, where they overlap with products, and not at the start of a row.
         places = None if kind == _FULL else _lanes(_column(q_positions[...]), compute)
         groups = _lanes(_column(q_segments[...]), compute) if kind == _MIXED else None
         for at in range(0, k.shape[0], compute):
@@ -350,7 +368,7 @@ def _forward_kernel(
     @pl.when(step & _LAST != 0)
     def _() -> None:
         whole = jnp.broadcast_to(jnp.sum(total[...], -1)[:, None], (rows, _LANES))
-        # A row that has seen a key has exp2(0) in its sum, so 1 only stands in for nothing.
+        # The sum of a row that saw a key includes exp2(0), so the 1 only replaces sums of nothing.
         o[...] = (sums[...] / _lanes(jnp.maximum(whole, 1), dim)).astype(o.dtype)
         whole, peak = _row(whole), _row(largest[...])
         value = (peak * factor + jnp.log2(jnp.maximum(whole, 1))) / flash.LOG2E
@@ -378,8 +396,10 @@ def _backward_kernel(
     *,
     compute: int,
 ) -> None:
-    """Scores lie [keys, queries] here: the statistics of a query are then rows, as they come, and
-    four of the five products need no transposition. q is factored; lse is in base 2.
+    """Add a block pair's part to dq, dk and dv. q is factored; lse is in base 2.
+
+    Scores are [keys, queries] here, so that the statistics of queries are rows, as they are stored,
+    and four of the five products need no transposition.
     """
     factor = flash.score_factor(q.shape[1])
     step = steps[pl.program_id(0), pl.program_id(2)]
@@ -423,7 +443,7 @@ def _backward_kernel(
 
 
 def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
-    """What there is to do for each pair of blocks, int32 [B, query blocks, key blocks]."""
+    """Return the kind of work for each pair of blocks, int32 [B, query blocks, key blocks]."""
     q = flash.extent(mask.q_positions, mask.q_segments, blocks.q)
     k = flash.extent(mask.k_positions, mask.k_segments, blocks.k)
     q = flash.Extent(*(x[:, :, None] for x in q))
@@ -435,9 +455,10 @@ def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
 
 
 def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pairs to visit of kinds [B, R, C], row by row, packed, int32 [B, R * C]; and how many
-    steps the longest list has. A row without pairs gets one empty step, which writes its output;
-    shorter lists go on with steps that do nothing.
+    """List the block pairs to visit, row by row, and the number of steps in the longest list.
+
+    kinds: [B, R, C]. Returns packed steps, int32 [B, R * C]. A row without visible pairs gets one
+        empty step, which writes its output; shorter lists end in steps that do nothing.
     """
     batch, rows, columns = kinds.shape
     if max(rows, columns) >= 2**_INDEX_BITS:
@@ -458,29 +479,35 @@ def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _query_block(step: Any) -> Any:
+    """Return the query block of a packed step (the key block, where the list is transposed)."""
     return step >> (_INDEX_BITS + 4)
 
 
 def _key_block(step: Any) -> Any:
+    """Return the key block of a packed step (the query block, where the list is transposed)."""
     return (step >> 4) & (2**_INDEX_BITS - 1)
 
 
 def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
-    """Index maps of [B, heads, tokens, H]: the block of a step, and the head of a grid's head."""
+    """Make index maps for [B, heads, tokens, H]. `block` gives a step's block, `head` the array's
+    head.
+    """
     return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
 
 
 def _row_block(size: int, block: Callable[[Any], Any]) -> pl.BlockSpec:
+    """Return the block spec of [B, 1, tokens] positions or segments."""
     return pl.BlockSpec((None, 1, size), lambda b, h, s, steps, _: (b, 0, block(steps[b, s])))
 
 
 def _stat_block(size: int) -> pl.BlockSpec:
+    """Return the block spec of [B, N, 1, T] statistics."""
     index = lambda b, h, s, steps, _: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
     return pl.BlockSpec((None, None, 1, size), index)
 
 
 def _rows(*arrays: jax.Array) -> list[jax.Array]:
-    """[B, T] as [B, 1, T]: a row of a block lies along the lanes."""
+    """Reshape [B, T] to [B, 1, T], so that the tokens of a block lie along the lanes."""
     return [x[:, None] for x in arrays]
 
 
@@ -489,29 +516,31 @@ def _one(x: jax.Array) -> jax.Array:
 
 
 def _key_segments(mask: Any) -> jax.Array:
-    """Segments of keys, those that are no token never equal to a query's."""
+    """Return the segments of keys, with padding changed so that it equals no query's segment."""
     return jnp.where(mask.k_segments == 0, -1, mask.k_segments)
 
 
 def _heads_first(x: jax.Array, length: int) -> jax.Array:
-    """[B, S, K, H] -> [B, K, length, H]."""
+    """Reorder and pad [B, S, K, H] to [B, K, length, H]."""
     return flash.pad(jnp.swapaxes(x, 1, 2), 2, length)
 
 
 def _even(length: int, most: int) -> int:
-    """The size of a block when `length` is cut into as few of at most `most` as will do."""
+    """Return the size of a block when `length` is cut into the fewest blocks of at most `most`."""
     return flash.round_up(-(-length // -(-length // most)), _LANES)
 
 
 def _diagonal(x: jax.Array) -> jax.Array:
-    """[128, 128] with all but the diagonal zero."""
+    """Set all but the diagonal of x [128, 128] to 0."""
     across, down = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return jnp.where(across == down, x, 0)
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """[1, n] -> [n, 128], the value of a token in every lane. Sums of one term in float32, exact
-    for integers below 2**24: a transposition, and a sum of integers, cost several times as much.
+    """Turn a row [1, n] into a column [n, 128], with the value of a token in every lane.
+
+    It uses float32 sums of one term, exact for integers below 2**24: a transposition, or a sum of
+    integers, costs several times as much.
     """
     parts = []
     for at in range(0, row.shape[1], _LANES):
@@ -522,18 +551,20 @@ def _column(row: jax.Array) -> jax.Array:
 
 
 def _row(column: jax.Array) -> jax.Array:
-    """[n, 128] with equal lanes -> [1, n]."""
+    """Turn a column [n, 128] of equal lanes into a row [1, n]."""
     squares = [column[at : at + _LANES] for at in range(0, column.shape[0], _LANES)]
     return jnp.concatenate([jnp.sum(_diagonal(x), 0, keepdims=True) for x in squares], 1)
 
 
 def _within(q: jax.Array, k: jax.Array, window: jax.Array) -> jax.Array:
-    """0 <= q - k < window by one comparison: both sides moved down by 2**31, as if unsigned."""
+    """Return 0 <= q - k < window by one comparison: shifting both sides by 2**31 makes it
+    unsigned.
+    """
     return (q + _SIGN) - k < window + _SIGN
 
 
 def _lanes(x: jax.Array, width: int) -> jax.Array:
-    """[n, 128] with equal lanes -> [n, width]."""
+    """Widen or cut x [n, 128] of equal lanes to [n, width]."""
     if width <= _LANES:
         return x[:, :width]
     return jnp.tile(x, (1, -(-width // _LANES)))[:, :width]

@@ -1,10 +1,10 @@
 """Flash attention for NVIDIA GPUs from A100 on, forward and backward, in Pallas Triton.
 
 A program keeps a tile of rows and walks the blocks of the other side that its mask leaves: a run of
-blocks that are wholly visible, without mask arithmetic, and before and behind it the others, each
-looked at first. The bounds of the walk are made from extents of blocks before the kernel starts.
-The backward pass is two kernels, one over tiles of keys and one over tiles of queries, so that
-every sum has one owner: no atomics, the same bits each time.
+wholly visible blocks without mask arithmetic, and the others, before and behind it, each after a
+check. The bounds of the walk are computed from extents of blocks before the kernel starts. The
+backward pass is two kernels, one over tiles of keys and one over tiles of queries, so that every
+sum has one owner: no atomics, and the same bits each time.
 """
 
 import dataclasses
@@ -23,19 +23,23 @@ from qwen_jax.kernels import choice, flash
 
 NAME = "pallas_triton"
 DTYPES = ("bfloat16", "float16", "float32")
-# Triton's arrays are powers of two long. Other head dims are cut into such parts, not padded up to
-# one: a product over all lanes is a sum of products over the parts, and no lane is wasted.
+# Triton's arrays have power-of-two lengths. Other head dims are cut into such parts instead of
+# being padded: a product over the head dim is a sum of products over parts, and no lane is wasted.
 _PARTS = {80: (64, 16), 96: (64, 32)}
-_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # of a key that is no token: no query's
+_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # the segment of padding keys, which equals no query's
 _ALL = slice(None)
 _NN = (((1,), (0,)), ((), ()))
-_NT = (((1,), (1,)), ((), ()))  # rows of both operands
+_NT = (((1,), (1,)), ((), ()))  # contracts the last axis of both operands
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonBlocks:
-    """Tokens of the tile that a program keeps and of the blocks that pass by, powers of two; warps
-    of a program; blocks on their way from memory at once.
+    """The block sizes of a kernel.
+
+    tile: tokens of the tile that a program keeps, a power of two.
+    block: tokens of the blocks that it walks over, a power of two.
+    warps: warps of a program.
+    stages: blocks being loaded from memory at once.
     """
 
     tile: int
@@ -46,7 +50,10 @@ class TritonBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class TritonBody:
-    """A `flash.Body`. Blocks of its three kernels: in dkv a tile is of keys, else of queries."""
+    """The `flash.Body` for Triton, with the block sizes of its three kernels.
+
+    A tile is of keys in dkv, and of queries in the others.
+    """
 
     forward_blocks: TritonBlocks
     dkv_blocks: TritonBlocks
@@ -94,7 +101,7 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q = flash.factored(q, scale)  # both kernels read it so
+        q = flash.factored(q, scale)  # as both kernels take it
         lse, delta = (jnp.swapaxes(x, 1, 2) for x in (lse * flash.LOG2E, delta))  # [B, N, T]
         dq = self._dq(q, k, v, mask, scale, lse, delta, do)
         dk, dv = self._dkv(q, k, v, mask, lse, delta, do)
@@ -111,6 +118,9 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> jax.Array:
+        """Run the backward kernel over tiles of queries: dq in q's dtype. q is factored, lse in
+        base 2.
+        """
         length, sizes = q.shape[1], self.dq_blocks
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.tile), (k, sizes.block))
@@ -145,6 +155,7 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
+        """Run the backward kernel over tiles of keys: dk and dv. q is factored, lse in base 2."""
         length, sizes = k.shape[1], self.dkv_blocks
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.block), (k, sizes.tile))
@@ -192,9 +203,9 @@ class TritonBody:
 
 
 _HOPPERS = ("H100", "H20", "H800")  # H200 and GH200 too
-# Blocks of forward, dkv and dq by head dim, up to it. Chosen by what ptxas says (the largest that
-# spill no register and fit in shared memory), not measured: no such GPU was at hand. Those of
-# _AMPERE fit in 99 KiB, all that lesser GPUs of compute capability 8 have.
+# Blocks of forward, dkv and dq for head dims up to each key. Chosen by ptxas reports (the largest
+# that spill no register and fit in shared memory), not measured: no such GPU was at hand. _AMPERE's
+# fit in 99 KiB, all that lesser GPUs of compute capability 8 have.
 _HOPPER = {
     64: (TritonBlocks(128, 128, 8, 3), TritonBlocks(128, 64, 8, 2), TritonBlocks(128, 128, 8, 2)),
     128: (TritonBlocks(128, 128, 8, 2), TritonBlocks(128, 64, 8, 2), TritonBlocks(128, 64, 8, 2)),
@@ -206,7 +217,7 @@ _AMPERE = {
     128: (TritonBlocks(128, 64, 8, 3), TritonBlocks(64, 64, 8, 2), TritonBlocks(64, 64, 4, 2)),
     256: (TritonBlocks(64, 32, 8, 2), TritonBlocks(32, 32, 8, 2), TritonBlocks(32, 32, 4, 2)),
 }
-# Full precision is no work for tensor cores: the products are written out in registers.
+# Tensor cores do not multiply in full float32: these products are computed in registers.
 _FLOAT32 = {
     128: (TritonBlocks(32, 32, 8, 1), TritonBlocks(32, 32, 8, 1), TritonBlocks(32, 32, 4, 2)),
     256: (TritonBlocks(16, 32, 8, 1), TritonBlocks(16, 16, 8, 1), TritonBlocks(16, 16, 4, 2)),
@@ -227,12 +238,12 @@ def triton_attention(
     dq_blocks: TritonBlocks | None = None,
     interpret: bool | None = None,
 ) -> Any:
-    """Attention on an NVIDIA GPU; arguments and results as `flash.attend_through`.
+    """Attend on an NVIDIA GPU. Arguments and results are those of `flash.attend_through`.
 
-    Blocks that are not given are the measured ones, or this device's defaults. Interpreted on a
-    CPU, unless `interpret` says otherwise.
+    Blocks that are not given are the measured ones, or this device's defaults. interpret: None
+    interprets the kernel on a CPU only.
 
-    Raises NotImplementedError, naming what it is, for what the kernel does not do.
+    Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
     choice.need_gpu(NAME, 7.5)
@@ -247,12 +258,13 @@ def triton_attention(
 
 
 def _replaced(blocks: TritonBlocks, part: str, sizes: dict[str, int]) -> TritonBlocks:
-    """The blocks with those sizes whose names begin with `part`."""
+    """Return the blocks with the sizes whose names begin with `part`."""
     own = {key.removeprefix(part): size for key, size in sizes.items() if key.startswith(part)}
     return dataclasses.replace(blocks, **own)
 
 
 def _default_blocks(dim: int, dtype: Any) -> tuple[TritonBlocks, TritonBlocks, TritonBlocks]:
+    """Return the default blocks of forward, dkv and dq for this device."""
     kind = choice.device().device_kind
     if jnp.dtype(dtype).itemsize == 4:
         table = _FLOAT32
@@ -262,7 +274,7 @@ def _default_blocks(dim: int, dtype: Any) -> tuple[TritonBlocks, TritonBlocks, T
 
 
 class _QuerySpecs:
-    """What a program of a kernel over tiles of queries gets of each array."""
+    """The grid and block specs of a kernel over tiles of queries."""
 
     def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
         batch, queries, heads, dim = q.shape
@@ -284,7 +296,9 @@ class _QuerySpecs:
 
 
 class _KeySpecs:
-    """The same of a kernel over tiles of keys, whose q and stat hold the heads of a group."""
+    """The grid and block specs of a kernel over tiles of keys; q and stat hold the heads of a
+    group.
+    """
 
     def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
         batch, keys, heads, dim = k.shape
@@ -301,6 +315,7 @@ class _KeySpecs:
 
 
 def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.BlockSpec]:
+    """Return the block specs of the arrays of `_plan`."""
     return [
         program,
         pl.BlockSpec((None, *plan[1].shape[1:]), lambda t, n, b: (b, 0, 0)),
@@ -309,9 +324,11 @@ def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.B
 
 
 def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
-    """What a program's walk is made of: for each tile, int32 [B, tiles, 8], the first block that is
-    visible, the first and one past the last of a run of full ones, one past the last visible, and
-    its extent; for each block its extent, int32 [B, blocks, 4]; the window, int32 [1].
+    """Compute the bounds of each program's walk from the mask.
+
+    Returns three arrays. For each tile, int32 [B, tiles, 8]: the first visible block, the first and
+    one past the last of a run of full blocks, one past the last visible block, and the tile's
+    extent. For each block its extent, int32 [B, blocks, 4]. The window, int32 [1].
     """
     q = flash.extent(mask.q_positions, mask.q_segments, sizes.block if of_keys else sizes.tile)
     k = flash.extent(mask.k_positions, mask.k_segments, sizes.tile if of_keys else sizes.block)
@@ -331,8 +348,8 @@ def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Ar
         return jnp.max(jnp.where(chosen, index + 1, otherwise), 2, keepdims=True)
 
     first, last = least(seen, seen.shape[2]), beyond(seen, 0)
-    # The full blocks of most masks are one run. Of a ring that has wrapped they are two: the first
-    # and the last are looked for, and the longer one taken.
+    # The full blocks of most masks are one run. A ring that has wrapped has two: find the first and
+    # the last, and take the longer one.
     head = least(full, last)
     head_end = least(~full & (index >= head), last)
     tail_end = beyond(full, first)
@@ -344,7 +361,7 @@ def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Ar
 
 
 def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Positions and segments of queries and of keys, int32 [B, 2, n] each."""
+    """Return positions and segments of queries, and of keys, int32 [B, 2, n] each."""
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
         jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
@@ -360,7 +377,9 @@ def _walk(
     state: Any,
     of_keys: bool = False,
 ) -> Any:
-    """state = visit(block, masked, state) for the visible blocks, those of the full run first."""
+    """Apply state = visit(block, masked, state) to the visible blocks, those of the full
+    run first.
+    """
     first, full, full_end, last = (program[i] for i in range(4))
     before = full - first
 
@@ -369,7 +388,7 @@ def _walk(
         mine = flash.Extent(*(program[4 + i] for i in range(4)), uniform=None)
         other = flash.Extent(*(blocks[block, i] for i in range(4)), uniform=None)
         pair = (other, mine) if of_keys else (mine, other)
-        # A loop of no or one step, not a branch: Triton copies ahead, and keeps fewer registers.
+        # A loop of zero or one step, not a branch, lets Triton load ahead with fewer registers.
         end = block + flash.visible(*pair, window[0]).astype(jnp.int32)
         return lax.fori_loop(block, end, lambda i, x: visit(i, True, x), state)
 
@@ -392,7 +411,7 @@ def _forward(
     *,
     block: int,
 ) -> None:
-    """scale: without `flash.score_factor`."""
+    """Compute o and the log-sum-exp of a tile of queries. scale: without `flash.score_factor`."""
     tile, dim = q.shape
     factor = flash.score_factor(dim)
     rows = [_scaled(q[:, part], scale[...][:, None]) for part in _parts(dim)]
@@ -439,7 +458,7 @@ def _backward_queries(
     *,
     block: int,
 ) -> None:
-    """q is factored; lse is in base 2."""
+    """Compute dq of a tile of queries. q is factored; lse is in base 2."""
     tile, dim = q.shape
     factor = flash.score_factor(dim)
     rows, slopes_in = _load(q, _ALL), _load(do, _ALL)
@@ -477,7 +496,9 @@ def _backward_keys(
     *,
     block: int,
 ) -> None:
-    """Scores lie [keys, queries] here, so that they are what dk and dv are sums of."""
+    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so that dk and dv sum over
+    them.
+    """
     tile, dim = k.shape
     factor = flash.score_factor(dim)
     keys, values = _load(k, _ALL), _load(v, _ALL)
@@ -507,17 +528,18 @@ def _backward_keys(
 
 
 def _parts(dim: int) -> list[slice]:
-    """The head dim in powers of two."""
+    """Return slices that cut the head dim into powers of two."""
     sizes = _PARTS.get(dim, (dim,))
     return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
 def _load(ref: Any, rows: Any, *head: Any) -> list[Any]:
-    """Rows of an array, in parts."""
+    """Load rows of an array as a list of its parts along the head dim."""
     return [ref[rows, *head, part] for part in _parts(ref.shape[-1])]
 
 
 def _at(places: Any, rows: Any) -> tuple[Any, Any]:
+    """Return positions and segments of some rows."""
     return places[0, rows], places[1, rows]
 
 
@@ -534,23 +556,28 @@ def _dot(a: Any, b: Any, dimensions: Any) -> Any:
 
 
 def _product(a: list[Any], b: list[Any]) -> Any:
-    """Rows of a times rows of b."""
+    """Multiply rows of a by rows of b: a b^T, summed over the parts."""
     return functools.reduce(jnp.add, (_dot(x, y, _NT) for x, y in zip(a, b, strict=True)))
 
 
 def _add(sums: list[Any], weights: Any, b: list[Any]) -> list[Any]:
-    """sums + weights b."""
+    """Return sums + weights b for each part."""
     weights = weights.astype(b[0].dtype)
     return [x + _dot(weights, y, _NN) for x, y in zip(sums, b, strict=True)]
 
 
 def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
-    """Rounded to q's dtype: in both passes the same, or the weights would not sum to one."""
+    """Multiply q by scale and round to q's dtype, as in the other pass; otherwise the weights would
+    not sum to one.
+    """
     return (q.astype(jnp.float32) * scale).astype(q.dtype)
 
 
 def _masked(scores: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False) -> Any:
-    """Scores [queries, keys], or turned round, `flash.MASKED` where the mask hides a key."""
+    """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
+
+    turned: the scores are [keys, queries].
+    """
 
     def query(x: Any) -> Any:
         return x[None, :] if turned else x[:, None]

@@ -1,11 +1,12 @@
-"""Attention by other hands, under its own names and behind the arguments of `attention.xla`.
+"""Other libraries' attention, behind the arguments of `attention.xla`, for comparison.
 
-It is here to be compared with. None of it takes positions and segments as they are, so `attend`
-functions hand over a dense mask [B, T, S], or biases of that size: right for any mask, and no way
-to run a long sequence. `CAUSAL` and `CACHED` have what each does best without one: plain causal
-attention, and a token's attention to a cache in a layout of its own.
-What cannot be done here raises NotImplementedError with the implementation's name, whatever the
-library underneath raises. Libraries are imported when called.
+None of it takes positions and segments directly, so `attend` functions pass a dense mask [B, T, S],
+or biases of that size: right for any mask, but no way to run a long sequence. `CAUSAL` and `CACHED`
+hold what each does best without one: plain causal attention, and one token's attention to a cache
+in a layout of its own.
+
+Calls that are not supported raise NotImplementedError with the implementation's name, whatever the
+underlying library raises. Libraries are imported when called.
 """
 
 import contextlib
@@ -19,17 +20,17 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels import choice, flash
 
-_PAGE = 256  # tokens of a page
+_PAGE = 256  # tokens in a page
 _TPU_BLOCK = 128  # lengths are padded to multiples of it
-# A bias that leaves nothing of a score, and where it hides a whole row is added to about the same
-# number forward and backward: from -1e30 the two differ by more than an exponential can take.
+# A bias that hides a key. In a row that is hidden whole, forward and backward must round to about
+# the same number: with -1e30 the two differ by more than an exponential can take.
 _HIDDEN = -1e7
 
 
 def dot_product(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """`jax.nn.dot_product_attention`, through cuDNN on CUDA and through XLA elsewhere."""
+    """Run `jax.nn.dot_product_attention`, through cuDNN on CUDA and through XLA elsewhere."""
     name, on_cuda = "dot_product", _on_cuda()
     q, k, v, visible = _dense(name, q, k, v, mask, scale)
     dtype = q.dtype
@@ -49,8 +50,9 @@ def dot_product(
 def splash(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """jax's splash attention for TPU, with a mask that is known only when it runs. With return_lse
-    it has no derivative.
+    """Run jax's splash attention for TPU with a mask known only at run time.
+
+    With return_lse it has no derivative.
     """
     name = "splash"
     interpret = choice.interpreted(name, "tpu")
@@ -76,7 +78,7 @@ def splash(
 def tpu_flash(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """jax's flash attention for TPU, with a bias [B, N, T, S]. It gives no log-sum-exp."""
+    """Run jax's flash attention for TPU with a bias [B, N, T, S]. It gives no log-sum-exp."""
     name = "flash"
     interpret = choice.interpreted(name, "tpu")
     if return_lse:
@@ -96,7 +98,9 @@ def tpu_flash(
 def tokamax(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """The package tokamax, with the best it has for the device. It gives no log-sum-exp."""
+    """Run the package tokamax with its best implementation for the device. It gives no
+    log-sum-exp.
+    """
     name = "tokamax"
     if return_lse:
         raise NotImplementedError(f"{name}: the log-sum-exp")
@@ -141,8 +145,11 @@ def _causal_tokamax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Cached(NamedTuple):
-    """layout: a cache leaf [B, K, S, H] as the other implementation keeps it; attend: o [B, 1, N,
-    H] of q [B, 1, N, H], such k and v, and how many tokens of each row are written, int32 [B].
+    """Another library's attention from one token to a cache.
+
+    layout: converts a cache leaf [B, K, S, H] to the library's own layout.
+    attend: computes o [B, 1, N, H] from q [B, 1, N, H], k and v in that layout, and the number of
+        written tokens of each row, int32 [B].
     """
 
     layout: Callable[[jax.Array], jax.Array]
@@ -158,6 +165,7 @@ def _cached_dot_product(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Ar
 
 
 def _pages(x: jax.Array) -> jax.Array:
+    """Cut a cache leaf [B, K, S, H] into pages [K, pages, page, H]."""
     x = flash.pad(x, 2, flash.round_up(x.shape[2], _PAGE))
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, _PAGE, x.shape[3])
 
@@ -201,7 +209,9 @@ def _on_cuda() -> bool:
 
 @contextlib.contextmanager
 def _declining(name: str, q: jax.Array) -> Iterator[None]:
-    """Name what goes wrong in a library; its products of float32 operands are float32's."""
+    """Turn exceptions of a library into NotImplementedError, with float32 products in full
+    precision.
+    """
     precision = "highest" if q.dtype == jnp.float32 else None
     try:
         with jax.default_matmul_precision(precision):
@@ -214,7 +224,9 @@ def _declining(name: str, q: jax.Array) -> Iterator[None]:
 def _dense(
     name: str, q: jax.Array, k: Any, v: Any, mask: Any, scale: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """q times what the scale has beyond H**-0.5; k, v as arrays of its dtype; the dense mask."""
+    """Return q times the part of scale beyond H**-0.5, k and v as arrays of its dtype, the dense
+    mask.
+    """
     flash.decline(name, q, k, ("bfloat16", "float16", "float32"), (q.shape[-1],))
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
@@ -222,13 +234,14 @@ def _dense(
 
 
 def _seen(visible: jax.Array, o: jax.Array, lse: jax.Array | None = None) -> Any:
-    """The results, with 0 and -inf for a query that sees nothing."""
+    """Return the results with o = 0 and a log-sum-exp of -inf for queries that see no key."""
     some = jnp.any(visible, -1)[:, :, None]
     o = jnp.where(some[..., None], o, 0)
     return o if lse is None else (o, jnp.where(some, lse.astype(jnp.float32), -jnp.inf))
 
 
 def _need_residual(name: str) -> None:
+    """Raise NotImplementedError if this jax version returns no log-sum-exp."""
     parameters = jax.nn.dot_product_attention.__kwdefaults__ or {}
     if "return_residual" not in parameters:
         raise NotImplementedError(f"{name}: the log-sum-exp, in jax {jax.__version__}")
@@ -239,19 +252,19 @@ def _padded(length: int) -> int:
 
 
 def _tpu_layout(*arrays: jax.Array) -> list[jax.Array]:
-    """q [B, T, N, H], and k, v [B, S, K, H], as [B, N, padded length, H]."""
+    """Repeat key heads, pad lengths and reorder [B, T, N, H] to [B, N, padded length, H]."""
     heads = arrays[0].shape[2]
     arrays_ = [jnp.repeat(x, heads // x.shape[2], 2) for x in arrays]
     return [jnp.swapaxes(flash.pad(x, 1, _padded(x.shape[1])), 1, 2) for x in arrays_]
 
 
 def _even_block(most: int, *lengths: int) -> int:
-    """The largest power of two, at most `most`, that divides the lengths."""
+    """Return the largest power of two, at most `most`, that divides the lengths."""
     return min(most, math.gcd(*lengths) & -math.gcd(*lengths))
 
 
 def _splash_kernel(mask: Any, **settings: Any) -> Callable[..., Any]:
-    """The kernel for a mask [heads, T, S] of its own kind, or an array."""
+    """Make the splash kernel for a mask [heads, T, S], an array or a mask object of the library."""
     module = importlib.import_module(f"{_SPLASH}.splash_attention_kernel")
     dense = isinstance(mask, jax.Array)
     size = _even_block(512 if dense else 1024, *mask.shape[1:])
@@ -268,7 +281,7 @@ def _splash_kernel(mask: Any, **settings: Any) -> Callable[..., Any]:
     kernel = module.make_splash_mha(
         mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, **settings
     )
-    # jax makes an array of this flag, and branches on it: a traced one, where all of this is.
+    # jax turns this flag into an array and branches on it, which fails when it is traced.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
     return kernel
 
@@ -290,6 +303,6 @@ def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, **settings: Any) -> jax.A
         raise NotImplementedError("the package is not installed") from error
     flags = importlib.import_module("absl.flags").FLAGS
     if not flags.is_parsed():
-        flags.mark_as_parsed()  # it would read the command line of whoever imports this
+        flags.mark_as_parsed()  # absl would otherwise parse the command line of the program
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     return module.dot_product_attention(q, k, v, precision=precision, **settings)

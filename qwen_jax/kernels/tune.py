@@ -1,4 +1,5 @@
-"""`python -m qwen_jax.kernels.tune`: block sizes measured, and what `auto` found on this device.
+"""`python -m qwen_jax.kernels.tune`: measures block sizes, and shows what `auto` found on this
+device.
 
 The command lies in `attention/`, beside the reference that it measures against; this is its name.
 """
