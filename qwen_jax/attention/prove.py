@@ -110,27 +110,31 @@ def resolve(name: str, cases: Sequence[Case]) -> Callable[..., Any]:
 
 
 def _settled(cases: Sequence[Case]) -> str:
-    """Choose an implementation for calls that share one, log it, and store it for `auto`."""
+    """Choose an implementation for calls that share one, log it with the reason, and store it for
+    `auto`.
+    """
     case, kind = cases[0], choice.device().device_kind
-    name = _choose(cases) if choice.device().platform != "cpu" else REFERENCE
+    if choice.device().platform == "cpu":
+        name, why = REFERENCE, "on a CPU auto takes xla, as kernels are only interpreted there"
+    else:
+        name, why = _choose(cases)
     if case.task == "decode":
         purpose = "decode" + (f" {case.cache}" if case.cache else "")
-        registry.say(f"attention: {name} decodes ({case.stored} cache, head dim {case.head_dim})")
+        taken = f"{name} decodes ({case.stored} cache, head dim {case.head_dim})"
     else:
         purpose = "gradients" if len(cases) > 1 else "forward"
-        registry.say(f"attention: {name} ({case.dtype}, head dim {case.head_dim})")
+        taken = f"{name} ({case.dtype}, head dim {case.head_dim})"
+    registry.say(f"attention: {taken}: {why}; --attention NAME (attention=NAME) takes another")
     registry.RESOLVED[kind, purpose, case.dtype, case.head_dim] = name
     return name
 
 
-def _choose(cases: Sequence[Case]) -> str:
-    """Run the trials in all processes, and return the name that all of them take."""
+def _choose(cases: Sequence[Case]) -> tuple[str, str]:
+    """Run the trials in all processes; return the name that all of them take, and why, in words."""
     if jax.process_count() != processes.count():
-        registry.say(
-            "attention: xla: processes that were not joined by qwen_jax.initialize cannot agree "
-            "on a kernel; name one to take it"
+        return REFERENCE, (
+            "processes that were not joined by qwen_jax.initialize cannot agree on a kernel"
         )
-        return REFERENCE
     # Process 0 names the candidates, so that all processes try the same ones in the same order.
     names, ordered = json.loads(processes.gather(json.dumps(candidates(cases)))[0])
     trials: dict[str, list[list[Verdict]]] = {}
@@ -144,7 +148,23 @@ def _choose(cases: Sequence[Case]) -> str:
     name, notes = decide(trials, ordered)
     for line, level in notes:
         registry.say(line, level)
-    return name
+    return name, _why(name, trials, ordered)
+
+
+def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool) -> str:
+    """The reason for which `decide` has taken this implementation, in words."""
+    here = choice.device().device_kind
+    if name == REFERENCE:
+        if not trials:
+            return f"nothing that was measured on {here} is faster"
+        outcomes = {x.outcome for found in trials.values() for each in found for x in each}
+        if outcomes == {"declined"}:
+            return "no kernel takes such calls"
+        return f"no kernel is right and faster on this {here}"
+    if ordered:
+        return f"it is right on this {here}, and the fastest that was measured on such a device"
+    own, reference = _milliseconds(trials[name])
+    return f"it is right on this {here}, and the fastest ({own:.4g} ms, xla {reference:.4g} ms)"
 
 
 def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
@@ -193,16 +213,24 @@ def decide(
             continue
         if ordered:
             return name, notes
-        own, reference = (
-            max(sum(getattr(x, field) or math.inf for x in each) for each in found)
-            for field in ("milliseconds", "xla_milliseconds")
-        )
+        own, reference = _milliseconds(found)
         if own >= reference:
             line = f"attention: not {name}: slower here ({own:.4g} ms, xla {reference:.4g} ms)"
             notes.append((line, logging.INFO))
         elif own < least:
             best, least = name, own
     return best, notes
+
+
+def _milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
+    """Milliseconds of a kernel and of the reference, on the process where each is slowest; infinite
+    where one was not timed. found: for each process its verdicts, of each task.
+    """
+    own, reference = (
+        max(sum(getattr(x, field) or math.inf for x in each) for each in found)
+        for field in ("milliseconds", "xla_milliseconds")
+    )
+    return own, reference
 
 
 def _failure(name: str, process: int, verdict: Verdict, several: bool) -> tuple[str, int]:

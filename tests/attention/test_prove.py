@@ -180,7 +180,7 @@ def test_a_kernel_is_run_once_and_timed(
 ):
     kernel(monkeypatch, right)
     monkeypatch.setattr(timing, "_SECONDS", 0.001)
-    name = prove._choose([TINY])
+    name, _ = prove._choose([TINY])
     (verdict,) = verdicts.kept()
     assert verdict.agrees and verdict.error is not None
     assert verdict.milliseconds and verdict.xla_milliseconds
@@ -190,7 +190,7 @@ def test_a_kernel_is_run_once_and_timed(
         f"attention: proving pallas_tpu on {KIND}, once (forward, float32, head dim 16, 64 tokens)"
     )
     monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("it was run again"))
-    assert prove._choose([TINY]) == name
+    assert prove._choose([TINY])[0] == name
 
 
 # What follows decides by what self-tests say, whatever they ran.
@@ -219,12 +219,16 @@ def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch, said: Callable[[],
     ran = says(monkeypatch, pallas_tpu=FAST)
     assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
     assert ran == ["pallas_tpu forward"]
-    assert said()[-1] == "attention: pallas_tpu (float32, head dim 16)"
+    assert said()[-1] == (
+        "attention: pallas_tpu (float32, head dim 16): it is right on this TPU test, and the "
+        "fastest (0.25 ms, xla 0.5 ms); --attention NAME (attention=NAME) takes another"
+    )
     verdicts.forget()
     says(monkeypatch, pallas_tpu=SLOW)
     assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
     # The program that is timed runs through four layers.
-    assert "attention: not pallas_tpu: slower here (0.5 ms, xla 0.25 ms)" in said()
+    assert said()[-2] == "attention: not pallas_tpu: slower here (0.5 ms, xla 0.25 ms)"
+    assert "xla (float32, head dim 16): no kernel is right and faster on this TPU te" in said()[-1]
 
 
 def test_training_takes_what_is_right_and_faster_both_ways(monkeypatch: pytest.MonkeyPatch):
@@ -281,6 +285,7 @@ def test_what_is_declined_is_no_failure(
     monkeypatch.setattr(agreement, "_results", lambda *_: pytest.fail("something was run"))
     prove.resolve("auto", calls)
     assert "attention: not pallas_tpu: pallas_tpu: head dim 16, only 32" in said()
+    assert "): no kernel takes such calls; --attention NAME" in said()[-1]
     assert not verdicts.kept()
     assert not any("send us" in line or "proving" in line for line in said())
 
@@ -456,7 +461,9 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp
 # What was measured
 
 
-def test_measured_lines_give_the_order_and_still_need_agreement(monkeypatch: pytest.MonkeyPatch):
+def test_measured_lines_give_the_order_and_still_need_agreement(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+):
     def line(name: str, milliseconds: float) -> dict[str, Any]:
         values = (KIND, name, "forward", 16, "float32", 2048)
         return dict(zip(choice.KEYS, values, strict=True)) | {"milliseconds": milliseconds}
@@ -466,12 +473,16 @@ def test_measured_lines_give_the_order_and_still_need_agreement(monkeypatch: pyt
     ran = says(monkeypatch, splash=(0.5, None), pallas_tpu=SLOW)
     assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
     assert ran == ["splash forward, not timed", "pallas_tpu forward, not timed"]
+    assert "it is right on this TPU test, and the fastest that was measured on such" in said()[-1]
     prove.resolve("auto", [TINY])
     assert len(ran) == 2
     # Without lines the order is to be found out, and a verdict without times says too little.
     monkeypatch.setattr(choice, "measured", list)
     assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
     assert ran[2:] == ["pallas_tpu forward"]
+    monkeypatch.setattr(choice, "measured", lambda: lines[1:2])
+    assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert "nothing that was measured on TPU test is faster" in said()[-1]
 
 
 # Several processes
@@ -526,7 +537,7 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     def process(index: int) -> None:
         me.index = index
         try:
-            taken[index] = prove._choose([TINY])
+            taken[index], _ = prove._choose([TINY])
         except BaseException:
             meet.abort()  # the other would wait for ever
             raise
@@ -539,16 +550,21 @@ def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert taken == {0: "pallas_triton", 1: "pallas_triton"}
 
 
-def test_processes_that_cannot_agree_take_the_reference(monkeypatch: pytest.MonkeyPatch):
+def test_processes_that_cannot_agree_take_the_reference(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("each would decide alone"))
     assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert "processes that were not joined by qwen_jax.initialize cannot agree" in said()[-1]
 
 
 # What is taken, in programs
 
 
-def test_names_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch):
+def test_names_are_taken_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+):
     monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("nothing to find out"))
     assert prove.resolve("pallas_tpu", [TINY]) is attention.get("pallas_tpu")
     with pytest.raises(ValueError, match="'nope' is not known"):
@@ -556,6 +572,11 @@ def test_names_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch):
     cpu = SimpleNamespace(platform="cpu", device_kind="cpu")
     monkeypatch.setattr(choice, "device", lambda: cpu)
     assert prove.resolve("auto", [TINY, DECODE]) == Chosen("xla", "xla")
+    why = "on a CPU auto takes xla, as kernels are only interpreted there"
+    assert said() == [
+        f"attention: xla {what}: {why}; --attention NAME (attention=NAME) takes another"
+        for what in ("(float32, head dim 16)", "decodes (float32 cache, head dim 16)")
+    ]
     assert prove.resolve("auto", [TINY, BACKWARD]) is attention.xla
 
 
