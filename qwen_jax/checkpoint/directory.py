@@ -7,6 +7,7 @@ it is unfinished, whatever it contains. Nothing here knows jax, or the content o
 import importlib.metadata
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 PARAMS = "params"
 TOKENIZER = "qwen.tiktoken"
-UNFINISHED = "unfinished.json"  # exists while a conversion or a save is running
-FORMAT = 2  # in format 1, leaves had an axis for heads
-# Files copied beside the weights: configuration, vocabularies, licence, and the auto_map's code.
+RUN = "run.json"  # of a training run, in whose folder its results are
+_ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
+_NESTED = 3  # folders between a run or a model and a part of it that may be given by mistake
+UNFINISHED = "unfinished.json"  # there while a conversion or a save is under way
+FORMAT = 2  # 1 had a leaf axis for heads
+# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
 ORIGIN = "origin"  # in the manifest of a conversion: where others find the checkpoint
@@ -34,13 +38,25 @@ class CheckpointError(ValueError):
 
 
 def existing(path: str | Path) -> Path:
-    """The absolute path of a folder with a config.json. Raises CheckpointError if it is not one."""
+    """The folder at `path`, which has a config.json. Raises CheckpointError that says what else is
+    there, and what to give in its place.
+    """
     root = paths.absolute(path)
     if not root.is_dir():
-        unreached = ", or cannot be reached" if paths.is_remote(root) else ""
-        raise CheckpointError(f"{path} is not a directory{unreached}: {_MAKE_ONE}")
+        raise CheckpointError(_instead(path, root) or _why_no_folder(path, root))
     if not (root / CONFIG).is_file():
-        raise CheckpointError(f"{path} is not a model directory: it has no {CONFIG}; {_MAKE_ONE}")
+        otherwise = f"{path} is not a model directory: it has no {CONFIG}; {_MAKE_ONE}"
+        raise CheckpointError(_instead(path, root) or otherwise)
+    return root
+
+
+def finished(path: str | Path) -> Path:
+    """The model directory at `path`, which has its manifest; its files are not looked at. Raises
+    CheckpointError as `existing` does.
+    """
+    root = existing(path)
+    if not (root / MANIFEST).exists():
+        raise CheckpointError(_instead(path, root) or _why_no_manifest(root))
     return root
 
 
@@ -50,9 +66,7 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
     Raises CheckpointError otherwise. The contents are not read; the converters' `--verify` does
     that.
     """
-    root = existing(path)
-    if not (root / MANIFEST).exists():
-        raise CheckpointError(_why_no_manifest(root))
+    root = finished(path)
     manifest = read_json(root / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
@@ -81,11 +95,6 @@ def _why_no_manifest(root: Path) -> str:
             f"{root} is an unfinished conversion: give the same convert/ command again, it "
             "continues where it stopped"
         )
-    if any(root.glob("*.safetensors")):
-        return (
-            f"{root} is a Hugging Face checkpoint: convert it with "
-            f"`python convert/from_hf.py {root} DIR` and use DIR"
-        )
     return f"{root} is not a model directory: it has no {MANIFEST}; {_MAKE_ONE}"
 
 
@@ -97,6 +106,70 @@ def origin(root: Path) -> dict[str, str]:
     found = read_json(root / MANIFEST).get(ORIGIN)
     known = found.items() if isinstance(found, dict) else ()
     return {key: value for key, value in known if isinstance(value, str)}
+
+
+def _instead(path: str | Path, root: Path) -> str | None:
+    """What a path is that is no model directory, and what to give in its place; None where nothing
+    is known of it.
+
+    The results of a training run are found by what is in its folders, whatever their names.
+    """
+    adapts = (root / _ADAPTER_CONFIG).is_file()
+    if not adapts and any(root.glob("*.safetensors")):
+        return (
+            f"{path} is a Hugging Face checkpoint: convert it with "
+            f"`python convert/from_hf.py {path} DIR` and use DIR"
+        )
+    around = [root, *root.parents][: 1 + _NESTED]
+    if whole := next((x for x in around[1:] if (x / MANIFEST).is_file()), None):
+        return f"{path} is a part of the model directory {whole}: give {whole}"
+    if run := next((x for x in around if (x / RUN).is_file()), None):
+        what = "a training run" if root == run else f"of the training run {run}"
+        return f"{path} is {what}, {_result_of(run)}"
+    return f"{path} is an adapter, not a model: {_merging(root)}" if adapts else None
+
+
+def _result_of(run: Path) -> str:
+    """What to give in place of the folder of a training run, in words."""
+    if model := min(run.glob(f"*/{MANIFEST}"), default=None):
+        return f"not a model directory: give {model.parent}"
+    if adapter := min(run.glob(f"*/{_ADAPTER_CONFIG}"), default=None):
+        how = _merging(adapter.parent, read_json(run / RUN).get("ckpt_path"), run.name)
+        return (
+            f"which has an adapter and no model: give the command of the run with --resume "
+            f"--merge, and then {run / 'model'}; or {how}"
+        )
+    return (
+        "which has not ended: give its command again with --resume, and when it has ended "
+        f"{run / 'model'}"
+    )
+
+
+def _merging(adapter: Path, base: str | None = None, name: str = "") -> str:
+    """How a model directory is made of an adapter, in words. base: the one that it was trained on,
+    where that is known; name: of the one that is made.
+    """
+    unknown = "" if base else ", where CKPT is the model directory that it was trained on"
+    new = f"{name or adapter.name}-merged"
+    return (
+        f"`python convert/to_hf.py {base or 'CKPT'} {new}-hf --adapter {adapter}` and `python "
+        f"convert/from_hf.py {new}-hf {new}` make {new} of it{unknown}"
+    )
+
+
+def _why_no_folder(path: str | Path, root: Path) -> str:
+    """Why a path at which there is no folder is no model directory, and what to do."""
+    if root.is_file():
+        inside = root.parent if (root.parent / CONFIG).is_file() else "its folder"
+        return f"{path} is a file, not a model directory: give {inside}"
+    if paths.is_remote(root):
+        return f"{path} is not a directory, or cannot be reached: {_MAKE_ONE}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # as the ids of the hub are
+        return (
+            f"{path} is not a directory: if it is a model on the Hugging Face hub, "
+            f"`python convert/from_hf.py {path} DIR` makes a model directory of it: then give DIR"
+        )
+    return f"{path} is not a directory: {_MAKE_ONE}"
 
 
 def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:

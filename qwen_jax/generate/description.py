@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen_jax import chat, checkpoint
 from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.checkpoint import directory
 from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import Config
 from qwen_jax.runtime import values
@@ -29,6 +30,7 @@ def read(
     """
     if max_length is not None:
         max_length = values.whole("max_length", max_length, 2, values.INT32)
+    directory.finished(path)  # what is no model directory has other files of these names
     generation_config = checkpoint.load_generation_config(path)
     tokenizer = checkpoint.load_tokenizer(path)
     config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
+import qwen_jax
 from convert import from_hf
 from qwen_jax import checkpoint, meshes
 from qwen_jax.checkpoint import CheckpointError, loading, saving
@@ -323,6 +324,68 @@ def test_what_is_no_model_directory(tmp_path, converted):
         checkpoint.load(GOLDEN)
     with pytest.raises(ValueError, match="does not divide over tp=4"):
         checkpoint.load(converted, mesh=meshes.make({"tp": 4}))
+
+
+FROM_HF = "`python convert/from_hf.py {} DIR`"
+
+
+def refused(path: Path | str) -> str:
+    """What `load` says, before it has read anything, as `finished` does."""
+    with pytest.raises(CheckpointError) as caught:
+        qwen_jax.load(path)
+    with pytest.raises(CheckpointError) as again:
+        checkpoint.verify_whole(path)
+    assert str(again.value) == str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_not_converted_names_the_converter(tmp_path):
+    said = refused("Qwen/Qwen-7B")
+    assert "if it is a model on the Hugging Face hub, " + FROM_HF.format("Qwen/Qwen-7B") in said
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "model.safetensors").touch()
+    checkpoint_of_hub = "is a Hugging Face checkpoint: convert it with "
+    assert checkpoint_of_hub + FROM_HF.format(tmp_path / "hub") in refused(tmp_path / "hub")
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "of tomorrow"}')
+    assert checkpoint_of_hub + FROM_HF.format(tmp_path / "hub") in refused(tmp_path / "hub")
+    assert f"is a file, not a model directory: give {tmp_path / 'hub'}" in refused(
+        tmp_path / "hub" / "model.safetensors"
+    )
+
+
+def test_what_to_give_in_place_of_a_run(tmp_path, converted):
+    """Whatever part of a run is named, and whatever its folders are called."""
+    run = tmp_path / "run"
+    parts = [run, run / "files", run / "checkpoints", run / "checkpoints/500/default", run / "new"]
+    parts[3].mkdir(parents=True)
+    parts[1].mkdir()
+    (run / "files" / "config.json").write_text("{}")
+    (run / "run.json").write_text('{"ckpt_path": "/models/chat"}')
+    going = "which has not ended: give its command again with --resume, and when it has ended "
+    for part in parts:
+        assert refused(part).endswith(going + str(run / "model"))
+    (run / "lora").mkdir()
+    (run / "lora" / "adapter_config.json").write_text("{}")
+    (run / "lora" / "adapter_model.safetensors").touch()
+    merging = (
+        f"--resume --merge, and then {run / 'model'}; or `python convert/to_hf.py /models/chat "
+        f"run-merged-hf --adapter {run / 'lora'}` and `python convert/from_hf.py run-merged-hf "
+        "run-merged` make run-merged of it"
+    )
+    for part in [*parts, run / "lora"]:
+        assert refused(part).endswith(merging)
+    (run / "run.json").unlink()
+    assert f"{run / 'lora'} is an adapter, not a model: `python convert/to_hf.py CKPT" in refused(
+        run / "lora"
+    )
+    (run / "run.json").write_text("{}")
+    (run / "out").symlink_to(converted)
+    for part in [*parts, run / "lora"]:
+        assert refused(part).endswith(f"not a model directory: give {run / 'out'}")
+    inside = converted / "params" / "nothing"
+    assert refused(inside) == (
+        f"{inside} is a part of the model directory {converted}: give {converted}"
+    )
 
 
 def test_a_chunk_lost_after_the_check_is_never_zeros(copied, monkeypatch):

@@ -10,7 +10,7 @@ from qwen_jax.runtime import command, lock, paths, processes, texts
 
 FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
 RESULTS = MODEL, ADAPTER = "model", "adapter"
-_RUN, _LOCK = "run.json", "run.lock"
+_RUN, _LOCK = directory.RUN, "run.lock"
 # Fields of a recipe that change roundings alone: a run may go on with others.
 ROUNDINGS = ("remat", "sequence_parallel", "attention", "gradient_dtype")
 # Of a recipe what other values follow from, or which examples there are; and what may change.

@@ -22,6 +22,7 @@ from qwen_jax import checkpoint, meshes
 from qwen_jax.chat.tokenizer import SPECIAL_TOKENS
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
+from qwen_jax.generate import description
 from qwen_jax.runtime import texts
 from tests.support.training import (
     CONFIG,
@@ -498,6 +499,14 @@ def test_what_cannot_be_does_not_take_the_folder(whole, given, tmp_path, capsys)
     for options in wrong:
         fail(capsys, fine_tuning(given, ckpt, out, *options))
     succeed(fine_tuning(given, ckpt, out, *lora), sft)
+    # What may be taken for the model that is wanted says where that is.
+    merging = f"`python convert/to_hf.py {ckpt} run-merged-hf --adapter {out / 'adapter'}` and "
+    for part in (out, out / "adapter", out / "checkpoints" / "1", out / "files"):
+        with pytest.raises(checkpoint.CheckpointError, match=re.escape(merging)):
+            description.read(part)
+    for part in (whole, whole / "checkpoints", whole / "files", ckpt / "params"):
+        with pytest.raises(checkpoint.CheckpointError, match=f": give {re.escape(str(ckpt))}$"):
+            description.read(part)
 
 
 def test_another_directory_of_the_same_shape_is_another(whole, given, tmp_path, capsys):
@@ -510,6 +519,15 @@ def test_another_directory_of_the_same_shape_is_another(whole, given, tmp_path, 
     again = fine_tuning(given, other, out, *lora, "--resume")
     named = f"--ckpt was {whole / 'model'}, is {other}: --out {out} --resume alone takes what it"
     assert f"holds another run: {named}" in fail(capsys, again)
+
+
+def test_a_run_goes_on_when_its_base_has_moved(tmp_path):
+    for place in ("here", "there"):
+        same = {"ckpt": "0123", "recipe": {}, "config": {}, "data": "4567"}
+        identity = {**same, "ckpt_path": place}
+        run_folder.claim(tmp_path, identity, 2, resume=place == "there", start={})
+        assert json.loads((tmp_path / "run.json").read_text()) == identity
+        (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
 
 
 def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_empty(tmp_path):
