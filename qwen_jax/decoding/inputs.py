@@ -12,34 +12,77 @@ from qwen_jax.runtime import texts, values
 
 
 def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Check prompts and return them as int32 [B, T], with the number of real tokens in each row,
-    [B].
+    """Check prompts and return them as int32 [B, T], padded on the left with 0, with the number of
+    real tokens in each row, [B].
 
+    tokens: rows of ids; rows of unequal length are padded here.
+    mask: [B, T], 1 where a token is real, for rows of one length that are padded already.
     vocab_size: one more than the largest allowed id.
     """
-    try:
-        tokens = np.asarray(tokens)
-    except ValueError:
-        raise ValueError(
-            "tokens: rows of one length [B, T]; pad on the left and pass mask"
-        ) from None
-    if tokens.size == 0:
+    _refuse_text(tokens)
+    given, ragged = _array(tokens)
+    if ragged:
+        if mask is not None:
+            raise ValueError("mask: rows of unequal length are padded on the left here: drop it")
+        return _padded(given, vocab_size)
+    if given.size == 0:
         raise ValueError("empty prompt: every row needs at least one token")
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
-    mask = np.ones(tokens.shape, bool) if mask is None else _mask(mask)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
+    if given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be integers [B, T], not {given.dtype} {given.shape}: ids of one prompt "
+            "are [ids]"
+        )
+    mask = np.ones(given.shape, bool) if mask is None else _mask(mask)
+    if mask.shape != given.shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens {given.shape}")
     lengths = mask.sum(axis=1)
     if not lengths.all():
         raise ValueError("empty prompt: every row needs at least one token")
     if (np.diff(mask.astype(np.int8), axis=1) < 0).any():
         raise ValueError("mask: rows must be padded on the left")
-    tokens = np.where(mask, tokens, 0)
-    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    given = np.where(mask, given, 0)
+    bad = given[(given < 0) | (given >= vocab_size)]
     if bad.size:
         raise ValueError(f"token id {bad[0]} is out of range: 0 to {vocab_size - 1}")
-    return tokens.astype(np.int32), lengths
+    return given.astype(np.int32), lengths
+
+
+def _array(tokens: Any) -> tuple[Any, bool]:
+    """Tokens as an array; or as a list, with True, where they are rows of unequal length."""
+    try:
+        found = np.asarray(tokens)
+    except ValueError:
+        return list(tokens), True
+    if found.dtype == object and found.ndim == 1:  # rows that numpy keeps as they are
+        return list(found), True
+    return found, False
+
+
+def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as int32 [B, T], padded on the left with 0, and their lengths [B]."""
+    each = [ids(f"tokens, row {row}", one, vocab_size) for row, one in enumerate(given)]
+    lengths = np.array([len(row) for row in each])
+    if not lengths.all():
+        raise ValueError("empty prompt: every row needs at least one token")
+    tokens = np.zeros((len(each), lengths.max()), np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, -length:] = each[row]
+    return tokens, lengths
+
+
+def _refuse_text(tokens: Any) -> None:
+    """Raise ValueError for texts and messages in place of ids, which says what takes them."""
+    first = tokens
+    if isinstance(tokens, list | tuple | np.ndarray) and len(tokens):
+        first = tokens[0]
+    if isinstance(first, Mapping):
+        raise ValueError("tokens must be token ids, got messages: model.chat(query, history) is it")
+    if isinstance(first, str | bytes | bytearray):
+        shown = texts.shown(first)
+        raise ValueError(
+            f"tokens must be token ids, got text {shown}: model.generate_text(prompts) takes "
+            "texts, model.chat(query) asks a chat model, and model.tokenizer.encode(text) makes ids"
+        )
 
 
 def _mask(given: Any) -> np.ndarray:
@@ -73,11 +116,15 @@ def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
 def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     """Return stops as sequences of ids, from ids or sequences of ids."""
     words = isinstance(stop, str | bytes | bytearray | memoryview | Mapping)
-    if words or not isinstance(stop, Iterable):
+    given = [] if words or not isinstance(stop, Iterable) else list(stop)
+    hint = ""
+    if isinstance(stop, str) or any(isinstance(each, str) for each in given):
+        hint = "; model.generate_text(prompts, stop=...) takes texts"
+    if hint or words or not isinstance(stop, Iterable):
         shown = texts.shown(stop)
-        raise ValueError(f"stop {shown}: must be a sequence of ids, or of sequences of ids")
+        raise ValueError(f"stop {shown}: must be a sequence of ids, or of sequences of ids{hint}")
     found = []
-    for each in stop:
+    for each in given:
         several = isinstance(each, Iterable) and getattr(each, "ndim", 1)
         found.append(tuple(values.ids("stop", each if several else [each], vocab_size)))
         if not found[-1]:
@@ -95,3 +142,22 @@ def seeds(seed: Any, batch: int) -> np.ndarray:
         raise ValueError(f"seed: {len(given)} numbers for {batch} rows: give one, or one a row")
     wrapped = [values.whole("seed", one) % 2**32 for one in given]
     return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))
+
+
+def prompts(given: Any) -> list[Any]:
+    """Prompts that are given as several texts, each still to be checked. ValueError that says what
+    takes ids, or messages.
+    """
+    if isinstance(given, bytes | bytearray | Mapping | Set) or not isinstance(given, Iterable):
+        raise ValueError(f"prompts must be a text, or texts, got {texts.described(given)}")
+    found = list(given)
+    if not found:
+        raise ValueError("prompts: there is none: give a text, or texts")
+    if any(isinstance(one, Mapping) for one in found):
+        raise ValueError("prompts must be texts, got messages: model.chat(query, history) is it")
+    if not any(isinstance(one, str | bytes | bytearray) for one in found):
+        raise ValueError(
+            f"prompts must be texts, got {texts.described(found[0])}: model.generate(tokens) takes "
+            "token ids"
+        )
+    return found

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,14 @@ from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.chat.tokenizer import TextStream
 from qwen_jax.config import Config
 from qwen_jax.decoding import decode, inputs, sampling
-from qwen_jax.generate import description
+from qwen_jax.generate import completion, description, keywords
 from qwen_jax.generate.description import BASE_NOTE, Description
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, rope
-from qwen_jax.runtime import values
+from qwen_jax.runtime import texts, values
 
 
+@keywords.explained
 def load(
     path: str | Path,
     dtype: str | None = None,
@@ -139,10 +140,13 @@ class LanguageModel(Description):
     attend: Any
     cache_dtype: str | None
 
+    @keywords.explained
     def logits(self, tokens: Any, mask: Any = None, ntk_alpha: Any = None) -> jax.Array:
         """Compute the logits of every token, float32 [B, T, V], in one pass over int [B, T].
 
-        mask int [B, T]: 1 = real; rows are left-padded, and logits at padding mean nothing.
+        tokens: rows of ids; those of unequal length are padded on the left, to the longest, T.
+        mask int [B, T]: 1 = real, for rows that are left-padded already. Logits at padding mean
+        nothing.
         ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
         Raises ValueError for ids out of range or a mask that is not left-padded.
         """
@@ -163,6 +167,7 @@ class LanguageModel(Description):
                 logits = jax.reshard(logits, P(None, None, sharding.spec("BTV")[2]))[:batch]
         return moves.handed_over(logits)
 
+    @keywords.explained
     def generate(
         self,
         tokens: Any,
@@ -176,10 +181,12 @@ class LanguageModel(Description):
     ) -> np.ndarray:
         """Generate int32 [B, max_new_tokens] after prompts int [B, T]; after a row's stop, pad ids.
 
-        mask: as in `logits`. sampler: None = `Greedy()`. stop: ids, or sequences of ids, that end a
-        row; the stop itself is returned. seed: one for all rows, or one for each; a row's draws
-        depend on its seed alone, so equal prompts with one seed give equal rows. ntk: dynamic NTK's
-        alpha from the "prompt", as the original does, or from the "total" of prompt and new tokens.
+        tokens, mask: as in `logits`; rows of unequal length give what each would give alone.
+        (`generate_text` takes texts.) sampler: None = `Greedy()`. stop: ids, or sequences of ids,
+        that end a row; the stop itself is returned. seed: one for all rows, or one for each; a
+        row's draws depend on its seed alone, so equal prompts with one seed give equal rows. ntk:
+        dynamic NTK's alpha from the "prompt", as the original does, or from the "total" of prompt
+        and new tokens.
         Raises ValueError for an empty prompt, ids out of range, or more than `max_length` tokens;
         and when a row's logits are NaN or infinite, or leave no id to choose.
         """
@@ -190,6 +197,82 @@ class LanguageModel(Description):
         missing = int(max_new_tokens) - made.shape[1]
         return np.pad(made, ((0, 0), (0, missing)), constant_values=self.pad_id)
 
+    @overload
+    def generate_text(
+        self,
+        prompts: str,
+        max_new_tokens: int | None = ...,
+        *,
+        sampler: Any = ...,
+        stop: str | Sequence[str] = ...,
+        seed: int | Sequence[int] = ...,
+        ntk: str = ...,
+        batch_size: int = ...,
+    ) -> str: ...
+    @overload
+    def generate_text(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | None = ...,
+        *,
+        sampler: Any = ...,
+        stop: str | Sequence[str] = ...,
+        seed: int | Sequence[int] = ...,
+        ntk: str = ...,
+        batch_size: int = ...,
+    ) -> list[str]: ...
+    @keywords.explained
+    def generate_text(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int | None = None,
+        *,
+        sampler: Any = None,
+        stop: str | Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
+        ntk: str = "prompt",
+        batch_size: int = completion.BATCH_SIZE,
+    ) -> str | list[str]:
+        """Continue a text, or each of several: the new text alone, without the stop that ends it.
+
+        What is None is as the checkpoint's generation_config says, and what it names as stops ends
+        a text too. A control token that a prompt spells is ordinary text. `chat` asks a chat model.
+
+        Args:
+            prompts: a text; or texts of any lengths, `batch_size` of which run at once. Each gives
+                what it would give alone.
+            max_new_tokens: the most tokens of each text.
+            sampler: a `Greedy` or a `Nucleus`.
+            stop: a text or texts that end a row where they are generated, wherever tokens begin.
+            seed: one for all texts, or one for each. To draw several samples of a prompt, repeat it
+                and give each a seed of its own.
+            ntk: as in `generate`.
+
+        Raises ValueError that names an argument which is no text, is empty, or does not fit.
+        """
+        given = [prompts] if isinstance(prompts, str) else inputs.prompts(prompts)
+        tokenizer = self.need_tokenizer()
+        width = values.whole("batch_size", batch_size, 1)
+        seeds = inputs.seeds(seed, len(given))
+        requests = []
+        for number, text in enumerate(given):
+            name = "the prompt" if isinstance(prompts, str) else f"prompt {number}"
+            ids = tokenizer.encode(texts.check_whole(name, text))
+            if not ids:
+                raise ValueError(f"{name} is empty: give some text")
+            with values.named(name):
+                new = self.room(len(ids), max_new_tokens)
+            requests.append(completion.Request(ids, int(seeds[number]), new))
+        rules = completion.Rules(
+            self.generation_config.sampler if sampler is None else sampler,
+            self.generation_config.stops,
+            chat.stop_texts(stop),
+            ntk,
+        )
+        made = [row.text for rows in completion.run(self, requests, rules, width) for row in rows]
+        return made[0] if isinstance(prompts, str) else made
+
+    @keywords.explained
     def stream(
         self,
         tokens: Any,
@@ -265,6 +348,7 @@ class LanguageModel(Description):
                 return
             yield part[:batch]
 
+    @keywords.explained
     def chat(
         self,
         query: str,
@@ -290,6 +374,7 @@ class LanguageModel(Description):
         reply = chat.decode_reply(self.need_tokenizer(), made, "chatml")
         return reply, chat.with_turn(history, query, reply)
 
+    @keywords.explained
     def chat_stream(
         self,
         query: str,
@@ -332,7 +417,9 @@ class LanguageModel(Description):
         """The ids of a reply as they are made, without the stop."""
         tokenizer = self.need_tokenizer()
         if self.is_base:
-            warnings.warn(BASE_NOTE, stacklevel=3)
+            warnings.warn(
+                BASE_NOTE, stacklevel=4
+            )  # who calls `chat`, beyond what explains keywords
         if max_window_size is None:
             max_window_size = self.generation_config.max_window_size
         system, pairs = chat.turns_of(history, system)

@@ -1,6 +1,8 @@
 """`qwen_jax.load` and what it returns: arguments, batches, stops, sampling, chat."""
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import checkpoint
+from qwen_jax import chat, checkpoint
 from qwen_jax.decoding import decode, inputs
 from qwen_jax.decoding.sampling import Greedy, Nucleus
 from tests.support.golden_figures import arrays, worst
@@ -95,6 +97,11 @@ def test_rows_are_what_they_would_be_alone(model: qwen_jax.LanguageModel) -> Non
         mask[row, width - length :] = 1
     settings = {"max_new_tokens": 10, "sampler": Nucleus(0.9, 50, 0.9, 1.2)}
     together = model.generate(tokens, mask, seed=[5, 6, 7], **settings)
+    rows = [tokens[row, width - length :] for row, length in enumerate(lengths)]
+    for unequal in (rows, [row.tolist() for row in rows], np.array([*rows, None], object)[:3]):
+        np.testing.assert_array_equal(model.generate(unequal, seed=[5, 6, 7], **settings), together)
+    padded, whole = np.asarray(model.logits(rows)), np.asarray(model.logits(tokens, mask))
+    np.testing.assert_array_equal(padded, whole)
     for row, length in enumerate(lengths):
         alone = model.generate(tokens[row : row + 1, width - length :], seed=5 + row, **settings)
         np.testing.assert_array_equal(together[row], alone[0])
@@ -223,7 +230,18 @@ def test_ntk_from_the_total(golden_dir: Path) -> None:
         ([[1, 2]], {"max_new_tokens": None}, "max_new_tokens None"),
         ([[1, 2]], {"ntk": ["prompt"]}, "ntk .*: allowed are prompt, total"),
         ([[1, 2]], {"stop": {5: 1}}, "stop {5: 1}"),
-        ([[1, 2], [1, 2, 3]], {}, "pad on the left"),
+        ([[1, 2], [1, 2, 3]], {"mask": [[1, 1, 1]] * 2}, "mask: rows of unequal length are padded"),
+        ([[1, 2], []], {}, "empty prompt"),
+        ([[1, 2], [1, 2, 320]], {}, "tokens, row 1: token id 320 is out of range: from 0 to 319"),
+        ([[1, 2], [1.5]], {}, "tokens, row 1 must be whole numbers"),
+        ([[1], [[1, 2], [3]]], {}, "tokens, row 1 must be whole numbers"),
+        ([1, 2], {}, r"ids of one prompt are \[ids\]"),
+        ("Hello", {}, "got text 'Hello': model.generate_text.prompts. takes texts"),
+        (["Hello", "you"], {}, "got text 'Hello': model.generate_text.prompts. takes texts"),
+        (np.array(["Hello"]), {}, "model.generate_text.prompts. takes texts"),
+        ([{"role": "user", "content": "a"}], {}, "got messages: model.chat.query, history. is it"),
+        ([[1, 2]], {"stop": "END"}, "model.generate_text.prompts, stop=.... takes texts"),
+        ([[1, 2]], {"stop": ["END"]}, "model.generate_text.prompts, stop=.... takes texts"),
         ([[1, 2]], {"max_new_tokens": 2.0}, "max_new_tokens"),
         ([[1, 2]], {"stop": 5}, "stop"),
         ([[1, 2]], {"stop": [1.5]}, "stop"),
@@ -251,6 +269,128 @@ def test_generate_refuses(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(tokens, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (
+            "generate",
+            {"temperature": 0.7, "top_p": 0.9},
+            "generate has no argument 'temperature': give sampler=qwen_jax.Nucleus(temperature=0.7"
+            ", top_p=0.9)",
+        ),
+        ("generate", {"temperature": 0}, "give sampler=qwen_jax.Greedy(), which temperature 0"),
+        ("stream", {"top_p": 0.9}, "give sampler=qwen_jax.Nucleus(top_p=0.9)"),
+        ("chat", {"repetition_penalty": 1.1}, "Nucleus(repetition_penalty=1.1)"),
+        ("generate", {"max_tokens": 5}, "'max_tokens': give max_new_tokens=5"),
+        ("chat", {"max_length": 5}, "'max_length': give max_new_tokens=5"),
+        ("generate_text", {"max_new_token": 5}, "'max_new_token': give max_new_tokens="),
+        ("generate", {"stop_words": ["a"]}, "give stop=: token ids, or sequences of them; gener"),
+        ("generate", {"prompt": "a"}, "model.generate_text(prompts) takes texts"),
+        ("logits", {"input_ids": [[1]]}, "tokens are ids, rows of any lengths"),
+        ("logits", {"attention_mask": [[1]]}, "give mask=, 1 = real"),
+        ("generate_text", {"text": "a"}, "prompts are a text, or texts"),
+        ("generate_text", {"n": 4}, "repeat the prompt, and give seed=range(4)"),
+        ("chat", {"messages": []}, "give query, the last one, and history=, those before it"),
+        ("chat_stream", {"system_prompt": "a"}, "give system="),
+        ("generate", {"stream": True}, "model.stream and model.chat_stream yield"),
+        ("logits", {"colour": 1}, "'colour': it has tokens, mask, ntk_alpha"),
+    ],
+)
+def test_keywords_of_other_libraries(chat_model, method, given, said) -> None:
+    with pytest.raises(TypeError) as caught:
+        getattr(chat_model, method)(**given)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_keywords_of_other_libraries_to_load() -> None:
+    for given, said in (
+        ({"torch_dtype": "float16"}, "load has no argument 'torch_dtype': give dtype='float16'"),
+        ({"max_model_len": 9}, "give max_length=9"),
+        ({"device_map": "auto"}, 'jax.set_mesh(meshes.make({"tp": 2}))'),
+        ({"temperature": 1}, "'temperature': it has path, dtype, overrides, attention,"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(said)):
+            qwen_jax.load("anywhere", **given)
+
+
+TEXTS = ["Once upon a time", "Hello", "a <|im_end|> that is text, and a longer prompt", "Hello"]
+
+
+def test_texts_are_what_they_would_be_alone(chat_model: qwen_jax.LanguageModel) -> None:
+    """In batches, in which prompts are of unequal length; each is what `generate` makes of its ids, until a stop."""
+    draw = {"max_new_tokens": 6, "sampler": Nucleus(0.9)}
+    tokenizer, expected = chat_model.tokenizer, []
+    assert tokenizer is not None
+    for seed, text in enumerate(TEXTS):
+        ids = tokenizer.encode(text)
+        stops = chat_model.generation_config.stops
+        (made,) = chat_model.generate([ids], seed=seed, stop=stops, **draw)
+        (kept, *_) = chat.until_stop([made.tolist()], stops)
+        expected.append(tokenizer.decode(kept, skip_special_tokens=True))
+    assert len(set(expected)) == 4
+    assert chat_model.generate_text(TEXTS, seed=range(4), batch_size=2, **draw) == expected
+    assert chat_model.generate_text(TEXTS[2], seed=2, **draw) == expected[2]
+
+
+def test_texts_end_where_a_text_does(chat_model: qwen_jax.LanguageModel) -> None:
+    """Wherever tokens begin; other rows go on. The checkpoint's stops hold, too."""
+    draw = {"max_new_tokens": 6, "sampler": Greedy(), "batch_size": 2}
+    first, second, *_ = free = chat_model.generate_text(TEXTS, **draw)
+    stop = first[3:6]
+    made = chat_model.generate_text(TEXTS, stop=[stop, "never said"], **draw)
+    assert made == [text.partition(stop)[0] for text in free] and made[0] == first[:3]
+    assert second in made
+    ids = chat_model.tokenizer.encode(TEXTS[0])
+    third = int(chat_model.generate([ids], max_new_tokens=3)[0, 2])
+    ends = dataclasses.replace(chat_model.generation_config, stops=((third,),))
+    ended = dataclasses.replace(chat_model, generation_config=ends).generate_text(TEXTS[0], **draw)
+    assert first.startswith(ended) and len(ended) < len(first)
+
+
+def test_a_text_has_the_room_that_it_would_have_alone(chat_model, monkeypatch) -> None:
+    """A batch is of one number of new tokens; one that is not full is filled up."""
+    short = dataclasses.replace(chat_model, max_length=12)
+    sizes, stream = [], type(short).stream
+
+    def seen(self, tokens, **settings):
+        sizes.append((len(tokens), settings["max_new_tokens"]))
+        return stream(self, tokens, **settings)
+
+    monkeypatch.setattr(type(short), "stream", seen)
+    made = short.generate_text(["Hello", "Hello", "Hello there you"], batch_size=2)
+    assert sizes == [(2, 11), (2, 9)] and made[0] == made[1]
+    assert made[2] == short.generate_text("Hello there you") and sizes[2:] == [(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ("", {}, "^the prompt is empty: give some text"),
+        (["a", ""], {}, "^prompt 1 is empty: give some text"),
+        ([], {}, "^prompts: there is none"),
+        (b"a", {}, "^prompts must be a text, or texts, got bytes"),
+        (["a", b"a"], {}, "^prompt 1 must be text .*: decode them first"),
+        (["a", "b\ud83d"], {}, "^prompt 1 holds half a character"),
+        (
+            [1, 2],
+            {},
+            r"^prompts must be texts, got int 1: model.generate\(tokens\) takes token ids",
+        ),
+        ([[1, 2]], {}, r"model.generate\(tokens\) takes token ids"),
+        ([{"role": "user"}], {}, r"got messages: model.chat\(query, history\) is it"),
+        (None, {}, "^prompts must be a text, or texts, got None"),
+        (["a", "b"], {"seed": [1, 2, 3]}, "^seed: 3 numbers for 2 rows"),
+        ("a", {"stop": [5]}, "^each stop must be text"),
+        ("a", {"stop": ""}, "^stop '': an empty text ends nothing"),
+        ("a", {"batch_size": 0}, "^batch_size 0"),
+        (["a", "b"], {"max_new_tokens": 10**6}, "^prompt 0: a prompt of 1 tokens and 1000000 new"),
+    ],
+)
+def test_generate_text_refuses(chat_model, prompts, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_model.generate_text(prompts, **settings)
 
 
 def test_padded_ids_are_never_chosen(chat_model: qwen_jax.LanguageModel) -> None:

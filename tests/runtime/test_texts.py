@@ -184,6 +184,43 @@ def test_stops_are_ids(stop):
         inputs.stops(b"ab", 300)
 
 
+@pytest.mark.parametrize(
+    ("text", "stops", "kept", "matched"),
+    [
+        ("Count: 1 2 3 STOP 6 7", ["STOP"], "Count: 1 2 3 ", "STOP"),
+        ("STOP at once", ["STOP"], "", "STOP"),
+        ("ends with half ST", ["STOP"], "ends with half ST", None),
+        ("The END of the END.", ["\n\n", "END"], "The ", "END"),
+        ("STSTOP", ["STOP"], "ST", "STOP"),
+        ("abcd", ["abcd", "bc"], "a", "bc"),  # complete first
+        ("abcd", ["d", "bcd", "cd"], "a", "bcd"),
+        ("a👍🏽b", "👍🏽", "a", "👍🏽"),
+        ("as it is", [], "as it is", None),
+    ],
+)
+def test_text_until_a_stop_in_whatever_pieces(text, stops, kept, matched):
+    for size in range(1, len(text) + 1):
+        ends = chat.StopText(stops)
+        shown = [ends.push(text[at : at + size]) for at in range(0, len(text), size)]
+        assert "".join([*shown, ends.flush()]) == kept and ends.matched == matched
+    ends = chat.StopText(["STOP"])
+    assert [ends.push(x) for x in ("1 S", "T", "R", "STOP", "2")] == ["1 ", "", "STR", "", ""]
+
+
+@pytest.mark.parametrize("stop", [[""], "", [b"a"], b"a", [3], 3, None, {"a": 1}, ["a\ud83d"]])
+def test_stops_are_texts(stop):
+    with pytest.raises(ValueError, match=r"(^|each )stop "):
+        chat.StopText(stop)
+
+
+def test_ids_until_a_stop_in_whatever_pieces():
+    for size in (1, 2, 9):
+        ends = chat.StopIds([(3, 4), (4,), (9, 9)])
+        ids = [1, 9, 2, 3, 4, 5]
+        shown = [ends.push(ids[at : at + size]) for at in range(0, len(ids), size)]
+        assert sum(shown, ends.flush()) == [1, 9, 2] and ends.matched == (3, 4)
+
+
 def test_other_arguments_beside_texts():
     for names in (None, 3, [None], [["<|im_end|>"]], b"all"):
         with pytest.raises(ValueError, match="special tokens"):
