@@ -121,7 +121,8 @@ def _instead(path: str | Path, root: Path) -> str | None:
             f"`python convert/from_hf.py {path} DIR` and use DIR"
         )
     around = [root, *root.parents][: 1 + _NESTED]
-    if whole := next((x for x in around[1:] if (x / MANIFEST).is_file()), None):
+    whole = next((x for x in around[1:] if (x / MANIFEST).is_file()), None)
+    if whole is not None and root.exists():
         return f"{path} is a part of the model directory {whole}: give {whole}"
     if run := next((x for x in around if (x / RUN).is_file()), None):
         what = "a training run" if root == run else f"of the training run {run}"

@@ -1,30 +1,35 @@
 """`python -m qwen_jax.generate`: text from a model directory, on the command line.
 
 Defaults come from the checkpoint's generation_config, stop words included. Text goes to stdout,
-everything else to stderr; with --json one object goes to stdout instead.
+everything else to stderr; with --json one object goes to stdout instead, of several texts one a
+line. One text is shown as it grows; several (of a file of prompts, or samples) are generated in
+batches, and come in order.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qwen_jax.runtime import caches, command, texts
+from qwen_jax.generate import prompts
+from qwen_jax.runtime import caches, command, processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from qwen_jax.generate.description import Description
     from qwen_jax.generate.language_model import LanguageModel
+    from qwen_jax.generate.results import Task
 
 _EXAMPLES = """examples:
   python -m qwen_jax.generate --ckpt DIR --prompt "The capital of France is"
   python -m qwen_jax.generate --ckpt DIR --chat "Who are you?" --temperature 0
   python -m qwen_jax.generate --ckpt DIR --prompt-file story.txt --max-new-tokens 200 --json
+  python -m qwen_jax.generate --ckpt DIR --prompt "Names for a whale:" --samples 5 --stop .
+  python -m qwen_jax.generate --ckpt DIR --prompts questions.jsonl --json > answers.jsonl
   python -m qwen_jax.generate --ckpt DIR --bench --dtype bfloat16
   python -m qwen_jax.generate --ckpt DIR --prompt-file long.txt --set seq_length=2048
 """
@@ -43,7 +48,17 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", type=command.text, metavar="TEXT", help="continue this text")
     source.add_argument("--prompt-file", metavar="FILE", help="continue this file's text (UTF-8)")
     source.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='continue each line of this file; of FILE.jsonl each JSON text, or {"prompt": TEXT}',
+    )
+    source.add_argument(
         "--chat", type=command.text, metavar="TEXT", help="answer this, as a chat model does"
+    )
+    source.add_argument(
+        "--chats",
+        metavar="FILE",
+        help="answer each line of this file, which is as that of --prompts",
     )
     result.add_argument(
         "--bench",
@@ -63,8 +78,29 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--top-k", type=int, metavar="K", help="0 = no limit")
     add("--repetition-penalty", type=float, metavar="R", help="1 = none")
-    add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default 0)")
-    add("--system", type=command.text, metavar="TEXT", help="system prompt of --chat")
+    add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default: 0)")
+    add(
+        "--samples",
+        type=command.positive,
+        default=1,
+        metavar="N",
+        help="draw N texts for each prompt, with seeds S, S+1, ... (default: 1)",
+    )
+    add(
+        "--stop",
+        type=command.text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text before TEXT, and where the checkpoint says; repeatable (default: none)",
+    )
+    add(
+        "--batch-size",
+        type=command.positive,
+        metavar="N",
+        help="of several texts, generate N at once; none depends on the others (default: 8)",
+    )
+    add("--system", type=command.text, metavar="TEXT", help="system prompt of --chat and --chats")
     model = result.add_argument_group("model")
     add = model.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
@@ -101,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
         default="prompt",
         help="dynamic NTK's alpha from the prompt, or from prompt and new tokens (default: prompt)",
     )
-    result.add_argument("--json", action="store_true", help="print one JSON object, no stream")
+    result.add_argument("--json", action="store_true", help="print a JSON object for each text")
     command.add_processes(result)
     caches.add_compilation_cache(result)
     command.add_debug(result)
@@ -126,33 +162,49 @@ def sampler(args: argparse.Namespace, default: Any) -> Any:
         raise command.UsageError(str(error)) from None
 
 
-_DRAWS = ("top_k", "top_p", "seed")
+_DRAWS = ("top_k", "top_p", "seed", "samples")
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
     """Raise UsageError for an option that means nothing beside the others."""
     if args.bench:
-        names = ("temperature", *_DRAWS, "repetition_penalty", "ntk")
+        names = ("temperature", *_DRAWS, "repetition_penalty", "stop", "ntk")
         command.refuse(args, names, "means nothing beside --bench, which draws no text: drop it")
+        how = "is of several prompts: --bench takes one, with --prompt, --prompt-file or --chat"
+        command.refuse(args, ("prompts", "chats"), how)
         if args.max_new_tokens == 1:
             raise command.UsageError("--max-new-tokens 1: --bench times the tokens after the first")
     if args.temperature == 0:
         how = "means nothing beside --temperature 0, which draws nothing: drop one of them"
         command.refuse(args, _DRAWS, how)
+    if args.samples == 1 and args.prompts is None and args.chats is None:
+        how = "is of several texts: give --prompts, --chats or --samples"
+        command.refuse(args, ("batch_size",), how)
+    if args.system is not None and args.chat is None and args.chats is None:
+        raise command.UsageError("--system goes with --chat or --chats")
 
 
-def prompt_text(args: argparse.Namespace) -> str | None:
-    """What to continue or to answer; None with --bench alone."""
-    text = args.prompt if args.chat is None else args.chat
-    if args.prompt_file is not None:
-        text = texts.read(args.prompt_file).replace("\r\n", "\n").replace("\r", "\n")
-    if text is None and not args.bench:
-        raise command.UsageError("give one of --prompt, --prompt-file, --chat or --bench")
-    if text is not None and not (text.strip() if args.chat is not None else text):
+def prompt_texts(args: argparse.Namespace) -> list[str]:
+    """What to continue or to answer, each on its own; none with --bench alone."""
+    if (file := args.prompts or args.chats) is not None:
+        found, passed = prompts.read(file)
+        if passed:
+            command.say(f"note: {file}: of each record its prompt is read, not {', '.join(passed)}")
+    else:
+        one = args.prompt if args.chat is None else args.chat
+        if args.prompt_file is not None:
+            one = prompts.whole(args.prompt_file)
+        found = [] if one is None else [one]
+    if not found and not args.bench:
+        raise command.UsageError(
+            "give one of --prompt, --prompt-file, --prompts, --chat, --chats or --bench"
+        )
+    answers = args.chat is not None or args.chats is not None
+    if not all(text.strip() if answers else text for text in found):
         raise command.UsageError("empty prompt: give some text")
-    if args.system is not None and args.chat is None:
-        raise command.UsageError("--system goes with --chat")
-    return text
+    digest = hashlib.sha256("\0".join(found).encode("utf-8", "surrogatepass")).hexdigest()
+    processes.agree("prompts", f"{len(found)} of digest {digest[:16]}")
+    return found
 
 
 def describe(args: argparse.Namespace) -> "Description":
@@ -167,11 +219,11 @@ def describe(args: argparse.Namespace) -> "Description":
 
 
 def prompt_ids(args: argparse.Namespace, text: str, about: "Description") -> list[int]:
-    """The ids of the prompt: the text itself, or with --chat in the chat format."""
+    """The ids of a prompt: the text itself, or with --chat and --chats in the chat format."""
     from qwen_jax import chat
     from qwen_jax.chat import DEFAULT_SYSTEM
 
-    if args.chat is None:
+    if args.chat is None and args.chats is None:
         return about.need_tokenizer().encode(text)
     system = DEFAULT_SYSTEM if args.system is None else args.system
     return chat.make_context(about.need_tokenizer(), text, (), system)[1]
@@ -219,100 +271,69 @@ def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int
     return made
 
 
+def tasks(args: argparse.Namespace, given: Sequence[str], about: "Description") -> "list[Task]":
+    """The texts to generate, in order. ValueError for a prompt that leaves no room, and which."""
+    from qwen_jax.generate import completion
+    from qwen_jax.generate.results import Task
+    from qwen_jax.runtime import values
+
+    found = []
+    for index, text in enumerate(given):
+        ids = prompt_ids(args, text, about)
+        if len(given) == 1:
+            new = about.room(len(ids), args.max_new_tokens)
+        else:
+            with values.named(f"prompt {index + 1} of {args.prompts or args.chats}"):
+                new = about.room(len(ids), args.max_new_tokens)
+        for sample in range(args.samples):
+            request = completion.Request(ids, args.seed + sample, new)
+            found.append(Task(index, sample, text, request))
+    return found
+
+
 def work(args: argparse.Namespace) -> None:
     from qwen_jax.meshes import options
 
     command.join(args)
     _refuse_idle(args)
-    text = prompt_text(args)
+    given = prompt_texts(args)
     sampler(args, None)
     # All that cannot be is found before the weights are read.
     sizes = options.mesh_sizes(args.mesh)
-    from qwen_jax.generate import bench, language_model
+    from qwen_jax import chat
+    from qwen_jax.generate import bench, completion, language_model, results
 
     language_model.check_names(args.dtype, args.attention, args.cache_dtype)
+    try:
+        stop_texts = chat.stop_texts(args.stop)
+    except ValueError as error:
+        raise command.UsageError(f"--{error}") from None
     about = describe(args)
-    ids = None if text is None else prompt_ids(args, text, about)
-    asked = args.max_new_tokens or (bench.NEW if args.bench else None)
-    new = about.room(bench.PROMPT if ids is None else len(ids), asked)
-    choose = sampler(args, about.generation_config.sampler)
-    model = load(args, about, sizes)
-    loaded = time.perf_counter()
-    if args.bench or ids is None:
-        result = bench.run(model, new, ids)
+    if args.bench:
+        ids = prompt_ids(args, given[0], about) if given else None
+        asked = args.max_new_tokens or bench.NEW
+        new = about.room(bench.PROMPT if ids is None else len(ids), asked)
+        result = bench.run(load(args, about, sizes), new, ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
-    if args.chat is not None and model.is_base:
+    choose = sampler(args, about.generation_config.sampler)
+    if args.samples > 1 and not hasattr(choose, "temperature"):
+        raise command.UsageError(
+            f"--samples {args.samples}: this checkpoint takes the most likely token, so all would "
+            "be alike: give --temperature 1, for instance"
+        )
+    answers = args.chat is not None or args.chats is not None
+    stops = about.chat_stops() if answers else about.generation_config.stops
+    wanted = tasks(args, given, about)
+    model = load(args, about, sizes)
+    if answers and model.is_base:
         command.say(f"note: {language_model.BASE_NOTE}")
-    stops = model.generation_config.stops if args.chat is None else model.chat_stops()
-    parts = model.stream(
-        np.array([ids]),
-        max_new_tokens=new,
-        sampler=choose,
-        stop=stops,
-        seed=args.seed,
-        ntk=args.ntk,
-    )
-    made, text, times = write(parts, stops, model, quiet=args.json)
-    ended = any(made[-len(stop) :] == list(stop) for stop in stops)
-    report = {
-        "text": text,
-        "tokens": made,
-        "prompt_tokens": len(ids),
-        "new_tokens": len(made),
-        "finish_reason": "stop" if ended else "length",
-        "seconds_to_first_token": round(times[0][0] - loaded, 4),
-        "decode_tokens_per_second": rate(times),
-    }
-    if args.json:
-        print(json.dumps(report))  # in ASCII, which every encoding of stdout has
-        return
-    command.say(
-        f"{len(ids)} prompt tokens, first token after {report['seconds_to_first_token']:.2f} s "
-        f"(compilation included); {len(made)} new tokens, "
-        f"{report['decode_tokens_per_second'] or '-'} tokens/s; ended by {report['finish_reason']}"
-    )
-
-
-def write(
-    parts: Iterator[np.ndarray],
-    stops: Sequence[Sequence[int]],
-    model: "LanguageModel",
-    quiet: bool,
-) -> tuple[list[int], str, list[tuple[float, int]]]:
-    """Print text as it comes. All ids, the text without the stop, and (time, ids) of each part."""
-    from qwen_jax import chat
-    from qwen_jax.chat.tokenizer import TextStream
-
-    made: list[int] = []
-    times: list[tuple[float, int]] = []
-
-    def noted() -> Iterator[list[int]]:
-        for part in parts:
-            made.extend(part[0].tolist())
-            times.append((time.perf_counter(), part.shape[1]))
-            yield part[0].tolist()
-
-    stream, text = TextStream(model.need_tokenizer(), skip_special_tokens=True), ""
-
-    def show(piece: str) -> str:
-        if not quiet:
-            print(piece, end="", flush=True)
-        return piece
-
-    for ids in chat.until_stop(noted(), stops):
-        text += show(stream.push(ids))
-    text += show(stream.flush())
-    if not quiet:
-        print(flush=True)
-    return made, text, times
-
-
-def rate(times: list[tuple[float, int]]) -> float | None:
-    """Tokens per second after the first two parts, which carry compilation; None for too few."""
-    if len(times) < 3 or times[-1][0] == times[1][0]:
-        return None
-    return round(sum(count for _, count in times[2:]) / (times[-1][0] - times[1][0]), 2)
+    rules = completion.Rules(choose, stops, stop_texts, args.ntk)
+    if len(wanted) == 1:
+        results.write_one(model, wanted[0], rules, args.json)
+    else:
+        width = args.batch_size or completion.BATCH_SIZE
+        results.write_many(model, wanted, rules, width, args.json)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -382,7 +382,8 @@ def test_what_to_give_in_place_of_a_run(tmp_path, converted):
     (run / "out").symlink_to(converted)
     for part in [*parts, run / "lora"]:
         assert refused(part).endswith(f"not a model directory: give {run / 'out'}")
-    inside = converted / "params" / "nothing"
+    inside = converted / "params"
+    assert f"{inside}/nothing is not a directory" in refused(inside / "nothing")
     assert refused(inside) == (
         f"{inside} is a part of the model directory {converted}: give {converted}"
     )

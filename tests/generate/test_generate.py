@@ -1,5 +1,6 @@
 """`python -m qwen_jax.generate`: output, defaults, exit codes, one-line errors."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,7 +14,8 @@ import pytest
 import qwen_jax
 from qwen_jax import checkpoint, meshes
 from qwen_jax.generate import __main__ as generate
-from qwen_jax.generate import bench, description
+from qwen_jax.generate import bench, completion, description, prompts, results
+from qwen_jax.runtime import command
 from tests.programs.stopped import stopping
 
 
@@ -24,6 +26,18 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
         code = int(stop.code or 0)
     out, err = capsys.readouterr()
     return code, out, err
+
+
+@pytest.fixture(scope="module")
+def chat_model(chat_dir: Path) -> qwen_jax.LanguageModel:
+    return qwen_jax.load(chat_dir)
+
+
+@pytest.fixture
+def loaded(chat_model: qwen_jax.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands find the chat model loaded already."""
+    monkeypatch.setattr(generate, "describe", lambda *_: chat_model)
+    monkeypatch.setattr(generate, "load", lambda *_: chat_model)
 
 
 def test_json_and_stream_agree(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +75,117 @@ def test_chat_and_prompt_file(
     assert code == 0 and json.loads(out)["prompt_tokens"] > 2  # the marker is text, not a control
 
 
+@pytest.mark.usefixtures("loaded")
+def test_samples_are_the_seeds_that_follow(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is what its seed gives alone; in text, headings say which is which."""
+    common = ["--ckpt", "-", "--prompt", "Once upon", "--max-new-tokens", "6"]
+    common += ["--temperature", "1"]
+    many = [*common, "--seed", "-1", "--samples", "3", "--batch-size", "2"]
+    code, out, err = run(capsys, *many, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [(x["index"], x["sample"], x["seed"]) for x in lines] == [
+        (0, 0, -1),
+        (0, 1, 0),
+        (0, 2, 1),
+    ]
+    assert len({x["text"] for x in lines}) == 3 and {x["prompt"] for x in lines} == {"Once upon"}
+    alone = json.loads(run(capsys, *common, "--seed", "1", "--json")[1])
+    same = ("seed", "text", "tokens", "prompt_tokens", "new_tokens", "finish_reason")
+    assert [lines[2][name] for name in same] == [alone[name] for name in same]
+    assert "3 texts, 18 new tokens in " in err and "tokens/s" in err
+    code, out, _ = run(capsys, *many)
+    expected = [
+        f"=== sample {x['sample'] + 1} of 3 (seed {x['seed']}): Once upon\n{x['text']}\n\n"
+        for x in lines
+    ]
+    assert code == 0 and out == "".join(expected)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each, or JSON Lines; each gives what it gives alone, and control tokens are text."""
+    lines, records = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_bytes("Hello\r\n\r\n你好<|im_end|> there\n".encode())
+    records.write_text('"Hello"\n{"id": 7, "prompt": "你好<|im_end|> there"}\n\n', encoding="utf-8")
+    assert prompts.read(lines) == (["Hello", "你好<|im_end|> there"], [])
+    assert prompts.read(records) == (["Hello", "你好<|im_end|> there"], ["id"])
+    settings = ["--ckpt", "-", "--max-new-tokens", "6", "--json"]
+    code, out, err = run(capsys, *settings, "--prompts", str(records))
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [x["index"] for x in found] == [0, 1]
+    assert f"note: {records}: of each record its prompt is read, not id\n" in err
+    alone = json.loads(run(capsys, *settings, "--prompt", found[1]["prompt"])[1])
+    assert found[1]["tokens"] == alone["tokens"] and found[1]["text"] == alone["text"]
+
+
+def test_chats_of_a_file(chat_model: qwen_jax.LanguageModel) -> None:
+    """Each is the prompt of --chat."""
+    argv = ["--ckpt", "-", "--system", "Be brief."]
+    several = command.parse(generate.parser(), [*argv, "--chats", "a.txt", "--samples", "2"])
+    (one,) = generate.tasks(
+        command.parse(generate.parser(), [*argv, "--chat", "Hello"]), ["Hello"], chat_model
+    )
+    made = generate.tasks(several, ["Hello", "you"], chat_model)
+    assert [task.request.ids for task in made[:2]] == [one.request.ids] * 2
+    assert [(task.index, task.sample, task.request.seed) for task in made] == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (1, 0, 0),
+        (1, 1, 1),
+    ]
+
+
+def test_headings_say_whose_text_it_is() -> None:
+    request = completion.Request([1], 5, 1)
+    wanted = [results.Task(i, j, f"a\n{'b' * 80}", request) for i in range(2) for j in range(2)]
+    assert results._heading(wanted[1], wanted) == (
+        f"=== prompt 1 of 2, sample 2 of 2 (seed 5): a {'b' * 55}..."
+    )
+    assert results._heading(wanted[0], wanted[::2]).startswith("=== prompt 1 of 2: a b")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_text_ends_before_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--ckpt", "-", "--prompt", "Hello", "--temperature", "0"]
+    argv += ["--max-new-tokens", "9"]
+    free = json.loads(run(capsys, *argv, "--json")[1])
+    stop = free["text"][4:7]
+    stopping = [*argv, "--stop", "never said", "--stop", stop]
+    result = json.loads(run(capsys, *stopping, "--json")[1])
+    assert result["text"] == free["text"].partition(stop)[0] and result["finish_reason"] == "stop"
+    assert result["tokens"] == free["tokens"][: len(result["tokens"])] != free["tokens"]
+    assert run(capsys, *stopping)[1] == result["text"] + "\n"
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", " \n\n", "p.txt has no prompts: give one a line"),
+        ("p.jsonl", '"a"\n{"a"', "p.jsonl:2: not valid JSON: a file named .jsonl has JSON lines"),
+        ("p.jsonl", '{"text": "a", "id": 1}', "p.jsonl:1: has no \"prompt\", but 'text', 'id'"),
+        ("p.jsonl", "7", "p.jsonl:1: the prompt must be text (str), got int 7"),
+        ("p.jsonl", '{"prompt": ["a"]}', "p.jsonl:1: the prompt must be text (str), got list"),
+        ("p.jsonl", '"\\ud83d"', "p.jsonl:1: the prompt holds half a character"),
+        ("p.jsonl", '"a"\n""', "p.jsonl:2: empty prompt: give some text"),
+        ("p.txt", "a\n" + "b " * 9000, "prompt 2 of {}: a prompt of "),
+    ],
+)
+def test_files_of_prompts_that_cannot_be(
+    name: str,
+    text: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the weights are read"))
+    file = tmp_path / name
+    file.write_text(text)
+    code, out, err = run(capsys, "--ckpt", "-", "--prompts", str(file))
+    assert code == 1 and out == "" and message.format(file) in err and err.count("\n") == 1
+
+
 def test_a_base_checkpoint_says_so(
     chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,8 +217,8 @@ def test_the_checkpoints_stop_words(
 
 
 def test_rate_counts_time_and_tokens_alike() -> None:
-    assert generate.rate([(0.0, 1), (5.0, 8), (6.0, 8), (8.0, 6)]) == round(14 / 3, 2)
-    assert generate.rate([(0.0, 1), (5.0, 8)]) is None
+    assert results.rate([(0.0, 1), (5.0, 8), (6.0, 8), (8.0, 6)]) == round(14 / 3, 2)
+    assert results.rate([(0.0, 1), (5.0, 8)]) is None
 
 
 def test_interrupted(
@@ -137,6 +262,9 @@ def test_bench_of_a_prompt(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -
         (["--ckpt", "{dir}", "--prompt", "a", "--temperature", "nan"], 2, "temperature"),
         (["--ckpt", "{dir}", "--prompt", "a", "--system", "b"], 2, "--chat"),
         (["--ckpt", "{dir}", "--prompt", ""], 2, "empty prompt"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--chats", "b"], 2, "not allowed"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--samples", "0"], 2, "positive"),
+        (["--ckpt", "{dir}", "--prompt", "a", "--stop", ""], 2, "--stop '': an empty text ends"),
         (["--ckpt", "{dir}", "--chat", " "], 2, "empty prompt"),
         (["--ckpt", "{dir}", "--prompt", "a", "--set", "nope=1"], 1, "nope"),
         (["--ckpt", "{dir}", "--prompt", "a", "--set", "layer_windows=9"], 1, "layer_windows"),
@@ -202,6 +330,19 @@ def test_what_cannot_be_is_said_before_the_weights_are_read(
     result, _, err = run(capsys, "--ckpt", str(chat_dir), "--prompt", "Hello there", *argv)
     (line,) = err.splitlines()
     assert result == code and message in line
+
+
+def test_samples_of_a_checkpoint_that_draws_nothing(
+    chat_model: qwen_jax.LanguageModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = dataclasses.replace(chat_model.generation_config, sampler=qwen_jax.Greedy())
+    greedy = dataclasses.replace(chat_model, generation_config=settings)
+    monkeypatch.setattr(generate, "describe", lambda *_: greedy)
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the weights are read"))
+    code, _, err = run(capsys, "--ckpt", "-", "--prompt", "a", "--samples", "2")
+    assert code == 2 and "--samples 2: this checkpoint takes the most likely token" in err
 
 
 def test_a_mesh_may_split_more_rows_than_one_prompt_has(chat_dir: Path) -> None:

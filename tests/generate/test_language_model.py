@@ -319,7 +319,7 @@ TEXTS = ["Once upon a time", "Hello", "a <|im_end|> that is text, and a longer p
 
 
 def test_texts_are_what_they_would_be_alone(chat_model: qwen_jax.LanguageModel) -> None:
-    """In batches, in which prompts are of unequal length; each is what `generate` makes of its ids, until a stop."""
+    """In batches of unequal prompts: each is what `generate` makes of its ids, until a stop."""
     draw = {"max_new_tokens": 6, "sampler": Nucleus(0.9)}
     tokenizer, expected = chat_model.tokenizer, []
     assert tokenizer is not None

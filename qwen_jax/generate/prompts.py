@@ -1,0 +1,53 @@
+"""Prompts of a file: one a line, or JSON Lines. Knows no tokenizer and no command line."""
+
+import json
+from pathlib import Path
+
+from qwen_jax.runtime import texts
+
+_KEY = "prompt"  # of an object in JSON Lines
+
+
+def whole(path: str | Path) -> str:
+    """The text of a file as one prompt, its lines ended by a newline alone."""
+    return texts.read(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read(path: str | Path) -> tuple[list[str], list[str]]:
+    """The prompts of a file, and the keys of its records that are not read.
+
+    A prompt is a line; in a file whose name ends in .jsonl it is a JSON text, or the value of
+    "prompt" in a JSON object. Blank lines are passed over. ValueError names the file and the line
+    of what is no prompt, and a file that has none.
+    """
+    records = str(path).lower().endswith(".jsonl")
+    found: list[str] = []
+    passed: dict[str, None] = {}
+    for number, line in enumerate(whole(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        if records:
+            line, others = _record(line, f"{path}:{number}")
+            passed |= dict.fromkeys(others)
+        found.append(line)
+    if not found:
+        raise ValueError(f"{path} has no prompts: give one a line")
+    return found, list(passed)
+
+
+def _record(line: str, where: str) -> tuple[str, list[str]]:
+    """The prompt of a line of JSON, and the other keys that it has."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: not valid JSON: a file named .jsonl has JSON lines") from None
+    others = []
+    if isinstance(value, dict):
+        if _KEY not in value:
+            raise ValueError(f'{where}: has no "{_KEY}", but {", ".join(map(repr, value))}')
+        others = [key for key in value if key != _KEY]
+        value = value[_KEY]
+    prompt = texts.check_whole(f"{where}: the prompt", value)
+    if not prompt:
+        raise ValueError(f"{where}: empty prompt: give some text")
+    return prompt, others
