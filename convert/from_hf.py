@@ -67,8 +67,13 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("src", metavar="SRC", help="a folder, or a model on the hub such as Qwen/Qwen-7B")
     add("dst", metavar="DST", help="the model directory to make")
-    add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's own)")
-    add("--mesh", metavar="AXES", help="store in the pieces of this mesh, such as fsdp=4,tp=2")
+    add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's)")
+    add(
+        "--mesh",
+        metavar="AXES",
+        help="store in the pieces of this mesh: axes data, fsdp, context and tp, as fsdp=4,tp=2 "
+        "(default: whole leaves, as for one device)",
+    )
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
     command.add_processes(result)
     command.add_debug(result)

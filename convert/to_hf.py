@@ -85,7 +85,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most bytes of tensors in a file, such as 5GB or 500MB (default: %(default)s)",
     )
-    add("--adapter", metavar="DIR", help="merge this adapter in PEFT's format into the weights")
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="merge this adapter in PEFT's format into the weights (default: none)",
+    )
     add(
         "--verify",
         action="store_true",

@@ -58,12 +58,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSONL, JSON, Parquet or text (a text file is one document)",
     )
-    add("--lengths", default="1024,2048,4096,8192,16384,32768", metavar="N,...")
+    add(
+        "--lengths",
+        default="1024,2048,4096,8192,16384,32768",
+        metavar="N,...",
+        help="tokens of a row, each in its turn (default: %(default)s)",
+    )
     add(
         "--modes",
         default=",".join(MODES),
         metavar="NAME,...",
-        help="default: %(default)s; or own: as config.json",
+        help="what extends the context, of plain, ntk, ntk+logn, ntk+logn+window and own, which is "
+        "as config.json has it (default: %(default)s)",
     )
     add(
         "--windows",
@@ -71,17 +77,32 @@ def parser() -> argparse.ArgumentParser:
         help="of mode window: the width of each layer, JSON, null for all tokens (default: the "
         "lower half of the layers see as far as the model was trained; none are published)",
     )
-    add("--tokens", type=command.positive, default=2**18, metavar="N", help="at most (%(default)s)")
+    add(
+        "--tokens",
+        type=command.positive,
+        default=2**18,
+        metavar="N",
+        help="at most (default: %(default)s)",
+    )
     add(
         "--field",
         type=command.text,
         default="text",
         metavar="NAME",
-        help="where a record has its text",
+        help="where a record has its text (default: %(default)s)",
     )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
-    add("--attention", default="auto", metavar="NAME", help="as for qwen_jax.generate")
-    add("--mesh", metavar="SPEC", help="e.g. context=8 (default: one device)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
+    add(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help=f"which kernel computes attention: {command.ATTENTION}; default: auto",
+    )
+    add(
+        "--mesh",
+        metavar="SPEC",
+        help="axes data, fsdp, context and tp, as context=8 (default: one device)",
+    )
     add("--plot", metavar="FILE", help="write a plot there (default: perplexity.png)")
     add("--json", action="store_true", help="print JSON in place of a table")
     add(

@@ -20,6 +20,7 @@ from typing import Any
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from qwen_jax.config.presets import PRESETS
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
 from train.planning import glossary
@@ -35,39 +36,56 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Every word of a plan is explained by --glossary, and in docs/scaling.md.",
     )
     parser.add_argument("--glossary", action="store_true", help="explain the words of a plan, end")
-    parser.add_argument("--model", help="a preset, or a folder with a config.json")
-    parser.add_argument("--topology", help="v5p:8x8x8, v5e:16x16*2, h100:8x8, ...")
-    parser.add_argument("--mesh", help="as fsdp=64,tp=8; default: all devices")
-    parser.add_argument("--length", type=command.positive, default=2048, help="tokens of a row")
-    parser.add_argument("--batch", type=command.positive, default=256, help="rows, of all devices")
+    add = parser.add_argument
+    add("--model", help=f"{', '.join(PRESETS)}, or a folder with a config.json (required)")
+    add(
+        "--topology",
+        help="TPUs v4, v5e, v5p, v6e or tpu7x, as v5p:8x8x8, or slices of them, as v5e:16x16*2; "
+        "GPUs a100, h100 or h200, hosts x GPUs, as h100:8x8 (required)",
+    )
+    add(
+        "--mesh",
+        help="axes data, fsdp, context and tp, as fsdp=64,tp=8 (default: of all devices, as the "
+        "run itself would have it)",
+    )
+    add("--length", type=command.positive, default=2048, help="tokens of a row (default: 2048)")
+    add("--batch", type=command.positive, default=256, help="rows, of all devices (default: 256)")
     parser.add_argument("--decode", action="store_true", help="prefill and decoding, not training")
     parser.add_argument(
         "--attention",
         default="auto",
         metavar="NAME",
-        help="default: auto, the kernel for the chip, which auto takes there once it has proved "
-        "itself; xla: what it takes otherwise; or another name (docs/attention.md)",
+        help=f"{command.ATTENTION}; default: auto, the kernel for the chip, which auto takes there "
+        "once it has proved itself; xla is what it takes otherwise",
     )
-    parser.add_argument("--remat", default="full", help="full, projections or none")
+    parser.add_argument("--remat", default="full", help="full, projections or none (default: full)")
     parser.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
         help="split the residual over tp by tokens (default: where the tokens divide)",
     )
     parser.add_argument(
-        "--accumulate", type=command.positive, default=1, help="parts of a batch, one by one"
+        "--accumulate",
+        type=command.positive,
+        default=1,
+        help="parts of a batch, one by one (default: 1)",
     )
     parser.add_argument(
-        "--gradient-dtype", default="float32", help="of sums over the mesh: float32 or bfloat16"
+        "--gradient-dtype",
+        default="float32",
+        help="of sums over the mesh: float32 or bfloat16 (default: float32)",
     )
     adapters = parser.add_argument_group("training adapters, as `python train/sft.py` does")
     add_adapters = adapters.add_argument
     add_adapters(
-        "--lora-rank", type=command.positive, metavar="N", help="as 64; the other values: sft_lora"
+        "--lora-rank",
+        type=command.positive,
+        metavar="N",
+        help="as 64; the other values are those of sft_lora (default: all weights are trained)",
     )
-    add_adapters("--base-dtype", default="same", help="same (bfloat16) or int8")
+    add_adapters("--base-dtype", default="same", help="same (bfloat16) or int8 (default: same)")
     add_adapters("--train-embeddings", action="store_true", help="embedding and head whole, too")
-    parser.add_argument("--cache-dtype", help="int8 or int8_asymmetric; default: bfloat16")
+    parser.add_argument("--cache-dtype", help="int8 or int8_asymmetric (default: bfloat16)")
     parser.add_argument("--search", action="store_true", help="try meshes, remat and batch sizes")
     parser.add_argument(
         "--tries",

@@ -43,14 +43,14 @@ def parser() -> argparse.ArgumentParser:
         type=command.text,
         default="text",
         metavar="NAME",
-        help="where a record has its text",
+        help="where a record has its text (default: %(default)s)",
     )
     add(
         "--size",
         type=command.positive,
         default=4096,
         metavar="N",
-        help="tokens, the 256 bytes among them; control tokens come after (default %(default)s)",
+        help="tokens, the 256 bytes among them; control tokens come after (default: %(default)s)",
     )
     add(
         "--out",

@@ -49,12 +49,34 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("--kernel", nargs="+", metavar="NAME", help="implementations (default: all)")
+    add(
+        "--kernel",
+        nargs="+",
+        metavar="NAME",
+        help=f"which to time, of {command.ATTENTION.removeprefix('auto, ')}; default: all",
+    )
     tasks = ("forward", "backward", "decode")
-    add("--task", nargs="+", choices=tasks, default=list(tasks), help="default: all three")
-    add("--head-dim", type=command.positive, default=128, metavar="N", help="default: 128")
+    add(
+        "--task",
+        nargs="+",
+        choices=tasks,
+        default=list(tasks),
+        help="what to time (default: forward backward decode)",
+    )
+    add(
+        "--head-dim",
+        type=command.positive,
+        default=128,
+        metavar="N",
+        help="width of a head (default: 128)",
+    )
     dtypes = ("bfloat16", "float16", "float32")
-    add("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
+    add(
+        "--dtype",
+        choices=dtypes,
+        default="bfloat16",
+        help="of queries, keys and values (default: bfloat16)",
+    )
     add(
         "--length",
         nargs="+",
@@ -63,21 +85,32 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens, or slots of a cache (default: 2048 8192 32768)",
     )
-    add("--heads", type=command.positive, default=32, metavar="N", help="default: 32")
+    add(
+        "--heads",
+        type=command.positive,
+        default=32,
+        metavar="N",
+        help="heads of queries, and of keys (default: 32)",
+    )
     add(
         "--batch",
         type=command.positive,
         metavar="N",
-        help="default: 16384 tokens in all; decode: 8",
+        help="rows (default: as many as have 16384 tokens in all, of decode 8)",
     )
     add(
         "--rounds",
         type=command.positive,
         default=9,
         metavar="N",
-        help="of the last run (default: 9)",
+        help="rounds of the last run, in which all take turns (default: 9)",
     )
-    add("--out", type=command.path, metavar="FILE", help="default: the package's own table")
+    add(
+        "--out",
+        type=command.path,
+        metavar="FILE",
+        help="where lines go (default: the package's own table)",
+    )
     kept = result.add_mutually_exclusive_group()
     kept.add_argument(
         "--show", action="store_true", help="time nothing; print what is known of kernels here"

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m qwen_jax.checkpoint",
         description="Look at model directories. `inspect --help` says more.",
     )
+    command.add_version(result)
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser(
         "inspect",

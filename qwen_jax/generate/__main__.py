@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--ckpt", required=True, metavar="DIR", help="model directory")
-    source = result.add_mutually_exclusive_group()
+    source = result.add_argument_group("prompts (one of these, of which none is the default)")
+    source = source.add_mutually_exclusive_group()
     source.add_argument("--prompt", type=command.text, metavar="TEXT", help="continue this text")
     source.add_argument("--prompt-file", metavar="FILE", help="continue this file's text (UTF-8)")
     source.add_argument(
@@ -100,42 +101,54 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of several texts, generate N at once; none depends on the others (default: 8)",
     )
-    add("--system", type=command.text, metavar="TEXT", help="system prompt of --chat and --chats")
+    add(
+        "--system",
+        type=command.text,
+        metavar="TEXT",
+        help="system prompt of --chat and --chats (default: You are a helpful assistant.)",
+    )
     model = result.add_argument_group("model")
     add = model.add_argument
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the backend's choice")
-    add("--cache-dtype", choices=("int8", "int8_asymmetric"), help="KV cache (default: --dtype)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
+    add(
+        "--cache-dtype",
+        choices=("int8", "int8_asymmetric"),
+        help="of the KV cache (default: that of the model, --dtype)",
+    )
     add(
         "--attention",
         default="auto",
         metavar="NAME",
-        help="auto (default: kernels are proved on this device, once, and the fastest that agrees "
-        "is taken), xla, pallas_tpu, pallas_triton, pallas_hopper and others, taken as they are: "
-        "docs/attention.md",
+        help="which kernel computes attention: auto proves those for this device, once, and takes "
+        f"the fastest that is right; others are taken as they are. {command.ATTENTION}; default: "
+        "auto",
     )
     add(
         "--max-length",
         type=command.positive,
         metavar="N",
-        help="most prompt and new tokens of a row",
+        help="most prompt and new tokens of a row (default: what the model was made for)",
     )
     add(
         "--mesh",
         metavar="SPEC",
-        help="e.g. fsdp=2,tp=4 (default: all devices that divide the model, heads first)",
+        help="axes data, fsdp and tp, as fsdp=2,tp=4 (default: all devices that divide the model, "
+        "heads first)",
     )
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a config value by its Hugging Face name, VALUE in JSON; repeatable",
+        help="override a config value by its Hugging Face name, VALUE in JSON; repeatable "
+        "(default: as config.json has them)",
     )
     add(
         "--ntk",
         choices=("prompt", "total"),
         default="prompt",
-        help="dynamic NTK's alpha from the prompt, or from prompt and new tokens (default: prompt)",
+        help="dynamic NTK's alpha from the prompt, or from the total of prompt and new tokens "
+        "(default: %(default)s)",
     )
     result.add_argument("--json", action="store_true", help="print a JSON object for each text")
     command.add_processes(result)

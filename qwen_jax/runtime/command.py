@@ -13,13 +13,21 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.runtime import errors, paths, processes, rendezvous
 
-_RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may raise on output
+# The names of `attention.IMPLEMENTATIONS`, for helps, which do not import jax.
+ATTENTION = (
+    "auto, xla, pallas_tpu, pallas_triton, pallas_hopper, dot_product, splash, flash or tokamax "
+    "(docs/attention.md)"
+)
+DTYPE = (
+    "of the weights here (default: float32 on a CPU; else bfloat16, or float16 where that is not)"
+)
+_RAISING = ("strict", "surrogateescape", "surrogatepass")  # a stream's errors, of encodings
 
 
 class UsageError(ValueError):
@@ -168,8 +176,31 @@ def show_log(debug: bool = False) -> None:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--debug`, which shows tracebacks."""
+    """Add what every command has: an option that shows tracebacks, and `--version`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_version(parser)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add the option that prints the version of the library, and of what its results depend on."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and end")
+
+
+class _Version(argparse.Action):
+    """Looks versions up when they are asked for: every command has this option."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata
+
+        from qwen_jax.runtime.version import VERSION
+
+        python = ".".join(map(str, sys.version_info[:3]))
+        jax, jaxlib = map(metadata.version, ("jax", "jaxlib"))
+        print(f"qwen_jax {VERSION} (jax {jax}, jaxlib {jaxlib}, Python {python})")
+        parser.exit()
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +212,24 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="join the processes of this TPU pod, Slurm job or other cluster that jax recognises",
     )
-    add("--coordinator", metavar="HOST:PORT", help="address of process 0, at a port that is free")
-    add("--processes", type=positive, metavar="N", help="how many processes there are")
-    add("--process", type=int, metavar="I", help="the number of this one, from 0")
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, at a port that is free (default: one process, or as found by "
+        "--distributed)",
+    )
+    add(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="how many processes there are (default: one, or as found by --distributed)",
+    )
+    add(
+        "--process",
+        type=int,
+        metavar="I",
+        help="the number of this one, from 0 (default: as found by --distributed)",
+    )
     add(
         "--start-timeout",
         type=positive,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_jax.config.presets import PRESETS
 from qwen_jax.runtime import caches, command
 from train.run.recipes import RECIPES, Recipe, kind_of
 
@@ -42,38 +43,48 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
     add(
         "--source",
         metavar="NAME",
-        help="Take the values of this source where sources differ: report, memo or script.",
+        help="Take the values of this source where sources differ: report, memo or script "
+        "(default: that of the recipe).",
     )
     add("--dry-run", action="store_true", help="Print the recipe, with what is changed, and end.")
     add = result.add_argument_group("model").add_argument
-    add("--ckpt", metavar="DIR", help="Begin from the weights of this model directory.")
+    add(
+        "--ckpt",
+        metavar="DIR",
+        help="Begin from the weights of this model directory (this or --model is required).",
+    )
     add(
         "--model",
         metavar="NAME",
-        help="Begin from fresh weights of this size (qwen-1.8b, for instance) or config.json.",
+        help=f"Begin from fresh weights of this size, {', '.join(PRESETS)}, or of this config.json "
+        "(this or --ckpt is required).",
     )
-    add("--tokenizer", metavar="FILE", help="Encode with this qwen.tiktoken.")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="Encode with this qwen.tiktoken (default: the one of --ckpt).",
+    )
     add = result.add_argument_group("data").add_argument
     add(
         "--data",
         nargs="+",
         metavar="FILE",
         help="Train on these files (JSONL, JSON, Parquet or text), folders of such, or gs://; "
-        "a text file is one document.",
+        "a text file is one document (required).",
     )
     add(
         "--eval-data",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="Measure the loss on these files.",
+        help="Measure the loss on these files (default: none).",
     )
     add(
         "--eval-share",
         type=float,
         default=0.0,
         metavar="S",
-        help="Hold out this share of the data, and measure the loss on it.",
+        help="Hold out this share of the data, and measure the loss on it (default: %(default)s).",
     )
     add(
         "--token-cache",
@@ -82,7 +93,11 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
     )
     add("--strict", action="store_true", help="Stop at a record that cannot be used.")
     add = result.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", help="Write the run into this folder, which is new or empty.")
+    add(
+        "--out",
+        metavar="DIR",
+        help="Write the run into this folder, which is new or empty (required).",
+    )
     add(
         "--resume",
         action="store_true",
@@ -121,12 +136,17 @@ def parser(default: str, kind: str, about: str, examples: str) -> argparse.Argum
         default="stop",
         help="Stop at a loss that is no number, or skip its batch (default: %(default)s).",
     )
-    add("--profile-steps", metavar="A-B", help="Record steps A to B for TensorBoard's profiler.")
+    add(
+        "--profile-steps",
+        metavar="A-B",
+        help="Record steps A to B for TensorBoard's profiler (default: none).",
+    )
     add("--merge", action="store_true", help="Write the model with its adapters merged, too.")
     add(
         "--mesh",
         metavar="SPEC",
-        help="Train on this mesh, such as fsdp=4,tp=2 (default: all devices that divide).",
+        help="Train on this mesh, of axes data, fsdp, context and tp, such as fsdp=4,tp=2 "
+        "(default: all devices that divide).",
     )
     group = result.add_argument_group("recipe (default: the value of --recipe)")
     for field in dataclasses.fields(Recipe):
