@@ -155,7 +155,7 @@ def locate(src: str) -> Path:
     path = paths.parse(src)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src):
+    if path.exists() or not re.fullmatch(directory.HUB_ID, src):
         raise ValueError(
             f"{src} is not a folder, nor the id of a model on the hub (OWNER/NAME): give the "
             "folder that holds config.json and the weights"

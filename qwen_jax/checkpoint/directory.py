@@ -23,6 +23,7 @@ TOKENIZER = "qwen.tiktoken"
 RUN = "run.json"  # of a training run, in whose folder its results are
 _ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
 _NESTED = 3  # folders between a run or a model and a part of it that may be given by mistake
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"  # OWNER/NAME of a model on the Hugging Face hub
 UNFINISHED = "unfinished.json"  # there while a conversion or a save is under way
 FORMAT = 2  # 1 had a leaf axis for heads
 # Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
@@ -120,7 +121,7 @@ def _instead(path: str | Path, root: Path) -> str | None:
             f"{path} is a Hugging Face checkpoint: convert it with "
             f"`python convert/from_hf.py {path} DIR` and use DIR"
         )
-    around = [root, *root.parents][: 1 + _NESTED]
+    around = _around(root)
     whole = next((x for x in around[1:] if (x / MANIFEST).is_file()), None)
     if whole is not None and root.exists():
         return f"{path} is a part of the model directory {whole}: give {whole}"
@@ -128,6 +129,14 @@ def _instead(path: str | Path, root: Path) -> str | None:
         what = "a training run" if root == run else f"of the training run {run}"
         return f"{path} is {what}, {_result_of(run)}"
     return f"{path} is an adapter, not a model: {_merging(root)}" if adapts else None
+
+
+def _around(root: Path) -> list[Path]:
+    """The folder and those around it, as far up as a mistake may lie; in a bucket no further."""
+    folders = [root, *root.parents][: 1 + _NESTED]
+    if paths.is_remote(root):
+        return [x for x in folders if str(x).removeprefix("gs://") not in ("", str(x))]
+    return folders
 
 
 def _result_of(run: Path) -> str:
@@ -165,7 +174,7 @@ def _why_no_folder(path: str | Path, root: Path) -> str:
         return f"{path} is a file, not a model directory: give {inside}"
     if paths.is_remote(root):
         return f"{path} is not a directory, or cannot be reached: {_MAKE_ONE}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # as the ids of the hub are
+    if re.fullmatch(HUB_ID, str(path)):
         return (
             f"{path} is not a directory: if it is a model on the Hugging Face hub, "
             f"`python convert/from_hf.py {path} DIR` makes a model directory of it: then give DIR"

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 import qwen_jax
 from convert import from_hf
 from qwen_jax import checkpoint, meshes
-from qwen_jax.checkpoint import CheckpointError, loading, saving
+from qwen_jax.checkpoint import CheckpointError, directory, loading, saving
 from qwen_jax.decoding.sampling import Greedy
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import sharding
+from qwen_jax.runtime import paths
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 
@@ -387,6 +388,12 @@ def test_what_to_give_in_place_of_a_run(tmp_path, converted):
     assert refused(inside) == (
         f"{inside} is a part of the model directory {converted}: give {converted}"
     )
+
+
+def test_a_run_is_looked_for_within_its_bucket():
+    deep, flat = (paths.parse(f"gs://bucket/{name}") for name in ("a/b/c/d", "model"))
+    assert [str(x) for x in directory._around(flat)] == ["gs://bucket/model", "gs://bucket"]
+    assert [str(x) for x in directory._around(deep)][-1] == "gs://bucket/a"
 
 
 def test_a_chunk_lost_after_the_check_is_never_zeros(copied, monkeypatch):
