@@ -415,6 +415,11 @@ class LanguageModel(Description):
         max_window_size: int | None,
     ) -> Iterator[list[int]]:
         """The ids of a reply as they are made, without the stop."""
+        if isinstance(query, list | tuple):
+            raise ValueError(
+                f"query must be text (str), got {texts.described(query)}: of messages, give the "
+                "text of the last one, and as history those before it"
+            )
         tokenizer = self.need_tokenizer()
         if self.is_base:
             warnings.warn(

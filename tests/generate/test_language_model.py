@@ -336,7 +336,7 @@ def test_texts_are_what_they_would_be_alone(chat_model: qwen_jax.LanguageModel) 
 
 def test_texts_end_where_a_text_does(chat_model: qwen_jax.LanguageModel) -> None:
     """Wherever tokens begin; other rows go on. The checkpoint's stops hold, too."""
-    draw = {"max_new_tokens": 6, "sampler": Greedy(), "batch_size": 2}
+    draw = {"max_new_tokens": 12, "sampler": Greedy(), "batch_size": 2}
     first, second, *_ = free = chat_model.generate_text(TEXTS, **draw)
     stop = first[3:6]
     made = chat_model.generate_text(TEXTS, stop=[stop, "never said"], **draw)
@@ -461,6 +461,11 @@ def test_chat_refuses(chat_model: qwen_jax.LanguageModel, settings: dict, messag
             work("hello", **settings)
     with pytest.raises(ValueError, match=r"^at_once 1\.5: must be a whole number"):
         chat_model.stream([[1, 2]], at_once=1.5)  # pyright: ignore
+
+
+def test_messages_are_no_query(chat_model: qwen_jax.LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"^query must be text .* of messages, give the text of"):
+        chat_model.chat([{"role": "user", "content": "hello"}])  # pyright: ignore
 
 
 def test_chat_takes_zeros_seriously(chat_model: qwen_jax.LanguageModel) -> None:
