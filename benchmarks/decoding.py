@@ -35,7 +35,8 @@ from qwen_jax.attention import timing
 from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
-from qwen_jax.generate.language_model import LanguageModel, attention_for
+from qwen_jax.generate.backend import attention_for
+from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
 from qwen_jax.model import Decoder
 from qwen_jax.runtime import caches, command

@@ -142,7 +142,7 @@ def work(args: argparse.Namespace) -> None:
     import jax
 
     from qwen_jax.attention import prove
-    from qwen_jax.generate import language_model
+    from qwen_jax.generate import backend
     from train import step
 
     config = checkpoint.load_config(args.ckpt)
@@ -151,7 +151,7 @@ def work(args: argparse.Namespace) -> None:
     for length in lengths:
         meshes.check({**config.sizes, "T": length}, sizes)
     ids = _ids(args, max(lengths))
-    dtype = args.dtype or language_model.default_dtype()
+    dtype = args.dtype or backend.default_dtype()
     with _told(args, len(ids), picture) as tell, meshes.entered(meshes.make(sizes)):
         decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
         rows = rows_at_once(max(lengths), len(ids) // max(lengths))

@@ -3,7 +3,7 @@
 Each mistake raises a ValueError of one line that names the argument, its value and what is allowed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def _array(tokens: Any) -> tuple[Any, bool]:
 
 def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of unequal length as int32 [B, T], padded on the left with 0, and their lengths [B]."""
-    each = [ids(f"tokens, row {row}", one, vocab_size) for row, one in enumerate(given)]
+    each = [values.ids(f"tokens, row {row}", one, vocab_size) for row, one in enumerate(given)]
     lengths = np.array([len(row) for row in each])
     if not lengths.all():
         raise ValueError("empty prompt: every row needs at least one token")

@@ -1,13 +1,11 @@
 """`python -m qwen_jax.generate`: text from a model directory, on the command line.
 
-Defaults come from the checkpoint's generation_config, stop words included. Text goes to stdout,
-everything else to stderr; with --json one object goes to stdout instead, of several texts one a
-line. One text is shown as it grows; several (of a file of prompts, or samples) are generated in
-batches, and come in order.
+Defaults come from the checkpoint's generation_config, stop words included. Text, or with --json an
+object for each, goes to stdout, everything else to stderr. One text is shown as it grows; several
+are generated in batches, and come in order.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -15,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.generate import prompts
-from qwen_jax.runtime import caches, command, processes
+from qwen_jax.runtime import caches, command
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -200,9 +198,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 def prompt_texts(args: argparse.Namespace) -> list[str]:
     """What to continue or to answer, each on its own; none with --bench alone."""
     if (file := args.prompts or args.chats) is not None:
-        found, passed = prompts.read(file)
-        if passed:
-            command.say(f"note: {file}: of each record its prompt is read, not {', '.join(passed)}")
+        found = prompts.read(file)
     else:
         one = args.prompt if args.chat is None else args.chat
         if args.prompt_file is not None:
@@ -215,8 +211,6 @@ def prompt_texts(args: argparse.Namespace) -> list[str]:
     answers = args.chat is not None or args.chats is not None
     if not all(text.strip() if answers else text for text in found):
         raise command.UsageError("empty prompt: give some text")
-    digest = hashlib.sha256("\0".join(found).encode("utf-8", "surrogatepass")).hexdigest()
-    processes.agree("prompts", f"{len(found)} of digest {digest[:16]}")
     return found
 
 
@@ -290,14 +284,11 @@ def tasks(args: argparse.Namespace, given: Sequence[str], about: "Description") 
     from qwen_jax.generate.results import Task
     from qwen_jax.runtime import values
 
-    found = []
+    found, file = [], args.prompts or args.chats
     for index, text in enumerate(given):
         ids = prompt_ids(args, text, about)
-        if len(given) == 1:
+        with values.named(f"prompt {index + 1} of {file}" if file else "the prompt"):
             new = about.room(len(ids), args.max_new_tokens)
-        else:
-            with values.named(f"prompt {index + 1} of {args.prompts or args.chats}"):
-                new = about.room(len(ids), args.max_new_tokens)
         for sample in range(args.samples):
             request = completion.Request(ids, args.seed + sample, new)
             found.append(Task(index, sample, text, request))
@@ -314,9 +305,9 @@ def work(args: argparse.Namespace) -> None:
     # All that cannot be is found before the weights are read.
     sizes = options.mesh_sizes(args.mesh)
     from qwen_jax import chat
-    from qwen_jax.generate import bench, completion, language_model, results
+    from qwen_jax.generate import backend, bench, completion, description, results
 
-    language_model.check_names(args.dtype, args.attention, args.cache_dtype)
+    backend.check_names(args.dtype, args.attention, args.cache_dtype)
     try:
         stop_texts = chat.stop_texts(args.stop)
     except ValueError as error:
@@ -340,7 +331,7 @@ def work(args: argparse.Namespace) -> None:
     wanted = tasks(args, given, about)
     model = load(args, about, sizes)
     if answers and model.is_base:
-        command.say(f"note: {language_model.BASE_NOTE}")
+        command.say(f"note: {description.BASE_NOTE}")
     rules = completion.Rules(choose, stops, stop_texts, args.ntk)
     if len(wanted) == 1:
         results.write_one(model, wanted[0], rules, args.json)

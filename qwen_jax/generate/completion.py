@@ -1,16 +1,20 @@
 """Many prompts as ids to texts: in batches, in order, each as it would be alone.
 
 What ends a row is found here where it is a text; ids that end one are found on the device, too.
-This module knows neither how a prompt was encoded nor where results go.
+`generate_text` is a method of `LanguageModel`; the rest knows neither how a prompt was encoded nor
+where results go.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from qwen_jax.chat import StopIds, StopText
+from qwen_jax.chat import StopIds, StopText, stop_texts
 from qwen_jax.chat.tokenizer import TextStream, Tokenizer
+from qwen_jax.decoding import inputs
+from qwen_jax.generate import keywords
+from qwen_jax.runtime import texts, values
 
 if TYPE_CHECKING:
     from qwen_jax.generate.language_model import LanguageModel
@@ -120,3 +124,79 @@ def _batch(
     for row in rows:
         row.finish()
     return rows
+
+
+@overload
+def generate_text(
+    self: "LanguageModel",
+    prompts: str,
+    max_new_tokens: int | None = ...,
+    *,
+    sampler: Any = ...,
+    stop: str | Sequence[str] = ...,
+    seed: int | Sequence[int] = ...,
+    ntk: str = ...,
+    batch_size: int = ...,
+) -> str: ...
+@overload
+def generate_text(
+    self: "LanguageModel",
+    prompts: Sequence[str],
+    max_new_tokens: int | None = ...,
+    *,
+    sampler: Any = ...,
+    stop: str | Sequence[str] = ...,
+    seed: int | Sequence[int] = ...,
+    ntk: str = ...,
+    batch_size: int = ...,
+) -> list[str]: ...
+@keywords.explained
+def generate_text(
+    self: "LanguageModel",
+    prompts: str | Sequence[str],
+    max_new_tokens: int | None = None,
+    *,
+    sampler: Any = None,
+    stop: str | Sequence[str] = (),
+    seed: int | Sequence[int] = 0,
+    ntk: str = "prompt",
+    batch_size: int = BATCH_SIZE,
+) -> str | list[str]:
+    """Continue a text, or each of several: the new text alone, without the stop that ends it.
+
+    What is None is as the checkpoint's generation_config says, and what it names as stops ends
+    a text too. A control token that a prompt spells is ordinary text. `chat` asks a chat model.
+
+    Args:
+        prompts: a text; or texts of any lengths, `batch_size` of which run at once. Each gives
+            what it would give alone.
+        max_new_tokens: the most tokens of each text.
+        sampler: a `Greedy` or a `Nucleus`.
+        stop: a text or texts that end a row where they are generated, wherever tokens begin.
+        seed: one for all texts, or one for each. To draw several samples of a prompt, repeat it
+            and give each a seed of its own.
+        ntk: as in `generate`.
+
+    Raises ValueError that names an argument which is no text, is empty, or does not fit.
+    """
+    given = [prompts] if isinstance(prompts, str) else inputs.prompts(prompts)
+    tokenizer = self.need_tokenizer()
+    width = values.whole("batch_size", batch_size, 1)
+    seeds = inputs.seeds(seed, len(given))
+    requests = []
+    for number, text in enumerate(given):
+        name = "the prompt" if isinstance(prompts, str) else f"prompt {number}"
+        ids = tokenizer.encode(texts.check_whole(name, text))
+        if not ids:
+            raise ValueError(f"{name} is empty: give some text")
+        with values.named(name):
+            new = self.room(len(ids), max_new_tokens)
+        requests.append(Request(ids, int(seeds[number]), new))
+    rules = Rules(
+        self.generation_config.sampler if sampler is None else sampler,
+        self.generation_config.stops,
+        stop_texts(stop),
+        ntk,
+    )
+    made = [row.text for rows in run(self, requests, rules, width) for row in rows]
+    return made[0] if isinstance(prompts, str) else made

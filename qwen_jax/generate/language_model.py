@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax import attention as attention_registry
 from qwen_jax import chat, checkpoint, meshes
-from qwen_jax.attention import cache as kv
-from qwen_jax.attention import prove
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.chat.tokenizer import TextStream
-from qwen_jax.config import Config
 from qwen_jax.decoding import decode, inputs, sampling
-from qwen_jax.generate import completion, description, keywords
+from qwen_jax.generate import backend, completion, description, keywords
 from qwen_jax.generate.description import BASE_NOTE, Description
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, rope
@@ -55,18 +51,9 @@ def load(
     Raises ValueError for a directory that is not whole, or an argument that is not allowed;
     NotImplementedError where that attention cannot do this model on this device.
     """
-    check_names(dtype, attention, cache_dtype)
+    backend.check_names(dtype, attention, cache_dtype)
     about = description.read(path, overrides, max_length)
     return with_weights(path, about, dtype, attention, cache_dtype)
-
-
-def check_names(dtype: str | None, attention: str, cache_dtype: str | None) -> None:
-    """Raise ValueError for one of these arguments of `load` that is not known, before anything is
-    read.
-    """
-    values.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
-    values.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
-    attention_registry.get(attention)
 
 
 def with_weights(
@@ -84,51 +71,13 @@ def with_weights(
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
         raise ValueError("a context axis is for training: decode with tp and fsdp")
     meshes.check(config.sizes, mesh)
-    dtype = dtype or default_dtype()
-    attend = attention_for(attention, config, dtype, about.max_length, cache_dtype, mesh)
+    dtype = dtype or backend.default_dtype()
+    attend = backend.attention_for(attention, config, dtype, about.max_length, cache_dtype, mesh)
     decoder = checkpoint.load(path, config, dtype, mesh)
     fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
     return LanguageModel(
         **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype
     )
-
-
-def attention_for(
-    name: str, config: Config, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
-) -> Any:
-    """The implementation for a prompt's chunks and for a token against up to `length` slots.
-
-    One token is traced, so that attention that declines does so before the weights are read.
-    """
-    chunk = min(length, decode.buckets()[-1])
-    attend = prove.resolve(
-        name,
-        [
-            *prove.passes(config, dtype, 1, chunk, mesh=mesh),
-            *prove.decoding(config, dtype, 1, length, cache_dtype, mesh),
-        ],
-    )
-    rows = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)
-
-    def abstract(letters: str, dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(letters, mesh))
-
-    q = abstract("BTNH", dtype, rows, 1, config.num_heads, config.head_dim)
-    k = abstract("BTKH", dtype, rows, 1, config.num_kv_heads, config.head_dim)
-    ids, scale = abstract("BT", jnp.int32, rows, 1), abstract("BT", jnp.float32, rows, 1)
-    mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
-    with meshes.entered(mesh):
-        jax.eval_shape(attention_registry.on_shards(attend), q, k, k, mask, scale)
-    return attend
-
-
-def default_dtype() -> str:
-    """float32 on CPU; bfloat16 on TPU and on GPUs of compute capability 8 and up, else float16."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return "float32"
-    old = device.platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8
-    return "float16" if old else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,80 +146,7 @@ class LanguageModel(Description):
         missing = int(max_new_tokens) - made.shape[1]
         return np.pad(made, ((0, 0), (0, missing)), constant_values=self.pad_id)
 
-    @overload
-    def generate_text(
-        self,
-        prompts: str,
-        max_new_tokens: int | None = ...,
-        *,
-        sampler: Any = ...,
-        stop: str | Sequence[str] = ...,
-        seed: int | Sequence[int] = ...,
-        ntk: str = ...,
-        batch_size: int = ...,
-    ) -> str: ...
-    @overload
-    def generate_text(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int | None = ...,
-        *,
-        sampler: Any = ...,
-        stop: str | Sequence[str] = ...,
-        seed: int | Sequence[int] = ...,
-        ntk: str = ...,
-        batch_size: int = ...,
-    ) -> list[str]: ...
-    @keywords.explained
-    def generate_text(
-        self,
-        prompts: str | Sequence[str],
-        max_new_tokens: int | None = None,
-        *,
-        sampler: Any = None,
-        stop: str | Sequence[str] = (),
-        seed: int | Sequence[int] = 0,
-        ntk: str = "prompt",
-        batch_size: int = completion.BATCH_SIZE,
-    ) -> str | list[str]:
-        """Continue a text, or each of several: the new text alone, without the stop that ends it.
-
-        What is None is as the checkpoint's generation_config says, and what it names as stops ends
-        a text too. A control token that a prompt spells is ordinary text. `chat` asks a chat model.
-
-        Args:
-            prompts: a text; or texts of any lengths, `batch_size` of which run at once. Each gives
-                what it would give alone.
-            max_new_tokens: the most tokens of each text.
-            sampler: a `Greedy` or a `Nucleus`.
-            stop: a text or texts that end a row where they are generated, wherever tokens begin.
-            seed: one for all texts, or one for each. To draw several samples of a prompt, repeat it
-                and give each a seed of its own.
-            ntk: as in `generate`.
-
-        Raises ValueError that names an argument which is no text, is empty, or does not fit.
-        """
-        given = [prompts] if isinstance(prompts, str) else inputs.prompts(prompts)
-        tokenizer = self.need_tokenizer()
-        width = values.whole("batch_size", batch_size, 1)
-        seeds = inputs.seeds(seed, len(given))
-        requests = []
-        for number, text in enumerate(given):
-            name = "the prompt" if isinstance(prompts, str) else f"prompt {number}"
-            ids = tokenizer.encode(texts.check_whole(name, text))
-            if not ids:
-                raise ValueError(f"{name} is empty: give some text")
-            with values.named(name):
-                new = self.room(len(ids), max_new_tokens)
-            requests.append(completion.Request(ids, int(seeds[number]), new))
-        rules = completion.Rules(
-            self.generation_config.sampler if sampler is None else sampler,
-            self.generation_config.stops,
-            chat.stop_texts(stop),
-            ntk,
-        )
-        made = [row.text for rows in completion.run(self, requests, rules, width) for row in rows]
-        return made[0] if isinstance(prompts, str) else made
+    generate_text = completion.generate_text
 
     @keywords.explained
     def stream(

@@ -1,9 +1,10 @@
-"""Prompts of a file: one a line, or JSON Lines. Knows no tokenizer and no command line."""
+"""Prompts of a file: one a line, or JSON Lines. Knows no tokenizer."""
 
+import hashlib
 import json
 from pathlib import Path
 
-from qwen_jax.runtime import texts
+from qwen_jax.runtime import command, processes, texts
 
 _KEY = "prompt"  # of an object in JSON Lines
 
@@ -13,8 +14,8 @@ def whole(path: str | Path) -> str:
     return texts.read(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read(path: str | Path) -> tuple[list[str], list[str]]:
-    """The prompts of a file, and the keys of its records that are not read.
+def read(path: str | Path) -> list[str]:
+    """The prompts of a file, the same for all processes; says which keys of records are not read.
 
     A prompt is a line; in a file whose name ends in .jsonl it is a JSON text, or the value of
     "prompt" in a JSON object. Blank lines are passed over. ValueError names the file and the line
@@ -32,7 +33,11 @@ def read(path: str | Path) -> tuple[list[str], list[str]]:
         found.append(line)
     if not found:
         raise ValueError(f"{path} has no prompts: give one a line")
-    return found, list(passed)
+    if passed:
+        command.say(f"note: {path}: of each record its prompt is read, not {', '.join(passed)}")
+    digest = hashlib.sha256("\0".join(found).encode()).hexdigest()
+    processes.agree("prompts", f"{len(found)} of digest {digest[:16]}")
+    return found
 
 
 def _record(line: str, where: str) -> tuple[str, list[str]]:

@@ -107,8 +107,7 @@ def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     lines, records = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_bytes("Hello\r\n\r\n你好<|im_end|> there\n".encode())
     records.write_text('"Hello"\n{"id": 7, "prompt": "你好<|im_end|> there"}\n\n', encoding="utf-8")
-    assert prompts.read(lines) == (["Hello", "你好<|im_end|> there"], [])
-    assert prompts.read(records) == (["Hello", "你好<|im_end|> there"], ["id"])
+    assert prompts.read(lines) == prompts.read(records) == ["Hello", "你好<|im_end|> there"]
     settings = ["--ckpt", "-", "--max-new-tokens", "6", "--json"]
     code, out, err = run(capsys, *settings, "--prompts", str(records))
     found = [json.loads(line) for line in out.splitlines()]

@@ -77,8 +77,8 @@ class Recipe:
     lora_alpha: float = _about("Scale what adapters add by X over their rank.", 16.0)
     lora_dropout: float = _about("Drop a share X of what goes into adapters.", 0.05)
     lora_targets: tuple[str, ...] = _about(
-        "Put adapters on the modules of these names (c_attn, c_proj, w1, w2, or a path that ends "
-        "in one), or that one pattern matches, as PEFT's target_modules.",
+        "Put adapters on the modules of these names, of c_attn, c_proj, w1 and w2, or that one "
+        "pattern matches, as PEFT's target_modules.",
         ("c_attn", "c_proj", "w1", "w2"),
     )
     train_embeddings: bool | None = _about(
@@ -104,8 +104,7 @@ class Recipe:
         "Split the residual stream by tokens over tp (default: where the tokens divide).", None
     )
     attention: str = _about(
-        "Compute attention with this implementation; auto takes the fastest kernel that proves "
-        f"itself on this device, once: {ATTENTION}.",
+        f"Compute attention with this; auto takes the fastest that is right here: {ATTENTION}.",
         "auto",
     )
     seed: int = _about("Draw fresh weights, the order of the data and dropout from seed N.", 0)

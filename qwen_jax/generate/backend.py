@@ -1,0 +1,64 @@
+"""What a model runs with on the devices here: its dtype and its attention, by their names."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qwen_jax import attention as attention_registry
+from qwen_jax import checkpoint, meshes
+from qwen_jax.attention import cache as kv
+from qwen_jax.attention import prove
+from qwen_jax.config import Config
+from qwen_jax.decoding import decode
+from qwen_jax.meshes import sharding
+from qwen_jax.runtime import values
+
+
+def check_names(dtype: str | None, attention: str, cache_dtype: str | None) -> None:
+    """Raise ValueError for one of these arguments of `load` that is not known, before anything is
+    read.
+    """
+    values.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
+    values.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
+    attention_registry.get(attention)
+
+
+def attention_for(
+    name: str, config: Config, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
+) -> Any:
+    """The implementation for a prompt's chunks and for a token against up to `length` slots.
+
+    One token is traced, so that attention that declines does so before the weights are read.
+    """
+    chunk = min(length, decode.buckets()[-1])
+    attend = prove.resolve(
+        name,
+        [
+            *prove.passes(config, dtype, 1, chunk, mesh=mesh),
+            *prove.decoding(config, dtype, 1, length, cache_dtype, mesh),
+        ],
+    )
+    rows = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)
+
+    def abstract(letters: str, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(letters, mesh))
+
+    q = abstract("BTNH", dtype, rows, 1, config.num_heads, config.head_dim)
+    k = abstract("BTKH", dtype, rows, 1, config.num_kv_heads, config.head_dim)
+    ids, scale = abstract("BT", jnp.int32, rows, 1), abstract("BT", jnp.float32, rows, 1)
+    mask = attention_registry.Mask(ids, ids, ids, ids, abstract("", jnp.int32))
+    with meshes.entered(mesh):
+        jax.eval_shape(attention_registry.on_shards(attend), q, k, k, mask, scale)
+    return attend
+
+
+def default_dtype() -> str:
+    """float32 on CPU; bfloat16 on TPU and on GPUs of compute capability 8 and up, else float16."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "float32"
+    old = device.platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8
+    return "float16" if old else "bfloat16"
