@@ -24,9 +24,9 @@ RUN = "run.json"  # of a training run, in whose folder its results are
 _ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
 _NESTED = 3  # folders between a run or a model and a part of it that may be given by mistake
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"  # OWNER/NAME of a model on the Hugging Face hub
-UNFINISHED = "unfinished.json"  # there while a conversion or a save is under way
-FORMAT = 2  # 1 had a leaf axis for heads
-# Beside the weights: configuration, vocabularies, licence, and the files that auto_map names.
+UNFINISHED = "unfinished.json"  # exists while a conversion or a save is running
+FORMAT = 2  # in format 1, leaves had an axis for heads
+# Files copied beside the weights: configuration, vocabularies, licence, and the auto_map's code.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
 ORIGIN = "origin"  # in the manifest of a conversion: where others find the checkpoint
@@ -39,8 +39,8 @@ class CheckpointError(ValueError):
 
 
 def existing(path: str | Path) -> Path:
-    """The folder at `path`, which has a config.json. Raises CheckpointError that says what else is
-    there, and what to give in its place.
+    """The absolute path of a folder with a config.json. Raises CheckpointError if it is not one,
+    which says what the path is instead and what to give in its place.
     """
     root = paths.absolute(path)
     if not root.is_dir():

@@ -24,10 +24,8 @@ ATTENTION = (
     "auto, xla, pallas_tpu, pallas_triton, pallas_hopper, dot_product, splash, flash or tokamax "
     "(docs/attention.md)"
 )
-DTYPE = (
-    "of the weights here (default: float32 on a CPU; else bfloat16, or float16 where that is not)"
-)
-_RAISING = ("strict", "surrogateescape", "surrogatepass")  # a stream's errors, of encodings
+DTYPE = "of the weights here (default: float32 on a CPU; else bfloat16, or float16 without it)"
+_RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may raise on output
 
 
 class UsageError(ValueError):
@@ -176,7 +174,7 @@ def show_log(debug: bool = False) -> None:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Add what every command has: an option that shows tracebacks, and `--version`."""
+    """Add what every command has: `--debug`, which shows tracebacks, and `--version`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_version(parser)
 
@@ -197,9 +195,8 @@ class _Version(argparse.Action):
 
         from qwen_jax.runtime.version import VERSION
 
-        python = ".".join(map(str, sys.version_info[:3]))
-        jax, jaxlib = map(metadata.version, ("jax", "jaxlib"))
-        print(f"qwen_jax {VERSION} (jax {jax}, jaxlib {jaxlib}, Python {python})")
+        jax, python = metadata.version("jax"), sys.version.split()[0]
+        print(f"qwen_jax {VERSION} (jax {jax}, Python {python})")
         parser.exit()
 
 
