@@ -182,10 +182,10 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Time the selected shapes, and print a table."""
     if args.list:
         others = [name for name in args.given if name != "list"]
-        command.refuse(args, others, "means nothing beside --list, which times nothing")
+        command.refuse(args, others, why="means nothing beside --list, which times nothing")
     on_cpu = choice.device().platform == "cpu"
     if not on_cpu:
-        command.refuse(args, ("interpreted",), "applies to a CPU: here kernels are compiled")
+        command.refuse(args, ("interpreted",), why="applies to a CPU: here kernels are compiled")
     known = shapes(args.dtype or ("float32" if on_cpu else "bfloat16"))
     names = workloads.available(attention.IMPLEMENTATIONS, args.interpreted)
     if args.list:
@@ -216,7 +216,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return command.run(parser(), functools.partial(work, argv=given), given)
+    return command.run(parser(), functools.partial(work, argv=given), argv=given)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def by_group(args: argparse.Namespace) -> None:
             cells = [where, kernel, str(rows)]
             for running.GROUP in args.group:
                 setting = Setting(PRESETS["qwen-7b"], rows, args.length[0], kernel)
-                program = programs.prefill(setting, mesh, WHOLE_CHUNK)
+                program = programs.prefill(setting, mesh, chunk=WHOLE_CHUNK)
                 cells.append(f"{program.memory.parts['temporaries'] / 1e6:,.0f}")
             print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -85,7 +85,7 @@ def main() -> None:
                         program = (
                             programs.decoding(setting, mesh)
                             if task == "decode"
-                            else programs.prefill(setting, mesh, CHUNK)
+                            else programs.prefill(setting, mesh, chunk=CHUNK)
                         )
                         print(row(where, kernel, kind, task, program, length), flush=True)
 

@@ -92,7 +92,9 @@ def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:
         max_length=length,
         decoder=decoder,
         mesh=mesh,
-        attend=attention_for(name, decoder.config, dtype, length, CACHES[cache], mesh),
+        attend=attention_for(
+            name, decoder.config, dtype=dtype, length=length, cache_dtype=CACHES[cache], mesh=mesh
+        ),
         cache_dtype=CACHES[cache],
     )
 
@@ -212,7 +214,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return command.run(parser(), functools.partial(work, argv=given), given)
+    return command.run(parser(), functools.partial(work, argv=given), argv=given)
 
 
 if __name__ == "__main__":

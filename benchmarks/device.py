@@ -285,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace) -> None:
     """Run the selected tasks that are not measured yet. Raises ValueError if one fails."""
     if args.list:
-        command.refuse(args, ("again",), "means nothing beside --list, which runs nothing")
+        command.refuse(args, ("again",), why="means nothing beside --list, which runs nothing")
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         given = environment(args.rehearse, temporary / "site")
@@ -324,7 +324,7 @@ def work(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    return command.run(parser(), work, argv)
+    return command.run(parser(), work, argv=argv)
 
 
 if __name__ == "__main__":

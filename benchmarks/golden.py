@@ -135,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Run the selected checks, and print a table. Raises ValueError if one differs."""
     if args.no_kernels:
-        command.refuse(args, ("length",), "applies to kernels: drop it, or --no-kernels")
+        command.refuse(args, ("length",), why="applies to kernels: drop it, or --no-kernels")
     caches.use_compilation_cache()
     names = args.attention or workloads.available(attention.IMPLEMENTATIONS)
     for name in names:
@@ -168,7 +168,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return command.run(parser(), functools.partial(work, argv=given), given)
+    return command.run(parser(), functools.partial(work, argv=given), argv=given)
 
 
 if __name__ == "__main__":

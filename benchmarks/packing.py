@@ -50,7 +50,7 @@ def made(folder: Path, pack: str) -> dict[str, float]:
     used.
     """
     begin = time.perf_counter()
-    rows = Rows(TokenCache(folder), _ROW, pack)
+    rows = Rows(TokenCache(folder), _ROW, pack=pack)
     seconds = time.perf_counter() - begin
     status = Path("/proc/self/status").read_text()
     kilobytes = int(status.split("VmHWM:")[1].split()[0])
@@ -98,7 +98,7 @@ def work(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    return command.run(parser(), work, argv)
+    return command.run(parser(), work, argv=argv)
 
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ class Ours:
         run = step.make_step(
             self.optimizer,
             self._attend(),
-            self.case.dtype,
-            remat,
+            dtype=self.case.dtype,
+            remat=remat,
             attach=attach if self.case.rank else None,
         )
         self.programs[remat] = run.lower(self.state, self.batch, self.base).compile()
@@ -175,7 +175,9 @@ class Ours:
     def _attend(self) -> Callable[..., Any]:
         """The attention implementation of the case."""
         case = self.case
-        calls = prove.passes(case.config, case.dtype, case.rows, case.length, backward=True)
+        calls = prove.passes(
+            case.config, case.dtype, rows=case.rows, length=case.length, backward=True
+        )
         return prove.resolve(case.attention, calls)
 
     def step(self, remat: str) -> Any:
@@ -252,7 +254,7 @@ def _decoder(config: Config, dtype: str) -> Any:
 def _adapters(config: Config, rank: int, base: Any) -> Any:
     """Random adapters of this rank for all projections of the base."""
     groups = peft.targets(("c_attn", "c_proj", "w1", "w2"), config.num_layers)
-    return lora.create(base, groups, rank, 16, jax.random.key(1))
+    return lora.create(base, groups, rank=rank, alpha=16, key=jax.random.key(1))
 
 
 def write(case: Case, path: Path) -> None:
@@ -549,7 +551,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     wanted = cases(args)
     if all(case.name != SMALL for case in wanted):
-        command.refuse(args, ("hidden",), f"applies to the small model: add --model {SMALL}")
+        command.refuse(args, ("hidden",), why=f"applies to the small model: add --model {SMALL}")
     if args.torch_python and (args.lora or {x.dtype for x in wanted} != {"float32"} or not on_cpu):
         raise command.UsageError("--torch-python: on a CPU, in float32, without --lora")
     title, found = head(argv), []
@@ -568,7 +570,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return command.run(parser(), functools.partial(work, argv=given), given)
+    return command.run(parser(), functools.partial(work, argv=given), argv=given)
 
 
 if __name__ == "__main__":

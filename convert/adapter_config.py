@@ -115,7 +115,7 @@ class Patterns:
     def __init__(self) -> None:
         self._end = time.process_time() + MATCHING_SECONDS
 
-    def match(self, field: str, pattern: str, path: str, whole: bool = False) -> Any:
+    def match(self, field: str, pattern: str, *, path: str, whole: bool = False) -> Any:
         """As `re.match` does, or `re.fullmatch`."""
         left = max(self._end - time.process_time(), 1e-3)
         shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
@@ -148,7 +148,7 @@ def modules() -> dict[str, tuple[str, ...]]:
 
 
 def targets(
-    wanted: Sequence[str] | str, layers: int, patterns: Patterns | None = None
+    wanted: Sequence[str] | str, layers: int, *, patterns: Patterns | None = None
 ) -> dict[str, tuple[str, ...]]:
     """The modules that get adapters, as PEFT chooses: those whose path ends in one of the names, or
     that a pattern matches whole. Raises ValueError for a name without a module, for one that is not
@@ -161,7 +161,8 @@ def targets(
     found, used = {}, set()
     for module, leaves in modules().items():
         by_layer = [
-            _named("target_modules", wanted, path, patterns) for path in _paths([module], layers)
+            _named("target_modules", wanted, path=path, patterns=patterns)
+            for path in _paths([module], layers)
         ]
         if all(by_layer):
             found[module] = leaves
@@ -181,10 +182,10 @@ def _paths(groups: Sequence[str], layers: int) -> list[str]:
     return [f"{LAYER.replace('{L}', str(i))}{module}" for i in range(layers) for module in groups]
 
 
-def _named(field: str, wanted: Sequence[str] | str, path: str, patterns: Patterns) -> set[str]:
+def _named(field: str, wanted: Sequence[str] | str, *, path: str, patterns: Patterns) -> set[str]:
     """Which of the names a path is or ends in; or the pattern, where it matches the whole path."""
     if isinstance(wanted, str):
-        return {wanted} if patterns.match(field, wanted, path, whole=True) else set()
+        return {wanted} if patterns.match(field, wanted, path=path, whole=True) else set()
     return {name for name in wanted if path == name or path.endswith(f".{name}")}
 
 
@@ -205,17 +206,19 @@ def read_shape(folder: Path, layers: int) -> AdapterShape:
             f"{MERGED_IN_PEFT}"
         )
     with values.named(file):
-        rank = values.whole("r", settings.get("r"), 1, values.INT32)
-        alpha = values.number("lora_alpha", settings.get("lora_alpha"), *values.POSITIVE)
+        rank = values.whole("r", settings.get("r"), least=1, most=values.INT32)
+        alpha = values.number(
+            "lora_alpha", settings.get("lora_alpha"), least=values.TINY, most=values.FLOAT32
+        )
         stabilised = values.flag("use_rslora", settings.get("use_rslora") or False)
         if not _empty(bias := settings.get("bias")):
-            values.choice("bias", bias, _BIASES)
+            values.choice("bias", bias, allowed=_BIASES)
     known = {module.rpartition(".")[2]: module for module in WHOLE}
-    wanted = _list(file, settings, "target_modules", or_pattern=True)
-    saved = _list(file, settings, "modules_to_save")
+    wanted = _list(file, settings, name="target_modules", or_pattern=True)
+    saved = _list(file, settings, name="modules_to_save")
     patterns = Patterns()
     try:
-        groups = targets(wanted, layers, patterns) if wanted else {}
+        groups = targets(wanted, layers, patterns=patterns) if wanted else {}
         judge = _Judge(file, settings, _paths(list(groups), layers), patterns)
         refused = {name: value for name, value in settings.items() if judge.changes(name, value)}
     except ValueError as error:
@@ -235,7 +238,7 @@ def read_shape(folder: Path, layers: int) -> AdapterShape:
     return AdapterShape(groups, rank, scale, tuple(whole))
 
 
-def _list(file: Path, settings: Mapping[str, Any], name: str, or_pattern: bool = False) -> Any:
+def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: bool = False) -> Any:
     """A list of names, or a pattern where that is allowed; [] for null."""
     value = settings.get(name) or []
     pattern = isinstance(value, str) and or_pattern
@@ -260,16 +263,18 @@ class _Judge:
         return getattr(self, f"_{name}")(value) if name in JUDGED else True
 
     def _exclude_modules(self, value: Any) -> bool:
-        wanted = _list(self.file, self.settings, "exclude_modules", or_pattern=True)
-        return any(_named("exclude_modules", wanted, x, self.patterns) for x in self.paths)
+        wanted = _list(self.file, self.settings, name="exclude_modules", or_pattern=True)
+        return any(
+            _named("exclude_modules", wanted, path=x, patterns=self.patterns) for x in self.paths
+        )
 
     def _rank_pattern(self, value: Any) -> bool:
-        return self._another("rank_pattern", value, self.settings["r"])
+        return self._another("rank_pattern", value, common=self.settings["r"])
 
     def _alpha_pattern(self, value: Any) -> bool:
-        return self._another("alpha_pattern", value, self.settings["lora_alpha"])
+        return self._another("alpha_pattern", value, common=self.settings["lora_alpha"])
 
-    def _another(self, field: str, value: Any, common: float) -> bool:
+    def _another(self, field: str, value: Any, *, common: float) -> bool:
         """Whether a module has another number than the common one: that of the first pattern that
         matches the end of its path.
         """
@@ -280,11 +285,11 @@ class _Judge:
         if all(number == common for number in value.values()):
             return False
         for pattern in value:  # by itself, so that a message shows it as it is written
-            self.patterns.match(field, pattern, "")
+            self.patterns.match(field, pattern, path="")
 
         def own(path: str) -> Any:
             for pattern, number in value.items():
-                if self.patterns.match(field, rf"(.*\.)?({pattern})$", path):
+                if self.patterns.match(field, rf"(.*\.)?({pattern})$", path=path):
                     return number
             return common
 
@@ -307,7 +312,7 @@ class _Judge:
         def number(path: str) -> int | None:
             for pattern in lists:
                 before = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-                if found := self.patterns.match("layers_pattern", before, path):
+                if found := self.patterns.match("layers_pattern", before, path=path):
                     return int(found["idx"])
             return None
 

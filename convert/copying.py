@@ -33,7 +33,7 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def import_band(band: Band, params: Path, file: Path, offset: int, dtype: str) -> None:
+def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str) -> None:
     """Write a band's files from a tensor of `dtype` in which its leaf begins at byte `offset`.
 
     A file has its name only when it is complete: what an interrupted run left can be trusted.
@@ -44,23 +44,25 @@ def import_band(band: Band, params: Path, file: Path, offset: int, dtype: str) -
         source = stack.enter_context(paths.reader(file))
         targets = [stack.enter_context(paths.writer(f)) for f in band.files(params)]
         if len(targets) == 1 and band.whole and dtype == band.leaf.dtype:
-            _copy(source, targets[0], offset, band.rows * row_bytes)
+            _copy(source, targets[0], offset=offset, count=band.rows * row_bytes)
         else:
             for first, rows in blocks(band, dtype):
-                parts = _columns(source, offset + first * row_bytes, rows, band, dtype)
+                parts = _columns(
+                    source, offset + first * row_bytes, rows=rows, band=band, dtype=dtype
+                )
                 for target, part in zip(targets, parts, strict=True):
-                    write(target, cast(part, band.leaf.dtype, band.leaf.path))
+                    write(target, cast(part, band.leaf.dtype, name=band.leaf.path))
 
 
 def _columns(
-    source: Source, offset: int, rows: int, band: Band, dtype: str
+    source: Source, offset: int, *, rows: int, band: Band, dtype: str
 ) -> Iterator[np.ndarray]:
     """Each piece's columns of some rows. Of rows that are not all ours, only our bytes are read,
     unless each run of them would be a request.
     """
     kind, columns = numpy_dtype(dtype), band.leaf.shape[1:]
     if band.whole or isinstance(source, paths.Object):
-        data = read(source, offset, rows * band.row_elements * kind.itemsize)
+        data = read(source, offset, count=rows * band.row_elements * kind.itemsize)
         array = data.view(kind).reshape(rows, *columns)
         yield from (array[(slice(None), *at)] for at in band.pieces.values())
         return
@@ -74,7 +76,7 @@ def _columns(
                 starts = (starts[:, None] + numbers * stride).reshape(-1)
         data = np.empty((rows, *(s.stop - s.start for s in at)), kind)
         for start, run in zip(starts.tolist(), data.reshape(len(starts), -1), strict=True):
-            _fill(source, offset + start * kind.itemsize, run.view(np.uint8).data)
+            _fill(source, offset + start * kind.itemsize, memory=run.view(np.uint8).data)
         yield data
 
 
@@ -84,7 +86,7 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def export_band(
-    band: Band, params: Path, target: Target, dtype: str, change: Change | None = None
+    band: Band, params: Path, *, target: Target, dtype: str, change: Change | None = None
 ) -> None:
     """Append a band to the open file `target`, as `dtype`; change: what becomes of its rows."""
     with contextlib.ExitStack() as stack:
@@ -92,18 +94,18 @@ def export_band(
         sources = {stack.enter_context(paths.reader(f)): at for f, at in files.items()}
         item = ITEM_BYTES[band.leaf.dtype]
         if len(sources) == 1 and dtype == band.leaf.dtype and change is None:
-            _copy(next(iter(sources)), target, 0, band.chunk_elements * item)
+            _copy(next(iter(sources)), target, offset=0, count=band.chunk_elements * item)
             return
         narrow = band.leaf.chunks[1:]
         row_bytes = band.chunk_elements // band.rows * item
         for first, rows in blocks(band, dtype):
             array = np.empty((rows, *band.leaf.shape[1:]), numpy_dtype(band.leaf.dtype))
             for source, at in sources.items():
-                data = read(source, first * row_bytes, rows * row_bytes)
+                data = read(source, first * row_bytes, count=rows * row_bytes)
                 array[(slice(None), *at)] = data.view(array.dtype).reshape(rows, *narrow)
             if change is not None:
                 array = change(band.start + first, array)
-            write(target, cast(array, dtype, band.leaf.path))
+            write(target, cast(array, dtype, name=band.leaf.path))
 
 
 def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
@@ -114,7 +116,7 @@ def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
         yield first, min(step, band.rows - first)
 
 
-def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: str, *, name: str) -> np.ndarray:
     """The array as `dtype`, rounded to nearest. ValueError when a value is too large for it."""
     if array.dtype == numpy_dtype(dtype):
         return array
@@ -129,14 +131,14 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return result
 
 
-def read(source: Source, offset: int, count: int) -> np.ndarray:
+def read(source: Source, offset: int, *, count: int) -> np.ndarray:
     """Exactly `count` bytes."""
     data = np.empty(count, np.uint8)
-    _fill(source, offset, data.data)
+    _fill(source, offset, memory=data.data)
     return data
 
 
-def _fill(source: Source, offset: int, memory: memoryview) -> None:
+def _fill(source: Source, offset: int, *, memory: memoryview) -> None:
     while memory:
         _check_stop()
         if isinstance(source, paths.Object):
@@ -158,7 +160,7 @@ def write(target: Target, array: np.ndarray) -> None:
         data = data[done:]
 
 
-def _copy(source: Source, target: Target, offset: int, count: int) -> None:
+def _copy(source: Source, target: Target, *, offset: int, count: int) -> None:
     """Copy bytes within the kernel where it can do that, otherwise through a buffer."""
     while count:
         _check_stop()
@@ -171,7 +173,7 @@ def _copy(source: Source, target: Target, offset: int, count: int) -> None:
                     raise
         if done == 0:  # also what some file systems answer instead of an error
             done = min(count, BLOCK_BYTES)
-            write(target, read(source, offset, done))
+            write(target, read(source, offset, count=done))
         offset, count = offset + done, count - done
 
 
@@ -181,7 +183,7 @@ def _check_stop() -> None:
 
 
 def run(
-    what: str, jobs: Iterable[tuple[int, Callable[[], None]]], done: int = 0, workers: int = 2
+    what: str, jobs: Iterable[tuple[int, Callable[[], None]]], *, done: int = 0, workers: int = 2
 ) -> None:
     """Run jobs (bytes, work), showing the bytes of those that have ended; `done`: from before.
 

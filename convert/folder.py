@@ -128,7 +128,7 @@ def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, in the order of their bytes."""
     size = paths.size(file)
-    length = int.from_bytes(paths.read(file, 0, 8), "little") if size >= 8 else 0
+    length = int.from_bytes(paths.read(file, 0, count=8), "little") if size >= 8 else 0
     if size < 8 or length > _LARGEST_HEADER:
         raise ValueError(
             f"{file} is not a safetensors file: its first 8 bytes are no length; download it again "
@@ -136,7 +136,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         )
     if 8 + length > size:
         raise ValueError(f"{file} is truncated within its header: download it again")
-    text = paths.read(file, 8, length)
+    text = paths.read(file, 8, count=length)
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
@@ -147,7 +147,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         for begin, end, name, entry in sorted(entries, key=lambda found: found[:2]):
             if begin != position:
                 raise ValueError("tensors overlap or leave gaps")
-            tensors[name], position = _tensor(file, 8 + length, name, entry), end
+            tensors[name], position = _tensor(file, 8 + length, name=name, entry=entry), end
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not a safetensors file: its header is damaged ({error}); download it again"
@@ -170,7 +170,7 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _tensor(file: Path, base: int, name: str, entry: Mapping[str, Any]) -> Tensor:
+def _tensor(file: Path, base: int, *, name: str, entry: Mapping[str, Any]) -> Tensor:
     """The tensor of an entry whose offsets are right. base: where the header has its end."""
     shape, code, (begin, end) = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
     if not _sizes(shape) or not isinstance(code, str):

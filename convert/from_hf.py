@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command.run(parser(), convert, argv)
+    return command.run(parser(), convert, argv=argv)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def convert(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
     if (plan.target / directory.MANIFEST).exists() and args.verify:
-        verify(_as_stored(plan, args.dtype, args.mesh is not None))
+        verify(_as_stored(plan, args.dtype, cut=args.mesh is not None))
         return
     with target.alone(plan.target) as check:
         copy(plan)
@@ -100,7 +100,7 @@ def convert(args: argparse.Namespace) -> None:
         check()
         if processes.index() == 0:
             facts = {**plan.facts, directory.ORIGIN: origin(plan.source)}
-            checkpoint.finish(plan.target, plan.leaves, facts)
+            checkpoint.finish(plan.target, plan.leaves, facts=facts)
         processes.barrier()
     command.say(f"{plan.target} is complete")
 
@@ -119,7 +119,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     checkpoint.load_generation_config(source)
     tokenizer = checkpoint.load_tokenizer(source)
     vocabulary = (dst if tokenizer is None else source) / directory.TOKENIZER
-    if amiss := token_ids.check_fits(vocabulary, tokenizer, config.vocab_size):
+    if amiss := token_ids.check_fits(vocabulary, tokenizer, vocab_size=config.vocab_size):
         command.say(f"warning: {amiss}")
     if (source / "adapter_config.json").exists():
         how = f"python convert/to_hf.py {dst} NEW --adapter {source}"
@@ -132,7 +132,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     abstract = checkpoint.abstract_leaves(config, "float32")[1]
     shapes_of = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     wanted = names.expected(shapes_of)
-    names.check(shapes, wanted, inert)
+    names.check(shapes, wanted, inert=inert)
     tensors = {name: tensors[name] for name in wanted}
     dtype = folder.dtype_of(tensors, args.dtype)
     files = {tensor.file for tensor in tensors.values()} | {source / directory.CONFIG}
@@ -143,10 +143,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "source": target.fingerprint(files),
     }
     partitions = {
-        path: tuple(map(sharding.entries, sharding.spec(leaf.letters, config.sizes, mesh)))
+        path: tuple(map(sharding.entries, sharding.spec(leaf.letters, config.sizes, mesh=mesh)))
         for path, leaf in abstract.items()
     }
-    leaves = _leaves(shapes_of, partitions, dtype, mesh)
+    leaves = _leaves(shapes_of, partitions, dtype=dtype, sizes=mesh)
     return Plan(source, dst, tensors, wanted, leaves, partitions, facts)
 
 
@@ -218,6 +218,7 @@ def read_config(source: Path) -> Config:
 def _leaves(
     shapes: dict[str, tuple[int, ...]],
     partitions: dict[str, shares.Partition],
+    *,
     dtype: str,
     sizes: dict[str, int],
 ) -> dict[str, store.StoredLeaf]:
@@ -238,7 +239,9 @@ def copy(plan: Plan) -> None:
     if processes.index() == 0:
         resumed = target.check_usable(plan.target, plan.facts)
         done, needed, jobs = _jobs(plan, resumed)
-        target.begin(plan.source, plan.target, plan.facts, resumed, done, needed)
+        target.begin(
+            plan.source, plan.target, facts=plan.facts, resumed=resumed, done=done, needed=needed
+        )
         with target.explained(plan.target, needed):
             paths.copy(plan.source / directory.CONFIG, plan.target / directory.CONFIG)
             store.write_metadata(plan.params, plan.leaves)
@@ -247,7 +250,7 @@ def copy(plan: Plan) -> None:
         target.check_shared(plan.target, plan.facts)
         done, needed, jobs = _jobs(plan, True)
     with target.explained(plan.target, needed):
-        copying.run("converting", jobs, done if processes.count() == 1 else 0)
+        copying.run("converting", jobs, done=done if processes.count() == 1 else 0)
     processes.barrier()
 
 
@@ -258,7 +261,9 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
     done = needed = 0
     jobs: list[Job] = []
     found = directory.file_sizes(plan.target) if resumed else {}
-    share = shares.Shares(plan.leaves, plan.partitions, plan.facts["mesh"], processes.count())
+    share = shares.Shares(
+        plan.leaves, plan.partitions, sizes=plan.facts["mesh"], count=processes.count()
+    )
     for tensor, expected in zip(plan.tensors.values(), plan.wanted.values(), strict=True):
         for part in expected.parts:
             offset = tensor.offset + part.start * folder.ITEM_BYTES[tensor.dtype]
@@ -278,13 +283,13 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
     return done, needed, jobs
 
 
-def _as_stored(plan: Plan, dtype: str | None, cut: bool) -> Plan:
+def _as_stored(plan: Plan, dtype: str | None, *, cut: bool) -> Plan:
     """The plan for a finished directory, with the dtype and the chunks that it has. dtype, cut:
     what the command asks for; cut: the plan's mesh.
     """
     manifest = checkpoint.verify_whole(plan.target)
     shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
-    directory.check_shapes(plan.target, manifest, shapes)
+    directory.check_shapes(plan.target, manifest, wanted=shapes)
     stored = manifest["dtype"]
     if dtype not in (None, stored):
         raise ValueError(
@@ -302,7 +307,7 @@ def _as_stored(plan: Plan, dtype: str | None, cut: bool) -> Plan:
 def verify(plan: Plan) -> None:
     from convert.verify import verify as compare
 
-    compare(plan.params, plan.leaves, plan.tensors, plan.wanted, exported=False)
+    compare(plan.params, plan.leaves, tensors=plan.tensors, wanted=plan.wanted, exported=False)
     processes.barrier()
     command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
 

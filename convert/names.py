@@ -114,7 +114,7 @@ def check_depth(found: Iterable[str], depth: int) -> None:
 
 
 def check(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Expected], inert: Collection[str]
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Expected], *, inert: Collection[str]
 ) -> None:
     """Raise ValueError that lists every tensor missing, unknown or of a wrong shape.
 

@@ -103,7 +103,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
     sizes["embedding"] = tuple(decoder.embedding.shape)
     if decoder.head is not None:
         sizes["head"] = tuple(decoder.head.shape)
-    shape, tensors = _read(folder, read_shape(folder, len(layers)), len(layers), sizes)
+    shape, tensors = _read(folder, read_shape(folder, len(layers)), layers=len(layers), sizes=sizes)
 
     def found(path: str) -> np.ndarray:
         kind, _, name = path.partition(".")
@@ -121,12 +121,19 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 
     def put(path: str, leaf: Weight) -> Weight:
         array = found(path).astype(np.float32)
-        placed = moves.place(array, leaf.letters, decoder.config.sizes)
+        placed = moves.place(array, leaf.letters, lengths=decoder.config.sizes)
         return Weight(placed, letters=leaf.letters)
 
     def empty(decoder: Decoder) -> Adapters:
         alpha, key = shape.scale * shape.rank, jax.random.key(0)
-        return lora.create(decoder, shape.groups, shape.rank, alpha, key, bool(shape.whole))
+        return lora.create(
+            decoder,
+            shape.groups,
+            rank=shape.rank,
+            alpha=alpha,
+            key=key,
+            embeddings=bool(shape.whole),
+        )
 
     like = jax.eval_shape(empty, decoder)
     absent = {name: None for module, name in WHOLE.items() if module not in shape.whole}
@@ -145,7 +152,7 @@ def changes(
     """
     layers = len({path.split(".")[1] for path in shapes if path.startswith("layers.")})
     sizes = {path.removeprefix("layers.0."): size for path, size in shapes.items()}
-    shape, tensors = _read(folder, read_shape(folder, layers), layers, sizes)
+    shape, tensors = _read(folder, read_shape(folder, layers), layers=layers, sizes=sizes)
 
     def replaced(name: str) -> Any:
         whole = tensors["whole", 0, name]
@@ -192,7 +199,7 @@ def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]
 
 
 def _read(
-    folder: Path, shape: AdapterShape, layers: int, sizes: Mapping[str, tuple[int, ...]]
+    folder: Path, shape: AdapterShape, *, layers: int, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[AdapterShape, dict[tuple[str, int, str], np.ndarray]]:
     """The tensors of an adapter, checked; and its shape with the modules that came along unasked.
     sizes: of the leaves that they go on; without "head" where the embedding is the head.
@@ -207,12 +214,12 @@ def _read(
             found = {name: _narrow(tensors.get_tensor(name)) for name in entries}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: {error}: download or save it again") from error
-    shape, found = _with_embeddings(file, shape, found, sizes)
+    shape, found = _with_embeddings(file, shape, found=found, sizes=sizes)
     wanted = _tensors(shape, layers)
     problems = [f"no {name}" for name in wanted if name not in found]
     problems += [f"{name} is not known" for name in found if name not in wanted]
     for name, (kind, _, module) in wanted.items():
-        size = _size(shape, sizes, kind, module)
+        size = _size(shape, sizes, kind=kind, module=module)
         if name in found and found[name].shape != size:
             problems.append(f"{name} is {list(found[name].shape)} instead of {list(size)}")
     if problems:
@@ -221,13 +228,14 @@ def _read(
             "trained on"
         )
     by_place = {wanted[name]: tensor for name, tensor in found.items()}
-    _check_numbers(file, shape, wanted, by_place)
+    _check_numbers(file, shape, wanted=wanted, found=by_place)
     return shape, by_place
 
 
 def _check_numbers(
     file: Path,
     shape: AdapterShape,
+    *,
     wanted: Mapping[str, tuple[str, int, str]],
     found: Mapping[tuple[str, int, str], np.ndarray],
 ) -> None:
@@ -240,7 +248,7 @@ def _check_numbers(
     for name, (kind, layer, module) in wanted.items():
         if kind != "b":
             continue
-        most = _most_added(shape.scale, found["a", layer, module], found["b", layer, module])
+        most = _most_added(shape.scale, found["a", layer, module], b=found["b", layer, module])
         if most > values.FLOAT32:
             raise ValueError(
                 f"{file}: {name} with its lora_A and the scale {shape.scale:.3g} of lora_alpha "
@@ -257,7 +265,7 @@ def _narrow(tensor: np.ndarray) -> np.ndarray:
         return tensor.astype(np.float32)
 
 
-def _most_added(scale: float, a: np.ndarray, b: np.ndarray) -> float:
+def _most_added(scale: float, a: np.ndarray, *, b: np.ndarray) -> float:
     """No number is larger in scale b a, nor on the way there, in whatever order."""
     largest = [np.abs(x.astype(np.float64)).max(axis) for x, axis in ((a, 1), (b, 0))]
     return float(np.maximum(largest[0], 1) @ largest[1]) * max(scale, 1)
@@ -291,6 +299,7 @@ def _without_tensors(folder: Path) -> str:
 def _with_embeddings(
     file: Path,
     shape: AdapterShape,
+    *,
     found: dict[str, np.ndarray],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> tuple[AdapterShape, dict[str, np.ndarray]]:
@@ -324,7 +333,7 @@ def _with_embeddings(
 
 
 def _size(
-    shape: AdapterShape, sizes: Mapping[str, tuple[int, ...]], kind: str, module: str
+    shape: AdapterShape, sizes: Mapping[str, tuple[int, ...]], *, kind: str, module: str
 ) -> tuple[int, ...]:
     if kind == "whole":
         return sizes[WHOLE[module]]

@@ -22,6 +22,7 @@ class Shares:
         self,
         leaves: Mapping[str, StoredLeaf],
         partitions: Mapping[str, Partition],
+        *,
         sizes: Mapping[str, int],
         count: int,
     ):

@@ -114,7 +114,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def begin(
-    source: Path, target: Path, facts: Mapping[str, Any], resumed: bool, done: int, needed: int
+    source: Path, target: Path, *, facts: Mapping[str, Any], resumed: bool, done: int, needed: int
 ) -> None:
     """Start or continue: say how many bytes are there, and write all but weights and config.json.
 

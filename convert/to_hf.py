@@ -110,7 +110,7 @@ def parse_size(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command.run(parser(), convert, argv)
+    return command.run(parser(), convert, argv=argv)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -141,7 +141,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     config = Config.read(src / directory.CONFIG)
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    directory.check_shapes(src, manifest, shapes)
+    directory.check_shapes(src, manifest, wanted=shapes)
     wanted = names.expected(shapes)
     dtype = args.dtype or manifest["dtype"]
     sizes = {name: math.prod(t.shape) * folder.ITEM_BYTES[dtype] for name, t in wanted.items()}
@@ -191,8 +191,10 @@ def copy(plan: Plan) -> None:
 
     if processes.index() == 0:
         resumed = target.check_usable(plan.target, plan.facts)
-        done, needed, _ = _all_jobs(plan, list(plan.shards), resumed)
-        target.begin(plan.source, plan.target, plan.facts, resumed, done, needed)
+        done, needed, _ = _all_jobs(plan, list(plan.shards), resumed=resumed)
+        target.begin(
+            plan.source, plan.target, facts=plan.facts, resumed=resumed, done=done, needed=needed
+        )
         with target.explained(plan.target, needed):
             _write_config(plan)
     processes.barrier()
@@ -200,21 +202,21 @@ def copy(plan: Plan) -> None:
         target.check_shared(plan.target, plan.facts)
         resumed = True
     files = list(plan.shards)[processes.index() :: processes.count()]
-    done, needed, pending = _all_jobs(plan, files, resumed)
+    done, needed, pending = _all_jobs(plan, files, resumed=resumed)
     with target.explained(plan.target, needed):
         # One worker: a file's length tells how far it has come, so it is written front to back.
-        copying.run("converting", pending, done, workers=1)
+        copying.run("converting", pending, done=done, workers=1)
     processes.barrier()
     if processes.index() == 0 and len(plan.shards) > 1:
         _write_index(plan)
     processes.barrier()
 
 
-def _all_jobs(plan: Plan, files: list[str], resumed: bool) -> tuple[int, int, "list[Job]"]:
+def _all_jobs(plan: Plan, files: list[str], *, resumed: bool) -> tuple[int, int, "list[Job]"]:
     """The bytes of these files that are there and that are needed, and what is left to do."""
     done, pending = 0, []
     for file in files:
-        there, jobs = _jobs(plan, file, resumed)
+        there, jobs = _jobs(plan, file, resumed=resumed)
         done += there
         pending += jobs
     return done, sum(size for size, _ in pending), pending
@@ -223,7 +225,7 @@ def _all_jobs(plan: Plan, files: list[str], resumed: bool) -> tuple[int, int, "l
 Job = tuple[int, Callable[[], None]]
 
 
-def _jobs(plan: Plan, file: str, resumed: bool) -> tuple[int, list[Job]]:
+def _jobs(plan: Plan, file: str, *, resumed: bool) -> tuple[int, list[Job]]:
     """The bytes of a file that are there already, and what is left to do, in order."""
     whole = plan.target / file
     # Not a draft of this process's own: what a stopped export left is gone on with. Nobody ever
@@ -292,7 +294,9 @@ def _upload(plan: Plan, file: Path, head: bytes, bands: list[store.Band]) -> Non
     with paths.writer(file) as stream:
         copying.write(stream, np.frombuffer(head, np.uint8))
         for band in bands:
-            copying.export_band(band, plan.params, stream, plan.dtype, _change(plan, band))
+            copying.export_band(
+                band, plan.params, target=stream, dtype=plan.dtype, change=_change(plan, band)
+            )
 
 
 def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
@@ -303,7 +307,9 @@ def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
             raise ValueError(f"{draft} has been changed by someone else: remove it")
         stream.seek(position)  # what is there of a band that was cut short is written again
         change = _change(plan, band)
-        copying.export_band(band, plan.params, stream.fileno(), plan.dtype, change)
+        copying.export_band(
+            band, plan.params, target=stream.fileno(), dtype=plan.dtype, change=change
+        )
 
 
 def _change(plan: Plan, band: store.Band) -> "Change | None":
@@ -338,7 +344,14 @@ def verify(plan: Plan) -> None:
     from convert.verify import verify as compare
 
     tensors = folder.read(plan.target)
-    compare(plan.params, plan.leaves, tensors, plan.wanted, exported=True, changes=plan.changes)
+    compare(
+        plan.params,
+        plan.leaves,
+        tensors=tensors,
+        wanted=plan.wanted,
+        exported=True,
+        changes=plan.changes,
+    )
     processes.barrier()
     merged = ", the adapter merged into them" if plan.changes else ""
     command.say(f"verified: all {len(plan.wanted)} tensors are the source's{merged}")

@@ -24,6 +24,7 @@ from qwen_jax.runtime import paths, processes
 def verify(
     params: Path,
     leaves: Mapping[str, StoredLeaf],
+    *,
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Expected],
     exported: bool,
@@ -35,7 +36,15 @@ def verify(
     Of several processes each compares a part, and speaks of what it has found.
     """
     different: set[str] = set()
-    jobs = _jobs(params, leaves, tensors, wanted, exported, changes or {}, different)
+    jobs = _jobs(
+        params,
+        leaves,
+        tensors=tensors,
+        wanted=wanted,
+        exported=exported,
+        changes=changes or {},
+        different=different,
+    )
     copying.run("verifying", itertools.islice(jobs, processes.index(), None, processes.count()))
     if different:
         names = ", ".join(name for name in wanted if name in different)
@@ -50,6 +59,7 @@ def verify(
 def _jobs(
     params: Path,
     leaves: Mapping[str, StoredLeaf],
+    *,
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Expected],
     exported: bool,
@@ -68,7 +78,9 @@ def _jobs(
                     band: Band = band,
                     change: Change | None = change,
                 ) -> None:
-                    if not _equal(array, tensors[name], part, band, exported, change):
+                    if not _equal(
+                        array, tensors[name], part=part, band=band, exported=exported, change=change
+                    ):
                         different.add(name)
 
                 yield band.rows * band.row_elements * ITEM_BYTES[band.leaf.dtype], work
@@ -85,23 +97,29 @@ def _open(params: Path, part: TensorPart) -> Any:
 
 
 def _equal(
-    array: Any, tensor: Tensor, part: TensorPart, band: Band, exported: bool, change: Change | None
+    array: Any,
+    tensor: Tensor,
+    *,
+    part: TensorPart,
+    band: Band,
+    exported: bool,
+    change: Change | None,
 ) -> bool:
     row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
     offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes
     with paths.reader(tensor.file) as file:
         for first, rows in copying.blocks(band, tensor.dtype):
             start = band.start + first
-            outer = copying.read(file, offset + first * row_bytes, rows * row_bytes)
+            outer = copying.read(file, offset + first * row_bytes, count=rows * row_bytes)
             outer = outer.view(copying.numpy_dtype(tensor.dtype))
             inner = array[start : start + rows].read().result()
             if change is not None:
                 inner = change(start, inner)
             inner = inner.reshape(-1)
             if exported:
-                inner = copying.cast(inner, tensor.dtype, part.path)
+                inner = copying.cast(inner, tensor.dtype, name=part.path)
             else:
-                outer = copying.cast(outer, band.leaf.dtype, part.path)
+                outer = copying.cast(outer, band.leaf.dtype, name=part.path)
             if not np.array_equal(outer.view(np.uint8), inner.view(np.uint8)):
                 return False
     return True

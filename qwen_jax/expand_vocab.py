@@ -72,7 +72,7 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     """
     if not isinstance(words, Mapping):
         raise ValueError(f"words must be word to frequency, got {texts.described(words)}")
-    words = {w: values.whole(f"the frequency of {w!r}", n, 1) for w, n in words.items()}
+    words = {w: values.whole(f"the frequency of {w!r}", n, least=1) for w, n in words.items()}
     if refused := splittable(words):
         raise ValueError(f"the pre-tokenizer splits {refused[0]!r}: it cannot be a token")
     ranks = dict(tokenizer.ranks)
@@ -114,12 +114,12 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     return learned
 
 
-def write_tokens(path: str | Path, tokens: Iterable[bytes], start_id: int) -> None:
+def write_tokens(path: str | Path, tokens: Iterable[bytes], *, start_id: int) -> None:
     """Write an expansion file with ids from `start_id` on. Raises FileExistsError if it exists."""
     tokens = list(tokens)
     if wrong := [token for token in tokens if not isinstance(token, bytes)]:
         raise ValueError(f"tokens must be bytes, got {texts.described(wrong[0])}")
-    start_id = values.whole("start_id", start_id, 0)
+    start_id = values.whole("start_id", start_id, least=0)
     lines = [
         f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens, start_id)
     ]
@@ -149,7 +149,7 @@ def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
     return merged
 
 
-def expand(vocab_file: Path, words_file: Path, out_file: Path, start_id: int | None) -> None:
+def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int | None) -> None:
     """Run the command; prints a line for each refused word (to stderr) and a summary."""
     _check_place(out_file)
     tokenizer = Tokenizer.from_file(vocab_file)
@@ -161,7 +161,7 @@ def expand(vocab_file: Path, words_file: Path, out_file: Path, start_id: int | N
         print(f"warning: {word!r} refused: the pre-tokenizer splits it", file=sys.stderr)
         del words[word]
     tokens = learn_tokens(tokenizer, words)
-    write_tokens(out_file, tokens, first)
+    write_tokens(out_file, tokens, start_id=first)
     known = sum(word.encode() in tokenizer.ranks for word in words)
     ids = f" (ids {first}..{first + len(tokens) - 1})" if tokens else ""
     print(
@@ -203,9 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_debug(parser)
 
     def work(args: argparse.Namespace) -> None:
-        expand(args.vocab_file, args.words_file, args.out_file, args.start_id)
+        expand(args.vocab_file, args.words_file, out_file=args.out_file, start_id=args.start_id)
 
-    return command.run(parser, work, None if argv is None else list(argv))
+    return command.run(parser, work, argv=None if argv is None else list(argv))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,11 @@ def test_it_knows_more_than_pairs_of_tokens(demo):
     def text(record: records.Record) -> tuple[list[int], None]:
         return data.text_example(vocabulary, record.value), None
 
-    cache = token_cache.make([TEXT], vocabulary, token_cache.Encoding(text, {"data": "text"}))
+    cache = token_cache.make(
+        [TEXT], vocabulary, encoding=token_cache.Encoding(text, {"data": "text"})
+    )
     chosen = task.split(len(cache), SHARE, seed=0)[1]
-    rows = packing.Rows(cache, 256, "joined", examples=chosen)
+    rows = packing.Rows(cache, 256, pack="joined", examples=chosen)
     evaluate = step.make_evaluation(attention.get("xla"), "float32")
     batch = jax.tree.map(lambda *x: np.stack(x), *[rows[i] for i in range(len(rows))])
     with meshes.entered(meshes.make(meshes.parse(None))):

@@ -161,7 +161,9 @@ def step_logits(
     with meshes.entered(model.mesh):
         start = moves.place(whole((width - lengths).astype(np.int32)), "B")
         rates = moves.place(whole(frequencies), "BH")
-        state = cache.empty(model.config, start, 256, np.float32, model.cache_dtype)
+        state = cache.empty(
+            model.config, start, capacity=256, dtype=np.float32, kind=model.cache_dtype
+        )
         for step in steps:
             places, segments = decode.positions(start, state.index, step.shape[1])
             x = model.decoder.embed(moves.place(whole(step), "BT"))

@@ -125,7 +125,7 @@ def work(args: argparse.Namespace) -> None:
         raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join((*MODES, OWN))}")
     if not any("window" in mode.split("+") for mode in modes):
         how = "is of a mode with window: add ntk+logn+window to --modes, or drop it"
-        command.refuse(args, ("windows",), how)
+        command.refuse(args, ("windows",), why=how)
     given = "perplexity.png" if args.plot is None and not args.json else args.plot
     picture = None if given is None else paths.parse(given)
     if picture:
@@ -147,26 +147,28 @@ def work(args: argparse.Namespace) -> None:
 
     config = checkpoint.load_config(args.ckpt)
     windows = _windows(args.windows)
-    settings = {mode: setting_of(config, mode, windows) for mode in modes}
+    settings = {mode: setting_of(config, mode, windows=windows) for mode in modes}
     for length in lengths:
         meshes.check({**config.sizes, "T": length}, sizes)
     ids = _ids(args, max(lengths))
     dtype = args.dtype or backend.default_dtype()
-    with _told(args, len(ids), picture) as tell, meshes.entered(meshes.make(sizes)):
+    with _told(args, len(ids), picture=picture) as tell, meshes.entered(meshes.make(sizes)):
         decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
         rows = rows_at_once(max(lengths), len(ids) // max(lengths))
-        calls = prove.passes(config, dtype, rows, max(lengths))
+        calls = prove.passes(config, dtype, rows=rows, length=max(lengths))
         attend = prove.resolve(args.attention, calls)
         for mode, setting in settings.items():
             for length in lengths:
                 begin = time.perf_counter()
-                value = perplexity(decoder, setting, ids, attend, dtype, length)
+                value = perplexity(
+                    decoder, setting, ids=ids, attend=attend, dtype=dtype, length=length
+                )
                 tell(mode, length, value, time.perf_counter() - begin)
 
 
 @contextlib.contextmanager
 def _told(
-    args: argparse.Namespace, tokens: int, picture: Path | None
+    args: argparse.Namespace, tokens: int, *, picture: Path | None
 ) -> Iterator[Callable[[str, int, float, float], None]]:
     """A function that is handed each figure: mode, length, perplexity and seconds. At the end,
     whatever that is, those that there are make the table or JSON, and the plot.
@@ -199,7 +201,7 @@ def _told(
                 command.say(f"plot: {picture}")
 
 
-def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None) -> "Config":
+def setting_of(config: "Config", mode: str, *, windows: Sequence[int | None] | None) -> "Config":
     """The architecture in a mode; weights are the same in all. windows: a width for each layer, of
     mode "window"; None: the lower half of the layers see `seq_length`. ValueError for windows that
     are not one for each layer.
@@ -222,6 +224,7 @@ def setting_of(config: "Config", mode: str, windows: Sequence[int | None] | None
 def perplexity(
     decoder: "Decoder",
     config: "Config",
+    *,
     ids: np.ndarray,
     attend: Callable[..., Any],
     dtype: Any,
@@ -239,7 +242,7 @@ def perplexity(
 
     scheme = rope.from_config(config)
     rates = scheme.frequencies(scheme.alpha(np.array([length])))
-    total = _total(config, attend, dtype)
+    total = _total(config, attend, dtype=dtype)
     rows = ids[: len(ids) // length * length].reshape(-1, length)
     size, entropy, done = rows_at_once(length, len(rows)), 0.0, 0
     with tqdm(
@@ -272,7 +275,7 @@ def _perplexity(entropy: float) -> float:
 
 
 @functools.cache
-def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+def _total(config: "Config", attend: Callable[..., Any], *, dtype: Any) -> Callable[..., Any]:
     """A jitted program that sums the cross-entropies of a batch: it takes the decoder, the batch
     and the frequencies of RoPE, float32 [1, H/2].
     """
@@ -285,7 +288,9 @@ def _total(config: "Config", attend: Callable[..., Any], dtype: Any) -> Callable
     @jax.jit
     def total(decoder: "Decoder", batch: Batch, rates: jax.Array) -> jax.Array:
         decoder = decoder.replace(config=config)
-        found, weights = loss.scores(decoder, batch, rates, attend, jnp.dtype(dtype))
+        found, weights = loss.scores(
+            decoder, batch, frequencies=rates, attend=attend, dtype=jnp.dtype(dtype)
+        )
         return jnp.sum(weights * (found.lse - found.logit))
 
     return total
@@ -344,7 +349,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(parser(), work, None if argv is None else list(argv))
+    return command.run(parser(), work, argv=None if argv is None else list(argv))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def _cell(value: float | None) -> str:
     return f"{'' if value is None else f'{value:.2f}':>10}"
 
 
-def plot(found: Mapping[str, Mapping[int, float]], path: Path, title: str = "Perplexity") -> None:
+def plot(
+    found: Mapping[str, Mapping[int, float]], path: Path, *, title: str = "Perplexity"
+) -> None:
     """Perplexity over length, a line for each mode. title: of the plot."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter

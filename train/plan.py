@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--tries", type=command.positive, default=6, help="most programs of a search (default: 6)")
     add("--json", action="store_true", help="one object for programs")
     command.add_debug(parser)
-    return command.run(parser, _work, argv)
+    return command.run(parser, _work, argv=argv)
 
 
 _OF_TRAINING = ("remat", "sequence_parallel", "accumulate", "gradient_dtype", "lora_rank")
@@ -81,15 +81,19 @@ _OF_TRAINING += ("base_dtype", "train_embeddings")
 def _refuse_idle(args: argparse.Namespace) -> None:
     """Raise UsageError for an option that means nothing beside the others."""
     if args.decode:
-        command.refuse(args, _OF_TRAINING, "is of training: drop it, or --decode")
+        command.refuse(args, _OF_TRAINING, why="is of training: drop it, or --decode")
     else:
-        command.refuse(args, ("cache_dtype",), "is of decoding: add --decode")
+        command.refuse(args, ("cache_dtype",), why="is of decoding: add --decode")
     if args.search:
-        command.refuse(args, ("mesh", "remat"), "is what --search tries all of: drop one of them")
+        command.refuse(
+            args, ("mesh", "remat"), why="is what --search tries all of: drop one of them"
+        )
     else:
-        command.refuse(args, ("tries",), "is of a search: add --search")
+        command.refuse(args, ("tries",), why="is of a search: add --search")
     if args.lora_rank is None:
-        command.refuse(args, ("base_dtype", "train_embeddings"), "is of adapters: give --lora-rank")
+        command.refuse(
+            args, ("base_dtype", "train_embeddings"), why="is of adapters: give --lora-rank"
+        )
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -115,20 +119,22 @@ def _work(args: argparse.Namespace) -> None:
 
     setting = _setting(args, topology)
     if args.search:
-        tried = search.candidates(setting, topology, args.decode)[: args.tries]
+        tried = search.candidates(setting, topology, decode=args.decode)[: args.tries]
         if not tried:
             raise UsageError(
                 f"--search: no mesh of {topology.devices} devices divides this model and "
                 f"--batch {args.batch} or its halves"
             )
-        found = _found(tried, topology, args.decode)
+        found = _found(tried, topology, decode=args.decode)
         found.sort(key=rank)
     else:
         sizes = _mesh(args)
         if args.mesh is None:
             lengths = {**setting.config.sizes, "B": setting.batch}
             slices = topology.slices if topology.chip.platform == "tpu" else 1
-            sizes = meshes.default(lengths, topology.devices, not args.decode, slices)
+            sizes = meshes.default(
+                lengths, topology.devices, training=not args.decode, slices=slices
+            )
             if math.prod(sizes.values()) < topology.devices:
                 raise UsageError(
                     f"{args.model} and --batch {args.batch} do not divide over the "
@@ -136,8 +142,8 @@ def _work(args: argparse.Namespace) -> None:
                 )
         if sizes[sharding.TENSOR] == 1 and args.sequence_parallel:
             how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
-            command.refuse(args, ("sequence_parallel",), how)
-        found = list(estimates(setting, topology, sizes, args.decode))
+            command.refuse(args, ("sequence_parallel",), why=how)
+        found = list(estimates(setting, topology, sizes=sizes, decode=args.decode))
     if args.json:
         print(json.dumps({"model": args.model, "plans": [x.to_json() for x in found]}))
     elif args.search:
@@ -150,7 +156,7 @@ class NotCompiled(ValueError):
     """A program that does not compile with the implementation that `auto` would take."""
 
 
-def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
+def _found(tried: Sequence[Any], topology: Any, *, decode: bool) -> list[Any]:
     """The estimates of a search's candidates. One that does not compile is said, and left out;
     where that is every one, it is the error.
     """
@@ -160,7 +166,7 @@ def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
     for number, one in enumerate(tried, 1):
         label = f"{number} of {len(tried)}: "
         try:
-            found += estimates(one.setting, topology, one.mesh, decode, label=label)
+            found += estimates(one.setting, topology, sizes=one.mesh, decode=decode, label=label)
         except NotCompiled as error:
             command.say(f"{one.setting.batch} rows, mesh {meshes.describe(one.mesh)}: {error}")
             failed = error
@@ -170,7 +176,7 @@ def _found(tried: Sequence[Any], topology: Any, decode: bool) -> list[Any]:
 
 
 def estimates(
-    setting: Any, topology: Any, sizes: Mapping[str, int], decode: bool, label: str = ""
+    setting: Any, topology: Any, *, sizes: Mapping[str, int], decode: bool, label: str = ""
 ) -> Iterator[Any]:
     """Yield the estimates of a setting: of training, or of prefill and decoding. label: begins the
     line that is shown while one is compiled.
@@ -180,20 +186,26 @@ def estimates(
     tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
     for task in tasks:
         if setting.attention == "auto":
-            yield _by_auto(task, setting, topology, sizes, label)
+            yield _by_auto(task, setting, topology=topology, sizes=sizes, label=label)
         else:
-            yield _compiled(task, setting, topology, sizes, label)
+            yield _compiled(task, setting, topology=topology, sizes=sizes, label=label)
 
 
-def _compiled(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], label: str) -> Any:
+def _compiled(
+    task: Any, setting: Any, *, topology: Any, sizes: Mapping[str, int], label: str
+) -> Any:
     """The estimate that a task makes, which compiles a program for minutes: it is said which."""
     from train.planning import report
 
-    with report.waiting(label + report.program(task.__name__, setting, topology, sizes)):
+    with report.waiting(
+        label + report.program(task.__name__, setting, topology=topology, sizes=sizes)
+    ):
         return task(setting, topology, sizes)
 
 
-def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], label: str) -> Any:
+def _by_auto(
+    task: Any, setting: Any, *, topology: Any, sizes: Mapping[str, int], label: str
+) -> Any:
     """The estimate with the implementation that `auto` would take there: the first whose self-test
     compiles, in the order of measured lines of the chip, else its own kernel first.
 
@@ -201,16 +213,16 @@ def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], l
     """
     import jax
 
-    names, calls = _expected(setting, topology, sizes, task.__name__)
+    names, calls = _expected(setting, topology, sizes=sizes, task=task.__name__)
     passed: list[str] = []
     for name in names:
         named = dataclasses.replace(
             setting, attention=name, by_auto=True, passed_over=tuple(passed)
         )
         try:
-            return _compiled(task, named, topology, sizes, label)
+            return _compiled(task, named, topology=topology, sizes=sizes, label=label)
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            reason = _refusal(name, calls, topology, sizes)
+            reason = _refusal(name, calls, topology=topology, sizes=sizes)
             if reason is None:
                 raise NotCompiled(
                     f"{task.__name__} does not compile with {name}, which auto would take there, "
@@ -219,10 +231,10 @@ def _by_auto(task: Any, setting: Any, topology: Any, sizes: Mapping[str, int], l
                 ) from error
         passed.append(f"{name}: {reason}")
     named = dataclasses.replace(setting, attention="xla", by_auto=True, passed_over=tuple(passed))
-    return _compiled(task, named, topology, sizes, label)
+    return _compiled(task, named, topology=topology, sizes=sizes, label=label)
 
 
-def _refusal(name: str, calls: Any, topology: Any, sizes: Mapping[str, int]) -> str | None:
+def _refusal(name: str, calls: Any, *, topology: Any, sizes: Mapping[str, int]) -> str | None:
     """Why `auto` would not take that kernel there: what its self-test is refused with."""
     import jax
 
@@ -233,7 +245,7 @@ def _refusal(name: str, calls: Any, topology: Any, sizes: Mapping[str, int]) -> 
     device = topologies.mesh(topology, sizes).devices.flat[:1]
     try:
         with report.waiting(f"compiling for {topology}: the self-test of attention {name}"):
-            programs.compile_calls(calls, name, meshes.make({}, device))
+            programs.compile_calls(calls, name, mesh=meshes.make({}, device))
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return _one_line(error)
     return None
@@ -245,7 +257,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _expected(
-    setting: Any, topology: Any, sizes: Mapping[str, int], task: str
+    setting: Any, topology: Any, *, sizes: Mapping[str, int], task: str
 ) -> tuple[list[str], Any]:
     """Names of the registry that `auto` may take there, the likeliest first, and the calls with
     which it would prove them.
@@ -258,12 +270,19 @@ def _expected(
     config, dtype = setting.config, "bfloat16"
     if task == "decoding":
         calls = prove.decoding(
-            config, dtype, setting.batch, setting.length, setting.cache_dtype, sizes
+            config,
+            dtype,
+            rows=setting.batch,
+            slots=setting.length,
+            cache=setting.cache_dtype,
+            mesh=sizes,
         )
     else:
         rows = setting.batch // setting.accumulate
         backward = task == "training"
-        calls = prove.passes(config, dtype, rows, setting.length, backward, mesh=sizes)
+        calls = prove.passes(
+            config, dtype, rows=rows, length=setting.length, backward=backward, mesh=sizes
+        )
     with jax.set_mesh(topologies.mesh(topology, sizes)):
         names, measured = prove.candidates(calls)
     if not measured:
@@ -311,13 +330,13 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
             f"--model {args.model}: no folder with a config.json, and no preset; these are "
             f"{', '.join(presets.PRESETS)}"
         )
-    _choice("--remat", args.remat, step.REMAT)
-    _choice("--gradient-dtype", args.gradient_dtype, step.FLOATS)
-    _choice("--cache-dtype", args.cache_dtype, (None, *kv.DTYPES))
-    _choice("--attention", args.attention, ("auto", *attention.IMPLEMENTATIONS))
+    _choice("--remat", args.remat, allowed=step.REMAT)
+    _choice("--gradient-dtype", args.gradient_dtype, allowed=step.FLOATS)
+    _choice("--cache-dtype", args.cache_dtype, allowed=(None, *kv.DTYPES))
+    _choice("--attention", args.attention, allowed=("auto", *attention.IMPLEMENTATIONS))
     adapters = None
     if args.lora_rank is not None:
-        _choice("--base-dtype", args.base_dtype, recipes.BASE_DTYPES)
+        _choice("--base-dtype", args.base_dtype, allowed=recipes.BASE_DTYPES)
         adapters = dataclasses.replace(
             recipes.sft_lora(),
             lora_rank=args.lora_rank,
@@ -340,7 +359,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
     )
 
 
-def _choice(name: str, value: Any, allowed: Any) -> None:
+def _choice(name: str, value: Any, *, allowed: Any) -> None:
     if value not in allowed:
         names = ", ".join(str(x) for x in allowed if x is not None)
         raise UsageError(f"{name} {value}: allowed are {names}")

@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     about = "Train a Qwen model to continue text, from fresh weights or from those of a model."
-    return arguments.parser("pretrain", "text", about, _EXAMPLES)
+    return arguments.parser("pretrain", "text", about=about, examples=_EXAMPLES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

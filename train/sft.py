@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     about = "Fine-tune a Qwen model on conversations, all of its weights or adapters on them."
-    return arguments.parser("sft", "chat", about, _EXAMPLES)
+    return arguments.parser("sft", "chat", about=about, examples=_EXAMPLES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,7 +105,7 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be a list of texts, got {described(texts)}")
-    size = values.whole("size", size, _BYTES + 1)
+    size = values.whole("size", size, least=_BYTES + 1)
     import unicodedata
 
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -146,7 +146,7 @@ def _letters() -> dict[int, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(parser(), work, None if argv is None else list(argv))
+    return command.run(parser(), work, argv=None if argv is None else list(argv))
 
 
 if __name__ == "__main__":

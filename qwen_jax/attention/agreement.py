@@ -16,7 +16,7 @@ from qwen_jax.attention.workloads import Case
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
-def error(case: Case, name: str, in_parts: bool = False) -> float:
+def error(case: Case, name: str, *, in_parts: bool = False) -> float:
     """Return an implementation's largest error against the float32 reference, over the largest
     value.
 
@@ -26,9 +26,9 @@ def error(case: Case, name: str, in_parts: bool = False) -> float:
     in_parts: also compare the same call in two parts of its keys, merged by their log-sum-exp, as
         chunked prompts and ring attention use it.
     """
-    small, ways = _small(case), _ways(case, name, in_parts)
+    small, ways = _small(case), _ways(case, name, in_parts=in_parts)
     wanted = len(ways) * _wanted(small)
-    got = [x for attend in ways for x in _results(small, attend, case.dtype)]
+    got = [x for attend in ways for x in _results(small, attend, dtype=case.dtype)]
     pairs = [(jnp.asarray(x, jnp.float32), y) for x, y in zip(got, wanted, strict=True)]
     worst = [jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
     return max(float(x) if jnp.isfinite(x) else math.inf for x in worst)
@@ -40,7 +40,7 @@ def check(case: Case, name: str) -> None:
     Raises NotImplementedError where the implementation declines one.
     """
     small = _small(case)
-    arrays = jax.eval_shape(lambda: _arguments(small, workloads.drawn, workloads.leaf))
+    arrays = jax.eval_shape(lambda: _arguments(small, workloads.drawn, leaf=workloads.leaf))
     for attend in _ways(case, name, in_parts=True):
         jax.eval_shape(_call(small, attend), *arrays)
 
@@ -52,7 +52,7 @@ def _small(case: Case) -> Case:
     return dataclasses.replace(case, features=features, **shape)
 
 
-def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
+def _ways(case: Case, name: str, *, in_parts: bool) -> list[Callable[..., Any]]:
     """Return the functions to be compared: the implementation and, with in_parts, it merged from
     parts.
     """
@@ -65,7 +65,7 @@ def _ways(case: Case, name: str, in_parts: bool) -> list[Callable[..., Any]]:
 @functools.lru_cache(maxsize=1)
 def _wanted(case: Case) -> list[jax.Array]:
     """Return the reference's float32 results."""
-    return _results(case, reference.xla, "float32")
+    return _results(case, reference.xla, dtype="float32")
 
 
 def _in_parts(
@@ -92,18 +92,18 @@ def _with_all(mask: Mask) -> Mask:
     return dataclasses.replace(mask, q_segments=segments, k_segments=segments, window=window)
 
 
-def _results(case: Case, attend: Callable[..., Any], dtype: str) -> list[jax.Array]:
+def _results(case: Case, attend: Callable[..., Any], *, dtype: str) -> list[jax.Array]:
     """Run a call with operands of `dtype`, and return the arrays to be compared."""
 
     def cast(x: Any) -> Any:
         x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
         return x if hasattr(x, "dequantize") else x.astype(dtype)
 
-    arrays = [cast(x) for x in _arguments(case, workloads.normal, workloads.leaf)]
+    arrays = [cast(x) for x in _arguments(case, workloads.normal, leaf=workloads.leaf)]
     return _call(case, attend)(*arrays)
 
 
-def _arguments(case: Case, normal: Callable[..., Any], leaf: Callable[..., Any]) -> list[Any]:
+def _arguments(case: Case, normal: Callable[..., Any], *, leaf: Callable[..., Any]) -> list[Any]:
     """Make the arguments of `_call`, drawn with `normal` and `leaf`."""
     if case.task == "decode":
         token = dataclasses.replace(case, length=1)

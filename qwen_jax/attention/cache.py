@@ -37,7 +37,7 @@ class LayerCache:
         """Write k, v [B, T, K, H] from slot `index` on. A pass must not run over the end of the
         ring.
         """
-        return LayerCache(_put(self.k, k, index), _put(self.v, v, index))
+        return LayerCache(_put(self.k, k, index=index), _put(self.v, v, index=index))
 
     def read(self) -> tuple[Any, Any]:
         """Return k, v as [B, S, K, H], the order that attention takes."""
@@ -67,7 +67,7 @@ class LayerCache:
         own: a mask over this pass's keys.
         past, index: the results of `Cache.context`.
         """
-        decode = registry.decoder(implementation, q, self.k)
+        decode = registry.decoder(implementation, q, keys=self.k)
         rows = jax.typeof(q).sharding.spec
         leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
 
@@ -91,7 +91,9 @@ class LayerCache:
                 o = decode(q, k, v, *held, start, index, own.window, scale)
             else:
                 found = implementation(q, k, v, own, scale, return_lse=True)
-                found = _merge_cached(found, implementation, q, layer, past, scale, index)
+                found = _merge_cached(
+                    found, implementation, q=q, layer=layer, past=past, scale=scale, index=index
+                )
                 o = found[0].astype(q.dtype)
             # This is 0, but the compiler cannot know, so the write waits for the read and needs no
             # copy of the leaf. Otherwise XLA keeps a copy for every layer and step.
@@ -143,7 +145,9 @@ class Cache:
 
     def past_mask(self, positions: jax.Array, segments: jax.Array) -> Mask:
         """Return the mask by which queries at these positions see the slots that are written."""
-        return _past_mask(self.start, self.index, positions, segments, self.capacity)
+        return _past_mask(
+            self.start, self.index, positions=positions, segments=segments, capacity=self.capacity
+        )
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> "Cache":
         """Return the cache with these layers after `length` more tokens."""
@@ -152,7 +156,7 @@ class Cache:
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def _past_mask(
-    start: jax.Array, index: jax.Array, positions: jax.Array, segments: jax.Array, capacity: int
+    start: jax.Array, index: jax.Array, *, positions: jax.Array, segments: jax.Array, capacity: int
 ) -> Mask:
     slots = jnp.arange(capacity, dtype=jnp.int32)
     token = (slots - start[:, None]) % capacity  # position of the token in a slot
@@ -160,7 +164,9 @@ def _past_mask(
     return Mask(positions, token, segments, written, jnp.int32(0))
 
 
-def empty(config: Config, start: jax.Array, capacity: int, dtype: Any, kind: str | None) -> Cache:
+def empty(
+    config: Config, start: jax.Array, *, capacity: int, dtype: Any, kind: str | None
+) -> Cache:
     """Make an empty cache of `capacity` slots for rows that begin at `start`, int32 [B].
 
     kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric". Raises
@@ -205,6 +211,7 @@ def _zeros(
 def _merge_cached(
     found: tuple[jax.Array, jax.Array],
     implementation: Callable[..., Any],
+    *,
     q: jax.Array,
     layer: LayerCache,
     past: Mask,
@@ -238,7 +245,7 @@ def _merge_cached(
     return jax.lax.fori_loop(0, pieces, fold, found)
 
 
-def _put(leaf: Any, new: jax.Array, index: jax.Array) -> Any:
+def _put(leaf: Any, new: jax.Array, *, index: jax.Array) -> Any:
     """Write new keys or values [B, T, K, H] into a leaf [B, K, S, H] at `index` modulo S, quantised
     as the leaf is.
     """

@@ -34,7 +34,7 @@ REFERENCE = "xla"
 
 
 def passes(
-    config: Config, dtype: Any, rows: int, length: int, backward: bool = False, mesh: Any = None
+    config: Config, dtype: Any, *, rows: int, length: int, backward: bool = False, mesh: Any = None
 ) -> list[Case]:
     """Return the attention calls of a forward or training pass, for `resolve` to prove kernels on.
 
@@ -46,11 +46,13 @@ def passes(
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
     length = length // sizes[sharding.CONTEXT]
     tasks = ("forward", "backward") if backward else ("forward",)
-    return [_case(task, config, dtype, rows, length, sizes) for task in tasks]
+    return [
+        _case(task, config, dtype=dtype, rows=rows, length=length, sizes=sizes) for task in tasks
+    ]
 
 
 def decoding(
-    config: Config, dtype: Any, rows: int, slots: int, cache: str | None = None, mesh: Any = None
+    config: Config, dtype: Any, *, rows: int, slots: int, cache: str | None = None, mesh: Any = None
 ) -> list[Case]:
     """Return the attention call of a decode step, for `resolve` to prove kernels on.
 
@@ -59,12 +61,13 @@ def decoding(
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
-    return [_case("decode", config, dtype, rows, slots, sizes, cache)]
+    return [_case("decode", config, dtype=dtype, rows=rows, length=slots, sizes=sizes, cache=cache)]
 
 
 def _case(
     task: str,
     config: Config,
+    *,
     dtype: Any,
     rows: int,
     length: int,
@@ -148,10 +151,10 @@ def _choose(cases: Sequence[Case]) -> tuple[str, str]:
     name, notes = decide(trials, ordered)
     for line, level in notes:
         registry.say(line, level)
-    return name, _why(name, trials, ordered)
+    return name, _why(name, trials, ordered=ordered)
 
 
-def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool) -> str:
+def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], *, ordered: bool) -> str:
     """The reason for which `decide` has taken this implementation, in words."""
     here = choice.device().device_kind
     if name == REFERENCE:
@@ -209,7 +212,8 @@ def decide(
     for name, found in trials.items():
         failed = [(i, x) for i, each in enumerate(found) for x in each if not x.agrees]
         if failed:
-            notes.append(_failure(name, *failed[0], several=len(found) > 1))
+            process, verdict = failed[0]
+            notes.append(_failure(name, process, verdict=verdict, several=len(found) > 1))
             continue
         if ordered:
             return name, notes
@@ -233,7 +237,7 @@ def _milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
     return own, reference
 
 
-def _failure(name: str, process: int, verdict: Verdict, several: bool) -> tuple[str, int]:
+def _failure(name: str, process: int, *, verdict: Verdict, several: bool) -> tuple[str, int]:
     """Return the log line for a kernel that failed or declined, and its level."""
     where = f" on {processes.name(process)}" if several else ""
     if verdict.outcome == "declined":
@@ -245,7 +249,7 @@ def _failure(name: str, process: int, verdict: Verdict, several: bool) -> tuple[
     return line, logging.WARNING
 
 
-def _trial(name: str, cases: Sequence[Case], timed: bool) -> list[Verdict]:
+def _trial(name: str, cases: Sequence[Case], *, timed: bool) -> list[Verdict]:
     """Return verdicts on a kernel on this process's device, up to the first failure."""
     found: list[Verdict] = []
     for case in cases:
@@ -262,14 +266,14 @@ def _trial(name: str, cases: Sequence[Case], timed: bool) -> list[Verdict]:
         )
         verdict = verdicts.find(key)
         if verdict is None or (timed and verdict.agrees and verdict.milliseconds is None):
-            verdict = _proved(key, case, timed)
+            verdict = _proved(key, case, timed=timed)
         found.append(verdict)
         if not verdict.agrees:
             break
     return found
 
 
-def _proved(key: Key, case: Case, timed: bool) -> Verdict:
+def _proved(key: Key, case: Case, *, timed: bool) -> Verdict:
     """Run the self-test, and store its verdict."""
     ran = f"{case.batch} x {case.length} tokens, {case.heads} heads over {case.kv_heads}"
     said = functools.partial(

@@ -32,7 +32,7 @@ def xla(
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
     length = q.shape[1]
     if length <= _QUERY_BLOCK:
-        o, lse = _block(q, k, v, mask.visible(), scale)
+        o, lse = _block(q, k, v=v, visible=mask.visible(), scale=scale)
     else:
         blocks = -(-length // _QUERY_BLOCK)
         padding = blocks * _QUERY_BLOCK - length
@@ -44,7 +44,7 @@ def xla(
         def step(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             q, scale, positions, segments = rows
             part = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
-            return _block(q, k, v, part.visible(), scale)
+            return _block(q, k, v=v, visible=part.visible(), scale=scale)
 
         rows = (q, scale, mask.q_positions, mask.q_segments)
         parts = jax.lax.map(jax.checkpoint(step), tuple(split(x) for x in rows))
@@ -55,7 +55,7 @@ def xla(
 
 
 def _block(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: jax.Array
+    q: jax.Array, k: jax.Array, *, v: jax.Array, visible: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Compute float32 o [B, T, N, H] and log-sum-exp [B, T, N] for a block of queries.
 

@@ -60,7 +60,9 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
         @jax.shard_map(out_specs=out, check_vma=False)  # a kernel's type says no mesh axes
         def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
             if shared:
-                return ring.ring_attention(attend, q, k, v, mask, scale, return_lse)
+                return ring.ring_attention(
+                    attend, q, k=k, v=v, mask=mask, scale=scale, return_lse=return_lse
+                )
             return attend(q, k, v, mask, scale, return_lse=return_lse)
 
         return local(q, k, v, mask, jnp.asarray(scale, jnp.float32))
@@ -164,9 +166,9 @@ def auto(
     No kernel can be proved here, as this runs within a trace.
     """
     dtype, dim = q.dtype.name, q.shape[-1]
-    if (name := resolved("gradients", dtype, dim)) is not None:
+    if (name := resolved("gradients", dtype, head_dim=dim)) is not None:
         return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
-    name = resolved("forward", dtype, dim)
+    name = resolved("forward", dtype, head_dim=dim)
     if name is None and choice.device().platform != "cpu":
         say(
             f"attention: xla ({dtype}, head dim {dim}): no kernel was proved in this process; "
@@ -175,7 +177,7 @@ def auto(
     return Chosen(name or "xla", "xla")(q, k, v, mask, scale, return_lse)
 
 
-def resolved(purpose: str, dtype: str, head_dim: int) -> str | None:
+def resolved(purpose: str, dtype: str, *, head_dim: int) -> str | None:
     """Return the name in `RESOLVED` for the device that is compiled for, or None."""
     return RESOLVED.get((choice.device().device_kind, purpose, dtype, head_dim))
 
@@ -189,7 +191,7 @@ def cached(leaf: Any) -> str:
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
-def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
+def decoder(implementation: Callable[..., Any], q: jax.Array, *, keys: Any) -> Any:
     """Return the decode kernel of an implementation for queries q against keys [B, K, S, H], or
     None.
 
@@ -200,7 +202,7 @@ def decoder(implementation: Callable[..., Any], q: jax.Array, keys: Any) -> Any:
     if isinstance(implementation, Chosen):
         implementation = IMPLEMENTATIONS[implementation.decode]
     elif implementation is auto:
-        name = resolved(cached(keys), q.dtype.name, q.shape[-1])
+        name = resolved(cached(keys), q.dtype.name, head_dim=q.shape[-1])
         implementation = IMPLEMENTATIONS[name or "xla"]
     return DECODERS.get(implementation)
 

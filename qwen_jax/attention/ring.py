@@ -26,6 +26,7 @@ from qwen_jax.meshes import sharding
 def ring_attention(
     implementation: Callable[..., Any],
     q: jax.Array,
+    *,
     k: jax.Array,
     v: jax.Array,
     mask: Any,
@@ -48,7 +49,7 @@ def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) ->
     def step(carry: Any, _: None) -> tuple[Any, None]:
         o, lse, keys = carry
         following = _pass_on(keys)  # travels while this part is computed
-        part = implementation(*_arguments(q, keys, mask, scale), return_lse=True)
+        part = implementation(*_arguments(q, keys, mask=mask, scale=scale), return_lse=True)
         return (*merge([(o, lse), part]), following), None
 
     o = jnp.zeros(q.shape, jnp.float32)
@@ -76,7 +77,7 @@ def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
         following = _pass_on(keys)
 
         def part(q: Any, k: Any, v: Any, scale: Any) -> Any:
-            arguments = _arguments(q, (k, v, *keys[2:]), mask, scale)
+            arguments = _arguments(q, (k, v, *keys[2:]), mask=mask, scale=scale)
             return implementation(*arguments, return_lse=True, **options)
 
         (own, own_lse), gradient = jax.vjp(part, q, *keys[:2], scale)
@@ -103,7 +104,7 @@ def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
 _ring.defvjp(_forward, _backward)
 
 
-def _arguments(q: Any, keys: Any, mask: Any, scale: Any) -> tuple[Any, ...]:
+def _arguments(q: Any, keys: Any, *, mask: Any, scale: Any) -> tuple[Any, ...]:
     """Arrange the arguments of an implementation for these keys, with their positions and
     segments.
     """

@@ -123,14 +123,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command.run(parser(), _work, argv)
+    return command.run(parser(), _work, argv=argv)
 
 
 def _work(args: argparse.Namespace) -> None:
     for alone in ("show", "forget"):
         if getattr(args, alone):
             others = [name for name in args.given if name not in (alone, "debug")]
-            command.refuse(args, others, f"means nothing beside --{alone}, which times nothing")
+            command.refuse(args, others, why=f"means nothing beside --{alone}, which times nothing")
     if args.show:
         print(shown())
         return
@@ -165,7 +165,7 @@ def _work(args: argparse.Namespace) -> None:
     with tqdm(total=total, unit="program", smoothing=0) as bar:
         for case in cases:
             bar.set_description(f"{case.task} {case.stored} {case.length}")
-            lines = _tuned(case, names, args.rounds, bar)
+            lines = _tuned(case, names, rounds=args.rounds, bar=bar)
             agreement.forget()
             write(out, lines)  # after each case: an interrupted run keeps what it has
             for line in lines:
@@ -215,7 +215,7 @@ def _cases(args: argparse.Namespace, task: str) -> list[Any]:
     return [Case(task, args.batch or max(1, _TOKENS // n), n, **shape) for n in args.length]
 
 
-def _tuned(case: Any, names: list[str], rounds: int, bar: Any) -> list[dict[str, Any]]:
+def _tuned(case: Any, names: list[str], *, rounds: int, bar: Any) -> list[dict[str, Any]]:
     """Time a case with all implementations. Returns a line for each that supports it and
     is right.
     """
@@ -223,17 +223,17 @@ def _tuned(case: Any, names: list[str], rounds: int, bar: Any) -> list[dict[str,
 
     entrants: dict[str, tuple[str, dict[str, int], Any]] = {}
     for name in names:
-        for blocks, program in _finalists(case, name, bar):
+        for blocks, program in _finalists(case, name, bar=bar):
             entrants[f"{name} {blocks}"] = name, blocks, program
     times = timing.medians({key: x[2] for key, x in entrants.items()}, rounds)
     best: dict[str, dict[str, Any]] = {}
     for key, seconds in sorted(times.items(), key=lambda x: x[1]):
         name, blocks, _ = entrants[key]
-        best.setdefault(name, _line(case, name, blocks, seconds / case.layers()))
+        best.setdefault(name, _line(case, name, blocks=blocks, seconds=seconds / case.layers()))
     return list(best.values())
 
 
-def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any]]:
+def _finalists(case: Any, name: str, *, bar: Any) -> list[tuple[dict[str, int], Any]]:
     """Return the fastest block sizes of a kernel and their programs; {} stands for its
     own choice.
     """
@@ -244,7 +244,7 @@ def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any
     def attempt(blocks: dict[str, int]) -> None:
         bar.update()
         try:
-            with trying(case, name, blocks):
+            with trying(case, name, blocks=blocks):
                 program = workloads.program(case, name)
                 seconds = timing.medians({name: program}, 3)[name]
                 slowest = max((x[0] for x in tried.values()), default=math.inf)
@@ -274,12 +274,12 @@ def _finalists(case: Any, name: str, bar: Any) -> list[tuple[dict[str, int], Any
 
 
 @contextlib.contextmanager
-def trying(case: Any, name: str, blocks: dict[str, int]) -> Iterator[None]:
+def trying(case: Any, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
     """Make these blocks the only line of the table; {} leaves it empty, and the kernel chooses."""
     from qwen_jax.kernels import choice
 
     measured = choice.measured
-    lines = [_line(case, name, blocks, math.inf)] if blocks else []
+    lines = [_line(case, name, blocks=blocks, seconds=math.inf)] if blocks else []
     choice.measured = lambda: lines
     try:
         yield
@@ -287,7 +287,7 @@ def trying(case: Any, name: str, blocks: dict[str, int]) -> Iterator[None]:
         choice.measured = measured
 
 
-def _line(case: Any, name: str, blocks: dict[str, int], seconds: float) -> dict[str, Any]:
+def _line(case: Any, name: str, *, blocks: dict[str, int], seconds: float) -> dict[str, Any]:
     """Make a line of the table from seconds per call."""
     import jax
 

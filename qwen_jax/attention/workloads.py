@@ -101,7 +101,9 @@ def program(case: Case, name: str) -> Program:
     """
     attend = registry.get(name)
     if case.task == "decode":
-        return _decode(case, functools.partial(decode, attend), [leaves(case, i) for i in _n(case)])
+        return _decode(
+            case, functools.partial(decode, attend), layers=[leaves(case, i) for i in _n(case)]
+        )
     mask, scale = mask_of(case), scale_of(case)
     return _attention(case, lambda q, k, v: attend(q, k, v, mask, scale))
 
@@ -156,7 +158,7 @@ def rival(case: Case, name: str) -> Program:
     ) -> Any:
         return attend(q, keys, values, index - start)
 
-    return _decode(case, step, layers)
+    return _decode(case, step, layers=layers)
 
 
 def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
@@ -185,7 +187,7 @@ def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
     return timing.compiled(backward, jax.jit(pullbacks)(q, keys), do)
 
 
-def _decode(case: Case, step: Callable[..., jax.Array], layers: Any) -> Program:
+def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Program:
     """Compile a decode program of several layers."""
     token = dataclasses.replace(case, length=1)
     q = normal(token, case.heads, 0)
@@ -204,6 +206,7 @@ def _decode(case: Case, step: Callable[..., jax.Array], layers: Any) -> Program:
 def decode(
     attend: Callable[..., Any],
     q: jax.Array,
+    *,
     k: jax.Array,
     v: jax.Array,
     cache_k: Any,
@@ -214,7 +217,7 @@ def decode(
     scale: jax.Array,
 ) -> jax.Array:
     """Attend from a few tokens to a cache as `LayerCache.attend` does, without the write."""
-    kernel = registry.decoder(attend, q, cache_k)
+    kernel = registry.decoder(attend, q, keys=cache_k)
     if kernel is not None:
         return kernel(q, k, v, cache_k, cache_v, start, index, window, scale)
     held = cache.Cache((cache.LayerCache(cache_k, cache_v),), start, index, fresh=False)

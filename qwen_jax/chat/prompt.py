@@ -36,13 +36,13 @@ def make_context(
 
     Raises ValueError that names the argument if a text is not a `str` or has a lone surrogate.
     """
-    values.instance("tokenizer", tokenizer, Tokenizer)
+    values.instance("tokenizer", tokenizer, kind=Tokenizer)
     _check_format(chat_format)
     query = texts.check_whole("query", query)
     if chat_format == "raw":
         return query, tokenizer.encode(query)
     system, pairs = texts.check_whole("system", system), _pairs(history)
-    values.number("max_window_size", max_window_size, 0)
+    values.number("max_window_size", max_window_size, least=0)
     newline = tokenizer.encode("\n")
 
     def message(role: str, content: str) -> tuple[str, list[int]]:
@@ -135,7 +135,7 @@ def _pairs(history: History | None) -> list[tuple[str, str]]:
     return found
 
 
-def with_turn(history: History | None, query: str, reply: str) -> list[Any]:
+def with_turn(history: History | None, query: str, *, reply: str) -> list[Any]:
     """The history with one more turn, in its own form: pairs, or messages."""
     past: list[Any] = [] if history is None else list(history)
     if any(isinstance(item, Mapping) for item in past):
@@ -158,6 +158,7 @@ def stop_sequences(tokenizer: Tokenizer, chat_format: str) -> tuple[tuple[int, .
 def decode_reply(
     tokenizer: Tokenizer,
     ids: Iterable[int],
+    *,
     chat_format: str = "chatml",
     stop: Sequence[Sequence[int]] = (),
     errors: str = "replace",

@@ -164,7 +164,7 @@ class Tokenizer:
         """
         skip = self._special_ids if skip_special_tokens else range(0)
         table = self.id_to_bytes
-        numbers = values.ids("ids", ids, -(-self._size // PADDED) * PADDED)
+        numbers = values.ids("ids", ids, below=-(-self._size // PADDED) * PADDED)
         return b"".join([table.get(i, _UNDECODABLE) for i in numbers if i not in skip])
 
     def decode(
@@ -211,7 +211,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, errors: str = "replace", skip_special_tokens: bool = False
     ):
-        values.instance("tokenizer", tokenizer, Tokenizer)
+        values.instance("tokenizer", tokenizer, kind=Tokenizer)
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(_handler(errors))
@@ -242,7 +242,7 @@ def _ids_by_token(name: str, given: Mapping[bytes, int]) -> dict[bytes, int]:
         raise ValueError(f"{name} must map tokens (bytes) to ids, got {texts.described(given)}")
     if wrong := [token for token in given if not isinstance(token, bytes) or not token]:
         raise ValueError(f"{name}: tokens must be bytes, got {texts.described(wrong[0])}")
-    return dict(zip(given, values.ids(f"{name}: ids", given.values(), 2**31), strict=True))
+    return dict(zip(given, values.ids(f"{name}: ids", given.values(), below=2**31), strict=True))
 
 
 def _lacks_bytes(ranks: Mapping[bytes, int]) -> str | None:

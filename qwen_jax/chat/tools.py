@@ -160,7 +160,7 @@ def turns(
         role = message.get("role")
         if isinstance(role, str) and role in _READ:
             read = ("role", "content", *_READ[role])
-            check_read(f"message {number} ({role})", message, read)
+            check_read(f"message {number} ({role})", message, read=read)
         last, steps = found[-1] if found else (None, [])
         if role == "system":
             if number > 1:
@@ -171,7 +171,7 @@ def turns(
         elif role == "assistant":
             if last is None:
                 raise ValueError(f"message {number} is a reply to nobody: begin with a user")
-            said = _reply(message, number, bool(tools))
+            said = _reply(message, number, with_tools=bool(tools))
             if last == "user":
                 found.append(("assistant", said))
             else:
@@ -179,7 +179,7 @@ def turns(
                     step.waits = False
                 steps += said
         elif role in ("tool", "function"):
-            _answered(steps, message, number)
+            _answered(steps, message, number=number)
         else:
             allowed = "system, user, assistant, tool, function"
             raise ValueError(
@@ -191,7 +191,7 @@ def turns(
     return system, [_turn(role, steps) for role, steps in found]
 
 
-def check_read(what: str, message: Mapping[str, Any], read: Collection[str]) -> None:
+def check_read(what: str, message: Mapping[str, Any], *, read: Collection[str]) -> None:
     """Raise ValueError for a key outside `read` whose content the conversation would lose.
 
     what: the message's name for errors. An unknown key only causes a warning; empty values (not
@@ -229,7 +229,7 @@ def given(value: Any) -> bool:
     return False
 
 
-def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -> None:
+def _answered(steps: Sequence[_Step], message: Mapping[str, Any], *, number: int) -> None:
     """Store a tool's result at its call: by id, or without ids by name, or else the next call."""
     waiting = [step for step in steps if step.waits]
     wanted, name = message.get("tool_call_id") or None, message.get("name")
@@ -241,7 +241,7 @@ def _answered(steps: Sequence[_Step], message: Mapping[str, Any], number: int) -
     found[0].waits, found[0].result = False, _content(message, number).strip()
 
 
-def _reply(message: Mapping[str, Any], number: int, with_tools: bool) -> list[_Step]:
+def _reply(message: Mapping[str, Any], number: int, *, with_tools: bool) -> list[_Step]:
     """Convert an assistant's message to steps: its tool calls, or its answer.
 
     Content beside calls becomes the thought before the first call.
@@ -292,7 +292,7 @@ def _json(value: Any, what: str) -> str:
         raise ValueError(f"{what} cannot be written as JSON: {error}") from error
 
 
-def _content(message: Mapping[str, Any], number: int, needed: bool = True) -> str:
+def _content(message: Mapping[str, Any], number: int, *, needed: bool = True) -> str:
     """The text of a message; parts of type "text" are joined. needed: whether null is an error."""
     content = message.get("content")
     if isinstance(content, list):

@@ -144,7 +144,7 @@ def _result_of(run: Path) -> str:
     if model := min(run.glob(f"*/{MANIFEST}"), default=None):
         return f"not a model directory: give {model.parent}"
     if adapter := min(run.glob(f"*/{_ADAPTER_CONFIG}"), default=None):
-        how = _merging(adapter.parent, read_json(run / RUN).get("ckpt_path"), run.name)
+        how = _merging(adapter.parent, read_json(run / RUN).get("ckpt_path"), name=run.name)
         return (
             f"which has an adapter and no model: give the command of the run with --resume "
             f"--merge, and then {run / 'model'}; or {how}"
@@ -155,7 +155,7 @@ def _result_of(run: Path) -> str:
     )
 
 
-def _merging(adapter: Path, base: str | None = None, name: str = "") -> str:
+def _merging(adapter: Path, base: str | None = None, *, name: str = "") -> str:
     """How a model directory is made of an adapter, in words. base: the one that it was trained on,
     where that is known; name: of the one that is made.
     """
@@ -225,7 +225,7 @@ def file_sizes(root: Path) -> dict[str, int]:
 
 
 def check_shapes(
-    root: Path, manifest: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+    root: Path, manifest: Mapping[str, Any], *, wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise CheckpointError if the stored leaves differ from those that config.json implies.
 

@@ -99,18 +99,18 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
     def whole(key: str, default: int, least: int) -> int:
         value = values.from_file(given.get(key, default))
-        return values.whole(f"{key} is", value, least, values.INT64)
+        return values.whole(f"{key} is", value, least=least, most=values.INT64)
 
     def number(key: str, default: float, least: float, most: float) -> float:
-        return values.number(f"{key} is", given.get(key, default), least, most)
+        return values.number(f"{key} is", given.get(key, default), least=least, most=most)
 
     pad = given.get("pad_token_id", NO_PAD)
     sampler = make_sampler(
         values.flag("do_sample is", given.get("do_sample", False)),
         number("temperature", 1.0, 0, values.FLOAT32),
-        max(whole("top_k", 0, -1), 0),  # -1 is vLLM's word for no limit
-        number("top_p", 1.0, 0, 1),
-        number("repetition_penalty", 1.0, *values.POSITIVE),
+        top_k=max(whole("top_k", 0, -1), 0),  # -1 is vLLM's word for no limit
+        top_p=number("top_p", 1.0, 0, 1),
+        repetition_penalty=number("repetition_penalty", 1.0, *values.POSITIVE),
     )
     chat_format = given.get("chat_format", "")
     if not isinstance(chat_format, str):
@@ -139,7 +139,7 @@ def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 def _id(name: str, value: Any) -> int:
     """Check a token id."""
-    return values.whole(name, values.from_file(value), 0, values.INT32)
+    return values.whole(name, values.from_file(value), least=0, most=values.INT32)
 
 
 def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_sampler(
-    draw: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float
+    draw: bool, temperature: float, *, top_k: int, top_p: float, repetition_penalty: float
 ) -> Greedy | Nucleus:
     """A checked sampler with these settings; greedy if `draw` is False or the temperature is 0."""
     sampler: Greedy | Nucleus = Greedy(repetition_penalty)

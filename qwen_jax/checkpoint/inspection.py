@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    return command.run(parser(), work, argv)
+    return command.run(parser(), work, argv=argv)
 
 
 def work(args: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def vocabulary(root: Path, config: Config) -> dict[str, Any]:
             if settings.exists():
                 token_ids.check_range(settings, config.vocab_size)
             tokenizer = loading.load_tokenizer(root)
-            problem = token_ids.check_fits(file, tokenizer, config.vocab_size)
+            problem = token_ids.check_fits(file, tokenizer, vocab_size=config.vocab_size)
         except (ValueError, OSError) as error:
             problem = str(error)
     lines = [str(warning.message) for warning in caught] + ([problem] if problem else [])

@@ -78,7 +78,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     said = read_json(settings) if settings.exists() else {}
     extra = tokenizer_config.extra_vocab_file(root, said)
     tokenizer = Tokenizer.from_file(root / TOKENIZER, extra)
-    tokenizer_config.warn(root, said, tokenizer)
+    tokenizer_config.warn(root, said, tokenizer=tokenizer)
     token_ids.check(root, tokenizer)
     return tokenizer
 
@@ -106,8 +106,8 @@ def load(
     from qwen_jax.leaves.weights import Weight, map_leaves
     from qwen_jax.meshes import sharding
 
-    values.choice("dtype", dtype, store.DTYPES, or_none=True)
-    own = None if config is None else values.instance("config", config, Config)
+    values.choice("dtype", dtype, allowed=store.DTYPES, or_none=True)
+    own = None if config is None else values.instance("config", config, kind=Config)
     root = existing(path)
     manifest = verify_whole(root)
     mesh, config = mesh or meshes.current(), own or load_config(root)
@@ -118,12 +118,14 @@ def load(
             path,
         )
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
-    check_shapes(root, manifest, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
+    check_shapes(root, manifest, wanted={name: tuple(leaf.shape) for name, leaf in leaves.items()})
     meshes.check(config.sizes, mesh)
 
     def restore(name: str, leaf: Weight) -> Any:
-        place = sharding.named(leaf.letters, mesh, config.sizes)
-        array = store.restore(root / PARAMS, name, tuple(leaf.shape), leaf.dtype, place)
+        place = sharding.named(leaf.letters, mesh, lengths=config.sizes)
+        array = store.restore(
+            root / PARAMS, name, shape=tuple(leaf.shape), dtype=leaf.dtype, place=place
+        )
         restored = Weight(array, letters=leaf.letters)
         if keep is None:
             return restored

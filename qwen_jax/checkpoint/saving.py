@@ -68,8 +68,8 @@ def save(
 
     root = paths.absolute(path)
     paths.check_name(root)
-    values.instance("config", config, Config)
-    values.instance("decoder", decoder, Decoder)
+    values.instance("config", config, kind=Config)
+    values.instance("decoder", decoder, kind=Decoder)
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
@@ -102,7 +102,7 @@ def save(
 
     def end() -> None:
         check()
-        finish(root, leaves, facts)
+        finish(root, leaves, facts=facts)
 
     with store.one_line(root, "written"), held:
         _together(begin, alone=True)
@@ -110,7 +110,7 @@ def save(
         _together(end, alone=True)
 
 
-def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], facts: Mapping[str, Any]) -> None:
+def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping[str, Any]) -> None:
     """Declare a directory complete if it has every chunk of these leaves.
 
     facts: for the manifest (`write_manifest`). Raises CheckpointError if a chunk is missing or has

@@ -178,7 +178,7 @@ def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
     return leaves
 
 
-def open_leaf(params: Path, name: str, write: bool = False) -> Any:
+def open_leaf(params: Path, name: str, *, write: bool = False) -> Any:
     """Open a leaf as a TensorStore; a missing chunk is an error and never read as zeros."""
     import tensorstore
 
@@ -196,7 +196,7 @@ def open_leaf(params: Path, name: str, write: bool = False) -> Any:
 
 
 def restore(
-    params: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, place: "Sharding"
+    params: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype, place: "Sharding"
 ) -> "jax.Array":
     """Restore one leaf: this process's shards are read straight into memory that jax takes over.
 

@@ -34,7 +34,7 @@ def check_range(file: Path, vocab_size: int) -> None:
             )
 
 
-def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> None:
+def check(root: Path, tokenizer: Tokenizer, *, vocabulary: Path | None = None) -> None:
     """Check the ids in generation_config.json and config.json against the model and its tokenizer.
 
     root: a model directory or checkpoint folder; vocabulary: the tokenizer's file, by default the
@@ -48,7 +48,7 @@ def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> N
     if settings.exists():
         check_range(settings, rows)
     vocabulary = vocabulary or root / TOKENIZER
-    check_whole(vocabulary, tokenizer, rows)
+    check_whole(vocabulary, tokenizer, vocab_size=rows)
     named = list(_ids(read_json(settings))) if settings.exists() else []
     # The ids in config.json may be a library's defaults; only ids that have a row count.
     others = [(key, i) for key, i in _ids(read_json(config)) if key == "eos_token_id"]
@@ -72,7 +72,7 @@ def check(root: Path, tokenizer: Tokenizer, vocabulary: Path | None = None) -> N
         )
 
 
-def check_whole(file: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_whole(file: Path, tokenizer: Tokenizer, *, vocab_size: int) -> None:
     """Raise ValueError if the vocabulary is a truncated published one, judging by the embedding.
 
     That is so if it begins like the published vocabulary, has fewer ranks, and the model has rows
@@ -87,7 +87,7 @@ def check_whole(file: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def check_fits(file: Path, tokenizer: Tokenizer | None, vocab_size: int) -> str | None:
+def check_fits(file: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> str | None:
     """What cannot be done with this vocabulary beside an embedding of `vocab_size` rows, in a line;
     None where nothing is amiss. Raises ValueError where text may become ids without a row.
 

@@ -55,7 +55,7 @@ def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
     return file
 
 
-def warn(root: Path, values: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+def warn(root: Path, values: Mapping[str, Any], *, tokenizer: Tokenizer) -> None:
     """Warn of ignored entries in the files beside the vocabulary, one line for each file.
 
     values: the contents of tokenizer_config.json.

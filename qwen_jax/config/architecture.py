@@ -52,11 +52,13 @@ class Config:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             most = _MOST_LAYERS if name == "num_layers" else values.INT32
-            number = values.whole(f"{hf_config.spelled(name)} is", getattr(self, name), 1, most)
+            number = values.whole(
+                f"{hf_config.spelled(name)} is", getattr(self, name), least=1, most=most
+            )
             object.__setattr__(self, name, number)
         for name in hf_config.REAL:
             said = f"{hf_config.spelled(name)} is"
-            real = values.number(said, getattr(self, name), *values.POSITIVE)
+            real = values.number(said, getattr(self, name), least=values.TINY, most=values.FLOAT32)
             object.__setattr__(self, name, real)
         for name in _FLAGS:
             flag = values.flag(f"{hf_config.spelled(name)} is", getattr(self, name))
@@ -89,7 +91,7 @@ class Config:
             windows = tuple(
                 None
                 if width is None
-                else values.whole("a width of layer_windows is", width, 1, values.INT32)
+                else values.whole("a width of layer_windows is", width, least=1, most=values.INT32)
                 for width in self.layer_windows
             )
             object.__setattr__(self, "layer_windows", windows)

@@ -284,7 +284,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields[field] = values.from_file(fields[field])
     if "intermediate_size" in fields:
         name = "intermediate_size"
-        doubled = values.whole(f"{name} is", fields[name], 1, values.INT32)
+        doubled = values.whole(f"{name} is", fields[name], least=1, most=values.INT32)
         if doubled % 2:
             raise ValueError(f"{name} is {doubled}: must be even (twice the FFN width)")
         fields[name] = doubled // 2

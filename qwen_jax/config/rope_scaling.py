@@ -59,12 +59,14 @@ class RopeScaling:
         if trained is not None:
             name = "original_max_position_embeddings"
             object.__setattr__(
-                self, name, values.whole(f"rope_scaling {name}", trained, 1, values.INT32)
+                self,
+                name,
+                values.whole(f"rope_scaling {name}", trained, least=1, most=values.INT32),
             )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                real = values.number(f"rope_scaling {name}", value, least, _MOST)
+                real = values.number(f"rope_scaling {name}", value, least=least, most=_MOST)
                 object.__setattr__(self, name, real)
         if not self.beta_fast > self.beta_slow:
             raise ValueError(

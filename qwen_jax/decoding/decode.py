@@ -70,7 +70,7 @@ class DecodeState:
     step: jax.Array
 
 
-def make_rules(allowed: np.ndarray, stops: Sequence[Sequence[int]], pad: int) -> Rules:
+def make_rules(allowed: np.ndarray, stops: Sequence[Sequence[int]], *, pad: int) -> Rules:
     """Make rules from host values. Stops may differ in length, but none is empty."""
     longest = max((len(stop) for stop in stops), default=1)
     table = np.full((len(stops), longest), -1, np.int32)
@@ -105,6 +105,7 @@ def plan(prompt: int, new: int) -> tuple[list[int], int]:
 def prefill(
     decoder: Decoder,
     tokens: np.ndarray,
+    *,
     lengths: np.ndarray,
     frequencies: np.ndarray,
     seeds: np.ndarray,
@@ -129,7 +130,7 @@ def prefill(
     start = moves.place((total - lengths).astype(np.int32), "B")
     rates = moves.place(frequencies.astype(np.float32), "BH")
     dtype = decoder.embedding[...].dtype
-    cache = kv.empty(decoder.config, start, capacity, dtype, cache_dtype)
+    cache = kv.empty(decoder.config, start, capacity=capacity, dtype=dtype, kind=cache_dtype)
     state = DecodeState(
         cache=cache,
         frequencies=rates,
@@ -150,17 +151,18 @@ def prefill(
             x, places, segments=segments, frequencies=rates, cache=cache, attend=attend
         )
         cache, last = output.cache or cache, output.last
-        seen = _mark(seen, chunk, segments)
+        seen = _mark(seen, chunk, segments=segments)
     assert last is not None  # a plan has at least one chunk
     # Without the cache, whose leaves would only pass through.
     state = dataclasses.replace(state, cache=None, seen=seen)  # type: ignore[arg-type]
-    state = _first(decoder.output, last, state, rules, sampler)
+    state = _first(decoder.output, last, state=state, rules=rules, sampler=sampler)
     return dataclasses.replace(state, cache=cache)
 
 
 def decode(
     decoder: Decoder,
     state: DecodeState,
+    *,
     sampler: Any,
     rules: Rules,
     attend: Callable[..., Any],
@@ -177,7 +179,7 @@ def decode(
         chosen for a row, after all earlier tokens have been yielded.
     """
     leaves, tree = jax.tree.flatten(decoder)  # once: a module of 80 layers takes 1.5 ms
-    chosen = _report(state.token[:, None], np.int32(1), state.done, state.fault)
+    chosen = _report(state.token[:, None], np.int32(1), done=state.done, fault=state.fault)
     reports = collections.deque([moves.begin_fetch(chosen)])
     new, made = new - 1, 0
     while True:
@@ -240,16 +242,18 @@ def run_stride(
             x, places, segments=segments, frequencies=state.frequencies, cache=cache, attend=attend
         )
         state = dataclasses.replace(state, cache=output.cache)
-        state = choose(decoder.logits(output.last)[:, 0], state, rules, sampler)
+        state = choose(decoder.logits(output.last)[:, 0], state, rules=rules, sampler=sampler)
         tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, written))
         return state, tokens, written + 1
 
     state, tokens, written = jax.lax.while_loop(going, step, (state, tokens, jnp.int32(0)))
-    return state, _report(tokens, written, state.done, state.fault)
+    return state, _report(tokens, written, done=state.done, fault=state.fault)
 
 
 @jax.jit
-def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.Array) -> jax.Array:
+def _report(
+    tokens: jax.Array, written: jax.Array, *, done: jax.Array, fault: jax.Array
+) -> jax.Array:
     """Pack the results of a stride into one replicated array for the host, int32 [B, n + 3].
 
     Columns: the tokens [B, n], the number of them that are written, and each row's done and fault.
@@ -261,15 +265,15 @@ def _report(tokens: jax.Array, written: jax.Array, done: jax.Array, fault: jax.A
 
 @jax.jit
 def _first(
-    head: Weight, last: jax.Array, state: DecodeState, rules: Rules, sampler: Any
+    head: Weight, last: jax.Array, *, state: DecodeState, rules: Rules, sampler: Any
 ) -> DecodeState:
     """Choose the first token after a prompt. Takes the head alone, and a state without
     its cache.
     """
-    return choose(model.logits(last[:, -1:], head)[:, 0], state, rules, sampler)
+    return choose(model.logits(last[:, -1:], head)[:, 0], state, rules=rules, sampler=sampler)
 
 
-def choose(logits: jax.Array, state: DecodeState, rules: Rules, sampler: Any) -> DecodeState:
+def choose(logits: jax.Array, state: DecodeState, *, rules: Rules, sampler: Any) -> DecodeState:
     """Choose the next token of each row from logits [B, V], or `pad` if the row has ended.
 
     Returns the state with these tokens, and with the rows marked that end by them.
@@ -291,7 +295,7 @@ def choose(logits: jax.Array, state: DecodeState, rules: Rules, sampler: Any) ->
         count, seeds = len(seeds), moves.own_rows(seeds)
         logits = jnp.where(allowed, moves.whole_rows(logits), -jnp.inf)
         token = sampler(logits, seen, seeds, step)
-        both = jnp.stack([token, sampling.faults(sampler, logits, seen)], axis=1)
+        both = jnp.stack([token, sampling.faults(sampler, logits, seen=seen)], axis=1)
         seen = seen | (jnp.arange(logits.shape[1]) == token[:, None])
         return moves.all_rows(both, count), seen
 
@@ -332,7 +336,7 @@ def unseen(batch: int, vocab_size: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnames="seen")
-def _mark(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+def _mark(seen: jax.Array, tokens: jax.Array, *, segments: jax.Array) -> jax.Array:
     """Mark the tokens of a chunk, int32 [B, T], in `seen`, except padding (segment 0)."""
 
     @jax.shard_map(out_specs=sharding.rows_spec(2), check_vma=False)

@@ -11,7 +11,7 @@ import numpy as np
 from qwen_jax.runtime import texts, values
 
 
-def rows(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def rows(tokens: Any, mask: Any, *, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Check prompts and return them as int32 [B, T], padded on the left with 0, with the number of
     real tokens in each row, [B].
 
@@ -60,7 +60,9 @@ def _array(tokens: Any) -> tuple[Any, bool]:
 
 def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of unequal length as int32 [B, T], padded on the left with 0, and their lengths [B]."""
-    each = [values.ids(f"tokens, row {row}", one, vocab_size) for row, one in enumerate(given)]
+    each = [
+        values.ids(f"tokens, row {row}", one, below=vocab_size) for row, one in enumerate(given)
+    ]
     lengths = np.array([len(row) for row in each])
     if not lengths.all():
         raise ValueError("empty prompt: every row needs at least one token")
@@ -126,7 +128,7 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     found = []
     for each in given:
         several = isinstance(each, Iterable) and getattr(each, "ndim", 1)
-        found.append(tuple(values.ids("stop", each if several else [each], vocab_size)))
+        found.append(tuple(values.ids("stop", each if several else [each], below=vocab_size)))
         if not found[-1]:
             raise ValueError(f"stop {texts.shown(stop)}: an empty sequence ends nothing: drop it")
     return found

@@ -40,10 +40,10 @@ class Greedy:
 
         seen: bool [B, V], the ids that the row already contains.
         """
-        return _penalise(logits, seen, self.repetition_penalty)
+        return _penalise(logits, seen, penalty=self.repetition_penalty)
 
     def __call__(
-        self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
+        self, logits: jax.Array, seen: jax.Array, *, seeds: jax.Array, step: Any
     ) -> jax.Array:
         """Choose a token for each row: int32 [B]."""
         return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
@@ -77,27 +77,31 @@ class Nucleus:
         top_k = values.number("top_k", self.top_k)
         if not (0 <= top_k <= _LARGEST and top_k % 1 == 0):
             raise ValueError(f"top_k {texts.shown(top_k)}: must be a whole number, 0 for no limit")
-        values.number("top_p", self.top_p, 0, 1)
+        values.number("top_p", self.top_p, least=0, most=1)
 
     def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
         """Return the logits of the distribution that tokens are drawn from, float32 [B, V].
 
         Tokens that are cut off have -inf. Arguments as for `Greedy.scores`.
         """
-        logits = _divide(_penalise(logits, seen, self.repetition_penalty), self.temperature)
+        logits = _divide(_penalise(logits, seen, penalty=self.repetition_penalty), self.temperature)
 
         def most_likely(logits: jax.Array) -> jax.Array:
-            return _keep_largest(logits, (logits >= -jnp.inf).astype(jnp.float32), self.top_k)
+            return _keep_largest(
+                logits, (logits >= -jnp.inf).astype(jnp.float32), target=self.top_k
+            )
 
         def nucleus(logits: jax.Array) -> jax.Array:
             mass = jnp.maximum(self.top_p, 1e-30)  # 0 keeps the most likely token
-            return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), mass)
+            return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), target=mass)
 
         # At top_p = 1 nothing may be cut, though a float32 sum reaches 1 before the last token.
-        return _where_on(self.top_p < 1, nucleus, _where_on(self.top_k > 0, most_likely, logits))
+        return _where_on(
+            self.top_p < 1, nucleus, logits=_where_on(self.top_k > 0, most_likely, logits=logits)
+        )
 
     def __call__(
-        self, logits: jax.Array, seen: jax.Array, seeds: jax.Array, step: Any
+        self, logits: jax.Array, seen: jax.Array, *, seeds: jax.Array, step: Any
     ) -> jax.Array:
         """Draw a token for each row, int32 [B].
 
@@ -112,13 +116,13 @@ class Nucleus:
         return jnp.argmax(scores + jax.vmap(noise)(seeds), axis=-1).astype(jnp.int32)
 
 
-def faults(sampler: Greedy | Nucleus, logits: jax.Array, seen: jax.Array) -> jax.Array:
+def faults(sampler: Greedy | Nucleus, logits: jax.Array, *, seen: jax.Array) -> jax.Array:
     """Find the rows for which no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
 
     Arguments as for `scores`. A logit of -inf forbids an id and is no fault. Logits that overflow
     through the repetition penalty count as infinite.
     """
-    logits = _penalise(logits, seen, sampler.repetition_penalty)
+    logits = _penalise(logits, seen, penalty=sampler.repetition_penalty)
     broken = jnp.any(~(logits < jnp.inf), axis=-1)  # also True for NaN
     empty = ~jnp.any(logits > -jnp.inf, axis=-1)
     return jnp.where(broken, 1, jnp.where(empty, 2, 0)).astype(jnp.int32)
@@ -133,7 +137,7 @@ def _check_penalty(penalty: float) -> None:
         )
 
 
-def _penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+def _penalise(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -151,12 +155,12 @@ def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
     return (logits - shift) / temperature
 
 
-def _where_on(on: Any, cut: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+def _where_on(on: Any, cut: Callable[[jax.Array], jax.Array], *, logits: jax.Array) -> jax.Array:
     """Apply `cut` to the logits if a setting is on; otherwise the program skips its work."""
     return jax.lax.cond(on, cut, lambda logits: logits, logits)
 
 
-def _keep_largest(logits: jax.Array, weights: jax.Array, target: Any) -> jax.Array:
+def _keep_largest(logits: jax.Array, weights: jax.Array, *, target: Any) -> jax.Array:
     """Set all but the fewest largest logits whose weights sum to at least `target` to -inf.
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums

@@ -162,13 +162,13 @@ def sampler(args: argparse.Namespace, default: Any) -> Any:
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     off = (1.0, 0, 1.0, 1.0)
     given = [getattr(args, name) for name in names]
-    settings: list[Any] = [
-        getattr(default, name, none) if value is None else value
+    settings: dict[str, Any] = {
+        name: getattr(default, name, none) if value is None else value
         for name, value, none in zip(names, given, off, strict=True)
-    ]
+    }
     draw = hasattr(default, "temperature") or any(value is not None for value in given[:3])
     try:
-        return make_sampler(draw, *settings)
+        return make_sampler(draw, **settings)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
 
@@ -180,17 +180,19 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     """Raise UsageError for an option that means nothing beside the others."""
     if args.bench:
         names = ("temperature", *_DRAWS, "repetition_penalty", "stop", "ntk")
-        command.refuse(args, names, "means nothing beside --bench, which draws no text: drop it")
+        command.refuse(
+            args, names, why="means nothing beside --bench, which draws no text: drop it"
+        )
         how = "is of several prompts: --bench takes one, with --prompt, --prompt-file or --chat"
-        command.refuse(args, ("prompts", "chats"), how)
+        command.refuse(args, ("prompts", "chats"), why=how)
         if args.max_new_tokens == 1:
             raise command.UsageError("--max-new-tokens 1: --bench times the tokens after the first")
     if args.temperature == 0:
         how = "means nothing beside --temperature 0, which draws nothing: drop one of them"
-        command.refuse(args, _DRAWS, how)
+        command.refuse(args, _DRAWS, why=how)
     if args.samples == 1 and args.prompts is None and args.chats is None:
         how = "is of several texts: give --prompts, --chats or --samples"
-        command.refuse(args, ("batch_size",), how)
+        command.refuse(args, ("batch_size",), why=how)
     if args.system is not None and args.chat is None and args.chats is None:
         raise command.UsageError("--system goes with --chat or --chats")
 
@@ -218,14 +220,14 @@ def describe(args: argparse.Namespace) -> "Description":
     """What the directory says beside its weights, with what the command line changes of it."""
     from qwen_jax.generate import description
 
-    about = description.read(args.ckpt, command.overrides(args.set), args.max_length)
+    about = description.read(args.ckpt, command.overrides(args.set), max_length=args.max_length)
     if not about.config.dynamic_ntk:
         how = "is of dynamic NTK, which this model has not: add --set use_dynamic_ntk=true"
-        command.refuse(args, ("ntk",), how)
+        command.refuse(args, ("ntk",), why=how)
     return about
 
 
-def prompt_ids(args: argparse.Namespace, text: str, about: "Description") -> list[int]:
+def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> list[int]:
     """The ids of a prompt: the text itself, or with --chat and --chats in the chat format."""
     from qwen_jax import chat
     from qwen_jax.chat import DEFAULT_SYSTEM
@@ -246,16 +248,20 @@ def load(
 
     caches.use_compilation_cache(args.compilation_cache)
     started = time.perf_counter()
-    with jax.set_mesh(mesh(args, about, sizes)):
+    with jax.set_mesh(mesh(args, about, sizes=sizes)):
         model = language_model.with_weights(
-            args.ckpt, about, args.dtype, args.attention, args.cache_dtype
+            args.ckpt,
+            about,
+            dtype=args.dtype,
+            attention=args.attention,
+            cache_dtype=args.cache_dtype,
         )
     seconds = time.perf_counter() - started
     command.say(f"loaded {model.config.num_params():,} weights in {seconds:.1f} s")
     return model
 
 
-def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int]) -> "Mesh":
+def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]) -> "Mesh":
     """The mesh asked for, in which every process must have a device. sizes: those of --mesh."""
     import jax
 
@@ -278,7 +284,7 @@ def mesh(args: argparse.Namespace, about: "Description", sizes: Mapping[str, int
     return made
 
 
-def tasks(args: argparse.Namespace, given: Sequence[str], about: "Description") -> "list[Task]":
+def tasks(args: argparse.Namespace, given: Sequence[str], *, about: "Description") -> "list[Task]":
     """The texts to generate, in order. ValueError for a prompt that leaves no room, and which."""
     from qwen_jax.generate import completion
     from qwen_jax.generate.results import Task
@@ -286,7 +292,7 @@ def tasks(args: argparse.Namespace, given: Sequence[str], about: "Description") 
 
     found, file = [], args.prompts or args.chats
     for index, text in enumerate(given):
-        ids = prompt_ids(args, text, about)
+        ids = prompt_ids(args, text, about=about)
         with values.named(f"prompt {index + 1} of {file}" if file else "the prompt"):
             new = about.room(len(ids), args.max_new_tokens)
         for sample in range(args.samples):
@@ -307,17 +313,17 @@ def work(args: argparse.Namespace) -> None:
     from qwen_jax import chat
     from qwen_jax.generate import backend, bench, completion, description, results
 
-    backend.check_names(args.dtype, args.attention, args.cache_dtype)
+    backend.check_names(args.dtype, args.attention, cache_dtype=args.cache_dtype)
     try:
         stop_texts = chat.stop_texts(args.stop)
     except ValueError as error:
         raise command.UsageError(f"--{error}") from None
     about = describe(args)
     if args.bench:
-        ids = prompt_ids(args, given[0], about) if given else None
+        ids = prompt_ids(args, given[0], about=about) if given else None
         asked = args.max_new_tokens or bench.NEW
         new = about.room(bench.PROMPT if ids is None else len(ids), asked)
-        result = bench.run(load(args, about, sizes), new, ids)
+        result = bench.run(load(args, about, sizes), new, ids=ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
     choose = sampler(args, about.generation_config.sampler)
@@ -328,20 +334,20 @@ def work(args: argparse.Namespace) -> None:
         )
     answers = args.chat is not None or args.chats is not None
     stops = about.chat_stops() if answers else about.generation_config.stops
-    wanted = tasks(args, given, about)
+    wanted = tasks(args, given, about=about)
     model = load(args, about, sizes)
     if answers and model.is_base:
         command.say(f"note: {description.BASE_NOTE}")
     rules = completion.Rules(choose, stops, stop_texts, args.ntk)
     if len(wanted) == 1:
-        results.write_one(model, wanted[0], rules, args.json)
+        results.write_one(model, wanted[0], rules=rules, as_json=args.json)
     else:
         width = args.batch_size or completion.BATCH_SIZE
-        results.write_many(model, wanted, rules, width, args.json)
+        results.write_many(model, wanted, rules=rules, width=width, as_json=args.json)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command.run(parser(), work, argv)
+    return command.run(parser(), work, argv=argv)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from qwen_jax.meshes import sharding
 from qwen_jax.runtime import values
 
 
-def check_names(dtype: str | None, attention: str, cache_dtype: str | None) -> None:
+def check_names(dtype: str | None, attention: str, *, cache_dtype: str | None) -> None:
     """Raise ValueError for one of these arguments of `load` that is not known, before anything is
     read.
     """
-    values.choice("dtype", dtype, checkpoint.DTYPES, or_none=True)
-    values.choice("cache_dtype", cache_dtype, kv.DTYPES, or_none=True)
+    values.choice("dtype", dtype, allowed=checkpoint.DTYPES, or_none=True)
+    values.choice("cache_dtype", cache_dtype, allowed=kv.DTYPES, or_none=True)
     attention_registry.get(attention)
 
 
 def attention_for(
-    name: str, config: Config, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
+    name: str, config: Config, *, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
 ) -> Any:
     """The implementation for a prompt's chunks and for a token against up to `length` slots.
 
@@ -37,8 +37,8 @@ def attention_for(
     attend = prove.resolve(
         name,
         [
-            *prove.passes(config, dtype, 1, chunk, mesh=mesh),
-            *prove.decoding(config, dtype, 1, length, cache_dtype, mesh),
+            *prove.passes(config, dtype, rows=1, length=chunk, mesh=mesh),
+            *prove.decoding(config, dtype, rows=1, slots=length, cache=cache_dtype, mesh=mesh),
         ],
     )
     rows = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)

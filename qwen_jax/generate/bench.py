@@ -22,7 +22,7 @@ from qwen_jax.meshes import sharding
 PROMPT, NEW, ROUNDS = 128, 32, 5  # tokens of a prompt, and new ones; rounds
 
 
-def run(model: LanguageModel, new: int, ids: Sequence[int] | None = None) -> dict[str, Any]:
+def run(model: LanguageModel, new: int, *, ids: Sequence[int] | None = None) -> dict[str, Any]:
     """Medians over interleaved rounds: rates in tokens/s, sizes in bytes, bandwidth in GB/s.
 
     new: tokens to make, at least 2; ids: the prompt, None = `PROMPT` random tokens.
@@ -79,7 +79,10 @@ def _cache_bytes(model: LanguageModel) -> int:
     with meshes.entered(model.mesh):
         start = jax.ShapeDtypeStruct((rows,), jnp.int32)
         cache = jax.eval_shape(
-            lambda start: kv.empty(model.config, start, 256, dtype, model.cache_dtype), start
+            lambda start: kv.empty(
+                model.config, start, capacity=256, dtype=dtype, kind=model.cache_dtype
+            ),
+            start,
         )
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers)) // (256 * rows)
 
@@ -98,7 +101,7 @@ def text(result: dict[str, Any]) -> str:
     )
 
 
-def _matvec(rows: int = 8192, columns: int = 4096, count: int = 4) -> Callable[[], float]:
+def _matvec(rows: int = 8192, columns: int = 4096, *, count: int = 4) -> Callable[[], float]:
     """A function that measures, in GB/s, products of a vector with float32 matrices that no cache
     holds (0.5 GB in all)."""
     matrices = [jnp.full((rows, columns), 1e-3, jnp.float32) for _ in range(count)]

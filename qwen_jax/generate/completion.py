@@ -86,7 +86,7 @@ class Row:
 
 
 def run(
-    model: "LanguageModel", requests: Sequence[Request], rules: Rules, batch_size: int
+    model: "LanguageModel", requests: Sequence[Request], *, rules: Rules, batch_size: int
 ) -> Iterator[list[Row]]:
     """Yield the finished rows of all requests, in their order, a batch at a time.
 
@@ -98,11 +98,11 @@ def run(
     for new, group in itertools.groupby(requests, key=lambda request: request.new):
         waiting = list(group)
         for begin in range(0, len(waiting), width):
-            yield _batch(model, waiting[begin : begin + width], rules, new, width)
+            yield _batch(model, waiting[begin : begin + width], rules=rules, new=new, width=width)
 
 
 def _batch(
-    model: "LanguageModel", requests: Sequence[Request], rules: Rules, new: int, width: int
+    model: "LanguageModel", requests: Sequence[Request], *, rules: Rules, new: int, width: int
 ) -> list[Row]:
     """The finished rows of one batch of `width` rows."""
     filled = list(itertools.islice(itertools.cycle(requests), width))
@@ -181,7 +181,7 @@ def generate_text(
     """
     given = [prompts] if isinstance(prompts, str) else inputs.prompts(prompts)
     tokenizer = self.need_tokenizer()
-    width = values.whole("batch_size", batch_size, 1)
+    width = values.whole("batch_size", batch_size, least=1)
     seeds = inputs.seeds(seed, len(given))
     requests = []
     for number, text in enumerate(given):
@@ -198,5 +198,5 @@ def generate_text(
         stop_texts(stop),
         ntk,
     )
-    made = [row.text for rows in run(self, requests, rules, width) for row in rows]
+    made = [row.text for rows in run(self, requests, rules=rules, batch_size=width) for row in rows]
     return made[0] if isinstance(prompts, str) else made

@@ -22,14 +22,14 @@ BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not st
 
 
 def read(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, max_length: int | None = None
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, max_length: int | None = None
 ) -> "Description":
     """Read all of a model directory but its weights; arguments as in `language_model.load`.
 
     Raises ValueError for a directory that is not whole, or an argument that is not allowed.
     """
     if max_length is not None:
-        max_length = values.whole("max_length", max_length, 2, values.INT32)
+        max_length = values.whole("max_length", max_length, least=2, most=values.INT32)
     directory.finished(path)  # what is no model directory has other files of these names
     generation_config = checkpoint.load_generation_config(path)
     tokenizer = checkpoint.load_tokenizer(path)
@@ -75,7 +75,7 @@ class Description:
         if asked is None:
             new = min(self.generation_config.max_new_tokens, max(left, 1))
         else:
-            new = values.whole("max_new_tokens", asked, 1, values.INT32)
+            new = values.whole("max_new_tokens", asked, least=1, most=values.INT32)
         if new > left:
             raise ValueError(
                 f"a prompt of {prompt} tokens and {new} new ones do not fit a cache of "

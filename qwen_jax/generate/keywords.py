@@ -16,7 +16,7 @@ _R = TypeVar("_R")
 _SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of samplers
 
 
-def _named(names: str, needs: str, hint: str) -> dict[tuple[str, str], str]:
+def _named(names: str, needs: str, *, hint: str) -> dict[tuple[str, str], str]:
     """The hint for keywords of these names, of functions that have the argument `needs`."""
     return {(name, needs): hint for name in names.split()}
 
@@ -26,58 +26,66 @@ _HINTS = {
     **_named(
         "max_tokens max_length max_new max_completion_tokens max_output_tokens num_tokens n_tokens",
         "max_new_tokens",
-        "give max_new_tokens={}",
+        hint="give max_new_tokens={}",
     ),
     **_named(
         "stop_words stop_words_ids stop_strings stop_sequences stop_token_ids eos_token_id stops",
         "stop",
-        "give stop=: token ids, or sequences of them; generate_text takes texts",
+        hint="give stop=: token ids, or sequences of them; generate_text takes texts",
     ),
-    **_named("seeds random_seed random_state generator", "seed", "give seed=, a whole number"),
-    **_named("do_sample sample", "sampler", "sampler=qwen_jax.Nucleus() draws, Greedy() does not"),
-    **_named("num_beams beam_size", "sampler", "there is no beam search"),
+    **_named("seeds random_seed random_state generator", "seed", hint="give seed=, a whole number"),
+    **_named(
+        "do_sample sample", "sampler", hint="sampler=qwen_jax.Nucleus() draws, Greedy() does not"
+    ),
+    **_named("num_beams beam_size", "sampler", hint="there is no beam search"),
     **_named(
         "stream streamer",
         "sampler",
-        "model.stream and model.chat_stream yield what they make as it is made",
+        hint="model.stream and model.chat_stream yield what they make as it is made",
     ),
-    **_named("attention_mask", "mask", "give mask=, 1 = real; rows of unequal length need none"),
+    **_named(
+        "attention_mask", "mask", hint="give mask=, 1 = real; rows of unequal length need none"
+    ),
     **_named(
         "prompt prompts text texts inputs input_ids prompt_token_ids",
         "tokens",
-        "tokens are ids, rows of any lengths; model.generate_text(prompts) takes texts",
+        hint="tokens are ids, rows of any lengths; model.generate_text(prompts) takes texts",
     ),
     **_named(
         "prompt text texts inputs input_ids tokens prompt_token_ids",
         "prompts",
-        "prompts are a text, or texts; model.generate(tokens) takes ids",
+        hint="prompts are a text, or texts; model.generate(tokens) takes ids",
     ),
-    **_named("messages", "tokens", "model.chat(query, history) takes them"),
-    **_named("messages", "prompts", "model.chat(query, history) takes them"),
-    **_named("messages", "query", "give query, the last one, and history=, those before it"),
-    **_named("prompt text inputs message", "query", "give query="),
-    **_named("system_prompt system_message", "system", "give system="),
+    **_named("messages", "tokens", hint="model.chat(query, history) takes them"),
+    **_named("messages", "prompts", hint="model.chat(query, history) takes them"),
+    **_named("messages", "query", hint="give query, the last one, and history=, those before it"),
+    **_named("prompt text inputs message", "query", hint="give query="),
+    **_named("system_prompt system_message", "system", hint="give system="),
     **_named(
         "n num_samples num_return_sequences",
         "tokens",
-        "repeat the row, and give seed=range({})",
+        hint="repeat the row, and give seed=range({})",
     ),
     **_named(
         "n num_samples num_return_sequences",
         "prompts",
-        "repeat the prompt, and give seed=range({})",
+        hint="repeat the prompt, and give seed=range({})",
     ),
-    **_named("torch_dtype", "dtype", "give dtype={}"),
-    **_named("max_model_len max_seq_len max_seq_length n_ctx", "max_length", "give max_length={}"),
-    **_named("attn_implementation attention_implementation", "attention", "give attention="),
-    **_named("kv_cache_dtype use_cache_quantization", "cache_dtype", 'give cache_dtype="int8"'),
-    **_named("config", "overrides", "give overrides=, values by their Hugging Face names"),
+    **_named("torch_dtype", "dtype", hint="give dtype={}"),
+    **_named(
+        "max_model_len max_seq_len max_seq_length n_ctx", "max_length", hint="give max_length={}"
+    ),
+    **_named("attn_implementation attention_implementation", "attention", hint="give attention="),
+    **_named(
+        "kv_cache_dtype use_cache_quantization", "cache_dtype", hint='give cache_dtype="int8"'
+    ),
+    **_named("config", "overrides", hint="give overrides=, values by their Hugging Face names"),
     **_named(
         "device device_map mesh tensor_parallel_size",
         "path",
-        'a model is on the mesh in force: jax.set_mesh(meshes.make({{"tp": 2}}))',
+        hint='a model is on the mesh in force: jax.set_mesh(meshes.make({{"tp": 2}}))',
     ),
-    **_named("trust_remote_code", "path", "drop it: no code of a checkpoint is run"),
+    **_named("trust_remote_code", "path", hint="drop it: no code of a checkpoint is run"),
 }
 
 

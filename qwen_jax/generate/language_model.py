@@ -51,14 +51,15 @@ def load(
     Raises ValueError for a directory that is not whole, or an argument that is not allowed;
     NotImplementedError where that attention cannot do this model on this device.
     """
-    backend.check_names(dtype, attention, cache_dtype)
-    about = description.read(path, overrides, max_length)
-    return with_weights(path, about, dtype, attention, cache_dtype)
+    backend.check_names(dtype, attention, cache_dtype=cache_dtype)
+    about = description.read(path, overrides, max_length=max_length)
+    return with_weights(path, about, dtype=dtype, attention=attention, cache_dtype=cache_dtype)
 
 
 def with_weights(
     path: str | Path,
     about: Description,
+    *,
     dtype: str | None = None,
     attention: str = "auto",
     cache_dtype: str | None = None,
@@ -72,7 +73,9 @@ def with_weights(
         raise ValueError("a context axis is for training: decode with tp and fsdp")
     meshes.check(config.sizes, mesh)
     dtype = dtype or backend.default_dtype()
-    attend = backend.attention_for(attention, config, dtype, about.max_length, cache_dtype, mesh)
+    attend = backend.attention_for(
+        attention, config, dtype=dtype, length=about.max_length, cache_dtype=cache_dtype, mesh=mesh
+    )
     decoder = checkpoint.load(path, config, dtype, mesh)
     fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
     return LanguageModel(
@@ -99,7 +102,7 @@ class LanguageModel(Description):
         ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
         Raises ValueError for ids out of range or a mask that is not left-padded.
         """
-        tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
+        tokens, lengths = inputs.rows(tokens, mask, vocab_size=self.config.vocab_size)
         frequencies = self._frequencies(lengths, ntk_alpha)
         with meshes.entered(self.mesh):
             batch, arrays = len(tokens), (tokens, lengths, frequencies)
@@ -166,13 +169,13 @@ class LanguageModel(Description):
 
         Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
         """
-        tokens, lengths = inputs.rows(tokens, mask, self.config.vocab_size)
-        max_new_tokens = values.whole("max_new_tokens", max_new_tokens, 1)
-        at_once = None if at_once is None else values.whole("at_once", at_once, 1)
+        tokens, lengths = inputs.rows(tokens, mask, vocab_size=self.config.vocab_size)
+        max_new_tokens = values.whole("max_new_tokens", max_new_tokens, least=1)
+        at_once = None if at_once is None else values.whole("at_once", at_once, least=1)
         self.room(int(lengths.max()), max_new_tokens)
-        values.choice("ntk", ntk, ("prompt", "total"))
+        values.choice("ntk", ntk, allowed=("prompt", "total"))
         sampler = sampling.Greedy() if sampler is None else sampler
-        values.instance("sampler", sampler, (sampling.Greedy, sampling.Nucleus))
+        values.instance("sampler", sampler, kind=(sampling.Greedy, sampling.Nucleus))
         sampler.check()
         # As float32 all of them, so that 1 and 1.0 are one program.
         sampler = jax.tree.map(lambda x: jnp.float32(float(x)), sampler)
@@ -180,16 +183,24 @@ class LanguageModel(Description):
         frequencies = self._frequencies(counted, ntk_alpha)
         seeds = inputs.seeds(seed, len(tokens))
         rules = decode.make_rules(
-            self.known_ids(), inputs.stops(stop, self.config.vocab_size), self.pad_id
+            self.known_ids(), inputs.stops(stop, self.config.vocab_size), pad=self.pad_id
         )
         return self._run(
-            tokens, lengths, frequencies, seeds, rules, sampler, max_new_tokens, at_once
+            tokens,
+            lengths,
+            frequencies=frequencies,
+            seeds=seeds,
+            rules=rules,
+            sampler=sampler,
+            new=max_new_tokens,
+            at_once=at_once,
         )
 
     def _run(
         self,
         tokens: np.ndarray,
         lengths: np.ndarray,
+        *,
         frequencies: np.ndarray,
         seeds: np.ndarray,
         rules: decode.Rules,
@@ -205,17 +216,25 @@ class LanguageModel(Description):
             state = decode.prefill(
                 self.decoder,
                 tokens,
-                lengths,
-                frequencies,
-                seeds,
-                rules,
-                sampler,
-                new,
-                self.attend,
-                self.cache_dtype,
+                lengths=lengths,
+                frequencies=frequencies,
+                seeds=seeds,
+                rules=rules,
+                sampler=sampler,
+                new=new,
+                attend=self.attend,
+                cache_dtype=self.cache_dtype,
             )
         at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
-        steps = decode.decode(self.decoder, state, sampler, rules, self.attend, new, at_once)
+        steps = decode.decode(
+            self.decoder,
+            state,
+            sampler=sampler,
+            rules=rules,
+            attend=self.attend,
+            new=new,
+            at_once=at_once,
+        )
         while True:
             # The mesh is in force while we compute, never while the caller has control.
             with meshes.entered(self.mesh):
@@ -244,11 +263,18 @@ class LanguageModel(Description):
         ValueError that names an argument which is no text.
         """
         ids = self._reply(
-            query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
+            query,
+            history,
+            system=system,
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            max_window_size=max_window_size,
         )
         made = [i for part in ids for i in part]
-        reply = chat.decode_reply(self.need_tokenizer(), made, "chatml")
-        return reply, chat.with_turn(history, query, reply)
+        reply = chat.decode_reply(self.need_tokenizer(), made, chat_format="chatml")
+        return reply, chat.with_turn(history, query, reply=reply)
 
     @keywords.explained
     def chat_stream(
@@ -267,7 +293,14 @@ class LanguageModel(Description):
         Arguments as in `chat`; they are checked at the call.
         """
         ids = self._reply(
-            query, history, system, sampler, max_new_tokens, stop, seed, max_window_size
+            query,
+            history,
+            system=system,
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            max_window_size=max_window_size,
         )
         return self._growing(ids)
 
@@ -283,6 +316,7 @@ class LanguageModel(Description):
         self,
         query: str,
         history: History | None,
+        *,
         system: str,
         sampler: Any,
         max_new_tokens: int | None,

@@ -46,7 +46,7 @@ def report(task: Task, row: Row) -> dict[str, Any]:
     }
 
 
-def write_one(model: LanguageModel, task: Task, rules: Rules, as_json: bool) -> None:
+def write_one(model: LanguageModel, task: Task, *, rules: Rules, as_json: bool) -> None:
     """Generate one text and print it as it grows; or, when it is whole, as JSON."""
     started, times = time.perf_counter(), []
     row, request = Row(model.need_tokenizer(), rules), task.request
@@ -86,11 +86,13 @@ def write_one(model: LanguageModel, task: Task, rules: Rules, as_json: bool) -> 
 
 
 def write_many(
-    model: LanguageModel, wanted: Sequence[Task], rules: Rules, width: int, as_json: bool
+    model: LanguageModel, wanted: Sequence[Task], *, rules: Rules, width: int, as_json: bool
 ) -> None:
     """Generate several texts in batches of `width`, and print each batch when it is whole."""
     started, waiting, new = time.perf_counter(), iter(wanted), 0
-    batches = completion.run(model, [task.request for task in wanted], rules, width)
+    batches = completion.run(
+        model, [task.request for task in wanted], rules=rules, batch_size=width
+    )
     hidden = processes.index() > 0
     with tqdm(total=len(wanted), unit="text", leave=False, disable=hidden) as bar:
         for rows in batches:

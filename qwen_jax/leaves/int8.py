@@ -91,4 +91,4 @@ def _(weight: Int8, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
     # Integers up to 127 are exact in every float dtype. The rows of the result are scaled, not the
     # weights.
     values = Weight(weight.values[...].astype(x.dtype), letters=weight.letters)
-    return scaled_product(values, weight.scale[...], equation, x, out, **kwargs)
+    return scaled_product(values, weight.scale[...], equation=equation, x=x, out=out, **kwargs)

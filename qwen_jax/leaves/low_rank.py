@@ -39,7 +39,7 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
     # columns, not the model width.
     low = jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
     if weight.key is not None:
-        low = drop(low, jax.random.wrap_key_data(weight.key), weight.dropout)
+        low = drop(low, jax.random.wrap_key_data(weight.key), rate=weight.dropout)
     into = None if out is None else P(*out.partitions[:-1], None)
     low = product(weight.a, f"{given},R{leaf[1]}->{given[:-1]}R", low, into, **kwargs)
     if spec.reduced:
@@ -52,4 +52,4 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
         held = P(*held.partitions, reduced=held.reduced | {sharding.TENSOR})
         b = Weight(jax.reshard(b[...], held), letters=b.letters)
     up = f"{given[:-1]}R,{leaf[0]}R->{result}"
-    return whole + scaled_product(b, weight.scale, up, low, None, **kwargs)
+    return whole + scaled_product(b, weight.scale, equation=up, x=low, out=None, **kwargs)

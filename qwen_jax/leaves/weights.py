@@ -32,7 +32,7 @@ class Maker:
     a dtype.
     """
 
-    def __init__(self, sizes: Mapping[str, int], key: jax.Array, dtype: Any):
+    def __init__(self, sizes: Mapping[str, int], key: jax.Array, *, dtype: Any):
         self._sizes, self._key, self._dtype = sizes, key, dtype
         self._drawn = 0
 
@@ -68,7 +68,7 @@ class Maker:
 
 
 def contract(
-    equation: str, x: jax.Array, weight: Any, out: P | None = None, **kwargs: Any
+    equation: str, x: jax.Array, *, weight: Any, out: P | None = None, **kwargs: Any
 ) -> jax.Array:
     """Compute the einsum of an activation x and a weight. float32 stays float32 on every backend.
 
@@ -93,7 +93,7 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
     def multiply(into: P | None) -> jax.Array:
         if jnp.promote_types(w.dtype, x.dtype) != x.dtype:
             return _rounded_product(x, w, equation, into, preferred)
-        return _einsum(equation, x, w, into, preferred)
+        return _einsum(equation, x, y=w, out=into, preferred=preferred)
 
     *kept, summed = jax.typeof(x).sharding.spec.partitions
     apart = frozenset(sharding.entries(summed))
@@ -106,7 +106,7 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
 
 
 def scaled_product(
-    weight: Any, scale: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any
+    weight: Any, scale: Any, *, equation: str, x: jax.Array, out: P | None, **kwargs: Any
 ) -> jax.Array:
     """Compute `product` times a scale: a number, or an array [outputs] of any float dtype.
 
@@ -129,10 +129,12 @@ def _rounded_product(
     The weight's gradient has the weight's own dtype: products of rounded operands are summed
     unrounded over tokens here, and over the mesh in `moves.unshard`.
     """
-    return _einsum(equation, x, w.astype(x.dtype), out, preferred)
+    return _einsum(equation, x, y=w.astype(x.dtype), out=out, preferred=preferred)
 
 
-def _einsum(equation: str, x: jax.Array, y: jax.Array, out: P | None, preferred: Any) -> jax.Array:
+def _einsum(
+    equation: str, x: jax.Array, *, y: jax.Array, out: P | None, preferred: Any
+) -> jax.Array:
     settings: Any = {"precision": precision(x), "preferred_element_type": preferred}
     return jnp.einsum(equation, x, y, out_sharding=out, **settings)
 
@@ -141,7 +143,7 @@ def _rounded_product_forward(
     x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
 ) -> tuple[jax.Array, Any]:
     rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # empty: it carries the dtype
-    return _einsum(equation, x, rounded, out, preferred), (x, rounded, no_weights)
+    return _einsum(equation, x, y=rounded, out=out, preferred=preferred), (x, rounded, no_weights)
 
 
 def _rounded_product_backward(
@@ -150,8 +152,8 @@ def _rounded_product_backward(
     x, w, like = saved
     given, leaf, result = equation.replace("->", ",").split(",")
     dy = dy.astype(x.dtype)
-    dx = _einsum(f"{result},{leaf}->{given}", dy, w, _of_gradient(x), None)
-    dw = _einsum(f"{result},{given}->{leaf}", dy, x, _of_gradient(w), like.dtype)
+    dx = _einsum(f"{result},{leaf}->{given}", dy, y=w, out=_of_gradient(x), preferred=None)
+    dw = _einsum(f"{result},{given}->{leaf}", dy, y=x, out=_of_gradient(w), preferred=like.dtype)
     # Without the barrier, XLA's CPU backend folds transpositions into this product after it has
     # chosen how to compute it, and then fails.
     return dx, jax.lax.optimization_barrier(dw)

@@ -150,7 +150,7 @@ def entered(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
-def check(lengths: Mapping[str, int], mesh: Any, sequence_parallel: bool = False) -> None:
+def check(lengths: Mapping[str, int], mesh: Any, *, sequence_parallel: bool = False) -> None:
     """Raise ValueError if an axis does not divide over the mesh, and name the nearest that works.
 
     lengths: of axes by letter: V, D, N, K, F, and where known B (rows of a batch) and T.
@@ -158,15 +158,15 @@ def check(lengths: Mapping[str, int], mesh: Any, sequence_parallel: bool = False
     sequence_parallel: whether T is split over `tp` too.
     """
     sizes = axis_sizes(mesh)
-    problem = _problem(lengths, sizes, sequence_parallel)
+    problem = _problem(lengths, sizes, sequence_parallel=sequence_parallel)
     if problem is None:
         return
-    nearest = _nearest(lengths, sizes, sequence_parallel)
+    nearest = _nearest(lengths, sizes, sequence_parallel=sequence_parallel)
     advice = f"; the nearest mesh that works is {describe(nearest)}" if nearest else ""
     raise ValueError(f"mesh {describe(sizes)}: {problem}{advice}")
 
 
-def splits_tokens(asked: bool | None, length: int, mesh: Any | None = None) -> tuple[bool, str]:
+def splits_tokens(asked: bool | None, length: int, *, mesh: Any | None = None) -> tuple[bool, str]:
     """Decide whether training splits the residual stream by tokens over `tp`, and say why.
 
     Each device of `tp` then keeps a part of the residual in place of the whole, for which somewhat
@@ -197,7 +197,7 @@ _NAMES = {
 
 
 def _problem(
-    lengths: Mapping[str, int], sizes: Mapping[str, int], sequence_parallel: bool = False
+    lengths: Mapping[str, int], sizes: Mapping[str, int], *, sequence_parallel: bool = False
 ) -> str | None:
     """Describe the first axis that does not divide over the mesh, or return None."""
     tokens = (CONTEXT, TENSOR) if sequence_parallel else (CONTEXT,)
@@ -219,7 +219,7 @@ def _problem(
 
 
 def _nearest(
-    lengths: Mapping[str, int], sizes: Mapping[str, int], sequence_parallel: bool
+    lengths: Mapping[str, int], sizes: Mapping[str, int], *, sequence_parallel: bool
 ) -> dict[str, int] | None:
     """Return the nearest mesh that works, with as many devices as `sizes`, or the most below.
 
@@ -232,13 +232,13 @@ def _nearest(
         return moved, mesh[CONTEXT], mesh["fsdp_outer"], mesh[COPIES]
 
     for total in range(min(math.prod(sizes.values()), _MOST_TRIED), 0, -1):
-        if fitting := list(of_size(total, lengths, sequence_parallel)):
+        if fitting := list(of_size(total, lengths, sequence_parallel=sequence_parallel)):
             return min(fitting, key=changed)
     return None
 
 
 def of_size(
-    total: int, lengths: Mapping[str, int] | None = None, sequence_parallel: bool = False
+    total: int, lengths: Mapping[str, int] | None = None, *, sequence_parallel: bool = False
 ) -> Iterator[dict[str, int]]:
     """Yield every mesh of `total` devices; with lengths, as for `check`, every one that divides."""
     lengths = lengths or {}
@@ -246,7 +246,7 @@ def of_size(
     divisors = sorted({*small, *(total // n for n in small)})
 
     def divides(mesh: Mapping[str, int]) -> bool:
-        return _problem(lengths, axis_sizes(mesh), sequence_parallel) is None
+        return _problem(lengths, axis_sizes(mesh), sequence_parallel=sequence_parallel) is None
 
     *some, last = ([n for n in divisors if divides({axis: n})] for axis in AXES)
     for sizes in itertools.product(*some):
@@ -257,7 +257,7 @@ def of_size(
 
 
 def default(
-    lengths: Mapping[str, int], devices: int, training: bool = False, slices: int = 1
+    lengths: Mapping[str, int], devices: int, *, training: bool = False, slices: int = 1
 ) -> dict[str, int]:
     """Choose a mesh where none is given: the most devices that divide, over all slices or within
     one.

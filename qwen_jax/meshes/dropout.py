@@ -37,10 +37,10 @@ class Dropout:
         return Dropout(jax.random.fold_in(self.key, 3 + layer), self.rate)
 
     def _drop(self, x: jax.Array, place: int) -> jax.Array:
-        return drop(x, jax.random.fold_in(self.key, place), self.rate)
+        return drop(x, jax.random.fold_in(self.key, place), rate=self.rate)
 
 
-def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+def drop(x: jax.Array, key: jax.Array, *, rate: float) -> jax.Array:
     """Set the share `rate` of the elements of x [B, T, ...] to 0, and divide the others by 1 -
     rate.
 

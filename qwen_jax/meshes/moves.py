@@ -32,9 +32,11 @@ from qwen_jax.meshes.sharding import (
 _LANES = 128  # the lanes of a TPU register
 
 
-def place(value: np.ndarray, letters: str, lengths: Mapping[str, int] | None = None) -> jax.Array:
+def place(
+    value: np.ndarray, letters: str, *, lengths: Mapping[str, int] | None = None
+) -> jax.Array:
     """Put a host array on the mesh in force. All processes must call this with the same array."""
-    sharding = named(letters, jax.sharding.get_mesh(), lengths)
+    sharding = named(letters, jax.sharding.get_mesh(), lengths=lengths)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
@@ -89,7 +91,8 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
     def gather(leaf: jax.Array) -> jax.Array:
         spec = jax.typeof(leaf).sharding.spec
         if dtype in (None, leaf.dtype) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return _resharded(leaf, *_gathering(spec))
+            axis, places = _gathering(spec)
+            return _resharded(leaf, axis, places=places)
         return _gathered(leaf, jnp.dtype(dtype), leaf.dtype, spec)
 
     return jax.tree.map(gather, tree)
@@ -98,7 +101,8 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
     """Gather one leaf, of dtype `own` and partitioned by `spec`, as `unshard` does."""
-    whole = _resharded(leaf.astype(dtype), *_gathering(spec))
+    axis, places = _gathering(spec)
+    whole = _resharded(leaf.astype(dtype), axis, places=places)
     return whole.astype(jnp.promote_types(dtype, own))
 
 
@@ -112,13 +116,13 @@ def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tup
     """
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
-    return (_resharded(gradient, axis, back).astype(own),)
+    return (_resharded(gradient, axis, places=back).astype(own),)
 
 
 _gathered.defvjp(_gathered_forward, _scatter)
 
 
-def _resharded(x: jax.Array, axis: int, places: Sequence[P]) -> jax.Array:
+def _resharded(x: jax.Array, axis: int, *, places: Sequence[P]) -> jax.Array:
     """Reshard x to one partitioning after another; these are of x with `axis` moved to
     the front.
     """

@@ -32,7 +32,7 @@ TENSOR = "tp"
 _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
-def spec(letters: str, lengths: Mapping[str, int] | None = None, mesh: Any = None) -> P:
+def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = None) -> P:
     """Return the partitioning of an array, given its axis letters. With a batch axis it is an
     activation.
 
@@ -68,11 +68,11 @@ def axis_sizes(mesh: Any = None) -> dict[str, int]:
     return {axis: shape.get(axis, 1) for axis in AXES}
 
 
-def named(letters: str, mesh: Any, lengths: Mapping[str, int] | None = None) -> NamedSharding:
+def named(letters: str, mesh: Any, *, lengths: Mapping[str, int] | None = None) -> NamedSharding:
     """Return the sharding on a mesh's devices of an array with these axes. Arguments as
     for `spec`.
     """
-    return NamedSharding(mesh, spec(letters, lengths, mesh))
+    return NamedSharding(mesh, spec(letters, lengths, mesh=mesh))
 
 
 def on_devices(mesh: Mesh, tree: Any) -> Any:

@@ -19,9 +19,9 @@ def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
     As in the original, weights are drawn from N(0, 0.02^2), the two projections back into the
     residual stream divided by sqrt(2 L); biases are 0 and norms are 1.
     """
-    make = _maker(config, key, dtype)
+    make = _maker(config, key, dtype=dtype)
     blocks = [Block(config, make) for _ in range(config.num_layers)]
-    return _assemble(config, make, blocks)
+    return _assemble(config, make, blocks=blocks)
 
 
 def abstract(config: Config, dtype: Any) -> Decoder:
@@ -30,11 +30,11 @@ def abstract(config: Config, dtype: Any) -> Decoder:
     """
 
     def make() -> Maker:  # a key too is made as a shape: the devices may not be there
-        return _maker(config, jax.random.key(0), dtype)
+        return _maker(config, jax.random.key(0), dtype=dtype)
 
     block = jax.eval_shape(lambda: Block(config, make()))
     blocks = [jax.tree.map(lambda leaf: leaf, block) for _ in range(config.num_layers)]
-    outer = jax.eval_shape(lambda: _assemble(config, make(), []))
+    outer = jax.eval_shape(lambda: _assemble(config, make(), blocks=[]))
     return outer.replace(layers=blocks)
 
 
@@ -77,7 +77,7 @@ def unstack(decoder: Decoder) -> Decoder:
     return decoder.replace(layers=[block(i) for i in range(decoder.config.num_layers)])
 
 
-def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
+def _assemble(config: Config, make: Maker, *, blocks: list[Block]) -> Decoder:
     """Add the embedding, the final norm and the head to a list of blocks."""
     std = config.initializer_range
     head = None if config.tie_embeddings else make.normal("VD", std)
@@ -90,7 +90,7 @@ def _assemble(config: Config, make: Maker, blocks: list[Block]) -> Decoder:
     )
 
 
-def _maker(config: Config, key: jax.Array, dtype: Any) -> Maker:
+def _maker(config: Config, key: jax.Array, *, dtype: Any) -> Maker:
     """A source of leaves for a config, once its axes are known to divide over the mesh in force."""
     meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
-    return Maker(config.sizes, key, dtype)
+    return Maker(config.sizes, key, dtype=dtype)

@@ -48,6 +48,7 @@ class Adapters:
 def create(
     decoder: Decoder,
     groups: Mapping[str, Sequence[str]],
+    *,
     rank: int,
     alpha: float,
     key: jax.Array,
@@ -61,7 +62,7 @@ def create(
     embeddings: train copies of the embedding and the head too.
     """
     sizes = {**decoder.config.sizes, "L": decoder.config.num_layers, "R": rank}
-    make = Maker(sizes, key, "float32")
+    make = Maker(sizes, key, dtype="float32")
     leaves = named_leaves(decoder.layers)
     a, b = {}, {}
     for group, members in groups.items():
@@ -81,7 +82,7 @@ def create(
 
 
 def attach(
-    decoder: Decoder, adapters: Adapters, key: jax.Array | None = None, dropout: float = 0.0
+    decoder: Decoder, adapters: Adapters, *, key: jax.Array | None = None, dropout: float = 0.0
 ) -> Decoder:
     """Put adapters on the leaves of a stacked decoder.
 

@@ -207,7 +207,7 @@ def from_config(config: Config) -> Rope:
     return Yarn(*paper, scaling.truncate, scaling.mscale, scaling.mscale_all_dim)
 
 
-def rotary(rope: Rope, positions: jax.Array, frequencies: jax.Array) -> Rotary:
+def rotary(rope: Rope, positions: jax.Array, *, frequencies: jax.Array) -> Rotary:
     """Compute the rotation of tokens at `positions`, int32 [B, T] from 0, for frequencies [B, H/2].
 
     LogN (Su 2021; Qwen report, section 2.3): the query of a token at 1-based position p beyond the

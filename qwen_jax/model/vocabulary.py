@@ -37,7 +37,7 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     @jax.shard_map(out_specs=sharding.spec("BTD"), check_vma=False)
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         ids = jax.lax.all_gather(tokens, split) if split else tokens[None]
-        rows, found = _own_rows(table, ids, over_rows)
+        rows, found = _own_rows(table, ids, over=over_rows)
         x = jnp.where(found[..., None], table.at[rows].get(mode="clip"), 0).astype(dtype)
         x = jax.lax.psum(x, over_rows) if over_rows else x
         if split:  # [devices, B, T, D of this one] -> [devices, B, T of this one, D of each]
@@ -61,7 +61,7 @@ def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
     @jax.shard_map(out_specs=jax.typeof(table).sharding.spec, check_vma=False)
     def local(table: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
         ids = jax.lax.all_gather(tokens, split) if split else tokens[None]
-        rows, found = _own_rows(table, ids, over_rows)
+        rows, found = _own_rows(table, ids, over=over_rows)
         rows = jnp.where(found, rows, table.shape[0]).reshape(len(ids), 1, -1)
         columns = jnp.moveaxis(dx.reshape(tokens.size, len(ids), -1), 0, 2)
         columns = jax.lax.all_to_all(columns, split, 0, 0, tiled=True) if split else columns
@@ -90,7 +90,7 @@ def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def _own_rows(table: jax.Array, ids: jax.Array, over: tuple[str, ...]) -> tuple[Any, Any]:
+def _own_rows(table: jax.Array, ids: jax.Array, *, over: tuple[str, ...]) -> tuple[Any, Any]:
     """Turn ids into row numbers of this device's part of the table, and mark those it holds."""
     rows = ids - jax.lax.axis_index(over) * table.shape[0] if over else ids
     return rows, (rows >= 0) & (rows < table.shape[0])
@@ -115,7 +115,7 @@ class TokenScores(NamedTuple):
     largest: Any
 
 
-def token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
+def token_scores(x: jax.Array, head: jax.Array, *, targets: jax.Array) -> TokenScores:
     """Compute the scores of target tokens, int [B, T], without ever holding the logits whole.
 
     x: [B, T, D] after the final norm. Its tokens may be split over `tp`; those of targets and
@@ -135,11 +135,11 @@ def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenSco
     @jax.shard_map(out_specs=TokenScores(*[plan.rows] * 3), check_vma=False)
     def local(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
         flat = plan.tokens(x)
-        rows, found = _own_rows(head, targets.reshape(-1), plan.tensor)
+        rows, found = _own_rows(head, targets.reshape(-1), over=plan.tensor)
 
         def step(carry: TokenScores, chunk: Any) -> tuple[TokenScores, None]:
             part, first = chunk
-            logits = plan.logits(flat, part, first, head.shape[0])
+            logits = plan.logits(flat, part, first=first, rows=head.shape[0])
             largest = jnp.maximum(carry.largest, jnp.max(logits, -1))
             total = carry.lse * jnp.exp(carry.largest - largest)
             total = total + jnp.sum(jnp.exp(logits - largest[:, None]), -1)
@@ -182,14 +182,14 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
         dlse: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         flat = plan.tokens(x)
-        rows, _ = _own_rows(head, targets.reshape(-1), plan.tensor)
+        rows, _ = _own_rows(head, targets.reshape(-1), over=plan.tensor)
         lse, dlogit, dlse = (a.reshape(-1, 1) for a in (lse, dlogit, dlse))
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
 
         def step(dx: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
             part, first = chunk
             part = plan.gathered(part, x.dtype)
-            logits = plan.product(flat, part, first, head.shape[0])
+            logits = plan.product(flat, part, first=first, rows=head.shape[0])
             dlogits = dlse * jnp.exp(logits - lse)
             dlogits = dlogits + jnp.where(plan.is_target(rows, first), dlogit, 0)
             dlogits = dlogits.astype(x.dtype)
@@ -273,11 +273,11 @@ class _Plan(NamedTuple):
         part = part.astype(dtype).T
         return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
 
-    def logits(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+    def logits(self, x: jax.Array, part: jax.Array, *, first: jax.Array, rows: int) -> jax.Array:
         """Compute the logits of a chunk that is still to be gathered, as `product` does."""
-        return self.product(x, self.gathered(part, x.dtype), first, rows)
+        return self.product(x, self.gathered(part, x.dtype), first=first, rows=rows)
 
-    def product(self, x: jax.Array, part: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+    def product(self, x: jax.Array, part: jax.Array, *, first: jax.Array, rows: int) -> jax.Array:
         """Compute the logits of a chunk, float32 [tokens, size], with -inf for rows beyond the
         head's.
         """

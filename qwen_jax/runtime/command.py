@@ -35,6 +35,7 @@ class UsageError(ValueError):
 def run(
     parser: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace], None],
+    *,
     argv: list[str] | None = None,
 ) -> int:
     """Parse the arguments, call `work` with them, and return the exit code.
@@ -91,7 +92,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     return args
 
 
-def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
     """Raise UsageError for the first of `names` that the command line contains.
 
     For options that have no meaning together with the others. `why` follows the option's name in
@@ -252,7 +253,7 @@ def join(args: argparse.Namespace) -> None:
     named = (args.coordinator, args.processes, args.process)
     if not args.distributed and named == (None, None, None):
         how = "applies to several processes: add --distributed, or --coordinator and its like"
-        refuse(args, ("start_timeout", "heartbeat_timeout"), how)
+        refuse(args, ("start_timeout", "heartbeat_timeout"), why=how)
         return
     if not args.distributed and None in named:
         raise UsageError(

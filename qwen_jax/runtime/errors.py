@@ -76,7 +76,7 @@ def explain(error: BaseException, options: Collection[str] = ()) -> str:
         or _file(error)
         or _package(error)
         or _devices(error, words)
-        or _memory(error, words, options)
+        or _memory(error, words, options=options)
         or _characters(error)
     )
     if line is None:
@@ -158,7 +158,7 @@ def _devices(error: BaseException, words: str) -> str | None:
     return f"jax finds no {what} here{asked_for}{because}; {advice}{unset}"
 
 
-def _memory(error: BaseException, words: str, options: Collection[str]) -> str | None:
+def _memory(error: BaseException, words: str, *, options: Collection[str]) -> str | None:
     """The line for exhausted device or host memory, with the options that would reduce its use."""
     of_device = isinstance(error, RuntimeError) and re.search(
         r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY", words

@@ -40,7 +40,7 @@ class Busy(ValueError):
 
 @contextlib.contextmanager
 def alone(
-    place: Path, file: Path | None = None, wait: bool = False
+    place: Path, file: Path | None = None, *, wait: bool = False
 ) -> Iterator[Callable[[], None]]:
     """Hold the lock of a place; any other program that asks for it meanwhile is refused.
 
@@ -55,16 +55,16 @@ def alone(
     processes share the work, one of them takes the lock.
     """
     file = file or place / NAME
-    with _object(place, file) if paths.is_remote(file) else _file(place, file, wait) as check:
+    with _object(place, file) if paths.is_remote(file) else _file(place, file, wait=wait) as check:
         yield check
 
 
 @contextlib.contextmanager
-def _file(place: Path, file: Path, wait: bool) -> Iterator[Callable[[], None]]:
+def _file(place: Path, file: Path, *, wait: bool) -> Iterator[Callable[[], None]]:
     """`alone` on a local disk."""
     made = not file.parent.exists()
     try:
-        stream = _locked(place, file, wait)
+        stream = _locked(place, file, wait=wait)
         try:
             yield lambda: None
         finally:
@@ -77,7 +77,7 @@ def _file(place: Path, file: Path, wait: bool) -> Iterator[Callable[[], None]]:
                 file.parent.rmdir()
 
 
-def _locked(place: Path, file: Path, wait: bool) -> IO[str]:
+def _locked(place: Path, file: Path, *, wait: bool) -> IO[str]:
     """Open and lock the lock's file, and write this process's identity into it."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _object(place: Path, file: Path) -> Iterator[Callable[[], None]]:
         if holder.get("machine") == _machine() and isinstance(holder.get("pid"), int):
             left = not lives(holder["pid"])
         else:
-            left = _expires(place, file, generation, holder)
+            left = _expires(place, file, generation=generation, holder=holder)
         if not left:
             raise Busy(_busy(place, holder))
         paths.remove_generation(file, generation)
@@ -178,7 +178,9 @@ class _Lease:
             if self._taken_by is not None:
                 return
             try:
-                self._generation = paths.rewrite(self._file, self._content, self._generation)
+                self._generation = paths.rewrite(
+                    self._file, self._content, generation=self._generation
+                )
             except (FileExistsError, FileNotFoundError):  # removed, taken, or a repeated request
                 if not self.begin() and (other := self._file_content()) is not None:
                     self._taken_by = _read(other.decode())
@@ -207,7 +209,7 @@ class _Lease:
             return None
 
 
-def _expires(place: Path, file: Path, generation: int, holder: dict[str, Any]) -> bool:
+def _expires(place: Path, file: Path, *, generation: int, holder: dict[str, Any]) -> bool:
     """Wait for one lease; return whether the lock is stale: neither rewritten nor removed
     meanwhile.
 

@@ -190,7 +190,7 @@ def create(path: Path, data: bytes) -> None:
     _objects().pipe_file(str(path), data, mode="create")
 
 
-def rewrite(path: Path, data: bytes, generation: int) -> int:
+def rewrite(path: Path, data: bytes, *, generation: int) -> int:
     """Overwrite a small remote object if its generation (see `stamp`) is the given one.
 
     Returns the new generation. Raises FileExistsError if the object has another generation, and
@@ -289,7 +289,7 @@ def writer(path: Path) -> Iterator[int | Upload]:
         yield file.fileno()
 
 
-def read(path: Path, offset: int, count: int) -> bytes:
+def read(path: Path, offset: int, *, count: int) -> bytes:
     """Read at most `count` bytes from `offset` on; fewer at the end of the file."""
     if is_remote(path):
         return Object(path).read(offset, count)

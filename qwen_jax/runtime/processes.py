@@ -76,17 +76,19 @@ def initialize(
         # When a process is lost, jax's runtime prints a stack trace and aborts. It reads this level
         # when it is loaded; if it is loaded already, the trace precedes our line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
-    coordinator, processes, process, devices = _find(coordinator, processes, process, timeout)
+    coordinator, processes, process, devices = _find(
+        coordinator, processes, process=process, timeout=timeout
+    )
     if not 0 <= process < processes:
         raise ValueError(f"process {process} of {processes}: numbers are 0 to {processes - 1}")
     if processes == 1:
         return
     if _in_use():
         raise ValueError("jax has been used already: call initialize before anything else")
-    hosts = rendezvous.hold(coordinator, processes, process, timeout)
+    hosts = rendezvous.hold(coordinator, processes, process=process, timeout=timeout)
     _joined = watch.Joined(process, hosts, coordinator, heartbeat_timeout)
     watch.catch_abort(_joined)
-    _start_jax(_joined, devices, timeout)
+    _start_jax(_joined, devices, timeout=timeout)
     thread = threading.Thread(target=watch.look_after, args=(_joined,), daemon=True, name="watch")
     thread.start()
     sys.excepthook = _excepthook(sys.excepthook)
@@ -96,7 +98,7 @@ def initialize(
 
 
 def _find(
-    coordinator: str | None, processes: int | None, process: int | None, timeout: float
+    coordinator: str | None, processes: int | None, *, process: int | None, timeout: float
 ) -> tuple[str, int, int, Any]:
     """Fill the arguments that are None from the environment, by jax's own detection.
 
@@ -130,7 +132,7 @@ def _in_use() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def _start_jax(me: watch.Joined, devices: Any, timeout: float) -> None:
+def _start_jax(me: watch.Joined, devices: Any, *, timeout: float) -> None:
     """Start jax's coordination service, and keep its client in `me`.
 
     devices: ids of the local devices that this process uses, None for all; timeout: seconds.

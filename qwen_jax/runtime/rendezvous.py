@@ -19,7 +19,7 @@ class Missing(ValueError):
     """Processes have not started in time, or do not belong together; the message names them."""
 
 
-def hold(coordinator: str, processes: int, process: int, timeout: float) -> tuple[str, ...]:
+def hold(coordinator: str, processes: int, *, process: int, timeout: float) -> tuple[str, ...]:
     """Return the host name of every process, once all have reported.
 
     coordinator: HOST:PORT, where process 0 listens.
@@ -30,9 +30,9 @@ def hold(coordinator: str, processes: int, process: int, timeout: float) -> tupl
     deadline = time.monotonic() + timeout
     mine = {"process": process, "processes": processes, "host": socket.gethostname()}
     if process == 0:
-        answer = _listen(port, mine, deadline, timeout)
+        answer = _listen(port, mine, deadline=deadline, timeout=timeout)
     else:
-        answer = _report(host, port, mine, deadline, timeout)
+        answer = _report(host, port, mine=mine, deadline=deadline, timeout=timeout)
     if "error" in answer:
         raise Missing(answer["error"])
     return tuple(answer["hosts"])
@@ -55,7 +55,7 @@ def answers(coordinator: str, timeout: float = 3.0) -> bool:
     return True
 
 
-def _listen(port: int, mine: dict[str, Any], deadline: float, timeout: float) -> dict[str, Any]:
+def _listen(port: int, mine: dict[str, Any], *, deadline: float, timeout: float) -> dict[str, Any]:
     """Process 0: collect reports until every process has reported, then send all the same answer.
 
     mine: this process's own report; deadline: on the monotonic clock, `timeout` s after the start.
@@ -87,7 +87,7 @@ def _listen(port: int, mine: dict[str, Any], deadline: float, timeout: float) ->
             problem = _conflict(report, mine, hosts)
             hosts.setdefault(number, str(report.get("host")))
             lines[-1 if number in lines else number] = line  # -1: a second process of that number
-        answer = {"error": problem or _missing(hosts, mine["processes"], timeout)}
+        answer = {"error": problem or _missing(hosts, mine["processes"], timeout=timeout)}
         if problem is None and len(hosts) == mine["processes"]:
             answer = {"hosts": [hosts[i] for i in range(mine["processes"])]}
         for line in lines.values():
@@ -106,7 +106,7 @@ def _server(port: int) -> socket.socket:
 
 
 def _report(
-    host: str, port: int, mine: dict[str, Any], deadline: float, timeout: float
+    host: str, port: int, *, mine: dict[str, Any], deadline: float, timeout: float
 ) -> dict[str, Any]:
     """Any other process: report to process 0 until it answers. Arguments as in `_listen`.
 
@@ -147,7 +147,7 @@ def _conflict(report: dict[str, Any], mine: dict[str, Any], hosts: dict[int, str
     return None
 
 
-def _missing(hosts: dict[int, str], count: int, timeout: float) -> str:
+def _missing(hosts: dict[int, str], count: int, *, timeout: float) -> str:
     """The message that names the processes which have not started."""
     missing = [str(i) for i in range(count) if i not in hosts]
     there = ", ".join(f"{i} ({host})" for i, host in sorted(hosts.items()))

@@ -41,14 +41,14 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+def whole(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
     """Check a whole number, from `least` to `most` if these are given."""
     plain = _plain(value)
     try:
         found = None if isinstance(plain, bool) else operator.index(plain)
     except TypeError:
         found = None
-    if found is None or not _within(found, least, most):
+    if found is None or not _within(found, least, most=most):
         raise ValueError(f"{name} {texts.shown(plain)}: must be a whole number{_said(least, most)}")
     return found
 
@@ -59,7 +59,7 @@ def from_file(value: Any) -> Any:
 
 
 def number(
-    name: str, value: Any, least: float | None = None, most: float | None = None
+    name: str, value: Any, *, least: float | None = None, most: float | None = None
 ) -> int | float:
     """Check a real number, from `least` to `most` if these are given; NaN fails any limit.
 
@@ -67,7 +67,7 @@ def number(
     """
     plain = _plain(value)
     real = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
-    if not real or not _within(plain, least, most):
+    if not real or not _within(plain, least, most=most):
         raise ValueError(f"{name} {texts.shown(plain)}: must be a number{_said(least, most)}")
     if isinstance(plain, int) and abs(plain) <= INT32:
         return plain
@@ -86,7 +86,7 @@ def flag(name: str, value: Any) -> bool:
     return plain
 
 
-def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False) -> None:
+def choice(name: str, value: Any, *, allowed: Iterable[str], or_none: bool = False) -> None:
     """Raise ValueError unless the value is one of the allowed texts, or None with `or_none`.
 
     A numpy dtype counts as its name.
@@ -98,7 +98,7 @@ def choice(name: str, value: Any, allowed: Iterable[str], or_none: bool = False)
         raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
 
 
-def instance(name: str, value: Any, kind: type[_T] | tuple[type[_T], ...]) -> _T:
+def instance(name: str, value: Any, *, kind: type[_T] | tuple[type[_T], ...]) -> _T:
     """Check that the value is an object of one of these classes, and return it."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def _within(value: Any, least: float | None, most: float | None) -> bool:
+def _within(value: Any, least: float | None, *, most: float | None) -> bool:
     """Whether the value is within the limits; exact even for an int that no float holds."""
     return (least is None or value >= least) and (most is None or value <= most)
 
@@ -125,7 +125,7 @@ def _said(least: float | None, most: float | None) -> str:
     return f" from {' to '.join(shown)}" if most is not None else f" of at least {shown[0]}"
 
 
-def ids(name: str, given: Any, below: int | None = None) -> list[int]:
+def ids(name: str, given: Any, *, below: int | None = None) -> list[int]:
     """Check token ids in any sequence or one-axis array: whole numbers from 0, and less than
     `below`.
 

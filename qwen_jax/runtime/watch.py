@@ -107,7 +107,7 @@ def _coordinator_gone(me: Joined) -> bool:
     return False
 
 
-def end(me: Joined, line: str, together: bool = False) -> NoReturn:
+def end(me: Joined, line: str, *, together: bool = False) -> NoReturn:
     """Print the line and end this process at once; its main thread may wait in a collective for
     ever.
 

@@ -51,7 +51,7 @@ def test_temporaries_do_not_grow_with_the_cache(
         setting = Setting(CONFIG, ROWS, length, kernel, cache_dtype=kind)
         if task == "decoding":
             return programs.decoding(setting, mesh).memory.parts
-        return programs.prefill(setting, mesh, CHUNK).memory.parts
+        return programs.prefill(setting, mesh, chunk=CHUNK).memory.parts
 
     short, long = memory(SHORT), memory(LONG)
     leaf = (long["cache"] - short["cache"]) / (2 * CONFIG.num_layers)
@@ -69,7 +69,7 @@ def test_layers_of_a_program_share_their_temporaries() -> None:
     def temporaries(layers: int) -> int:
         config = dataclasses.replace(CONFIG, hidden_size=512, num_layers=layers)
         setting = Setting(config, rows, 4096, "pallas_hopper")
-        return programs.prefill(setting, mesh, chunk).memory.parts["temporaries"]
+        return programs.prefill(setting, mesh, chunk=chunk).memory.parts["temporaries"]
 
     x = rows * chunk * 512 * 2
     assert temporaries(running.GROUP) < temporaries(1) + 1.1 * x

@@ -101,7 +101,7 @@ def test_fine_tuning_on_one_gpu(name: str, adapters: recipes.Recipe | None) -> N
     where = topology.parse("h100:1")
     kernel = where.chip.kernel
     setting = Setting(PRESETS[name], 8, 8192, kernel, accumulate=8, adapters=adapters)
-    x = estimate.training(setting, where, meshes.parse(None))
+    x = estimate.training(setting, where, sizes=meshes.parse(None))
     assert x.fits and x.program.memory.needed < 80e9
 
 

@@ -40,7 +40,7 @@ def empty(
     **changes: Any,
 ) -> Cache:
     rows = place(np.int32(start), "B")
-    return cache.empty(tiny_config(**changes), rows, capacity, dtype, kind)
+    return cache.empty(tiny_config(**changes), rows, capacity=capacity, dtype=dtype, kind=kind)
 
 
 @jax.jit

@@ -88,7 +88,18 @@ def right(q: Any, k: Any, v: Any, mask: Any, scale: Any, return_lse: bool = Fals
 def right_decoder(
     q: Any, k: Any, v: Any, keys: Any, values: Any, start: Any, index: Any, window: Any, scale: Any
 ) -> Any:
-    return workloads.decode(attention.xla, q, k, v, keys, values, start, index, window, scale)
+    return workloads.decode(
+        attention.xla,
+        q,
+        k=k,
+        v=v,
+        cache_k=keys,
+        cache_v=values,
+        start=start,
+        index=index,
+        window=window,
+        scale=scale,
+    )
 
 
 def changed(**masks: Callable[[Any], Any]) -> Any:
@@ -189,7 +200,7 @@ def test_a_kernel_is_run_once_and_timed(
     assert said()[0] == (
         f"attention: proving pallas_tpu on {KIND}, once (forward, float32, head dim 16, 64 tokens)"
     )
-    monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("it was run again"))
+    monkeypatch.setattr(prove, "_self_test", lambda *_, **__: pytest.fail("it was run again"))
     assert prove._choose([TINY])[0] == name
 
 
@@ -282,7 +293,7 @@ def test_what_is_declined_is_no_failure(
         raise NotImplementedError("pallas_tpu: head dim 16, only 32")
 
     kernel(monkeypatch, declines, decoder=declines)
-    monkeypatch.setattr(agreement, "_results", lambda *_: pytest.fail("something was run"))
+    monkeypatch.setattr(agreement, "_results", lambda *_, **__: pytest.fail("something was run"))
     prove.resolve("auto", calls)
     assert "attention: not pallas_tpu: pallas_tpu: head dim 16, only 32" in said()
     assert "): no kernel takes such calls; --attention NAME" in said()[-1]
@@ -317,7 +328,7 @@ def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
         ((handler, thread),) = at_exit
         assert handler is deadline.wait_at_exit and thread.is_alive() and thread.daemon
         assert [x.outcome for x in verdicts.kept()] == ["timed out"]
-        monkeypatch.setattr(deadline, "within", lambda *_: pytest.fail("it waits again"))
+        monkeypatch.setattr(deadline, "within", lambda *_, **__: pytest.fail("it waits again"))
         prove.resolve("auto", [TINY])
     finally:
         go_on.set()
@@ -554,7 +565,9 @@ def test_processes_that_cannot_agree_take_the_reference(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("each would decide alone"))
+    monkeypatch.setattr(
+        prove, "_self_test", lambda *_, **__: pytest.fail("each would decide alone")
+    )
     assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
     assert "processes that were not joined by qwen_jax.initialize cannot agree" in said()[-1]
 
@@ -565,7 +578,7 @@ def test_processes_that_cannot_agree_take_the_reference(
 def test_names_are_taken_as_they_are(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ):
-    monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("nothing to find out"))
+    monkeypatch.setattr(prove, "_self_test", lambda *_, **__: pytest.fail("nothing to find out"))
     assert prove.resolve("pallas_tpu", [TINY]) is attention.get("pallas_tpu")
     with pytest.raises(ValueError, match="'nope' is not known"):
         prove.resolve("nope", [TINY])
@@ -612,7 +625,7 @@ def test_auto_in_a_trace_takes_what_was_resolved(
 ):
     kernel(monkeypatch, lambda *x: 2 * right(*x), decoder=right_decoder)
     q, k, v, mask, scale = call(20)
-    assert attention.decoder(attention.auto, q[:, :1], jnp.swapaxes(k, 1, 2)) is None
+    assert attention.decoder(attention.auto, q[:, :1], keys=jnp.swapaxes(k, 1, 2)) is None
 
     def run() -> Any:
         return jax.jit(lambda *x: attention.get("auto")(*x))(q, k, v, mask, scale)
@@ -623,9 +636,9 @@ def test_auto_in_a_trace_takes_what_was_resolved(
     prove.resolve("auto", [TINY, DECODE])
     np.testing.assert_allclose(run(), 2 * plain, rtol=1e-5)
     keys = jnp.zeros((1, 2, 20, 16))
-    assert attention.decoder(attention.auto, q[:, :1], keys) is right_decoder
+    assert attention.decoder(attention.auto, q[:, :1], keys=keys) is right_decoder
     int8 = SimpleNamespace(values=keys, zero=None)
-    assert attention.decoder(attention.auto, q[:, :1], int8) is None  # proved for other leaves
+    assert attention.decoder(attention.auto, q[:, :1], keys=int8) is None  # proved for other leaves
     # A step is differentiated, which the kernel has failed: from then on it is not taken.
     prove.resolve("auto", [TINY, BACKWARD])
     np.testing.assert_allclose(run(), plain, rtol=1e-5)
@@ -634,8 +647,8 @@ def test_auto_in_a_trace_takes_what_was_resolved(
 def test_decoding_takes_a_kernel_of_its_own():
     q, keys = jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 2, 20, 16))
     pallas = attention.DECODERS[attention.pallas_tpu]
-    assert attention.decoder(Chosen("xla", "pallas_tpu"), q, keys) is pallas
-    assert attention.decoder(Chosen("pallas_tpu", "xla"), q, keys) is None
+    assert attention.decoder(Chosen("xla", "pallas_tpu"), q, keys=keys) is pallas
+    assert attention.decoder(Chosen("pallas_tpu", "xla"), q, keys=keys) is None
     few = call(4)  # which then go through the reference, in parts
     chosen = jax.make_jaxpr(Chosen("pallas_tpu", "xla"))(*few)
     assert str(chosen) == str(jax.make_jaxpr(right)(*few))
@@ -663,9 +676,11 @@ def test_a_model_is_loaded_with_what_has_proved_itself(
         ("decode", "int8"),
     }
     config, slots = model.config, min(8192, model.max_length)
-    (forward, *_) = prove.passes(config, "float32", 1, decode.buckets()[-1])
+    (forward, *_) = prove.passes(config, "float32", rows=1, length=decode.buckets()[-1])
     assert verdicts.kept()[1].key.length == min(forward.length, slots)
-    monkeypatch.setattr(prove, "_self_test", lambda *_: pytest.fail("attention=NAME skips it"))
+    monkeypatch.setattr(
+        prove, "_self_test", lambda *_, **__: pytest.fail("attention=NAME skips it")
+    )
     qwen_jax.load(golden_dir, dtype="float32", cache_dtype="int8")
     model.generate(np.arange(5, 25)[None], max_new_tokens=3)
     assert set(taken) == {"forward", "decode"}
@@ -688,7 +703,7 @@ def test_runs_resolve_before_they_trace(
         assert pretrain.main(pretraining(given, tmp_path / "out", *options)) == 1
         wanted = [("forward", 1, 256, "float32"), ("backward", 1, 256, "float32")]
     else:
-        monkeypatch.setattr(perplexity, "_ids", lambda *_: np.arange(16))
+        monkeypatch.setattr(perplexity, "_ids", lambda *_, **__: np.arange(16))
         text = ["--data", str(given / "text.txt"), "--lengths", "16", "--json"]
         assert perplexity.main(["--ckpt", str(golden_dir), *text, "--modes", "plain"]) == 1
         wanted = [("forward", 1, 256, "float32")]
@@ -698,8 +713,8 @@ def test_runs_resolve_before_they_trace(
 def test_cases_are_those_of_a_device():
     config = tiny_config(num_heads=8, num_kv_heads=2)
     with on_mesh(fsdp=2, tp=4):
-        forward, backward = prove.passes(config, jnp.bfloat16, 64, 3000, backward=True)
-        (step,) = prove.decoding(config, "float16", 8, 100_000, "int8")
+        forward, backward = prove.passes(config, jnp.bfloat16, rows=64, length=3000, backward=True)
+        (step,) = prove.decoding(config, "float16", rows=8, slots=100_000, cache="int8")
     assert (forward.batch, forward.length, forward.heads, forward.kv_heads) == (2, 4096, 2, 1)
     assert backward == dataclasses.replace(forward, task="backward")
     assert (step.task, step.batch, step.length, step.cache) == ("decode", 1, 8192, "int8")

@@ -92,7 +92,7 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
         return attention.xla(q, k, v, mask, scale, lse)
 
     monkeypatch.setattr(flash_tpu.flash, "attend_through", forward)
-    with tune.trying(TINY, "pallas_tpu", {"q": 256, "k": 512, "compute": 256}):
+    with tune.trying(TINY, "pallas_tpu", blocks={"q": 256, "k": 512, "compute": 256}):
         workloads.program(TINY, "pallas_tpu")
     workloads.program(TINY, "pallas_tpu")
     assert bodies[0].forward_blocks == flash_tpu.TpuBlocks(256, 512, 256)

@@ -79,10 +79,10 @@ def test_a_rival(
     script.write_text(RIVAL % loss)
     monkeypatch.setattr(benchmark, "TORCH", script)
     ours = benchmark.Ours
-    monkeypatch.setattr(ours, "compile", lambda *_: None)
-    monkeypatch.setattr(ours, "first", lambda *_: [(5.0, 1.0)] * 2)
-    monkeypatch.setattr(ours, "step", lambda *_: None)
-    monkeypatch.setattr(ours, "memory", lambda *_: 1e9)
+    monkeypatch.setattr(ours, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(ours, "first", lambda *_, **__: [(5.0, 1.0)] * 2)
+    monkeypatch.setattr(ours, "step", lambda *_, **__: None)
+    monkeypatch.setattr(ours, "memory", lambda *_, **__: 1e9)
     args = ["--rounds", "1", "--torch-python", sys.executable, "--remat", "full"]
     wrong = loss != "5.0"
     assert benchmark.main([*TINY, *args]) == (1 if wrong else 0)

@@ -99,13 +99,13 @@ def test_reply_without_an_end_is_whole(tiny):
 
 def test_raw_reply_is_cut_at_the_end_of_the_text_only(tiny):
     ids = [*b" a", tiny.im_end_id, *b"b ", tiny.eod_id, *b"c"]
-    assert decode_reply(tiny, ids, "raw") == "a<|im_end|>b"
+    assert decode_reply(tiny, ids, chat_format="raw") == "a<|im_end|>b"
 
 
 def test_reply_is_cut_at_stop_sequences_given(tiny):
     ids = list(b"Hum. Human: yes. Human:")
-    assert decode_reply(tiny, ids, "raw") == "Hum. Human: yes. Human:"
-    assert decode_reply(tiny, ids, "raw", stop=stop_sequences(tiny, "raw")) == "Hum."
+    assert decode_reply(tiny, ids, chat_format="raw") == "Hum. Human: yes. Human:"
+    assert decode_reply(tiny, ids, chat_format="raw", stop=stop_sequences(tiny, "raw")) == "Hum."
     assert decode_reply(tiny, list(b"abc"), stop=[[ord("c")], []]) == "ab"
 
 
@@ -115,4 +115,4 @@ def test_other_formats_are_not_implemented(tiny):
     with pytest.raises(NotImplementedError, match="chat_format"):
         stop_sequences(tiny, "llama")
     with pytest.raises(NotImplementedError, match="chat_format"):
-        decode_reply(tiny, [], "llama")
+        decode_reply(tiny, [], chat_format="llama")

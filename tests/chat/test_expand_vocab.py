@@ -164,7 +164,7 @@ def test_an_existing_file_is_never_overwritten(files, capsys):
     assert "exists already" in capsys.readouterr().err
     assert Path(files[2]).read_text() == "precious"
     with pytest.raises(FileExistsError):
-        write_tokens(files[2], [b"x"], 500)
+        write_tokens(files[2], [b"x"], start_id=500)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError):
-            write_tokens(out, [b"%d" % i for i in range(10_000)], 500)
+            write_tokens(out, [b"%d" % i for i in range(10_000)], start_id=500)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def test_restored_into_any_mesh_from_any_mesh(tmp_path, original, stored, mesh):
     decoder = checkpoint.load(tmp_path / "model", mesh=where)
     check_values(leaves(decoder), original)
     for path, leaf in named_leaves(decoder).items():
-        assert leaf.get_value().sharding == sharding.named(leaf.letters, where, sizes), path
+        assert leaf.get_value().sharding == sharding.named(leaf.letters, where, lengths=sizes), path
 
 
 def test_plain_orbax_opens_the_params(converted, original):

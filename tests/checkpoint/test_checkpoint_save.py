@@ -64,9 +64,9 @@ def test_saved_on_any_mesh_restored_on_any_other(tmp_path, saved, dtype):
         loaded = checkpoint.load(tmp_path / "m", mesh=where)
         assert same(arrays(loaded), decoder)
         for path, leaf in named_leaves(loaded).items():
-            assert leaf.get_value().sharding == sharding.named(leaf.letters, where, CONFIG.sizes), (
-                path
-            )
+            assert leaf.get_value().sharding == sharding.named(
+                leaf.letters, where, lengths=CONFIG.sizes
+            ), path
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
@@ -125,7 +125,9 @@ def test_replicated_shards_are_written_once(tmp_path, monkeypatch):
             written.append((self.name, self.stored.domain.size))
             return self.stored.write(value)
 
-    monkeypatch.setattr(store, "open_leaf", lambda p, n, write=False: Noted(plain(p, n, write), n))
+    monkeypatch.setattr(
+        store, "open_leaf", lambda p, n, write=False: Noted(plain(p, n, write=write), n)
+    )
     decoder = save_on(tmp_path / "m", mesh_of(2, 4))
     for path, array in arrays(decoder).items():
         assert sum(size for name, size in written if name == path) == array.size, path

@@ -92,8 +92,8 @@ def test_what_is_no_mapping() -> None:
 
 
 def test_temperature_zero_is_greedy() -> None:
-    assert make_sampler(True, 0, 5, 0.9, 1.2) == Greedy(1.2)
-    assert make_sampler(False, 1.0, 5, 0.9, 1.2) == Greedy(1.2)
+    assert make_sampler(True, 0, top_k=5, top_p=0.9, repetition_penalty=1.2) == Greedy(1.2)
+    assert make_sampler(False, 1.0, top_k=5, top_p=0.9, repetition_penalty=1.2) == Greedy(1.2)
 
 
 def test_what_is_asked_for_and_not_done_is_said_in_one_line() -> None:

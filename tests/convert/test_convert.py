@@ -268,7 +268,7 @@ def test_verify_of_a_merged_export(tmp_path, model, adapter, dtype, monkeypatch,
     monkeypatch.setattr(to_hf, "copy", copy_and_flip)
     assert to_hf.main([str(model), str(tmp_path / "flipped"), *options]) == 1
     assert f"differ in {name}; remove" in last_line(capfd)
-    monkeypatch.setattr(to_hf, "_change", lambda *_: None)
+    monkeypatch.setattr(to_hf, "_change", lambda *_, **__: None)
     monkeypatch.setattr(to_hf, "copy", copy)
     assert to_hf.main([str(model), str(tmp_path / "unmerged"), *options]) == 1
     assert "differ in transformer.h.0.attn.c_attn.weight" in last_line(capfd)
@@ -363,7 +363,7 @@ BUSY = (
 def small_adapters(decoder: Any) -> Any:
     with meshes.entered(meshes.make()):
         stacked, groups = model_.stack(decoder), peft.targets(["c_attn"], 3)
-        return lora.create(stacked, groups, 2, 4.0, jax.random.key(0))
+        return lora.create(stacked, groups, rank=2, alpha=4.0, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize("first", ["from_hf", "to_hf", "save", "adapter"])

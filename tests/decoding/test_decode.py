@@ -33,18 +33,18 @@ def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
     """The decode program after a prompt of 10, with a cache for `new` more; and the state."""
     with meshes.entered(model.mesh):
         frequencies = rope.from_config(model.config).frequencies(np.ones(1))
-        rules = decode.make_rules(np.ones(model.config.vocab_size, bool), (), 0)
+        rules = decode.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
         state = decode.prefill(
             model.decoder,
             np.ones((1, 10), np.int32),
-            np.array([10]),
-            frequencies,
-            np.zeros(1),
-            rules,
-            Greedy(),
-            new,
-            model.attend,
-            cache_dtype,
+            lengths=np.array([10]),
+            frequencies=frequencies,
+            seeds=np.zeros(1),
+            rules=rules,
+            sampler=Greedy(),
+            new=new,
+            attend=model.attend,
+            cache_dtype=cache_dtype,
         )
         leaves, tree = jax.tree.flatten(model.decoder)
         arguments = (leaves, state, Greedy(), rules, jnp.int32(8), tree, model.attend)
@@ -90,17 +90,19 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
         return primitive(trace, which, *args)
 
     config = tiny_config(num_layers=10, layer_windows=[3, None] * 5)
-    prompt = np.ones((1, 40), np.int32), np.array([40]), np.ones((1, 8), np.float32), np.zeros(1)
+    prompt = np.ones((1, 40), np.int32)
+    given: dict[str, Any] = {"lengths": np.array([40]), "frequencies": np.ones((1, 8), np.float32)}
     with on_mesh():
         decoder = tiny_decoder(config, jnp.float32)
-        rules = decode.make_rules(np.ones(config.vocab_size, bool), (), 0)
-        arguments = (decoder, *prompt, rules, Greedy(), 8, attention.xla)
+        rules = decode.make_rules(np.ones(config.vocab_size, bool), (), pad=0)
+        given |= {"seeds": np.zeros(1), "rules": rules, "sampler": Greedy(), "new": 8}
+        given["attend"] = attention.xla
         programs = run._cache_size()
-        decode.prefill(*arguments)
+        decode.prefill(decoder, prompt, **given)
         assert run._cache_size() - programs == 2
         monkeypatch.setattr(running, "run_group", counted)
         monkeypatch.setattr(core.EvalTrace, "process_primitive", seen)
-        state = decode.prefill(*arguments)
+        state = decode.prefill(decoder, prompt, **given)
     assert groups == [4, 4, 2]
     assert len(state.cache.layers) == 10
     assert len(eager) <= 3, eager
@@ -115,9 +117,9 @@ def test_plan() -> None:
 
 
 def test_rules_pad_stops_on_the_left() -> None:
-    rules = decode.make_rules(np.ones(9, bool), [(1,), (2, 3, 4)], 7)
+    rules = decode.make_rules(np.ones(9, bool), [(1,), (2, 3, 4)], pad=7)
     assert rules.stops.tolist() == [[-1, -1, 1], [2, 3, 4]] and rules.pad == 7
-    assert decode.make_rules(np.ones(9, bool), [], 0).stops.shape == (0, 1)
+    assert decode.make_rules(np.ones(9, bool), [], pad=0).stops.shape == (0, 1)
 
 
 # Sampling on a mesh
@@ -137,7 +139,7 @@ def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.DecodeState:
         cache=None,  # type: ignore[arg-type]
         frequencies=None,  # type: ignore[arg-type]
         token=moves.place(np.zeros(rows, np.int32), "B"),
-        seen=decode._mark(decode.unseen(rows, V), *places),
+        seen=decode._mark(decode.unseen(rows, V), places[0], segments=places[1]),
         recent=moves.place(np.full((rows, 1), -1, np.int32), "BT"),
         done=moves.place(np.zeros(rows, bool), "B"),
         fault=moves.place(np.zeros(rows, np.int32), "B"),
@@ -149,7 +151,7 @@ def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.DecodeState:
 def chosen(
     logits: np.ndarray, ids: np.ndarray, seeds: np.ndarray, sampler: Any
 ) -> decode.DecodeState:
-    rules = decode.make_rules(ALLOWED, [], 0)
+    rules = decode.make_rules(ALLOWED, [], pad=0)
     state = state_of(ids, seeds)
     choose = jax.jit(decode.choose, compiler_options=QUICK)
     return choose(moves.place(logits, "BV"), state, rules, sampler)
@@ -263,7 +265,9 @@ def test_a_stride_takes_no_module_apart(
     """On the host that costs more than all else of a stride, the more the deeper the model is."""
     given: list[Any] = []
     run = decode.run_stride
-    monkeypatch.setattr(decode, "run_stride", lambda *each: given.append(each) or run(*each))
+    monkeypatch.setattr(
+        decode, "run_stride", lambda *each, **named: given.append(each) or run(*each, **named)
+    )
     streamed(model)
     parts = [jax.tree.leaves(each, is_leaf=lambda x: isinstance(x, nnx.Module)) for each in given]
     assert len(parts) == 4 and not any(isinstance(x, nnx.Module) for each in parts for x in each)

@@ -33,7 +33,7 @@ def noise(seeds: jax.Array, step: int) -> jax.Array:
 
 @jax.jit
 def draw(sampler: Greedy | Nucleus, logits, seen, seeds, step) -> jax.Array:
-    return sampler(logits, seen, seeds, step)
+    return sampler(logits, seen, seeds=seeds, step=step)
 
 
 def kept(sampler: Nucleus, row: list[float]) -> list[int]:
@@ -312,7 +312,8 @@ def test_new_settings_compile_nothing_again():
     @jax.jit
     def traced(sampler: Nucleus, logits: jax.Array) -> jax.Array:
         traces.append(sampler)
-        return sampler(logits, jnp.zeros(logits.shape, bool), jnp.zeros(1, jnp.uint32), 0)
+        seen, seeds = jnp.zeros(logits.shape, bool), jnp.zeros(1, jnp.uint32)
+        return sampler(logits, seen, seeds=seeds, step=0)
 
     for sampler in (Nucleus(), Nucleus(0.2), Nucleus(0.7, 5), Nucleus(0.7, 20, 0.3, 1.2)):
         traced(sampler, jnp.float32([LOGITS]))

@@ -36,8 +36,8 @@ def chat_model(chat_dir: Path) -> qwen_jax.LanguageModel:
 @pytest.fixture
 def loaded(chat_model: qwen_jax.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands find the chat model loaded already."""
-    monkeypatch.setattr(generate, "describe", lambda *_: chat_model)
-    monkeypatch.setattr(generate, "load", lambda *_: chat_model)
+    monkeypatch.setattr(generate, "describe", lambda *_, **__: chat_model)
+    monkeypatch.setattr(generate, "load", lambda *_, **__: chat_model)
 
 
 def test_json_and_stream_agree(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,9 +122,9 @@ def test_chats_of_a_file(chat_model: qwen_jax.LanguageModel) -> None:
     argv = ["--ckpt", "-", "--system", "Be brief."]
     several = command.parse(generate.parser(), [*argv, "--chats", "a.txt", "--samples", "2"])
     (one,) = generate.tasks(
-        command.parse(generate.parser(), [*argv, "--chat", "Hello"]), ["Hello"], chat_model
+        command.parse(generate.parser(), [*argv, "--chat", "Hello"]), ["Hello"], about=chat_model
     )
-    made = generate.tasks(several, ["Hello", "you"], chat_model)
+    made = generate.tasks(several, ["Hello", "you"], about=chat_model)
     assert [task.request.ids for task in made[:2]] == [one.request.ids] * 2
     assert [(task.index, task.sample, task.request.seed) for task in made] == [
         (0, 0, 0),
@@ -178,7 +178,7 @@ def test_files_of_prompts_that_cannot_be(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr(generate, "load", lambda *_, **__: pytest.fail("the weights are read"))
     file = tmp_path / name
     file.write_text(text)
     code, out, err = run(capsys, "--ckpt", "-", "--prompts", str(file))
@@ -325,7 +325,7 @@ def test_what_cannot_be_is_said_before_the_weights_are_read(
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the weights are read"))
     result, _, err = run(capsys, "--ckpt", str(chat_dir), "--prompt", "Hello there", *argv)
     (line,) = err.splitlines()
     assert result == code and message in line
@@ -338,8 +338,8 @@ def test_samples_of_a_checkpoint_that_draws_nothing(
 ) -> None:
     settings = dataclasses.replace(chat_model.generation_config, sampler=qwen_jax.Greedy())
     greedy = dataclasses.replace(chat_model, generation_config=settings)
-    monkeypatch.setattr(generate, "describe", lambda *_: greedy)
-    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr(generate, "describe", lambda *_, **__: greedy)
+    monkeypatch.setattr(generate, "load", lambda *_, **__: pytest.fail("the weights are read"))
     code, _, err = run(capsys, "--ckpt", "-", "--prompt", "a", "--samples", "2")
     assert code == 2 and "--samples 2: this checkpoint takes the most likely token" in err
 
@@ -348,10 +348,10 @@ def test_a_mesh_may_split_more_rows_than_one_prompt_has(chat_dir: Path) -> None:
     """As docs/hosts.md has it for a pod: `fsdp` splits the weights, and the row is repeated."""
     args = generate.parser().parse_args(["--ckpt", str(chat_dir), "--mesh", "fsdp=2,tp=2"])
     about = description.read(chat_dir)
-    made = generate.mesh(args, about, meshes.parse(args.mesh))
+    made = generate.mesh(args, about, sizes=meshes.parse(args.mesh))
     assert meshes.describe(made.shape) == args.mesh
     args.mesh = None
-    alone = generate.mesh(args, about, meshes.parse(None))
+    alone = generate.mesh(args, about, sizes=meshes.parse(None))
     assert meshes.describe(alone.shape) == "tp=2"
     sizes = []
     for mesh in (made, alone):

@@ -69,7 +69,7 @@ def test_whole_numbers_of_numpy(golden_dir: Path) -> None:
 
 
 def test_attention_that_cannot_declines_before_weights_are_read(golden_dir, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(NotImplementedError, match="pallas_hopper is for Hopper GPUs, this is cpu"):
         qwen_jax.load(golden_dir, attention="pallas_hopper")
 
@@ -433,7 +433,9 @@ def test_chat_stops_before_a_stop(chat_model: qwen_jax.LanguageModel) -> None:
     settings = {"sampler": Greedy(1.3), "max_new_tokens": 12}
     free = [
         i
-        for part in chat_model._reply("hello", (), "", *settings.values(), (), 0, None)
+        for part in chat_model._reply(
+            "hello", (), system="", **settings, stop=(), seed=0, max_window_size=None
+        )
         for i in part
     ]
     stop = tuple(free[4:7])

@@ -49,9 +49,9 @@ def test_a_product_is_that_of_what_it_stands_for():
             Weight(jnp.asarray(rng.standard_normal((24, 32))), letters="FD")
         )
         x = jnp.asarray(rng.standard_normal((2, 3, 32)), jnp.float32)
-        expected = weights.contract("BTD,FD->BTF", x, dense(leaf))
+        expected = weights.contract("BTD,FD->BTF", x, weight=dense(leaf))
         np.testing.assert_allclose(
-            weights.contract("BTD,FD->BTF", x, leaf), expected, rtol=1e-5, atol=1e-5
+            weights.contract("BTD,FD->BTF", x, weight=leaf), expected, rtol=1e-5, atol=1e-5
         )
 
 
@@ -70,7 +70,14 @@ def test_adapters_on_eight_bits(sizes, sequence):
 
     def of(adapters: Any, decoder: Any, batch: Any) -> Any:
         made = lora.attach(decoder, adapters)
-        return losses.loss(made, batch, xla, jnp.float32, step.REMAT["full"], sequence)[0]
+        return losses.loss(
+            made,
+            batch,
+            attend=xla,
+            dtype=jnp.float32,
+            remat=step.REMAT["full"],
+            sequence_parallel=sequence,
+        )[0]
 
     with on_mesh(**sizes):
         decoder = step.stacked(map_leaves(int8.of_layers, tiny_decoder(CONFIG)))
@@ -98,7 +105,7 @@ def test_float16_does_not_overflow_before_it_is_scaled(sizes):
         x = place(np.ones((1, 2, 4096), np.float16), "BTF")
 
         def of(x: jax.Array) -> jax.Array:
-            return weights.contract("BTF,DF->BTD", x, leaf, P(None, None, None))
+            return weights.contract("BTF,DF->BTD", x, weight=leaf, out=P(None, None, None))
 
         y, back = jax.vjp(of, x)
         assert y.dtype == jnp.float16

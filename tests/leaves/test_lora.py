@@ -57,8 +57,8 @@ def name_of(value: dict[str, int] | bool) -> str:
 def drawn(embeddings: bool = True) -> Adapters:
     """That add something: as wide as the leaves that they are added to."""
     decoder = step.stacked(tiny_decoder(CONFIG))
-    make = functools.partial(lora.create, decoder, GROUPS, 4, 8.0, embeddings=embeddings)
-    fresh, draw = make(jax.random.key(0)), small_noise(CONFIG)
+    key, draw = jax.random.key(0), small_noise(CONFIG)
+    fresh = lora.create(decoder, GROUPS, rank=4, alpha=8.0, key=key, embeddings=embeddings)
     return fresh.replace(a=replace_leaves(fresh.a, draw), b=replace_leaves(fresh.b, draw))
 
 
@@ -68,9 +68,14 @@ def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple
 
     def of(adapters: Adapters, decoder: Any, batch: Any) -> Any:
         decoder = lora.attach(decoder, adapters)
-        return losses.loss(decoder, batch, xla, jnp.float32, step.REMAT["full"], sequence_parallel)[
-            0
-        ]
+        return losses.loss(
+            decoder,
+            batch,
+            attend=xla,
+            dtype=jnp.float32,
+            remat=step.REMAT["full"],
+            sequence_parallel=sequence_parallel,
+        )[0]
 
     with on_mesh(**dict(sizes)):
         decoder, adapters = step.stacked(tiny_decoder(CONFIG)), drawn()
@@ -78,7 +83,9 @@ def graded(sizes: tuple[tuple[str, int], ...], sequence_parallel: bool) -> tuple
         grad = jax.jit(jax.value_and_grad(of), compiler_options=QUICK)
         value, gradients = grad(adapters, decoder, batch)
         merge = jax.jit(lora.merge, compiler_options=QUICK)
-        plain = jax.jit(lambda d, b: losses.loss(d, b, xla, jnp.float32)[0], compiler_options=QUICK)
+        plain = jax.jit(
+            lambda d, b: losses.loss(d, b, attend=xla, dtype=jnp.float32)[0], compiler_options=QUICK
+        )
         merged = plain(merge(decoder, adapters), batch)
         base = plain(decoder, batch)
     np.testing.assert_allclose(merged, value, rtol=1e-5)
@@ -106,15 +113,17 @@ def test_fresh_adapters_change_nothing_and_are_what_is_trained():
     optimizer = step.Optimizer(learning_rate=0.1)
     with on_mesh(fsdp=2):
         base = step.stacked(tiny_decoder(CONFIG))
-        adapters = lora.create(base, GROUPS, 4, 8.0, jax.random.key(0))
+        adapters = lora.create(base, GROUPS, rank=4, alpha=8.0, key=jax.random.key(0))
         batch = batches.place(packed_batch())
-        plain = losses.loss(base, batch, xla, jnp.float32)[0]
+        plain = losses.loss(base, batch, attend=xla, dtype=jnp.float32)[0]
         state = step.state_of(adapters, optimizer)
         assert {x.shape for x in jax.tree.leaves(state.moments) if x.ndim} == {
             x.shape for x in jax.tree.leaves(adapters)
         }
         before = jax.tree.map(np.asarray, base)
-        run = step.make_step(optimizer, xla, jnp.float32, attach=lambda w, b, _: lora.attach(b, w))
+        run = step.make_step(
+            optimizer, xla, dtype=jnp.float32, attach=lambda w, b, _: lora.attach(b, w)
+        )
         run = run.lower(state, batch, base).compile(compiler_options=QUICK)
         state, report = run(state, batch, base)
         np.testing.assert_allclose(report.metrics.loss, plain, rtol=1e-5)
@@ -126,7 +135,7 @@ def test_fresh_adapters_change_nothing_and_are_what_is_trained():
 @pytest.mark.slow
 def test_dropout_of_what_goes_into_adapters():
     def loss(made: Any, batch: Any) -> Any:
-        return losses.loss(made, batch, xla, jnp.float32)[0]
+        return losses.loss(made, batch, attend=xla, dtype=jnp.float32)[0]
 
     run = jax.jit(loss, compiler_options=QUICK)
     with on_mesh():
@@ -134,7 +143,7 @@ def test_dropout_of_what_goes_into_adapters():
         batch = batches.place(packed_batch())
 
         def of(key: Any, rate: float) -> float:
-            made = lora.attach(decoder, adapters, key, rate)
+            made = lora.attach(decoder, adapters, key=key, dropout=rate)
             return float(run(made, batch))
 
         keys = [jax.random.key(i) for i in range(2)]
@@ -296,16 +305,18 @@ def test_a_run_writes_no_model_that_is_not_finite(tmp_path, capsys):
         checkpoint.save(tmp_path / "ckpt", config, decoder)
         (tmp_path / "ckpt/generation_config.json").write_text("{}")
         stacked = step.stacked(decoder)
-        fresh = lora.create(stacked, GROUPS, 4, 8.0, jax.random.key(0), embeddings=False)
+        fresh = lora.create(
+            stacked, GROUPS, rank=4, alpha=8.0, key=jax.random.key(0), embeddings=False
+        )
         huge = jax.tree.map(lambda x: x + 1e30, fresh)
         made = parameters.Adapted(config, tmp_path / "ckpt", recipes.sft_lora())
         with pytest.raises(ValueError, match=r"not all merged weights are numbers: .*: no model"):
-            made.save(huge, tmp_path, tmp_path / "ckpt", merge=True)
+            made.save(huge, tmp_path, files=tmp_path / "ckpt", merge=True)
         assert base_named(tmp_path / "adapter") == (None, None)
         assert f"`python convert/to_hf.py {tmp_path}/ckpt BASE`" in capsys.readouterr().err
         origin = {"name": "Qwen/Qwen-7B", "revision": "0" * 40}
         edit(tmp_path / "ckpt/manifest.json", origin=origin)
-        made.save(fresh, tmp_path, tmp_path / "ckpt", merge=False)
+        made.save(fresh, tmp_path, files=tmp_path / "ckpt", merge=False)
         assert base_named(tmp_path / "adapter") == tuple(origin.values())
         assert "names no base" not in capsys.readouterr().err
     assert (tmp_path / "adapter").is_dir() and not (tmp_path / "model").exists()
@@ -474,4 +485,4 @@ def test_what_adapters_add_in_float16_is_scaled_before_it_is_rounded():
                  (((2, 4), "FD"), ((4, 4), "RD"), ((2, 4), "FR"))]  # fmt: skip
         leaf = low_rank.Lora(*parts, key=None, scale=2.0**-8, dropout=0.0)
         x = jnp.full((1, 1, 4), 5000, jnp.float16)  # b a x = 80000
-        np.testing.assert_allclose(contract("BTD,FD->BTF", x, leaf), 20312.5, rtol=1e-3)
+        np.testing.assert_allclose(contract("BTD,FD->BTF", x, weight=leaf), 20312.5, rtol=1e-3)

@@ -126,7 +126,7 @@ def test_data_goes_over_slices():
     with pytest.raises(ValueError, match="fsdp=32: data must be a multiple of the 2 slices"):
         meshes.make({"fsdp": 32}, devices)
     sizes = PRESETS["qwen-7b"].sizes
-    assert meshes.describe(meshes.default(sizes, 32, True, slices=2)) == "data=2,fsdp=16"
+    assert meshes.describe(meshes.default(sizes, 32, training=True, slices=2)) == "data=2,fsdp=16"
     assert meshes.describe(meshes.default(sizes, 32, slices=2)) == "data=2,tp=16"
     # Rows that two slices cannot share stay on one.
     one = meshes.default(sizes | {"B": 3}, 32, slices=2)
@@ -236,7 +236,7 @@ def test_a_residual_split_by_tokens_is_checked():
     ],
 )
 def test_a_residual_is_split_by_tokens_where_they_divide(asked, length, sizes, expected):
-    split, why = meshes.splits_tokens(asked, length, sizes)
+    split, why = meshes.splits_tokens(asked, length, mesh=sizes)
     assert split == expected[0] and expected[1] in why
 
 
@@ -280,7 +280,7 @@ def test_every_mesh_of_a_number_of_devices_once():
     ],
 )
 def test_the_mesh_when_none_is_asked_for(changes, devices, training, expected):
-    sizes = meshes.default({**LENGTHS, **changes}, devices, training)
+    sizes = meshes.default({**LENGTHS, **changes}, devices, training=training)
     assert {axis: size for axis, size in sizes.items() if size > 1} == expected
     meshes.check({**LENGTHS, **changes}, sizes)
 

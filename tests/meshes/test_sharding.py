@@ -50,10 +50,10 @@ def test_axes_of_size_1_appear_nowhere():
 
 
 def test_heads_fewer_than_tp_stay_whole():
-    assert sharding.spec("UD", {"K": 2}, {"tp": 4}) == P(None, None)
-    assert sharding.spec("UD", {"K": 4}, {"tp": 4}) == P("tp", None)
-    assert sharding.spec("QD", {"K": 2}, {"tp": 4}) == P("tp", None), "queries are split"
-    assert sharding.spec("BKSH", {"K": 1}, {"tp": 4}) == P(None, None, None, None)
+    assert sharding.spec("UD", {"K": 2}, mesh={"tp": 4}) == P(None, None)
+    assert sharding.spec("UD", {"K": 4}, mesh={"tp": 4}) == P("tp", None)
+    assert sharding.spec("QD", {"K": 2}, mesh={"tp": 4}) == P("tp", None), "queries are split"
+    assert sharding.spec("BKSH", {"K": 1}, mesh={"tp": 4}) == P(None, None, None, None)
 
 
 def test_entries_of_a_partitioning():
@@ -182,7 +182,7 @@ def test_heads_are_repeated_for_the_devices_of_their_queries():
     for tp, held in ((1, 2), (2, 2), (4, 4), (8, 8)):
         with on_mesh(tp=tp):
             assert sharding.held_heads(2) == held and sharding.held_heads(16) == 16
-            spread = moves.spread_heads(moves.place(k, "BTKH", {"K": 2}))
+            spread = moves.spread_heads(moves.place(k, "BTKH", lengths={"K": 2}))
             assert jax.typeof(spread).sharding.spec[2] == ("tp" if tp > 1 else None)
             np.testing.assert_array_equal(spread, np.repeat(k, held // 2, axis=2))
 

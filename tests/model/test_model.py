@@ -223,7 +223,9 @@ def test_stacked_is_looped():
 
 def test_a_stacked_decoder_keeps_no_cache():
     decoder = stack(tiny_decoder(tiny_config()))
-    held = cache.empty(decoder.config, place(np.zeros(2, np.int32), "B"), 8, jnp.float32, None)
+    held = cache.empty(
+        decoder.config, place(np.zeros(2, np.int32), "B"), capacity=8, dtype=jnp.float32, kind=None
+    )
     with pytest.raises(ValueError, match="unstack it first"):
         full_pass(decoder, tiny_tokens(2, 4), cache=held)
 

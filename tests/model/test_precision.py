@@ -68,14 +68,14 @@ def of_every_kind(w: dict[str, Weight], wide: Any, narrow: Any, targets: Any, sh
     """Linear in every kind of leaf but the head; products of dtype bfloat16."""
     x, y = (a.astype(jnp.bfloat16) for a in (narrow, wide))
     whole = moves.unshard(w, x.dtype)
-    columns = contract("BTD,FD->BTF", moves.to_columns(x), whole["FD"])
-    rows = contract("BTF,DF->BTD", y, whole["DF"], sharding.spec("BTD"))
+    columns = contract("BTD,FD->BTF", moves.to_columns(x), weight=whole["FD"])
+    rows = contract("BTF,DF->BTD", y, weight=whole["DF"], out=sharding.spec("BTD"))
     normed = decoder._in_float32(jnp.multiply, x, weight=whole["D"])
     shifted = decoder._in_float32(jnp.add, y, weight=whole["F"])
     results = columns, rows, normed, shifted
     factors = wide, narrow, narrow, wide
     loss = sum(jnp.sum(a.astype(jnp.float32) * b) for a, b in zip(results, factors, strict=True))
-    found = vocabulary.token_scores(x, w["VD"][...], targets)
+    found = vocabulary.token_scores(x, w["VD"][...], targets=targets)
     return loss + jnp.sum(shares * (found.lse - found.logit))
 
 
@@ -142,9 +142,9 @@ def training(dtype: str, adapters: recipes.Recipe | None = None, **options: Any)
     with on_mesh(**EVERY) as mesh:
         state, base = trained.abstract(optimizer), trained.abstract_base()
         run = step.make_step(
-            optimizer, attention.xla, dtype, attach=trained.attach, dropout=0.1, **options
+            optimizer, attention.xla, dtype=dtype, attach=trained.attach, dropout=0.1, **options
         )
-        return run.trace(state, step.abstract_batch(4, 16, mesh), base).jaxpr
+        return run.trace(state, step.abstract_batch(4, 16, mesh=mesh), base).jaxpr
 
 
 def adapted(base: str) -> recipes.Recipe:
@@ -166,8 +166,9 @@ def decoding(kernel: str) -> Iterator[Any]:
             leaves, state, sampling.Greedy(), rules, limit, tree, attend
         )
         yield traced.jaxpr
-        group = functools.partial(programs._of_a_group, setting, 8, jnp.float32)
-        given = jax.eval_shape(group, decoder)
+        given = jax.eval_shape(
+            lambda x: programs._of_a_group(setting, 8, dtype=jnp.float32, decoder=x), decoder
+        )
         _, _, tree = running.groups(decoder.layers)[0]
         yield running.run_group.trace(**given, tree=tree, attend=attend).jaxpr
         yield jax.make_jaxpr(model.logits)(given["x"], decoder.output)

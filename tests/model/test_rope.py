@@ -221,7 +221,7 @@ def test_angles_are_float32_products_of_true_positions():
     plain = scheme(16)
     positions = np.array([[0, 1, 2, 1000, 32767], [5, 4, 3, 2, 1]], np.int32)
     rows = plain.frequencies(np.array([1.0, 7.0]))
-    turned = rotary(plain, jnp.asarray(positions), jnp.asarray(rows))
+    turned = rotary(plain, jnp.asarray(positions), frequencies=jnp.asarray(rows))
     assert turned.cos.dtype == turned.sin.dtype == turned.query_scale.dtype == jnp.float32
     angles = positions[:, :, None] * rows[:, None].astype(np.float64)
     # Half a unit in the last place of a float32 angle of up to 32767 is 2**-10.
@@ -238,7 +238,7 @@ def test_rotate_is_a_complex_rotation(dtype):
     x = jnp.asarray(rng.standard_normal((2, 5, 3, 16)), dtype)
     positions = np.array([[0, 1, 2, 3, 4], [7, 30, 2, 9, 100]], np.int32)
     rows = plain.frequencies(np.array([1.0, 3.0]))
-    turned = rotary(plain, jnp.asarray(positions), jnp.asarray(rows)).rotate(x)
+    turned = rotary(plain, jnp.asarray(positions), frequencies=jnp.asarray(rows)).rotate(x)
     assert turned.dtype == dtype and turned.shape == x.shape
 
     wide = np.asarray(x, np.float64)
@@ -260,7 +260,7 @@ def test_scores_depend_on_distance_alone():
     row = jnp.asarray(plain.frequencies(np.ones(1)))
 
     def score(query: int, key: int) -> float:
-        at = [rotary(plain, jnp.full((1, 1), p, jnp.int32), row) for p in (query, key)]
+        at = [rotary(plain, jnp.full((1, 1), p, jnp.int32), frequencies=row) for p in (query, key)]
         return float(jnp.sum(at[0].rotate(q) * at[1].rotate(k)))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
@@ -273,7 +273,9 @@ def test_logn_scales_queries_at_true_positions_without_a_limit(trained):
     # 0-based; 32767 is token 32768, where the original's table ends.
     edges = [0, 1, trained - 2, trained - 1, trained, trained + 1, 32766, 32767, 32768, 500_000]
     positions = jnp.asarray([edges], jnp.int32)
-    scale = rotary(logn, positions, jnp.asarray(logn.frequencies(np.ones(1)))).query_scale
+    scale = rotary(
+        logn, positions, frequencies=jnp.asarray(logn.frequencies(np.ones(1)))
+    ).query_scale
     expected = [max(math.log(p + 1) / math.log(trained), 1.0) for p in edges]
     np.testing.assert_allclose(scale[0], expected, rtol=1e-6)
     assert float(scale[0, 4]) > 1 + 1e-6
@@ -283,7 +285,7 @@ def test_logn_goes_with_every_scheme():
     yarn = RopeScaling("yarn", 4.0, 16)
     both = scheme(16, seq_length=16, logn=True, rope_scaling=yarn)
     row = jnp.asarray(both.frequencies(np.ones(1)))
-    scale = rotary(both, jnp.asarray([[0, 99]], jnp.int32), row).query_scale
+    scale = rotary(both, jnp.asarray([[0, 99]], jnp.int32), frequencies=row).query_scale
     temperature = (0.1 * math.log(4) + 1) ** 2
     expected = [temperature, temperature * math.log(100) / math.log(16)]
     np.testing.assert_allclose(scale[0], expected, rtol=1e-6)
@@ -294,8 +296,8 @@ def test_logn_goes_with_every_scheme():
 def test_negative_positions_of_left_padding_are_harmless():
     logn = scheme(16, seq_length=4, logn=True)
     row = jnp.asarray(logn.frequencies(np.ones(1)))
-    padded = rotary(logn, jnp.asarray([[-40, -2, -1, 0, 1, 5]], jnp.int32), row)
-    alone = rotary(logn, jnp.asarray([[0, 1, 5]], jnp.int32), row)
+    padded = rotary(logn, jnp.asarray([[-40, -2, -1, 0, 1, 5]], jnp.int32), frequencies=row)
+    alone = rotary(logn, jnp.asarray([[0, 1, 5]], jnp.int32), frequencies=row)
     for mine, other in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
         assert np.isfinite(mine).all()
         np.testing.assert_array_equal(mine[:, 3:], other)

@@ -126,7 +126,9 @@ def test_rows_that_are_not_there_have_no_part(chunks_of_128):
     head = np.full((300, D), -10, np.float32)
     with on_mesh():
         placed = moves.place(x, "BTD"), moves.place(head, "VD")
-        scores = vocabulary.token_scores(*placed, moves.place(np.zeros((2, 2), np.int32), "BT"))
+        scores = vocabulary.token_scores(
+            *placed, targets=moves.place(np.zeros((2, 2), np.int32), "BT")
+        )
     np.testing.assert_allclose(scores.largest, -10 * D)
     np.testing.assert_allclose(scores.logit - scores.lse, -np.log(300), rtol=1e-4)
 
@@ -135,7 +137,7 @@ def test_logits_of_hundreds_overflow_nothing(chunks_of_128):
     x, head, targets, _ = arrays()
     with on_mesh(tp=2):
         placed = moves.place(100 * x, "BTD"), moves.place(head, "VD")
-        scores = vocabulary.token_scores(*placed, moves.place(targets, "BT"))
+        scores = vocabulary.token_scores(*placed, targets=moves.place(targets, "BT"))
     wanted = by_definition(100 * x, head, targets)
     assert np.abs(wanted.largest).max() > 500
     np.testing.assert_allclose(scores.lse, wanted.lse, rtol=1e-5)
@@ -235,7 +237,7 @@ def test_no_collective_is_the_size_of_the_table():
         targets = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding.named("BT", mesh))
 
         def loss(x: Any, head: Any, targets: Any) -> Any:
-            return vocabulary.token_scores(x, head, targets).lse.sum()
+            return vocabulary.token_scores(x, head, targets=targets).lse.sum()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vocabulary, "LOGITS_BYTES", 4 * T * 256)

@@ -83,7 +83,12 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def drawn(wanted: Any, whole: list[str]) -> Adapters:
     """That change much: b is not 0."""
     fresh = lora.create(
-        base(), peft.targets(wanted, CONFIG.num_layers), 4, 8.0, jax.random.key(0), bool(whole)
+        base(),
+        peft.targets(wanted, CONFIG.num_layers),
+        rank=4,
+        alpha=8.0,
+        key=jax.random.key(0),
+        embeddings=bool(whole),
     )
 
     left = {"wte": "embedding", "lm_head": "head"}

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--generate", action="store_true")
     command.add_processes(parser)
     command.add_debug(parser)
-    return command.run(parser, work, argv)
+    return command.run(parser, work, argv=argv)
 
 
 if __name__ == "__main__":

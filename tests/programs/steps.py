@@ -31,7 +31,7 @@ def work(args: argparse.Namespace) -> None:
         state = step.create_state(checkpoint.load(args.ckpt, dtype="float32"), optimizer)
         tokens = arrays()["adamw.batches"][0]
         batch = batches.place(batches.batch_of(tokens, tokens))
-        run = step.make_step(optimizer, xla, np.float32)
+        run = step.make_step(optimizer, xla, dtype=np.float32)
         for _ in range(args.steps):
             state, report = run(state, batch)
             said = {"loss": report.metrics.loss, "norm": report.gradient_norm}
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1)
     command.add_processes(parser)
     command.add_debug(parser)
-    return command.run(parser, work, argv)
+    return command.run(parser, work, argv=argv)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def run(work: Callable[..., Any], options: tuple[str, ...] = ()) -> int:
     command.add_debug(parser)
     for option in options:
         parser.add_argument(option)
-    return command.run(parser, work, [])
+    return command.run(parser, work, argv=[])
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -237,8 +237,8 @@ DATA = ["--data", "a.txt", "--out", "b"]
     ],
 )
 def test_usage(program, argv, message, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "_setting", lambda *_: None)
-    monkeypatch.setattr("train.planning.topology.prepare", lambda *_: None)
+    monkeypatch.setattr(plan, "_setting", lambda *_, **__: None)
+    monkeypatch.setattr("train.planning.topology.prepare", lambda *_, **__: None)
     assert program.main(argv) == 2
     assert message in capsys.readouterr().err
 
@@ -284,7 +284,7 @@ READS = [*CKPT, "--data", "a", "--modes", "plain,own"]
 )
 def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monkeypatch):
     """It is refused, also where it is the default."""
-    monkeypatch.setattr("train.planning.topology.prepare", lambda *_: None)
+    monkeypatch.setattr("train.planning.topology.prepare", lambda *_, **__: None)
     assert program.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --") and message in line
@@ -361,7 +361,7 @@ def test_without_a_home_that_can_be_written_to(home, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.config, "update", lambda *_, **__: None)
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
     if home == "none":
         monkeypatch.setattr(paths.Path, "home", no_home)

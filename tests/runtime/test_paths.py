@@ -90,7 +90,7 @@ COMMANDS: list[tuple[Main, list[str]]] = [
 @pytest.mark.parametrize(("text", "told"), BAD[::2])
 def test_commands_refuse_them(links, monkeypatch, capfd, main, arguments, text, told):
     monkeypatch.chdir(links)
-    monkeypatch.setattr(caches, "use_compilation_cache", lambda *_: None)
+    monkeypatch.setattr(caches, "use_compilation_cache", lambda *_, **__: None)
     given = [x.replace("{}", text.format(links)) for x in arguments]
     try:
         assert main(given) in (1, 2)

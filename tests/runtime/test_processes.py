@@ -169,7 +169,7 @@ def call_roll(*claims: tuple[int, int], timeout: float = launch.LONG) -> list[An
 
     def claim(at: int, process: int, count: int) -> None:
         try:
-            heard[at] = rendezvous.hold(coordinator, count, process, timeout)
+            heard[at] = rendezvous.hold(coordinator, count, process=process, timeout=timeout)
         except rendezvous.Missing as error:
             heard[at] = str(error)
 
@@ -225,7 +225,7 @@ def test_roll_call_passes_over_strangers():
     heard = []
 
     def hold(process: int) -> None:
-        heard.append(rendezvous.hold(coordinator, 2, process, launch.LONG))
+        heard.append(rendezvous.hold(coordinator, 2, process=process, timeout=launch.LONG))
 
     first = threading.Thread(target=hold, args=(0,))
     first.start()
@@ -342,12 +342,12 @@ def test_jax_was_used_before():
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_chunk_has_one_writer_that_holds_it(mesh, count):
     sizes = meshes.parse(mesh)
-    partition = tuple(map(sharding.entries, sharding.spec("FD", None, sizes)))
+    partition = tuple(map(sharding.entries, sharding.spec("FD", None, mesh=sizes)))
     cut = [64 // 2 // sizes["tp"], 32 // sizes["fsdp"]]  # two chunks of rows in a shard
     leaf = store.StoredLeaf("up", (64, 32), (cut[0], cut[1]), "float32")
     writers: dict[str, list[int]] = {}
     for process in range(count):
-        share = shares.Shares({"up": leaf}, {"up": partition}, sizes, count)
+        share = shares.Shares({"up": leaf}, {"up": partition}, sizes=sizes, count=count)
         for band in leaf.bands():
             for name in share.of(process, band):
                 writers.setdefault(name, []).append(process)

@@ -155,7 +155,7 @@ def test_data_to_train_on(bucket, tmp_path):
         files = records.files([source])
         assert [file.name for file in files] == list(contents)
         encoding = token_cache.Encoding(text, {"data": "text"})
-        cache = token_cache.make(files, tokenizer, encoding, tmp_path / "cache")
+        cache = token_cache.make(files, tokenizer, encoding=encoding, home=tmp_path / "cache")
         assert len(cache) == 206
         digests.append(cache.counts.digest)
     assert digests[0] == digests[1]
@@ -185,12 +185,14 @@ def test_a_run(bucket, tmp_path, monkeypatch, capsys):
     arguments = training.pretraining(given, remote, *options, "--token-cache", f"{bucket}/tokens")
     calls = []
     text = run_data.text_example
-    monkeypatch.setattr(run_data, "text_example", lambda *a: calls.append(a) or text(*a))
+    monkeypatch.setattr(
+        run_data, "text_example", lambda *a, **named: calls.append(a) or text(*a, **named)
+    )
     save, there_at = saving.Checkpoints.save, {}
 
-    def noted(self, step, *arguments):
+    def noted(self, step, state, **named):
         there_at[step] = (paths.parse(remote) / "metrics.jsonl").read_text().count("\n")
-        save(self, step, *arguments)
+        save(self, step, state, **named)
 
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "host0"))
@@ -237,7 +239,9 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
     with jax.set_mesh(mesh_of(1, 1)):
         decoder = model.stack(model.create(tiny_config(), jax.random.key(0), "float32"))
         chosen = peft.targets(["c_attn"], decoder.config.num_layers)
-        adapters = lora.create(decoder, chosen, 4, 8, jax.random.key(1), False)
+        adapters = lora.create(
+            decoder, chosen, rank=4, alpha=8, key=jax.random.key(1), embeddings=False
+        )
         root = paths.parse(bucket)
         for folder in (tmp_path / "adapter", root / "adapter"):
             peft.write(folder, adapters, base_model_name_or_path="m", lora_dropout=0.0)
@@ -247,10 +251,12 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
     assert contents(fetched) == contents(tmp_path / "adapter")
 
     settings = loop.Settings(root, profile=(1, 1))
-    at_work = SimpleNamespace(settings=settings, _skipped=1, _save_good=lambda *_: "it is saved")
+    at_work = SimpleNamespace(
+        settings=settings, _skipped=1, _save_good=lambda *_, **__: "it is saved"
+    )
     report = SimpleNamespace(metrics=SimpleNamespace(loss=math.nan), gradient_norm=math.nan)
     with pytest.raises(loop.NotANumber, match=f"the batch is in {bucket}/batch-7.npz"):
-        loop.Loop._not_a_number(at_work, 7, batch, report, None)  # pyright: ignore
+        loop.Loop._not_a_number(at_work, 7, batch, report=report, state=None)  # pyright: ignore
     with np.load(io.BytesIO((root / "batch-7.npz").read_bytes())) as found:
         np.testing.assert_array_equal(found["tokens"], ids)
 
@@ -270,7 +276,7 @@ def test_figures_are_copied_now_and_then(bucket, monkeypatch):
     """Not with each step, but so often that little is lost, and at the end."""
     root = paths.parse(bucket)
     monkeypatch.setattr(logs, "_SHARE", 0)
-    log = logs.Log(root, 0, 10)
+    log = logs.Log(root, 0, steps=10)
     told = lambda: len((root / "metrics.jsonl").read_text().splitlines())  # noqa: E731
     for step, seconds in ((1, 10**6), (2, -1)):
         monkeypatch.setattr(logs, "_EVERY", seconds)
@@ -283,7 +289,7 @@ def test_figures_are_copied_now_and_then(bucket, monkeypatch):
     log.close()
     assert told() == 3 and len(list((root / "events").iterdir())) == 1
     assert not log._local.exists()
-    again = logs.Log(root, 2, 10)
+    again = logs.Log(root, 2, steps=10)
     again.close()
     assert told() == 2
 
@@ -405,7 +411,7 @@ def test_a_lock_that_was_left_behind(bucket, quick_beats, caplog):
     assert len(said()) == 1 and not file.exists()
     paths.create(file, json.dumps(left).encode())
     first = paths.stamp(file)[1]
-    paths.rewrite(file, json.dumps(left).encode(), first)
+    paths.rewrite(file, json.dumps(left).encode(), generation=first)
     paths.remove_generation(file, first)  # by who has seen another lock there
     with pytest.raises(FileExistsError):
         paths.create(file, b"{}")

@@ -76,7 +76,7 @@ def test_arguments_that_are_no_text(name, work, value, got):
         lambda text: tools.turns([ASKED, {"role": "assistant", "tool_calls": [{"name": text}]}]),
         lambda text: data.text_example(TINY, {"text": text}),
         lambda text: data.sft_example(TINY, [TALK[0], TALK[1] | {"value": text}], "", None),
-        lambda text: data.chat_example(TINY, {"conversations": TALK}, text, None),
+        lambda text: data.chat_example(TINY, {"conversations": TALK}, system=text, max_len=None),
         lambda text: expand_vocab.splittable([text]),
     ],
 )
@@ -129,8 +129,8 @@ def test_messages_are_a_history():
     assert system == "Be brief." and pairs[0][1].endswith("Observation: dry\nHello Ann.")
     assert chat.turns_of([("a", "b")], "S") == ("S", [("a", "b")])
     turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
-    assert chat.with_turn([ASKED, SAID], "q", "r") == [ASKED, SAID, *turn]
-    assert chat.with_turn(None, "q", "r") == [("q", "r")]
+    assert chat.with_turn([ASKED, SAID], "q", reply="r") == [ASKED, SAID, *turn]
+    assert chat.with_turn(None, "q", reply="r") == [("q", "r")]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_ids_are_whole_numbers(work):
 
 
 def test_what_stands_in_padding_does_not_matter():
-    tokens, lengths = inputs.rows([[-100, 5], [7, 8]], [[0, 1], [1, 1]], 300)
+    tokens, lengths = inputs.rows([[-100, 5], [7, 8]], [[0, 1], [1, 1]], vocab_size=300)
     assert tokens.tolist() == [[0, 5], [7, 8]] and lengths.tolist() == [1, 2]
 
 
@@ -256,9 +256,9 @@ def test_other_arguments_beside_texts():
     with pytest.raises(ValueError, match=r"^words must be a list"):
         expand_vocab.splittable("whale")
     with pytest.raises(ValueError, match=r"^tokens must be bytes, got str 'a'"):
-        expand_vocab.write_tokens("/no/such/folder", ["a"], 1)  # pyright: ignore
+        expand_vocab.write_tokens("/no/such/folder", ["a"], start_id=1)  # pyright: ignore
     with pytest.raises(ValueError, match=r"^start_id '1': must be a whole number"):
-        expand_vocab.write_tokens("/no/such/folder", [b"a"], "1")  # pyright: ignore
+        expand_vocab.write_tokens("/no/such/folder", [b"a"], start_id="1")  # pyright: ignore
     with pytest.raises(ValueError, match=r"^size '300': must be a whole number"):
         learning.learn(["a"], "300")  # pyright: ignore
     with pytest.raises(ValueError, match=r"^sources must be a list of paths, got str"):
@@ -271,7 +271,9 @@ def test_other_arguments_beside_texts():
 @pytest.mark.parametrize("content", [None, 3, ["x"], [{"type": "image_url"}], {"text": "x"}])
 def test_contents_of_records(content):
     with pytest.raises(ValueError, match="message 1 has "):
-        data.chat_example(TINY, {"messages": [ASKED | {"content": content}, SAID]}, "", None)
+        data.chat_example(
+            TINY, {"messages": [ASKED | {"content": content}, SAID]}, system="", max_len=None
+        )
     for record in ({"text": content}, {}):
         with pytest.raises(ValueError, match=r"^there is no text in 'text', but "):
             data.text_example(TINY, record)

@@ -56,7 +56,7 @@ def tiny_decoder(config: Config, dtype: Any = jnp.float32) -> Decoder:
             noise = 1 + 0.3 * noise
         elif "bias" not in name:
             noise *= 1.5 / np.sqrt(config.hidden_size)
-        return place(np.asarray(jnp.asarray(noise, dtype)), leaf.letters, config.sizes)
+        return place(np.asarray(jnp.asarray(noise, dtype)), leaf.letters, lengths=config.sizes)
 
     return replace_leaves(model.abstract(config, dtype), draw)
 
@@ -74,7 +74,7 @@ def small_noise(config: Config) -> Callable[[str, Weight], jax.Array]:
 
     def draw(name: str, leaf: Weight) -> jax.Array:
         noise = np.random.default_rng(list(name.encode())).standard_normal(leaf.shape, np.float32)
-        return place(0.2 * noise, leaf.letters, config.sizes)
+        return place(0.2 * noise, leaf.letters, lengths=config.sizes)
 
     return draw
 
@@ -131,7 +131,7 @@ def cached_logits(
     batch = len(tokens)
     start = place(np.zeros(batch, np.int32) if start is None else start.astype(np.int32), "B")
     dtype = decoder.embedding[...].dtype
-    held = cache.empty(decoder.config, start, tokens.shape[1] + 3, dtype, kind)
+    held = cache.empty(decoder.config, start, capacity=tokens.shape[1] + 3, dtype=dtype, kind=kind)
     rates, logits, done = frequencies(decoder.config, batch, alpha), [], 0
     for length in chunks:
         part = place(tokens[:, done : done + length], "BT")

@@ -47,7 +47,9 @@ def test_rows_are_measured_together(monkeypatch):
 
     def found(at_a_time: int) -> float:
         monkeypatch.setattr(perplexity, "_AT_A_TIME", at_a_time)
-        return perplexity.perplexity(decoder, config, ids, attention.xla, "float32", 16)
+        return perplexity.perplexity(
+            decoder, config, ids=ids, attend=attention.xla, dtype="float32", length=16
+        )
 
     with on_mesh(fsdp=4):
         assert [perplexity.rows_at_once(16, count) for count in (1, 5, 999)] == [4, 8, 256]
@@ -157,9 +159,9 @@ def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
 def test_rope_scaling_is_of_the_directorys_own_mode():
     """So that what is called plain is, and dynamic NTK can be compared with YaRN."""
     yarn = tiny_config(rope_scaling=RopeScaling("yarn", 4.0, 16))
-    assert perplexity.setting_of(yarn, "own", None) == yarn
-    assert perplexity.setting_of(yarn, "plain", None) == tiny_config()
-    assert perplexity.setting_of(yarn, "ntk", None) == tiny_config(dynamic_ntk=True)
+    assert perplexity.setting_of(yarn, "own", windows=None) == yarn
+    assert perplexity.setting_of(yarn, "plain", windows=None) == tiny_config()
+    assert perplexity.setting_of(yarn, "ntk", windows=None) == tiny_config(dynamic_ntk=True)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
 )
 def test_what_cannot_be(given, capsys, monkeypatch, change, problem):
     """Said before anything is measured, and but for the data before that is encoded."""
-    monkeypatch.setattr(perplexity, "perplexity", lambda *_: pytest.fail("it is measured"))
+    monkeypatch.setattr(perplexity, "perplexity", lambda *_, **__: pytest.fail("it is measured"))
     if "no document" not in problem:
-        monkeypatch.setattr(perplexity, "_ids", lambda *_: pytest.fail("it is encoded"))
+        monkeypatch.setattr(perplexity, "_ids", lambda *_, **__: pytest.fail("it is encoded"))
     assert problem in fail(capsys, command(given, *change), perplexity)

@@ -57,7 +57,7 @@ class Batches:
     divide over the mesh.
     """
 
-    def __init__(self, rows: Rows, length: int, size: int, seed: int, position: int = 0):
+    def __init__(self, rows: Rows, length: int, *, size: int, seed: int, position: int = 0):
         mesh = jax.sharding.get_mesh()
         meshes.check({"B": size, "T": length}, mesh)
         self.size = size
@@ -66,7 +66,7 @@ class Batches:
         indices: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
         self._mine = sorted({row for index in indices for row in range(size)[index[0]]})
         shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
-        source: Any = _Parts(shuffled, size, self._mine)
+        source: Any = _Parts(shuffled, size, mine=self._mine)
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         self._parts = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         self._parts.set_state({"next_index": position})
@@ -100,7 +100,7 @@ def once(rows: Rows, size: int) -> Iterator[Batch]:
 class _Parts:
     """Batches by number, of each the rows `mine` alone: a source for grain."""
 
-    def __init__(self, rows: Any, size: int, mine: list[int]):
+    def __init__(self, rows: Any, size: int, *, mine: list[int]):
         self._rows, self._size, self._mine = rows, size, mine
 
     def __len__(self) -> int:

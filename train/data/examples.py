@@ -42,7 +42,7 @@ def text_of(record: Any, field: str) -> str:
 
 
 def chat_example(
-    tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
+    tokenizer: Tokenizer, record: Any, *, system: str, max_len: int | None, loss_on: str = "qwen"
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation as `sft_example` does, from a record in either form.
 
@@ -65,7 +65,9 @@ def chat_example(
     said, turns = tools.turns(record["messages"], record["tools"] or record["functions"])
     if said is not None and record.get("system") and said != system:
         raise ValueError("'system' and a message of the system differ: leave one of them out")
-    return _encoded(tokenizer, system if said is None else said, turns, max_len, loss_on)
+    return _encoded(
+        tokenizer, system if said is None else said, turns=turns, max_len=max_len, loss_on=loss_on
+    )
 
 
 def _check_whole(record: Mapping[str, Any]) -> None:
@@ -79,7 +81,7 @@ def _check_whole(record: Mapping[str, Any]) -> None:
         if tools.given(record.get(one)) and tools.given(record.get(other)):
             raise ValueError(f"{one!r} and {other!r} do not go together: leave one of them out")
     shown = {name: record[name] for name in _MEDIA if name in record}
-    tools.check_read("the record", shown, ())
+    tools.check_read("the record", shown, read=())
     turns = record.get("conversations") or record.get("messages")
     for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         for name in _SHARES if isinstance(turn, Mapping) else ():
@@ -125,7 +127,7 @@ def sft_example(
     Raises ValueError for another role, a turn without text, a key that says what is not read, or no
     reply to a user.
     """
-    values.instance("tokenizer", tokenizer, Tokenizer)
+    values.instance("tokenizer", tokenizer, kind=Tokenizer)
     if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
         got = texts.described(conversations)
         raise ValueError(f"conversations must be a list of turns, got {got}")
@@ -140,19 +142,19 @@ def sft_example(
         if not isinstance(turn.get("value"), str):
             got = texts.described(turn.get("value"))
             raise ValueError(f"turn {number} has no text in 'value', but {got}")
-        tools.check_read(f"turn {number}", turn, ("from", "value"))
+        tools.check_read(f"turn {number}", turn, read=("from", "value"))
         value = texts.check_whole(f"turn {number}", turn["value"])
         if turns or role == "user":
             turns.append(Turn(role, ((value, True),)))
-    return _encoded(tokenizer, system, turns, max_len, loss_on)
+    return _encoded(tokenizer, system, turns=turns, max_len=max_len, loss_on=loss_on)
 
 
 def _encoded(
-    tokenizer: Tokenizer, system: str, turns: Sequence[Turn], max_len: int | None, loss_on: str
+    tokenizer: Tokenizer, system: str, *, turns: Sequence[Turn], max_len: int | None, loss_on: str
 ) -> tuple[list[int], list[int]]:
-    values.choice("loss_on", loss_on, LOSS_ON)
+    values.choice("loss_on", loss_on, allowed=LOSS_ON)
     if max_len is not None:
-        max_len = values.whole("max_len", max_len, 1)
+        max_len = values.whole("max_len", max_len, least=1)
     system = texts.check_whole("system", system)
     if "assistant" not in {turn.role for turn in turns}:
         raise ValueError("the conversation has no reply to a user: there is nothing to learn")

@@ -86,7 +86,7 @@ def fitted(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
 
     folder: as of `joined`.
     """
-    return _collected(_whole(*_fit(lengths, row), lengths), folder)
+    return _collected(_whole(*_fit(lengths, row), lengths=lengths), folder)
 
 
 def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,10 +131,10 @@ def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
 def alone(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
     """An example a row. folder: as of `joined`."""
     counts = np.broadcast_to(1, len(lengths))
-    return _collected(_whole(np.arange(len(lengths)), counts, lengths), folder)
+    return _collected(_whole(np.arange(len(lengths)), counts, lengths=lengths), folder)
 
 
-def _whole(examples: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Iterator[_Block]:
+def _whole(examples: np.ndarray, counts: np.ndarray, *, lengths: np.ndarray) -> Iterator[_Block]:
     """Blocks of whole examples that are in the order of their rows, `counts` of them in each."""
     first = np.zeros(len(examples), bool)
     first[np.cumsum(counts) - counts] = True
@@ -210,6 +210,7 @@ class Rows:
         self,
         cache: TokenCache,
         length: int,
+        *,
         pack: str,
         seed: int = 0,
         examples: np.ndarray | None = None,
@@ -234,7 +235,7 @@ class Rows:
             paths.write(draft / _FACTS, json.dumps(_sizes(draft)).encode())
 
         _used_now(folder)
-        appear(folder, _is_whole, fill)
+        appear(folder, _is_whole, fill=fill)
         self._order = mapped(folder / _ORDER, _ORDER_DTYPE)
         self._pieces = _mapped(folder)
         _used_now(folder)

@@ -60,7 +60,7 @@ def parts(paths_of: Sequence[Path]) -> list[FilePart]:
     return found
 
 
-def place(part: FilePart, where: str, line: int) -> str:
+def place(part: FilePart, where: str, *, line: int) -> str:
     """`where` of a record of the part, with its line in the file."""
     return f"{where} line {line + _lines_before(part)}" if line else where
 
@@ -69,7 +69,7 @@ def _lines_before(part: FilePart) -> int:
     """How many lines begin before the first of a part."""
     found = 0
     with paths.open_binary(part.path) as file:
-        left = _begin(part.path, file, part.number, part.count)
+        left = _begin(part.path, file, number=part.number, count=part.count)
         file.seek(0)
         while left and (block := file.read(min(left, 2**20))):
             found += block.count(b"\n")
@@ -77,7 +77,7 @@ def _lines_before(part: FilePart) -> int:
     return found
 
 
-def _begin(path: Path, file: Any, number: int, count: int) -> int:
+def _begin(path: Path, file: Any, *, number: int, count: int) -> int:
     """Where the first line begins that is of a part of a file of lines; the file is read from there
     on.
     """
@@ -115,7 +115,7 @@ def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
     return found
 
 
-def read(path: Path, number: int = 0, count: int = 1) -> Iterator[Record]:
+def read(path: Path, number: int = 0, *, count: int = 1) -> Iterator[Record]:
     """The records of one of `files`, or of one of its `parts`; where nothing after can be read, the
     last has the problem.
     """
@@ -143,7 +143,7 @@ def _lines(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
     if count > 1:
         if part and texts.foreign(file.readline()):
             return  # the first part says so
-        at = _begin(path, file, part, count)
+        at = _begin(path, file, number=part, count=count)
         end = paths.size(path) * (part + 1) // count
     for number, line in enumerate(file, 1):
         if at >= end:

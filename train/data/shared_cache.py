@@ -26,6 +26,7 @@ _PROBLEMS = "problems.json"
 def make(
     files: Sequence[Path],
     tokenizer: Tokenizer,
+    *,
     encoding: Encoding,
     folder: Path | None,
     common: Path,
@@ -40,12 +41,12 @@ def make(
     remote = folder if folder is not None and paths.is_remote(folder) else None
     home = token_cache.default_home() if folder is None or remote else folder
     if processes.count() == 1 and remote is None:
-        return token_cache.make(files, tokenizer, encoding, home)
+        return token_cache.make(files, tokenizer, encoding=encoding, home=home)
     home.mkdir(parents=True, exist_ok=True)
-    name = token_cache.fingerprint(files, tokenizer, encoding)
+    name = token_cache.fingerprint(files, tokenizer, encoding=encoding)
     if len(set(processes.gather(name))) > 1:
         command.say("the hosts' data files differ in path or date: each host encodes all of them")
-        return token_cache.make(files, tokenizer, encoding, home)
+        return token_cache.make(files, tokenizer, encoding=encoding, home=home)
     leaders = _leaders(home)
     own_disk = len(set(leaders)) == 1 and remote is None
     store = (remote or (home if own_disk else common)) / f"{name}.parts"
@@ -53,7 +54,7 @@ def make(
         there = "whole" if token_files.is_whole(home / name) else ""
         whole = [said == "whole" for said in processes.gather(there)]
         if not all(whole):
-            _make(files, encoding, home / name, store, whole, leaders)
+            _make(files, encoding, folder=home / name, store=store, whole=whole, leaders=leaders)
             if own_disk and processes.index() == 0:
                 shutil.rmtree(store, ignore_errors=True)
             os.listdir(home)  # over NFS, that a folder was not there is remembered until then
@@ -63,6 +64,7 @@ def make(
 def _make(
     files: Sequence[Path],
     encoding: Encoding,
+    *,
     folder: Path,
     store: Path,
     whole: Sequence[bool],
@@ -78,8 +80,8 @@ def _make(
         encode_share(store, parts, encoding, share, len(lacking), folder.parent)
     processes.barrier()
     if leaders[index] == index:
-        fill = lambda draft: join(draft, store, parts)  # noqa: E731
-        token_cache.appear(folder, token_files.is_whole, fill)
+        fill = lambda draft: join(draft, store, parts=parts)  # noqa: E731
+        token_cache.appear(folder, token_files.is_whole, fill=fill)
     processes.barrier()
 
 
@@ -115,7 +117,9 @@ def encode_share(
     with token_cache.progress([parts[n] for n in mine]) as bar:
         for number in mine:
             with _draft(home, f"{store.name}-{number}") as draft:
-                counts, problems = token_cache.encode(draft, [parts[number]], encoding, bar)
+                counts, problems = token_cache.encode(
+                    draft, [parts[number]], encoding=encoding, bar=bar
+                )
                 token_files.write_counts(draft, counts)
                 paths.write(draft / _PROBLEMS, json.dumps(problems).encode())
                 _put(draft, store / str(number))
@@ -146,7 +150,7 @@ def _put(draft: Path, folder: Path) -> None:
         paths.upload(file, folder / file.name)
 
 
-def join(draft: Path, store: Path, parts: Sequence[records.FilePart]) -> None:
+def join(draft: Path, store: Path, *, parts: Sequence[records.FilePart]) -> None:
     """Write the cache into a folder, from the parts that `encode_share` has written. Raises
     ValueError where they hold no example, or one of them is damaged.
     """
@@ -168,14 +172,14 @@ def join(draft: Path, store: Path, parts: Sequence[records.FilePart]) -> None:
                     (folder / _PROBLEMS).read_text(encoding="utf-8")
                 ):
                     if len(problems) < token_cache.NAMED:
-                        problems.append(f"{records.place(part, where, line)}: {problem}")
+                        problems.append(f"{records.place(part, where, line=line)}: {problem}")
                 yield TokenCache(folder)
                 if paths.is_remote(store):
                     shutil.rmtree(folder)
                 bar.update(part.size)
 
     counts = token_files.merge(draft, caches())
-    token_cache.finish(draft, counts, problems, parts)
+    token_cache.finish(draft, counts, problems=problems, parts=parts)
 
 
 def _leaders(home: Path) -> list[int]:

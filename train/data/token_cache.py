@@ -63,7 +63,7 @@ class Encoding:
 
 
 def make(
-    files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding, home: Path | None = None
+    files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encoding, home: Path | None = None
 ) -> TokenCache:
     """Open the cache of these files, made now by this process unless it is there, and whole.
 
@@ -72,9 +72,9 @@ def make(
     hold no examples at all, or a bad record when strict.
     """
     home = home or default_home()
-    folder = home / fingerprint(files, tokenizer, encoding)
+    folder = home / fingerprint(files, tokenizer, encoding=encoding)
     parts = [records.FilePart(file, size=paths.size(file)) for file in files]
-    appear(folder, is_whole, lambda draft: _fill(draft, parts, encoding))
+    appear(folder, is_whole, fill=lambda draft: _fill(draft, parts, encoding=encoding))
     return opened(folder, encoding)
 
 
@@ -89,7 +89,7 @@ def opened(folder: Path, encoding: Encoding) -> TokenCache:
     return cache
 
 
-def appear(folder: Path, whole: Callable[[Path], bool], fill: Callable[[Path], Any]) -> None:
+def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path], Any]) -> None:
     """Make a folder, unless it is there and `whole`: it appears as `fill` has left its draft, or
     not at all. Processes of one host wait for the one that makes it.
     """
@@ -131,7 +131,7 @@ def default_home() -> Path:
     return caches.own_cache("tokens")
 
 
-def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding) -> str:
+def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encoding) -> str:
     """The name of a cache, which follows from all that it depends on."""
     vocabulary = hashlib.sha256()
     for i, token in sorted(tokenizer.id_to_bytes.items()):
@@ -150,15 +150,20 @@ def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, encoding: Encoding)
 Problem = tuple[str, int, str]
 
 
-def _fill(folder: Path, parts: Sequence[records.FilePart], encoding: Encoding) -> None:
+def _fill(folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding) -> None:
     """Write the cache of whole files into an empty folder."""
     with progress(parts) as bar:
-        counts, problems = encode(folder, parts, encoding, bar)
-    finish(folder, counts, [f"{where}: {problem}" for where, _, problem in problems], parts)
+        counts, problems = encode(folder, parts, encoding=encoding, bar=bar)
+    finish(
+        folder,
+        counts,
+        problems=[f"{where}: {problem}" for where, _, problem in problems],
+        parts=parts,
+    )
 
 
 def finish(
-    folder: Path, counts: Counts, problems: Sequence[str], parts: Sequence[records.FilePart]
+    folder: Path, counts: Counts, *, problems: Sequence[str], parts: Sequence[records.FilePart]
 ) -> None:
     """Make files that are written a cache. Raises ValueError where they hold no example."""
     if not counts.examples:
@@ -169,7 +174,7 @@ def finish(
 
 
 def encode(
-    folder: Path, parts: Sequence[records.FilePart], encoding: Encoding, bar: tqdm
+    folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding, bar: tqdm
 ) -> tuple[Counts, list[Problem]]:
     """Write the examples of files, or of one part of a file, into a folder, and say what became of
     the records, with the first problems. Raises ValueError for a bad record when strict.
@@ -179,7 +184,7 @@ def encode(
     longest = encoding.longest
     with contextlib.closing(Writer(folder)) as writer:
         where, line, problem, size, begun = "", 0, "", 0, False
-        for record, ids, learned, wrong in _encoded(parts, encoding, bar):
+        for record, ids, learned, wrong in _encoded(parts, encoding, bar=bar):
             # An example is a record, or pieces of a text.
             if not begun or (wrong and not problem):
                 where, line, problem = record.where, record.line, wrong
@@ -198,14 +203,14 @@ def encode(
             if problem:
                 found["bad"] += 1
                 if encoding.strict:
-                    raise ValueError(f"{records.place(parts[0], where, line)}: {problem}")
+                    raise ValueError(f"{records.place(parts[0], where, line=line)}: {problem}")
                 problems += [(where, line, problem)][: NAMED - len(problems)]
             if problem or (too_long and encoding.drop):
                 writer.discard()
             else:
                 writer.keep()
             size, begun = 0, False
-        return closed(folder, writer, found), problems
+        return closed(folder, writer, found=found), problems
 
 
 def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
@@ -223,7 +228,7 @@ def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
 
 
 def _encoded(
-    parts: Sequence[records.FilePart], encoding: Encoding, bar: tqdm
+    parts: Sequence[records.FilePart], encoding: Encoding, *, bar: tqdm
 ) -> Iterator[tuple[records.Record, np.ndarray, np.ndarray, str]]:
     """(record, ids, learned, problem) of every record in order, encoded by threads."""
     nothing = np.zeros(0, ID), np.zeros(0, FLAG)
@@ -248,7 +253,7 @@ def _encoded(
         waiting: collections.deque[Future[list[Any]]] = collections.deque()
         for part in parts:
             start = bar.n
-            found = records.read(part.path, part.number, part.count)
+            found = records.read(part.path, part.number, count=part.count)
             while batch := list(itertools.islice(found, _AT_A_TIME)):
                 waiting.append(pool.submit(work, batch))
                 while len(waiting) > 2 * threads:

@@ -205,7 +205,7 @@ class Writer:
             file.close()
 
 
-def closed(folder: Path, writer: Writer, found: Mapping[str, Any]) -> Counts:
+def closed(folder: Path, writer: Writer, *, found: Mapping[str, Any]) -> Counts:
     """Close the files that a writer has written, and say what is in them. found: what became of
     the records, by the names of `Counts`.
     """
@@ -231,4 +231,4 @@ def merge(folder: Path, caches: Iterable[TokenCache]) -> Counts:
             writer.append(cache)
             for name in ("records", "cut", "dropped", "bad"):
                 found[name] += getattr(cache.counts, name)
-        return closed(folder, writer, found)
+        return closed(folder, writer, found=found)

@@ -51,6 +51,7 @@ class Bound:
 def bound(
     flops: float,
     peak: float,
+    *,
     moved: float,
     bandwidth: float,
     collectives: Iterable[Collective],

@@ -94,7 +94,7 @@ def each(program: Any, mesh: Any) -> Iterator[Collective]:
         if computation.name in fused:
             continue  # read where it is called
         for place, instruction in _in(parsed, computation):
-            one = _collective(place, instruction, sizes, across)
+            one = _collective(place, instruction, sizes=sizes, across=across)
             if one is not None:
                 yield dataclasses.replace(one, count=times, bytes=times * one.bytes, looped=looped)
 
@@ -181,6 +181,7 @@ def _kind(instruction: Instruction) -> str | None:
 def _collective(
     computation: Computation,
     instruction: Instruction,
+    *,
     sizes: dict[str, int],
     across: tuple[str, ...],
 ) -> Collective | None:

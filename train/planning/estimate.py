@@ -131,7 +131,7 @@ class Estimate:
         }
 
 
-def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
+def training(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
     """Estimate a training step.
 
     HBM traffic: arguments and results once, and a write and a read of what is kept or gathered.
@@ -154,11 +154,13 @@ def training(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
         tokens,
         tokens * needed,
         hardware * topology.devices,
-        _bound(program, topology, mesh, hardware, moved, program.collectives),
+        _bound(
+            program, topology, mesh=mesh, flops=hardware, moved=moved, found=program.collectives
+        ),
     )
 
 
-def decoding(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
+def decoding(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
     """Estimate one decode step, which makes a token for each row.
 
     HBM traffic: one read of every weight except the embedding table, and of the whole cache.
@@ -185,18 +187,18 @@ def decoding(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> 
         setting.batch,
         model_flops,
         model_flops,
-        _bound(program, topology, mesh, each, moved, of_a_token),
+        _bound(program, topology, mesh=mesh, flops=each, moved=moved, found=of_a_token),
     )
 
 
-def prefill(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
+def prefill(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
     """Estimate the prefill of prompts of `length` tokens, in chunks.
 
     HBM traffic per chunk: one read of all weights, and of half the cache.
     """
     mesh = topologies.mesh(topology, sizes)
     chunk = min(CHUNK, setting.length)
-    program = programs.prefill(setting, mesh, chunk)
+    program = programs.prefill(setting, mesh, chunk=chunk)
     chunks = -(-setting.length // chunk)
     times = chunks * program.runs
     every = [
@@ -216,13 +218,21 @@ def prefill(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> E
         tokens,
         model_flops,
         model_flops,
-        _bound(program, topology, mesh, model_flops / topology.devices, moved, every),
+        _bound(
+            program,
+            topology,
+            mesh=mesh,
+            flops=model_flops / topology.devices,
+            moved=moved,
+            found=every,
+        ),
     )
 
 
 def _bound(
     program: Program,
     topology: Topology,
+    *,
     mesh: Mesh,
     flops: float,
     moved: float,
@@ -237,8 +247,16 @@ def _bound(
         return None
     chip, network = topology.chip, topology.network if program.collectives is not None else ""
     found = found or []
-    links = {x.axes: topologies.paths(topology, mesh, x.axes) for x in found}
-    return bounds.bound(flops, chip.flops, moved, chip.bandwidth, found, links, network)
+    links = {x.axes: topologies.paths(topology, mesh, axes=x.axes) for x in found}
+    return bounds.bound(
+        flops,
+        chip.flops,
+        moved=moved,
+        bandwidth=chip.bandwidth,
+        collectives=found,
+        links=links,
+        network=network,
+    )
 
 
 def _gathered(found: list[collectives.Collective]) -> int:

@@ -125,9 +125,9 @@ class HloProgram:
         index = _index(counter)
         if counter is None or limit is None or index is None:
             return None
-        start = self._element(computation, loop.operands[0], index)
+        start = self._element(computation, loop.operands[0], index=index)
         if (place := _index(limit)) is not None:
-            stop = self._element(computation, loop.operands[0], place)
+            stop = self._element(computation, loop.operands[0], index=place)
         else:
             stop = _constant(limit)
         step = self._step(self.computations[body], index)
@@ -135,7 +135,7 @@ class HloProgram:
             return None
         return max(0, -(-(stop - start) // step))
 
-    def _element(self, computation: Computation, name: str, index: int) -> int | None:
+    def _element(self, computation: Computation, name: str, *, index: int) -> int | None:
         """The integer at one index of the tuple that a loop starts from, or None if it is not
         constant.
         """

@@ -6,7 +6,6 @@ compiler. This module knows no hardware rates and prints nothing.
 """
 
 import dataclasses
-import functools
 import re
 import tempfile
 import time
@@ -68,11 +67,11 @@ class Setting:
         sizes.
         """
         lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
-        meshes.check(lengths, sizes, self.splits_tokens(sizes)[0])
+        meshes.check(lengths, sizes, sequence_parallel=self.splits_tokens(sizes)[0])
 
     def splits_tokens(self, sizes: Mapping[str, int]) -> tuple[bool, str]:
         """Whether a step keeps its residual split by tokens over `tp`, and why."""
-        return meshes.splits_tokens(self.sequence_parallel, self.length, sizes)
+        return meshes.splits_tokens(self.sequence_parallel, self.length, mesh=sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     trained = parameters.abstract(setting.config, setting.adapters)
     with jax.set_mesh(mesh):
         state, base = trained.abstract(optimizer), trained.abstract_base()
-    batch = step.abstract_batch(setting.batch, setting.length, mesh)
+    batch = step.abstract_batch(setting.batch, setting.length, mesh=mesh)
     run = step.make_step(
         optimizer,
         attention.get(setting.attention),
@@ -136,10 +135,12 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     if base is not None:
         weights = {"weights": nbytes(base), "adapters": nbytes(state.weights)}
     held = {**weights, "optimiser": nbytes((state.moments, state.step)), "batch": nbytes(batch)}
-    return _compiled(lambda: run.trace(state, batch, base), mesh, held, setting.config.num_layers)
+    return _compiled(
+        lambda: run.trace(state, batch, base), mesh, held=held, layers=setting.config.num_layers
+    )
 
 
-def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program:
+def decoding(setting: Setting, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
     """Compile the decode loop of `qwen_jax.decoding.decode`, with a cache of `length` slots."""
     meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
@@ -153,7 +154,9 @@ def decoding(setting: Setting, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Program
     attend = attention.get(setting.attention)
     leaves, tree = jax.tree.flatten(decoder)
     arguments = leaves, state, sampling.Greedy(), rules, limit, tree, attend
-    return _compiled(lambda: decode.run_stride.trace(*arguments), mesh, held, config.num_layers)
+    return _compiled(
+        lambda: decode.run_stride.trace(*arguments), mesh, held=held, layers=config.num_layers
+    )
 
 
 def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.DecodeState]:
@@ -167,7 +170,7 @@ def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.Dec
         jnp.ones(config.vocab_size, bool), jnp.zeros((1, 1), jnp.int32), jnp.int32(0)
     )
     start = zeros("B", batch)
-    cache = kv.empty(config, start, setting.length, dtype, setting.cache_dtype)
+    cache = kv.empty(config, start, capacity=setting.length, dtype=dtype, kind=setting.cache_dtype)
     state = decode.DecodeState(
         cache=dataclasses.replace(cache, fresh=False),
         frequencies=zeros("BH", batch, config.head_dim // 2, dtype=jnp.float32),
@@ -182,7 +185,7 @@ def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.Dec
     return rules, state
 
 
-def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
+def prefill(setting: Setting, mesh: Mesh, *, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
     """Compile the prefill of a chunk by one group of layers, with a cache of `length` slots.
 
     chunk: tokens of the prompt per pass. Prefill runs this program for one group of layers after
@@ -193,14 +196,19 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     meshes.check({**config.sizes, "B": setting.batch}, mesh)
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
-        given = jax.eval_shape(functools.partial(_of_a_group, setting, chunk, dtype), decoder)
+        given = jax.eval_shape(
+            lambda x: _of_a_group(setting, chunk, dtype=dtype, decoder=x), decoder
+        )
     given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
     _, _, tree = running.groups(decoder.layers)[0]
     group = {"weights": nbytes(given["leaves"]), "cache": nbytes(given["layers"])}
     group["batch"] = nbytes(given) - sum(group.values())
     attend = attention.get(setting.attention)
     one = _compiled(
-        lambda: running.run_group.trace(**given, tree=tree, attend=attend), mesh, group, 0
+        lambda: running.run_group.trace(**given, tree=tree, attend=attend),
+        mesh,
+        held=group,
+        layers=0,
     )
     runs = config.num_layers / len(given["layers"])
     parts = {
@@ -213,7 +221,7 @@ def prefill(setting: Setting, mesh: Mesh, chunk: int, dtype: Any = jnp.bfloat16)
     return dataclasses.replace(one, memory=memory, runs=runs)
 
 
-def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> dict[str, Any]:
+def _of_a_group(setting: Setting, chunk: int, *, dtype: Any, decoder: Any) -> dict[str, Any]:
     """The arguments of `running.run_group` for the first group of layers in the middle of a
     prompt.
     """
@@ -228,7 +236,7 @@ def _of_a_group(setting: Setting, chunk: int, dtype: Any, decoder: Any) -> dict[
     return {**given, "first": jnp.int32(0), "context": context}
 
 
-def compile_calls(cases: Sequence[Case], name: str, mesh: Mesh) -> None:
+def compile_calls(cases: Sequence[Case], name: str, *, mesh: Mesh) -> None:
     """Compile the calls by which `auto` verifies a kernel, for a device of the mesh.
 
     Raises NotImplementedError if the kernel does not support a call, and jax's JaxRuntimeError if
@@ -247,7 +255,9 @@ _PRINTED_BY_COMPILER = ("tpu",)
 _PRINTED = "after_optimizations.txt"  # how the name of the final program's file ends
 
 
-def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers: int) -> Program:
+def _compiled(
+    trace: Callable[[], Any], mesh: Mesh, *, held: dict[str, int], layers: int
+) -> Program:
     """Trace and compile a program. held: bytes of its arguments on a device, by name."""
     started = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
@@ -270,7 +280,7 @@ def _compiled(trace: Callable[[], Any], mesh: Mesh, held: dict[str, int], layers
             found = collectives.of(text, mesh)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             unread = f"the text of the compiled program cannot be read ({_first_line(error)})"
-    memory = _memory(compiled.memory_analysis(), held, work.kept)
+    memory = _memory(compiled.memory_analysis(), held, kept=work.kept)
     return Program(memory, work, found, time.perf_counter() - started, unread=unread)
 
 
@@ -290,7 +300,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _memory(said: Any, held: dict[str, int], kept: int) -> Memory:
+def _memory(said: Any, held: dict[str, int], *, kept: int) -> Memory:
     """Split the compiler's totals into the parts that are known.
 
     said: the result of `memory_analysis()`; held: bytes of the arguments by name; kept: bytes that

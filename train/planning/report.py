@@ -42,7 +42,7 @@ def waiting(what: str, every: float = 1.0) -> Iterator[None]:
             shown.join()
 
 
-def program(task: str, setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> str:
+def program(task: str, setting: Setting, *, topology: Topology, sizes: Mapping[str, int]) -> str:
     """What is being compiled, in a line."""
     remat = f", remat {setting.remat}" if task == "training" else ""
     return (

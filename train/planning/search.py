@@ -45,7 +45,7 @@ class Candidate:
     seconds: float
 
 
-def candidates(setting: Setting, topology: Topology, decode: bool = False) -> list[Candidate]:
+def candidates(setting: Setting, topology: Topology, *, decode: bool = False) -> list[Candidate]:
     """Settings worth compiling, fastest first.
 
     Tries every mesh over all devices (see `_meshes`) and, for training, every remat policy, each
@@ -60,7 +60,7 @@ def candidates(setting: Setting, topology: Topology, decode: bool = False) -> li
         smallest: list[Candidate] = []
         for batch in batches:
             one = dataclasses.replace(setting, batch=batch, remat=remat)
-            if len(fitting) < 2 and _divides(one, sizes, decode):
+            if len(fitting) < 2 and _divides(one, sizes, decode=decode):
                 rough = _rough_decode if decode else _rough
                 candidate = Candidate(one, sizes, *rough(one, topology, sizes))
                 if candidate.bytes <= topology.chip.usable:
@@ -74,7 +74,7 @@ def candidates(setting: Setting, topology: Topology, decode: bool = False) -> li
     return sorted(found, key=lambda x: x.seconds)
 
 
-def _divides(setting: Setting, sizes: Mapping[str, int], decode: bool) -> bool:
+def _divides(setting: Setting, sizes: Mapping[str, int], *, decode: bool) -> bool:
     """Whether a setting can run on a mesh, and splits tokens over devices only if rows are
     used up.
     """

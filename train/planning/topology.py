@@ -173,7 +173,7 @@ class Path:
     crossing: float = 0
 
 
-def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
+def paths(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Path]:
     """The links under collectives over these mesh axes; a collective goes through each of them."""
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = mesh.devices[index].reshape(-1)
@@ -189,13 +189,13 @@ def paths(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> list[Path]:
     of_slice = [getattr(device, "slice_index", 0) for device in group]  # missing for one slice
     slices = len(set(of_slice))
     first = [x for x, number in zip(group, of_slice, strict=True) if number == of_slice[0]]
-    found = _torus(topology, chip, first) if len(first) > 1 else []
+    found = _torus(topology, chip, group=first) if len(first) > 1 else []
     if slices > 1:
         found.append(Path(topology.network, len(first) * chip.network, chip.network, slices))
     return found
 
 
-def _torus(topology: Topology, chip: Tpu, group: Sequence[Any]) -> list[Path]:
+def _torus(topology: Topology, chip: Tpu, *, group: Sequence[Any]) -> list[Path]:
     """The links of a torus that a group of its devices uses."""
     places = np.array([device.coords for device in group])[:, : chip.torus]
     lengths = np.array(topology.lengths)

@@ -14,7 +14,7 @@ _LITTLE = 0.5  # of the places used: there is something to gain
 _FINE, _COARSE = 16, 64  # lengths are multiples of the first, and above the second of that
 
 
-def less_waste(rows: Rows, recipe: Recipe, sizes: Mapping[str, int], platform: str) -> list[str]:
+def less_waste(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int], platform: str) -> list[str]:
     """Options that make a step's work less for the same examples, each with what it gains, from
     the most to the least.
 
@@ -23,7 +23,7 @@ def less_waste(rows: Rows, recipe: Recipe, sizes: Mapping[str, int], platform: s
     """
     found = []
     if rows.efficiency < _LITTLE:
-        found += [*_shorter(rows, recipe, sizes), *_together(rows, recipe, sizes)]
+        found += [*_shorter(rows, recipe, sizes=sizes), *_together(rows, recipe, sizes=sizes)]
     if recipe.rows > len(rows):
         unit = _unit(recipe, sizes)
         fewer = max(1, len(rows) // unit) * unit
@@ -36,7 +36,7 @@ def less_waste(rows: Rows, recipe: Recipe, sizes: Mapping[str, int], platform: s
     return found
 
 
-def _shorter(rows: Rows, recipe: Recipe, sizes: Mapping[str, int]) -> list[str]:
+def _shorter(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[str]:
     """Rows as long as the longest example or, where one row holds all, as long as that needs."""
     if recipe.pack != "alone" and len(rows) > 1:
         return []
@@ -52,7 +52,7 @@ def _shorter(rows: Rows, recipe: Recipe, sizes: Mapping[str, int]) -> list[str]:
     return [f"--length {length} ({what} has {need:,} tokens), of which {used:.0%} are used"]
 
 
-def _together(rows: Rows, recipe: Recipe, sizes: Mapping[str, int]) -> list[str]:
+def _together(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[str]:
     """As many examples in a batch as now, but several in a row."""
     if recipe.pack != "alone":
         return []
@@ -71,7 +71,7 @@ def _unit(recipe: Recipe, sizes: Mapping[str, int]) -> int:
     return recipe.accumulate * math.prod(sizes[axis] for axis in sharding.BATCH)
 
 
-def other_length(recipe: Recipe, config: Config, fresh: bool) -> str | None:
+def other_length(recipe: Recipe, config: Config, *, fresh: bool) -> str | None:
     """What it means that rows are not as long as the config's `seq_length`; None where they are.
 
     fresh: whether the model begins with this run.

@@ -19,7 +19,7 @@ _OF_KIND = {"field": "text", "system": "chat", "loss_on": "chat"}
 _KINDS = {"text": "text", "chat": "conversations"}
 
 
-def parser(default: str, kind: str, about: str, examples: str) -> argparse.ArgumentParser:
+def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.ArgumentParser:
     """The parser of a training command. Each field of a recipe is an option; what is not given is
     the recipe's.
 
@@ -196,24 +196,24 @@ def recipe(args: argparse.Namespace) -> Recipe:
         raise command.UsageError(str(error)) from None
     if not made.lora_rank:
         how = "is of adapters: take --recipe sft_lora of `python train/sft.py`"
-        command.refuse(args, _OF_ADAPTERS, how)
+        command.refuse(args, _OF_ADAPTERS, why=how)
     for name, kind in _OF_KIND.items():
         if kind != made.data:
             how = f"is of {_KINDS[kind]}: recipe {args.recipe} learns {_KINDS[made.data]}"
-            command.refuse(args, (name,), how)
+            command.refuse(args, (name,), why=how)
     if made.schedule == "constant":
         how = "is where a cosine ends: drop it, or take --schedule cosine"
-        command.refuse(args, ("final",), how)
+        command.refuse(args, ("final",), why=how)
     if made.data == "text" and made.pack == "joined":
         how = "is of examples that stay whole: drop it, or take --pack fitted or alone"
-        command.refuse(args, ("too_long",), how)
+        command.refuse(args, ("too_long",), why=how)
     return made
 
 
 def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return command.run(make_parser(), lambda args: work(args, given), given)
+    return command.run(make_parser(), lambda args: work(args, given), argv=given)
 
 
 def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -245,7 +245,7 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
             "the best"
         )
     if args.eval_every > 0 and not (args.eval_data or args.eval_share):
-        command.refuse(args, ("eval_every",), "goes with --eval-data or --eval-share")
+        command.refuse(args, ("eval_every",), why="goes with --eval-data or --eval-share")
     for name in ("eval_every", "save_every", "keep_best"):
         if getattr(args, name) < 0:
             option = name.replace("_", "-")
@@ -258,10 +258,12 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if args.mesh is not None:
         sizes = options.mesh_sizes(args.mesh)
         options.virtual_cpu_devices(sizes)
-    _train(args, wanted, sizes, start=resuming.record(args, argv))
+    _train(args, wanted, sizes=sizes, start=resuming.record(args, argv))
 
 
-def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any, start: Mapping[str, Any]) -> None:
+def _train(
+    args: argparse.Namespace, wanted: Recipe, *, sizes: Any, start: Mapping[str, Any]
+) -> None:
     import jax
 
     from qwen_jax import PRESETS, checkpoint, meshes
@@ -292,9 +294,9 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any, start: Mapping[
     if file is None or not file.exists():
         raise ValueError(f"{args.ckpt or args.model} has no tokenizer: give --tokenizer FILE")
     tokenizer = own or Tokenizer.from_file(file)
-    token_ids.check_whole(file, tokenizer, config.vocab_size)
+    token_ids.check_whole(file, tokenizer, vocab_size=config.vocab_size)
     if ckpt is not None and own is None:
-        token_ids.check(ckpt, tokenizer, file)
+        token_ids.check(ckpt, tokenizer, vocabulary=file)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}")
     given = task.Task(
@@ -333,9 +335,9 @@ def _train(args: argparse.Namespace, wanted: Recipe, sizes: Any, start: Mapping[
         sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
     if sizes[sharding.TENSOR] == 1 and wanted.sequence_parallel:
         how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
-        command.refuse(args, ("sequence_parallel",), how)
-    parallel, _ = meshes.splits_tokens(wanted.sequence_parallel, wanted.length, sizes)
-    meshes.check(lengths, sizes, parallel)
+        command.refuse(args, ("sequence_parallel",), why=how)
+    parallel, _ = meshes.splits_tokens(wanted.sequence_parallel, wanted.length, mesh=sizes)
+    meshes.check(lengths, sizes, sequence_parallel=parallel)
     saving.ignore_late_callbacks()
     with meshes.entered(meshes.make(sizes)):
         task.train(given, settings)

@@ -29,7 +29,7 @@ class Log:
     whether an evaluation after the last of them is still to come.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, owed: bool = False):
+    def __init__(self, folder: Path, step: int, *, steps: int, owed: bool = False):
         self._on = processes.index() == 0
         self._bar = tqdm(
             desc="train",
@@ -54,7 +54,7 @@ class Log:
         self._file = open(told, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` does it)
         self._events = SummaryWriter(str(self._local / EVENTS), purge_step=step + 1)
 
-    def tell(self, step: int, figures: dict[str, float], prefix: str = TRAIN) -> None:
+    def tell(self, step: int, figures: dict[str, float], *, prefix: str = TRAIN) -> None:
         """Figures of a step by name; what is no number is null."""
         if not self._on:
             return

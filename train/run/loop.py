@@ -122,15 +122,15 @@ class Loop:
                     end = self.position if self.owed else end
                 if _due(self.position, settings.save) or self.position == end:
                     self._all_heard(state)
-                    self._save(self.position, state, evaluated)
+                    self._save(self.position, state, loss=evaluated)
             self._all_heard(state)
         return state
 
-    def _save(self, position: int, state: State, loss: float | None = None) -> None:
+    def _save(self, position: int, state: State, *, loss: float | None = None) -> None:
         self.check()
         self.log.keep()  # before what goes on from them
         facts = {"position": position, "owed": self.owed}
-        self.checkpoints.save(position, state, facts, loss)
+        self.checkpoints.save(position, state, facts=facts, loss=loss)
 
     def stopped(self, asked: dict[str, Any]) -> bool:
         """Whether a process has been asked to end, also after its last step. All call this."""
@@ -150,7 +150,7 @@ class Loop:
         report = jax.device_get(report)
         self._skipped = 0 if report.finite else self._skipped + 1
         if self._skipped:
-            self._not_a_number(number, batch, report, state)
+            self._not_a_number(number, batch, report=report, state=state)
         now = time.perf_counter()
         seconds, self._told = now - self._told, now
         rate = self.tokens / seconds
@@ -171,7 +171,7 @@ class Loop:
         shown |= {"mfu": f"{figures['mfu']:.0%}"} if "mfu" in figures else {}
         self.log.show(number, **shown)
 
-    def _not_a_number(self, number: int, batch: Any, report: Any, state: State) -> None:
+    def _not_a_number(self, number: int, batch: Any, *, report: Any, state: State) -> None:
         path = self.settings.out / f"batch-{number}.npz"
         whole: dict[str, Any] = {
             field.name: moves.fetch(getattr(batch, field.name))
@@ -220,7 +220,7 @@ class Loop:
         loss, accuracy = sums[:2] / max(1.0, sums[2])
         perplexity = math.exp(min(loss, 700))
         figures = {"loss": loss, "accuracy": accuracy, "perplexity": perplexity}
-        self.log.tell(self.position, figures, HELD_OUT)
+        self.log.tell(self.position, figures, prefix=HELD_OUT)
         where = f"step {self.position}"
         command.say(f"{where}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
         self._told = time.perf_counter()

@@ -58,9 +58,9 @@ class Whole:
 
     def abstract(self, optimizer: Optimizer) -> State:
         """The state as shapes, with shardings on the mesh in force."""
-        return step.abstract_state(self.config, optimizer, jax.sharding.get_mesh())
+        return step.abstract_state(self.config, optimizer, mesh=jax.sharding.get_mesh())
 
-    def save(self, weights: Any, out: Path, files: Path, merge: bool) -> Path:
+    def save(self, weights: Any, out: Path, *, files: Path, merge: bool) -> Path:
         """A model directory that every command reads. files: what goes with the weights."""
         path = out / MODEL
         if not (path / directory.MANIFEST).exists():
@@ -109,7 +109,7 @@ class Adapted:
 
     def attach(self, weights: Any, base: Any, key: jax.Array | None) -> Decoder:
         """`base` with adapters on it. key: of their dropout; None for none."""
-        return lora.attach(base, weights, key, self.recipe.lora_dropout)
+        return lora.attach(base, weights, key=key, dropout=self.recipe.lora_dropout)
 
     def begin(self, optimizer: Optimizer) -> State:
         """The state before the first step: of adapters that change nothing yet."""
@@ -125,13 +125,13 @@ class Adapted:
         return lora.create(
             decoder,
             _targets(recipe.lora_targets, self.config.num_layers),
-            recipe.lora_rank,
-            recipe.lora_alpha,
-            jax.random.key(recipe.seed),
-            bool(recipe.train_embeddings),
+            rank=recipe.lora_rank,
+            alpha=recipe.lora_alpha,
+            key=jax.random.key(recipe.seed),
+            embeddings=bool(recipe.train_embeddings),
         )
 
-    def save(self, weights: lora.Adapters, out: Path, files: Path, merge: bool) -> Path:
+    def save(self, weights: lora.Adapters, out: Path, *, files: Path, merge: bool) -> Path:
         """An adapter in PEFT's format, and how to talk to what it makes; with `merge` also that, a
         model directory. The base is loaded again for it, as it is in `ckpt`, and nothing else of
         its size may be left on the devices (`convert/to_hf.py --adapter` merges a few rows at a
@@ -189,7 +189,7 @@ def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
     return peft.targets(wanted[0] if pattern else wanted, layers)
 
 
-def of(config: Config, ckpt: Path | None, recipe: Recipe) -> Whole | Adapted:
+def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:
     """What a recipe trains. Raises ValueError for adapters on nothing, or on no module."""
     if not recipe.lora_rank:
         return Whole(config, ckpt, recipe)

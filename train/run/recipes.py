@@ -114,7 +114,7 @@ class Recipe:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name, allowed in _ALLOWED.items():
-            values.choice(name, getattr(self, name), allowed)
+            values.choice(name, getattr(self, name), allowed=allowed)
         for name, (least, below) in _RANGES.items():
             if (value := getattr(self, name)) is None:
                 continue
@@ -182,7 +182,7 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if value is None and optional:
         return None
     if kind is tuple:
-        names = values.instance(field.name, value, (tuple, list))
+        names = values.instance(field.name, value, kind=(tuple, list))
         return tuple(texts.check(f"each of {field.name}", name) for name in names)
     check = {int: values.whole, float: values.number, bool: values.flag, str: texts.check}[kind]
     return check(field.name, value)
@@ -232,7 +232,7 @@ def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Rec
     The memo alone has warm-up, weight decay and clipping; it has another epsilon. Steps are those
     that make up the published tokens of the model's size.
     """
-    length = values.whole("length", length, 2)
+    length = values.whole("length", length, least=2)
     return Recipe(
         name="pretrain",
         data="text",

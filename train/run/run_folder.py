@@ -53,7 +53,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def claim(
-    out: Path, identity: dict[str, Any], steps: int, resume: bool, start: Mapping[str, Any]
+    out: Path, identity: dict[str, Any], *, steps: int, resume: bool, start: Mapping[str, Any]
 ) -> None:
     """Take the folder for a run of so many steps, or find the run in it.
 
@@ -123,7 +123,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if before.get("ckpt") != now["ckpt"]:
-        told = _told("ckpt", before, now)
+        told = _told("ckpt", before, now=now)
         yield told or "--ckpt has another model than before: its manifest.json has changed"
     for name, old, new in _changed(before.get("config", {}), now["config"]):
         yield f"config.{name} was {texts.shown(old)}, is {texts.shown(new)}"
@@ -143,7 +143,7 @@ def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     """Other examples, unless the recipe says already why they are others."""
     if before.get("data") == now["data"]:
         return
-    told = [_told(name, before, now) for name in ("data", "tokenizer", "eval_share")]
+    told = [_told(name, before, now=now) for name in ("data", "tokenizer", "eval_share")]
     recipes = before.get("recipe", {}), now["recipe"]
     if any(told):
         yield from filter(None, told)
@@ -155,7 +155,7 @@ def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         yield f"--data has changed: it made {before['rows']:,} rows, and makes {now['rows']:,}"
 
 
-def _told(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def _told(name: str, before: Mapping[str, Any], *, now: Mapping[str, Any]) -> str | None:
     """How an argument differs, where both are known and do."""
     if "arguments" not in before:
         return None
@@ -167,12 +167,12 @@ def _told(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
 
 
 def _changed(
-    before: Mapping[str, Any], now: Mapping[str, Any], name: str = ""
+    before: Mapping[str, Any], now: Mapping[str, Any], *, name: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """The names, old and new values of what differs, in the order of `now`."""
     for key in dict.fromkeys([*now, *before]):
         inner, old, new = f"{name}{key}", before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changed(old, new, f"{inner}.")
+            yield from _changed(old, new, name=f"{inner}.")
         elif old != new:
             yield inner, old, new

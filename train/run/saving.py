@@ -22,7 +22,7 @@ class Checkpoints:
     last: how many of the latest to keep. best: how many of those with the least loss to keep, too.
     """
 
-    def __init__(self, folder: Path, last: int = 2, best: int = 0):
+    def __init__(self, folder: Path, last: int = 2, *, best: int = 0):
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(last)]
         if best:
@@ -45,7 +45,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, state: Any, facts: Mapping[str, Any], loss: float | None = None
+        self, step: int, state: Any, *, facts: Mapping[str, Any], loss: float | None = None
     ) -> None:
         """Copy the state now, and write it while the caller goes on.
 

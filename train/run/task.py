@@ -71,14 +71,14 @@ def train(task: Task, settings: Settings) -> None:
     when the state has been saved.
     """
     with run_folder.alone(settings.out) as check:
-        _train(_settled(task), settings, check)
+        _train(_settled(task), settings, check=check)
 
 
-def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
+def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None:
     recipe, out = task.recipe, settings.out
     # What cannot be is said before anything is encoded.
     attention.get(recipe.attention)
-    trained = parameters.of(task.config, task.ckpt, recipe)
+    trained = parameters.of(task.config, task.ckpt, recipe=recipe)
     if processes.index() == 0:
         run_folder.check(out, settings.resume)
     rows, held_out = _rows(task, settings)
@@ -89,7 +89,7 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     if (warm := recipe.warmup_steps(steps)) >= steps:
         command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
     dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate
-    calls = prove.passes(task.config, dtype, rows_at_once, recipe.length, backward=True)
+    calls = prove.passes(task.config, dtype, rows=rows_at_once, length=recipe.length, backward=True)
     attend = prove.resolve(recipe.attention, calls)
     parallel = bool(recipe.sequence_parallel)  # which `_settled` has decided
     optimizer = recipe.optimizer(steps)
@@ -98,15 +98,19 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     # The others find what process 0 has claimed.
     resume = settings.resume or processes.index() > 0
     start = {**task.start, "rows": len(rows)}
-    processes.first(lambda: run_folder.claim(out, identity, steps, resume, start=start))
+    processes.first(
+        lambda: run_folder.claim(out, identity, steps=steps, resume=resume, start=start)
+    )
     files = processes.first(lambda: _write_files(out / run_folder.FILES, task))
-    checkpoints = Checkpoints(out / run_folder.CHECKPOINTS, settings.keep_last, settings.keep_best)
+    checkpoints = Checkpoints(
+        out / run_folder.CHECKPOINTS, settings.keep_last, best=settings.keep_best
+    )
     if settings.resume and checkpoints.latest is not None:
         state, facts = checkpoints.restore(like)
         command.say(f"resumed from step {checkpoints.latest}")
     else:
         if better := advice.less_waste(
-            rows, recipe, sharding.axis_sizes(), platform=jax.default_backend()
+            rows, recipe, sizes=sharding.axis_sizes(), platform=jax.default_backend()
         ):
             command.say(f"less work for the same examples: {'; '.join(better)}")
         state, facts = trained.begin(optimizer), {"position": 0}
@@ -122,24 +126,24 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
         run=step.make_step(
             optimizer,
             attend,
-            dtype,
-            recipe.remat,
-            parallel,
-            recipe.accumulate,
-            recipe.z_loss,
-            recipe.dropout,
-            recipe.seed,
-            trained.attach,
-            recipe.gradient_dtype,
+            dtype=dtype,
+            remat=recipe.remat,
+            sequence_parallel=parallel,
+            accumulate=recipe.accumulate,
+            z_loss=recipe.z_loss,
+            dropout=recipe.dropout,
+            seed=recipe.seed,
+            attach=trained.attach,
+            gradient_dtype=recipe.gradient_dtype,
         ),
         evaluate=step.make_evaluation(attend, dtype, parallel, trained.attach),
         base=trained.base,
-        batches=Batches(rows, recipe.length, recipe.rows, recipe.seed, position),
+        batches=Batches(rows, recipe.length, size=recipe.rows, seed=recipe.seed, position=position),
         held_out=held_out,
         held_out_rows=rows_at_once,
         checkpoints=checkpoints,
         check=check,
-        log=Log(out, position, steps, owed),
+        log=Log(out, position, steps=steps, owed=owed),
         steps=steps,
         position=position,
         tokens=recipe.rows * recipe.length * rows.efficiency,
@@ -162,7 +166,7 @@ def _train(task: Task, settings: Settings, check: Callable[[], None]) -> None:
     check()
     weights, loop.base = state.weights, None
     del state  # its moments, and the base: a merged model may need their room
-    command.say(f"done: {trained.save(weights, out, files, settings.merge)}")
+    command.say(f"done: {trained.save(weights, out, files=files, merge=settings.merge)}")
 
 
 def _settled(task: Task) -> Task:
@@ -198,22 +202,30 @@ def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
 
     def encoded(files: tuple[Path, ...]) -> token_cache.TokenCache:
         folder = settings.token_cache
-        return shared_cache.make(files, task.tokenizer, encoding, folder, common)
+        return shared_cache.make(
+            files, task.tokenizer, encoding=encoding, folder=folder, common=common
+        )
 
     cache = encoded(task.files)
-    kept, out = split(len(cache), task.share, recipe.seed)
-    rows = Rows(cache, recipe.length, recipe.pack, recipe.seed, kept if len(out) else None)
+    kept, out = split(len(cache), task.share, seed=recipe.seed)
+    rows = Rows(
+        cache,
+        recipe.length,
+        pack=recipe.pack,
+        seed=recipe.seed,
+        examples=kept if len(out) else None,
+    )
     command.say(
         f"{len(rows):,} rows of {recipe.length} tokens, {rows.efficiency:.1%} of their places used"
     )
     if task.held_out:
-        return rows, Rows(encoded(task.held_out), recipe.length, recipe.pack)
+        return rows, Rows(encoded(task.held_out), recipe.length, pack=recipe.pack)
     if len(out):
-        return rows, Rows(cache, recipe.length, recipe.pack, 0, out)
+        return rows, Rows(cache, recipe.length, pack=recipe.pack, seed=0, examples=out)
     return rows, None
 
 
-def split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(count: int, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the examples that are trained on, and of the share of them that is held out.
 
     Raises ValueError where one of them would be nothing.
@@ -241,7 +253,9 @@ def _encoding(task: Task) -> token_cache.Encoding:
         return token_cache.Encoding(text, name, longest, recipe.too_long == "drop", task.strict)
 
     def chat(record: records.Record) -> tuple[list[int], list[int]]:
-        return data.chat_example(tokenizer, record.value, recipe.system, None, recipe.loss_on)
+        return data.chat_example(
+            tokenizer, record.value, system=recipe.system, max_len=None, loss_on=recipe.loss_on
+        )
 
     name = {"data": "chat", "system": recipe.system, "loss_on": recipe.loss_on}
     return token_cache.Encoding(chat, name, recipe.length, recipe.too_long == "drop", task.strict)

@@ -33,6 +33,7 @@ class Metrics:
 def scores(
     decoder: Decoder,
     batch: Batch,
+    *,
     frequencies: Any,
     attend: Callable[..., Any],
     dtype: Any,
@@ -49,7 +50,7 @@ def scores(
     """
     rows, tokens = batch.tokens.shape
     lengths = {**decoder.config.sizes, "B": rows, "T": tokens}
-    meshes.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel)
+    meshes.check(lengths, jax.sharding.get_abstract_mesh(), sequence_parallel=sequence_parallel)
     known = [(ids >= 0) & (ids < lengths["V"]) for ids in (batch.tokens, batch.targets)]
     weights = jnp.where(known[0] & known[1], batch.weights, jnp.nan)
     batch = jax.tree.map(moves.zigzag, dataclasses.replace(batch, weights=weights))
@@ -69,12 +70,13 @@ def scores(
         dropout=dropout,
     ).last
     with jax.named_scope("vocabulary"):
-        return vocabulary.token_scores(x, decoder.output[...], batch.targets), batch.weights
+        return vocabulary.token_scores(x, decoder.output[...], targets=batch.targets), batch.weights
 
 
 def loss(
     decoder: Decoder,
     batch: Batch,
+    *,
     attend: Callable[..., Any],
     dtype: Any,
     remat: Callable[..., Any] | None = None,
@@ -93,7 +95,16 @@ def loss(
     """
     decoder = decoder.replace(config=decoder.config.in_training)
     rates = rope.from_config(decoder.config).frequencies()
-    found, weights = scores(decoder, batch, rates, attend, dtype, remat, sequence_parallel, dropout)
+    found, weights = scores(
+        decoder,
+        batch,
+        frequencies=rates,
+        attend=attend,
+        dtype=dtype,
+        remat=remat,
+        sequence_parallel=sequence_parallel,
+        dropout=dropout,
+    )
     targets = jnp.sum(weights)
     share = weights / jnp.maximum(targets if total is None else total, 1)
     mean = jnp.sum(share * (found.lse - found.logit))

@@ -179,7 +179,7 @@ def stacked(decoder: Decoder) -> Decoder:
     return decoder if isinstance(decoder.layers, model.Block) else model.stack(decoder)
 
 
-def abstract_state(config: Config, optimizer: Optimizer, mesh: Any) -> State:
+def abstract_state(config: Config, optimizer: Optimizer, *, mesh: Any) -> State:
     """The state as shapes and shardings on a mesh, whose devices need not be there."""
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, jnp.float32)
@@ -187,7 +187,7 @@ def abstract_state(config: Config, optimizer: Optimizer, mesh: Any) -> State:
     return sharding.on_devices(mesh, state)
 
 
-def abstract_batch(batch: int, length: int, mesh: Any) -> Batch:
+def abstract_batch(batch: int, length: int, *, mesh: Any) -> Batch:
     """A batch of `batch` rows as shapes and shardings on a mesh."""
     rows = sharding.named("BT", mesh)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
@@ -212,6 +212,7 @@ class Report:
 def make_step(
     optimizer: Optimizer,
     attend: Callable[..., Any],
+    *,
     dtype: Any = jnp.bfloat16,
     remat: str = "full",
     sequence_parallel: bool = False,
@@ -248,7 +249,15 @@ def make_step(
         decoder = weights if attach is None else attach(weights, base, jax.random.fold_in(key, 1))
         drop = Dropout(jax.random.fold_in(key, 0), dropout) if dropout else None
         return loss(
-            decoder, batch, attend, dtype, REMAT[remat], sequence_parallel, total, z_loss, drop
+            decoder,
+            batch,
+            attend=attend,
+            dtype=dtype,
+            remat=REMAT[remat],
+            sequence_parallel=sequence_parallel,
+            total=total,
+            z_loss=z_loss,
+            dropout=drop,
         )
 
     def gradients(weights: Any, batch: Batch, key: Any, base: Any) -> tuple[Any, Metrics]:
@@ -278,14 +287,14 @@ def make_step(
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss) & so_far
             report = Report(metrics, norm, optimizer.rate(state.step), finite)
 
-            new = _updated(state, found, norm, finite, optimizer)
+            new = _updated(state, found, norm=norm, finite=finite, optimizer=optimizer)
         return new, report
 
     return step
 
 
 def _updated(
-    state: State, gradients: Any, norm: jax.Array, finite: jax.Array, optimizer: Optimizer
+    state: State, gradients: Any, *, norm: jax.Array, finite: jax.Array, optimizer: Optimizer
 ) -> State:
     """The next state, or where not `finite` the same. Every array is a function of its own old
     values, so that it is made in place: to choose between two states would take both.
@@ -321,7 +330,14 @@ def make_evaluation(
     @jax.jit
     def evaluate(weights: Any, batch: Batch, base: Any = None) -> Metrics:
         decoder = weights if attach is None else attach(weights, base, None)
-        return loss(decoder, batch, attend, dtype, None, sequence_parallel)[1]
+        return loss(
+            decoder,
+            batch,
+            attend=attend,
+            dtype=dtype,
+            remat=None,
+            sequence_parallel=sequence_parallel,
+        )[1]
 
     return evaluate
 

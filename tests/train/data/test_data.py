@@ -78,13 +78,15 @@ def test_a_system_message_that_is_empty_is_one() -> None:
     talk = [{"from": m["role"], "value": m["content"]} for m in MESSAGES]
     expected = sft_example(tokenizer, talk, "", 128)
     for record in (*examples, {"conversations": talk, "system": ""}):
-        assert chat_example(tokenizer, record, "You are.", 128) == expected
+        assert chat_example(tokenizer, record, system="You are.", max_len=128) == expected
 
 
 def test_tools_may_be_written_as_json() -> None:
     offered = [{"type": "function", "function": {"name": "weather"}}]
     plain, written = (
-        chat_example(qwen_tokenizer(), {"messages": MESSAGES, "tools": tools}, "", None)
+        chat_example(
+            qwen_tokenizer(), {"messages": MESSAGES, "tools": tools}, system="", max_len=None
+        )
         for tools in (offered, json.dumps(offered))
     )
     assert plain == written and "weather" in qwen_tokenizer().decode(plain[0])
@@ -95,7 +97,9 @@ def test_no_tools(none: Any) -> None:
     """As a column has them that other rows have need of."""
     for record in ({"conversations": TALK}, {"messages": MESSAGES}):
         columns = record | {"tools": none, "functions": none, "images": [None]}
-        plain, filled = (chat_example(qwen_tokenizer(), r, "", None) for r in (record, columns))
+        plain, filled = (
+            chat_example(qwen_tokenizer(), r, system="", max_len=None) for r in (record, columns)
+        )
         assert plain == filled
 
 
@@ -125,7 +129,7 @@ def test_no_tools(none: Any) -> None:
 )
 def test_records_that_are_refused(record: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        chat_example(qwen_tokenizer(), record, "", None)
+        chat_example(qwen_tokenizer(), record, system="", max_len=None)
 
 
 WORDS = st.sampled_from(["user", "assistant", "tool", "system", "text", "[]", "{", "x", ""])
@@ -163,7 +167,7 @@ JSON = st.recursive(
 @given(JSON | shaped(JSON))
 def test_no_record_ends_a_run_with_another_error(record: Any) -> None:
     for make in (
-        lambda: chat_example(qwen_tokenizer(), record, "", 64, "assistant"),
+        lambda: chat_example(qwen_tokenizer(), record, system="", max_len=64, loss_on="assistant"),
         lambda: text_example(qwen_tokenizer(), record),
     ):
         try:

@@ -51,13 +51,13 @@ PLAIN = Encoding(encode, {"data": "ids"})
 def cached(folder: Path, values: list[Any], encoding: Encoding = PLAIN) -> TokenCache:
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(value) + "\n" for value in values))
-    return token_cache.make([file], qwen_tokenizer(), encoding, folder / "cache")
+    return token_cache.make([file], qwen_tokenizer(), encoding=encoding, home=folder / "cache")
 
 
 def make_again(folder: Path, **changes: Any) -> TokenCache:
     encoding = dataclasses.replace(PLAIN, **changes)
     file = folder / "data.jsonl"
-    return token_cache.make([file], qwen_tokenizer(), encoding, folder / "cache")
+    return token_cache.make([file], qwen_tokenizer(), encoding=encoding, home=folder / "cache")
 
 
 def examples(count: int, most: int, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -95,7 +95,10 @@ def test_a_second_run_encodes_nothing(tmp_path):
     assert len(calls) == 10
     file = tmp_path / "data.jsonl"
     again = lambda **x: token_cache.make(  # noqa: E731
-        [file], qwen_tokenizer(), dataclasses.replace(encoding, **x), tmp_path / "cache"
+        [file],
+        qwen_tokenizer(),
+        encoding=dataclasses.replace(encoding, **x),
+        home=tmp_path / "cache",
     )
     assert again().folder == first.folder and len(calls) == 10
     # Whatever it depends on makes another.
@@ -137,11 +140,11 @@ def test_another_host_may_be_quicker(tmp_path, monkeypatch):
     values = examples(10, 5)
     fill = token_cache._fill
 
-    def slow(*arguments: Any) -> None:
-        fill(*arguments)
+    def slow(*arguments: Any, **named: Any) -> None:
+        fill(*arguments, **named)
         with monkeypatch.context() as patch:
             patch.setattr(token_cache, "_fill", fill)
-            patch.setattr(lock.fcntl, "flock", lambda *_: None)
+            patch.setattr(lock.fcntl, "flock", lambda *_, **__: None)
             patch.setattr(token_cache.socket, "gethostname", lambda: "other")
             others.append(make_again(tmp_path))
 
@@ -219,7 +222,7 @@ def texts(folder: Path, contents: list[bytes], **options: Any) -> TokenCache:
 
     files = [folder / f"{i}.txt" for i in range(len(contents))]
     encoding = Encoding(encode, {"data": "text"}, **options)
-    return token_cache.make(files, qwen_tokenizer(), encoding, folder / "cache")
+    return token_cache.make(files, qwen_tokenizer(), encoding=encoding, home=folder / "cache")
 
 
 def test_limits_are_of_whole_documents(tmp_path, monkeypatch):
@@ -282,7 +285,7 @@ def test_problems_are_not_collected_without_end(tmp_path):
     parts = records.parts([tmp_path / "data.jsonl"])
     (tmp_path / "part").mkdir()
     with token_cache.progress(parts) as bar:
-        _, problems = token_cache.encode(tmp_path / "part", parts, PLAIN, bar)
+        _, problems = token_cache.encode(tmp_path / "part", parts, encoding=PLAIN, bar=bar)
     assert len(problems) == 10
 
 
@@ -370,7 +373,7 @@ def test_processes_share_the_encoding(tmp_path, monkeypatch, hosts):
         return encode(record)
 
     encoding = dataclasses.replace(PLAIN, encode=counted, longest=10)
-    alone = token_cache.make(files, qwen_tokenizer(), encoding, tmp_path / "alone")
+    alone = token_cache.make(files, qwen_tokenizer(), encoding=encoding, home=tmp_path / "alone")
     once = len(calls)
     calls.clear()
     homes = [tmp_path / f"host{host}" for host in hosts]
@@ -384,7 +387,11 @@ def test_processes_share_the_encoding(tmp_path, monkeypatch, hosts):
     monkeypatch.setattr(shared_cache.command, "say", lambda line: said.append(line))
     said: list[str] = []
     common = tmp_path / "run" / "tokens"
-    made = lambda home: shared_cache.make(files, qwen_tokenizer(), encoding, home, common)  # noqa: E731
+
+    def made(home: Any) -> Any:
+        given = {"encoding": encoding, "folder": home, "common": common}
+        return shared_cache.make(files, qwen_tokenizer(), **given)
+
     caches = group.run(made)
     assert all(isinstance(cache, TokenCache) for cache in caches), caches
     assert all(bytes_of(cache) == bytes_of(alone) for cache in caches)
@@ -427,7 +434,7 @@ def test_a_share_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     (store / "2" / "ids.u4").write_bytes(b"")
     (tmp_path / "draft").mkdir()
     with pytest.raises(ValueError, match=f"{store / '2'} is damaged: remove {store}"):
-        shared_cache.join(tmp_path / "draft", store, parts)
+        shared_cache.join(tmp_path / "draft", store, parts=parts)
 
 
 def test_parts_that_another_program_is_at_stay(tmp_path, monkeypatch):
@@ -441,13 +448,17 @@ def test_parts_that_another_program_is_at_stay(tmp_path, monkeypatch):
     group._local.index = 0  # of this thread, which stands for the other program
     encoding = dataclasses.replace(PLAIN, encode=lambda x: calls.append(x) or encode(x))
     tokenizer = Tokenizer(tiny_ranks())
-    name = token_cache.fingerprint([file], tokenizer, encoding)
+    name = token_cache.fingerprint([file], tokenizer, encoding=encoding)
     store = home / f"{name}.parts"
 
     def program() -> None:
         came.set()
         made.extend(
-            group.run(lambda home: shared_cache.make([file], tokenizer, encoding, home, tmp_path))
+            group.run(
+                lambda home: shared_cache.make(
+                    [file], tokenizer, encoding=encoding, folder=home, common=tmp_path
+                )
+            )
         )
 
     made: list[Any] = []
@@ -475,7 +486,9 @@ def test_hosts_with_other_files_encode_all_of_them(tmp_path, monkeypatch):
         home.mkdir()
         (home / "data.jsonl").write_text('{"ids": [1, 2]}\n')
         files = [home / "data.jsonl"]
-        return shared_cache.make(files, qwen_tokenizer(), PLAIN, home / "c", tmp_path / "run")
+        return shared_cache.make(
+            files, qwen_tokenizer(), encoding=PLAIN, folder=home / "c", common=tmp_path / "run"
+        )
 
     caches = group.run(made)
     assert [cache.counts.tokens for cache in caches] == [2, 2]
@@ -496,7 +509,9 @@ def test_a_bad_record_of_a_share_ends_it_by_name(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "processes", group)
     strict = dataclasses.replace(PLAIN, strict=True)
     results = group.run(
-        lambda home: shared_cache.make([file], qwen_tokenizer(), strict, home, tmp_path / "run")
+        lambda home: shared_cache.make(
+            [file], qwen_tokenizer(), encoding=strict, folder=home, common=tmp_path / "run"
+        )
     )
     errors = [str(result) for result in results if isinstance(result, ValueError)]
     assert errors == [f"{file} line 22: it has no ids"]
@@ -607,8 +622,8 @@ def test_rows_are_worked_out_once(tmp_path, monkeypatch):
         make = getattr(packing, name)
         counted = lambda *a, make=make: calls.append(a) or make(*a)  # noqa: E731
         monkeypatch.setattr(packing, name, counted)
-    rows = Rows(cache, 32, "fitted", seed=3)
-    again = Rows(cache, 32, "fitted", seed=3)
+    rows = Rows(cache, 32, pack="fitted", seed=3)
+    again = Rows(cache, 32, pack="fitted", seed=3)
     assert len(calls) == 1 and again.fingerprint == rows.fingerprint
     assert all(
         jax.tree.all(jax.tree.map(np.array_equal, rows[i], again[i])) for i in range(len(rows))
@@ -624,10 +639,10 @@ def test_rows_are_worked_out_once(tmp_path, monkeypatch):
         Rows(**{"cache": cache, "length": 32, "pack": "fitted", "seed": 3, **changes})
     assert len(calls) == 6
     monkeypatch.setattr(packing, "_VERSION", packing._VERSION + 1)
-    Rows(cache, 32, "fitted", seed=3)
+    Rows(cache, 32, pack="fitted", seed=3)
     assert len(calls) == 7
     np.arange(1, 41).tofile(cache.folder / "ends.i8")  # other lengths under the same name
-    assert Rows(TokenCache(cache.folder), 32, "fitted", seed=3).efficiency == 40 / 64
+    assert Rows(TokenCache(cache.folder), 32, pack="fitted", seed=3).efficiency == 40 / 64
     assert len(calls) == 8
 
 
@@ -635,11 +650,11 @@ def test_rows_are_worked_out_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_damaged_rows_are_made_again(tmp_path, file, how):
     cache = cached(tmp_path, examples(20, 30))
-    Rows(cache, 32, "fitted")
+    Rows(cache, 32, pack="fitted")
     (path,) = cache.folder.glob(f"rows-*/{file}")
     before = path.read_bytes()
     path.unlink() if how == "gone" else path.write_bytes(before[:-4])
-    Rows(cache, 32, "fitted")
+    Rows(cache, 32, pack="fitted")
     assert path.read_bytes() == before
     assert [x.name for x in cache.folder.glob("rows-*") if x.is_dir()] == [path.parent.name]
 
@@ -647,7 +662,7 @@ def test_damaged_rows_are_made_again(tmp_path, file, how):
 def test_rows_that_are_found_are_not_read(tmp_path, monkeypatch):
     """To begin a run takes no longer for being large: sizes tell that they are whole."""
     cache = cached(tmp_path, examples(20, 30))
-    Rows(cache, 32, "fitted")
+    Rows(cache, 32, pack="fitted")
     for name in ("open", "zlib"):
         monkeypatch.setitem(vars(packing), name, None)
     (folder,) = cache.folder.glob("rows-*")
@@ -659,16 +674,16 @@ def test_rows_of_the_last_recipes_are_kept(tmp_path, monkeypatch):
     cache = cached(tmp_path, examples(20, 30))
     monkeypatch.setattr(packing, "_KEPT", 3)
     there = lambda: {path.name for path in cache.folder.glob("rows-*")}  # noqa: E731
-    first = Rows(cache, 32, "fitted", seed=0)
+    first = Rows(cache, 32, pack="fitted", seed=0)
     (name,) = there()
     rows = [first[i] for i in range(len(first))]
     for seed in (1, 2, 3, 0):
-        Rows(cache, 32, "fitted", seed=seed)
+        Rows(cache, 32, pack="fitted", seed=seed)
         if seed == 2:
-            Rows(cache, 32, "fitted", seed=0)
+            Rows(cache, 32, pack="fitted", seed=0)
     assert name in there() and len(there()) == 3
     for seed in (4, 5, 6):
-        Rows(cache, 32, "fitted", seed=seed)
+        Rows(cache, 32, pack="fitted", seed=seed)
     assert name not in there() and len(there()) == 3
     again = [first[i] for i in range(len(first))]
     assert jax.tree.all(jax.tree.map(np.array_equal, again, rows))
@@ -678,11 +693,11 @@ def test_rows_that_cannot_be_are_not_kept(tmp_path, monkeypatch):
     """Nor those that a kill has cut short."""
     cache = cached(tmp_path, [{"ids": list(range(20))}])
     with pytest.raises(ValueError, match="an example has 20 tokens, a row 8"):
-        Rows(cache, 8, "fitted")
+        Rows(cache, 8, pack="fitted")
     with monkeypatch.context() as patch:
-        patch.setattr(packing.paths, "write", lambda *_: 1 / 0)
+        patch.setattr(packing.paths, "write", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            Rows(cache, 8, "joined")
+            Rows(cache, 8, pack="joined")
     assert not [path for path in cache.folder.glob("rows-*") if path.is_dir()]
 
 
@@ -691,7 +706,7 @@ def test_the_fingerprint_of_rows_is_as_it_was(tmp_path):
     cache = cached(tmp_path, examples(20, 5))
     for chosen in (None, np.arange(3, 17)[::-1]):
         order = np.random.default_rng(5).permutation(np.arange(20) if chosen is None else chosen)
-        rows = Rows(cache, 8, "joined", 5, chosen)
+        rows = Rows(cache, 8, pack="joined", seed=5, examples=chosen)
         assert rows._order.tolist() == order.tolist()
         checksum = zlib.crc32(np.sort(order).tobytes())
         assert rows.fingerprint == f"{cache.counts.digest[:32]}-{checksum:08x}"
@@ -701,7 +716,7 @@ def test_the_fingerprint_of_rows_is_as_it_was(tmp_path):
 def test_what_is_held_out_is_as_it_was(share):
     shuffled = np.random.default_rng(4).permutation(50)
     out = round(share * 50)
-    kept, held_out = task.split(50, share, 4)
+    kept, held_out = task.split(50, share, seed=4)
     assert kept.tolist() == sorted(shuffled[out:].tolist())
     assert held_out.tolist() == sorted(shuffled[:out].tolist())
 
@@ -720,7 +735,7 @@ def test_fitted_examples_are_whole(seed, monkeypatch):
 def test_rows_say_what_is_learned_where(tmp_path):
     values = examples(40, 30)
     cache = cached(tmp_path, values)
-    rows = Rows(cache, 32, "fitted", seed=3)
+    rows = Rows(cache, 32, pack="fitted", seed=3)
     seen = []
     for i in range(len(rows)):
         row = rows[i]
@@ -740,7 +755,7 @@ def test_rows_say_what_is_learned_where(tmp_path):
 
 
 def test_a_document_goes_on_in_the_next_row(tmp_path):
-    rows = Rows(cached(tmp_path, [{"ids": list(range(20))}]), 8, "joined")
+    rows = Rows(cached(tmp_path, [{"ids": list(range(20))}]), 8, pack="joined")
     assert len(rows) == 2
     for i in range(2):
         assert rows[i].tokens.tolist() == list(range(8 * i, 8 * i + 8))
@@ -750,7 +765,7 @@ def test_a_document_goes_on_in_the_next_row(tmp_path):
 
 def test_too_long_for_a_row(tmp_path):
     with pytest.raises(ValueError, match="an example has 20 tokens, a row 8"):
-        Rows(cached(tmp_path, [{"ids": list(range(20))}]), 8, "fitted")
+        Rows(cached(tmp_path, [{"ids": list(range(20))}]), 8, pack="fitted")
 
 
 def test_packed_rows_have_the_loss_and_gradients_of_their_examples(tmp_path):
@@ -758,11 +773,11 @@ def test_packed_rows_have_the_loss_and_gradients_of_their_examples(tmp_path):
     config = tiny_config(layer_windows=(5, None))
 
     def graded(pack: str) -> tuple[Any, Any]:
-        rows = Rows(cache, 16, pack)
+        rows = Rows(cache, 16, pack=pack)
         stack = lambda *values: np.stack(values)  # noqa: E731
         batch = batches.place(jax.tree.map(stack, *(rows[i] for i in range(len(rows)))))
         grad = jax.jit(
-            jax.grad(lambda d, b: losses.loss(d, b, xla, jnp.float32), has_aux=True),
+            jax.grad(lambda d, b: losses.loss(d, b, attend=xla, dtype=jnp.float32), has_aux=True),
             compiler_options=QUICK,
         )
         gradients, metrics = grad(tiny_decoder(config), batch)
@@ -786,12 +801,12 @@ def taken(iterator: batches.Batches, count: int) -> list[Batch]:
 
 
 def test_batches_go_on_from_a_position_on_any_mesh(tmp_path):
-    rows = Rows(cached(tmp_path, examples(60, 15)), 16, "fitted", seed=1)
+    rows = Rows(cached(tmp_path, examples(60, 15)), 16, pack="fitted", seed=1)
     with on_mesh():
-        whole = taken(batches.Batches(rows, 16, 4, 7), 30)
+        whole = taken(batches.Batches(rows, 16, size=4, seed=7), 30)
     for sizes, position in (({}, 11), ({"fsdp": 4}, 0), ({"data": 2, "context": 4}, 23)):
         with on_mesh(**sizes) as mesh:
-            found = batches.Batches(rows, 16, 4, 7, position)
+            found = batches.Batches(rows, 16, size=4, seed=7, position=position)
             first = next(found)
             assert first.tokens.sharding.mesh == mesh, meshes.describe(sizes)
             rest = [jax.tree.map(np.asarray, first), *taken(found, 4)]
@@ -800,11 +815,11 @@ def test_batches_go_on_from_a_position_on_any_mesh(tmp_path):
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
-    rows = Rows(cached(tmp_path, [{"ids": [i, i]} for i in range(12)]), 2, "alone")
+    rows = Rows(cached(tmp_path, [{"ids": [i, i]} for i in range(12)]), 2, pack="alone")
     with on_mesh():
         orders = {}
         for seed in (0, 1):
-            found = taken(batches.Batches(rows, 2, 4, seed), 6)
+            found = taken(batches.Batches(rows, 2, size=4, seed=seed), 6)
             ids = np.concatenate([batch.tokens[:, 0] for batch in found])
             orders[seed] = ids[:12].tolist(), ids[12:].tolist()
     for first, second in orders.values():
@@ -813,7 +828,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
 
 
 def test_once_fills_up_the_last_batch(tmp_path):
-    rows = Rows(cached(tmp_path, [{"ids": [i, i]} for i in range(5)]), 2, "alone")
+    rows = Rows(cached(tmp_path, [{"ids": [i, i]} for i in range(5)]), 2, pack="alone")
     with on_mesh():
         found = [jax.tree.map(np.asarray, batch) for batch in batches.once(rows, 4)]
     assert [batch.segments[:, 0].tolist() for batch in found] == [[1] * 4, [1, 0, 0, 0]]

@@ -56,9 +56,9 @@ def test_parts_have_each_record_once(tmp_path, monkeypatch, name):
         parts = records.parts([path])
         assert len(parts) == -(-size // bytes_of_part)
         found = [
-            (records.place(part, record.where, record.line), record.value)
+            (records.place(part, record.where, line=record.line), record.value)
             for part in parts
-            for record in records.read(part.path, part.number, part.count)
+            for record in records.read(part.path, part.number, count=part.count)
         ]
         assert found == [(record.where, record.value) for record in whole]
     (path.parent / "b.json").write_text("[1]")

@@ -61,7 +61,9 @@ def test_terms_add_up_by_link_and_axes() -> None:
         Collective("all-reduce", ("fsdp", "tp"), 8, 1, 45 * 10**8),
     ]
     links = {("fsdp",): [RING], ("fsdp", "tp"): [SWITCH]}
-    bound = bounds.bound(459e10, 459e12, 2765e7, 2765e9, found, links)
+    bound = bounds.bound(
+        459e10, 459e12, moved=2765e7, bandwidth=2765e9, collectives=found, links=links
+    )
     terms = {term.name: term.seconds for term in bound.terms}
     assert terms == pytest.approx(
         {"compute": 0.01, "HBM": 0.01, "ICI fsdp": 2 * 7 / 200, "NVLink fsdp,tp": 0.0175}
@@ -81,7 +83,15 @@ def test_a_faster_link_of_a_collective_has_a_term_too() -> None:
         Collective("all-gather", axes, 32, 1, 32 * 10**9),
         Collective("collective-permute", axes, 2, 1, 10**9),
     ]
-    bound = bounds.bound(0, 1, 0, 1, found, {axes: [SWITCH, network]}, "InfiniBand")
+    bound = bounds.bound(
+        0,
+        1,
+        moved=0,
+        bandwidth=1,
+        collectives=found,
+        links={axes: [SWITCH, network]},
+        network="InfiniBand",
+    )
     terms = {term.name: (term.seconds, term.in_step) for term in bound.terms[2:]}
     gathered, sent = (28 / 450, 24 / 430), (1 / 450, 1 / 50)
     assert terms["NVLink fsdp"] == pytest.approx((gathered[0] + sent[0], sent[0]))
@@ -94,7 +104,15 @@ def test_a_faster_link_of_a_collective_has_a_term_too() -> None:
 
 def test_a_network_that_carries_nothing_has_a_term() -> None:
     found = [Collective("all-gather", ("tp",), 8, 4, 8 * 10**9)]
-    bound = bounds.bound(1, 1, 1, 1, found, {("tp",): [SWITCH]}, "InfiniBand")
+    bound = bounds.bound(
+        1,
+        1,
+        moved=1,
+        bandwidth=1,
+        collectives=found,
+        links={("tp",): [SWITCH]},
+        network="InfiniBand",
+    )
     assert bounds.Term("InfiniBand", 0.0) in bound.terms
     assert [topology.parse(x).network for x in ("h100:8", "h100:2x8", "h100:8*2")] == [
         "",
@@ -208,7 +226,7 @@ def torus(*lengths: int) -> list[tuple[int, ...]]:
 
 
 def links(text: str, mesh: Any, *axes: str) -> list[Path]:
-    return topology.paths(topology.parse(text), mesh, axes)
+    return topology.paths(topology.parse(text), mesh, axes=axes)
 
 
 def test_links_of_a_torus() -> None:

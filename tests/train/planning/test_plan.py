@@ -38,7 +38,7 @@ SETTING = Setting(CONFIG, batch=4, length=16, attention="xla")
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `v5e:2x2` whose four devices are CPUs, on links of 1 GB/s."""
     monkeypatch.setattr(topology, "mesh", lambda _, sizes: meshes.make(sizes))
-    monkeypatch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
+    monkeypatch.setattr(topology, "paths", lambda *_, **__: [Path("ICI", 1e9, 1e9, 2, 2)])
     monkeypatch.setattr(topology, "prepare", lambda _: None)
 
 
@@ -47,8 +47,8 @@ def trained() -> estimate.Estimate:
     """The plan of a step, compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topology, "mesh", lambda _, sizes: meshes.make(sizes))
-        patch.setattr(topology, "paths", lambda *_: [Path("ICI", 1e9, 1e9, 2, 2)])
-        return estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
+        patch.setattr(topology, "paths", lambda *_, **__: [Path("ICI", 1e9, 1e9, 2, 2)])
+        return estimate.training(SETTING, topology.parse("v5e:2x2"), sizes=SIZES)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_memory_of_training_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flops_of_training_by_hand(on_cpu: None, trained: estimate.Estimate) -> None:
     setting = Setting(CONFIG, 4, 16, "xla", remat="none")
-    x = estimate.training(setting, topology.parse("v5e:2x2"), SIZES)
+    x = estimate.training(setting, topology.parse("v5e:2x2"), sizes=SIZES)
     # Weights without norms and biases; the reference attends to all 16 keys where the model needs
     # half; logits are made twice.
     tokens = 4 * 16
@@ -112,7 +112,7 @@ def test_training_of_adapters_by_hand(on_cpu: None, base: str, size: int) -> Non
     """Nothing is kept or computed for weights that are not trained but their products."""
     recipe = dataclasses.replace(recipes.sft_lora(), lora_rank=4, base_dtype=base)
     setting = Setting(CONFIG, 4, 16, "xla", remat="none", accumulate=2, adapters=recipe)
-    x = estimate.training(setting, topology.parse("v5e:1x1"), meshes.parse(None))
+    x = estimate.training(setting, topology.parse("v5e:1x1"), sizes=meshes.parse(None))
     parts = x.program.memory.parts
     matrices = 2 * (4 * 32 * 64 + 3 * 32 * 44)
     rows = 2 * (3 * 64 + 32 + 2 * 44 + 32)  # of matrices; each has a scale of two bytes
@@ -133,10 +133,10 @@ def test_training_of_adapters_by_hand(on_cpu: None, base: str, size: int) -> Non
 def test_a_step_of_the_whole_vocabulary_never_holds_the_logits() -> None:
     """One row of 2048 tokens: 1.24 GB in float32, of which a fifth is there at a time."""
     optimizer, mesh = step.Optimizer(), meshes.make(meshes.parse(None))
-    state = step.abstract_state(tiny_config(vocab_size=151_936), optimizer, mesh)
+    state = step.abstract_state(tiny_config(vocab_size=151_936), optimizer, mesh=mesh)
     run = step.make_step(optimizer, attention.get("xla"))
     with jax.set_mesh(mesh):
-        compiled = run.lower(state, step.abstract_batch(1, 2048, mesh)).compile()
+        compiled = run.lower(state, step.abstract_batch(1, 2048, mesh=mesh)).compile()
     logits = 2048 * 151_936
     shapes = re.findall(r"[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
@@ -175,7 +175,7 @@ def test_products_count_by_device_and_by_loop() -> None:
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_decoding(on_cpu: None, kind: str | None) -> None:
     setting = Setting(CONFIG, 4, 8192, "xla", cache_dtype=kind)
-    x = estimate.decoding(setting, topology.parse("v5e:2x2"), SIZES)
+    x = estimate.decoding(setting, topology.parse("v5e:2x2"), sizes=SIZES)
     parts = x.program.memory.parts
     if kind is None:  # it is not there in another dtype too
         assert parts["temporaries"] < parts["cache"] / 8
@@ -192,7 +192,7 @@ def test_decoding(on_cpu: None, kind: str | None) -> None:
 
 def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "CHUNK", 32)
-    x = estimate.prefill(Setting(CONFIG, 4, 256, "xla"), topology.parse("v5e:2x2"), SIZES)
+    x = estimate.prefill(Setting(CONFIG, 4, 256, "xla"), topology.parse("v5e:2x2"), sizes=SIZES)
     parts = x.program.memory.parts
     assert parts["cache"] == 4 * 256 * CONFIG.kv_bytes_per_token("float32") // 4
     assert parts["weights"] >= 2 * CONFIG.num_params() // 4
@@ -216,7 +216,7 @@ def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(programs, "_compiled", compiled)
     setting = Setting(tiny_config(num_layers=6), 4, 256, "xla")  # a group of four, and half of one
-    memory = programs.prefill(setting, meshes.make(SIZES), 32).memory
+    memory = programs.prefill(setting, meshes.make(SIZES), chunk=32).memory
     assert memory.parts["padding"] == 1.5 * 1000
     expected = memory.parts["weights"] + 1.5 * (held["cache"] + 1000) + held["batch"] + 10
     assert memory.needed == expected
@@ -267,7 +267,7 @@ def test_a_program_that_is_refused_is_reported(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    x = estimate.training(SETTING, topology.parse("v5e:2x2"), SIZES)
+    x = estimate.training(SETTING, topology.parse("v5e:2x2"), sizes=SIZES)
     assert not x.fits
     assert x.over == pytest.approx(4.75 * 2**30)
     assert "does not fit, 5.100 GB over (the compiler refused it)" in report.text(x, "tiny")
@@ -284,7 +284,7 @@ def test_a_program_that_jaxlib_cannot_print_is_read_from_the_compiler(
     def compiled() -> programs.Program:
         with jax.set_mesh(mesh):
             summed = jax.jit(lambda x: jnp.sum(x, 0))  # over fsdp
-        return programs._compiled(lambda: summed.trace(x), mesh, {}, 0)
+        return programs._compiled(lambda: summed.trace(x), mesh, held={}, layers=0)
 
     def fail(_: Any) -> str:
         raise jax.errors.JaxRuntimeError(
@@ -349,7 +349,7 @@ def test_a_plan_has_the_link_between_slices(on_cpu: None) -> None:
     names = []
     for found in ([], None):
         one = dataclasses.replace(program, collectives=found)
-        bound = estimate._bound(one, hosts, mesh, 1.0, 1.0, found)
+        bound = estimate._bound(one, hosts, mesh=mesh, flops=1.0, moved=1.0, found=found)
         names.append([term.name for term in bound.terms] if bound else [])
     assert names == [["compute", "HBM", "DCN"], ["compute", "HBM"]]
 
@@ -455,7 +455,7 @@ def test_a_table_has_the_best_or_what_the_smallest_lacks(
     large, larger = ({**fits, "fits": False, "over": x} for x in (2.5e9, 3e9))
 
     def row(*plans: Any) -> str:
-        monkeypatch.setattr(scaling, "plans", lambda *_: plans)
+        monkeypatch.setattr(scaling, "plans", lambda *_, **__: plans)
         best = scaling._best(scaling.TASKS[0], "tiny", "v5e:2x2", 3, tmp_path)
         return scaling._row("tiny", "v5e:2x2", best)
 
@@ -598,11 +598,11 @@ def test_a_kernel_that_cannot_there_is_passed_over(
     training = estimate.training
     error: Exception = NotImplementedError("head dim 16, only 128")
 
-    def refusing(setting: Setting, *rest: Any) -> estimate.Estimate:
+    def refusing(setting: Setting, *rest: Any, **named: Any) -> estimate.Estimate:
         tried.append(setting.attention)
         if setting.attention in refused:
             raise error
-        return training(setting, *rest)
+        return training(setting, *rest, **named)
 
     def proving(_: Any, name: str, mesh: Any) -> None:
         assert mesh.size == 1
@@ -615,7 +615,7 @@ def test_a_kernel_that_cannot_there_is_passed_over(
     where = topology.parse("h100:4")
     setting = dataclasses.replace(SETTING, attention="auto")
     refused = {"pallas_hopper", "pallas_tpu"}
-    (found,) = plan.estimates(setting, where, SIZES, False)
+    (found,) = plan.estimates(setting, where, sizes=SIZES, decode=False)
     assert found.setting.attention == "pallas_triton" and found.setting.by_auto
     assert tried[0] == "pallas_hopper"
     told = report.text(found, "tiny")
@@ -624,14 +624,18 @@ def test_a_kernel_that_cannot_there_is_passed_over(
     assert "\n  not pallas_hopper: head dim 16, only 128" in report.ranking([found])
     error, refused = jax.errors.JaxRuntimeError("INTERNAL: Mosaic"), {*attention.IMPLEMENTATIONS}
     refused.remove("xla")
-    (found,) = plan.estimates(setting, where, SIZES, False)
+    (found,) = plan.estimates(setting, where, sizes=SIZES, decode=False)
     told = report.text(found, "t")
     assert "xla (what auto takes on H100: no kernel there takes this)" in told
     assert told.count("INTERNAL: Mosaic") == 3
     assert len(found.to_json()["attention_passed_over"]) == 3
     # A name that was asked for is not replaced.
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        list(plan.estimates(dataclasses.replace(SETTING, attention="pallas_tpu"), where, SIZES, 0))
+        list(
+            plan.estimates(
+                dataclasses.replace(SETTING, attention="pallas_tpu"), where, sizes=SIZES, decode=0
+            )
+        )
 
 
 @pytest.mark.parametrize("where", ["hbm", "smem"])
@@ -645,10 +649,10 @@ def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
         raise jax.errors.JaxRuntimeError(error)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr(programs, "compile_calls", lambda *_: None)
+    monkeypatch.setattr(programs, "compile_calls", lambda *_, **__: None)
     monkeypatch.setattr(prove, "candidates", lambda _: (["dot_product"], True))
     setting = dataclasses.replace(SETTING, attention="auto")
-    planned = plan.estimates(setting, topology.parse("v5e:2x2"), SIZES, False)
+    planned = plan.estimates(setting, topology.parse("v5e:2x2"), sizes=SIZES, decode=False)
     if where == "hbm":
         (found,) = planned
         assert found.setting.attention == "dot_product" and not found.fits
@@ -659,22 +663,22 @@ def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
             list(planned)
         tried = [search.Candidate(setting, SIZES, 0, 0)] * 2
         with pytest.raises(plan.NotCompiled):
-            plan._found(tried, topology.parse("v5e:2x2"), False)
+            plan._found(tried, topology.parse("v5e:2x2"), decode=False)
 
 
 def test_the_calls_of_a_self_test_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are timed: forward, backward, and decoding with an int8 cache."""
-    calls = prove.passes(CONFIG, "bfloat16", 2, 16, backward=True)
-    calls += prove.decoding(CONFIG, "bfloat16", 2, 16, "int8")
+    calls = prove.passes(CONFIG, "bfloat16", rows=2, length=16, backward=True)
+    calls += prove.decoding(CONFIG, "bfloat16", rows=2, slots=16, cache="int8")
     compiled: list[jax.stages.Lowered] = []
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda x: compiled.append(x))
     one = meshes.make({}, jax.devices()[:1])
-    programs.compile_calls(calls, "xla", one)
+    programs.compile_calls(calls, "xla", mesh=one)
     results = [[x.shape for x in jax.tree.leaves(each.out_info)] for each in compiled]
     rows = (2, 256, 4, 16)
     assert results == [[rows], [rows] * 3, [(2, 1, 4, 16)]]
     with pytest.raises(NotImplementedError, match="head dim 16"):
-        programs.compile_calls(calls, "pallas_tpu", one)
+        programs.compile_calls(calls, "pallas_tpu", mesh=one)
 
 
 def test_a_plan_is_compiled_with_what_auto_takes(
@@ -704,7 +708,7 @@ def test_a_plan_is_compiled_with_what_auto_takes(
     monkeypatch.setattr(programs, "training", training)
     setting = dataclasses.replace(SETTING, attention="auto")
     with pytest.raises(ValueError, match="far enough"):
-        list(plan.estimates(setting, topology.parse("v5e:2x2"), SIZES, False))
+        list(plan.estimates(setting, topology.parse("v5e:2x2"), sizes=SIZES, decode=False))
     assert compiled == ["splash"]
 
 

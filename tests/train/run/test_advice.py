@@ -23,18 +23,18 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
 
 def of(cache: TokenCache, platform: str = "gpu", axes: Any = (), **changes: Any) -> list[str]:
     recipe = dataclasses.replace(recipes.sft_lora(), **changes)
-    rows = Rows(cache, recipe.length, recipe.pack)
+    rows = Rows(cache, recipe.length, pack=recipe.pack)
     sizes = {**dict.fromkeys(sharding.AXES, 1), **dict(axes)}
-    return advice.less_waste(rows, recipe, sizes, platform)
+    return advice.less_waste(rows, recipe, sizes=sizes, platform=platform)
 
 
 def test_short_chats_a_row_each(short):
     """What is said comes true."""
     shorter, together = of(short)
     assert shorter == "--length 64 (the longest example has 50 tokens), of which 58% are used"
-    assert Rows(short, 64, "alone").efficiency == pytest.approx(0.58, abs=0.005)
+    assert Rows(short, 64, pack="alone").efficiency == pytest.approx(0.58, abs=0.005)
     assert together == "--pack fitted --rows 2, with some 13 examples in a row of 512"
-    assert len(Rows(short, 512, "fitted")) == 3, "13 and more in each"
+    assert len(Rows(short, 512, pack="fitted")) == 3, "13 and more in each"
 
 
 def test_values_divide_over_the_mesh(short):
@@ -75,5 +75,5 @@ def test_a_cpu_computes_float32(short):
 )
 def test_a_length_that_is_not_the_models(length, fresh, changes, said):
     recipe = dataclasses.replace(recipes.sft(), length=length)
-    found = advice.other_length(recipe, tiny_config(**changes), fresh)
+    found = advice.other_length(recipe, tiny_config(**changes), fresh=fresh)
     assert found is None if said is None else re.match(said, found or "")

@@ -84,7 +84,7 @@ def test_a_run_from_before_arguments_were_kept(tmp_path, capsys):
     (out / "run.json").write_text(json.dumps(IDENTITY))
     line = fail(capsys, ["--out", str(out), "--resume"])
     assert f"give --data, one of --ckpt and --model: {out} holds no run that keeps the" in line
-    run_folder.claim(out, IDENTITY, 9, True, start=START)
+    run_folder.claim(out, IDENTITY, steps=9, resume=True, start=START)
     told = run_folder.read(out)
     resumed = {"command": START["command"], "versions": {}}
     assert told == {**IDENTITY, "arguments": GIVEN, "rows": 40, "resumed": resumed}
@@ -135,7 +135,7 @@ def test_what_differs_is_named_by_its_likeliest_cause(tmp_path, changes, said):
         (now[place] if place else now)[key] = value
     identity, start = ({name: now[name] for name in part} for part in (IDENTITY, START))
     with pytest.raises(ValueError) as caught:
-        run_folder.claim(out, identity, 9, True, start=start)
+        run_folder.claim(out, identity, steps=9, resume=True, start=start)
     assert str(caught.value).startswith(f"{out} holds another run: {said}")
     assert str(caught.value).endswith(
         "alone takes what it began with; for another run give another --out"
@@ -149,7 +149,7 @@ def test_more_steps_are_no_other_run(tmp_path):
     (out / "model").mkdir()
     longer = {**IDENTITY, "recipe": {**IDENTITY["recipe"], "steps": 20}}
     start = {**START, "command": "longer", "arguments": {**GIVEN, "steps": 20}}
-    run_folder.claim(out, longer, 20, True, start=start)
+    run_folder.claim(out, longer, steps=20, resume=True, start=start)
     told = run_folder.read(out)
     assert told["arguments"]["steps"] == 20 and told["command"] == START["command"]
     assert told["resumed"] == {"command": "longer", "versions": {}}

@@ -281,7 +281,7 @@ def test_the_best_are_kept_over_a_restart(tmp_path):
     for steps, losses in (((1, 2, 3), (3, 1, 2)), ((4, 5), (5, None))):
         checkpoints = saving.Checkpoints(tmp_path / "checkpoints", last=1, best=1)
         for step_, loss in zip(steps, losses, strict=True):
-            checkpoints.save(step_, state, {"position": step_}, loss)
+            checkpoints.save(step_, state, facts={"position": step_}, loss=loss)
         checkpoints.wait()
         checkpoints.close()
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "5"}
@@ -290,7 +290,7 @@ def test_the_best_are_kept_over_a_restart(tmp_path):
 def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
     kept = saving.Checkpoints(tmp_path, last=1, best=1)
     for number, loss in enumerate((1.0, float("nan"), 2.0, float("inf"), 2.0), 1):
-        kept.save(number, {"a": jnp.zeros(2)}, {}, loss)
+        kept.save(number, {"a": jnp.zeros(2)}, facts={}, loss=loss)
         kept.wait()
     kept.close()
     assert sorted(x.name for x in tmp_path.iterdir() if x.is_dir()) == ["1", "5"]
@@ -398,7 +398,7 @@ def test_data_that_cannot_be_learned_from(whole, given, tmp_path, capsys):
 def test_a_folder_is_refused_before_anything_is_encoded(
     whole, given, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(task, "_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(task, "_rows", lambda *_, **__: 1 / 0)
     assert "holds a run already" in fail(capsys, pretraining(given, whole), pretrain)
     bad = pretraining(given, tmp_path / "new", "--attention", "xxla")
     assert "attention 'xxla' is not known: choose one of auto" in fail(capsys, bad, pretrain)
@@ -430,12 +430,14 @@ def test_another_run_in_the_folder(whole, given, tmp_path, capsys):
 def test_a_record_with_or_without_what_changes_roundings_alone(setting, tmp_path):
     """Those settings are not part of a run; whatever a record says of them, the run goes on."""
     recipe = {"learning_rate": 0.01, "steps": 12}
-    directory.write_json(tmp_path / "run.json", {"recipe": {**recipe, **setting}})
+    same = {"ckpt": None, "config": {}, "data": "0123"}
+    directory.write_json(tmp_path / "run.json", {**same, "recipe": {**recipe, **setting}})
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    run_folder.claim(tmp_path, {"recipe": recipe}, 12, True)
-    assert texts.read_json(tmp_path / "run.json") == {"recipe": recipe}
-    with pytest.raises(ValueError, match=r"another run: recipe\.learning_rate was 0\.01"):
-        run_folder.claim(tmp_path, {"recipe": {**recipe, "learning_rate": 0.02}}, 12, True)
+    run_folder.claim(tmp_path, {**same, "recipe": recipe}, steps=12, resume=True, start={})
+    assert texts.read_json(tmp_path / "run.json") == {**same, "recipe": recipe}
+    with pytest.raises(ValueError, match=r"another run: --learning-rate was 0\.01"):
+        other = {**same, "recipe": {**recipe, "learning_rate": 0.02}}
+        run_folder.claim(tmp_path, other, steps=12, resume=True, start={})
 
 
 @pytest.mark.parametrize(
@@ -466,7 +468,7 @@ def test_the_residual_is_split_by_tokens_by_default(
     evaluation = step.make_evaluation
     monkeypatch.setattr(step, "make_step", made(step.make_step))
     monkeypatch.setattr(step, "make_evaluation", made(evaluation))
-    monkeypatch.setattr(parameters.Whole, "begin", lambda *_: None)
+    monkeypatch.setattr(parameters.Whole, "begin", lambda *_, **__: None)
     assert pretrain.main(pretraining(given, tmp_path / "run", *options)) == 1
     assert seen == {"make_step": taken, "make_evaluation": taken}
     error = capsys.readouterr().err
@@ -477,7 +479,7 @@ def test_a_run_that_was_never_saved_can_become_another(given, tmp_path, capsys, 
     """As when the first step takes too much memory, and the next try is of a smaller model."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "go", lambda *_: 1 / 0)
+        patch.setattr(loop.Loop, "go", lambda *_, **__: 1 / 0)
         assert "ZeroDivision" in fail(capsys, pretraining(given, out), pretrain)
     smaller = tmp_path / "config.json"
     smaller.write_text(json.dumps(dataclasses.replace(CONFIG, num_layers=1).to_hf()))
@@ -525,7 +527,7 @@ def test_a_run_goes_on_when_its_base_has_moved(tmp_path):
     for place in ("here", "there"):
         same = {"ckpt": "0123", "recipe": {}, "config": {}, "data": "4567"}
         identity = {**same, "ckpt_path": place}
-        run_folder.claim(tmp_path, identity, 2, resume=place == "there", start={})
+        run_folder.claim(tmp_path, identity, steps=2, resume=place == "there", start={})
         assert json.loads((tmp_path / "run.json").read_text()) == identity
         (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
 

@@ -28,7 +28,7 @@ def graded(decoder: Decoder, batch: Batch, attend: Any = xla, **options: Any) ->
     """Metrics, and the gradients of a stacked decoder."""
 
     def of(decoder: Decoder, batch: Batch) -> Any:
-        return losses.loss(decoder, batch, attend, jnp.float32, **options)
+        return losses.loss(decoder, batch, attend=attend, dtype=jnp.float32, **options)
 
     grad = jax.jit(jax.grad(of, has_aux=True), compiler_options=QUICK)
     stacked = jax.jit(model.stack, compiler_options=QUICK)(decoder)
@@ -136,7 +136,7 @@ def test_nothing_scales_with_the_length_in_training(
     with on_mesh(**sizes):
         decoder = checkpoint.load(golden_dir, config, "float32")
         value, _ = jax.jit(
-            lambda d, b: losses.loss(d, b, xla, jnp.float32), compiler_options=QUICK
+            lambda d, b: losses.loss(d, b, attend=xla, dtype=jnp.float32), compiler_options=QUICK
         )(decoder, batches.place(batch))
         assert decoder.config.logn == ("logn" in flags)
     np.testing.assert_allclose(value, arrays()["trainlong.loss"][0], rtol=1e-5)
@@ -158,7 +158,9 @@ def test_a_batch_of_labels() -> None:
 
 def value_of(batch: Batch) -> losses.Metrics:
     decoder = tiny_decoder(tiny_config())
-    of = jax.jit(lambda d, b: losses.loss(d, b, xla, jnp.float32)[1], compiler_options=QUICK)
+    of = jax.jit(
+        lambda d, b: losses.loss(d, b, attend=xla, dtype=jnp.float32)[1], compiler_options=QUICK
+    )
     return of(decoder, batches.place(batch))
 
 

@@ -103,7 +103,7 @@ def take(sizes: dict[str, int], config: Config = CONFIG, **options: Any) -> Take
             "nu": adam(state).nu,
         }.items():
             for name, leaf in named_leaves(tree).items():
-                place = sharding.named(leaf.letters, mesh, config.sizes)
+                place = sharding.named(leaf.letters, mesh, lengths=config.sizes)
                 assert leaf[...].sharding.is_equivalent_to(place, leaf.ndim), (kind, name)
                 assert leaf.dtype == jnp.float32
                 leaves[kind, name] = np.asarray(leaf[...])
@@ -205,7 +205,7 @@ def test_z_loss():
     batch = packed_batch()
     with on_mesh():
         decoder, placed = tiny_decoder(CONFIG), batches.place(batch)
-        of = functools.partial(losses.loss, decoder, placed, xla, jnp.float32)
+        of = functools.partial(losses.loss, decoder, placed, attend=xla, dtype=jnp.float32)
         plain, metrics = of()
         total, same = of(z_loss=0.5)
         logits = full_pass_logits(decoder, batch)
@@ -260,7 +260,7 @@ def test_every_step_has_masks_of_its_own():
     """Weights that do not move, and still another loss."""
     still = dataclasses.replace(PLAIN, learning_rate=0.0)
     with on_mesh(fsdp=2):
-        run = step.make_step(still, xla, jnp.float32, dropout=0.1)
+        run = step.make_step(still, xla, dtype=jnp.float32, dropout=0.1)
         state = step.create_state(tiny_decoder(CONFIG), still)
         state, first = run(state, batches.place(packed_batch()))
         _, second = run(state, batches.place(packed_batch()))
@@ -272,7 +272,7 @@ def test_no_number_changes_nothing():
     batch = packed_batch()
     bad = dataclasses.replace(batch, tokens=batch.tokens + CONFIG.vocab_size)
     with on_mesh(fsdp=2):
-        run = step.make_step(PLAIN, xla, jnp.float32)
+        run = step.make_step(PLAIN, xla, dtype=jnp.float32)
         state = step.create_state(tiny_decoder(CONFIG), PLAIN)
         state, report = run(state, batches.place(batch))
         assert report.finite
@@ -296,7 +296,7 @@ def test_moments_in_bfloat16():
         with on_mesh(fsdp=2):
             state = step.create_state(tiny_decoder(CONFIG), optimizer)
             placed = batches.place(packed_batch())
-            run = step.make_step(optimizer, xla, jnp.float32).lower(state, placed)
+            run = step.make_step(optimizer, xla, dtype=jnp.float32).lower(state, placed)
             run = run.compile(compiler_options=QUICK)
             for _ in range(3):
                 state, report = run(state, placed)
@@ -353,7 +353,7 @@ def test_an_optimizer_that_means_nothing(values, problem):
 def test_gradients_in_a_dtype_that_is_none():
     for dtype, wanted in (("bfloat16", "float16"), ("float32", "bfloat16")):
         with pytest.raises(ValueError, match=f"gradient_dtype '{wanted}': float32, or bfloat16 wh"):
-            step.make_step(PLAIN, xla, dtype, gradient_dtype=wanted)
+            step.make_step(PLAIN, xla, dtype=dtype, gradient_dtype=wanted)
 
 
 def test_the_learning_rate_is_told():
@@ -361,7 +361,7 @@ def test_the_learning_rate_is_told():
     with on_mesh():
         state = step.create_state(tiny_decoder(CONFIG), optimizer)
         placed = batches.place(packed_batch())
-        run = step.make_step(optimizer, xla, jnp.float32).lower(state, placed)
+        run = step.make_step(optimizer, xla, dtype=jnp.float32).lower(state, placed)
         run = run.compile(compiler_options=QUICK)
         for wanted in (0.5, 1.0):
             state, report = run(state, placed)
@@ -377,7 +377,7 @@ def test_ten_steps_of_the_original(golden_dir: Path, sizes):
     with on_mesh(**sizes):
         state = step.create_state(checkpoint.load(golden_dir, dtype="float32"), optimizer)
         given = [batches.place(batches.batch_of(x, x)) for x in arrays()["adamw.batches"]]
-        run = step.make_step(optimizer, xla, jnp.float32).lower(state, given[0])
+        run = step.make_step(optimizer, xla, dtype=jnp.float32).lower(state, given[0])
         run = run.compile(compiler_options=QUICK)
         for batch in given:
             state, report = run(state, batch)
@@ -414,8 +414,8 @@ def test_abstract_state_is_that_of_a_real_one():
         real = step.create_state(tiny_decoder(CONFIG), PLAIN)
         batch = batches.place(packed_batch())
     for one, other in (
-        (step.abstract_state(CONFIG, PLAIN, mesh), real),
-        (step.abstract_batch(8, 16, mesh), batch),
+        (step.abstract_state(CONFIG, PLAIN, mesh=mesh), real),
+        (step.abstract_batch(8, 16, mesh=mesh), batch),
     ):
         assert jax.tree.structure(one) == jax.tree.structure(other)
         for shape, leaf in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):

@@ -43,9 +43,9 @@ def compiled(
     monkeypatch.setattr(vocabulary, "LOGITS_BYTES", 1)  # chunks of ROWS
     optimizer = step.Optimizer()
     with jax.set_mesh(mesh):
-        state = step.abstract_state(config, optimizer, mesh)
-        rows = step.abstract_batch(batch, LENGTH, mesh)
-        run = step.make_step(optimizer, attention.xla, jnp.float32, **options)
+        state = step.abstract_state(config, optimizer, mesh=mesh)
+        rows = step.abstract_batch(batch, LENGTH, mesh=mesh)
+        run = step.make_step(optimizer, attention.xla, dtype=jnp.float32, **options)
         return run.lower(state, rows).compile(compiler_options=QUICK)
 
 
