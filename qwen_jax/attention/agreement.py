@@ -17,8 +17,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 def error(case: Case, name: str, *, in_parts: bool = False) -> float:
-    """Return an implementation's largest error against the float32 reference, over the largest
-    value.
+    """Return an implementation's largest error relative to the float32 reference's largest value.
 
     It compares outputs, or gradients, of a small call with packing, padding, LogN, a window and
     grouped heads. A result that is not finite has an infinite error.
@@ -53,9 +52,7 @@ def _small(case: Case) -> Case:
 
 
 def _ways(case: Case, name: str, *, in_parts: bool) -> list[Callable[..., Any]]:
-    """Return the functions to be compared: the implementation and, with in_parts, it merged from
-    parts.
-    """
+    """Return the functions to be compared: the call whole and, with in_parts, merged from parts."""
     attend = registry.get(name)
     if in_parts and case.task != "decode":
         return [attend, functools.partial(_in_parts, attend)]
@@ -81,9 +78,7 @@ def _in_parts(
 
 
 def _with_all(mask: Mask) -> Mask:
-    """Add a window shorter than the sequences, and padding: left in the last row, right in the
-    others.
-    """
+    """Add a window shorter than the sequences, and padding: left in the last row, else right."""
     length = mask.q_segments.shape[1]
     index, count = jnp.arange(length), length // 8 + 3
     real = jnp.broadcast_to(index < length - count, mask.q_segments.shape)

@@ -49,7 +49,5 @@ def sweeps(name: str, task: str) -> list[list[dict[str, int]]]:
 
 
 def steps(name: str, task: str) -> int:
-    """Return how many programs `tune` times: the kernel's own choice, and each entry of
-    its grids.
-    """
+    """Return how many programs `tune` times: the kernel's own choice and the grids' entries."""
     return 1 + sum(len(grid) for grid in sweeps(name, task))

@@ -34,9 +34,7 @@ class LayerCache:
     v: Any
 
     def extend(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "LayerCache":
-        """Write k, v [B, T, K, H] from slot `index` on. A pass must not run over the end of the
-        ring.
-        """
+        """Write k, v [B, T, K, H] from slot `index` on. T must not run over the end of the ring."""
         return LayerCache(_put(self.k, k, index=index), _put(self.v, v, index=index))
 
     def read(self) -> tuple[Any, Any]:
@@ -59,11 +57,10 @@ class LayerCache:
         scale: jax.Array,
         index: jax.Array,
     ) -> tuple[jax.Array, "LayerCache"]:
-        """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the extended
-        cache.
+        """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the new cache.
 
         q: [B, T, N, H].
-        k, v: [B, T, K, H]. They are attended to as they are, not read back from a quantised cache.
+        k, v: [B, T, K, H]. They are used unrounded, not read back from a quantised cache.
         own: a mask over this pass's keys.
         past, index: the results of `Cache.context`.
         """
@@ -103,8 +100,7 @@ class LayerCache:
         return local(q, k, v, own, past, scale, self, index)
 
     def laid_out(self) -> "LayerCache":
-        """Return the same cache with its memory in the order of its axes, as every program receives
-        it.
+        """Return the same cache, with its memory in the order of its axes, as programs take it.
 
         A compiler otherwise chooses another order for a loop or a program, and copies every leaf
         into it and back.
@@ -169,8 +165,9 @@ def empty(
 ) -> Cache:
     """Make an empty cache of `capacity` slots for rows that begin at `start`, int32 [B].
 
-    kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric". Raises
-        ValueError for another.
+    kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric".
+
+    Raises ValueError for another kind.
     """
     if kind is not None and kind not in DTYPES:
         raise ValueError(f"cache_dtype {kind!r}: allowed are {', '.join(DTYPES)} or None")
@@ -181,8 +178,7 @@ def empty(
 
 
 def held_dtype(dtype: Any) -> Any:
-    """Return the dtype in which float keys and values of `dtype` are stored: on a CPU always
-    float32.
+    """Return the dtype that stores float keys and values of `dtype`: always float32 on a CPU.
 
     XLA's CPU backend rewrites a whole bfloat16 or float16 array at every write, and converts it to
     float32 at every product. Values are rounded to `dtype` before they are written.

@@ -1,6 +1,4 @@
-"""`Mask`: which keys a query attends to, given by positions, segments and a window, never as
-[T, S].
-"""
+"""`Mask`: which keys a query sees, by positions, segments and a window, never as [T, S]."""
 
 import jax
 from flax import struct

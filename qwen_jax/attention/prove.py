@@ -1,5 +1,4 @@
-"""`auto`: proves a kernel on this machine's device before it is trusted, and takes it if it is
-faster.
+"""`auto`: kernels are proved on this machine's device, and taken where they are faster.
 
 `resolve` runs each candidate against the reference on a small call, times both at the program's
 shape, and stores the verdict (`verdicts.py`). It is called before a program is traced: by `load`,
@@ -113,7 +112,7 @@ def resolve(name: str, cases: Sequence[Case]) -> Callable[..., Any]:
 
 
 def _settled(cases: Sequence[Case]) -> str:
-    """Choose an implementation for calls that share one, log it with the reason, and store it for
+    """Choose one implementation for these calls, log it with the reason, and store it for
     `auto`.
     """
     case, kind = cases[0], choice.device().device_kind
@@ -200,13 +199,12 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
 def decide(
     trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool
 ) -> tuple[str, list[tuple[str, int]]]:
-    """Choose the implementation that all processes take, with log lines on why others were not
-    taken.
+    """Choose the implementation that all processes take, and say why others were not taken.
 
     trials: for each name, in the order of trial, each process's verdicts on the tasks.
     ordered: take the first name that agrees; otherwise the one whose slowest process is fastest.
 
-    Returns the name, and the lines with their logging levels.
+    Returns the name, and log lines with their levels.
     """
     best, least, notes = REFERENCE, math.inf, []
     for name, found in trials.items():
@@ -314,9 +312,7 @@ def _proved(key: Key, case: Case, *, timed: bool) -> Verdict:
 
 
 class _Declined(Exception):
-    """Raised where a kernel's trace declines a call. Anything that the compiler lacks is a failure
-    instead.
-    """
+    """Raised where a kernel's trace declines a call. What a compiler lacks is a failure instead."""
 
 
 def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, float] | None]:

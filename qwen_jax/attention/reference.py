@@ -1,6 +1,4 @@
-"""Attention in plain XLA: the reference that defines the result, with which every kernel must
-agree.
-"""
+"""Attention in plain XLA: the reference, with which every kernel must agree."""
 
 import dataclasses
 from typing import Any

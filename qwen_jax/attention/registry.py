@@ -114,8 +114,7 @@ def get(name: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """An attention function for inference, with one implementation for prompts and one for
-    decoding.
+    """An attention function for inference, with implementations for prompts and for decoding.
 
     forward: its name for a prompt.
     decode: its name for a few tokens against a cache (see `decoder`).
@@ -160,10 +159,9 @@ _forward_alone.defvjp(_with_reference, _reference_gradients)
 def auto(
     q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """Attend by the choice of `prove.resolve` for this device, dtype and head dim, else by the
-    reference.
+    """Attend by the choice of `prove.resolve` for this device, dtype and head dim.
 
-    No kernel can be proved here, as this runs within a trace.
+    Without a choice it is the reference, as no kernel can be proved here, within a trace.
     """
     dtype, dim = q.dtype.name, q.shape[-1]
     if (name := resolved("gradients", dtype, head_dim=dim)) is not None:
@@ -183,17 +181,14 @@ def resolved(purpose: str, dtype: str, *, head_dim: int) -> str | None:
 
 
 def cached(leaf: Any) -> str:
-    """Return a decode kernel's purpose in `RESOLVED`, which depends on how `leaf` holds
-    the keys.
-    """
+    """Return a decode kernel's purpose in `RESOLVED`, by how `leaf` stores the keys."""
     if not hasattr(leaf, "values"):
         return "decode"
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
 def decoder(implementation: Callable[..., Any], q: jax.Array, *, keys: Any) -> Any:
-    """Return the decode kernel of an implementation for queries q against keys [B, K, S, H], or
-    None.
+    """Return the decode kernel of an implementation for queries q and cached keys [B, K, S, H].
 
     It is None where there is no such kernel, or more than `FEW` queries.
     """

@@ -1,9 +1,8 @@
-"""Ring attention: queries stay, and keys and values travel around the devices that share a
-sequence.
+"""Ring attention: keys and values travel around the devices that share a sequence.
 
-It is Ring Attention (arXiv 2310.01889) over any function of `attention.IMPLEMENTATIONS`: each part
-of the keys gives an output and a log-sum-exp, and these merge into one softmax. No device holds
-another's keys for longer than a step. It runs within `jax.shard_map`.
+It is Ring Attention (arXiv 2310.01889) over any function of `attention.IMPLEMENTATIONS`: queries
+stay, each part of the keys gives an output and a log-sum-exp, and these merge into one softmax. No
+device holds another's keys for longer than a step. It runs within `jax.shard_map`.
 
 Positions and segments travel with the keys, so causality, windows, packing and LogN need no special
 rule, and tokens may be in any order. `meshes.moves.zigzag` is an order that balances causal work:
@@ -105,9 +104,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _arguments(q: Any, keys: Any, *, mask: Any, scale: Any) -> tuple[Any, ...]:
-    """Arrange the arguments of an implementation for these keys, with their positions and
-    segments.
-    """
+    """Arrange an implementation's arguments for these keys, positions and segments."""
     k, v, positions, segments = keys
     return q, k, v, dataclasses.replace(mask, k_positions=positions, k_segments=segments), scale
 
@@ -120,10 +117,11 @@ def _pass_on(x: Any) -> Any:
 
 
 def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """Merge attention over several sets of keys into one softmax.
+    """Merge attention over several sets of keys into one softmax over all of them.
 
     parts: float32 o [B, T, N, H] and log-sum-exp [B, T, N] for each set, as with return_lse.
-        Returns the same for all keys together.
+
+    Returns o and the log-sum-exp in the same form.
     """
     lse = jnp.stack([lse for _, lse in parts])  # [parts, B, T, N]
     largest = jnp.maximum(jnp.max(lse, 0), jnp.finfo(jnp.float32).min)

@@ -18,9 +18,7 @@ Program = Callable[[], Any]
 
 
 def medians(programs: dict[str, Program], rounds: int) -> dict[str, float]:
-    """Return the median seconds per call of each program, over rounds in which each takes
-    a turn.
-    """
+    """Return each program's median seconds per call, over rounds in which they take turns."""
     calls = {name: _calls(program) for name, program in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):

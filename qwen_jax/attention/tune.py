@@ -216,9 +216,7 @@ def _cases(args: argparse.Namespace, task: str) -> list[Any]:
 
 
 def _tuned(case: Any, names: list[str], *, rounds: int, bar: Any) -> list[dict[str, Any]]:
-    """Time a case with all implementations. Returns a line for each that supports it and
-    is right.
-    """
+    """Time a case with all implementations. Returns a line for each one that is right."""
     from qwen_jax.attention import timing
 
     entrants: dict[str, tuple[str, dict[str, int], Any]] = {}
@@ -234,9 +232,7 @@ def _tuned(case: Any, names: list[str], *, rounds: int, bar: Any) -> list[dict[s
 
 
 def _finalists(case: Any, name: str, *, bar: Any) -> list[tuple[dict[str, int], Any]]:
-    """Return the fastest block sizes of a kernel and their programs; {} stands for its
-    own choice.
-    """
+    """Return a kernel's fastest block sizes ({}: its own choice) and their programs."""
     from qwen_jax.attention import timing
 
     tried: dict[str, tuple[float, dict[str, int], Any]] = {}

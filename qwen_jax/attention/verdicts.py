@@ -186,9 +186,7 @@ def _lives(note: Path) -> bool:
 
 @functools.cache
 def code() -> str:
-    """Return a digest of the kernels' source and measured blocks, as a change of either voids
-    verdicts.
-    """
+    """Return a digest of the kernels' source and measured blocks; a change voids verdicts."""
     digest = hashlib.sha256()
     here = Path(__file__).parents[1] / "kernels"
     for file in sorted((*here.glob("*.py"), *here.glob("*.json"))):

@@ -58,9 +58,7 @@ class Case:
         return "int8" if self.cache else self.dtype
 
     def flops(self) -> float:
-        """Return the FLOPs of a layer. A causal mask counts as half of the pairs, and recomputation
-        not at all.
-        """
+        """Return the FLOPs of a layer: half for a causal mask, and none for recomputation."""
         pairs = self.batch * self.heads * self.length**2 / 2
         return pairs * self.head_dim * {"forward": 4, "backward": 10}[self.task]
 
@@ -141,9 +139,7 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
 
 
 def rival(case: Case, name: str) -> Program:
-    """Compile `case` for another library in its best form: see `others.CAUSAL` and
-    `others.CACHED`.
-    """
+    """Compile `case` for another library in its best form (`others.CAUSAL`, `others.CACHED`)."""
     if case.features:
         raise NotImplementedError(f"{name}: LogN, windows and packing at once")
     if case.task != "decode":

@@ -1,3 +1,1 @@
-"""Generation of tokens: callers' arguments as arrays, samplers, and the decode loop on
-the devices.
-"""
+"""Token generation: callers' arguments as arrays, samplers, and the decode loop on devices."""

@@ -12,8 +12,7 @@ from qwen_jax.runtime import texts, values
 
 
 def rows(tokens: Any, mask: Any, *, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Check prompts and return them as int32 [B, T], padded on the left with 0, with the number of
-    real tokens in each row, [B].
+    """Check prompts. Returns them as int32 [B, T], left-padded with 0, and each row's length, [B].
 
     tokens: rows of ids; rows of unequal length are padded here.
     mask: [B, T], 1 where a token is real, for rows of one length that are padded already.
@@ -48,7 +47,7 @@ def rows(tokens: Any, mask: Any, *, vocab_size: int) -> tuple[np.ndarray, np.nda
 
 
 def _array(tokens: Any) -> tuple[Any, bool]:
-    """Tokens as an array; or as a list, with True, where they are rows of unequal length."""
+    """Return tokens as an array and False, or rows of unequal length as a list and True."""
     try:
         found = np.asarray(tokens)
     except ValueError:
@@ -59,7 +58,7 @@ def _array(tokens: Any) -> tuple[Any, bool]:
 
 
 def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length as int32 [B, T], padded on the left with 0, and their lengths [B]."""
+    """Pad rows of unequal length on the left with 0: int32 [B, T], and their lengths, [B]."""
     each = [
         values.ids(f"tokens, row {row}", one, below=vocab_size) for row, one in enumerate(given)
     ]
@@ -73,7 +72,7 @@ def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_text(tokens: Any) -> None:
-    """Raise ValueError for texts and messages in place of ids, which says what takes them."""
+    """Raise ValueError for texts or messages in place of ids, naming the method that takes them."""
     first = tokens
     if isinstance(tokens, list | tuple | np.ndarray) and len(tokens):
         first = tokens[0]
@@ -135,9 +134,7 @@ def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
 
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
-    """Return the seed of each row, uint32 [batch], modulo 2**32, from one number or one for each
-    row.
-    """
+    """Return each row's seed, uint32 [batch], modulo 2**32, from one number or one per row."""
     several = isinstance(seed, Iterable) and not isinstance(seed, values.NO_SEQUENCE)
     given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
     if len(given) not in (1, batch):

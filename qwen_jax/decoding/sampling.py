@@ -142,11 +142,10 @@ def _penalise(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Arra
 
 
 def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
-    """Divide logits by a temperature; where that would overflow, return logits of equal
-    probabilities.
+    """Divide logits by a temperature, or shift them too where that would overflow.
 
-    Temperatures below float32's smallest normal number act as that number, and beyond `_HOTTEST`
-    all probabilities are equal.
+    Probabilities are the same. Temperatures below float32's smallest normal number act as that
+    number, and beyond `_HOTTEST` all probabilities are equal.
     """
     temperature = jnp.clip(temperature, _TINY, _HOTTEST)
     largest = jnp.max(logits, axis=-1, keepdims=True)

@@ -52,8 +52,7 @@ def measured() -> list[dict[str, Any]]:
 
 
 def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None) -> Any:
-    """Return measured lines for this device, fastest first, at the measured length nearest to
-    `length`.
+    """Return measured lines for this device at the nearest length, fastest first.
 
     task: "forward", "backward" or "decode". kernel: only lines of this kernel.
     """
@@ -67,8 +66,6 @@ def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None 
 
 
 def blocks(kernel: str, task: str, head_dim: int, dtype: str, length: int) -> dict[str, int]:
-    """Return the block sizes measured best for this device at the nearest length; {} without a
-    line.
-    """
+    """Return the best measured block sizes for this device at the nearest length, or {}."""
     found = lines(task, head_dim, dtype, length, kernel)
     return found[0]["blocks"] if found else {}

@@ -431,9 +431,7 @@ def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Sc
 
 
 def _select(head: jax.Array, parts: list[jax.Array]) -> jax.Array:
-    """Select each row from the part of its head. parts: [pack rows, X] for each head of
-    the pack.
-    """
+    """Select each row from the part of its head. parts: [pack rows, X] for each head."""
     result = parts[0]
     for i, part in enumerate(parts[1:], 1):
         result = jnp.where(head == i, part, result)

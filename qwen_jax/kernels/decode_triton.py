@@ -280,9 +280,7 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
 def _plane_places(
     shape: TritonShape, rows: Queries
 ) -> list[tuple[tuple[jax.Array, jax.Array], jax.Array]]:
-    """Return for each plane the indices of its queries and columns, and a mask of those
-    that exist.
-    """
+    """Return each plane's indices of queries and columns, and a mask of those that exist."""
     places = []
     for plane in range(shape.planes):
         column = jnp.arange(shape.width) * shape.planes + plane
@@ -298,9 +296,7 @@ def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _rank(slot: jax.Array, begin: Any, shape: TritonShape) -> jax.Array:
-    """Return how far a slot lies behind `begin` on the ring; slots beyond the last one
-    rank last.
-    """
+    """Return how far a slot lies behind `begin` on the ring; slots beyond S rank last."""
     rank = jnp.where(slot < begin, slot - begin + shape.slots, slot - begin)
     if shape.slots % shape.block:
         rank = jnp.where(slot < shape.slots, rank, shape.slots)
@@ -417,9 +413,7 @@ def _sum(parts: list[jax.Array]) -> jax.Array:
 
 
 def _dot(interpret: bool, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiply x by y in float32. For float32, tensor cores compute three products; a CPU
-    has none.
-    """
+    """Multiply x by y in float32, which takes tensor cores three products if x is float32."""
     precision: Any = lax.Precision.DEFAULT
     if x.dtype == jnp.float32:
         precise = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -439,9 +433,7 @@ def _own(
     k_ref: Any,
     v_ref: Any,
 ) -> Partial:
-    """Start the running softmax: in the first split with this pass's own tokens, in
-    others empty.
-    """
+    """Start the running softmax: empty, but in the first split with this pass's own tokens."""
     b, head = where
     count = max(pl.next_power_of_2(shape.tokens), _ROWS[0])
     u = jnp.arange(count)

@@ -1,5 +1,4 @@
-"""What the flash attention kernels share: unsupported calls, visible blocks of a mask, the
-derivative.
+"""The parts that the flash attention kernels share: unsupported calls, block masks, derivatives.
 
 A `Body` computes one attention, forward and backward, for one kind of hardware. The softmax is in
 base 2: a score is q k^T scale log2(e), so that one exponential instruction serves. Nothing here or
@@ -31,8 +30,9 @@ _MASKED_LSE = 1e30  # the log-sum-exp that backward bodies get for a query that 
 
 
 class Body(Protocol):
-    """A forward and a backward kernel for one kind of hardware. Hashable; arrays are local to a
-    device.
+    """A forward and a backward kernel for one kind of hardware.
+
+    It is hashable; arrays are local to a device.
 
     q: [B, T, N, H]. k, v: [B, S, K, H]. All have one dtype.
     mask: an `attention.Mask`.
@@ -42,8 +42,7 @@ class Body(Protocol):
     def forward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Compute o [B, T, N, H] in `dtype`, and the natural log-sum-exp of the scores, float32
-        [B, T, N].
+        """Compute o [B, T, N, H] in `dtype`, and the log-sum-exp (base e), float32 [B, T, N].
 
         A query that sees no key has o = 0 and a log-sum-exp of -inf.
         """
@@ -147,9 +146,7 @@ _part.defvjp(_part_forward, _part_backward)
 def decline(
     name: str, q: jax.Array, k: Any, dtypes: Sequence[str], head_dims: Sequence[int]
 ) -> None:
-    """Raise NotImplementedError for a dtype, head dim or number of heads that a kernel does not
-    support.
-    """
+    """Raise NotImplementedError for a dtype, head dim or number of heads not supported."""
     if q.dtype.name not in dtypes:
         raise NotImplementedError(f"{name}: dtype {q.dtype.name}, only {', '.join(dtypes)}")
     if q.shape[-1] not in head_dims:

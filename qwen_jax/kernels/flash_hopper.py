@@ -1,11 +1,10 @@
 """Flash attention for Hopper GPUs (H100, H200), forward and backward, in Pallas Mosaic GPU.
 
-A thread block has three warpgroups: one issues the TMA copies of the blocks that it walks over, and
-    two compute on 64 rows each. In the forward pass those two take turns, so that the exponentials
-    of one run during the matrix products of the other. All three walk the visible blocks by the
-    same rule, computed from extents of blocks, so they exchange only full and empty buffers.
-    Lengths need not be multiples of a block: TMA reads zeros beyond the end and writes nothing
-    there.
+A thread block has three warpgroups. One issues the TMA copies of the blocks that it walks over, and
+two compute on 64 rows each. In the forward pass these two take turns, so that the exponentials of
+one run during the matrix products of the other. All three walk the visible blocks by the same rule,
+computed from extents of blocks, so they exchange only full and empty buffers. Lengths need not be
+multiples of a block, as TMA reads zeros beyond the end and writes nothing there.
 """
 
 import dataclasses
@@ -220,8 +219,9 @@ def hopper_attention(
 
 
 def _is_hopper(device: Any) -> bool:
-    """Return whether a device is a Hopper GPU, by compute capability, or by name if it has none
-    because it is only compiled for.
+    """Return whether a device is a Hopper GPU, by compute capability.
+
+    A device that is only compiled for has none, and is known by its name.
     """
     capability = getattr(device, "compute_capability", None)
     if capability is None:
@@ -262,9 +262,7 @@ def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
 
 
 def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Return positions and segments of queries, and of keys, int32 [B, 2, n], as `_masked` takes
-    them.
-    """
+    """Return positions and segments of queries, and of keys, int32 [B, 2, n], for `_masked`."""
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
         jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
@@ -284,16 +282,12 @@ def _together(x: jax.Array, group: int = 1) -> int:
 
 
 def _even(x: jax.Array) -> jax.Array:
-    """Append zeros to x [B, T, heads, H] up to a multiple of 8 rows, the height of a tile in shared
-    memory.
-    """
+    """Append zeros to x [B, T, heads, H] up to a multiple of 8 rows, a shared-memory tile."""
     return flash.pad(x, 1, flash.round_up(x.shape[1], 8))
 
 
 def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return shared memory for matrices, in the order that TMA and wgmma read without bank
-    conflicts.
-    """
+    """Return shared memory for matrices, ordered for TMA and wgmma without bank conflicts."""
     columns = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -572,9 +566,7 @@ def _backward_keys(
     filled: Any,
     emptied: Any,
 ) -> None:
-    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so that dk and dv sum over
-    them.
-    """
+    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so both sum over columns."""
     stages, block_q, dim = q_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = lax.axis_index("tiles")

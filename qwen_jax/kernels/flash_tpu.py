@@ -44,9 +44,7 @@ class TpuBlocks:
     compute: int
 
     def fitted(self, queries: int, keys: int) -> "TpuBlocks":
-        """Return blocks no larger that cut these lengths evenly, in multiples of a register's
-        lanes.
-        """
+        """Return blocks no larger that cut these lengths evenly, in multiples of 128 lanes."""
         q = _even(queries, self.q)
         k = _even(keys, self.k)
         compute = _even(k, self.compute)
@@ -164,8 +162,9 @@ class TpuBody:
     def _backward_part(
         self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: TpuBlocks
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Compute dq (before the factor scale), dk and dv for some queries, float32
-        [B, N, T or S, H].
+        """Compute dq (without the factor scale), dk, dv of some queries.
+
+        They are float32 [B, N, T or S, H].
         """
         q, do, lse, delta, positions, segments = rows
         mask = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
@@ -244,7 +243,7 @@ class Generation:
 
 
 def blocks_for(sizes: dict[int, TpuBlocks], keys: int) -> TpuBlocks:
-    """Return the entry with the largest least number of keys that `keys` reaches."""
+    """Return the blocks for the largest least number of keys that `keys` reaches."""
     return sizes[max(least for least in sizes if least <= keys)]
 
 
@@ -457,8 +456,10 @@ def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
 def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
     """List the block pairs to visit, row by row, and the number of steps in the longest list.
 
-    kinds: [B, R, C]. Returns packed steps, int32 [B, R * C]. A row without visible pairs gets one
-        empty step, which writes its output; shorter lists end in steps that do nothing.
+    kinds: [B, R, C], from `_kinds`.
+
+    Returns packed steps, int32 [B, R * C]. A row without visible pairs gets one empty step, which
+    writes its output; shorter lists end in steps that do nothing.
     """
     batch, rows, columns = kinds.shape
     if max(rows, columns) >= 2**_INDEX_BITS:
@@ -489,9 +490,7 @@ def _key_block(step: Any) -> Any:
 
 
 def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
-    """Make index maps for [B, heads, tokens, H]. `block` gives a step's block, `head` the array's
-    head.
-    """
+    """Make index maps for [B, heads, tokens, H], from a step's block and a grid head's head."""
     return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
 
 
@@ -557,9 +556,7 @@ def _row(column: jax.Array) -> jax.Array:
 
 
 def _within(q: jax.Array, k: jax.Array, window: jax.Array) -> jax.Array:
-    """Return 0 <= q - k < window by one comparison: shifting both sides by 2**31 makes it
-    unsigned.
-    """
+    """Return 0 <= q - k < window in one comparison, unsigned by a shift of both sides by 2**31."""
     return (q + _SIGN) - k < window + _SIGN
 
 

@@ -118,9 +118,7 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> jax.Array:
-        """Run the backward kernel over tiles of queries: dq in q's dtype. q is factored, lse in
-        base 2.
-        """
+        """Run the backward kernel over tiles of queries: dq. q is factored, lse in base 2."""
         length, sizes = q.shape[1], self.dq_blocks
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.tile), (k, sizes.block))
@@ -296,9 +294,7 @@ class _QuerySpecs:
 
 
 class _KeySpecs:
-    """The grid and block specs of a kernel over tiles of keys; q and stat hold the heads of a
-    group.
-    """
+    """The grid and block specs of a kernel over tiles of keys; q and stat hold grouped heads."""
 
     def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
         batch, keys, heads, dim = k.shape
@@ -377,9 +373,7 @@ def _walk(
     state: Any,
     of_keys: bool = False,
 ) -> Any:
-    """Apply state = visit(block, masked, state) to the visible blocks, those of the full
-    run first.
-    """
+    """Apply state = visit(block, masked, state) to the visible blocks, the full run first."""
     first, full, full_end, last = (program[i] for i in range(4))
     before = full - first
 
@@ -496,9 +490,7 @@ def _backward_keys(
     *,
     block: int,
 ) -> None:
-    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so that dk and dv sum over
-    them.
-    """
+    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so both sum over columns."""
     tile, dim = k.shape
     factor = flash.score_factor(dim)
     keys, values = _load(k, _ALL), _load(v, _ALL)
@@ -567,8 +559,9 @@ def _add(sums: list[Any], weights: Any, b: list[Any]) -> list[Any]:
 
 
 def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
-    """Multiply q by scale and round to q's dtype, as in the other pass; otherwise the weights would
-    not sum to one.
+    """Multiply q by scale and round to q's dtype.
+
+    Both passes round alike; otherwise the weights would not sum to one.
     """
     return (q.astype(jnp.float32) * scale).astype(q.dtype)
 

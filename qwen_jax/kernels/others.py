@@ -98,9 +98,7 @@ def tpu_flash(
 def tokamax(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """Run the package tokamax with its best implementation for the device. It gives no
-    log-sum-exp.
-    """
+    """Run the package tokamax with its best kernel for the device. It gives no log-sum-exp."""
     name = "tokamax"
     if return_lse:
         raise NotImplementedError(f"{name}: the log-sum-exp")
@@ -209,9 +207,7 @@ def _on_cuda() -> bool:
 
 @contextlib.contextmanager
 def _declining(name: str, q: jax.Array) -> Iterator[None]:
-    """Turn exceptions of a library into NotImplementedError, with float32 products in full
-    precision.
-    """
+    """Turn a library's exceptions into NotImplementedError; multiply float32 in float32."""
     precision = "highest" if q.dtype == jnp.float32 else None
     try:
         with jax.default_matmul_precision(precision):
@@ -224,9 +220,7 @@ def _declining(name: str, q: jax.Array) -> Iterator[None]:
 def _dense(
     name: str, q: jax.Array, k: Any, v: Any, mask: Any, scale: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return q times the part of scale beyond H**-0.5, k and v as arrays of its dtype, the dense
-    mask.
-    """
+    """Return q times scale beyond H**-0.5, k and v as arrays of its dtype, the dense mask."""
     flash.decline(name, q, k, ("bfloat16", "float16", "float32"), (q.shape[-1],))
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])

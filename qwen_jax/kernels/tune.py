@@ -1,5 +1,4 @@
-"""`python -m qwen_jax.kernels.tune`: measures block sizes, and shows what `auto` found on this
-device.
+"""`python -m qwen_jax.kernels.tune` measures block sizes, and shows what `auto` found here.
 
 The command lies in `attention/`, beside the reference that it measures against; this is its name.
 """

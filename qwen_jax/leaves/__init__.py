@@ -1,3 +1,1 @@
-"""The kinds of leaves of a decoder: plain weights, int8 and LoRA. Only they know how they are
-stored.
-"""
+"""The kinds of leaves of a decoder, and how each is stored: plain weights, int8 and LoRA."""

@@ -19,10 +19,9 @@ _LARGEST = 127
 
 @struct.dataclass
 class Int8(Leaf):
-    """An array stored as values * scale + zero, with one scale (and zero) for each row of its last
-    axis.
+    """An array stored as values * scale + zero, with a scale (and zero) for each row.
 
-    values: int8 [..., H].
+    values: int8 [..., H], in rows along H.
     scale: [...], float32 in the KV cache, bfloat16 for weights.
     zero: float32 [...], or None for symmetric rounding.
 

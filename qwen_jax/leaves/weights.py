@@ -28,9 +28,7 @@ class Leaf:
 
 
 class Maker:
-    """Draws the leaves of a decoder from the sizes of its axes by letter, a PRNG key and
-    a dtype.
-    """
+    """Draws the leaves of a decoder, given the sizes of axes by letter, a PRNG key and a dtype."""
 
     def __init__(self, sizes: Mapping[str, int], key: jax.Array, *, dtype: Any):
         self._sizes, self._key, self._dtype = sizes, key, dtype
@@ -169,16 +167,15 @@ def _of_gradient(x: jax.Array) -> P:
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:
-    """Return the einsum precision for x: the highest for float32, which GPUs and TPUs otherwise
-    multiply in TF32 or bfloat16.
+    """Return the einsum precision for x: the highest for float32.
+
+    GPUs and TPUs otherwise multiply float32 in TF32 or bfloat16.
     """
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def named_leaves(tree: Any) -> dict[str, Weight]:
-    """Return the leaves of a module by path, such as `layers.0.attn.q`, in the order of
-    the tree.
-    """
+    """Return a module's leaves by path, such as `layers.0.attn.q`, in the order of the tree."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     return {".".join(_key(step) for step in path): leaf for path, leaf in found}
 

@@ -169,10 +169,12 @@ def check(lengths: Mapping[str, int], mesh: Any, *, sequence_parallel: bool = Fa
 def splits_tokens(asked: bool | None, length: int, *, mesh: Any | None = None) -> tuple[bool, str]:
     """Decide whether training splits the residual stream by tokens over `tp`, and say why.
 
-    Each device of `tp` then keeps a part of the residual in place of the whole, for which somewhat
-    more goes over the links (docs/scaling.md): the default wherever the tokens divide. asked: what
-    the user wants; None is the default. length: T. mesh: a mesh, or sizes by axis; None is the mesh
-    in force.
+    Each device of `tp` then stores a part of the residual stream instead of the whole, at the cost
+    of somewhat more traffic (docs/scaling.md). It is the default wherever the tokens divide.
+
+    asked: the user's choice, or None for the default.
+    length: T.
+    mesh: a mesh, or sizes by axis; None is the mesh in force.
     """
     sizes = axis_sizes(mesh)
     if asked is not None:
@@ -259,8 +261,7 @@ def of_size(
 def default(
     lengths: Mapping[str, int], devices: int, *, training: bool = False, slices: int = 1
 ) -> dict[str, int]:
-    """Choose a mesh where none is given: the most devices that divide, over all slices or within
-    one.
+    """Choose a mesh: the most devices that the model divides over, in all slices or in one.
 
     Decoding reads every weight for each token, so `tp` takes as many devices as it can, and rows
     the rest. Training splits rows and weights (`fsdp`); devices that the model width does not

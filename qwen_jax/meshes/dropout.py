@@ -17,7 +17,7 @@ from qwen_jax.meshes import moves
 class Dropout:
     """The dropout of a training step: of the embeddings, and of both branches of each block.
 
-    key: the PRNG key of the step, or within a pass of a layer.
+    key: the PRNG key of the step or, within a pass, of a layer.
     rate: the share of elements set to 0; the others are scaled up.
     """
 
@@ -41,8 +41,7 @@ class Dropout:
 
 
 def drop(x: jax.Array, key: jax.Array, *, rate: float) -> jax.Array:
-    """Set the share `rate` of the elements of x [B, T, ...] to 0, and divide the others by 1 -
-    rate.
+    """Set the share `rate` of the elements of x [B, T, ...] to 0; divide the rest by 1 - rate.
 
     An element's draw (Threefry, as in `jax.random`) depends on the key, its row, its token's place
     in the sequence (before `moves.zigzag`) and its column, so it is the same on every mesh.

@@ -61,16 +61,12 @@ def begin_fetch(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Return a program that copies an array to every device of a mesh, which need not be
-    in force.
-    """
+    """Return a program that copies an array to every device of a mesh, in force or not."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
-    """Return an array with the same buffers that callers can use in any jax function without a
-    mesh.
-    """
+    """Return an array with the same buffers that any jax function takes without a mesh."""
     if not jax.sharding.get_mesh().empty:
         return x
     sharding = x.sharding
@@ -111,9 +107,7 @@ def _gathered_forward(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> tuple[j
 
 
 def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Reduce-scatter the gradient of a gathered leaf, one mesh axis at a time, then sum it over
-    `data`.
-    """
+    """Reduce-scatter a gathered leaf's gradient, a mesh axis at a time, then sum over `data`."""
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
     return (_resharded(gradient, axis, places=back).astype(own),)
@@ -123,9 +117,7 @@ _gathered.defvjp(_gathered_forward, _scatter)
 
 
 def _resharded(x: jax.Array, axis: int, *, places: Sequence[P]) -> jax.Array:
-    """Reshard x to one partitioning after another; these are of x with `axis` moved to
-    the front.
-    """
+    """Reshard x to one partitioning after another, given for x with `axis` in front."""
     x = jnp.moveaxis(x, axis, 0)
     for place in places:
         x = jax.reshard(x, place)
@@ -173,9 +165,7 @@ def leading_axis(stacked: jax.Array) -> int:
 
 
 def sequence_parallel(x: jax.Array) -> jax.Array:
-    """Split the tokens of an activation [B, T, D] over `tp` too, as a residual stream may be
-    stored.
-    """
+    """Split the tokens of an activation [B, T, D] over `tp` too, for the residual stream."""
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
@@ -206,9 +196,7 @@ def spread_heads(x: jax.Array) -> jax.Array:
 
 
 def own_rows(x: jax.Array) -> jax.Array:
-    """Take this device's share of rows [b, ...] that all devices of `tp` hold. Runs in
-    `shard_map`.
-    """
+    """Take this device's share of rows [b, ...] held by all of `tp`. Runs in `shard_map`."""
     parts = axis_sizes()[TENSOR]
     if parts == 1:
         return x
@@ -218,8 +206,9 @@ def own_rows(x: jax.Array) -> jax.Array:
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """Exchange this device's columns of all rows, [b, V of this device], for its share of whole
-    rows. Runs in `shard_map`.
+    """Exchange columns [b, V of this device] of all rows for a share of whole rows.
+
+    Runs in `shard_map`.
     """
     parts = axis_sizes()[TENSOR]
     if parts == 1:
@@ -285,9 +274,7 @@ def _settle(given: Any) -> tuple[Any, list[Any]]:
 
 
 def _settle_gradients(wanted: list[Any], dx: Any) -> tuple[Any]:
-    """Wait for the gradients that exist. Those of frozen weights are left out, and so never
-    computed.
-    """
+    """Wait for the gradients that exist. Frozen weights have none, and none is computed."""
     leaves, tree = jax.tree.flatten(dx)
     zero = jax.custom_derivatives.SymbolicZero
     there = [mark == () and not isinstance(x, zero) for mark, x in zip(wanted, leaves, strict=True)]

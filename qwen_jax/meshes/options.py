@@ -18,9 +18,7 @@ def mesh_sizes(option: str | None) -> dict[str, int]:
 
 
 def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
-    """Make as many CPU devices as the mesh needs. The number of an accelerator's devices
-    is fixed.
-    """
+    """Make as many CPU devices as the mesh needs. An accelerator's number is fixed."""
     import jax
 
     own = -(-math.prod(sizes.values()) // processes.count())

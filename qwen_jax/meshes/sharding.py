@@ -33,8 +33,9 @@ _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
 def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = None) -> P:
-    """Return the partitioning of an array, given its axis letters. With a batch axis it is an
-    activation.
+    """Return the partitioning of an array, by its axis letters.
+
+    An array with a batch axis is an activation.
 
     lengths: the lengths of axes by letter, where known: key/value heads fewer than `tp` stay whole.
     mesh: a mesh, or sizes by axis; None is the mesh in force.
@@ -69,15 +70,12 @@ def axis_sizes(mesh: Any = None) -> dict[str, int]:
 
 
 def named(letters: str, mesh: Any, *, lengths: Mapping[str, int] | None = None) -> NamedSharding:
-    """Return the sharding on a mesh's devices of an array with these axes. Arguments as
-    for `spec`.
-    """
+    """Return an array's sharding on a mesh's devices. Arguments as for `spec`."""
     return NamedSharding(mesh, spec(letters, lengths, mesh=mesh))
 
 
 def on_devices(mesh: Mesh, tree: Any) -> Any:
-    """Give partitioned shapes, as `jax.eval_shape` returns them, shardings on the devices of a
-    mesh.
+    """Give partitioned shapes, as from `jax.eval_shape`, shardings on the devices of a mesh.
 
     The devices may belong to hardware that this machine lacks.
     """
@@ -107,9 +105,7 @@ def rows_spec(ndim: int) -> P:
 
 
 def padded_rows(rows: int) -> int:
-    """Return the number of rows of an array of `rows_spec` for a batch of `rows`, padding
-    included.
-    """
+    """Return how many rows an array of `rows_spec` has for a batch of `rows`, with padding."""
     sizes = axis_sizes()
     shards = math.prod(sizes[axis] for axis in BATCH)
     return shards * -(-rows // (shards * sizes[TENSOR])) * sizes[TENSOR]

@@ -1,6 +1,4 @@
-"""Functions that make and rearrange decoders: fresh weights, shapes alone, stacked or separate
-layers.
-"""
+"""Functions that make decoders, fresh or as shapes alone, and stack and unstack their layers."""
 
 from typing import Any
 
@@ -25,9 +23,7 @@ def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
 
 
 def abstract(config: Config, dtype: Any) -> Decoder:
-    """Return the decoder as shapes with partitionings. It takes no memory, whatever the model's
-    size.
-    """
+    """Return the decoder as shapes with partitionings, which take no memory."""
 
     def make() -> Maker:  # a key too is made as a shape: the devices may not be there
         return _maker(config, jax.random.key(0), dtype=dtype)
@@ -91,6 +87,6 @@ def _assemble(config: Config, make: Maker, *, blocks: list[Block]) -> Decoder:
 
 
 def _maker(config: Config, key: jax.Array, *, dtype: Any) -> Maker:
-    """A source of leaves for a config, once its axes are known to divide over the mesh in force."""
+    """Return a maker of leaves for a config, after checking that its axes divide over the mesh."""
     meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
     return Maker(config.sizes, key, dtype=dtype)

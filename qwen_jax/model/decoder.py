@@ -50,9 +50,7 @@ def rms_norm(x: jax.Array, weight: Any, *, eps: float) -> jax.Array:
 
 
 def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Any) -> jax.Array:
-    """Compute x * weight or x + weight in float32 and round it to x's dtype, so that the weight's
-    gradient sums over tokens in float32.
-    """
+    """Compute x * weight or x + weight, and the weight's gradient, in float32; return x's dtype."""
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
 
@@ -176,8 +174,7 @@ class Output:
 
     last: [B, T, D] after the final norm, as `Decoder.logits` takes it.
     cache: the KV cache with this pass's keys and values, or None.
-    hidden_states: if requested, the embeddings and each block's output, the last one normed; else
-        ().
+    hidden_states: the embeddings and each block's output, the last one normed; or (), by default.
     """
 
     last: jax.Array
@@ -188,9 +185,11 @@ class Output:
 class Decoder(nnx.Module):
     """A Qwen model: its weights, and the forward pass through them.
 
-    embedding: [V, D]. final_norm: [D]. head: [V, D], or None where the embedding is also the head.
-    layers: L separate blocks, for decoding and conversion, as a list or as `Groups`; or, for
-        training, one Block whose leaves are stacked on a first axis L.
+    embedding: [V, D].
+    layers: L separate blocks, as a list or `Groups`, for decoding and conversion; or, for training,
+        one Block whose leaves are stacked on a first axis L.
+    final_norm: [D].
+    head: [V, D], or None where the embedding is also the head.
     """
 
     def __init__(

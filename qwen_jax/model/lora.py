@@ -1,9 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): created, attached to a decoder, merged into it.
 
-A decoder with adapters is still a decoder: `attach` turns its leaves into `low_rank.Lora`, and
-    `merge` adds the adapters to the weights. Axis letter R is the rank. Projections that the
-    original stacks into one module (queries, keys and values) share one `a`. Nothing here knows of
-    files.
+A decoder with adapters is still a decoder. `attach` turns its leaves into `low_rank.Lora`, and
+`merge` adds the adapters to the weights. Axis letter R is the rank. Projections that the original
+stacks into one module (queries, keys and values) share one `a`. Nothing here knows of files.
 """
 
 from collections.abc import Mapping, Sequence

@@ -132,9 +132,7 @@ class YarnPaper(_Scaled):
         return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
 
     def _kept(self, plain: np.ndarray) -> np.ndarray:
-        """Return the share of each frequency [H/2] that stays unscaled: 1 keeps it, 0 divides it by
-        the factor.
-        """
+        """Return the unscaled share of each frequency [H/2]; the rest is divided by the factor."""
         turns = self.trained_length * plain / (2 * math.pi)
         return np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
 
@@ -167,9 +165,7 @@ class Yarn(YarnPaper):
         return 1 - np.clip((np.arange(len(plain)) - first) / width, 0, 1)
 
     def _pair(self, turns: float) -> float:
-        """Return the index, usually fractional, of the pair that turns so many times in the trained
-        length.
-        """
+        """Return the index, often fractional, of the pair that turns so often in trained length."""
         length = self.trained_length / (2 * math.pi * turns)
         return self.head_dim * math.log(length) / (2 * math.log(self.base))
 

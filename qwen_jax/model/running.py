@@ -87,19 +87,18 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Separate blocks flattened for the compiled program, as lists of leaves for `GROUP` layers
-    each.
+    """Separate blocks flattened for the compiled program, `GROUP` layers at a time.
 
     Flattening modules costs the host 15 us a layer, so callers that run many passes do it once.
+
+    parts: the number of the first layer, the leaves, and their tree, for each group.
     """
 
     parts: list[tuple[int, list[jax.Array], Any]]
 
 
 def groups(blocks: Any) -> list[tuple[int, list[jax.Array], Any]]:
-    """Flatten separate blocks into groups: each one's first layer number, its leaves, and their
-    tree.
-    """
+    """Flatten separate blocks into groups: first layer number, leaves, and their tree."""
     if isinstance(blocks, Groups):
         return blocks.parts
     starts = range(0, len(blocks), GROUP)

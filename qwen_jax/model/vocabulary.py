@@ -29,8 +29,8 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Look up the rows of a table [V, D] for tokens int [B, T]. Returns [B, T, D] in `dtype`.
 
     Each device looks up every token in its own rows and columns of the table; then devices exchange
-    columns for tokens. The traffic is the size of the result, not of the table. Only reverse-mode
-    derivatives exist.
+    columns for tokens. The traffic is the size of the result, not of the table. Differentiable in
+    reverse mode.
     """
     split, over_rows = _split(table, 1), _split(table, 0)
 
@@ -102,8 +102,7 @@ def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
 
 
 class TokenScores(NamedTuple):
-    """Three numbers about each target token, float32 [B, T] each; `logit - lse` is its
-    log-probability.
+    """Three numbers for each target token, float32 [B, T]; logit - lse is its log-probability.
 
     logit: the target's own logit.
     lse: the log-sum-exp of all logits.
@@ -278,9 +277,7 @@ class _Plan(NamedTuple):
         return self.product(x, self.gathered(part, x.dtype), first=first, rows=rows)
 
     def product(self, x: jax.Array, part: jax.Array, *, first: jax.Array, rows: int) -> jax.Array:
-        """Compute the logits of a chunk, float32 [tokens, size], with -inf for rows beyond the
-        head's.
-        """
+        """Compute a chunk's logits, float32 [tokens, size], -inf for rows beyond the head's."""
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
         logits = jnp.einsum("td,dv->tv", x, part, **settings)
         return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
