@@ -105,12 +105,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--plot", metavar="FILE", help="write a plot there (default: perplexity.png)")
     add("--json", action="store_true", help="print JSON in place of a table")
-    add(
-        "--out",
-        type=command.path,
-        metavar="FILE",
-        help="write the figures there as JSON, each when it is measured",
-    )
+    out = "write the figures there as JSON, each when it is measured (default: nowhere)"
+    add("--out", type=command.path, metavar="FILE", help=out)
     caches.add_compilation_cache(result)
     command.add_debug(result)
     return result

@@ -143,16 +143,16 @@ def _result_of(run: Path) -> str:
     """What to give in place of the folder of a training run, in words."""
     if model := min(run.glob(f"*/{MANIFEST}"), default=None):
         return f"not a model directory: give {model.parent}"
+    facts = read_json(run / RUN)
+    program = "pretrain" if facts.get("recipe", {}).get("data") == "text" else "sft"
+    again = f"`python train/{program}.py --out {run} --resume{{}}`"
+    if "arguments" not in facts:  # as of older runs, which kept none
+        again = "its command with --resume{}"
     if adapter := min(run.glob(f"*/{_ADAPTER_CONFIG}"), default=None):
-        how = _merging(adapter.parent, read_json(run / RUN).get("ckpt_path"), name=run.name)
-        return (
-            f"which has an adapter and no model: give the command of the run with --resume "
-            f"--merge, and then {run / 'model'}; or {how}"
-        )
-    return (
-        "which has not ended: give its command again with --resume, and when it has ended "
-        f"{run / 'model'}"
-    )
+        how = _merging(adapter.parent, facts.get("arguments", {}).get("ckpt"), name=run.name)
+        done = f"{again.format(' --merge')} writes {run / 'model'}"
+        return f"which has an adapter and no model: {done}; or {how}"
+    return f"which has not ended: {again.format('')} goes on, and writes {run / 'model'}"
 
 
 def _merging(adapter: Path, base: str | None = None, *, name: str = "") -> str:

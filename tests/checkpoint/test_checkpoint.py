@@ -361,15 +361,17 @@ def test_what_to_give_in_place_of_a_run(tmp_path, converted):
     parts[3].mkdir(parents=True)
     parts[1].mkdir()
     (run / "files" / "config.json").write_text("{}")
-    (run / "run.json").write_text('{"ckpt_path": "/models/chat"}')
-    going = "which has not ended: give its command again with --resume, and when it has ended "
+    (run / "run.json").write_text('{"recipe": {"data": "text"}, "arguments": {}}')
+    going = f"which has not ended: `python train/pretrain.py --out {run} --resume` goes on, and wri"
     for part in parts:
-        assert refused(part).endswith(going + str(run / "model"))
+        assert going in refused(part) and refused(part).endswith(f"writes {run / 'model'}")
+    (run / "run.json").write_text('{"arguments": {"ckpt": "/models/chat"}}')
     (run / "lora").mkdir()
     (run / "lora" / "adapter_config.json").write_text("{}")
     (run / "lora" / "adapter_model.safetensors").touch()
     merging = (
-        f"--resume --merge, and then {run / 'model'}; or `python convert/to_hf.py /models/chat "
+        f": `python train/sft.py --out {run} --resume --merge` writes {run / 'model'}; or `python "
+        "convert/to_hf.py /models/chat "
         f"run-merged-hf --adapter {run / 'lora'}` and `python convert/from_hf.py run-merged-hf "
         "run-merged` make run-merged of it"
     )

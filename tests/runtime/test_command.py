@@ -179,6 +179,7 @@ def test_json_is_ascii(golden_dir, tmp_path, capsys):
     link.symlink_to(golden_dir)
     assert inspection.main(["inspect", str(link), "--json"]) == 0
     out = capsys.readouterr().out
+    whole["warnings"] = [x.replace(str(golden_dir), str(link)) for x in whole["warnings"]]
     assert out.isascii() and json.loads(out) == whole | {"path": str(link)}
 
 

@@ -31,7 +31,7 @@ from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
 from qwen_jax.meshes import sharding
-from qwen_jax.runtime import command, paths, processes, texts
+from qwen_jax.runtime import command, paths, processes
 from train import data, step
 from train.data import records, shared_cache, token_cache
 from train.data.batches import Batches
@@ -283,7 +283,6 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
         "recipe": recipe,
         "config": task.config.to_hf(),
         "ckpt": manifest and hashlib.sha256(manifest).hexdigest(),
-        "ckpt_path": task.ckpt and texts.printable(str(task.ckpt)),
         "data": rows.fingerprint,
     }
     return json.loads(json.dumps(identity))

@@ -523,15 +523,6 @@ def test_another_directory_of_the_same_shape_is_another(whole, given, tmp_path, 
     assert f"holds another run: {named}" in fail(capsys, again)
 
 
-def test_a_run_goes_on_when_its_base_has_moved(tmp_path):
-    for place in ("here", "there"):
-        same = {"ckpt": "0123", "recipe": {}, "config": {}, "data": "4567"}
-        identity = {**same, "ckpt_path": place}
-        run_folder.claim(tmp_path, identity, steps=2, resume=place == "there", start={})
-        assert json.loads((tmp_path / "run.json").read_text()) == identity
-        (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
-
-
 def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_empty(tmp_path):
     (tmp_path / "run.json.0123abcd.tmp").touch()
     run_folder.check(tmp_path, resume=False)
