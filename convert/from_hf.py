@@ -41,7 +41,7 @@ Job = tuple[int, Callable[[], None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """A conversion whose input has been found right."""
 
     source: Path
@@ -105,7 +105,7 @@ def convert(args: argparse.Namespace) -> None:
     command.say(f"{plan.target} is complete")
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace) -> ImportPlan:
     """Everything that can be found wrong without writing is found here."""
     from qwen_jax import meshes
     from qwen_jax.meshes import options, sharding
@@ -147,7 +147,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         for path, leaf in abstract.items()
     }
     leaves = _leaves(shapes_of, partitions, dtype=dtype, sizes=mesh)
-    return Plan(source, dst, tensors, wanted, leaves, partitions, facts)
+    return ImportPlan(source, dst, tensors, wanted, leaves, partitions, facts)
 
 
 def locate(src: str) -> Path:
@@ -232,7 +232,7 @@ def _leaves(
     return leaves
 
 
-def copy(plan: Plan) -> None:
+def copy(plan: ImportPlan) -> None:
     """Write every file of the target but its manifest; of the chunks, this process's share."""
     from convert import copying
 
@@ -254,7 +254,7 @@ def copy(plan: Plan) -> None:
     processes.barrier()
 
 
-def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
+def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, list[Job]]:
     """The bytes of all processes that are there and that are needed; this one's work."""
     from convert import copying
 
@@ -277,13 +277,13 @@ def _jobs(plan: Plan, resumed: bool) -> tuple[int, int, list[Job]]:
                 done += piece * len(there)
                 if todo := {name: at for name, at in mine.items() if name in lacking}:
                     rest = dataclasses.replace(band, pieces=todo)
-                    arguments = (rest, plan.params, tensor.file, offset, tensor.dtype)
-                    job = functools.partial(copying.import_band, *arguments)
+                    source = {"file": tensor.file, "offset": offset, "dtype": tensor.dtype}
+                    job = functools.partial(copying.import_band, rest, plan.params, **source)
                     jobs.append((piece * len(todo), job))
     return done, needed, jobs
 
 
-def _as_stored(plan: Plan, dtype: str | None, *, cut: bool) -> Plan:
+def _as_stored(plan: ImportPlan, dtype: str | None, *, cut: bool) -> ImportPlan:
     """The plan for a finished directory, with the dtype and the chunks that it has. dtype, cut:
     what the command asks for; cut: the plan's mesh.
     """
@@ -304,7 +304,7 @@ def _as_stored(plan: Plan, dtype: str | None, *, cut: bool) -> Plan:
     return dataclasses.replace(plan, leaves=store.read_leaves(plan.params, stored))
 
 
-def verify(plan: Plan) -> None:
+def verify(plan: ImportPlan) -> None:
     from convert.verify import verify as compare
 
     compare(plan.params, plan.leaves, tensors=plan.tensors, wanted=plan.wanted, exported=False)

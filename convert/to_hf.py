@@ -7,7 +7,6 @@ must then be where all of them see it.
 """
 
 import argparse
-import dataclasses
 import functools
 import math
 import os
@@ -15,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, target
+from convert import export, folder, names, target
+from convert.export import ExportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, inspection, store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, processes
-from qwen_jax.runtime.texts import read_json
 
 EXAMPLES = """examples:
   python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB
@@ -41,30 +40,6 @@ EXAMPLES = """examples:
 For the dtype of the checkpoint that SRC was made of, every tensor comes back byte for byte. SRC and
 DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What an export will write, once its input has been checked.
-
-    wanted: the tensors by name; leaves: the stored leaves that they come from, by path. shards: the
-    names of the tensors in each file, in order. facts: the source's manifest. changes: what merges
-    an adapter into leaves (`peft.changes`). settings: the adapter's generation_config.json, if any.
-    """
-
-    source: Path
-    target: Path
-    wanted: dict[str, names.Expected]
-    leaves: dict[str, store.StoredLeaf]
-    shards: dict[str, list[str]]
-    dtype: str
-    facts: dict[str, Any]
-    changes: "dict[str, Change]"
-    settings: Path | None
-
-    @property
-    def params(self) -> Path:
-        return self.source / directory.PARAMS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,7 +106,7 @@ def convert(args: argparse.Namespace) -> None:
     command.say(f"{plan.target} is complete")
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace) -> ExportPlan:
     """Everything that can be found wrong without writing is found here."""
     src, dst = paths.parse(args.src), paths.parse(args.dst)
     target.check_apart(src, dst)
@@ -165,27 +140,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     for line in inspection.vocabulary(src, config)["warnings"]:
         command.say(f"warning: {line}")
     leaves = store.read_leaves(src / directory.PARAMS, manifest["dtype"])
-    shards = split(sizes, args.max_shard_size)
-    return Plan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)
+    shards = export.split(sizes, args.max_shard_size)
+    return ExportPlan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)
 
 
-def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """Tensors in order into files of at most `limit` bytes, or of one tensor."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
-def copy(plan: Plan) -> None:
+def copy(plan: ExportPlan) -> None:
     """Write every file of the target; the index comes last. Processes take files in turn."""
     from convert import copying
 
@@ -196,7 +155,7 @@ def copy(plan: Plan) -> None:
             plan.source, plan.target, facts=plan.facts, resumed=resumed, done=done, needed=needed
         )
         with target.explained(plan.target, needed):
-            _write_config(plan)
+            export.write_config(plan)
     processes.barrier()
     if processes.index() > 0:
         target.check_shared(plan.target, plan.facts)
@@ -208,11 +167,11 @@ def copy(plan: Plan) -> None:
         copying.run("converting", pending, done=done, workers=1)
     processes.barrier()
     if processes.index() == 0 and len(plan.shards) > 1:
-        _write_index(plan)
+        export.write_index(plan)
     processes.barrier()
 
 
-def _all_jobs(plan: Plan, files: list[str], *, resumed: bool) -> tuple[int, int, "list[Job]"]:
+def _all_jobs(plan: ExportPlan, files: list[str], *, resumed: bool) -> tuple[int, int, "list[Job]"]:
     """The bytes of these files that are there and that are needed, and what is left to do."""
     done, pending = 0, []
     for file in files:
@@ -225,7 +184,7 @@ def _all_jobs(plan: Plan, files: list[str], *, resumed: bool) -> tuple[int, int,
 Job = tuple[int, Callable[[], None]]
 
 
-def _jobs(plan: Plan, file: str, *, resumed: bool) -> tuple[int, list[Job]]:
+def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, list[Job]]:
     """The bytes of a file that are there already, and what is left to do, in order."""
     whole = plan.target / file
     # Not a draft of this process's own: what a stopped export left is gone on with. Nobody ever
@@ -251,7 +210,7 @@ def _jobs(plan: Plan, file: str, *, resumed: bool) -> tuple[int, list[Job]]:
     return done, jobs
 
 
-def _layout(plan: Plan, file: str) -> tuple[bytes, list[store.Band], list[int]]:
+def _layout(plan: ExportPlan, file: str) -> tuple[bytes, list[store.Band], list[int]]:
     """What a file consists of: its header, then bands of so many bytes each."""
     shapes = {name: plan.wanted[name].shape for name in plan.shards[file]}
     bands = [
@@ -264,7 +223,7 @@ def _layout(plan: Plan, file: str) -> tuple[bytes, list[store.Band], list[int]]:
     return folder.header(shapes, plan.dtype), bands, sizes
 
 
-def check_sizes(plan: Plan) -> None:
+def check_sizes(plan: ExportPlan) -> None:
     """Raise ValueError unless every file of tensors is there with its full size."""
     wanted = {}
     for file in plan.shards:
@@ -288,7 +247,7 @@ def _rename(draft: Path, whole: Path) -> None:
     draft.replace(whole)
 
 
-def _upload(plan: Plan, file: Path, head: bytes, bands: list[store.Band]) -> None:
+def _upload(plan: ExportPlan, file: Path, head: bytes, bands: list[store.Band]) -> None:
     from convert import copying
 
     with paths.writer(file) as stream:
@@ -299,7 +258,7 @@ def _upload(plan: Plan, file: Path, head: bytes, bands: list[store.Band]) -> Non
             )
 
 
-def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
+def _append(plan: ExportPlan, draft: Path, position: int, band: store.Band) -> None:
     from convert import copying
 
     with open(draft, "r+b", buffering=0) as stream:
@@ -312,35 +271,11 @@ def _append(plan: Plan, draft: Path, position: int, band: store.Band) -> None:
         )
 
 
-def _change(plan: Plan, band: store.Band) -> "Change | None":
+def _change(plan: ExportPlan, band: store.Band) -> "Change | None":
     return plan.changes.get(band.leaf.path)
 
 
-def _write_config(plan: Plan) -> None:
-    """config.json as it was, but for a key that would misstate the dtype; and how to talk to what
-    an adapter makes, which may be a chat model of a base.
-    """
-    if plan.settings is not None:
-        paths.copy(plan.settings, plan.target / directory.GENERATION_CONFIG)
-    source, copied = plan.source / directory.CONFIG, plan.target / directory.CONFIG
-    values = read_json(source)
-    stale = [k for k in ("torch_dtype", "dtype") if values.get(k, plan.dtype) != plan.dtype]
-    if stale:
-        directory.write_json(copied, values | dict.fromkeys(stale, plan.dtype))
-    else:
-        paths.copy(source, copied)
-
-
-def _write_index(plan: Plan) -> None:
-    sizes = [math.prod(tensor.shape) for tensor in plan.wanted.values()]
-    index = {
-        "metadata": {"total_size": sum(sizes) * folder.ITEM_BYTES[plan.dtype]},
-        "weight_map": {name: file for file, held in plan.shards.items() for name in held},
-    }
-    directory.write_json(plan.target / folder.INDEX, index)
-
-
-def verify(plan: Plan) -> None:
+def verify(plan: ExportPlan) -> None:
     from convert.verify import verify as compare
 
     tensors = folder.read(plan.target)

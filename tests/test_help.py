@@ -71,7 +71,7 @@ def parsers(module: str) -> Iterator[argparse.ArgumentParser]:
     """The parser of a command, and those of its subcommands."""
     made: list[argparse.ArgumentParser] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "run", lambda parser, *_: made.append(parser) or 0)
+        patch.setattr(command, "run", lambda parser, *_, **__: made.append(parser) or 0)
         importlib.import_module(module).main([])
     yield from made
     for action in made[0]._actions:

@@ -301,8 +301,7 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
     tokenizer = checkpoint.load_tokenizer(args.ckpt)
     if tokenizer is None:
         raise ValueError(f"{args.ckpt} has no tokenizer")
-    kept: list[int] = []
-    document: list[int] = []
+    kept, document = list[int](), list[int]()
     for record in (record for file in records.files(args.data) for record in records.read(file)):
         if record.problem:
             raise ValueError(f"{record.where}: {record.problem}")
@@ -311,10 +310,10 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from None
         # A document that is longer than all that is wanted is not read to its end.
-        enough = len(kept) + len(document) // longest * longest >= args.tokens
+        whole = len(document) // longest * longest
+        enough = len(kept) + whole >= args.tokens
         if record.ends or enough:
-            kept += document[: len(document) // longest * longest]
-            document = []
+            kept, document = kept + document[:whole], []
         if enough:
             break
     kept += document[: len(document) // longest * longest]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from qwen_jax.config.presets import PRESETS
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
 from train.planning import glossary
-
-_LONGEST = 300  # characters of what a kernel or a compiler says
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +113,7 @@ def _work(args: argparse.Namespace) -> None:
     topologies.prepare(topology.chip.platform)
     from qwen_jax import meshes
     from qwen_jax.meshes import sharding
-    from train.planning import report, search
+    from train.planning import attempts, report, search
 
     setting = _setting(args, topology)
     if args.search:
@@ -143,7 +141,7 @@ def _work(args: argparse.Namespace) -> None:
         if sizes[sharding.TENSOR] == 1 and args.sequence_parallel:
             how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
             command.refuse(args, ("sequence_parallel",), why=how)
-        found = list(estimates(setting, topology, sizes=sizes, decode=args.decode))
+        found = list(attempts.estimates(setting, topology, sizes=sizes, decode=args.decode))
     if args.json:
         print(json.dumps({"model": args.model, "plans": [x.to_json() for x in found]}))
     elif args.search:
@@ -152,142 +150,26 @@ def _work(args: argparse.Namespace) -> None:
         print("\n\n".join(report.text(x, args.model) for x in found))
 
 
-class NotCompiled(ValueError):
-    """A program that does not compile with the implementation that `auto` would take."""
-
-
 def _found(tried: Sequence[Any], topology: Any, *, decode: bool) -> list[Any]:
     """The estimates of a search's candidates. One that does not compile is said, and left out;
     where that is every one, it is the error.
     """
     from qwen_jax import meshes
+    from train.planning import attempts
 
     found, failed = [], None
     for number, one in enumerate(tried, 1):
         label = f"{number} of {len(tried)}: "
         try:
-            found += estimates(one.setting, topology, sizes=one.mesh, decode=decode, label=label)
-        except NotCompiled as error:
+            found += attempts.estimates(
+                one.setting, topology, sizes=one.mesh, decode=decode, label=label
+            )
+        except attempts.NotCompiled as error:
             command.say(f"{one.setting.batch} rows, mesh {meshes.describe(one.mesh)}: {error}")
             failed = error
     if failed and not found:
         raise failed
     return found
-
-
-def estimates(
-    setting: Any, topology: Any, *, sizes: Mapping[str, int], decode: bool, label: str = ""
-) -> Iterator[Any]:
-    """Yield the estimates of a setting: of training, or of prefill and decoding. label: begins the
-    line that is shown while one is compiled.
-    """
-    from train.planning import estimate
-
-    tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
-    for task in tasks:
-        if setting.attention == "auto":
-            yield _by_auto(task, setting, topology=topology, sizes=sizes, label=label)
-        else:
-            yield _compiled(task, setting, topology=topology, sizes=sizes, label=label)
-
-
-def _compiled(
-    task: Any, setting: Any, *, topology: Any, sizes: Mapping[str, int], label: str
-) -> Any:
-    """The estimate that a task makes, which compiles a program for minutes: it is said which."""
-    from train.planning import report
-
-    with report.waiting(
-        label + report.program(task.__name__, setting, topology=topology, sizes=sizes)
-    ):
-        return task(setting, topology, sizes)
-
-
-def _by_auto(
-    task: Any, setting: Any, *, topology: Any, sizes: Mapping[str, int], label: str
-) -> Any:
-    """The estimate with the implementation that `auto` would take there: the first whose self-test
-    compiles, in the order of measured lines of the chip, else its own kernel first.
-
-    Raises NotCompiled where the program does not compile with that one, as it would not there.
-    """
-    import jax
-
-    names, calls = _expected(setting, topology, sizes=sizes, task=task.__name__)
-    passed: list[str] = []
-    for name in names:
-        named = dataclasses.replace(
-            setting, attention=name, by_auto=True, passed_over=tuple(passed)
-        )
-        try:
-            return _compiled(task, named, topology=topology, sizes=sizes, label=label)
-        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            reason = _refusal(name, calls, topology=topology, sizes=sizes)
-            if reason is None:
-                raise NotCompiled(
-                    f"{task.__name__} does not compile with {name}, which auto would take there, "
-                    f"as its self-test does: {_one_line(error)}; take a smaller --batch or "
-                    "--length, or --attention xla"
-                ) from error
-        passed.append(f"{name}: {reason}")
-    named = dataclasses.replace(setting, attention="xla", by_auto=True, passed_over=tuple(passed))
-    return _compiled(task, named, topology=topology, sizes=sizes, label=label)
-
-
-def _refusal(name: str, calls: Any, *, topology: Any, sizes: Mapping[str, int]) -> str | None:
-    """Why `auto` would not take that kernel there: what its self-test is refused with."""
-    import jax
-
-    from qwen_jax import meshes
-    from train.planning import programs, report
-    from train.planning import topology as topologies
-
-    device = topologies.mesh(topology, sizes).devices.flat[:1]
-    try:
-        with report.waiting(f"compiling for {topology}: the self-test of attention {name}"):
-            programs.compile_calls(calls, name, mesh=meshes.make({}, device))
-    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return _one_line(error)
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
-
-
-def _expected(
-    setting: Any, topology: Any, *, sizes: Mapping[str, int], task: str
-) -> tuple[list[str], Any]:
-    """Names of the registry that `auto` may take there, the likeliest first, and the calls with
-    which it would prove them.
-    """
-    import jax
-
-    from qwen_jax.attention import prove
-    from train.planning import topology as topologies
-
-    config, dtype = setting.config, "bfloat16"
-    if task == "decoding":
-        calls = prove.decoding(
-            config,
-            dtype,
-            rows=setting.batch,
-            slots=setting.length,
-            cache=setting.cache_dtype,
-            mesh=sizes,
-        )
-    else:
-        rows = setting.batch // setting.accumulate
-        backward = task == "training"
-        calls = prove.passes(
-            config, dtype, rows=rows, length=setting.length, backward=backward, mesh=sizes
-        )
-    with jax.set_mesh(topologies.mesh(topology, sizes)):
-        names, measured = prove.candidates(calls)
-    if not measured:
-        names = sorted(names, key=lambda name: name != topology.chip.kernel)
-    return names, calls
 
 
 def rank(x: Any) -> tuple[Any, ...]:

@@ -202,7 +202,6 @@ def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Progr
 def decode(
     attend: Callable[..., Any],
     q: jax.Array,
-    *,
     k: jax.Array,
     v: jax.Array,
     cache_k: Any,

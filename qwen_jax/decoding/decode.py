@@ -290,7 +290,7 @@ def choose(logits: jax.Array, state: DecodeState, *, rules: Rules, sampler: Any)
         """
         count, seeds = len(seeds), moves.own_rows(seeds)
         logits = jnp.where(allowed, moves.whole_rows(logits), -jnp.inf)
-        token = sampler(logits, seen, seeds, step)
+        token = sampler(logits, seen, seeds=seeds, step=step)
         both = jnp.stack([token, sampling.faults(sampler, logits, seen=seen)], axis=1)
         seen = seen | (jnp.arange(logits.shape[1]) == token[:, None])
         return moves.all_rows(both, count), seen

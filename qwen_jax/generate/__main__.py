@@ -249,13 +249,8 @@ def load(
     caches.use_compilation_cache(args.compilation_cache)
     started = time.perf_counter()
     with jax.set_mesh(mesh(args, about, sizes=sizes)):
-        model = language_model.with_weights(
-            args.ckpt,
-            about,
-            dtype=args.dtype,
-            attention=args.attention,
-            cache_dtype=args.cache_dtype,
-        )
+        chosen = {name: getattr(args, name) for name in ("dtype", "attention", "cache_dtype")}
+        model = language_model.with_weights(args.ckpt, about, **chosen)
     seconds = time.perf_counter() - started
     command.say(f"loaded {model.config.num_params():,} weights in {seconds:.1f} s")
     return model

@@ -212,29 +212,14 @@ class LanguageModel(Description):
         tokens, lengths, frequencies, seeds = (
             self._whole_shards(x) for x in (tokens, lengths, frequencies, seeds)
         )
+        how = {"rules": rules, "sampler": sampler, "attend": self.attend, "new": new}
+        rows = {"lengths": lengths, "frequencies": frequencies, "seeds": seeds}
         with meshes.entered(self.mesh):
             state = decode.prefill(
-                self.decoder,
-                tokens,
-                lengths=lengths,
-                frequencies=frequencies,
-                seeds=seeds,
-                rules=rules,
-                sampler=sampler,
-                new=new,
-                attend=self.attend,
-                cache_dtype=self.cache_dtype,
+                self.decoder, tokens, **rows, **how, cache_dtype=self.cache_dtype
             )
         at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
-        steps = decode.decode(
-            self.decoder,
-            state,
-            sampler=sampler,
-            rules=rules,
-            attend=self.attend,
-            new=new,
-            at_once=at_once,
-        )
+        steps = decode.decode(self.decoder, state, **how, at_once=at_once)
         while True:
             # The mesh is in force while we compute, never while the caller has control.
             with meshes.entered(self.mesh):
@@ -332,9 +317,8 @@ class LanguageModel(Description):
             )
         tokenizer = self.need_tokenizer()
         if self.is_base:
-            warnings.warn(
-                BASE_NOTE, stacklevel=4
-            )  # who calls `chat`, beyond what explains keywords
+            # Of whoever calls `chat`, beyond the decorator that explains keywords.
+            warnings.warn(BASE_NOTE, stacklevel=4)
         if max_window_size is None:
             max_window_size = self.generation_config.max_window_size
         system, pairs = chat.turns_of(history, system)

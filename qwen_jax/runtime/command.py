@@ -104,9 +104,7 @@ def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning as one line in the form of `say`, without its place in the code; "" except in
-    process 0.
-    """
+    """A warning as one line, without its place in the code; "" except in process 0."""
     line = f"warning: {' '.join(str(message).split())}\n"
     return line if processes.index() == 0 else ""
 

@@ -28,7 +28,7 @@ def small() -> Config:
 
 def plan(task: Any, where: str, mesh: str, batch: int, length: int, kernel: str) -> Estimate:
     setting = Setting(small(), batch, length, kernel)
-    return task(setting, topology.parse(where), meshes.parse(mesh))
+    return task(setting, topology.parse(where), sizes=meshes.parse(mesh))
 
 
 CASES = [

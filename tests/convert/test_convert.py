@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert import copying, folder, from_hf, names, peft, to_hf
+from convert.export import ExportPlan
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
 from qwen_jax.checkpoint import directory, saving, store
@@ -227,7 +228,7 @@ def test_verify_finds_a_flipped_bit(tmp_path, source, capfd):
 def test_verify_of_an_export_finds_a_flipped_bit(tmp_path, model, monkeypatch, capfd):
     copy = to_hf.copy
 
-    def copy_and_flip(plan: to_hf.Plan) -> None:
+    def copy_and_flip(plan: ExportPlan) -> None:
         copy(plan)
         flip(plan.target / "model.safetensors", -1)
 
@@ -260,7 +261,7 @@ def test_verify_of_a_merged_export(tmp_path, model, adapter, dtype, monkeypatch,
     assert changed == {name.replace("1", str(layer)) for layer in range(3)}
     copy = to_hf.copy
 
-    def copy_and_flip(plan: to_hf.Plan) -> None:
+    def copy_and_flip(plan: ExportPlan) -> None:
         copy(plan)
         tensor = folder.read(plan.target)[name]
         flip(tensor.file, tensor.offset)

@@ -286,12 +286,12 @@ def test_why_no_token_can_be_chosen():
     rows = [[1, -inf, 0], [1, nan, 0], [1, inf, 0], [-inf] * 3, [nan] * 3, [3e38, 1, 2]]
     seen = np.zeros((6, 3), bool)
     find = jax.jit(sampling.faults)
-    assert find(Nucleus(), np.float32(rows), seen).tolist() == [0, 1, 1, 2, 1, 0]
+    assert find(Nucleus(), np.float32(rows), seen=seen).tolist() == [0, 1, 1, 2, 1, 0]
     seen[5, 0] = True  # a penalty below 1 takes it over the largest float32
-    assert find(Greedy(0.5), np.float32(rows), seen).tolist() == [0, 1, 1, 2, 1, 1]
+    assert find(Greedy(0.5), np.float32(rows), seen=seen).tolist() == [0, 1, 1, 2, 1, 1]
     everything = np.ones((1, 2), bool)
-    assert find(Greedy(3e38), np.float32([[-9, -5]]), everything).tolist() == [2]
-    assert find(Greedy(3e38), np.float32([[-9, 5]]), everything).tolist() == [0]
+    assert find(Greedy(3e38), np.float32([[-9, -5]]), seen=everything).tolist() == [2]
+    assert find(Greedy(3e38), np.float32([[-9, 5]]), seen=everything).tolist() == [0]
 
 
 def test_no_threshold_is_searched_for_where_top_k_and_top_p_are_off():

@@ -49,7 +49,7 @@ def by_definition(x: Any, head: Any, targets: Any) -> vocabulary.TokenScores:
 
 def weighted(scores: Any, x: Any, head: Any, targets: Any, shares: Any) -> Any:
     """Both gradients, and that of neither is that of the other."""
-    found = scores(x, head, targets)
+    found = scores(x, head, targets=targets)
     return jnp.sum(shares[0] * found.logit) + jnp.sum(shares[1] * found.lse), found
 
 
@@ -210,7 +210,7 @@ def test_the_logits_are_nowhere_whole(sizes, monkeypatch):
 
     def temporaries(scores: Any) -> int:
         def loss(x: Any, head: Any, targets: Any) -> Any:
-            found = scores(x, head, targets)
+            found = scores(x, head, targets=targets)
             return jnp.sum(found.lse - found.logit)
 
         with on_mesh(**sizes) as mesh:

@@ -248,15 +248,13 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
         command.refuse(args, ("eval_every",), why="goes with --eval-data or --eval-share")
     for name in ("eval_every", "save_every", "keep_best"):
         if getattr(args, name) < 0:
-            option = name.replace("_", "-")
-            raise command.UsageError(f"--{option} {getattr(args, name)}: 0 or more")
+            raise command.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: 0 or more")
     if not 0 <= args.eval_share < 1:
         raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
     command.join(args)
     caches.use_compilation_cache(args.compilation_cache)
-    sizes = None
-    if args.mesh is not None:
-        sizes = options.mesh_sizes(args.mesh)
+    sizes = None if args.mesh is None else options.mesh_sizes(args.mesh)
+    if sizes is not None:
         options.virtual_cpu_devices(sizes)
     _train(args, wanted, sizes=sizes, start=resuming.record(args, argv))
 

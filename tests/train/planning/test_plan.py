@@ -23,7 +23,7 @@ from qwen_jax.kernels import choice
 from qwen_jax.meshes import hardware
 from tests.support.tiny import tiny_config
 from train import plan, step
-from train.planning import estimate, flops, glossary, programs, report, search, topology
+from train.planning import attempts, estimate, flops, glossary, programs, report, search, topology
 from train.planning.bounds import Bound, Term
 from train.planning.programs import Memory, Setting
 from train.planning.topology import Path
@@ -207,18 +207,18 @@ def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {}
+    given = {}
 
-    def compiled(trace: Any, mesh: Any, layer: Any, layers: int) -> programs.Program:
-        held.update(layer)
-        parts = {**layer, "padding": 1000, "temporaries": 10}
+    def compiled(trace: Any, mesh: Any, *, held: Any, layers: int) -> programs.Program:
+        given.update(held)
+        parts = {**held, "padding": 1000, "temporaries": 10}
         return programs.Program(Memory(parts), flops.Work(0, Counter(), 0), None, 1)
 
     monkeypatch.setattr(programs, "_compiled", compiled)
     setting = Setting(tiny_config(num_layers=6), 4, 256, "xla")  # a group of four, and half of one
     memory = programs.prefill(setting, meshes.make(SIZES), chunk=32).memory
     assert memory.parts["padding"] == 1.5 * 1000
-    expected = memory.parts["weights"] + 1.5 * (held["cache"] + 1000) + held["batch"] + 10
+    expected = memory.parts["weights"] + 1.5 * (given["cache"] + 1000) + given["batch"] + 10
     assert memory.needed == expected
 
 
@@ -615,7 +615,7 @@ def test_a_kernel_that_cannot_there_is_passed_over(
     where = topology.parse("h100:4")
     setting = dataclasses.replace(SETTING, attention="auto")
     refused = {"pallas_hopper", "pallas_tpu"}
-    (found,) = plan.estimates(setting, where, sizes=SIZES, decode=False)
+    (found,) = attempts.estimates(setting, where, sizes=SIZES, decode=False)
     assert found.setting.attention == "pallas_triton" and found.setting.by_auto
     assert tried[0] == "pallas_hopper"
     told = report.text(found, "tiny")
@@ -624,7 +624,7 @@ def test_a_kernel_that_cannot_there_is_passed_over(
     assert "\n  not pallas_hopper: head dim 16, only 128" in report.ranking([found])
     error, refused = jax.errors.JaxRuntimeError("INTERNAL: Mosaic"), {*attention.IMPLEMENTATIONS}
     refused.remove("xla")
-    (found,) = plan.estimates(setting, where, sizes=SIZES, decode=False)
+    (found,) = attempts.estimates(setting, where, sizes=SIZES, decode=False)
     told = report.text(found, "t")
     assert "xla (what auto takes on H100: no kernel there takes this)" in told
     assert told.count("INTERNAL: Mosaic") == 3
@@ -632,7 +632,7 @@ def test_a_kernel_that_cannot_there_is_passed_over(
     # A name that was asked for is not replaced.
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         list(
-            plan.estimates(
+            attempts.estimates(
                 dataclasses.replace(SETTING, attention="pallas_tpu"), where, sizes=SIZES, decode=0
             )
         )
@@ -652,7 +652,7 @@ def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
     monkeypatch.setattr(programs, "compile_calls", lambda *_, **__: None)
     monkeypatch.setattr(prove, "candidates", lambda _: (["dot_product"], True))
     setting = dataclasses.replace(SETTING, attention="auto")
-    planned = plan.estimates(setting, topology.parse("v5e:2x2"), sizes=SIZES, decode=False)
+    planned = attempts.estimates(setting, topology.parse("v5e:2x2"), sizes=SIZES, decode=False)
     if where == "hbm":
         (found,) = planned
         assert found.setting.attention == "dot_product" and not found.fits
@@ -662,7 +662,7 @@ def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
         ):
             list(planned)
         tried = [search.Candidate(setting, SIZES, 0, 0)] * 2
-        with pytest.raises(plan.NotCompiled):
+        with pytest.raises(attempts.NotCompiled):
             plan._found(tried, topology.parse("v5e:2x2"), decode=False)
 
 
@@ -708,7 +708,7 @@ def test_a_plan_is_compiled_with_what_auto_takes(
     monkeypatch.setattr(programs, "training", training)
     setting = dataclasses.replace(SETTING, attention="auto")
     with pytest.raises(ValueError, match="far enough"):
-        list(plan.estimates(setting, topology.parse("v5e:2x2"), sizes=SIZES, decode=False))
+        list(attempts.estimates(setting, topology.parse("v5e:2x2"), sizes=SIZES, decode=False))
     assert compiled == ["splash"]
 
 

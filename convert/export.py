@@ -1,0 +1,78 @@
+"""What an export writes beside its tensors, and the plan that all of its parts share."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert import folder, names
+from qwen_jax.checkpoint import directory, store
+from qwen_jax.runtime import paths
+from qwen_jax.runtime.texts import read_json
+
+if TYPE_CHECKING:
+    from convert.copying import Change
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """What an export will write, once its input has been checked.
+
+    wanted: the tensors by name; leaves: the stored leaves that they come from, by path. shards: the
+    names of the tensors in each file, in order. facts: the source's manifest. changes: what merges
+    an adapter into leaves (`peft.changes`). settings: the adapter's generation_config.json, if any.
+    """
+
+    source: Path
+    target: Path
+    wanted: dict[str, names.Expected]
+    leaves: dict[str, store.StoredLeaf]
+    shards: dict[str, list[str]]
+    dtype: str
+    facts: dict[str, Any]
+    changes: "dict[str, Change]"
+    settings: Path | None
+
+    @property
+    def params(self) -> Path:
+        return self.source / directory.PARAMS
+
+
+def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """Tensors in order into files of at most `limit` bytes, or of one tensor."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def write_config(plan: ExportPlan) -> None:
+    """config.json as it was, but for a key that would misstate the dtype; and how to talk to what
+    an adapter makes, which may be a chat model of a base.
+    """
+    if plan.settings is not None:
+        paths.copy(plan.settings, plan.target / directory.GENERATION_CONFIG)
+    source, copied = plan.source / directory.CONFIG, plan.target / directory.CONFIG
+    values = read_json(source)
+    stale = [k for k in ("torch_dtype", "dtype") if values.get(k, plan.dtype) != plan.dtype]
+    if stale:
+        directory.write_json(copied, values | dict.fromkeys(stale, plan.dtype))
+    else:
+        paths.copy(source, copied)
+
+
+def write_index(plan: ExportPlan) -> None:
+    sizes = [math.prod(tensor.shape) for tensor in plan.wanted.values()]
+    index = {
+        "metadata": {"total_size": sum(sizes) * folder.ITEM_BYTES[plan.dtype]},
+        "weight_map": {name: file for file, held in plan.shards.items() for name in held},
+    }
+    directory.write_json(plan.target / folder.INDEX, index)
