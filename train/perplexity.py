@@ -171,8 +171,7 @@ def _told(
 
     tokens: how many are measured at each length.
     """
-    found: dict[str, dict[int, float]] = {}
-    whole = False
+    found, whole = dict[str, dict[int, float]](), False
 
     def facts() -> str:
         return json.dumps({"tokens": tokens, "perplexity": found, "complete": whole})

@@ -174,7 +174,9 @@ def test_draws_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], batch: i
     seeds = rng.integers(0, 2**32, batch, np.uint32)
     seen = (ids[:, :, None] == np.arange(1, V)).any(1)
     seen = np.pad(seen, ((0, 0), (1, 0)))  # 0 is padding, and is not counted as seen
-    whole = jax.jit(lambda sampler, *rest: sampler(*rest))
+    whole = jax.jit(
+        lambda sampler, logits, seen, seeds, step: sampler(logits, seen, seeds=seeds, step=step)
+    )
     expected = whole(DRAW, np.where(ALLOWED, logits, -np.inf), seen, seeds, 5)
     with on_mesh(**sizes):
         state = chosen(logits, ids, seeds, DRAW)

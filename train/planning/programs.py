@@ -293,7 +293,7 @@ def _printed(folder: Path, lowered: Any) -> str:
     files = sorted(folder.glob(f"*.{name}.*{_PRINTED}"))
     if len(files) != 1:
         raise ValueError(f"the compiler wrote {len(files)} files *.{name}.*{_PRINTED}, not one")
-    return files[0].read_text()
+    return files[0].read_text(encoding="utf-8")
 
 
 def _first_line(error: Exception) -> str:
