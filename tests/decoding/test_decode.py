@@ -154,7 +154,7 @@ def chosen(
     rules = decode.make_rules(ALLOWED, [], pad=0)
     state = state_of(ids, seeds)
     choose = jax.jit(decode.choose, compiler_options=QUICK)
-    return choose(moves.place(logits, "BV"), state, rules, sampler)
+    return choose(moves.place(logits, "BV"), state, rules=rules, sampler=sampler)
 
 
 @pytest.mark.parametrize(
