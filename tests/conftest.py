@@ -48,6 +48,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+if importlib.util.find_spec("jaxtyping") is not None:
+    from tests.support import axes
+
+    axes.install()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What training has encoded goes here, not to the cache of whoever runs the tests."""

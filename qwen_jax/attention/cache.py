@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import registry, ring
 from qwen_jax.attention.mask import Mask
@@ -33,7 +34,9 @@ class LayerCache:
     k: Any
     v: Any
 
-    def extend(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "LayerCache":
+    def extend(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, ""]
+    ) -> "LayerCache":
         """Write k, v [B, T, K, H] from slot `index` on. T must not run over the end of the ring."""
         return LayerCache(_put(self.k, k, index=index), _put(self.v, v, index=index))
 
@@ -48,14 +51,14 @@ class LayerCache:
     def attend(
         self,
         implementation: Callable[..., Any],
-        q: jax.Array,
+        q: Float[Array, "B T N H"],
         *,
-        k: jax.Array,
-        v: jax.Array,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
         own: Mask,
         past: Mask | None,
-        scale: jax.Array,
-        index: jax.Array,
+        scale: Float[Array, "B T"],
+        index: Int[Array, ""],
     ) -> tuple[jax.Array, "LayerCache"]:
         """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the new cache.
 
@@ -133,13 +136,13 @@ class Cache:
         return jax.tree.leaves(self.layers)[0].shape[2]
 
     def context(
-        self, positions: jax.Array, segments: jax.Array
+        self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
     ) -> tuple[Mask | None, jax.Array | None]:
         """Return the mask of cached slots (None while nothing is written), and the write index."""
         past = None if self.fresh else self.past_mask(positions, segments)
         return past, self.index
 
-    def past_mask(self, positions: jax.Array, segments: jax.Array) -> Mask:
+    def past_mask(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Mask:
         """Return the mask by which queries at these positions see the slots that are written."""
         return _past_mask(
             self.start, self.index, positions=positions, segments=segments, capacity=self.capacity
@@ -161,7 +164,7 @@ def _past_mask(
 
 
 def empty(
-    config: Config, start: jax.Array, *, capacity: int, dtype: Any, kind: str | None
+    config: Config, start: Int[Array, " B"], *, capacity: int, dtype: Any, kind: str | None
 ) -> Cache:
     """Make an empty cache of `capacity` slots for rows that begin at `start`, int32 [B].
 

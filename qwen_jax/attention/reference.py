@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from qwen_jax.attention.mask import Mask
 from qwen_jax.leaves.weights import precision
@@ -13,7 +14,12 @@ _QUERY_BLOCK = 512  # the most query rows whose scores are held at once
 
 
 def xla(
-    q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+    q: Float[Array, "B T N H"],
+    k: Any,
+    v: Any,
+    mask: Mask,
+    scale: jax.Array,
+    return_lse: bool = False,
 ) -> Any:
     """Compute softmax(scale * q k^T) v over the visible keys, with scores and sums in float32.
 

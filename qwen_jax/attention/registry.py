@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from qwen_jax.attention import ring
 from qwen_jax.attention.mask import Mask
@@ -127,7 +128,13 @@ class Chosen:
     decode: str
 
     def __call__(
-        self, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+        self,
+        q: Float[Array, "B T N H"],
+        k: Any,
+        v: Any,
+        mask: Mask,
+        scale: jax.Array,
+        return_lse: bool = False,
     ) -> Any:
         if q.shape[1] <= FEW or self.forward == "xla":
             return xla(q, k, v, mask, scale, return_lse)
@@ -157,7 +164,12 @@ _forward_alone.defvjp(_with_reference, _reference_gradients)
 
 
 def auto(
-    q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array, return_lse: bool = False
+    q: Float[Array, "B T N H"],
+    k: Any,
+    v: Any,
+    mask: Mask,
+    scale: jax.Array,
+    return_lse: bool = False,
 ) -> Any:
     """Attend by the choice of `prove.resolve` for this device, dtype and head dim.
 
@@ -187,7 +199,7 @@ def cached(leaf: Any) -> str:
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
-def decoder(implementation: Callable[..., Any], q: jax.Array, *, keys: Any) -> Any:
+def decoder(implementation: Callable[..., Any], q: Float[Array, "B T N H"], *, keys: Any) -> Any:
     """Return the decode kernel of an implementation for queries q and cached keys [B, K, S, H].
 
     It is None where there is no such kernel, or more than `FEW` queries.

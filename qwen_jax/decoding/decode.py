@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from qwen_jax import model
 from qwen_jax.attention import cache as kv
@@ -269,7 +270,9 @@ def _first(
     return choose(model.logits(last[:, -1:], head)[:, 0], state, rules=rules, sampler=sampler)
 
 
-def choose(logits: jax.Array, state: DecodeState, *, rules: Rules, sampler: Any) -> DecodeState:
+def choose(
+    logits: Float[Array, "B V"], state: DecodeState, *, rules: Rules, sampler: Any
+) -> DecodeState:
     """Choose the next token of each row from logits [B, V], or `pad` if the row has ended.
 
     Returns the state with these tokens, and with the rows marked that end by them.
@@ -313,7 +316,9 @@ def choose(logits: jax.Array, state: DecodeState, *, rules: Rules, sampler: Any)
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def positions(start: jax.Array, index: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+def positions(
+    start: Int[Array, " B"], index: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
     """Return positions and segments of the next tokens, int32 [B, length]. Segment 0 is padding."""
     places = index + jnp.arange(length, dtype=jnp.int32) - start[:, None]
     return places, (places >= 0).astype(jnp.int32)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, UInt
 
 from qwen_jax.runtime import texts, values
 
@@ -35,7 +36,7 @@ class Greedy:
         """Raise ValueError for a setting out of range."""
         _check_penalty(self.repetition_penalty)
 
-    def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    def scores(self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]) -> jax.Array:
         """Return the logits after the repetition penalty, float32 [B, V].
 
         seen: bool [B, V], the ids that the row already contains.
@@ -43,7 +44,12 @@ class Greedy:
         return _penalise(logits, seen, penalty=self.repetition_penalty)
 
     def __call__(
-        self, logits: jax.Array, seen: jax.Array, *, seeds: jax.Array, step: Any
+        self,
+        logits: Float[Array, "B V"],
+        seen: Bool[Array, "#B #V"],
+        *,
+        seeds: UInt[Array, " B"],
+        step: Any,
     ) -> jax.Array:
         """Choose a token for each row: int32 [B]."""
         return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
@@ -79,7 +85,7 @@ class Nucleus:
             raise ValueError(f"top_k {texts.shown(top_k)}: must be a whole number, 0 for no limit")
         values.number("top_p", self.top_p, least=0, most=1)
 
-    def scores(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    def scores(self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]) -> jax.Array:
         """Return the logits of the distribution that tokens are drawn from, float32 [B, V].
 
         Tokens that are cut off have -inf. Arguments as for `Greedy.scores`.
@@ -101,7 +107,12 @@ class Nucleus:
         )
 
     def __call__(
-        self, logits: jax.Array, seen: jax.Array, *, seeds: jax.Array, step: Any
+        self,
+        logits: Float[Array, "B V"],
+        seen: Bool[Array, "#B #V"],
+        *,
+        seeds: UInt[Array, " B"],
+        step: Any,
     ) -> jax.Array:
         """Draw a token for each row, int32 [B].
 
@@ -116,7 +127,9 @@ class Nucleus:
         return jnp.argmax(scores + jax.vmap(noise)(seeds), axis=-1).astype(jnp.int32)
 
 
-def faults(sampler: Greedy | Nucleus, logits: jax.Array, *, seen: jax.Array) -> jax.Array:
+def faults(
+    sampler: Greedy | Nucleus, logits: Float[Array, "B V"], *, seen: Bool[Array, "#B #V"]
+) -> jax.Array:
     """Find the rows for which no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
 
     Arguments as for `scores`. A logit of -inf forbids an id and is no fault. Logits that overflow

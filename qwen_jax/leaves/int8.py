@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from qwen_jax.leaves.weights import Leaf, Weight, product, scaled_product
 
@@ -48,7 +49,9 @@ class Int8(Leaf):
         return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
 
 
-def quantize(x: jax.Array, symmetric: bool = True, *, scale_dtype: Any = jnp.float32) -> Int8:
+def quantize(
+    x: Float[Array, "... H"], symmetric: bool = True, *, scale_dtype: Any = jnp.float32
+) -> Int8:
     """Round x [..., H] to 8 bits, row by row.
 
     symmetric: scale the largest magnitude to 127, without a zero; otherwise map the range to

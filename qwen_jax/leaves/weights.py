@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from qwen_jax.meshes import sharding
 
@@ -66,7 +67,7 @@ class Maker:
 
 
 def contract(
-    equation: str, x: jax.Array, *, weight: Any, out: P | None = None, **kwargs: Any
+    equation: str, x: Float[Array, "B T _"], *, weight: Any, out: P | None = None, **kwargs: Any
 ) -> jax.Array:
     """Compute the einsum of an activation x and a weight. float32 stays float32 on every backend.
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from qwen_jax.meshes import moves
 
@@ -40,7 +41,7 @@ class Dropout:
         return drop(x, jax.random.fold_in(self.key, place), rate=self.rate)
 
 
-def drop(x: jax.Array, key: jax.Array, *, rate: float) -> jax.Array:
+def drop(x: Float[Array, "B T D"], key: jax.Array, *, rate: float) -> jax.Array:
     """Set the share `rate` of the elements of x [B, T, ...] to 0; divide the rest by 1 - rate.
 
     An element's draw (Threefry, as in `jax.random`) depends on the key, its row, its token's place

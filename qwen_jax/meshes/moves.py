@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Shaped
 
 from qwen_jax.meshes.sharding import (
     CONTEXT,
@@ -164,13 +165,13 @@ def leading_axis(stacked: jax.Array) -> int:
     return last if parts > 1 and stacked.shape[last] // parts < _LANES else 1
 
 
-def sequence_parallel(x: jax.Array) -> jax.Array:
+def sequence_parallel(x: Float[Array, "B T D"]) -> jax.Array:
     """Split the tokens of an activation [B, T, D] over `tp` too, for the residual stream."""
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
-def to_columns(x: jax.Array, split: bool = True) -> jax.Array:
+def to_columns(x: Float[Array, "B T D"], split: bool = True) -> jax.Array:
     """Gather the tokens of an activation [B, T, D] over `tp`, for column-parallel products.
 
     The gradients of all products with one result are summed over `tp` once.
@@ -185,7 +186,7 @@ def to_columns(x: jax.Array, split: bool = True) -> jax.Array:
     return jax.reshard(x, P(rows, kept, *rest, reduced=frozenset([TENSOR] if split else [])))
 
 
-def spread_heads(x: jax.Array) -> jax.Array:
+def spread_heads(x: Float[Array, "B T K H"]) -> jax.Array:
     """Repeat the heads of keys or values [B, T, K, H] so that each device of `tp` has one."""
     batch, length, heads, dim = x.shape
     held = held_heads(heads)
@@ -195,7 +196,7 @@ def spread_heads(x: jax.Array) -> jax.Array:
     return jax.reshard(x.reshape(batch, length, held, dim), spec("BTKH"))
 
 
-def own_rows(x: jax.Array) -> jax.Array:
+def own_rows(x: Shaped[Array, "b ..."]) -> jax.Array:
     """Take this device's share of rows [b, ...] held by all of `tp`. Runs in `shard_map`."""
     parts = axis_sizes()[TENSOR]
     if parts == 1:
@@ -205,7 +206,7 @@ def own_rows(x: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * share, share)
 
 
-def whole_rows(x: jax.Array) -> jax.Array:
+def whole_rows(x: Shaped[Array, "b columns"]) -> jax.Array:
     """Exchange columns [b, V of this device] of all rows for a share of whole rows.
 
     Runs in `shard_map`.
@@ -216,7 +217,7 @@ def whole_rows(x: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(_filled_up(x, parts), TENSOR, 0, 1, tiled=True)
 
 
-def all_rows(x: jax.Array, rows: int) -> jax.Array:
+def all_rows(x: Shaped[Array, "share ..."], rows: int) -> jax.Array:
     """Gather `rows` rows that `own_rows` has divided. Runs in `shard_map`."""
     if axis_sizes()[TENSOR] == 1:
         return x
@@ -233,7 +234,7 @@ def _with(entry: Any, axis: str) -> Any:
     return joined((*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ())))
 
 
-def zigzag(x: jax.Array) -> jax.Array:
+def zigzag(x: Shaped[Array, "B T"]) -> jax.Array:
     """Reorder tokens [B, T] from sequence order to the order that balances ring attention."""
     if axis_sizes()[CONTEXT] == 1:
         return x

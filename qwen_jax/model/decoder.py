@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from qwen_jax import attention
 from qwen_jax.attention import Mask
@@ -42,7 +43,7 @@ from qwen_jax.model import rope, running, vocabulary
 from qwen_jax.model.running import Context, Groups, KVCache, LayerCache
 
 
-def rms_norm(x: jax.Array, weight: Any, *, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "... D"], weight: Any, *, eps: float) -> jax.Array:
     """Divide x by its root mean square, round to x's dtype, then multiply by the weight."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -75,7 +76,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         context: Context,
         *,
         layer: LayerCache | None,
@@ -128,7 +129,7 @@ class FeedForward(nnx.Module):
         self.up = make.normal("FD", std)
         self.down = make.normal("DF", std / math.sqrt(2 * config.num_layers))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"]) -> jax.Array:
         """Apply the network to x [B, T, D], already normed. Returns the same shape."""
         residual = jax.typeof(x).sharding.spec
         x = moves.to_columns(x)
@@ -149,7 +150,7 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         context: Context,
         *,
         layer: LayerCache | None,
@@ -222,11 +223,11 @@ class Decoder(nnx.Module):
         """Return this decoder of separate blocks, prepared for many passes outside `jit`."""
         return self.replace(layers=Groups(running.groups(self.layers)))
 
-    def embed(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype: Any = None) -> jax.Array:
         """Look up tokens, int [B, T]: [B, T, D] in the compute dtype (None: the weights')."""
         return _embed(self.embedding, tokens, dtype=dtype or self.embedding.dtype)
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: Float[Array, "B T D"]) -> jax.Array:
         """Compute float32 logits [B, T, V] from x [B, T, D], the `last` of an `Output`."""
         return logits(x, self.output)
 
@@ -243,10 +244,10 @@ class Decoder(nnx.Module):
 
     def context(
         self,
-        positions: jax.Array,
-        segments: jax.Array,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
         *,
-        frequencies: jax.Array,
+        frequencies: Float[Array, "B pairs"],
         cache: KVCache | None,
         dropout: Dropout | None = None,
     ) -> Context:
@@ -258,11 +259,11 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
         *,
-        segments: jax.Array,
-        frequencies: jax.Array,
+        segments: Int[Array, "B T"],
+        frequencies: Float[Array, "B pairs"],
         cache: KVCache | None = None,
         attend: Callable[..., Any] = attention.xla,
         remat: Callable[..., Any] | None = None,
@@ -312,7 +313,7 @@ def _final_norm(x: jax.Array, weight: Weight, *, eps: float) -> jax.Array:
 
 
 @jax.jit
-def logits(x: jax.Array, head: Weight) -> jax.Array:
+def logits(x: Float[Array, "B T D"], head: Weight) -> jax.Array:
     """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
     head = moves.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.config import Config
 from qwen_jax.runtime import values
@@ -30,7 +31,7 @@ class Rotary:
     sin: jax.Array
     query_scale: jax.Array
 
-    def rotate(self, x: jax.Array) -> jax.Array:
+    def rotate(self, x: Float[Array, "B T N H"]) -> jax.Array:
         """Rotate x [B, T, N, H] in float32 and cast back. Dimension i is paired with i + H/2."""
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = self.cos[:, :, None, :], self.sin[:, :, None, :]
@@ -203,7 +204,9 @@ def from_config(config: Config) -> Rope:
     return Yarn(*paper, scaling.truncate, scaling.mscale, scaling.mscale_all_dim)
 
 
-def rotary(rope: Rope, positions: jax.Array, *, frequencies: jax.Array) -> Rotary:
+def rotary(
+    rope: Rope, positions: Int[Array, "B T"], *, frequencies: Float[Array, "B pairs"]
+) -> Rotary:
     """Compute the rotation of tokens at `positions`, int32 [B, T] from 0, for frequencies [B, H/2].
 
     LogN (Su 2021; Qwen report, section 2.3): the query of a token at 1-based position p beyond the

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import FEW, Mask
 from qwen_jax.meshes import moves
@@ -34,13 +35,13 @@ class LayerCache(Protocol):
     def attend(
         self,
         implementation: Callable[..., Any],
-        q: jax.Array,
+        q: Float[Array, "B T N H"],
         *,
-        k: jax.Array,
-        v: jax.Array,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
         own: Mask,
         past: Mask | None,
-        scale: jax.Array,
+        scale: Float[Array, "B T"],
         index: Any,
     ) -> "tuple[jax.Array, LayerCache]": ...
 
@@ -55,7 +56,9 @@ class KVCache(Protocol):
     @property
     def layers(self) -> "tuple[LayerCache, ...]": ...
 
-    def context(self, positions: jax.Array, segments: jax.Array) -> tuple[Mask | None, Any]: ...
+    def context(
+        self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> tuple[Mask | None, Any]: ...
 
     def advanced(self, layers: Any, length: int) -> "KVCache": ...
 
@@ -106,10 +109,10 @@ def groups(blocks: Any) -> list[tuple[int, list[jax.Array], Any]]:
 
 
 def scan(
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     blocks: Any,
     *,
-    windows: np.ndarray,
+    windows: Int[np.ndarray, " L"],
     context: Context,
     attend: Callable[..., Any],
     remat: Callable[..., Any] | None,
@@ -139,10 +142,10 @@ def scan(
 
 
 def in_groups(
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     blocks: Any,
     *,
-    windows: np.ndarray,
+    windows: Int[np.ndarray, " L"],
     context: Context,
     cache: Any,
     attend: Callable[..., Any],
@@ -180,7 +183,7 @@ def in_groups(
     donate_argnames="layers",
 )
 def run_group(
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     leaves: list[jax.Array],
     *,
     layers: tuple[Any, ...] | None,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.leaves.weights import precision
 from qwen_jax.meshes import sharding
@@ -25,7 +26,7 @@ _SCATTERED = 4096
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> jax.Array:
     """Look up the rows of a table [V, D] for tokens int [B, T]. Returns [B, T, D] in `dtype`.
 
     Each device looks up every token in its own rows and columns of the table; then devices exchange
@@ -114,7 +115,9 @@ class TokenScores(NamedTuple):
     largest: Any
 
 
-def token_scores(x: jax.Array, head: jax.Array, *, targets: jax.Array) -> TokenScores:
+def token_scores(
+    x: Float[Array, "B T D"], head: Float[Array, "V D"], *, targets: Int[Array, "B T"]
+) -> TokenScores:
     """Compute the scores of target tokens, int [B, T], without ever holding the logits whole.
 
     x: [B, T, D] after the final norm. Its tokens may be split over `tp`; those of targets and

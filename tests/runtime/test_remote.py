@@ -42,7 +42,7 @@ from tests.tools import object_store
 from train import data as run_data
 from train import plan, pretrain, tokenizer
 from train.data import batches, records, text_example, token_cache
-from train.planning import topology
+from train.planning import attempts, topology
 from train.run import logs, loop, run_folder, saving
 
 
@@ -106,7 +106,7 @@ def test_one_chunk_for_many_shards(bucket):
 def test_a_plan_of_a_remote_model(bucket, monkeypatch, capsys):
     settings = []
     monkeypatch.setattr(topology, "prepare", lambda _: None)
-    monkeypatch.setattr(plan, "estimates", lambda one, *_: settings.append(one) or [])
+    monkeypatch.setattr(attempts, "estimates", lambda one, *_, **__: settings.append(one) or [])
     options = ["--model", f"{bucket}/m", "--topology", "v5e:2x2", "--attention", "xla"]
     assert plan.main(options) == 2
     assert "no folder with a config.json" in capsys.readouterr().err
@@ -165,8 +165,8 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """SIGTERM when so many steps have been told of."""
     tell = logs.Log.tell
 
-    def signalled(self, step, *arguments):
-        tell(self, step, *arguments)
+    def signalled(self, step, *arguments, **named):
+        tell(self, step, *arguments, **named)
         if step == at:
             signal.raise_signal(signal.SIGTERM)
 

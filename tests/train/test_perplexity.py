@@ -67,7 +67,7 @@ def test_rows_are_measured_together(monkeypatch):
 def test_what_was_measured_before_an_interruption(given, tmp_path, capsys, monkeypatch, error):
     """Is told as it comes, and printed at the end: a table, JSON, a file of JSON, and the plot."""
 
-    def measured(*arguments: object) -> float:
+    def measured(*arguments: object, **named: object) -> float:
         if not values:
             raise error
         told.append(capsys.readouterr().err)

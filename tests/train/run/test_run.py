@@ -144,8 +144,8 @@ def test_a_signal_in_a_step(whole, given, tmp_path, monkeypatch, at, number, cod
     """The state is saved, and nothing else is begun, not even after the last step."""
     tell, out = logs.Log.tell, tmp_path / "run"
 
-    def signalled(self: Any, step: int, *args: Any) -> None:
-        tell(self, step, *args)
+    def signalled(self: Any, step: int, *args: Any, **named: Any) -> None:
+        tell(self, step, *args, **named)
         if step == at:
             signal.raise_signal(number)
 
