@@ -184,7 +184,7 @@ def call_roll(*claims: tuple[int, int], timeout: float = launch.LONG) -> list[An
     return heard
 
 
-def test_roll_call_without_one(monkeypatch):
+def test_rendezvous_without_one(monkeypatch):
     """The time of process 0 is over when the other one has reported."""
     host, came = socket.gethostname(), threading.Event()
 
@@ -210,7 +210,7 @@ def test_roll_call_without_one(monkeypatch):
         assert line.endswith(f" are 0 ({host}), 1 ({host})")
 
 
-def test_roll_call():
+def test_rendezvous():
     host = socket.gethostname()
     assert call_roll((0, 3), (2, 3), (1, 3)) == [(host,) * 3] * 3
     assert "processes 1, 2 have not started within 0.1 s" in call_roll((0, 3), timeout=0.1)[0]
@@ -220,7 +220,7 @@ def test_roll_call():
         assert f"process 1 ({host}) was started as one of 4, process 0 ({host}) as one of 2" in line
 
 
-def test_roll_call_passes_over_strangers():
+def test_rendezvous_passes_over_strangers():
     coordinator = f"127.0.0.1:{launch.free_port()}"
     heard = []
 

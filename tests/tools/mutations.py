@@ -59,19 +59,19 @@ FAULTS = [
         "tests/attention/test_cache.py",
     ),
     Fault(
-        "qwen_jax/model/decoder.py",
+        "qwen_jax/model/running.py",
         "kept(x, block, windows[i], first + i,",
         "kept(x, block, windows[0], first + i,",
         "tests/model/test_model.py -k stacked_is_looped",
     ),
     Fault(
-        "qwen_jax/attention/registry.py",
+        "qwen_jax/attention/mask.py",
         "same & real & (distance >= 0)",
         "same & real & (distance > 0)",
         "tests/attention/test_attention.py -k xla",
     ),
     Fault(
-        "qwen_jax/leaves/lora.py",
+        "qwen_jax/model/lora.py",
         "whole = leaf[...].astype(jnp.float32) + adapters.scale * added",
         "whole = leaf[...].astype(jnp.float32) + added",
         "tests/leaves/test_lora.py -k on_a_mesh",
@@ -132,7 +132,7 @@ FAULTS = [
     ),
     Fault(
         "qwen_jax/attention/prove.py",
-        "right = error <= timing.TOLERANCE[case.dtype]",
+        "right = error <= agreement.TOLERANCE[case.dtype]",
         "right = True",
         "tests/attention/test_prove.py",
     ),
@@ -167,9 +167,9 @@ FAULTS = [
         "tests/train/data/test_packing.py -k share_the",
     ),
     Fault(
-        "qwen_jax/meshes/sharding.py",
-        "places.append(P(_entry(first), *others, reduced=summed))\n    for name",
-        "places.append(P(_entry(first), *others))\n    for name",
+        "qwen_jax/meshes/moves.py",
+        "places.append(P(joined(first), *others, reduced=summed))\n    for name",
+        "places.append(P(joined(first), *others))\n    for name",
         "tests/meshes/test_sharding.py tests/train/step/test_step_collectives.py",
     ),
     Fault(

@@ -42,7 +42,7 @@ def scores(
     dropout: Dropout | None = None,
 ) -> tuple[TokenScores, jax.Array]:
     """What a decoder makes of each target, float32 [B, T], and the targets' weights; both in the
-    order in which `ring.zigzag` puts tokens.
+    order in which `moves.zigzag` puts tokens.
 
     decoder: stacked or not, of any storage dtype; `dtype` is what it computes in. frequencies [H/2]
     or [B, H/2]: of RoPE. remat: as `Decoder.__call__`. sequence_parallel: keep the residual split
