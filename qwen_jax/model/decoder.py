@@ -4,7 +4,7 @@ These axis letters name the axes of arrays in every equation, partitioning, tabl
 
     B batch   T query tokens   S key tokens   D model width   L layers   V vocabulary
     N query heads   K key/value heads   G queries per KV head   H head dim   F feed-forward width
-    Q = N H and U = K H, the widths of queries and of keys
+    Q = N H and U = K H, the widths of queries and of keys; `Config.sizes` holds the lengths
 
 A `Decoder` is an immutable pytree of named weights. A forward pass computes
 
@@ -14,11 +14,11 @@ and this file holds only that. The rest lies elsewhere:
 
     rope.py               rotary position embedding: angles and query scales for each scheme
     vocabulary.py         embedding look-up and log-probabilities, over a sharded vocabulary
-    running.py            runs the blocks in order, as one scan or a few layers per program
+    running.py            runs the blocks, as one scan or in groups; what a KV cache must do
     build.py              makes decoders, and stacks and unstacks their layers
-    leaves/weights.py     draws weights and multiplies by them, whether float, int8 or LoRA
-    attention/            attention functions (`attend`), masks, and the KV cache
-    meshes/moves.py       moves arrays to the devices that need them
+    leaves/               the kinds of weights (float, int8, LoRA), a file and a product for each
+    attention/            attention functions (`attend`), masks, and a KV cache (cache.py)
+    meshes/               the axis letters that a mesh splits (sharding.py), and moves of arrays
 """
 
 import functools
@@ -79,15 +79,16 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         context: Context,
         *,
-        layer: LayerCache | None,
+        cache: LayerCache | None,
         attend: Callable[..., Any],
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache.
 
-        layer: this layer's cache, or None. attend: a function of `attention.IMPLEMENTATIONS`.
+        cache: this layer's part, or None. attend: a function of `attention.IMPLEMENTATIONS`.
         """
         residual = jax.typeof(x).sharding.spec
         heads = self.config.num_kv_heads
+        # Where `tp` does not divide K, each device has all key/value weights; heads spread below.
         columns = moves.to_columns(x)
         keys = columns if sharding.held_heads(heads) == heads else moves.to_columns(x, split=False)
         q = contract("BTD,QD->BTQ", columns, weight=self.q)
@@ -104,15 +105,15 @@ class Attention(nnx.Module):
         q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         k, v = moves.spread_heads(k), moves.spread_heads(v)
         scale = context.rotary.query_scale * self.config.head_dim**-0.5
-        if layer is None:
+        if cache is None:
             o = attention.on_shards(attend)(q, k, v, context.own, scale)
         else:
-            o, layer = layer.attend(
+            o, cache = cache.attend(
                 attend, q, k=k, v=v, own=context.own, past=context.past, scale=scale,
                 index=context.index,
             )  # fmt: skip
         o = jnp.reshape(o, (*o.shape[:2], -1), out_sharding=P(*jax.typeof(o).sharding.spec[:3]))
-        return contract("BTQ,DQ->BTD", o, weight=self.o, out=residual), layer
+        return contract("BTQ,DQ->BTD", o, weight=self.o, out=residual), cache
 
     def _by_head(self, x: jax.Array) -> jax.Array:
         """Split the last axis into heads: [B, T, Q] -> [B, T, N, H], and likewise for keys."""
@@ -153,20 +154,20 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         context: Context,
         *,
-        layer: LayerCache | None,
+        cache: LayerCache | None,
         attend: Callable[..., Any],
     ) -> tuple[jax.Array, LayerCache | None]:
         """Run the layer on the residual stream x [B, T, D]. Returns it and the new cache."""
         dropout = context.dropout
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attn_norm, eps=self.norm_eps)
-            o, layer = self.attn(normed, context, layer=layer, attend=attend)
+            o, cache = self.attn(normed, context, cache=cache, attend=attend)
             x = x + (o if dropout is None else dropout.of_attention(o))
         with jax.named_scope("feed_forward"):
-            x, ffn = moves.settled((x, self.ffn))
+            x, ffn = moves.settled((x, self.ffn))  # backward: finish this half before the other
             o = ffn(rms_norm(x, self.ffn_norm, eps=self.norm_eps))
             x = x + (o if dropout is None else dropout.of_feed_forward(o))
-        return x, layer
+        return x, cache
 
 
 @struct.dataclass
@@ -273,7 +274,7 @@ class Decoder(nnx.Module):
         """Run one forward pass over x [B, T, D], embeddings of tokens at `positions`, int32 [B, T].
 
         segments: int32 [B, T]. Tokens attend within their own segment only; 0 is padding.
-        frequencies: float32 [B, H/2], from `rope.Rope.frequencies`.
+        frequencies: float32 [B, H/2], from `rope.Rope.frequencies`: alpha may differ by row.
         cache: earlier keys and values, for separate blocks only; outside `jit` it is donated.
         attend: a function of `attention.IMPLEMENTATIONS`.
         remat: a policy of `jax.checkpoint_policies`, applied to each block.
@@ -298,7 +299,7 @@ class Decoder(nnx.Module):
 def _rotary_and_mask(
     positions: jax.Array, segments: jax.Array, *, frequencies: jax.Array, scheme: rope.Rope
 ) -> tuple[rope.Rotary, Mask]:
-    own = Mask(positions, positions, segments, segments, jnp.int32(0))
+    own = Mask(positions, positions, segments, segments, jnp.int32(0))  # in_layer sets the window
     return rope.rotary(scheme, positions, frequencies=frequencies), own
 
 

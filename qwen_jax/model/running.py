@@ -237,4 +237,4 @@ def _run_block(
 ) -> tuple[jax.Array, Any]:
     """Run one layer. It is traced once for all layers of the same shapes."""
     block = moves.unshard(block, x.dtype)
-    return block(x, context.in_layer(number, window), layer=layer, attend=attend)
+    return block(x, context.in_layer(number, window), cache=layer, attend=attend)
