@@ -297,16 +297,16 @@ def tasks(args: argparse.Namespace, given: Sequence[str], *, about: "Description
 
 
 def work(args: argparse.Namespace) -> None:
-    from qwen_jax.meshes import options
-
     command.join(args)
     _refuse_idle(args)
     given = prompt_texts(args)
     sampler(args, None)
     # All that cannot be is found before the weights are read.
-    sizes = options.mesh_sizes(args.mesh)
     from qwen_jax import chat
     from qwen_jax.generate import backend, bench, completion, description, results
+    from qwen_jax.meshes import options
+
+    sizes = options.mesh_sizes(args.mesh)
 
     backend.check_names(args.dtype, args.attention, cache_dtype=args.cache_dtype)
     try:

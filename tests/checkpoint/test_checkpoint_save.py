@@ -230,7 +230,7 @@ STOPPED = """
 import os, signal, sys
 import jax
 from qwen_jax import checkpoint, meshes
-from qwen_jax.checkpoint import directory, store
+from qwen_jax.checkpoint import directory, saving, store
 from qwen_jax.meshes import sharding
 from tests.checkpoint.test_checkpoint_save import mesh_of, save_on
 where, count = sys.argv[2], 0
@@ -247,12 +247,12 @@ setattr(globals()[home], name, stopping(getattr(globals()[home], name)))
 save_on(sys.argv[1], mesh_of(4, 2))
 """
 MOMENTS = [
-    ("checkpoint.write_json", 1),
-    ("checkpoint.write_json", 2),
+    ("saving.write_json", 1),
+    ("saving.write_json", 2),
     ("store.write_metadata", 1),
     ("store.write_shards", 1),
     ("store.write_shards", 9),
-    ("checkpoint.write_manifest", 1),
+    ("saving.write_manifest", 1),
 ]
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import sys
 
-from qwen_jax.meshes import moves, options
 from qwen_jax.runtime import command
 
 
@@ -21,6 +20,7 @@ def work(args: argparse.Namespace) -> None:
     import qwen_jax
     from qwen_jax import meshes
     from qwen_jax.leaves.weights import named_leaves
+    from qwen_jax.meshes import moves, options
     from tests.support import compilations
 
     sizes = meshes.parse(args.mesh)

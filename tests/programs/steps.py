@@ -8,9 +8,7 @@ import argparse
 import json
 import sys
 
-from qwen_jax.meshes import moves, options
 from qwen_jax.runtime import command, processes
-from train.data import batches
 
 
 def work(args: argparse.Namespace) -> None:
@@ -21,8 +19,10 @@ def work(args: argparse.Namespace) -> None:
     from qwen_jax import checkpoint, meshes
     from qwen_jax.attention import xla
     from qwen_jax.leaves.weights import named_leaves
+    from qwen_jax.meshes import moves, options
     from tests.support.golden_figures import arrays
     from train import step
+    from train.data import batches
 
     sizes = meshes.parse(args.mesh)
     options.virtual_cpu_devices(sizes)

@@ -434,3 +434,24 @@ def test_commands_are_spelled_in_one_way():
     # A section of docs/training.md says what becomes of the other way.
     found = [f.name for f in texts if modules.search(f.read_text(encoding="utf-8"))]
     assert found == ["training.md"]
+
+
+JOINS = {
+    "qwen_jax.generate.__main__": "--ckpt a --prompt b",
+    "convert.from_hf": "a b",
+    "convert.to_hf": "a b",
+    "train.sft": "--ckpt a --data b --out c",
+    "train.pretrain": "--ckpt a --data b --out c",
+}
+
+
+def test_nothing_loads_jax_before_processes_are_joined():
+    """jax's runtime reads how it is to report the loss of a process when it is loaded."""
+    code = (
+        "import importlib, sys; from qwen_jax.runtime import command\n"
+        "command.join = lambda _: sys.exit(3 if 'jax' in sys.modules else 4)\n"
+        "importlib.import_module(sys.argv[1]).main(sys.argv[2:])"
+    )
+    for module, arguments in JOINS.items():
+        line = [sys.executable, "-c", code, module, *arguments.split()]
+        assert subprocess.run(line, cwd=ROOT).returncode == 4, module

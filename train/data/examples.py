@@ -42,7 +42,7 @@ def text_of(record: Any, field: str) -> str:
 
 
 def chat_example(
-    tokenizer: Tokenizer, record: Any, *, system: str, max_len: int | None, loss_on: str = "qwen"
+    tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation as `sft_example` does, from a record in either form.
 

@@ -218,7 +218,6 @@ def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Do what a command line asks for. argv: the line itself, which the run keeps."""
-    from qwen_jax.meshes import options
     from train.run import resuming
 
     resuming.complete(args)
@@ -253,6 +252,8 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
     command.join(args)
     caches.use_compilation_cache(args.compilation_cache)
+    from qwen_jax.meshes import options
+
     sizes = None if args.mesh is None else options.mesh_sizes(args.mesh)
     if sizes is not None:
         options.virtual_cpu_devices(sizes)
