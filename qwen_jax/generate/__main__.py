@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qwen_jax.generate.description import Description
     from qwen_jax.generate.language_model import LanguageModel
-    from qwen_jax.generate.results import Task
+    from qwen_jax.generate.results import TextTask
 
 _EXAMPLES = """examples:
   python -m qwen_jax.generate --ckpt DIR --prompt "The capital of France is"
@@ -279,10 +279,12 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
     return made
 
 
-def tasks(args: argparse.Namespace, given: Sequence[str], *, about: "Description") -> "list[Task]":
+def tasks(
+    args: argparse.Namespace, given: Sequence[str], *, about: "Description"
+) -> "list[TextTask]":
     """The texts to generate, in order. ValueError for a prompt that leaves no room, and which."""
     from qwen_jax.generate import completion
-    from qwen_jax.generate.results import Task
+    from qwen_jax.generate.results import TextTask
     from qwen_jax.runtime import values
 
     found, file = [], args.prompts or args.chats
@@ -292,7 +294,7 @@ def tasks(args: argparse.Namespace, given: Sequence[str], *, about: "Description
             new = about.room(len(ids), args.max_new_tokens)
         for sample in range(args.samples):
             request = completion.Request(ids, args.seed + sample, new)
-            found.append(Task(index, sample, text, request))
+            found.append(TextTask(index, sample, text, request))
     return found
 
 
@@ -333,7 +335,7 @@ def work(args: argparse.Namespace) -> None:
     model = load(args, about, sizes)
     if answers and model.is_base:
         command.say(f"note: {description.BASE_NOTE}")
-    rules = completion.Rules(choose, stops, stop_texts, args.ntk)
+    rules = completion.TextRules(choose, stops, stop_texts, args.ntk)
     if len(wanted) == 1:
         results.write_one(model, wanted[0], rules=rules, as_json=args.json)
     else:

@@ -35,7 +35,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class TextRules:
     """What is the same for all requests. `sampler`: a Greedy or a Nucleus; `stops`: sequences of
     ids that end a row; `stop_texts`: texts that do; `ntk`: as of `LanguageModel.generate`.
     """
@@ -51,7 +51,7 @@ class Row:
     `text`: what is known to come before a stop.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rules: Rules):
+    def __init__(self, tokenizer: Tokenizer, rules: TextRules):
         self.tokens: list[int] = []
         self.text = ""
         self._ids, self._texts = StopIds(rules.stops), StopText(rules.stop_texts)
@@ -86,7 +86,7 @@ class Row:
 
 
 def run(
-    model: "LanguageModel", requests: Sequence[Request], *, rules: Rules, batch_size: int
+    model: "LanguageModel", requests: Sequence[Request], *, rules: TextRules, batch_size: int
 ) -> Iterator[list[Row]]:
     """Yield the finished rows of all requests, in their order, a batch at a time.
 
@@ -102,7 +102,7 @@ def run(
 
 
 def _batch(
-    model: "LanguageModel", requests: Sequence[Request], *, rules: Rules, new: int, width: int
+    model: "LanguageModel", requests: Sequence[Request], *, rules: TextRules, new: int, width: int
 ) -> list[Row]:
     """The finished rows of one batch of `width` rows."""
     filled = list(itertools.islice(itertools.cycle(requests), width))
@@ -192,7 +192,7 @@ def generate_text(
         with values.named(name):
             new = self.room(len(ids), max_new_tokens)
         requests.append(Request(ids, int(seeds[number]), new))
-    rules = Rules(
+    rules = TextRules(
         self.generation_config.sampler if sampler is None else sampler,
         self.generation_config.stops,
         stop_texts(stop),

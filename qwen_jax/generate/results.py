@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_jax.generate import completion
-from qwen_jax.generate.completion import Request, Row, Rules
+from qwen_jax.generate.completion import Request, Row, TextRules
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.runtime import command, processes
 
@@ -21,7 +21,7 @@ _SHOWN = 60  # characters of a prompt in a heading
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TextTask:
     """A text to generate. `index`: of its prompt, from 0; `sample`: which of the prompt's texts it
     is, from 0; `prompt`: the text as it was given.
     """
@@ -32,7 +32,7 @@ class Task:
     request: Request
 
 
-def report(task: Task, row: Row) -> dict[str, Any]:
+def report(task: TextTask, row: Row) -> dict[str, Any]:
     """What --json says of each text."""
     return {
         "index": task.index,
@@ -46,7 +46,7 @@ def report(task: Task, row: Row) -> dict[str, Any]:
     }
 
 
-def write_one(model: LanguageModel, task: Task, *, rules: Rules, as_json: bool) -> None:
+def write_one(model: LanguageModel, task: TextTask, *, rules: TextRules, as_json: bool) -> None:
     """Generate one text and print it as it grows; or, when it is whole, as JSON."""
     started, times = time.perf_counter(), []
     row, request = Row(model.need_tokenizer(), rules), task.request
@@ -86,7 +86,7 @@ def write_one(model: LanguageModel, task: Task, *, rules: Rules, as_json: bool) 
 
 
 def write_many(
-    model: LanguageModel, wanted: Sequence[Task], *, rules: Rules, width: int, as_json: bool
+    model: LanguageModel, wanted: Sequence[TextTask], *, rules: TextRules, width: int, as_json: bool
 ) -> None:
     """Generate several texts in batches of `width`, and print each batch when it is whole."""
     started, waiting, new = time.perf_counter(), iter(wanted), 0
@@ -114,7 +114,7 @@ def write_many(
     )
 
 
-def _heading(task: Task, wanted: Sequence[Task]) -> str:
+def _heading(task: TextTask, wanted: Sequence[TextTask]) -> str:
     """A line that says whose text comes next: prompt and sample, as far as there are several."""
     last, shown = wanted[-1], " ".join(task.prompt.split())
     parts = []

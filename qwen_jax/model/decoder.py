@@ -40,7 +40,7 @@ from qwen_jax.leaves.weights import Maker, Weight, contract
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import rope, running, vocabulary
-from qwen_jax.model.running import Context, Groups, KVCache, LayerCache
+from qwen_jax.model.running import Context, Groups, KVCache, KVCacheLayer
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Any, *, eps: float) -> jax.Array:
@@ -79,9 +79,9 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         context: Context,
         *,
-        cache: LayerCache | None,
+        cache: KVCacheLayer | None,
         attend: Callable[..., Any],
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, KVCacheLayer | None]:
         """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache.
 
         cache: this layer's part, or None. attend: a function of `attention.IMPLEMENTATIONS`.
@@ -154,9 +154,9 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         context: Context,
         *,
-        cache: LayerCache | None,
+        cache: KVCacheLayer | None,
         attend: Callable[..., Any],
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, KVCacheLayer | None]:
         """Run the layer on the residual stream x [B, T, D]. Returns it and the new cache."""
         dropout = context.dropout
         with jax.named_scope("attention"):

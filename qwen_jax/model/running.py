@@ -25,7 +25,7 @@ from qwen_jax.model.rope import Rotary
 GROUP = 4
 
 
-class LayerCache(Protocol):
+class KVCacheLayer(Protocol):
     """The interface of one layer's KV cache, which `attention/cache.py` implements.
 
     `attend` returns softmax attention of q [B, T, N, H] over this pass's k, v [B, T, K, H] and the
@@ -43,7 +43,7 @@ class LayerCache(Protocol):
         past: Mask | None,
         scale: Float[Array, "B T"],
         index: Any,
-    ) -> "tuple[jax.Array, LayerCache]": ...
+    ) -> "tuple[jax.Array, KVCacheLayer]": ...
 
 
 class KVCache(Protocol):
@@ -54,7 +54,7 @@ class KVCache(Protocol):
     """
 
     @property
-    def layers(self) -> "tuple[LayerCache, ...]": ...
+    def layers(self) -> "tuple[KVCacheLayer, ...]": ...
 
     def context(
         self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]

@@ -136,7 +136,7 @@ def test_chats_of_a_file(chat_model: qwen_jax.LanguageModel) -> None:
 
 def test_headings_say_whose_text_it_is() -> None:
     request = completion.Request([1], 5, 1)
-    wanted = [results.Task(i, j, f"a\n{'b' * 80}", request) for i in range(2) for j in range(2)]
+    wanted = [results.TextTask(i, j, f"a\n{'b' * 80}", request) for i in range(2) for j in range(2)]
     assert results._heading(wanted[1], wanted) == (
         f"=== prompt 1 of 2, sample 2 of 2 (seed 5): a {'b' * 55}..."
     )

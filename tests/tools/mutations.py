@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Faults put in by hand, which the quick tests must catch."
     )
-    parser.add_argument("module", nargs="*", help="of the package, e.g. qwen_jax/rope.py")
+    parser.add_argument("module", nargs="*", help="of the package, e.g. qwen_jax/model/rope.py")
     wanted = parser.parse_args(argv).module
     faults = [fault for fault in FAULTS if not wanted or fault.module in wanted]
     uncaught = 0

@@ -80,10 +80,13 @@ def claim(
     taken = _steps_saved(out / CHECKPOINTS)
     saved = taken or any((out / name).exists() for name in RESULTS)
     if changed and saved:
+        goes_on = f"--out {out} --resume alone takes what it began with"
+        if "arguments" not in before:  # as of older runs, which kept none
+            goes_on = "to go on with it, give what it was begun with"
         more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise ValueError(
-            f"{out} holds another run: {'; '.join(changed[:_SHOWN])}{more}: --out {out} "
-            "--resume alone takes what it began with; for another run give another --out"
+            f"{out} holds another run: {'; '.join(changed[:_SHOWN])}{more}: {goes_on}; for another "
+            "run give another --out"
         )
     if taken and max(taken) > steps:
         raise ValueError(f"{out} is at step {max(taken)}: of {steps} steps it has more")

@@ -244,7 +244,7 @@ def make_step(
         )
 
     def of(weights: Any, batch: Batch, total: Any, key: Any, base: Any) -> tuple[Any, Metrics]:
-        # Gradients are summed in the dtype of the leaves that they are of (`sharding.unshard`).
+        # Gradients are summed in the dtype of the leaves that they are of (`moves.unshard`).
         weights = jax.tree.map(lambda x: x.astype(gradient_dtype), weights)
         decoder = weights if attach is None else attach(weights, base, jax.random.fold_in(key, 1))
         drop = Dropout(jax.random.fold_in(key, 0), dropout) if dropout else None
