@@ -30,9 +30,9 @@ EXAMPLES = """examples:
   python convert/from_hf.py ~/Qwen-7B models/qwen-7b             a folder
   python convert/from_hf.py Qwen/Qwen-1_8B-Chat models/chat      from the hub (qwen-jax[hub])
   python convert/from_hf.py SRC DST --dtype float32 --verify     cast, then compare every tensor
-  python convert/from_hf.py SRC DST --mesh fsdp=4,tp=2           stored in the pieces of this mesh
+  python convert/from_hf.py SRC DST --mesh fsdp=4,tp=2           one file for each shard of a mesh
 
-A directory stored for one mesh loads into any other; files of its own pieces load fastest. SRC and
+A directory that is cut for one mesh loads on any other, but fastest on its own. SRC and
 DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
 # A model in the cache of the Hugging Face hub's library.
@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--mesh",
         metavar="AXES",
-        help="store in the pieces of this mesh: axes data, fsdp, context and tp, as fsdp=4,tp=2 "
-        "(default: whole leaves, as for one device)",
+        help="cut the files into the shards of this mesh: axes data, fsdp, context and tp, such as "
+        "fsdp=4,tp=2 (default: whole arrays, as for one device)",
     )
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
     command.add_processes(result)

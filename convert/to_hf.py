@@ -37,8 +37,8 @@ EXAMPLES = """examples:
   python convert/to_hf.py SRC DST --dtype float16                 cast on the way
   python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
 
-For the dtype of the checkpoint that SRC was made of, every tensor comes back byte for byte. SRC and
-DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
+In the dtype of the checkpoint that SRC was made from, every tensor comes back byte for byte. SRC
+and DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
 
 
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         type=parse_size,
         default="5GB",
         metavar="SIZE",
-        help="most bytes of tensors in a file, such as 5GB or 500MB (default: %(default)s)",
+        help="largest size of a file, such as 5GB or 500MB (default: %(default)s)",
     )
     add(
         "--adapter",
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--verify",
         action="store_true",
-        help="at the end, compare every tensor with the source, merged again with --adapter",
+        help="compare every tensor with SRC (and --adapter) at the end",
     )
     command.add_processes(result)
     command.add_debug(result)

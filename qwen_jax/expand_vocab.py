@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="UTF-8 lines 'word<TAB>frequency'; without a frequency it is 1",
     )
     parser.add_argument(
-        "out_file", metavar="OUT_FILE", type=command.path, help="must not exist yet"
+        "out_file", metavar="OUT_FILE", type=command.path, help="expansion; must not exist"
     )
     parser.add_argument(
         "--start-id",

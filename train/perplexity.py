@@ -43,9 +43,9 @@ _EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python train/perplexity.py",
-        description="Measure how well a model predicts long text, by length and by what extends "
-        "its context. Prints a table, and writes a plot. An interruption leaves what was measured "
-        "before it.",
+        description="Measure how well a model predicts long text (its perplexity), by row length "
+        "and by what extends\nits context. Prints a table, and writes a plot; if interrupted, of "
+        "what was measured until then.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,56 +56,56 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="JSONL, JSON, Parquet or text (a text file is one document)",
+        help="JSONL, JSON, Parquet, text (one document); unused if shorter than the longest row",
     )
     add(
         "--lengths",
         default="1024,2048,4096,8192,16384,32768",
         metavar="N,...",
-        help="tokens of a row, each in its turn (default: %(default)s)",
+        help="tokens per row, all divisors of the longest (default: %(default)s)",
     )
     add(
         "--modes",
         default=",".join(MODES),
         metavar="NAME,...",
-        help="what extends the context, of plain, ntk, ntk+logn, ntk+logn+window and own, which is "
-        "as config.json has it (default: %(default)s)",
+        help="what extends the context: plain (nothing), ntk, ntk+logn, ntk+logn+window, or own "
+        "(what config.json sets) (default: %(default)s)",
     )
     add(
         "--windows",
         metavar="LIST",
-        help="of mode window: the width of each layer, JSON, null for all tokens (default: the "
-        "lower half of the layers see as far as the model was trained; none are published)",
+        help="window of each layer in ntk+logn+window, such as [1024, null]; null: all tokens "
+        "(default: seq_length in the lower half of the layers; none are published)",
     )
     add(
         "--tokens",
         type=command.positive,
         default=2**18,
         metavar="N",
-        help="at most (default: %(default)s)",
+        help="measure at most N tokens, the same at each length (default: %(default)s)",
     )
     add(
         "--field",
         type=command.text,
         default="text",
         metavar="NAME",
-        help="where a record has its text (default: %(default)s)",
+        help="field of a record that holds its text (default: %(default)s)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
         "--attention",
         default="auto",
         metavar="NAME",
-        help=f"which kernel computes attention: {command.ATTENTION}; default: auto",
+        help=f"implementation of attention: {command.ATTENTION}; default: auto",
     )
     add(
         "--mesh",
         metavar="SPEC",
-        help="axes data, fsdp, context and tp, as context=8 (default: one device)",
+        help="axes data, fsdp, context and tp, such as context=8 (default: one device)",
     )
-    add("--plot", metavar="FILE", help="write a plot there (default: perplexity.png)")
+    add("--plot", metavar="FILE", help="plot file (default: perplexity.png, none with --json)")
     add("--json", action="store_true", help="print JSON in place of a table")
-    out = "write the figures there as JSON, each when it is measured (default: nowhere)"
+    out = "also write the figures to FILE as JSON, after each measurement (default: none)"
     add("--out", type=command.path, metavar="FILE", help=out)
     caches.add_compilation_cache(result)
     command.add_debug(result)

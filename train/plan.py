@@ -34,40 +34,40 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Every word of a plan is explained by --glossary, and in docs/scaling.md.",
     )
     add = parser.add_argument
-    add("--glossary", action="store_true", help="explain the words of a plan, end")
+    add("--glossary", action="store_true", help="explain the words of a plan, and exit")
     add("--model", help=f"{', '.join(PRESETS)}, or a folder with a config.json (required)")
     add(
         "--topology",
-        help="v4, v5e, v5p, v6e, tpu7x, as v5e:16x16*2; a100, h100, h200, as h100:8x8 (required)",
+        help="CHIP:SIDES*SLICES of v4, v5e, v5p, v6e or tpu7x, such as v5e:16x16 or v5e:16x16*2; "
+        "CHIP:HOSTSxGPUS of a100, h100 or h200, such as h100:8x8 (required)",
     )
-    add("--mesh", help="axes data, fsdp, context, tp, as fsdp=64,tp=8 (default: of all devices)")
-    add("--length", type=command.positive, default=2048, help="tokens of a row (default: 2048)")
-    add("--batch", type=command.positive, default=256, help="rows, of all devices (default: 256)")
-    add("--decode", action="store_true", help="prefill and decoding, not training")
+    add("--mesh", help="axes data, fsdp, context, tp, as fsdp=64,tp=8 (default: chosen)")
+    add("--length", type=command.positive, default=2048, help="tokens per row (default: 2048)")
+    add("--batch", type=command.positive, default=256, help="rows on all devices (default: 256)")
+    add("--decode", action="store_true", help="plan prefill and decoding, not training")
     add(
         "--attention",
         default="auto",
         metavar="NAME",
-        help=f"{command.ATTENTION}; default: auto, the kernel for the chip, which auto takes there "
-        "once it has proved itself; xla is what it takes otherwise",
+        help=f"{command.ATTENTION}; default: auto (the chip's kernel, which a run tests first)",
     )
-    add("--remat", default="full", help="full, projections or none (default: full)")
+    add("--remat", default="full", help="recompute: full, projections or none (default: full)")
     add(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
-        help="split the residual over tp by tokens (default: where the tokens divide)",
+        help="split the residual stream by tokens over tp (default: where the tokens divide)",
     )
     add("--accumulate", type=command.positive, default=1, help="parts of a batch (default: 1)")
-    add("--gradient-dtype", default="float32", help="float32 or bfloat16 sums (default: float32)")
+    add("--gradient-dtype", default="float32", help="float32 or bfloat16 (default: float32)")
     adapters = parser.add_argument_group("training adapters, as `python train/sft.py` does")
     add_adapters = adapters.add_argument
     add_adapters("--lora-rank", type=command.positive, metavar="N", help="as 64 (default: none)")
     add_adapters("--base-dtype", default="same", help="same (bfloat16) or int8 (default: same)")
-    add_adapters("--train-embeddings", action="store_true", help="embedding and head whole, too")
-    add("--cache-dtype", help="int8 or int8_asymmetric (default: bfloat16)")
-    add("--search", action="store_true", help="try meshes, remat and batch sizes")
-    add("--tries", type=command.positive, default=6, help="most programs of a search (default: 6)")
-    add("--json", action="store_true", help="one object for programs")
+    add_adapters("--train-embeddings", action="store_true", help="embedding and head too")
+    add("--cache-dtype", help="with --decode: int8 or int8_asymmetric (default: bfloat16)")
+    add("--search", action="store_true", help="rank meshes, remat and halves of --batch")
+    add("--tries", type=command.positive, default=6, help="most settings of --search (default: 6)")
+    add("--json", action="store_true", help="print one JSON object")
     command.add_debug(parser)
     return command.run(parser, _work, argv=argv)
 

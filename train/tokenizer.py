@@ -43,21 +43,21 @@ def parser() -> argparse.ArgumentParser:
         type=command.text,
         default="text",
         metavar="NAME",
-        help="where a record has its text (default: %(default)s)",
+        help="field of a record that holds its text (default: %(default)s)",
     )
     add(
         "--size",
         type=command.positive,
         default=4096,
         metavar="N",
-        help="tokens, the 256 bytes among them; control tokens come after (default: %(default)s)",
+        help="tokens, with the 256 bytes, without the control tokens (default: %(default)s)",
     )
     add(
         "--out",
         type=command.path,
         required=True,
         metavar="FILE",
-        help="the qwen.tiktoken to write; its folder is made",
+        help="the qwen.tiktoken to write; must not exist yet (its folder need not)",
     )
     command.add_debug(result)
     return result

@@ -29,9 +29,9 @@ On a machine with the device that is to be measured, and with nothing else runni
   python -m qwen_jax.kernels.tune --task decode --kernel xla pallas_triton --out /tmp/lines.json
       some of it, into a file of one's own
   python -m qwen_jax.kernels.tune --show
-      what `auto` has found out on this machine, and the table's lines for this device
+      results of `auto`'s tests on this machine, and the table's lines for this device
   python -m qwen_jax.kernels.tune --forget
-      remove what it has found out, so that it proves each kernel anew
+      delete these results, so that it tests each kernel again
 
 Lines of the same device, kernel, task, head dim, dtype and length are replaced, others are kept.
 `auto` compares the lines of a task, so measure all kernels alike. The table is part of the package:
@@ -44,7 +44,7 @@ _FINALISTS = 3  # how many block sizes of a kernel take part in the last run
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m qwen_jax.kernels.tune",
-        description="Time attention on this device and write lines for `auto` to choose by.",
+        description="Time attention on this device, for the table that `auto` chooses by.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--kernel",
         nargs="+",
         metavar="NAME",
-        help=f"which to time, of {command.ATTENTION.removeprefix('auto, ')}; default: all",
+        help=f"time only these: {command.ATTENTION.removeprefix('auto, ')}; default: all",
     )
     tasks = ("forward", "backward", "decode")
     add(
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=tasks,
         default=list(tasks),
-        help="what to time (default: forward backward decode)",
+        help="passes to time (default: forward backward decode)",
     )
     add(
         "--head-dim",
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=dtypes,
         default="bfloat16",
-        help="of queries, keys and values (default: bfloat16)",
+        help="dtype of queries, keys and values (default: bfloat16)",
     )
     add(
         "--length",
@@ -83,40 +83,40 @@ def parser() -> argparse.ArgumentParser:
         type=command.positive,
         default=[2048, 8192, 32768],
         metavar="N",
-        help="tokens, or slots of a cache (default: 2048 8192 32768)",
+        help="tokens per row; of decode, slots of the cache (default: 2048 8192 32768)",
     )
     add(
         "--heads",
         type=command.positive,
         default=32,
         metavar="N",
-        help="heads of queries, and of keys (default: 32)",
+        help="query heads, and as many key heads (default: 32)",
     )
     add(
         "--batch",
         type=command.positive,
         metavar="N",
-        help="rows (default: as many as have 16384 tokens in all, of decode 8)",
+        help="rows (default: as many as make 16384 tokens; 8 for decode)",
     )
     add(
         "--rounds",
         type=command.positive,
         default=9,
         metavar="N",
-        help="rounds of the last run, in which all take turns (default: 9)",
+        help="times that each finalist is timed, in turns, at the end (default: 9)",
     )
     add(
         "--out",
         type=command.path,
         metavar="FILE",
-        help="where lines go (default: the package's own table)",
+        help="JSON file for the results (default: the package's own table)",
     )
     kept = result.add_mutually_exclusive_group()
     kept.add_argument(
-        "--show", action="store_true", help="time nothing; print what is known of kernels here"
+        "--show", action="store_true", help="time nothing; print test results and times here"
     )
     kept.add_argument(
-        "--forget", action="store_true", help="time nothing; have `auto` prove kernels anew"
+        "--forget", action="store_true", help="time nothing; delete `auto`'s test results"
     )
     command.add_debug(result)
     return result

@@ -28,7 +28,7 @@ that. The mesh is the one the files were cut for; they load on any other. A chun
 params/. A vocabulary that is not there or does not fit the model is warned of: the weights are
 whole all the same.
 
-Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 usage.
+Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 a usage error.
 """
 # The printed name of each size, with its field of Config.
 _SIZES = {

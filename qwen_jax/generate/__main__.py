@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--ckpt", required=True, metavar="DIR", help="model directory")
-    source = result.add_argument_group("prompts (one of these, of which none is the default)")
+    source = result.add_argument_group("prompts (one is required, but not with --bench)")
     source = source.add_mutually_exclusive_group()
     source.add_argument("--prompt", type=command.text, metavar="TEXT", help="continue this text")
     source.add_argument("--prompt-file", metavar="FILE", help="continue this file's text (UTF-8)")
@@ -57,26 +57,26 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--chats",
         metavar="FILE",
-        help="answer each line of this file, which is as that of --prompts",
+        help="answer each line of this file, which is in the form of --prompts",
     )
     result.add_argument(
         "--bench",
         action="store_true",
-        help="no text: measure prefill and decode rates, and the share of memory bandwidth, on "
-        "the prompt given or on 128 random tokens",
+        help="print no text, but the speed of prefill and decoding and the share of memory "
+        "bandwidth, for the prompt or 128 random tokens",
     )
     sampling = result.add_argument_group("sampling (defaults: the checkpoint's generation_config)")
     add = sampling.add_argument
-    add("--max-new-tokens", type=command.positive, metavar="N", help="most tokens to generate")
-    add("--temperature", type=float, metavar="T", help="0 takes the most likely token")
+    add("--max-new-tokens", type=command.positive, metavar="N", help="make at most N tokens")
+    add("--temperature", type=float, metavar="T", help="0: take the likeliest token")
     add(
         "--top-p",
         type=float,
         metavar="P",
         help="draw from the most likely tokens that together have probability P",
     )
-    add("--top-k", type=int, metavar="K", help="0 = no limit")
-    add("--repetition-penalty", type=float, metavar="R", help="1 = none")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: from all")
+    add("--repetition-penalty", type=float, metavar="R", help="1: none; above: fewer repeats")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default: 0)")
     add(
         "--samples",
@@ -91,13 +91,13 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end a text before TEXT, and where the checkpoint says; repeatable (default: none)",
+        help="end before TEXT, as well as at the checkpoint's stops; repeatable (default: none)",
     )
     add(
         "--batch-size",
         type=command.positive,
         metavar="N",
-        help="of several texts, generate N at once; none depends on the others (default: 8)",
+        help="generate N texts at once, which does not change any of them (default: 8)",
     )
     add(
         "--system",
@@ -111,27 +111,27 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--cache-dtype",
         choices=("int8", "int8_asymmetric"),
-        help="of the KV cache (default: that of the model, --dtype)",
+        help="8 bits for the KV cache, symmetric or with zero points (default: as --dtype)",
     )
     add(
         "--attention",
         default="auto",
         metavar="NAME",
-        help="which kernel computes attention: auto proves those for this device, once, and takes "
-        f"the fastest that is right; others are taken as they are. {command.ATTENTION}; default: "
-        "auto",
+        help="implementation of attention: auto tests this device's kernels once, and takes the "
+        "fastest that is right; any other is taken without a test. "
+        f"{command.ATTENTION}; default: auto",
     )
     add(
         "--max-length",
         type=command.positive,
         metavar="N",
-        help="most prompt and new tokens of a row (default: what the model was made for)",
+        help="most tokens of a row, prompt and new ones (default: what config.json allows)",
     )
     add(
         "--mesh",
         metavar="SPEC",
-        help="axes data, fsdp and tp, as fsdp=2,tp=4 (default: all devices that divide the model, "
-        "heads first)",
+        help="axes data, fsdp and tp, such as fsdp=2,tp=4 (default: as many devices as divide "
+        "the model, on tp first)",
     )
     add(
         "--set",
@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
         "--ntk",
         choices=("prompt", "total"),
         default="prompt",
-        help="dynamic NTK's alpha from the prompt, or from the total of prompt and new tokens "
+        help="length that sets dynamic NTK's alpha: the prompt's, or the total with new tokens "
         "(default: %(default)s)",
     )
     result.add_argument("--json", action="store_true", help="print a JSON object for each text")

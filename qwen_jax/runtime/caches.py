@@ -60,8 +60,8 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
-        help="where compiled programs are kept; of several hosts one that all see, or gs:// "
-        "(default: $JAX_COMPILATION_CACHE_DIR, or a cache of the user)",
+        help="folder that keeps compiled programs; for several hosts a shared one, or gs:// "
+        "(default: $JAX_COMPILATION_CACHE_DIR, or in the user's cache)",
     )
 
 

@@ -24,7 +24,7 @@ ATTENTION = (
     "auto, xla, pallas_tpu, pallas_triton, pallas_hopper, dot_product, splash, flash or tokamax "
     "(docs/attention.md)"
 )
-DTYPE = "of the weights here (default: float32 on a CPU; else bfloat16, or float16 without it)"
+DTYPE = "compute in this dtype (default: float32 on a CPU, bfloat16 or else float16 elsewhere)"
 _RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may raise on output
 
 
@@ -180,7 +180,7 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add the option that prints the version of the library, and of what its results depend on."""
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and end")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and exit")
 
 
 class _Version(argparse.Action):
@@ -211,8 +211,8 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     add(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address of process 0, at a port that is free (default: one process, or as found by "
-        "--distributed)",
+        help="address of process 0 with a free port; goes with --processes and --process "
+        "(default: one process, or as found by --distributed)",
     )
     add(
         "--processes",
@@ -224,21 +224,21 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         "--process",
         type=int,
         metavar="I",
-        help="the number of this one, from 0 (default: as found by --distributed)",
+        help="the number of this process, from 0 (default: as found by --distributed)",
     )
     add(
         "--start-timeout",
         type=positive,
         default=300,
         metavar="SECONDS",
-        help="how long to wait for all to start (default: %(default)s)",
+        help="how long to wait for all processes to start (default: %(default)s)",
     )
     add(
         "--heartbeat-timeout",
         type=positive,
         default=30,
         metavar="SECONDS",
-        help="a process without a sign of life for so long counts as dead (default: %(default)s)",
+        help="a process that is silent for this long counts as dead (default: %(default)s)",
     )
 
 

@@ -43,20 +43,20 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
     add(
         "--source",
         metavar="NAME",
-        help="Take the values of this source where sources differ: report, memo or script "
-        "(default: that of the recipe).",
+        help="Follow Qwen's technical report, the memo or the script in its repository, where they "
+        "differ: report, memo or script (default: the recipe's).",
     )
-    add("--dry-run", action="store_true", help="Print the recipe, with what is changed, and end.")
+    add("--dry-run", action="store_true", help="Print the recipe, with the changes, and exit.")
     add = result.add_argument_group("model").add_argument
     add(
         "--ckpt",
         metavar="DIR",
-        help="Begin from the weights of this model directory (this or --model is required).",
+        help="Start from the weights of this model directory (this or --model is required).",
     )
     add(
         "--model",
         metavar="NAME",
-        help=f"Begin from fresh weights of this size, {', '.join(PRESETS)}, or of this config.json "
+        help=f"Start from random weights, of size {', '.join(PRESETS)}, or of a config.json "
         "(this or --ckpt is required).",
     )
     add(
@@ -69,53 +69,53 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         "--data",
         nargs="+",
         metavar="FILE",
-        help="Train on these files (JSONL, JSON, Parquet or text), folders of such, or gs://; "
-        "a text file is one document (required).",
+        help="Train on these files (JSONL, JSON, Parquet, text) or folders, also in gs:// "
+        "(required). Records: docs/training.md; a text file is one document.",
     )
     add(
         "--eval-data",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="Measure the loss on these files (default: none).",
+        help="Measure the held-out loss on these files (default: none).",
     )
     add(
         "--eval-share",
         type=float,
         default=0.0,
         metavar="S",
-        help="Hold out this share of the data, and measure the loss on it (default: %(default)s).",
+        help="Measure the held-out loss on this share of --data (default: %(default)s).",
     )
     add(
         "--token-cache",
         metavar="DIR",
-        help="Keep encoded data in this folder, or in gs:// (default: a cache of the user).",
+        help="Keep tokenized data in this folder, or in gs:// (default: in the user's cache).",
     )
-    add("--strict", action="store_true", help="Stop at a record that cannot be used.")
+    add("--strict", action="store_true", help="Stop at a bad record instead of leaving it out.")
     add = result.add_argument_group("run").add_argument
     add(
         "--out",
         metavar="DIR",
-        help="Write the run into this folder, which is new or empty (required).",
+        help="Write the run into this folder, new or empty without --resume (required).",
     )
     add(
         "--resume",
         action="store_true",
-        help="Go on with the run in --out, if there is one; what is not given is as it was.",
+        help="Go on with the run in --out, if any; options that are not given are the run's.",
     )
     add(
         "--eval-every",
         type=int,
         default=500,
         metavar="N",
-        help="Measure the loss on held-out data every N steps (default: %(default)s).",
+        help="Measure the held-out loss every N steps; 0: only at the end (default: %(default)s).",
     )
     add(
         "--save-every",
         type=int,
         default=500,
         metavar="N",
-        help="Save a checkpoint every N steps (default: %(default)s).",
+        help="Save a checkpoint every N steps; 0: only at the end (default: %(default)s).",
     )
     add(
         "--keep-last",
@@ -128,25 +128,25 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         "--keep-best",
         type=int,
         metavar="N",
-        help="Keep the N checkpoints of least held-out loss, too (default: 1).",
+        help="Also keep the N checkpoints of lowest held-out loss (default: 1).",
     )
     add(
         "--on-nan",
         choices=("stop", "skip"),
         default="stop",
-        help="Stop at a loss that is no number, or skip its batch (default: %(default)s).",
+        help="Stop at a NaN or infinite loss, or skip its batch (default: %(default)s).",
     )
     add(
         "--profile-steps",
         metavar="A-B",
-        help="Record steps A to B for TensorBoard's profiler (default: none).",
+        help="Profile steps A to B, such as 10-12, for TensorBoard (default: none).",
     )
-    add("--merge", action="store_true", help="Write the model with its adapters merged, too.")
+    add("--merge", action="store_true", help="Also write a model with the adapters merged.")
     add(
         "--mesh",
         metavar="SPEC",
         help="Train on this mesh, of axes data, fsdp, context and tp, such as fsdp=4,tp=2 "
-        "(default: all devices that divide).",
+        "(default: as many devices as model and batch divide over).",
     )
     group = result.add_argument_group("recipe (default: the value of --recipe)")
     for field in dataclasses.fields(Recipe):

@@ -40,74 +40,74 @@ class Recipe:
     data: str = _about('What a record of the data is: "text" or "chat".')
     length: int = _about("Cut or pack the data into rows of N tokens.")
     rows: int = _about("Train on batches of N rows, over all devices together.")
-    learning_rate: float = _about("Let the learning rate rise to X at most.")
-    steps: int | None = _about("Train for N updates (default: as many as --epochs make).", None)
+    learning_rate: float = _about("Set the peak learning rate to X.")
+    steps: int | None = _about("Train for N updates (default: as many as --epochs takes).", None)
     epochs: float | None = _about("Train on every row X times, in place of --steps.", None)
     warmup: float = _about(
-        "Raise the learning rate over X steps; below 1, X is a share of all steps.", 0.0
+        "Warm the learning rate up over X steps; below 1, over that share of all steps.", 0.0
     )
     schedule: str = _about(
-        "After the warm-up, let the learning rate follow a cosine, or keep it constant: cosine or "
-        "constant.",
+        "Learning rate after the warm-up: cosine (it falls to --final) or constant (it stays at "
+        "its peak).",
         "cosine",
     )
-    final: float = _about("End the cosine at X times the highest learning rate.", 0.1)
-    b1: float = _about("Let AdamW average gradients with a beta 1 of X.", 0.9)
-    b2: float = _about("Let AdamW average squared gradients with a beta 2 of X.", 0.95)
-    eps: float = _about("Let AdamW divide with an epsilon of X.", 1e-8)
-    weight_decay: float = _about("Let matrices decay by X times the learning rate a step.", 0.1)
-    clip_norm: float = _about("Scale gradients down to a global norm of X where it is larger.", 1.0)
-    dropout: float = _about("Drop a share X of embeddings, and of what blocks add.", 0.0)
-    z_loss: float = _about("Add X times log(Z)^2 to what is minimised.", 0.0)
-    accumulate: int = _about("Compute a batch in N parts, one after the other.", 1)
+    final: float = _about("End the cosine at X times --learning-rate.", 0.1)
+    b1: float = _about("Set AdamW's beta 1 (of the mean of gradients) to X.", 0.9)
+    b2: float = _about("Set AdamW's beta 2 (of the mean of their squares) to X.", 0.95)
+    eps: float = _about("Set AdamW's epsilon to X.", 1e-8)
+    weight_decay: float = _about("Set AdamW's weight decay to X; only matrices decay.", 0.1)
+    clip_norm: float = _about("Clip gradients to a global norm of X.", 1.0)
+    dropout: float = _about("Drop a share X of the embeddings and of each branch's output.", 0.0)
+    z_loss: float = _about("Add X log(Z)^2 to the loss; Z: the softmax's denominator.", 0.0)
+    accumulate: int = _about("Accumulate the gradient over N parts of a batch.", 1)
     pack: str = _about(
-        "Fill rows with documents joined end to end, with whole examples that are fitted in, or "
-        "with one example alone: joined, fitted or alone.",
+        "Fill rows with documents end to end, cut at row ends (joined); with as many whole "
+        "examples as fit (fitted); or with one example each (alone).",
         "fitted",
     )
-    too_long: str = _about("Cut or drop examples that are longer than a row: cut or drop.", "cut")
-    field: str = _about("Read the text of a record from its field of this name.", "text")
+    too_long: str = _about("What to do with examples longer than a row: cut or drop.", "cut")
+    field: str = _about("Documents: read the text of a record from this field.", "text")
     loss_on: str = _about(
-        "Train on replies alone, or as the original script does on control tokens too: assistant "
-        "or qwen.",
+        "Chats: learn the replies alone (assistant), or like the original script also the control "
+        "tokens of all turns (qwen).",
         "assistant",
     )
-    system: str = _about("Give this system message to chats that have none.", DEFAULT_SYSTEM)
+    system: str = _about("Chats: system message of a chat that has none.", DEFAULT_SYSTEM)
     lora_rank: int = _about("Train adapters of rank N; 0 trains all weights.", 0)
-    lora_alpha: float = _about("Scale what adapters add by X over their rank.", 16.0)
-    lora_dropout: float = _about("Drop a share X of what goes into adapters.", 0.05)
+    lora_alpha: float = _about("Scale the adapters' product by X / rank.", 16.0)
+    lora_dropout: float = _about("Drop a share X of the adapters' input.", 0.05)
     lora_targets: tuple[str, ...] = _about(
-        "Put adapters on the modules of these names, of c_attn, c_proj, w1 and w2, or that one "
-        "pattern matches, as PEFT's target_modules.",
+        "Put adapters on these modules: some of c_attn, c_proj, w1 and w2, or one regular "
+        "expression, as PEFT's target_modules.",
         ("c_attn", "c_proj", "w1", "w2"),
     )
     train_embeddings: bool | None = _about(
-        "Beside adapters, train the embedding and the head whole (default: if the model has not "
-        "seen ChatML).",
+        "With adapters, also train the whole embedding and head (default: on chats, if --ckpt was "
+        "not trained on ChatML).",
         None,
     )
     dtype: str = _about("Compute in float32 or bfloat16.", "bfloat16")
     base_dtype: str = _about(
-        "Keep the weights below adapters in 8 bits, or in the same dtype as --dtype: int8 or same.",
+        "Keep the frozen weights below adapters in int8, or as --dtype says: int8 or same.",
         "same",
     )
     moments: str = _about("Keep the optimizer's moments in float32 or bfloat16.", "float32")
     gradient_dtype: str = _about(
-        "Sum gradients over the mesh in float32; or in bfloat16, if --dtype is that.", "float32"
+        "Sum gradients over devices in float32, or bfloat16 (if --dtype is bfloat16).", "float32"
     )
     remat: str = _about(
-        "Compute all activations again for gradients, or those between the projections, or none: "
-        "full, projections or none.",
+        "Recompute in the backward pass: all of a block (full), all but the outputs of its "
+        "projections (projections), or nothing (none).",
         "full",
     )
     sequence_parallel: bool | None = _about(
         "Split the residual stream by tokens over tp (default: where the tokens divide).", None
     )
     attention: str = _about(
-        f"Compute attention with this; auto takes the fastest that is right here: {ATTENTION}.",
+        f"Compute attention with this; auto takes the fastest correct one here: {ATTENTION}.",
         "auto",
     )
-    seed: int = _about("Draw fresh weights, the order of the data and dropout from seed N.", 0)
+    seed: int = _about("Draw random weights, the data's order and dropout from seed N.", 0)
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be, by name."""
