@@ -163,7 +163,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
-    """Where the bytes of a header's entry begin and end, after the header."""
+    """Return a tensor's data_offsets, [begin, end) in bytes after the header. Checks them."""
     found = entry.get("data_offsets") if isinstance(entry, dict) else entry
     if not _sizes(found) or len(found) != 2 or found[0] > found[1]:
         raise ValueError(f"{name!r} has data_offsets {texts.shown(found)}, not [begin, end]")

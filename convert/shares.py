@@ -44,7 +44,7 @@ class Shares:
                 self._writer[band.leaf.path, name] = writer
 
     def of(self, process: int, band: Band) -> dict[str, tuple[slice, ...]]:
-        """Those of the band's pieces that a process writes."""
+        """Return the pieces of a band that a process writes, in the form of `Band.pieces`."""
         path = band.leaf.path
         return {n: at for n, at in band.pieces.items() if self._writer[path, n] == process}
 

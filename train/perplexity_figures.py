@@ -49,7 +49,7 @@ def plot(
 
 
 def title_of(ckpt: str, tokens: int) -> str:
-    """The title of the plot: the model by the end of its path, and how much was read."""
+    """The plot's title: the last two parts of the model's path, and the number of tokens."""
     name = "/".join(paths.absolute(ckpt).parts[-2:])
     return f"Perplexity of {name} over {tokens:,} tokens"
 

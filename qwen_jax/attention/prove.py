@@ -312,7 +312,7 @@ def _proved(key: Key, case: Case, *, timed: bool) -> Verdict:
 
 
 class _Declined(Exception):
-    """Raised where a kernel's trace declines a call. What a compiler lacks is a failure instead."""
+    """The kernel does not support the call. (A compiler's refusal is a failed test instead.)"""
 
 
 def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, float] | None]:

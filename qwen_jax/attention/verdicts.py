@@ -85,7 +85,7 @@ class Verdict:
 
     @property
     def found(self) -> str:
-        """The outcome in words."""
+        """The outcome in words, with the size of the error or the reason."""
         if self.outcome == "wrong":
             return f"wrong by {self.error:.1e} of the largest number"
         return self.outcome + (f": {self.detail}" if self.detail else "")

@@ -68,7 +68,7 @@ class Case:
         return 2 * sum(x.size * x.dtype.itemsize for x in arrays)
 
     def layers(self) -> int:
-        """Return the number of layers in a program."""
+        """Return how many layers, with one attention call each, this case's program runs."""
         return max(1, min(_MOST_LAYERS, _LAYERS_BYTES // self.bytes()))
 
     @property

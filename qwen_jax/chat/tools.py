@@ -85,7 +85,7 @@ class Turn:
 class _Step:
     """One step of a turn: a tool call, or other text.
 
-    id, name: of the call, if it is one; waits: whether the call has no result yet.
+    id, name: the call's id and its tool's name. waits: whether the call still lacks a result.
     """
 
     text: str

@@ -100,9 +100,9 @@ def _why_no_manifest(root: Path) -> str:
 
 
 def origin(root: Path) -> dict[str, str]:
-    """Where others find the checkpoint that a model directory was converted from: its `name`, an id
-    of the Hugging Face hub with its `revision`, or a folder. Empty where that is not known, as of
-    weights that were trained since.
+    """Return what a model directory was converted from: its `name`, which is a folder, or an id of
+    the Hugging Face hub with its `revision`. Empty if that is not known, as it is for weights that
+    were trained since.
     """
     found = read_json(root / MANIFEST).get(ORIGIN)
     known = found.items() if isinstance(found, dict) else ()

@@ -158,7 +158,7 @@ _NOT_DONE = {
 
 
 def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the values of a config.json, in either spelling, to the fields of `Config`.
+    """Convert a config.json, with Qwen's keys or their `_ALIASES`, to the fields of `Config`.
 
     Raises ValueError that names every missing key, and every key or value that is unknown and may
     change the mathematics.

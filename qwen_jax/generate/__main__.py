@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sampler(args: argparse.Namespace, default: Any) -> Any:
-    """The checkpoint's sampler with what the command line changes, or UsageError."""
+    """The sampler `default` with the command line's changes. UsageError for a bad value."""
     from qwen_jax.checkpoint.generation_config import make_sampler
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")

@@ -47,7 +47,7 @@ def need_gpu(name: str, newest_refused: float) -> None:
 
 @functools.cache
 def measured() -> list[dict[str, Any]]:
-    """Return the lines of the table."""
+    """Return all lines of `measured.json`, the table of measured kernel times."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 

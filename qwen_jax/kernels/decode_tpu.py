@@ -177,7 +177,7 @@ def _shape(
 
 
 def _bits(shape: TpuShape) -> int:
-    """Return how many low bits of a packed grid step hold its block; the others hold its row."""
+    """Return how many low bits of a step from `_steps` hold its block; the rest hold its row."""
     return max(1, (-(-shape.slots // shape.block) - 1).bit_length())
 
 
@@ -189,9 +189,9 @@ def _low(shape: TpuShape) -> int:
 def _steps(
     first: jax.Array, written: jax.Array, window: jax.Array, shape: TpuShape
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """List the packed rows and blocks to visit, those to copy, and the number of steps.
+    """Return each grid step's row and block to visit, the ones to copy, and the number of steps.
 
-    A row that sees no slot also has one step, which copies the block that is already there.
+    Row and block are packed in one int. A row that sees no slot has a step with the block before.
     """
     slots, block, bits = shape.slots, shape.block, _bits(shape)
     blocks = -(-slots // block)
@@ -292,7 +292,7 @@ class _Slots(NamedTuple):
 
     @property
     def oldest(self) -> Any:
-        """The first token that query 0 sees, if positive. Query t sees tokens from t later on."""
+        """The oldest token in query 0's window, below 0 if it sees all; query t's is t later."""
         return self.tokens - self.window + 1
 
     def full(self, shape: TpuShape) -> Any:
@@ -319,7 +319,7 @@ def _rows(shape: TpuShape, pack: int) -> slice:
 
 
 def _row(shape: TpuShape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Return which head of its pack, and which query token, each row of a pack belongs to."""
+    """Return, for each row of a pack, its head within the pack and its query token; both `size`."""
     row = lax.broadcasted_iota(jnp.int32, size, 0)
     return row // shape.rows, row % shape.rows // shape.groups
 

@@ -681,7 +681,7 @@ def _masked(
 ) -> Any:
     """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
 
-    turned: the scores are [keys, queries].
+    full: the mask hides no key of the block. turned: the scores are [keys, queries].
     """
 
     def masked(scores: Any) -> Any:

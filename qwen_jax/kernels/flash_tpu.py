@@ -480,17 +480,17 @@ def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _query_block(step: Any) -> Any:
-    """Return the query block of a packed step (the key block, where the list is transposed)."""
+    """Return the query block that `_steps` packed into a step (of transposed kinds, the key's)."""
     return step >> (_INDEX_BITS + 4)
 
 
 def _key_block(step: Any) -> Any:
-    """Return the key block of a packed step (the query block, where the list is transposed)."""
+    """Return the key block that `_steps` packed into a step (of transposed kinds, the query's)."""
     return (step >> 4) & (2**_INDEX_BITS - 1)
 
 
 def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
-    """Make index maps for [B, heads, tokens, H], from a step's block and a grid head's head."""
+    """Make index maps for [B, heads, tokens, H]: block(step) is the block, head(h) the head."""
     return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
 
 

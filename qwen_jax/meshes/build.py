@@ -223,10 +223,10 @@ def _problem(
 def _nearest(
     lengths: Mapping[str, int], sizes: Mapping[str, int], *, sequence_parallel: bool
 ) -> dict[str, int] | None:
-    """Return the nearest mesh that works, with as many devices as `sizes`, or the most below.
+    """Return the mesh nearest to `sizes` over which `lengths` divide (as in `check`), or None.
 
-    Its axes are changed least; of several such meshes it is the one that moves devices into `fsdp`,
-    which every program can use.
+    It has as many devices, or else the most below, and axes changed as little as possible; of
+    several, it is the one that moves devices into `fsdp`, which every program can use.
     """
 
     def changed(mesh: dict[str, int]) -> tuple[float, ...]:

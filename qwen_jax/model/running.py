@@ -152,9 +152,9 @@ def in_groups(
     remat: Callable[..., Any] | None,
     hidden_states: bool,
 ) -> tuple[list[jax.Array], Any]:
-    """Run separate blocks, or `Groups`, on the residual stream x [B, T, D].
+    """Run unstacked blocks, a list or `Groups`, on the residual stream x [B, T, D].
 
-    Returns x as `scan` does, and the cache with this pass's keys and values (None without a cache).
+    Arguments and returned x: see `scan`. Also returns the cache with this pass's keys and values.
     """
     after: list[jax.Array] = []
     new: list[Any] = []

@@ -104,7 +104,7 @@ def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning as one line, without its place in the code; "" except in process 0."""
+    """Format a warning as one line without file and line number; "" except in process 0."""
     line = f"warning: {' '.join(str(message).split())}\n"
     return line if processes.index() == 0 else ""
 
@@ -132,7 +132,7 @@ def _flush() -> None:
 
 
 def _discard() -> None:
-    """Redirect stdout to the null device, because Python flushes it once more at exit."""
+    """Redirect a broken stdout to the null device: Python's own flush at exit would fail too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -42,15 +42,15 @@ class Busy(ValueError):
 def alone(
     place: Path, file: Path | None = None, *, wait: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Hold the lock of a place; any other program that asks for it meanwhile is refused.
+    """Lock a folder or file; any other program that asks for its lock meanwhile is refused.
 
     place: the folder, or the file to be written.
     file: the lock's file, removed at the end; by default `writer.lock` in the folder. Its folder is
         created if missing, and removed again if it is left empty.
     wait: wait for the other program instead of raising (local disks only).
 
-    Yields a function to call before the write that makes the work count (such as a manifest). It
-    raises Busy if another program has taken the lock meanwhile, which happens in `gs://` only.
+    Yields a function to call before the last write, which makes the result valid (a manifest, for
+    example). It raises Busy if another program has taken the lock since, possible in `gs://` only.
     Raises Busy while another program, or another part of this one, holds the lock. If several
     processes share the work, one of them takes the lock.
     """

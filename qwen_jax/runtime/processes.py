@@ -211,7 +211,7 @@ def propose(number: int) -> int:
 
 
 def proposed() -> int | None:
-    """The number that one of the processes has proposed, or None."""
+    """The number that `propose` has settled for all processes, or None if there is none yet."""
     if (me := _joined) is None:
         return None
     found = dict(me.client.key_value_dir_get(_PROPOSED.rpartition("/")[0] + "/"))

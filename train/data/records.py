@@ -66,7 +66,7 @@ def place(part: FilePart, where: str, *, line: int) -> str:
 
 
 def _lines_before(part: FilePart) -> int:
-    """How many lines begin before the first of a part."""
+    """Return how many lines of the file come before the part's first line."""
     found = 0
     with paths.open_binary(part.path) as file:
         left = _begin(part.path, file, number=part.number, count=part.count)

@@ -230,7 +230,7 @@ def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
 def _encoded(
     parts: Sequence[records.FilePart], encoding: Encoding, *, bar: tqdm
 ) -> Iterator[tuple[records.Record, np.ndarray, np.ndarray, str]]:
-    """(record, ids, learned, problem) of every record in order, encoded by threads."""
+    """Yield (record, ids, which of them are trained, problem) in order; threads encode."""
     nothing = np.zeros(0, ID), np.zeros(0, FLAG)
 
     def work(batch: Sequence[records.Record]) -> list[Any]:

@@ -68,8 +68,8 @@ class Estimate:
 
     @property
     def mfu(self) -> float:
-        """The highest possible MFU: the model's FLOPs over peak times bound, without
-        recomputation.
+        """The highest possible MFU: the model's FLOPs, without recomputation, over the FLOPs that
+        all devices can do at peak in the time of `bound`; 0 without a bound.
         """
         if self.bound is None:
             return 0.0

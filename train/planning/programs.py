@@ -63,9 +63,7 @@ class Setting:
     gradient_dtype: str = "float32"
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raise ValueError if an axis does not divide over the mesh. sizes: the mesh's axis
-        sizes.
-        """
+        """Raise ValueError if model, batch or length does not divide over mesh axes of `sizes`."""
         lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
         meshes.check(lengths, sizes, sequence_parallel=self.splits_tokens(sizes)[0])
 

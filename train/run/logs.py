@@ -66,7 +66,7 @@ class Log:
             self.keep()
 
     def keep(self) -> None:
-        """Copy what has been told to a remote folder, if the run has one."""
+        """Copy the metrics and events so far to the run's folder, if that is remote."""
         if not self._on or self._local == self._folder:
             return
         begin = time.monotonic()
@@ -76,7 +76,7 @@ class Log:
         self._took = self._kept - begin
 
     def show(self, step: int, **figures: Any) -> None:
-        """Move the progress line on."""
+        """Move the progress bar on to a step, with these figures beside it."""
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(step - self._bar.n)
 
