@@ -197,19 +197,19 @@ def _mesh(args: argparse.Namespace) -> dict[str, int]:
 def _setting(args: argparse.Namespace, topology: Any) -> Any:
     from qwen_jax import attention
     from qwen_jax.attention import cache as kv
+    from qwen_jax.checkpoint import directory
     from qwen_jax.config import Config, presets
-    from qwen_jax.runtime import paths
     from train import step
     from train.planning.programs import Setting
     from train.run import recipes
 
     if args.model in presets.PRESETS:
         config = presets.PRESETS[args.model]
-    elif (stored := paths.parse(args.model) / "config.json").exists():
+    elif (stored := directory.config_at(args.model)) is not None:
         config = Config.read(stored)
     else:
         raise UsageError(
-            f"--model {args.model}: no folder with a config.json, and no preset; these are "
+            f"--model {args.model}: no config.json, nor a folder with one, and no preset; these are "
             f"{', '.join(presets.PRESETS)}"
         )
     _choice("--remat", args.remat, allowed=step.REMAT)

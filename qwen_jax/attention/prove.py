@@ -117,7 +117,7 @@ def _settled(cases: Sequence[Case]) -> str:
     """
     case, kind = cases[0], choice.device().device_kind
     if choice.device().platform == "cpu":
-        name, why = REFERENCE, "on a CPU auto takes xla, as kernels are only interpreted there"
+        name, why = REFERENCE, "what auto takes on a CPU"
     else:
         name, why = _choose(cases)
     if case.task == "decode":

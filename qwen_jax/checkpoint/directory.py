@@ -38,6 +38,12 @@ class CheckpointError(ValueError):
     """A model directory that cannot be used; the message says what to do."""
 
 
+def config_at(path: str | Path) -> Path | None:
+    """The config.json that a path names, itself or in the folder that it names; None without one."""
+    named = paths.parse(path)
+    return next((x for x in (named / CONFIG, named) if x.is_file()), None)
+
+
 def existing(path: str | Path) -> Path:
     """The absolute path of a folder with a config.json. Raises CheckpointError if it is not one,
     which says what the path is instead and what to give in its place.

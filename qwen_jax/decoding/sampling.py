@@ -77,8 +77,8 @@ class Nucleus:
         temperature = values.number("temperature", self.temperature)
         if not 0 < temperature <= _LARGEST:
             raise ValueError(
-                f"temperature {texts.shown(temperature)}: must be positive, and finite in float32 "
-                "(0: use Greedy)"
+                f"temperature {texts.shown(temperature)}: must be positive, and finite in float32; "
+                "0, or from Python Greedy(), takes the most likely token"
             )
         top_k = values.number("top_k", self.top_k)
         if not (0 <= top_k <= _LARGEST and top_k % 1 == 0):

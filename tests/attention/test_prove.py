@@ -585,7 +585,7 @@ def test_names_are_taken_as_they_are(
     cpu = SimpleNamespace(platform="cpu", device_kind="cpu")
     monkeypatch.setattr(choice, "device", lambda: cpu)
     assert prove.resolve("auto", [TINY, DECODE]) == Chosen("xla", "xla")
-    why = "on a CPU auto takes xla, as kernels are only interpreted there"
+    why = "what auto takes on a CPU"
     assert said() == [
         f"attention: xla {what}: {why}; --attention NAME (attention=NAME) takes another"
         for what in ("(float32, head dim 16)", "decodes (float32 cache, head dim 16)")

@@ -3,9 +3,8 @@
 import argparse
 import dataclasses
 import inspect
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax.config.presets import PRESETS
@@ -186,7 +185,7 @@ def recipe(args: argparse.Namespace) -> Recipe:
     if args.length and "length" in inspect.signature(make).parameters:
         options["length"] = args.length  # on which other values depend
     if {"epochs", "steps"} <= changes.keys():
-        raise command.UsageError("--epochs and --steps: one of them")
+        raise command.UsageError("give --epochs or --steps, not both")
     try:
         made = make(**options)
         if "epochs" in changes:
@@ -218,12 +217,14 @@ def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Do what a command line asks for. argv: the line itself, which the run keeps."""
-    from train.run import resuming
+    from train.run import resuming, start
 
     resuming.complete(args)
     wanted = recipe(args)
     if args.dry_run:
         for name, value in dataclasses.asdict(wanted).items():
+            if name == "epochs" and wanted.steps:
+                continue  # the steps hold
             print(f"{name:<18} {value}")
         return
     missing = [f"--{name}" for name in ("data", "out") if not getattr(args, name)]
@@ -232,7 +233,7 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if missing:
         where = ""
         if args.resume and args.out:
-            where = f": {args.out} holds no run that keeps the arguments it was begun with"
+            where = f": {args.out} is not there, or no run that keeps its arguments"
         raise command.UsageError(f"give {', '.join(missing)}{where}")
     if args.eval_data and args.eval_share:
         raise command.UsageError("--eval-data and --eval-share: one of them")
@@ -257,95 +258,4 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     sizes = None if args.mesh is None else options.mesh_sizes(args.mesh)
     if sizes is not None:
         options.virtual_cpu_devices(sizes)
-    _train(args, wanted, sizes=sizes, start=resuming.record(args, argv))
-
-
-def _train(
-    args: argparse.Namespace, wanted: Recipe, *, sizes: Any, start: Mapping[str, Any]
-) -> None:
-    import jax
-
-    from qwen_jax import PRESETS, checkpoint, meshes
-    from qwen_jax.chat.tokenizer import Tokenizer
-    from qwen_jax.checkpoint import directory, token_ids
-    from qwen_jax.config import Config
-    from qwen_jax.meshes import sharding
-    from qwen_jax.runtime import paths
-    from train.data import records
-    from train.run import loop, saving, task
-
-    ckpt = None if args.ckpt is None else paths.absolute(args.ckpt)
-    if ckpt is not None:
-        checkpoint.verify_whole(ckpt)
-        config = checkpoint.load_config(ckpt)
-    elif args.model in PRESETS:
-        config = PRESETS[args.model]
-    elif paths.parse(args.model).is_file():
-        config = Config.read(paths.parse(args.model))
-    else:
-        names = ", ".join(PRESETS)
-        raise command.UsageError(f"--model {args.model}: a config.json, or one of {names}")
-    own = checkpoint.load_tokenizer(ckpt) if ckpt else None
-    given = None if args.tokenizer is None else paths.parse(args.tokenizer)
-    if own is not None and given is not None:
-        raise command.UsageError(f"{args.ckpt} has its own tokenizer: drop --tokenizer")
-    file = ckpt / directory.TOKENIZER if ckpt and own else given
-    if file is None or not file.exists():
-        raise ValueError(f"{args.ckpt or args.model} has no tokenizer: give --tokenizer FILE")
-    tokenizer = own or Tokenizer.from_file(file)
-    token_ids.check_whole(file, tokenizer, vocab_size=config.vocab_size)
-    if ckpt is not None and own is None:
-        token_ids.check(ckpt, tokenizer, vocabulary=file)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}")
-    given = task.Task(
-        wanted,
-        config,
-        ckpt=ckpt,
-        tokenizer=tokenizer,
-        tokenizer_file=file,
-        files=tuple(records.files(args.data)),
-        held_out=tuple(records.files(args.eval_data)),
-        share=args.eval_share,
-        strict=args.strict,
-        start=start,
-    )
-    settings = loop.Settings(
-        paths.absolute(args.out),
-        args.eval_every,
-        save=args.save_every,
-        keep_last=args.keep_last,
-        keep_best=args.keep_best,
-        resume=args.resume,
-        on_nan=args.on_nan,
-        profile=_steps(args.profile_steps),
-        merge=args.merge,
-        token_cache=None if args.token_cache is None else paths.absolute(args.token_cache),
-    )
-    lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
-    devices = jax.devices()
-    if sizes is not None and "mesh" not in args.given and math.prod(sizes.values()) > len(devices):
-        command.say(
-            f"the run's mesh {args.mesh} is for more than {len(devices)} devices: not taken"
-        )
-        sizes = None
-    if sizes is None:
-        slices = meshes.count_slices(devices)
-        sizes = meshes.default(lengths, len(devices), training=True, slices=slices)
-    if sizes[sharding.TENSOR] == 1 and wanted.sequence_parallel:
-        how = f"splits over tp, and mesh {meshes.describe(sizes)} has none: name one in --mesh"
-        command.refuse(args, ("sequence_parallel",), why=how)
-    parallel, _ = meshes.splits_tokens(wanted.sequence_parallel, wanted.length, mesh=sizes)
-    meshes.check(lengths, sizes, sequence_parallel=parallel)
-    saving.ignore_late_callbacks()
-    with meshes.entered(meshes.make(sizes)):
-        task.train(given, settings)
-
-
-def _steps(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, dash, last = text.partition("-")
-    if not (dash and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-        raise command.UsageError(f"--profile-steps {text}: write it as 10-12")
-    return int(first), int(last)
+    start.begin(args, wanted, sizes=sizes, start=resuming.record(args, argv))

@@ -109,6 +109,8 @@ def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None
         state, facts = checkpoints.restore(like)
         command.say(f"resumed from step {checkpoints.latest}")
     else:
+        if settings.resume:
+            command.say(f"{out} has no checkpoint: training begins at step 0")
         if better := advice.less_waste(
             rows, recipe, sizes=sharding.axis_sizes(), platform=jax.default_backend()
         ):

@@ -365,7 +365,7 @@ def test_the_small_model_of_the_docs_trains(given, tmp_path):
         (["--out", "s3://bucket/run"], "s3://bucket/run: only local paths and gs://BUCKET/..."),
         (["--token-cache", "s3://b/t"], "s3://b/t: only local paths and gs://BUCKET/..."),
         (["--compilation-cache", "s3://b/c"], "s3://b/c: only local paths and gs://BUCKET/..."),
-        (["--steps", "4", "--epochs", "1"], "--epochs and --steps: one of them"),
+        (["--steps", "4", "--epochs", "1"], "give --epochs or --steps, not both"),
         (["--keep-best", "-1"], "--keep-best -1: 0 or more"),
         (["--lora-rank", "8", "--lora-targets", "c_atn"], "adapters go on a trained model"),
         (["--merge"], "--merge is of adapters: take --recipe sft_lora"),
