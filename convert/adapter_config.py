@@ -1,8 +1,8 @@
-"""adapter_config.json of PEFT: which modules an adapter is on, its rank and its scale.
+"""Reading PEFT's adapter_config.json: the modules with adapters, their rank and scale.
 
-Every field is read, passed over because it changes nothing in what an adapter adds, judged by what
-it would change in this adapter, or refused by name. The lists below say which field is what; a
-field that no list names may only be empty.
+The lists below sort its fields: some are read; some are ignored, as they do not change what the
+adapter computes; some are refused only if they change this adapter; the rest are refused unless
+empty, as is any field that no list names.
 """
 
 import dataclasses
@@ -94,8 +94,8 @@ MERGED_IN_PEFT = (
 
 @dataclasses.dataclass(frozen=True)
 class AdapterShape:
-    """What an adapter is without its values. groups: leaves of a block that share an A, by the
-    original's module. scale: of what is added. whole: modules that come along whole.
+    """The structure of an adapter, without values. groups: for each module of the original, the
+    leaves of a block that share its A. scale: factor of B A. whole: modules stored whole.
     """
 
     groups: dict[str, tuple[str, ...]]
@@ -105,18 +105,18 @@ class AdapterShape:
 
 
 class Patterns:
-    """Regular expressions of a file that somebody else wrote, which may take for ever.
+    """Matching with a time limit, for regular expressions from untrusted files.
 
-    By the library regex, which has what PEFT's own `re` has (negative look-ahead, with which
-    frameworks leave out the head) and, other than `re`, a limit. Raises ValueError, which names the
-    field, for what is no pattern and for what has not ended after `MATCHING_SECONDS`.
+    Uses the library regex, which supports the syntax of PEFT's `re` (negative look-ahead, by which
+    frameworks exclude the head) and, unlike `re`, a timeout. Raises ValueError naming the field for
+    an invalid pattern, and when all matching has taken `MATCHING_SECONDS`.
     """
 
     def __init__(self) -> None:
         self._end = time.process_time() + MATCHING_SECONDS
 
     def match(self, field: str, pattern: str, *, path: str, whole: bool = False) -> Any:
-        """As `re.match` does, or `re.fullmatch`."""
+        """Match as `re.match` does, or if `whole` as `re.fullmatch`. field: for error messages."""
         left = max(self._end - time.process_time(), 1e-3)
         shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
         if len(pattern) > LONGEST_PATTERN:  # compiling has no limit of time
@@ -138,7 +138,7 @@ class Patterns:
 
 
 def modules() -> dict[str, tuple[str, ...]]:
-    """The linear modules of a layer, "attn.c_attn" for instance, and their leaves in a block."""
+    """Map each linear module of a layer, such as "attn.c_attn", to its leaves in a block."""
     found = {}
     for tensor, leaves in names.TABLE.items():
         module = tensor.removeprefix(LAYER).removesuffix(".weight")
@@ -150,9 +150,9 @@ def modules() -> dict[str, tuple[str, ...]]:
 def targets(
     wanted: Sequence[str] | str, layers: int, *, patterns: Patterns | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """The modules that get adapters, as PEFT chooses: those whose path ends in one of the names, or
-    that a pattern matches whole. Raises ValueError for a name without a module, for one that is not
-    chosen in every layer, and for a pattern that `Patterns` refuses.
+    """Choose modules for adapters as PEFT does: by names that their paths end in, or by a pattern
+    that matches the whole path. Returns their leaves. Raises ValueError for a name that no module
+    has, a module chosen in some layers only, and a pattern that `Patterns` refuses.
     """
     if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
         return modules()
@@ -183,15 +183,15 @@ def _paths(groups: Sequence[str], layers: int) -> list[str]:
 
 
 def _named(field: str, wanted: Sequence[str] | str, *, path: str, patterns: Patterns) -> set[str]:
-    """Which of the names a path is or ends in; or the pattern, where it matches the whole path."""
+    """Return the names that a path equals or ends in, or a pattern that matches all of it."""
     if isinstance(wanted, str):
         return {wanted} if patterns.match(field, wanted, path=path, whole=True) else set()
     return {name for name in wanted if path == name or path.endswith(f".{name}")}
 
 
 def read_shape(folder: Path, layers: int) -> AdapterShape:
-    """What adapter_config.json says. Raises ValueError that names every field that would change
-    what is computed and is not supported here.
+    """Read an adapter's structure from adapter_config.json. Raises ValueError for bad values, and
+    one that names every field which would change the result and is not supported.
     """
     file = folder / SETTINGS
     if not file.is_file():
@@ -239,7 +239,7 @@ def read_shape(folder: Path, layers: int) -> AdapterShape:
 
 
 def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: bool = False) -> Any:
-    """A list of names, or a pattern where that is allowed; [] for null."""
+    """Return a field that is a list of names, or a pattern if `or_pattern`; [] for null."""
     value = settings.get(name) or []
     pattern = isinstance(value, str) and or_pattern
     if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
@@ -250,7 +250,7 @@ def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: boo
 
 @dataclasses.dataclass(frozen=True)
 class _Judge:
-    """Whether a field changes what an adapter adds. paths: of the modules that it goes on."""
+    """Decides whether a field changes what an adapter computes. paths: of its modules."""
 
     file: Path
     settings: Mapping[str, Any]
@@ -275,8 +275,8 @@ class _Judge:
         return self._another("alpha_pattern", value, common=self.settings["lora_alpha"])
 
     def _another(self, field: str, value: Any, *, common: float) -> bool:
-        """Whether a module has another number than the common one: that of the first pattern that
-        matches the end of its path.
+        """Whether some module gets a number other than the common one. Its number is that of the
+        first pattern which matches the end of its path.
         """
         if not isinstance(value, dict):
             raise ValueError(
@@ -296,11 +296,11 @@ class _Judge:
         return any(own(path) != common for path in self.paths)
 
     def _layers_pattern(self, value: Any) -> bool:
-        """It says where layers_to_transform finds a layer's number, and nothing without that."""
+        """It locates the layer number for layers_to_transform, and has no effect without it."""
         return self._layers_to_transform(self.settings.get("layers_to_transform"))
 
     def _layers_to_transform(self, value: Any) -> bool:
-        """Whether a module is in a layer that is left out."""
+        """Whether some module is in a layer that the list leaves out."""
         if value is None or value == []:
             return False
         wanted = value if isinstance(value, list) else [value]
@@ -320,5 +320,5 @@ class _Judge:
 
 
 def _empty(value: Any) -> bool:
-    """Not of 0, which is a number like any other: layers_to_transform=0 is a layer."""
+    """Whether a value is empty. 0 is not: layers_to_transform=0 is a layer."""
     return value is None or value is False or value in ([], {})

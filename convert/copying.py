@@ -1,7 +1,7 @@
-"""Bytes from a tensor to the chunks of a leaf, and back; several jobs at a time, with progress.
+"""Copying between the bytes of tensors and the chunks of leaves, in parallel jobs with progress.
 
-Memory is bounded by a few blocks of `BLOCK_BYTES`, whatever the size of a tensor. Nothing here
-knows of names or of what makes a folder complete.
+Memory use stays within a few blocks of `BLOCK_BYTES`, whatever the size of a tensor. This module
+does not know tensor names, or when a folder is complete.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str) -> None:
-    """Write a band's files from a tensor of `dtype` in which its leaf begins at byte `offset`.
+    """Write a band's files from a tensor of `dtype`, whose leaf begins at byte `offset` of `file`.
 
-    A file has its name only when it is complete: what an interrupted run left can be trusted.
+    A file gets its final name once complete, so files left by an interrupted run can be trusted.
     """
     row_bytes = band.row_elements * ITEM_BYTES[dtype]
     offset += band.start * row_bytes
@@ -57,8 +57,8 @@ def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str
 def _columns(
     source: Source, offset: int, *, rows: int, band: Band, dtype: str
 ) -> Iterator[np.ndarray]:
-    """Each piece's columns of some rows. Of rows that are not all ours, only our bytes are read,
-    unless each run of them would be a request.
+    """Yield, for each piece of the band, its columns of `rows` rows. If other processes have the
+    other columns, only ours are read, except from object storage, where each run is a request.
     """
     kind, columns = numpy_dtype(dtype), band.leaf.shape[1:]
     if band.whole or isinstance(source, paths.Object):
@@ -81,14 +81,14 @@ def _columns(
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
-    """How many elements one step along each axis passes over."""
+    """Return the stride of each axis of a C-ordered array, in elements."""
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def export_band(
     band: Band, params: Path, *, target: Target, dtype: str, change: Change | None = None
 ) -> None:
-    """Append a band to the open file `target`, as `dtype`; change: what becomes of its rows."""
+    """Append a band to the open file `target`, as `dtype`, after applying `change` to its rows."""
     with contextlib.ExitStack() as stack:
         files = band.files(params)
         sources = {stack.enter_context(paths.reader(f)): at for f, at in files.items()}
@@ -109,7 +109,7 @@ def export_band(
 
 
 def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) that cut a band into blocks of about `BLOCK_BYTES`."""
+    """Cut a band into blocks of about `BLOCK_BYTES`; yields (first row, number of rows)."""
     item = max(ITEM_BYTES[dtype], ITEM_BYTES[band.leaf.dtype])
     step = max(1, BLOCK_BYTES // (band.row_elements * item))
     for first in range(0, band.rows, step):
@@ -117,7 +117,7 @@ def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
 
 
 def cast(array: np.ndarray, dtype: str, *, name: str) -> np.ndarray:
-    """The array as `dtype`, rounded to nearest. ValueError when a value is too large for it."""
+    """Cast to `dtype`, rounding to nearest. ValueError, which has `name`, on overflow."""
     if array.dtype == numpy_dtype(dtype):
         return array
     with np.errstate(over="ignore"):
@@ -132,7 +132,7 @@ def cast(array: np.ndarray, dtype: str, *, name: str) -> np.ndarray:
 
 
 def read(source: Source, offset: int, *, count: int) -> np.ndarray:
-    """Exactly `count` bytes."""
+    """Read exactly `count` bytes, as uint8; OSError if the file ends before that."""
     data = np.empty(count, np.uint8)
     _fill(source, offset, memory=data.data)
     return data
@@ -161,7 +161,7 @@ def write(target: Target, array: np.ndarray) -> None:
 
 
 def _copy(source: Source, target: Target, *, offset: int, count: int) -> None:
-    """Copy bytes within the kernel where it can do that, otherwise through a buffer."""
+    """Copy bytes inside the kernel if it supports that, otherwise through a buffer."""
     while count:
         _check_stop()
         done = 0
@@ -185,11 +185,11 @@ def _check_stop() -> None:
 def run(
     what: str, jobs: Iterable[tuple[int, Callable[[], None]]], *, done: int = 0, workers: int = 2
 ) -> None:
-    """Run jobs (bytes, work), showing the bytes of those that have ended; `done`: from before.
+    """Run jobs, pairs (bytes, function), with a progress bar that starts at `done` bytes.
 
-    Two workers: one waits for the disk while the other copies. One keeps the order of the jobs.
+    By default two workers: one waits for the disk while the other copies. One keeps the order.
 
-    The first exception stops all others within a block, and is raised.
+    The first exception stops all other jobs within a block, and is raised.
     """
     jobs = list(jobs)
     total = done + sum(size for size, _ in jobs)

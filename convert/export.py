@@ -1,4 +1,4 @@
-"""What an export writes beside its tensors, and the plan that all of its parts share."""
+"""The plan of an export to Hugging Face format, and the files it writes besides tensors."""
 
 import dataclasses
 import math
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ExportPlan:
-    """What an export will write, once its input has been checked.
+    """The plan of an export whose input has been checked.
 
     wanted: the tensors by name; leaves: the stored leaves that they come from, by path. shards: the
-    names of the tensors in each file, in order. facts: the source's manifest. changes: what merges
-    an adapter into leaves (`peft.changes`). settings: the adapter's generation_config.json, if any.
+    names of the tensors in each file, in order. facts: identify the export, to resume it. changes:
+    merge functions by leaf path (`peft.changes`). settings: the adapter's generation_config.json.
     """
 
     source: Path
@@ -39,7 +39,7 @@ class ExportPlan:
 
 
 def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """Tensors in order into files of at most `limit` bytes, or of one tensor."""
+    """Distribute tensors, in order, over files of at most `limit` bytes or one larger tensor."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -55,8 +55,8 @@ def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def write_config(plan: ExportPlan) -> None:
-    """config.json as it was, but for a key that would misstate the dtype; and how to talk to what
-    an adapter makes, which may be a chat model of a base.
+    """Write config.json, corrected if it names another dtype; and the adapter's
+    generation_config.json, because an adapter can turn a base model into a chat model.
     """
     if plan.settings is not None:
         paths.copy(plan.settings, plan.target / directory.GENERATION_CONFIG)

@@ -1,8 +1,8 @@
-"""A folder of safetensors files, read from its headers: which tensor is where, byte for byte.
+"""Reading and writing safetensors headers: the location of each tensor's bytes in a folder.
 
 The safetensors library maps whole files, and mapped pages count as resident memory; its writer
-takes whole files as arrays. Here a header is read or written, and the bytes are the callers'.
-Everything that may be wrong with a folder is found here, before anything is written.
+takes whole files as arrays. Here only headers are read or written; callers copy the tensors' bytes.
+Every defect of a folder is found here, before anything is written.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where the bytes of a tensor are. code: safetensors' name of the dtype."""
+    """The location of a tensor's bytes: `file`, `offset` in bytes; `code` is safetensors' dtype."""
 
     file: Path
     offset: int
@@ -37,7 +37,7 @@ class Tensor:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder. ValueError for files that are missing, damaged or in conflict."""
+    """Read the tensors of a folder. ValueError for missing, damaged or conflicting files."""
     tensors: dict[str, Tensor] = {}
     index = _index(folder)
     for file in _files(folder, index):
@@ -63,7 +63,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def dtype_of(tensors: Mapping[str, Tensor], asked: str | None) -> str:
-    """The dtype to convert to: the one asked for, or else the one that all tensors have."""
+    """Return the dtype to convert to: `asked`, or the tensors' own; ValueError if they differ."""
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         found.setdefault(tensor.code, []).append(name)
@@ -126,7 +126,7 @@ def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, in the order of their bytes."""
+    """Read the tensors of one file, in byte order; ValueError if it is damaged."""
     size = paths.size(file)
     length = int.from_bytes(paths.read(file, 0, count=8), "little") if size >= 8 else 0
     if size < 8 or length > _LARGEST_HEADER:
@@ -163,7 +163,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
-    """Return a tensor's data_offsets, [begin, end) in bytes after the header. Checks them."""
+    """Return where the bytes of a header's entry begin and end, counted from the header's end."""
     found = entry.get("data_offsets") if isinstance(entry, dict) else entry
     if not _sizes(found) or len(found) != 2 or found[0] > found[1]:
         raise ValueError(f"{name!r} has data_offsets {texts.shown(found)}, not [begin, end]")
@@ -171,7 +171,7 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
 
 
 def _tensor(file: Path, base: int, *, name: str, entry: Mapping[str, Any]) -> Tensor:
-    """The tensor of an entry whose offsets are right. base: where the header has its end."""
+    """Make the tensor of an entry with valid offsets. base: the byte at which the header ends."""
     shape, code, (begin, end) = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
     if not _sizes(shape) or not isinstance(code, str):
         raise ValueError(f"{name!r} has shape {texts.shown(shape)}, dtype {texts.shown(code)}")
@@ -181,12 +181,12 @@ def _tensor(file: Path, base: int, *, name: str, entry: Mapping[str, Any]) -> Te
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether it is a list of whole numbers from 0 on that a file may have."""
+    """Whether a value is a list of integers from 0 to 2**63 - 1."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """The bytes before the tensors of a file that holds these, one after another."""
+    """Make the header, with its length, of a file that holds these tensors in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():

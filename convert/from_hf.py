@@ -42,7 +42,7 @@ Job = tuple[int, Callable[[], None]]
 
 @dataclasses.dataclass(frozen=True)
 class ImportPlan:
-    """A conversion whose input has been found right."""
+    """A checked conversion: source tensors, the leaves they become, and how a mesh cuts them."""
 
     source: Path
     target: Path
@@ -106,7 +106,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def make_plan(args: argparse.Namespace) -> ImportPlan:
-    """Everything that can be found wrong without writing is found here."""
+    """Check the whole input before anything is written, and plan the conversion."""
     from qwen_jax import meshes
     from qwen_jax.meshes import options, sharding
 
@@ -151,7 +151,7 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
 
 
 def locate(src: str) -> Path:
-    """The folder of SRC; a model on the hub is downloaded first, or what is lacking of it."""
+    """Return the folder of SRC, after downloading the missing files of a model on the hub."""
     path = paths.parse(src)
     if path.is_dir():
         return path
@@ -181,8 +181,8 @@ def locate(src: str) -> Path:
 
 
 def origin(source: Path) -> dict[str, str]:
-    """Where others find a checkpoint, for its manifest: its `name` on the hub and the `revision`,
-    where the folder is one of the hub's cache, or else the folder as its `name`.
+    """Return the origin of a checkpoint, for the manifest: `name` on the hub and `revision` if the
+    folder is in the hub's cache, otherwise the folder's path as `name`.
     """
     found = None if paths.is_remote(source) else _SNAPSHOT.search(source.resolve().as_posix())
     if found:
@@ -191,7 +191,7 @@ def origin(source: Path) -> dict[str, str]:
 
 
 def read_config(source: Path) -> Config:
-    """The architecture of a checkpoint folder."""
+    """Read the architecture of a checkpoint folder; ValueError for any other kind of folder."""
     if (source / directory.MANIFEST).exists() or (source / directory.PARAMS).is_dir():
         raise ValueError(
             f"{source} is a model directory already: `python convert/to_hf.py` is the way back"
@@ -222,7 +222,7 @@ def _leaves(
     dtype: str,
     sizes: dict[str, int],
 ) -> dict[str, store.StoredLeaf]:
-    """Every leaf cut as the mesh cuts it."""
+    """Return the layout of every leaf, in chunks that divide the shards of a mesh of `sizes`."""
     leaves = {}
     for path, shape in shapes.items():
         cuts = [math.prod(sizes[axis] for axis in axes) for axes in partitions[path]]
@@ -233,7 +233,7 @@ def _leaves(
 
 
 def copy(plan: ImportPlan) -> None:
-    """Write every file of the target but its manifest; of the chunks, this process's share."""
+    """Write the target without its manifest. Each process writes its share of the chunks."""
     from convert import copying
 
     if processes.index() == 0:
@@ -255,7 +255,7 @@ def copy(plan: ImportPlan) -> None:
 
 
 def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, list[Job]]:
-    """The bytes of all processes that are there and that are needed; this one's work."""
+    """Return bytes already written and bytes to write, over all processes; and this one's jobs."""
     from convert import copying
 
     done = needed = 0
@@ -284,8 +284,8 @@ def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, list[Job]]:
 
 
 def _as_stored(plan: ImportPlan, dtype: str | None, *, cut: bool) -> ImportPlan:
-    """The plan for a finished directory, with the dtype and the chunks that it has. dtype, cut:
-    what the command asks for; cut: the plan's mesh.
+    """Return the plan with the dtype and chunks of a finished directory. Raises ValueError if they
+    contradict --dtype (`dtype`) or, where --mesh was given (`cut`), the plan's mesh.
     """
     manifest = checkpoint.verify_whole(plan.target)
     shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}

@@ -1,7 +1,7 @@
-"""The names of a Hugging Face checkpoint's tensors and the decoder's leaves: one table, both ways.
+"""The table between tensor names of a Hugging Face checkpoint and leaves of the decoder.
 
-A leaf has its output axes first, as PyTorch has them, so every leaf is a contiguous range of one
-tensor's bytes: nothing is ever transposed. This file knows names and shapes, and no file format.
+A leaf has its output axes first, as in PyTorch, so every leaf is a contiguous range of one tensor's
+bytes and nothing is ever transposed. This module knows names and shapes, but no file format.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ _LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 
 @dataclasses.dataclass(frozen=True)
 class TensorPart:
-    """A leaf within a tensor: its elements begin at element `start` of the tensor."""
+    """A leaf stored in a tensor, beginning at element (not byte) `start` of it."""
 
     path: str
     shape: tuple[int, ...]
@@ -52,17 +52,17 @@ class TensorPart:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """A tensor as the table says it must be."""
+    """The shape that a tensor must have, and the leaves in it, by the table."""
 
     shape: tuple[int, ...]
     parts: tuple[TensorPart, ...]
 
 
 def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
-    """The tensors of a decoder with these leaves (path -> shape), in the original's order.
+    """Return the tensors of a decoder with these leaves (path -> shape), in the original's order.
 
-    A tensor is there when its leaves are: a tied decoder has no head, and so no `lm_head.weight`.
-    Raises ValueError when leaves have no name in a checkpoint of this format.
+    Tensors without leaves are left out: a tied decoder has no head, so no `lm_head.weight`.
+    Raises ValueError for leaves that no tensor of the table holds.
     """
     depth = 1 + max((int(p.split(".")[1]) for p in leaves if p.startswith("layers.")), default=-1)
     tensors = {}
@@ -79,7 +79,7 @@ def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
 
 
 def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
-    """The table with every layer's rows written out, layer by layer."""
+    """Return the table's rows with {L} replaced, repeated for each of `depth` layers."""
     rows = list(TABLE.items())
     inside = [i for i, (name, _) in enumerate(rows) if "{L}" in name]
     first, last = inside[0], inside[-1] + 1
@@ -101,8 +101,8 @@ def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> E
 
 
 def check_depth(found: Iterable[str], depth: int) -> None:
-    """Raise ValueError unless config.json has as many layers as the tensors; without tensors of
-    layers, the list of what is missing says more.
+    """Raise ValueError if the tensors' number of layers is not `depth`, config.json's. Without any
+    layer it does nothing, as `check` then lists the missing tensors.
     """
     numbers = [int(match[1]) for name in found if (match := _LAYER.match(name))]
     if numbers and max(numbers) + 1 != depth:
@@ -116,9 +116,9 @@ def check_depth(found: Iterable[str], depth: int) -> None:
 def check(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Expected], *, inert: Collection[str]
 ) -> None:
-    """Raise ValueError that lists every tensor missing, unknown or of a wrong shape.
+    """Raise ValueError that lists every tensor that is missing, unknown or of the wrong shape.
 
-    found: the shape of every tensor of the checkpoint. inert: names to pass over.
+    found: the shape of every tensor of the checkpoint. inert: names to ignore.
     """
     problems = []
     if missing := [name for name in wanted if name not in found]:

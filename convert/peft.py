@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
+"""Reading, writing and merging LoRA adapters in PEFT's format.
 
-Module names are the original's (`names.py`), so PEFT puts such adapters on its PyTorch model, and
-we put on ours what PEFT has trained.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors. Module names are
+those of the original PyTorch model (`names.py`), so PEFT can load our adapters and we can load its.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ _EMBEDDING, _HEAD = WHOLE
 
 
 def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
-    """Write adapters as PEFT does; every process calls this, one writes. settings: other fields of
-    adapter_config.json, such as base_model_name_or_path.
-    """
+    """Write adapters in PEFT's format. Every process must call this; process 0 writes the files.
+
+    settings: more fields of adapter_config.json, such as base_model_name_or_path."""
     shape = _shape(adapters)
     fetched = {name: moves.fetch(leaf[...]) for name, leaf in named_leaves(adapters).items()}
     layers = next(iter(adapters.a.values())).shape[0]
@@ -94,9 +94,9 @@ def _shape(adapters: Adapters) -> AdapterShape:
 
 
 def read(folder: Path, decoder: Decoder) -> Adapters:
-    """Read adapters in PEFT's format for a stacked decoder, float32 on the mesh in force.
+    """Read adapters in PEFT's format for a stacked decoder, as float32 on the current mesh.
 
-    Raises ValueError where they are for another model, or not supported.
+    Raises ValueError if they belong to another model or are not supported.
     """
     layers = range(decoder.config.num_layers)
     sizes = {name: tuple(leaf.shape[1:]) for name, leaf in named_leaves(decoder.layers).items()}
@@ -143,10 +143,10 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 def changes(
     folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
-    """The functions that merge an adapter into the leaves of a model directory, by the leaf's path.
+    """Return functions that merge an adapter into the leaves of a model directory, by leaf path.
 
-    Each takes the number of its first row and rows [n, in] of the leaf, and returns the merged
-    rows, float32. A leaf that merging does not change has none. shapes: the shapes of all leaves.
+    Each takes the index of a first row, and n rows [n, in] of the leaf from there, and returns the
+    merged rows, float32. Leaves without a change are left out. shapes: of every leaf, by path.
 
     Raises ValueError as `read` does.
     """
@@ -185,8 +185,8 @@ def changes(
 
 
 def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]]:
-    """What each tensor of an adapter is, by its name: ("a", layer, module), ("b", layer, module),
-    or ("whole", 0, module).
+    """Map the name of each tensor in an adapter file to its place: ("a", layer, module),
+    ("b", layer, module), or ("whole", 0, module) for a module saved whole.
     """
     found = {}
     for layer in range(layers):
@@ -201,8 +201,8 @@ def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]
 def _read(
     folder: Path, shape: AdapterShape, *, layers: int, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[AdapterShape, dict[tuple[str, int, str], np.ndarray]]:
-    """The tensors of an adapter, checked; and its shape with the modules that came along unasked.
-    sizes: of the leaves that they go on; without "head" where the embedding is the head.
+    """Read and check an adapter's tensors, by place (`_tensors`). The shape returned includes the
+    modules that PEFT added (`_with_embeddings`). sizes: leaf shapes; no "head" if tied.
     """
     file = folder / TENSORS
     if not file.is_file():
@@ -239,7 +239,7 @@ def _check_numbers(
     wanted: Mapping[str, tuple[str, int, str]],
     found: Mapping[tuple[str, int, str], np.ndarray],
 ) -> None:
-    """Raise ValueError for tensors that are not all numbers, or that would add what is none."""
+    """Raise ValueError for NaN or infinite values, and for products that overflow float32."""
     if spoiled := [name for name, x in wanted.items() if not np.isfinite(found[x]).all()]:
         raise ValueError(
             f"{file}: not all are numbers: {directory.some(spoiled)}; use an earlier checkpoint of "
@@ -258,7 +258,7 @@ def _check_numbers(
 
 
 def _narrow(tensor: np.ndarray) -> np.ndarray:
-    """What is wider than float32 as float32, infinite where that has no room."""
+    """Cast dtypes wider than float32 to float32; values out of its range become infinite."""
     if tensor.dtype.itemsize <= 4:
         return tensor
     with np.errstate(over="ignore"):
@@ -266,13 +266,13 @@ def _narrow(tensor: np.ndarray) -> np.ndarray:
 
 
 def _most_added(scale: float, a: np.ndarray, *, b: np.ndarray) -> float:
-    """No number is larger in scale b a, nor on the way there, in whatever order."""
+    """Return an upper bound of |scale b a| and of its intermediate results, in any order."""
     largest = [np.abs(x.astype(np.float64)).max(axis) for x, axis in ((a, 1), (b, 0))]
     return float(np.maximum(largest[0], 1) @ largest[1]) * max(scale, 1)
 
 
 def _check_entries(file: Path, entries: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for tensors that are no floats, and for names of another kind of file."""
+    """Raise ValueError for tensors that are not floats, and for the names of a state_dict()."""
     if strange := [f"{name} is {x.code}" for name, x in entries.items() if x.code not in _FLOATS]:
         raise ValueError(
             f"{file}: adapters are of {', '.join(_FLOATS)}: {directory.some(strange)}; save the "
@@ -303,10 +303,10 @@ def _with_embeddings(
     found: dict[str, np.ndarray],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> tuple[AdapterShape, dict[str, np.ndarray]]:
-    """The shape and the tensors with the embedding and the head that PEFT added by itself, as it
-    does where the vocabulary of its base was resized. A head that is an embedding goes.
+    """Add to the shape an embedding and a head that PEFT saved unrequested, as it does when the
+    vocabulary of its base was resized. Drops the head's tensor if this model ties it.
 
-    Raises ValueError where they have another number of rows than this model.
+    Raises ValueError if their number of rows differs from this model's.
     """
     there = {f"{_PREFIX}{module}.weight": module for module in WHOLE}
     there = {name: module for name, module in there.items() if name in found}

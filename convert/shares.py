@@ -1,8 +1,8 @@
-"""Which process writes which files of a model directory.
+"""Assignment of a model directory's files to the processes that write them.
 
-A chunk belongs to a process that holds its shard when the directory is loaded on the mesh it is cut
-for; where several do, to the one with the fewest bytes so far. Without a mesh everyone may have
-everything, so the bytes come out even. Every process computes the same, without asking another.
+A chunk goes to a process that holds its shard when the directory is loaded on the mesh it is cut
+for; if several do, to the one with fewest bytes so far. Without a mesh any process may take any
+chunk, so the bytes come out even. Every process computes the same result, without communication.
 """
 
 import math
@@ -16,7 +16,7 @@ Partition = tuple[tuple[str, ...], ...]  # for each axis of a leaf, the mesh axe
 
 
 class Shares:
-    """What each of `count` processes writes of a tree."""
+    """The assignment of a tree's chunks to `count` processes."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Shares:
         sizes: Mapping[str, int],
         count: int,
     ):
-        """partitions: by leaf; sizes: of the mesh axes."""
+        """partitions: mesh axes per leaf axis, by leaf path. sizes: length of each mesh axis."""
         devices = math.prod(sizes.values())
         self._axes = tuple(sizes)
         # jax numbers devices process by process, and a mesh takes them in this order, but on some
@@ -44,12 +44,12 @@ class Shares:
                 self._writer[band.leaf.path, name] = writer
 
     def of(self, process: int, band: Band) -> dict[str, tuple[slice, ...]]:
-        """Return the pieces of a band that a process writes, in the form of `Band.pieces`."""
+        """Return the pieces of a band that a process writes."""
         path = band.leaf.path
         return {n: at for n, at in band.pieces.items() if self._writer[path, n] == process}
 
     def _holders(self, band: Band, name: str) -> list[int]:
-        """The processes with a device that holds this chunk."""
+        """Return the processes with a device that holds the chunk `name` of a band."""
         if self._process.size == 1:
             return list(range(self._count))
         sizes = dict(zip(self._axes, self._process.shape, strict=True))

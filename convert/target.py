@@ -1,8 +1,8 @@
-"""What both converters do around the copying: the folder written to.
+"""The target folder of both converters: checks, locking, resuming and completion.
 
-A target in work holds `unfinished.json`, which says what is being made of what. The same command
-finds it and continues; another one is refused. It goes when the target is complete. While a command
-is at work in it, any other is refused (`alone`), the same one too.
+An incomplete target holds `unfinished.json`, which identifies source and settings. The same command
+finds it and continues; a different one is refused. It is removed when the target is complete. While
+a command works in the target, every other one is refused, even the same (`alone`).
 """
 
 import errno
@@ -25,8 +25,8 @@ from qwen_jax.runtime.texts import read_json
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raise UsageError when one folder is the other, or is within it; ValueError for a target of a
-    name that not everybody could open.
+    """Raise UsageError if the target is the source or inside it, and ValueError for a target name
+    that `paths.check_name` rejects.
     """
     paths.check_name(target)
     source, target = (p if paths.is_remote(p) else p.resolve() for p in (source, target))
@@ -40,10 +40,10 @@ def is_unfinished(target: Path) -> bool:
 
 @contextmanager
 def alone(target: Path) -> Iterator[Callable[[], None]]:
-    """With no other program at work in `target`; of several processes the first speaks for all.
+    """Hold the lock of `target`, so that no other program writes there. Process 0 locks for all.
 
-    Yields what `lock.alone` does. Raises ValueError for what is no folder, or a finished directory,
-    and `lock.Busy`.
+    Yields the check of `lock.alone`. Raises ValueError if `target` is not a folder or is a finished
+    model directory, and `lock.Busy` if another program holds the lock.
     """
     if processes.index():
         yield lambda: None
@@ -68,9 +68,9 @@ def _check_unfinished(target: Path) -> None:
 
 
 def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether `target` holds unfinished work of the same command; writes nothing.
+    """Return whether `target` holds unfinished work of the same command. Writes nothing.
 
-    Raises ValueError when it holds anything else.
+    Raises ValueError if it holds anything else.
     """
     _check_unfinished(target)
     if not is_unfinished(target):
@@ -92,7 +92,7 @@ def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError unless this is the folder that process 0 has begun."""
+    """Raise ValueError unless this process sees the folder that process 0 has begun."""
     if not is_unfinished(target):
         raise ValueError(
             f"{target} is not the folder that process 0 writes to: all hosts need one disk, or gs://"
@@ -101,7 +101,7 @@ def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise ValueError when the disk of `target` has no room for `needed` bytes more."""
+    """Raise ValueError if the disk of `target` has less than `needed` bytes free."""
     if paths.is_remote(target):
         return
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
@@ -116,9 +116,9 @@ def check_space(target: Path, needed: int) -> None:
 def begin(
     source: Path, target: Path, *, facts: Mapping[str, Any], resumed: bool, done: int, needed: int
 ) -> None:
-    """Start or continue: say how many bytes are there, and write all but weights and config.json.
+    """Begin or resume a target: write `facts` and the files that are copied as they are.
 
-    Raises ValueError when the `needed` bytes have no room.
+    done, needed: bytes already written and bytes to write. ValueError if the disk lacks space.
     """
     remove_drafts(target)
     check_space(target, needed)
@@ -136,7 +136,7 @@ def end(target: Path) -> None:
 
 @contextmanager
 def explained(target: Path, needed: int) -> Iterator[None]:
-    """Say what to do when the disk fills up after all."""
+    """Turn a full disk or an exceeded quota into a ValueError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -149,5 +149,5 @@ def explained(target: Path, needed: int) -> Iterator[None]:
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
-    """What tells whether the source is still the same: its files' names, sizes and times."""
+    """Return names, sizes and times of the source's files, which reveal whether it has changed."""
     return {name: paths.stamp(file) for name, file in sorted((f.name, f) for f in files)}

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` -> bytes."""
+    """Parse a size such as `5GB`, `500MB` or `2GiB` into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
@@ -107,7 +107,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def make_plan(args: argparse.Namespace) -> ExportPlan:
-    """Everything that can be found wrong without writing is found here."""
+    """Check the whole input before anything is written, and plan the export."""
     src, dst = paths.parse(args.src), paths.parse(args.dst)
     target.check_apart(src, dst)
     if args.verify:
@@ -145,7 +145,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
 
 
 def copy(plan: ExportPlan) -> None:
-    """Write every file of the target; the index comes last. Processes take files in turn."""
+    """Write every file of the target, the index last. Each process writes every n-th file."""
     from convert import copying
 
     if processes.index() == 0:
@@ -172,7 +172,7 @@ def copy(plan: ExportPlan) -> None:
 
 
 def _all_jobs(plan: ExportPlan, files: list[str], *, resumed: bool) -> tuple[int, int, "list[Job]"]:
-    """The bytes of these files that are there and that are needed, and what is left to do."""
+    """Return the bytes of these files already written, the bytes to write, and their jobs."""
     done, pending = 0, []
     for file in files:
         there, jobs = _jobs(plan, file, resumed=resumed)
@@ -185,7 +185,7 @@ Job = tuple[int, Callable[[], None]]
 
 
 def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, list[Job]]:
-    """The bytes of a file that are there already, and what is left to do, in order."""
+    """Return the bytes of a file already written, and the jobs left, in order."""
     whole = plan.target / file
     # Not a draft of this process's own: what a stopped export left is gone on with. Nobody ever
     # shortens it, so that two exports, where no lock could keep them apart, write the same bytes.
@@ -211,7 +211,7 @@ def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, list[Job]
 
 
 def _layout(plan: ExportPlan, file: str) -> tuple[bytes, list[store.Band], list[int]]:
-    """What a file consists of: its header, then bands of so many bytes each."""
+    """Return the layout of a file: its header, the bands after it, and their sizes in bytes."""
     shapes = {name: plan.wanted[name].shape for name in plan.shards[file]}
     bands = [
         band
@@ -224,7 +224,7 @@ def _layout(plan: ExportPlan, file: str) -> tuple[bytes, list[store.Band], list[
 
 
 def check_sizes(plan: ExportPlan) -> None:
-    """Raise ValueError unless every file of tensors is there with its full size."""
+    """Raise ValueError unless every tensor file exists and has its full size."""
     wanted = {}
     for file in plan.shards:
         head, _, sizes = _layout(plan, file)

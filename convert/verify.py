@@ -1,8 +1,8 @@
-"""Whether a model directory and a safetensors folder hold the same values, bit for bit.
+"""Verification that a model directory and a safetensors folder hold the same values, bit for bit.
 
 The model directory is read through TensorStore, as Orbax reads it, not through the code that wrote
-it. Where the two differ in dtype, the copy must be the cast of the original; where an adapter was
-merged on the way, the cast of what merging it gives now, from the same blocks of rows.
+it. If the dtypes differ, the copy must equal the original after a cast. If an adapter was merged,
+it must equal the cast result of merging again, over the same blocks of rows.
 """
 
 import itertools
@@ -30,11 +30,10 @@ def verify(
     exported: bool,
     changes: Mapping[str, Change] | None = None,
 ) -> None:
-    """Raise ValueError that lists the tensors which differ. exported: the folder is the copy.
-    changes: what an export has made of leaves, by path (`peft.changes`).
+    """Raise ValueError that lists the tensors which differ.
 
-    Of several processes each compares a part, and speaks of what it has found.
-    """
+    exported: whether the folder is the copy. changes: merge functions of an export, by leaf path
+    (`peft.changes`). Each process compares its share, and raises for that alone."""
     different: set[str] = set()
     jobs = _jobs(
         params,

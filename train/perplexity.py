@@ -1,9 +1,9 @@
-"""Measure how well a model predicts long text, by length and by what extends its context: the table
-of the report (table 3), and a plot of it. `python train/perplexity.py`.
+"""Measure a model's perplexity on long text, by length and context extension, as table 3 of Qwen's
+report does; prints a table and writes a plot. `python train/perplexity.py`.
 
-Every length sees the same tokens, cut into rows of that length, so that its figures differ by what
-comes before a token alone. Each figure is told when it is there, and what was measured before an
-interruption or an error is printed all the same.
+Every length uses the same tokens, cut into rows of that length, so that figures differ only by the
+context before each token. Each figure is reported as soon as it is measured, and an interruption or
+error still prints those measured before.
 """
 
 import argparse
@@ -166,10 +166,10 @@ def work(args: argparse.Namespace) -> None:
 def _told(
     args: argparse.Namespace, tokens: int, *, picture: Path | None
 ) -> Iterator[Callable[[str, int, float, float], None]]:
-    """A function that is handed each figure: mode, length, perplexity and seconds. At the end,
-    whatever that is, those that there are make the table or JSON, and the plot.
+    """Yield a function to report each figure: mode, length, perplexity and seconds. On leaving the
+    context, even by an error, the figures so far are printed as a table or JSON, and plotted.
 
-    tokens: how many are measured at each length.
+    tokens: the number of tokens measured at each length.
     """
     found, whole = dict[str, dict[int, float]](), False
 
@@ -197,9 +197,9 @@ def _told(
 
 
 def setting_of(config: "Config", mode: str, *, windows: Sequence[int | None] | None) -> "Config":
-    """The architecture in a mode; weights are the same in all. windows: a width for each layer, of
-    mode "window"; None: the lower half of the layers see `seq_length`. ValueError for windows that
-    are not one for each layer.
+    """The config in which a mode computes; all modes use the same weights. windows: a width per
+    layer, for modes with "window"; None: the lower half of the layers see `seq_length` tokens.
+    Raises ValueError unless there is one width per layer.
     """
     if mode == OWN:
         return config
@@ -228,8 +228,8 @@ def perplexity(
     """Measure the perplexity of ids [N] in rows of `length`: exp of the mean cross-entropy of all
     tokens but the first of each row.
 
-    decoder: stacked; config: what it computes as. On the mesh in force, in batches of
-    `rows_at_once`; the last is filled up with rows that do not count.
+    decoder: stacked; it computes with `config`, on the current mesh, in batches of `rows_at_once`;
+    the last batch is padded with rows that do not count.
     """
     from qwen_jax.model import rope
     from train.data import batches
@@ -255,8 +255,8 @@ def perplexity(
 
 
 def rows_at_once(length: int, count: int) -> int:
-    """How many of `count` rows of a length are measured together on the mesh in force, or on one
-    device: as many as make `_AT_A_TIME` tokens, one at least, and a multiple of what splits rows.
+    """How many of `count` rows to measure together on the current mesh, or on one device: up to
+    `_AT_A_TIME` tokens, but at least one row per shard, and a multiple of the shards of rows.
     """
     from qwen_jax.meshes import sharding
 
@@ -271,8 +271,8 @@ def _perplexity(entropy: float) -> float:
 
 @functools.cache
 def _total(config: "Config", attend: Callable[..., Any], *, dtype: Any) -> Callable[..., Any]:
-    """A jitted program that sums the cross-entropies of a batch: it takes the decoder, the batch
-    and the frequencies of RoPE, float32 [1, H/2].
+    """Build a jitted function that sums the cross-entropies of a batch. Its arguments: decoder,
+    batch and RoPE's frequencies, float32 [1, H/2].
     """
     import jax
     import jax.numpy as jnp
@@ -292,7 +292,7 @@ def _total(config: "Config", attend: Callable[..., Any], *, dtype: Any) -> Calla
 
 
 def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
-    """Tokens of documents that are as long as the longest row at least, each cut to whole rows."""
+    """Ids of documents at least as long as the longest row, each cut to a multiple of it."""
     from qwen_jax import checkpoint
     from train import data
     from train.data import records

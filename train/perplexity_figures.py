@@ -1,4 +1,4 @@
-"""Perplexities by mode and length as a table of text, and as a plot."""
+"""Print perplexities by mode and length as a text table, or draw them as a plot."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from qwen_jax.runtime import command, paths
 
 
 def table(found: Mapping[str, Mapping[int, float]]) -> str:
-    """Perplexities by mode and length: a line for each mode, blank where there is none yet."""
+    """A text table of perplexities: a line per mode, a column per length, blank if not measured."""
     lengths = sorted({length for values in found.values() for length in values})
     lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
     for mode, values in found.items():
@@ -23,7 +23,7 @@ def _cell(value: float | None) -> str:
 def plot(
     found: Mapping[str, Mapping[int, float]], path: Path, *, title: str = "Perplexity"
 ) -> None:
-    """Perplexity over length, a line for each mode. title: of the plot."""
+    """Draw perplexity over length into a picture file, with a line for each mode."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -49,18 +49,18 @@ def plot(
 
 
 def title_of(ckpt: str, tokens: int) -> str:
-    """The plot's title: the last two parts of the model's path, and the number of tokens."""
+    """The title of the plot: the end of the model's path, and the number of tokens measured."""
     name = "/".join(paths.absolute(ckpt).parts[-2:])
     return f"Perplexity of {name} over {tokens:,} tokens"
 
 
 def _format(path: Path) -> str:
-    """The format that the name of a picture asks for."""
+    """The picture format that the file's suffix names; png without a suffix."""
     return path.suffix[1:].lower() or "png"
 
 
 def check_picture(path: Path) -> None:
-    """Raise UsageError where no plot can be written, before anything is measured."""
+    """Raise UsageError if the plot cannot be written; called before anything is measured."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.is_dir() or not paths.is_place(path):

@@ -1,10 +1,10 @@
-"""The plan before the bill: what a run needs and can reach on accelerators that are not there.
+"""Plan a run on absent accelerators: the memory, work and time that its programs need.
 
     python train/plan.py --model qwen-72b --topology v5p:8x8x8 --mesh fsdp=64,tp=8 \\
         --length 4096 --batch 512
 
-compiles the real training step (with --decode: prefill and the decode loop) on any machine, and
-prints the memory of a device, FLOPs, collectives, and a bound on time. Needs the `aot` extra.
+compiles the real training step (with --decode, prefill and the decode loop) on any machine, and
+prints memory per device, FLOPs, collectives and a lower bound of time. Needs the `aot` extra.
 """
 
 import argparse
@@ -77,7 +77,7 @@ _OF_TRAINING += ("base_dtype", "train_embeddings")
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Raise UsageError for an option that means nothing beside the others."""
+    """Raise UsageError for an option that has no effect beside the others."""
     if args.decode:
         command.refuse(args, _OF_TRAINING, why="is of training: drop it, or --decode")
     else:
@@ -151,8 +151,8 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _found(tried: Sequence[Any], topology: Any, *, decode: bool) -> list[Any]:
-    """The estimates of a search's candidates. One that does not compile is said, and left out;
-    where that is every one, it is the error.
+    """Compile a search's candidates and return their estimates. A candidate that does not compile
+    is reported and left out; if none compiles, the last error is raised.
     """
     from qwen_jax import meshes
     from train.planning import attempts
@@ -173,8 +173,8 @@ def _found(tried: Sequence[Any], topology: Any, *, decode: bool) -> list[Any]:
 
 
 def rank(x: Any) -> tuple[Any, ...]:
-    """What fits before what does not, of which what lacks least; then the best tokens/s, and where
-    that is equal within 1 % the one that loses least when nothing overlaps.
+    """The sort key of estimates: first the ones that fit, then by missing memory; then by tokens/s
+    and, if these are equal within 1 %, by tokens/s if nothing overlaps.
     """
     serial = x.tokens / x.bound.serial if x.bound else 0.0
     percents = round(100 * math.log(x.tokens_per_second)) if x.bound else 0
@@ -182,7 +182,7 @@ def rank(x: Any) -> tuple[Any, ...]:
 
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
-    """The sizes asked for, by axis; all 1 where none are."""
+    """The mesh sizes that --mesh asks for, by axis; all 1 without --mesh."""
     from qwen_jax.meshes import options, sharding
 
     sizes = options.mesh_sizes(args.mesh)
@@ -209,7 +209,7 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         config = Config.read(stored)
     else:
         raise UsageError(
-            f"--model {args.model}: no config.json, nor a folder with one, and no preset; these are "
+            f"--model {args.model}: no config.json, nor a folder with one, and no preset. Presets: "
             f"{', '.join(presets.PRESETS)}"
         )
     _choice("--remat", args.remat, allowed=step.REMAT)

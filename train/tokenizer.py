@@ -99,9 +99,9 @@ def _learn(args: argparse.Namespace) -> None:
 
 
 def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """The ranks of `size` tokens: the bytes, then merges in the order in which they were learned.
+    """Learn `size` tokens; return their ranks: the bytes, then merges in the order learned.
 
-    Raises ValueError where the texts have not enough different pairs, or are no texts.
+    Raises ValueError if the texts have too few different pairs, or are not strings.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be a list of texts, got {described(texts)}")
@@ -135,8 +135,8 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 
 def _letters() -> dict[int, str]:
-    """The letter that stands for each byte within `tokenizers`: itself where it can be printed, the
-    others from U+0100 on.
+    """The letter by which `tokenizers` represents each byte: the byte's own character if it is
+    printable, else one from U+0100 on.
     """
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(_BYTES) if byte not in printed)

@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 
 def config_at(path: str | Path) -> Path | None:
-    """The config.json that a path names, itself or in the folder that it names; None without one."""
+    """Return the config.json that a path names, or that lies in the folder it names, or None."""
     named = paths.parse(path)
     return next((x for x in (named / CONFIG, named) if x.is_file()), None)
 

@@ -1,1 +1,1 @@
-"""Text out of a converted model: `load`, the language model, its rates, and the command."""
+"""Text generation: `load`, the language model, its benchmark, and the command line program."""

@@ -1,8 +1,8 @@
-"""`python -m qwen_jax.generate`: text from a model directory, on the command line.
+"""`python -m qwen_jax.generate`: the command line program that generates text.
 
-Defaults come from the checkpoint's generation_config, stop words included. Text, or with --json an
-object for each, goes to stdout, everything else to stderr. One text is shown as it grows; several
-are generated in batches, and come in order.
+Defaults, including stops, come from the checkpoint's generation_config. Texts, or with --json one
+object per text, go to stdout, everything else to stderr. A single text is printed as it grows;
+several are generated in batches and printed in order.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sampler(args: argparse.Namespace, default: Any) -> Any:
-    """The sampler `default` with the command line's changes. UsageError for a bad value."""
+    """Make the checkpoint's sampler with the command line's settings; UsageError for a bad one."""
     from qwen_jax.checkpoint.generation_config import make_sampler
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -177,12 +177,11 @@ _DRAWS = ("top_k", "top_p", "seed", "samples")
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Raise UsageError for an option that means nothing beside the others."""
+    """Raise UsageError for an option that has no effect in combination with the others."""
     if args.bench:
         names = ("temperature", *_DRAWS, "repetition_penalty", "stop", "ntk")
-        command.refuse(
-            args, names, why="means nothing beside --bench, which draws no text: drop it"
-        )
+        how = "means nothing beside --bench, which draws no text: drop it"
+        command.refuse(args, names, why=how)
         how = "is of several prompts: --bench takes one, with --prompt, --prompt-file or --chat"
         command.refuse(args, ("prompts", "chats"), why=how)
         if args.max_new_tokens == 1:
@@ -198,7 +197,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 
 
 def prompt_texts(args: argparse.Namespace) -> list[str]:
-    """What to continue or to answer, each on its own; none with --bench alone."""
+    """Return the prompts to continue or answer; an empty list with --bench and no prompt."""
     if (file := args.prompts or args.chats) is not None:
         found = prompts.read(file)
     else:
@@ -217,7 +216,7 @@ def prompt_texts(args: argparse.Namespace) -> list[str]:
 
 
 def describe(args: argparse.Namespace) -> "Description":
-    """What the directory says beside its weights, with what the command line changes of it."""
+    """Read the model directory without its weights, with --set and --max-length applied."""
     from qwen_jax.generate import description
 
     about = description.read(args.ckpt, command.overrides(args.set), max_length=args.max_length)
@@ -228,7 +227,7 @@ def describe(args: argparse.Namespace) -> "Description":
 
 
 def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> list[int]:
-    """The ids of a prompt: the text itself, or with --chat and --chats in the chat format."""
+    """Encode a prompt as token ids, with --chat and --chats in the chat format."""
     from qwen_jax import chat
     from qwen_jax.chat import DEFAULT_SYSTEM
 
@@ -241,7 +240,7 @@ def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> 
 def load(
     args: argparse.Namespace, about: "Description", sizes: Mapping[str, int]
 ) -> "LanguageModel":
-    """The model as the command line asks for it, on the mesh it asks for."""
+    """Load the model with the command line's dtype, attention, cache dtype and mesh (`sizes`)."""
     import jax
 
     from qwen_jax.generate import language_model
@@ -251,13 +250,13 @@ def load(
     with jax.set_mesh(mesh(args, about, sizes=sizes)):
         chosen = {name: getattr(args, name) for name in ("dtype", "attention", "cache_dtype")}
         model = language_model.with_weights(args.ckpt, about, **chosen)
-    seconds = time.perf_counter() - started
-    command.say(f"loaded {model.config.num_params():,} weights in {seconds:.1f} s")
+    took = f"{time.perf_counter() - started:.1f} s"
+    command.say(f"loaded {model.config.num_params():,} weights in {took}")
     return model
 
 
 def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]) -> "Mesh":
-    """The mesh asked for, in which every process must have a device. sizes: those of --mesh."""
+    """Make --mesh (`sizes`) or the default. UsageError if a process has no device in the mesh."""
     import jax
 
     from qwen_jax import meshes
@@ -282,7 +281,7 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
 def tasks(
     args: argparse.Namespace, given: Sequence[str], *, about: "Description"
 ) -> "list[TextTask]":
-    """The texts to generate, in order. ValueError for a prompt that leaves no room, and which."""
+    """Return a task per prompt and sample, in order; ValueError for a prompt that does not fit."""
     from qwen_jax.generate import completion
     from qwen_jax.generate.results import TextTask
     from qwen_jax.runtime import values

@@ -1,4 +1,4 @@
-"""What a model runs with on the devices here: its dtype and its attention, by their names."""
+"""Choice of dtype and attention implementation for the devices of this machine."""
 
 import math
 from typing import Any
@@ -18,9 +18,7 @@ from qwen_jax.runtime import values
 
 
 def check_names(dtype: str | None, attention: str, *, cache_dtype: str | None) -> None:
-    """Raise ValueError for one of these arguments of `load` that is not known, before anything is
-    read.
-    """
+    """Raise ValueError if one of these arguments of `load` is not a known name. Nothing is read."""
     values.choice("dtype", dtype, allowed=checkpoint.DTYPES, or_none=True)
     values.choice("cache_dtype", cache_dtype, allowed=kv.DTYPES, or_none=True)
     attention_registry.get(attention)
@@ -29,9 +27,10 @@ def check_names(dtype: str | None, attention: str, *, cache_dtype: str | None) -
 def attention_for(
     name: str, config: Config, *, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
 ) -> Any:
-    """The implementation for a prompt's chunks and for a token against up to `length` slots.
+    """Return the named attention, for chunks of a prompt and for decoding with `length` slots.
 
-    One token is traced, so that attention that declines does so before the weights are read.
+    It is traced for one token, so that attention which cannot run this model raises
+    NotImplementedError before the weights are read.
     """
     chunk = min(length, decode.buckets()[-1])
     attend = prove.resolve(
@@ -56,7 +55,7 @@ def attention_for(
 
 
 def default_dtype() -> str:
-    """float32 on CPU; bfloat16 on TPU and on GPUs of compute capability 8 and up, else float16."""
+    """Return float32 on CPU, float16 on GPUs of compute capability below 8, else bfloat16."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "float32"

@@ -1,7 +1,7 @@
-"""How fast a loaded model runs, against the memory bandwidth of the same machine in the same run.
+"""Benchmark of a loaded model: prefill and decode rates, and the share of memory bandwidth used.
 
-A decode step reads every weight but the embedding table once, and the filled cache. Those bytes
-over the time of a step, over the bandwidth of float32 matrix-vector products: the share reported.
+A decode step reads the filled cache and, once, every weight except the embedding table. The share
+is the bytes read per second over the bandwidth of float32 matrix-vector products in the same run.
 """
 
 import math
@@ -23,10 +23,10 @@ PROMPT, NEW, ROUNDS = 128, 32, 5  # tokens of a prompt, and new ones; rounds
 
 
 def run(model: LanguageModel, new: int, *, ids: Sequence[int] | None = None) -> dict[str, Any]:
-    """Medians over interleaved rounds: rates in tokens/s, sizes in bytes, bandwidth in GB/s.
+    """Time prefill, decoding and a matrix-vector product in turn, and return medians over rounds.
 
-    new: tokens to make, at least 2; ids: the prompt, None = `PROMPT` random tokens.
-    """
+    `new` is the number of tokens to generate, at least 2. `ids` is the prompt, or None for `PROMPT`
+    random tokens. Rates are in tokens/s, sizes in bytes, bandwidths in GB/s."""
     drawn = np.random.default_rng(0).integers(0, int(0.9 * model.config.vocab_size), PROMPT)
     prompt = np.asarray([drawn if ids is None else ids])
     length = prompt.shape[1]
@@ -73,7 +73,7 @@ def run(model: LanguageModel, new: int, *, ids: Sequence[int] | None = None) -> 
 
 
 def _cache_bytes(model: LanguageModel) -> int:
-    """Bytes that the cache holds for a token of a row."""
+    """Return the bytes that the KV cache takes for one token of one row."""
     dtype = model.decoder.embedding[...].dtype
     rows = math.prod(sharding.axis_sizes(model.mesh)[axis] for axis in sharding.BATCH)
     with meshes.entered(model.mesh):
@@ -88,7 +88,7 @@ def _cache_bytes(model: LanguageModel) -> int:
 
 
 def text(result: dict[str, Any]) -> str:
-    """The result as lines for a terminal."""
+    """Format the result of `run` for a terminal."""
     return (
         f"{result['device']}, jax {result['jax']}, {result['dtype']}\n"
         f"prefill  {result['prefill_tokens_per_second']:10.1f} tokens/s "
@@ -102,8 +102,8 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _matvec(rows: int = 8192, columns: int = 4096, *, count: int = 4) -> Callable[[], float]:
-    """A function that measures, in GB/s, products of a vector with float32 matrices that no cache
-    holds (0.5 GB in all)."""
+    """Return a function that measures memory bandwidth in GB/s: it multiplies a vector by float32
+    matrices that are too large for any cache (0.5 GB in all)."""
     matrices = [jnp.full((rows, columns), 1e-3, jnp.float32) for _ in range(count)]
     x = jnp.ones((1, columns), jnp.float32)
 

@@ -1,8 +1,8 @@
-"""Many prompts as ids to texts: in batches, in order, each as it would be alone.
+"""Batched text completion: many prompts in batches, in order, each with the result it has alone.
 
-What ends a row is found here where it is a text; ids that end one are found on the device, too.
-`generate_text` is a method of `LanguageModel`; the rest knows neither how a prompt was encoded nor
-where results go.
+Stop texts are found here, on the host; stop ids are found here and on the device. `generate_text`
+is a method of `LanguageModel`; nothing else here knows how a prompt was encoded or where results
+go.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ _AT_ONCE = 8  # tokens between two looks at the texts
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, and what is drawn after it. `ids`: of the prompt; `seed`: of the row's draws;
-    `new`: the most tokens to make.
+    """A prompt to complete. `ids` are its token ids, `seed` seeds the row's sampling, and `new` is
+    the largest number of tokens to generate.
     """
 
     ids: Sequence[int]
@@ -47,8 +47,8 @@ class TextRules:
 
 
 class Row:
-    """One row as its ids come. `tokens`: the ids so far, with the stop that has ended them;
-    `text`: what is known to come before a stop.
+    """One row, built up as its ids are generated. `tokens` are the ids so far, with the stop that
+    ended them; `text` is the decoded text, as far as it cannot be part of a stop.
     """
 
     def __init__(self, tokenizer: Tokenizer, rules: TextRules):
@@ -64,11 +64,11 @@ class Row:
 
     @property
     def finish_reason(self) -> str:
-        """Why the row has ended: "stop", or "length"."""
+        """Why the row ended: "stop" for a stop, "length" for the limit on new tokens."""
         return "stop" if self.stopped else "length"
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take the next ids, as far as the row goes; the text that they add."""
+        """Append the next ids, up to a stop, and return the text that they add."""
         before = len(self.text)
         for i in ids:
             if self.stopped:
@@ -78,7 +78,7 @@ class Row:
         return self.text[before:]
 
     def finish(self) -> str:
-        """The text that was held back, when no more ids come."""
+        """End the row, and return the text held back because it might have begun a stop."""
         rest = self._stream.push(self._ids.flush()) + self._stream.flush()
         rest = self._texts.push(rest) + self._texts.flush()
         self.text += rest
@@ -88,11 +88,11 @@ class Row:
 def run(
     model: "LanguageModel", requests: Sequence[Request], *, rules: TextRules, batch_size: int
 ) -> Iterator[list[Row]]:
-    """Yield the finished rows of all requests, in their order, a batch at a time.
+    """Yield the finished rows of all requests, in order, one batch at a time.
 
-    Requests of one length of `new` that follow each other share a batch, so that a row's room does
-    not depend on its neighbours. A batch that is not full is filled up with rows that it has, as
-    programs are compiled for a number of rows; these are dropped.
+    Only consecutive requests with equal `new` share a batch, so that a row's limit does not depend
+    on its neighbours. A partial batch is filled with copies of its rows, whose results are dropped,
+    because programs are compiled for a fixed number of rows.
     """
     width = min(batch_size, len(requests))
     for new, group in itertools.groupby(requests, key=lambda request: request.new):
@@ -104,7 +104,7 @@ def run(
 def _batch(
     model: "LanguageModel", requests: Sequence[Request], *, rules: TextRules, new: int, width: int
 ) -> list[Row]:
-    """The finished rows of one batch of `width` rows."""
+    """Generate one batch, filled up to `width` rows, and return a finished row per request."""
     filled = list(itertools.islice(itertools.cycle(requests), width))
     rows = [Row(model.need_tokenizer(), rules) for _ in requests]
     parts = model.stream(
@@ -162,22 +162,22 @@ def generate_text(
     ntk: str = "prompt",
     batch_size: int = BATCH_SIZE,
 ) -> str | list[str]:
-    """Continue a text, or each of several: the new text alone, without the stop that ends it.
+    """Continue one text or several. Returns the new text only, without the stop that ended it.
 
-    What is None is as the checkpoint's generation_config says, and what it names as stops ends
-    a text too. A control token that a prompt spells is ordinary text. `chat` asks a chat model.
+    Arguments that are None come from the checkpoint's generation_config, whose stops always apply.
+    Control tokens spelled out in a prompt are ordinary text. For a chat model use `chat`.
 
     Args:
-        prompts: a text; or texts of any lengths, `batch_size` of which run at once. Each gives
-            what it would give alone.
-        max_new_tokens: the most tokens of each text.
+        prompts: a text, or texts of any lengths, which run `batch_size` at a time. The result for
+            each is the same as if it ran alone.
+        max_new_tokens: the largest number of tokens to generate for each text.
         sampler: a `Greedy` or a `Nucleus`.
-        stop: a text or texts that end a row where they are generated, wherever tokens begin.
+        stop: a text or texts that end a row, even where they begin or end within a token.
         seed: one for all texts, or one for each. To draw several samples of a prompt, repeat it
-            and give each a seed of its own.
+            with different seeds.
         ntk: as in `generate`.
 
-    Raises ValueError that names an argument which is no text, is empty, or does not fit.
+    Raises ValueError that names an argument which is not text, is empty, or does not fit.
     """
     given = [prompts] if isinstance(prompts, str) else inputs.prompts(prompts)
     tokenizer = self.need_tokenizer()

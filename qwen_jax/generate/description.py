@@ -1,7 +1,7 @@
-"""What a model directory says beside its weights: architecture, tokenizer, defaults of generation.
+"""A model directory without its weights: architecture, tokenizer and generation defaults.
 
-It is read in a moment, and is enough to encode a prompt, and to refuse one that does not fit,
-before the weights are read. Nothing here knows of meshes or of attention.
+Reading these takes a moment. They suffice to encode a prompt and to refuse one that does not fit,
+before the weights are loaded. This module does not know meshes or attention.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not st
 def read(
     path: str | Path, overrides: Mapping[str, Any] | None = None, *, max_length: int | None = None
 ) -> "Description":
-    """Read all of a model directory but its weights; arguments as in `language_model.load`.
+    """Read everything in a model directory except its weights; arguments as `language_model.load`.
 
-    Raises ValueError for a directory that is not whole, or an argument that is not allowed.
+    Raises ValueError for an incomplete directory or an argument that is not allowed.
     """
     if max_length is not None:
         max_length = values.whole("max_length", max_length, least=2, most=values.INT32)
@@ -40,8 +40,8 @@ def read(
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model without its weights. `tokenizer`: None where the directory has no vocabulary.
-    `max_length`: most tokens of a row, prompt and new ones together.
+    """A model without its weights. `tokenizer` is None if the directory has no vocabulary;
+    `max_length` is the largest number of tokens in a row, prompt and new tokens together.
     """
 
     config: Config
@@ -51,25 +51,25 @@ class Description:
 
     @property
     def is_base(self) -> bool:
-        """Whether the checkpoint says of itself that it was not trained for chat."""
+        """Whether this is a base model: generation_config's chat_format is not "chatml"."""
         return self.generation_config.chat_format != "chatml"
 
     @property
     def pad_id(self) -> int:
-        """What follows the end of a row."""
+        """The token id that fills a row after its stop."""
         if self.generation_config.pad_id is not None:
             return self.generation_config.pad_id
         return self.tokenizer.eod_id if self.tokenizer else 0
 
     def chat_stops(self) -> tuple[tuple[int, ...], ...]:
-        """What ends a reply: generation_config's stops, and the ids that end a turn."""
+        """Return the id sequences that end a reply: generation_config's and ChatML's own."""
         tokenizer = self.need_tokenizer()
         turn = (*chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,))
         return tuple(dict.fromkeys((*self.generation_config.stops, *turn)))
 
     def room(self, prompt: int, asked: int | None = None) -> int:
-        """How many tokens to make after a prompt of that many: `asked`, or generation_config's
-        max_new_tokens as far as the cache has room. ValueError where it has not.
+        """Return how many tokens to generate after a prompt of `prompt` tokens: `asked`, or if that
+        is None generation_config's max_new_tokens, reduced to fit. ValueError if they do not fit.
         """
         left = self.max_length - prompt
         if asked is None:
@@ -84,7 +84,7 @@ class Description:
         return new
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ValueError for a directory without one."""
+        """Return the tokenizer, or raise ValueError if the directory has none."""
         if self.tokenizer is None:
             raise ValueError(
                 "this model directory has no qwen.tiktoken: text cannot be encoded; copy the "
@@ -93,6 +93,6 @@ class Description:
         return self.tokenizer
 
     def known_ids(self) -> np.ndarray:
-        """bool [V]: the ids that may be generated, which are those that decode."""
+        """Mark the ids that may be generated, bool [V]: all that the tokenizer can decode."""
         size = self.config.vocab_size
         return np.ones(size, bool) if self.tokenizer is None else self.tokenizer.known_ids(size)

@@ -1,6 +1,6 @@
-"""Keywords of other libraries, such as `temperature=`: an error that says what to give instead.
+"""Better errors for keywords of other libraries, such as `temperature=`: they name ours.
 
-Knows the names of the arguments of `load` and of `LanguageModel`, and nothing of what they do.
+This module knows the argument names of `load` and `LanguageModel`, but not what they do.
 """
 
 import difflib
@@ -17,7 +17,7 @@ _SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of sample
 
 
 def _named(names: str, needs: str, *, hint: str) -> dict[tuple[str, str], str]:
-    """The hint for keywords of these names, of functions that have the argument `needs`."""
+    """Map each (name, `needs`) to `hint`, shown where a function has an argument `needs`."""
     return {(name, needs): hint for name in names.split()}
 
 
@@ -90,7 +90,7 @@ _HINTS = {
 
 
 def explained(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, whose TypeError for a keyword that it has not says what to give instead."""
+    """Decorate a function: its TypeError for an unknown keyword says what to pass instead."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
@@ -103,7 +103,7 @@ def explained(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _instead(unknown: Mapping[str, Any], known: Sequence[str]) -> str:
-    """The first of the unknown keywords, and what to give in its place."""
+    """Return the end of the message: the first unknown keyword and what to pass instead."""
     name, value = next(iter(unknown.items()))
     if name in _SETTINGS and "sampler" in known:
         if unknown.get("temperature") == 0:

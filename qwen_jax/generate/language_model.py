@@ -1,7 +1,7 @@
-"""A loaded model directory: weights, tokenizer and defaults, with logits, generation and chat.
+"""`LanguageModel`, the interface for users: a loaded model with logits, generation and chat.
 
-This is what users hold. It turns texts and host arrays into what `decode.py` runs, enters the mesh,
-and checks what callers pass; it knows no command line.
+It checks arguments, turns texts and host arrays into the arrays that `decode.py` takes, and enters
+the mesh. It knows nothing of the command line.
 """
 
 import dataclasses
@@ -37,19 +37,19 @@ def load(
     cache_dtype: str | None = None,
     max_length: int | None = None,
 ) -> "LanguageModel":
-    """Load the model directory that `convert/from_hf.py` or `checkpoint.save` has written.
+    """Load a model directory written by `convert/from_hf.py` or `checkpoint.save`.
 
-    It is loaded on the mesh in force (`jax.set_mesh`), or else on one device.
+    It is loaded on the current mesh (`jax.set_mesh`), or on one device if there is none.
 
     dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
     values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
-    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" proves the kernels for this device, once, and takes
+    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" tests the kernels on this device, once, and takes
     the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8"
-    (symmetric) or "int8_asymmetric". max_length: prompt and new tokens of a row together, at most;
+    (symmetric) or "int8_asymmetric". max_length: largest number of prompt and new tokens in a row;
     None is the larger of the config's max_position_embeddings and seq_length.
 
-    Raises ValueError for a directory that is not whole, or an argument that is not allowed;
-    NotImplementedError where that attention cannot do this model on this device.
+    Raises ValueError for an incomplete directory or an argument that is not allowed, and
+    NotImplementedError if the attention cannot run this model on this device.
     """
     backend.check_names(dtype, attention, cache_dtype=cache_dtype)
     about = description.read(path, overrides, max_length=max_length)
@@ -64,9 +64,9 @@ def with_weights(
     attention: str = "auto",
     cache_dtype: str | None = None,
 ) -> "LanguageModel":
-    """Read the weights of a directory that has been described; arguments as in `load`, checked.
+    """Load the weights that belong to `about`; the other arguments are those of `load`, checked.
 
-    A mesh or attention that cannot run this model is refused before they are read.
+    A mesh or an attention that cannot run this model is refused before any weight is read.
     """
     mesh, config = meshes.current(), about.config
     if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
@@ -85,7 +85,7 @@ def with_weights(
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Description):
-    """A model that runs: what its directory says, and its weights on a mesh. `load` makes one."""
+    """A model ready to run: a `Description`, and its weights on a mesh. Made by `load`."""
 
     decoder: Decoder
     mesh: Mesh
@@ -94,12 +94,12 @@ class LanguageModel(Description):
 
     @keywords.explained
     def logits(self, tokens: Any, mask: Any = None, ntk_alpha: Any = None) -> jax.Array:
-        """Compute the logits of every token, float32 [B, T, V], in one pass over int [B, T].
+        """Compute the logits of every token, float32 [B, T, V], in one forward pass.
 
-        tokens: rows of ids; those of unequal length are padded on the left, to the longest, T.
-        mask int [B, T]: 1 = real, for rows that are left-padded already. Logits at padding mean
-        nothing.
-        ntk_alpha: a float or [B]; None is what each row's own length gives (dynamic NTK), or 1.
+        tokens: int [B, T], or rows of unequal length, which are padded on the left to the longest.
+        mask: int [B, T], 1 = real, for rows that are left-padded already. Logits at padding are
+        meaningless.
+        ntk_alpha: a float or [B]; None: from each row's length if the model has dynamic NTK, or 1.
         Raises ValueError for ids out of range or a mask that is not left-padded.
         """
         tokens, lengths = inputs.rows(tokens, mask, vocab_size=self.config.vocab_size)
@@ -131,16 +131,16 @@ class LanguageModel(Description):
         ntk: str = "prompt",
         ntk_alpha: Any = None,
     ) -> np.ndarray:
-        """Generate int32 [B, max_new_tokens] after prompts int [B, T]; after a row's stop, pad ids.
+        """Generate int32 [B, max_new_tokens] after prompts int [B, T]; pad ids follow a row's stop.
 
-        tokens, mask: as in `logits`; rows of unequal length give what each would give alone.
+        tokens, mask: as in `logits`; each row's result is the same as if it ran alone.
         (`generate_text` takes texts.) sampler: None = `Greedy()`. stop: ids, or sequences of ids,
         that end a row; the stop itself is returned. seed: one for all rows, or one for each; a
-        row's draws depend on its seed alone, so equal prompts with one seed give equal rows. ntk:
-        dynamic NTK's alpha from the "prompt", as the original does, or from the "total" of prompt
-        and new tokens.
-        Raises ValueError for an empty prompt, ids out of range, or more than `max_length` tokens;
-        and when a row's logits are NaN or infinite, or leave no id to choose.
+        row's random numbers depend on its seed alone, so equal prompts with one seed give equal
+        rows. ntk: dynamic NTK computes alpha from the length of the "prompt", as the original code
+        does, or from the "total" of prompt and new tokens.
+        Raises ValueError for an empty prompt, ids out of range, more than `max_length` tokens, or
+        a row whose logits are NaN or infinite or leave no id to choose.
         """
         parts = list(
             self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
@@ -164,10 +164,10 @@ class LanguageModel(Description):
         ntk_alpha: Any = None,
         at_once: int | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yield what `generate` makes as it is made: int32 [B, n], the first token alone, then
-        `at_once` a time.
+        """Yield the tokens of `generate` as they are generated, int32 [B, n]: first one token per
+        row, then up to `at_once`.
 
-        Ends when every row has stopped. at_once: None is 1 on a CPU and 8 elsewhere.
+        Ends when every row has stopped. at_once: None means 1 on a CPU and 8 elsewhere.
         """
         tokens, lengths = inputs.rows(tokens, mask, vocab_size=self.config.vocab_size)
         max_new_tokens = values.whole("max_new_tokens", max_new_tokens, least=1)
@@ -240,12 +240,12 @@ class LanguageModel(Description):
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> tuple[str, list[Any]]:
-        """Answer a query: the reply, and the history with this turn.
+        """Answer a query in a chat; returns the reply, and the history with this turn appended.
 
-        What is None is as the checkpoint's generation_config says. history: pairs (query, reply),
-        or messages {"role": ..., "content": ...}, whose system message takes the place of `system`;
-        it comes back in the same form. stop: ids or sequences of ids that end the reply. Raises
-        ValueError that names an argument which is no text.
+        Arguments that are None come from the checkpoint's generation_config. history: pairs (query,
+        reply), or messages {"role": ..., "content": ...}, whose system message replaces `system`;
+        it is returned in the same form. stop: ids or sequences of ids that end the reply. Raises
+        ValueError that names an argument which is not text.
         """
         ids = self._reply(
             query,
@@ -273,9 +273,9 @@ class LanguageModel(Description):
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> Iterator[str]:
-        """Yield the reply so far, again and again as it grows; a character comes when it is whole.
+        """Yield the whole reply so far each time it grows, never with an incomplete character.
 
-        Arguments as in `chat`; they are checked at the call.
+        The arguments are as in `chat`, and are checked at the call, not at the first item.
         """
         ids = self._reply(
             query,
@@ -309,7 +309,7 @@ class LanguageModel(Description):
         seed: int,
         max_window_size: int | None,
     ) -> Iterator[list[int]]:
-        """The ids of a reply as they are made, without the stop."""
+        """Check the arguments of `chat`, and yield a reply's ids as generated, without the stop."""
         if isinstance(query, list | tuple):
             raise ValueError(
                 f"query must be text (str), got {texts.described(query)}: of messages, give the "
@@ -334,13 +334,13 @@ class LanguageModel(Description):
         return chat.until_stop((part[0] for part in parts), stops)
 
     def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
-        """float32 [B, H/2] for rows of these lengths, or for the alpha given."""
+        """Compute RoPE frequencies, float32 [B, H/2], from the rows' lengths or the given alpha."""
         scheme = rope.from_config(self.config)
         if ntk_alpha is None:
             return scheme.frequencies(scheme.alpha(lengths))
         return scheme.frequencies(inputs.alphas(ntk_alpha, len(lengths)))
 
     def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
-        """Rows repeated until the batch divides over the mesh; callers drop them again."""
+        """Repeat rows until the mesh divides the batch; callers drop the surplus results."""
         shards = math.prod(sharding.axis_sizes(self.mesh)[axis] for axis in sharding.BATCH)
         return np.resize(rows, (-(-len(rows) // shards) * shards, *rows.shape[1:]))

@@ -1,4 +1,4 @@
-"""Prompts of a file: one a line, or JSON Lines. Knows no tokenizer."""
+"""Reading prompts from a file: one per line, or JSON Lines. No tokenizer is involved."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ _KEY = "prompt"  # of an object in JSON Lines
 
 
 def whole(path: str | Path) -> str:
-    """The text of a file as one prompt, its lines ended by a newline alone."""
+    """Read a file as one prompt, with every line ending as a single newline."""
     return texts.read(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read(path: str | Path) -> list[str]:
-    """The prompts of a file, the same for all processes; says which keys of records are not read.
+    """Read the prompts of a file, and print a note of the JSON keys that are ignored.
 
-    A prompt is a line; in a file whose name ends in .jsonl it is a JSON text, or the value of
-    "prompt" in a JSON object. Blank lines are passed over. ValueError names the file and the line
-    of what is no prompt, and a file that has none.
+    A prompt is a line; in a file whose name ends in .jsonl it is a JSON string, or the value of
+    "prompt" in a JSON object. Blank lines are skipped. Raises ValueError, with file and line, for
+    an invalid prompt, for a file without prompts, and if processes read different prompts.
     """
     records = str(path).lower().endswith(".jsonl")
     found: list[str] = []
@@ -41,7 +41,7 @@ def read(path: str | Path) -> list[str]:
 
 
 def _record(line: str, where: str) -> tuple[str, list[str]]:
-    """The prompt of a line of JSON, and the other keys that it has."""
+    """Parse a line of JSON into its prompt and the keys other than "prompt"."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

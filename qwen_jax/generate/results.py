@@ -1,6 +1,6 @@
-"""What the command generates, printed: one text as it grows, or several in batches.
+"""Output of the command line program: one text printed as it grows, or several in batches.
 
-Texts go to stdout, with --json as an object a line, and progress and rates to stderr.
+Texts go to stdout, with --json as one object per line; progress and rates go to stderr.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class TextTask:
 
 
 def report(task: TextTask, row: Row) -> dict[str, Any]:
-    """What --json says of each text."""
+    """Return the JSON object that --json prints for a text."""
     return {
         "index": task.index,
         "sample": task.sample,
@@ -47,7 +47,7 @@ def report(task: TextTask, row: Row) -> dict[str, Any]:
 
 
 def write_one(model: LanguageModel, task: TextTask, *, rules: TextRules, as_json: bool) -> None:
-    """Generate one text and print it as it grows; or, when it is whole, as JSON."""
+    """Generate one text and print it as it grows, or with `as_json` once it is complete."""
     started, times = time.perf_counter(), []
     row, request = Row(model.need_tokenizer(), rules), task.request
 
@@ -88,7 +88,7 @@ def write_one(model: LanguageModel, task: TextTask, *, rules: TextRules, as_json
 def write_many(
     model: LanguageModel, wanted: Sequence[TextTask], *, rules: TextRules, width: int, as_json: bool
 ) -> None:
-    """Generate several texts in batches of `width`, and print each batch when it is whole."""
+    """Generate several texts in batches of `width`, and print each batch once it is complete."""
     started, waiting, new = time.perf_counter(), iter(wanted), 0
     batches = completion.run(
         model, [task.request for task in wanted], rules=rules, batch_size=width
@@ -115,7 +115,7 @@ def write_many(
 
 
 def _heading(task: TextTask, wanted: Sequence[TextTask]) -> str:
-    """A line that says whose text comes next: prompt and sample, as far as there are several."""
+    """Return the heading of a text: its prompt, and the numbers of prompt and sample if several."""
     last, shown = wanted[-1], " ".join(task.prompt.split())
     parts = []
     if last.index:
@@ -129,7 +129,7 @@ def _heading(task: TextTask, wanted: Sequence[TextTask]) -> str:
 
 
 def rate(times: list[tuple[float, int]]) -> float | None:
-    """Tokens per second after the first two parts, which carry compilation; None for too few."""
+    """Return tokens/s from (time in s, tokens) pairs; the first two compile and are left out."""
     if len(times) < 3 or times[-1][0] == times[1][0]:
         return None
     return round(sum(count for _, count in times[2:]) / (times[-1][0] - times[1][0]), 2)

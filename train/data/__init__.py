@@ -1,4 +1,4 @@
-"""Training data: files become records, records ids and labels, and those rows and batches."""
+"""Training data: reads files into records, encodes them as ids and labels, and packs batches."""
 
 from train.data.examples import LOSS_ON, chat_example, sft_example, text_example, text_of
 

@@ -1,4 +1,4 @@
-"""`Batch`, what a training step takes, and the label that marks what is not trained on."""
+"""`Batch`, the input of a training step, and `IGNORED`, the label of tokens outside the loss."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ IGNORED = -100  # a label that is not trained on
 
 @struct.dataclass
 class Batch:
-    """What a step trains on, [B, T] each; tokens of one row attend to their own segment only.
+    """The input of a training step, [B, T] each; tokens attend only within their own segment.
 
-    tokens, targets int32: the ids, and the id after each. positions int32: within the segment, from
-    0. segments int32: 0 is padding. weights float32: of each target in the loss, 0 for none.
+    tokens, targets int32: the ids, and the next id of each. positions int32: within the segment,
+    from 0. segments int32: 0 is padding. weights float32: of each target in the loss.
     """
 
     tokens: Any

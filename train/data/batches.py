@@ -1,7 +1,7 @@
-"""Batches in an order that depends on the seed alone, each process's part of them, read ahead.
+"""Batches in an order that depends on the seed alone; each process reads its own rows ahead.
 
-grain shuffles, repeats, reads ahead and keeps the position, which is a number of batches: a run
-goes on from it on any mesh and any number of processes.
+grain shuffles, repeats, reads ahead and keeps the position. The position is a number of batches, so
+a run can resume from it on any mesh and with any number of processes.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ _THREADS, _AHEAD = 4, 8  # batches
 
 
 def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
-    """A batch of the host from int [B, T] tokens and labels, one document a row.
+    """Make a batch in host memory from int [B, T] tokens and labels, one document per row.
 
-    labels are not shifted: the label of a token is learned from the tokens before it. `IGNORED`
-    ones have no weight. Raises ValueError for what is no id, or labels of another shape.
+    labels are not shifted: a token's label is predicted from the tokens before it. Labels that are
+    `IGNORED` get weight 0. Raises ValueError for negative or fractional ids, or unequal shapes.
     """
     tokens, labels = np.asarray(tokens), np.asarray(labels)
     if tokens.ndim != 2 or tokens.shape != labels.shape:
@@ -43,18 +43,18 @@ def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
 
 
 def place(batch: Batch) -> Batch:
-    """A batch of the host on the mesh in force. Raises ValueError where it does not divide."""
+    """Put a host batch on the current mesh. Raises ValueError if the mesh does not divide it."""
     rows, tokens = batch.tokens.shape
     meshes.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
     return jax.tree.map(lambda x: moves.place(x, "BT"), batch)
 
 
 class Batches:
-    """An endless iterator over batches of `size` rows on the mesh in force, from `position` on:
-    the number of batches that have been taken before.
+    """An endless iterator over batches of `size` rows on the current mesh, starting after the first
+    `position` batches.
 
-    Every epoch has each row once, in an order of its own. Raises ValueError where batches do not
-    divide over the mesh.
+    Each epoch has every row once, in its own order. Raises ValueError if the mesh does not divide
+    the batches.
     """
 
     def __init__(self, rows: Rows, length: int, *, size: int, seed: int, position: int = 0):
@@ -75,7 +75,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        """The rows of this process, on the mesh as a part of all."""
+        """Return the next global batch, of which this process supplies its own rows."""
         part = next(self._parts)
         held = {row: i for i, row in enumerate(self._mine)}
 
@@ -90,7 +90,7 @@ class Batches:
 
 
 def once(rows: Rows, size: int) -> Iterator[Batch]:
-    """Every row once, in order; the last batch is filled up with rows that are padding."""
+    """Yield every row once, in order; the last batch is filled up with padding rows."""
     nothing = jax.tree.map(np.zeros_like, rows[0])
     for first in range(0, len(rows), size):
         found = [rows[i] if i < len(rows) else nothing for i in range(first, first + size)]
@@ -98,7 +98,7 @@ def once(rows: Rows, size: int) -> Iterator[Batch]:
 
 
 class _Parts:
-    """Batches by number, of each the rows `mine` alone: a source for grain."""
+    """A grain source of batches by number, each with only this process's rows (`mine`)."""
 
     def __init__(self, rows: Any, size: int, *, mine: list[int]):
         self._rows, self._size, self._mine = rows, size, mine

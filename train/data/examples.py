@@ -1,7 +1,7 @@
-"""What a record says as ids and labels: documents, and conversations in ChatML.
+"""Encode records as ids and labels: documents, and conversations in ChatML.
 
-Control tokens are placed here; what people wrote is encoded as ordinary text, whatever it spells.
-Knows no files and no batches.
+Control tokens are added here only; text from a record is encoded as ordinary text, even if it
+spells a control token. Knows no files and no batches.
 """
 
 import json
@@ -23,17 +23,17 @@ _SHARES = ("weight", "train", "trainable", "loss")  # of a turn in the loss, as 
 def text_example(
     tokenizer: Tokenizer, record: Any, field: str = "text", ends: bool = True
 ) -> list[int]:
-    """Encode a document: the ids of its text, and of its end if that is in the record.
+    """Encode a document: the ids of its text, then the end-of-document id if `ends`.
 
-    record: the text, or an object that has it in `field`. Raises ValueError where there is none.
+    record: the text, or an object with the text in `field`. Raises ValueError if there is no text.
     """
     text = text_of(record, field)
     return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
 
 
 def text_of(record: Any, field: str) -> str:
-    """The text of a record: itself, or what it has in `field`. ValueError where there is none, or
-    half a character in it.
+    """The text of a record: the record itself, or its value in `field`. Raises ValueError if there
+    is no text, or an unpaired surrogate in it.
     """
     text = record.get(field) if isinstance(record, Mapping) else record
     if not isinstance(text, str) or not text:
@@ -44,12 +44,12 @@ def text_of(record: Any, field: str) -> str:
 def chat_example(
     tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
 ) -> tuple[list[int], list[int]]:
-    """Encode a conversation as `sft_example` does, from a record in either form.
+    """Encode a conversation as `sft_example` does, from a record in either of two formats.
 
     record: {"conversations": [{"from", "value"}]}, the original's, or {"messages": [{"role",
-    "content"}]} with `tools` (or `functions`), a list or JSON of one, where there are any
-    (`tools.turns`). Both may have a "system"; else the one given is taken. Raises ValueError for
-    anything else, and for what other trainers heed and this one would pass over.
+    "content"}]}, optionally with `tools` (or `functions`), a list or its JSON (`tools.turns`). A
+    "system" in the record replaces `system`. Raises ValueError for any other record, and for fields
+    that other trainers use and this one would ignore.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
@@ -71,7 +71,7 @@ def chat_example(
 
 
 def _check_whole(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for parts of a record that other trainers heed and this one does not."""
+    """Raise ValueError for fields that other trainers use and this one would ignore."""
     for one, other in (
         ("conversations", "messages"),
         ("conversations", "tools"),
@@ -94,7 +94,7 @@ def _check_whole(record: Mapping[str, Any]) -> None:
 
 
 def _offered(record: Mapping[str, Any], field: str) -> list[Any]:
-    """The tools of a record. Data sets often hold them as JSON, for a column has one type."""
+    """The tools of a record: a list, or its JSON, as a column of a data set has one type."""
     offered = record.get(field)
     if isinstance(offered, str) and offered:
         try:
@@ -117,15 +117,14 @@ def sft_example(
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation in ChatML: ids and labels, cut to `max_len`; labels are not shifted.
 
-    max_len: None for any length. conversations: turns {"from": "user" or "assistant", "value":
-    text}; what comes before the first of a user is left out. loss_on: "qwen" is the choice of the
-    original's script, which trains replies with their end, and of every turn the control tokens and
-    the newline after it (not its injection: there, text can spell control tokens); "assistant"
-    replies and their end alone, and of replies not the results of tools. Labels that are not
-    trained are `IGNORED`.
+    conversations: turns {"from": "user" or "assistant", "value": text}; turns before the first user
+    turn are left out. max_len: None for any length. loss_on: "assistant" trains replies and the
+    `<|im_end|>` of each, except tool results within replies; "qwen" trains, as the original's
+    script, whole replies and every turn's control tokens with the newline after it (unlike there,
+    text cannot inject control tokens). All other labels are `IGNORED`.
 
-    Raises ValueError for another role, a turn without text, a key that says what is not read, or no
-    reply to a user.
+    Raises ValueError for an unknown role, a turn without text, a key that would be ignored, or a
+    conversation without a reply to a user.
     """
     values.instance("tokenizer", tokenizer, kind=Tokenizer)
     if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):

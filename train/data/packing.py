@@ -1,7 +1,7 @@
-"""Which examples share a row, and rows as what a step trains on.
+"""Pack examples into rows of a fixed length, and serve the rows as a training step takes them.
 
-A row is the same whatever the mesh and the number of processes: it depends on examples, length and
-seed alone. What was worked out once is kept beside the tokens, and mapped into memory from there.
+Rows depend on the examples, the length and the seed alone, not on the mesh or the number of
+processes. A packing is computed once, stored beside the tokens, and memory-mapped afterwards.
 """
 
 import array
@@ -39,10 +39,10 @@ _Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The examples in each row, and which part of them, one row after the other.
+    """Which part of which example is in each row, as arrays of pieces, one row after the other.
 
-    example uint32, start int64, length uint32 [pieces]; first int64 [rows + 1]: where each row's
-    pieces begin.
+    example uint32, start int64, length uint32 [pieces]; first int64 [rows + 1]: the first piece of
+    each row, then the number of pieces.
     """
 
     example: np.ndarray
@@ -52,10 +52,10 @@ class Pieces:
 
 
 def joined(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
-    """All examples one behind the other, cut every `row` tokens; what is left over is dropped,
-    unless it is all there is.
+    """Join all examples end to end and cut every `row` tokens; an incomplete last row is dropped,
+    unless it is the only one.
 
-    folder: where the pieces are written, to be mapped from there; None keeps them in memory.
+    folder: where the pieces are written and memory-mapped; None keeps them in memory.
     """
     return _collected(_joined(lengths, row), folder)
 
@@ -82,18 +82,18 @@ def _joined(lengths: np.ndarray, row: int) -> Iterator[_Block]:
 
 
 def fitted(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
-    """Whole examples, none longer than `row`, in the fullest of the open rows that has room.
+    """Pack whole examples, none longer than `row`, each into the fullest open row with room for it.
 
-    folder: as of `joined`.
+    folder: as in `joined`.
     """
     return _collected(_whole(*_fit(lengths, row), lengths=lengths), folder)
 
 
 def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """All examples by row, and how many are in each row.
+    """Return the examples sorted by row, and the number of examples in each row.
 
-    The open rows are a sorted list of numbers, `room * _OPEN + place`: the first that is large
-    enough is the row with the least room that suffices, and of several the first.
+    The open rows are a sorted list of numbers, `room * _OPEN + place`. Its first entry that is
+    large enough is the row with the least sufficient room; of equal ones, the first.
     """
     members = np.empty(len(lengths), np.uint32)  # which row each example is in, as rows were opened
     row_at = list(range(_OPEN))
@@ -129,13 +129,13 @@ def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def alone(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
-    """An example a row. folder: as of `joined`."""
+    """Give each example a row of its own. folder: as in `joined`."""
     counts = np.broadcast_to(1, len(lengths))
     return _collected(_whole(np.arange(len(lengths)), counts, lengths=lengths), folder)
 
 
 def _whole(examples: np.ndarray, counts: np.ndarray, *, lengths: np.ndarray) -> Iterator[_Block]:
-    """Blocks of whole examples that are in the order of their rows, `counts` of them in each."""
+    """Yield blocks of whole examples, sorted by row; `counts` gives the number in each row."""
     first = np.zeros(len(examples), bool)
     first[np.cumsum(counts) - counts] = True
     for at in range(0, len(examples), _AT_A_TIME):
@@ -145,7 +145,7 @@ def _whole(examples: np.ndarray, counts: np.ndarray, *, lengths: np.ndarray) -> 
 
 
 def _collected(blocks: Iterable[_Block], folder: Path | None) -> Pieces:
-    """Blocks one behind the other, in memory or as files of a folder."""
+    """Concatenate blocks into Pieces, in memory or in files of a folder."""
     count = 0
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {
@@ -169,7 +169,7 @@ def _mapped(folder: Path) -> Pieces:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Of the files of rows that are kept."""
+    """The sizes in bytes of the files of a stored packing."""
     return {name: (folder / name).stat().st_size for name in (_ORDER, *_DTYPES)}
 
 
@@ -181,14 +181,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _used_now(folder: Path) -> None:
-    """Note when rows were used last, by which they are kept (`_tidy`)."""
+    """Set the folder's time of last use, by which `_tidy` decides which packings to keep."""
     now = time.time_ns()
     with contextlib.suppress(OSError):  # not there yet, or another user's
         os.utime(folder, ns=(now, now))
 
 
 def _tidy(cache: Path) -> None:
-    """Remove rows of a cache, but for those that were used last. Who reads them goes on."""
+    """Remove a cache's packings but for the last used; open mappings of them stay valid."""
     kept = [path for path in cache.glob("rows-*") if path.is_dir() and not path.suffix]
     with contextlib.suppress(FileNotFoundError):  # another process is doing the same
         kept.sort(key=lambda path: path.stat().st_mtime_ns)
@@ -197,13 +197,13 @@ def _tidy(cache: Path) -> None:
 
 
 class Rows:
-    """Rows by number, each a Batch of [length] arrays: `rows[i]`.
+    """Rows by number: `rows[i]` is a Batch of [length] arrays.
 
-    pack: "joined" documents, "fitted" examples, or "alone". examples: the numbers of those to take,
-    None for all; they are shuffled by `seed` before they are packed. Which examples are in which
-    row is kept in the cache's folder, named after all that it depends on, and made again where a
-    file has not its size; the rows that were used last are kept. fingerprint: says which examples
-    are in these rows; the recipe says the rest.
+    pack: "joined" documents, "fitted" examples, or "alone". examples: the numbers of the examples
+    to use, None for all; they are shuffled by `seed` before packing. The packing is stored in the
+    cache's folder under a hash of all that it depends on, and built again if a file's size is
+    wrong; only the last used ones are kept. fingerprint: identifies the examples that are in the
+    rows; how they are packed follows from the recipe.
     """
 
     def __init__(
@@ -246,17 +246,17 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """How many places hold a token."""
+        """The number of tokens in all rows, without padding."""
         return int(self._pieces.length.sum(dtype=np.int64))
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest piece of an example that is in one row."""
+        """The number of tokens in the longest piece of any row."""
         return int(self._pieces.length.max())
 
     @property
     def efficiency(self) -> float:
-        """The share of all places that hold a token."""
+        """The share of all places in rows that hold a token rather than padding."""
         return self.tokens / (len(self) * self._length)
 
     def __getitem__(self, index: int) -> Batch:
@@ -281,7 +281,7 @@ class Rows:
 
 
 def _checksum(examples: np.ndarray | None, count: int) -> int:
-    """CRC-32 of the numbers of the examples in their order, as int64; None is all of them."""
+    """CRC-32 of the sorted numbers of the examples, as int64; None stands for all of them."""
     found = None if examples is None else np.sort(examples)
     checksum = 0
     for at in range(0, count if found is None else len(found), _AT_A_TIME):

@@ -1,7 +1,7 @@
-"""Records out of files: JSONL, JSON, Parquet and plain text, local or remote, one by one.
+"""Read records from files: JSONL, JSON, Parquet and plain text, local or remote, one by one.
 
-A record that cannot be read is handed on with what is wrong with it: whoever reads decides whether
-to go on without it. Knows nothing of what records mean.
+A record that cannot be read is yielded with its problem, and the caller decides whether to go on
+without it. Knows nothing of what records mean.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ _PART = 2**26  # bytes of a file that is read in parts
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """where: file and line, for people; value: what it holds, of a text a string.
+    """A record of a file, or a piece of a long text. where: file and line, for messages. value: the
+    parsed value, of text a string.
 
-    problem: why there is no value, else ""; ends: of a text, whether its document ends here (with a
-    problem in one piece, all of it is bad); position: how many bytes of the part have been read;
-    line: of a part that does not begin its file, the line within the part, which `where` lacks.
+    problem: why there is no value, else "". ends: whether this piece ends its document, which is
+    bad as a whole if one piece has a problem. position: bytes of the part read so far. line: the
+    line within the part, if `where` does not name one.
     """
 
     where: str
@@ -40,7 +41,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class FilePart:
-    """One of the `count` parts of a file, which are read independently. size: about, in bytes."""
+    """Part `number` of the `count` parts of a file, each read on its own. size: bytes, about."""
 
     path: Path
     number: int = 0
@@ -49,8 +50,8 @@ class FilePart:
 
 
 def parts(paths_of: Sequence[Path]) -> list[FilePart]:
-    """Files in parts of about `_PART` bytes, as far as a file can be read from the middle: JSONL by
-    lines, Parquet by row groups. They depend on the files alone.
+    """Split files into parts of about `_PART` bytes if they can be read from the middle: JSONL by
+    lines, Parquet by row groups. The split depends on the files alone.
     """
     found = []
     for path in paths_of:
@@ -61,12 +62,12 @@ def parts(paths_of: Sequence[Path]) -> list[FilePart]:
 
 
 def place(part: FilePart, where: str, *, line: int) -> str:
-    """`where` of a record of the part, with its line in the file."""
+    """`where` of a record, with its line in the whole file if `line` (in the part) is not 0."""
     return f"{where} line {line + _lines_before(part)}" if line else where
 
 
 def _lines_before(part: FilePart) -> int:
-    """Return how many lines of the file come before the part's first line."""
+    """Count the lines of a file that begin before the given part."""
     found = 0
     with paths.open_binary(part.path) as file:
         left = _begin(part.path, file, number=part.number, count=part.count)
@@ -78,9 +79,7 @@ def _lines_before(part: FilePart) -> int:
 
 
 def _begin(path: Path, file: Any, *, number: int, count: int) -> int:
-    """Where the first line begins that is of a part of a file of lines; the file is read from there
-    on.
-    """
+    """Seek to the first line that begins in part `number` of a file of lines; return its offset."""
     begin = paths.size(path) * number // count
     if begin:
         file.seek(begin - 1)
@@ -89,9 +88,9 @@ def _begin(path: Path, file: Any, *, number: int, count: int) -> int:
 
 
 def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
-    """The files that are named, of folders those of a known kind, in the order of their names.
+    """List the files that `sources` name; a folder stands for its files of known kinds, by name.
 
-    Raises ValueError for what is not there, is empty, or is of another kind.
+    Raises ValueError for a file that is missing, empty or of another kind.
     """
     if isinstance(sources, str | bytes):
         raise ValueError(f"sources must be a list of paths, got {texts.described(sources)}")
@@ -116,8 +115,8 @@ def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
 
 
 def read(path: Path, number: int = 0, *, count: int = 1) -> Iterator[Record]:
-    """The records of one of `files`, or of one of its `parts`; where nothing after can be read, the
-    last has the problem.
+    """Yield the records of one file, or of one of its `parts`. If the rest of the file cannot be
+    read, the last record has the problem.
     """
     suffix = _suffix(path)
     assert suffix
@@ -206,8 +205,8 @@ def _parquet(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
 
 
 def _text(path: Path, file: Any, *_: int) -> Iterator[Record]:
-    """A file is one document; one that is long comes in pieces that encode as the whole does:
-    no token goes from the end of a line over to a line that begins with no white space.
+    """Yield a text file, which is one document. A long one comes in pieces that together encode as
+    the whole: cuts are before lines that begin with no white space, where no token can span.
     """
     held: list[str] = []
     first, size = 1, 0

@@ -1,8 +1,8 @@
-"""One token cache that several processes make: each encodes a share of the files.
+"""Build one token cache with several processes: each encodes a share of the files.
 
-Files are cut into parts that depend on the files alone. A part is encoded by one process into a
-place that all of them see, and the parts are joined in order: the cache has the same bytes whatever
-the number of processes. Which of them share a disk is tried out, so nobody needs to say it.
+Files are cut into parts that depend on the files alone. Each part is encoded by one process into a
+folder that all processes see, and the parts are joined in order, so the cache has the same bytes
+for any number of processes. Which processes share a disk is found out by trying.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ def make(
     folder: Path | None,
     common: Path,
 ) -> TokenCache:
-    """The cache of these files, made now by all processes together unless it is there already.
+    """Open the token cache of these files; if it is missing, all processes build it together.
 
-    folder: where caches are kept; None is the usual place of each host. In `gs://` the parts are
+    folder: where caches are kept; None is each host's default place. In `gs://` only the parts are
     kept, and each host joins them on its own disk. common: a folder that all processes see, for the
-    parts where the hosts have no disk of caches in common. Hosts whose files differ in place or
-    date cannot share the work; each then encodes all. Raises what `token_cache.make` does.
+    parts if the hosts do not share a cache folder. If the hosts' files differ in path or date, each
+    host encodes all of them. Raises the errors of `token_cache.make`.
     """
     remote = folder if folder is not None and paths.is_remote(folder) else None
     home = token_cache.default_home() if folder is None or remote else folder
@@ -70,8 +70,8 @@ def _make(
     whole: Sequence[bool],
     leaders: Sequence[int],
 ) -> None:
-    """Encode the parts into `store`, and join them in the folder of the cache where it is not whole
-    yet. whole, leaders: of each process.
+    """Encode the parts into `store` and join them into `folder`, the cache, on each disk that lacks
+    it. whole, leaders: for each process, whether it has the cache, and the first one on its disk.
     """
     parts, index = records.parts(files), processes.index()
     lacking = [i for i, there in enumerate(whole) if not there]
@@ -87,8 +87,8 @@ def _make(
 
 @contextlib.contextmanager
 def _alone(store: Path) -> Iterator[None]:
-    """With no other program at the same parts: it would remove them when it is done. Process 0
-    holds the lock, and all wait for it.
+    """Keep other programs off the same parts, which they would remove when they are done. Process 0
+    takes the lock; the other processes wait until it has it.
     """
     with contextlib.ExitStack() as stack:
         if processes.index() == 0:
@@ -106,8 +106,8 @@ def encode_share(
     shares: int,
     home: Path,
 ) -> None:
-    """Encode every `shares`-th part, from `share` on, into the folder of parts, but for those that
-    are there. home: a local folder for drafts of what goes to `gs://`.
+    """Encode every `shares`-th part, from part `share` on, into `store`, the folder of parts; skip
+    parts that exist. home: a local folder for drafts, if `store` is in `gs://`.
     """
     there = set(paths.sizes(store))
     mine = [n for n in range(share, len(parts), shares) if f"{n}/{_PROBLEMS}" not in there]
@@ -127,7 +127,7 @@ def encode_share(
 
 @contextlib.contextmanager
 def _draft(home: Path, name: str) -> Iterator[Path]:
-    """An empty folder that goes in the end; those of processes that were killed go now."""
+    """Make an empty folder and remove it at the end; first remove drafts of killed processes."""
     host = socket.gethostname()
     for left in home.glob(f"{name}.*@{host}.tmp"):
         number = int(left.name.removeprefix(f"{name}.").partition("@")[0])
@@ -142,7 +142,7 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
 
 
 def _put(draft: Path, folder: Path) -> None:
-    """Move a part to its place, where it is whole or has no `_PROBLEMS`, which come last."""
+    """Move a part to its place; in `gs://`, `_PROBLEMS` is uploaded last and makes it whole."""
     if not paths.is_remote(folder):
         token_cache.publish(draft, folder)
         return
@@ -151,8 +151,8 @@ def _put(draft: Path, folder: Path) -> None:
 
 
 def join(draft: Path, store: Path, *, parts: Sequence[records.FilePart]) -> None:
-    """Write the cache into a folder, from the parts that `encode_share` has written. Raises
-    ValueError where they hold no example, or one of them is damaged.
+    """Write the cache into a draft folder from the parts that `encode_share` wrote. Raises
+    ValueError if the parts hold no example or one of them is damaged.
     """
     problems: list[str] = []
 
@@ -183,7 +183,7 @@ def join(draft: Path, store: Path, *, parts: Sequence[records.FilePart]) -> None
 
 
 def _leaders(home: Path) -> list[int]:
-    """For each process, the first one whose `home` is the same folder on the same disk."""
+    """For each process, the first process whose `home` is the same folder on the same disk."""
     sign = f"{processes.gather(uuid.uuid4().hex)[0]}.process"
     own = home / f"{sign}{processes.index()}"
     own.touch()

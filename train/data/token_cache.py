@@ -1,7 +1,7 @@
-"""Examples that are encoded once, kept on disk, and read at random by every later run.
+"""A token cache: examples encoded once, kept on disk, and read at random by later runs.
 
-A cache is a folder named after all that it depends on: files, tokenizer and how records are
-encoded. It appears whole or not at all. Knows no batches.
+A cache is a folder named by a hash of all that it depends on: files, tokenizer and encoding. The
+folder appears only when it is complete. Knows no batches.
 """
 
 import collections
@@ -47,12 +47,11 @@ Encode = Callable[[records.Record], tuple[Sequence[int], Sequence[int] | None]]
 class Encoding:
     """How records become examples.
 
-    encode: takes a record and returns its ids and labels, or None in place of labels where all ids
-    are learned; raises ValueError that says what is wrong with it. name: values that tell this
-    encoding from others, for the name of the cache.
+    encode: record -> (ids, labels); labels None trains all ids; raises ValueError for a bad record.
+    name: values that distinguish this encoding from others, part of the cache's fingerprint.
 
-    longest: most ids of an example, None for any; what has more is cut, or with `drop` left out.
-    strict: stop at the first bad record, which otherwise is left out.
+    longest: the most ids of an example, None for any; a longer one is cut, or with `drop` left out.
+    strict: stop at the first bad record instead of leaving it out.
     """
 
     encode: Encode
@@ -65,11 +64,11 @@ class Encoding:
 def make(
     files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encoding, home: Path | None = None
 ) -> TokenCache:
-    """Open the cache of these files, made now by this process unless it is there, and whole.
+    """Open the token cache of these files; if it is missing or incomplete, this process builds it.
 
-    home: the folder of all caches. Processes of one host wait for the one that makes it; hosts that
-    share it may each make it, and use that of the first to end. Raises ValueError where the files
-    hold no examples at all, or a bad record when strict.
+    home: the folder of all caches. Processes of one host wait for the one that builds it; hosts
+    that share the folder may each build it, and all use the first to finish. Raises ValueError if
+    the files hold no example, or for a bad record if strict.
     """
     home = home or default_home()
     folder = home / fingerprint(files, tokenizer, encoding=encoding)
@@ -79,8 +78,8 @@ def make(
 
 
 def opened(folder: Path, encoding: Encoding) -> TokenCache:
-    """Open a cache that is whole, and say what became of the records. Raises ValueError for a bad
-    record when strict.
+    """Open a complete cache and log what became of its records. Raises ValueError for a bad record
+    if strict.
     """
     cache = TokenCache(folder)
     if encoding.strict and cache.counts.bad:
@@ -90,8 +89,8 @@ def opened(folder: Path, encoding: Encoding) -> TokenCache:
 
 
 def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path], Any]) -> None:
-    """Make a folder, unless it is there and `whole`: it appears as `fill` has left its draft, or
-    not at all. Processes of one host wait for the one that makes it.
+    """Build a folder atomically, unless it exists and is `whole`. `fill` writes a draft folder,
+    which is then renamed. Processes of one host wait for the one that builds it.
     """
     home = folder.parent
     with lock.alone(folder, home / f"{folder.name}.lock", wait=True):
@@ -114,7 +113,7 @@ def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path]
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Give a draft its name, unless another host has been quicker."""
+    """Flush a draft to disk and rename it to `folder`, unless another host's is there already."""
     for path in (*draft.iterdir(), draft):  # a crash must not leave the name without the content
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -127,12 +126,12 @@ def publish(draft: Path, folder: Path) -> None:
 
 
 def default_home() -> Path:
-    """Where caches are kept unless somebody names another place."""
+    """The folder of token caches if no other is given."""
     return caches.own_cache("tokens")
 
 
 def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encoding) -> str:
-    """The name of a cache, which follows from all that it depends on."""
+    """The folder name of a cache: a hash of the files, the vocabulary and the encoding."""
     vocabulary = hashlib.sha256()
     for i, token in sorted(tokenizer.id_to_bytes.items()):
         vocabulary.update(b"%d %d " % (i, len(token)) + token)
@@ -151,7 +150,7 @@ Problem = tuple[str, int, str]
 
 
 def _fill(folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding) -> None:
-    """Write the cache of whole files into an empty folder."""
+    """Encode whole files into an empty folder, as a cache."""
     with progress(parts) as bar:
         counts, problems = encode(folder, parts, encoding=encoding, bar=bar)
     finish(
@@ -165,7 +164,7 @@ def _fill(folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding
 def finish(
     folder: Path, counts: Counts, *, problems: Sequence[str], parts: Sequence[records.FilePart]
 ) -> None:
-    """Make files that are written a cache. Raises ValueError where they hold no example."""
+    """Write the counts that make encoded files a cache. Raises ValueError if no example is left."""
     if not counts.examples:
         reason = f"; the first: {problems[0]}" if problems else ""
         files = dict.fromkeys(str(part.path) for part in parts)
@@ -176,8 +175,8 @@ def finish(
 def encode(
     folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding, bar: tqdm
 ) -> tuple[Counts, list[Problem]]:
-    """Write the examples of files, or of one part of a file, into a folder, and say what became of
-    the records, with the first problems. Raises ValueError for a bad record when strict.
+    """Encode files, or one part of a file, into a folder; return the counts of records and tokens
+    and the first problems. Raises ValueError for a bad record if strict.
     """
     found: collections.Counter[str] = collections.Counter()
     problems: list[Problem] = []
@@ -214,9 +213,7 @@ def encode(
 
 
 def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
-    """A progress bar of what has been read, how fast, and how long it still takes; process 0 alone
-    shows it.
-    """
+    """A progress bar of the bytes read, their rate and the time left; only process 0 shows it."""
     return tqdm(
         desc=what,
         total=sum(part.size for part in parts),
@@ -230,7 +227,7 @@ def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
 def _encoded(
     parts: Sequence[records.FilePart], encoding: Encoding, *, bar: tqdm
 ) -> Iterator[tuple[records.Record, np.ndarray, np.ndarray, str]]:
-    """Yield (record, ids, which of them are trained, problem) in order; threads encode."""
+    """Yield (record, ids, learned, problem) for every record in order; threads do the encoding."""
     nothing = np.zeros(0, ID), np.zeros(0, FLAG)
 
     def work(batch: Sequence[records.Record]) -> list[Any]:

@@ -1,11 +1,11 @@
-"""The files of a token cache: examples one behind the other, mapped when they are read.
+"""The files of a token cache: examples stored one behind the other, and memory-mapped to read.
 
     ids.u4        uint32 [tokens], the ids of all examples
-    trained.b1    bool [tokens], which are learned; not there where all are
+    trained.b1    bool [tokens], whether each id is trained; missing if all are
     ends.i8       int64 [examples], where each example ends in `ids`
-    counts.json   written last: what became of the records
+    counts.json   written last: the counts of records, examples and tokens
 
-Nothing here knows records, tokenizers or processes; no more than a few examples are in memory.
+Knows no records, tokenizers or processes; never holds more than a few examples in memory.
 """
 
 import collections
@@ -30,12 +30,12 @@ _HELD = 2**22  # tokens of an example that are in memory before it ends
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of the records that a token cache was made of, in numbers.
+    """The counts of a token cache: what became of the records that it was made from.
 
-    records: how many were read; a long text is one, and is cut, dropped or bad as a whole.
-    examples, tokens: how many were kept. trained: how many of the tokens are learned. cut, dropped:
-    how many records were too long. bad: how many could not be used; problems: what was wrong with
-    the first of them. digest: a hash of the examples, the same wherever their files lie.
+    records: read in all; a long text is one record, and is cut, dropped or bad as a whole.
+    examples, tokens: kept. trained: the tokens among these that are trained. cut, dropped: records
+    that were too long. bad: records that could not be used. problems: the first of their problems.
+    digest: a hash of the examples, independent of where the files are.
     """
 
     records: int = 0
@@ -50,12 +50,11 @@ class Counts:
 
 
 class TokenCache:
-    """Examples by number: `cache[i]` is (ids, which of them are learned), both [n].
+    """The examples of a cache by number: `cache[i]` is (ids, whether each is trained), both [n].
 
-    All arrays are mapped from the files: ids uint32 [tokens], one example behind the other; trained
-    bool [tokens], None where all are learned; ends int64 [examples], where each example ends in
-    `ids`. lengths int64 [examples] is made when it is asked for. counts: what became of the
-    records.
+    All arrays are memory-mapped: ids uint32 [tokens], one example behind the other; trained bool
+    [tokens], None if all are trained; ends int64 [examples], where each example ends in `ids`.
+    lengths int64 [examples] is computed on access. counts: what became of the records.
     """
 
     def __init__(self, folder: Path):
@@ -82,7 +81,7 @@ class TokenCache:
 
 
 def mapped(path: Path, dtype: npt.DTypeLike) -> np.ndarray:
-    """A file as an array that is read from the disk where it is looked at."""
+    """A file as a memory-mapped array, which is read from disk on access."""
     if path.stat().st_size == 0:  # which no system maps
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
@@ -93,7 +92,7 @@ def _counts(folder: Path) -> Counts:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a cache is there, and its files are as long as they were made."""
+    """Whether a folder holds a cache whose files have the sizes that its counts imply."""
     try:
         counts = _counts(folder)
         sizes = {_IDS: counts.tokens * ID.itemsize, _ENDS: counts.examples * _END.itemsize}
@@ -105,15 +104,15 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_counts(folder: Path, counts: Counts) -> None:
-    """Declare the files of a cache whole, now that they are written."""
+    """Write the counts, which mark the files of a cache as complete."""
     paths.write(folder / _COUNTS, json.dumps(dataclasses.asdict(counts)).encode())
 
 
 class Writer:
-    """The files of a cache, written one example after the other, of long ones a piece at a time.
+    """Writes the files of a cache, one example after the other; a long example comes in pieces.
 
-    tokens, trained, examples: how many have been kept. learned: how many tokens of the example
-    under way are learned.
+    tokens, trained, examples: the numbers kept so far. learned: the number of trained tokens in the
+    current example.
     """
 
     def __init__(self, folder: Path):
@@ -130,7 +129,7 @@ class Writer:
         self._size = self._written = self.learned = 0
 
     def add(self, ids: np.ndarray, learned: np.ndarray) -> None:
-        """A piece of the example under way."""
+        """Add a piece to the current example."""
         self._held.append((ids, learned))
         self._size += len(ids)
         self.learned += int(np.count_nonzero(learned))
@@ -144,7 +143,7 @@ class Writer:
         self._held, self._written = [], self._size
 
     def keep(self) -> None:
-        """End the example under way."""
+        """End the current example and keep it."""
         self.digest.update(b"%d " % self._size)
         if not self._written:
             for part in zip(*self._held, strict=True):
@@ -164,7 +163,7 @@ class Writer:
         self._next()
 
     def discard(self) -> None:
-        """Leave the example under way out."""
+        """Drop the current example."""
         if self._written:
             for file, dtype in ((self._ids, ID), (self._flags, FLAG)):
                 file.seek(self.tokens * dtype.itemsize)
@@ -206,8 +205,8 @@ class Writer:
 
 
 def closed(folder: Path, writer: Writer, *, found: Mapping[str, Any]) -> Counts:
-    """Close the files that a writer has written, and say what is in them. found: what became of
-    the records, by the names of `Counts`.
+    """Close the files of a writer and return their counts. found: the counts of records, by their
+    names in `Counts`.
     """
     writer.close()
     if writer.trained == writer.tokens:
@@ -222,8 +221,8 @@ def closed(folder: Path, writer: Writer, *, found: Mapping[str, Any]) -> Counts:
 
 
 def merge(folder: Path, caches: Iterable[TokenCache]) -> Counts:
-    """Write the examples of caches into a folder, one cache behind the other: the same files, and
-    the same digest, as if all had been encoded at once.
+    """Write the examples of several caches into a folder, one cache behind the other: the same
+    files and digest as if all records had been encoded at once.
     """
     found: collections.Counter[str] = collections.Counter()
     with contextlib.closing(Writer(folder)) as writer:

@@ -1,4 +1,4 @@
-"""A run from beginning to end: its recipe, its folder, its loop, its checkpoints.
+"""A training run from start to finish: recipe, folder, loop and checkpoints.
 
-Begin with `task.py`. Nothing is imported here, so that a command is quick to say its `--help`.
+Start reading at `task.py`. Nothing is imported here, so that commands answer `--help` quickly.
 """

@@ -1,5 +1,5 @@
-"""What would waste less of a run's work, from the lengths of its own examples; and what follows
-from rows that are not as long as the model's `seq_length`.
+"""Advice printed at the start of a run: options that would waste less work on its examples, and the
+effect of rows whose length is not the model's `seq_length`.
 """
 
 import math
@@ -15,11 +15,11 @@ _FINE, _COARSE = 16, 64  # lengths are multiples of the first, and above the sec
 
 
 def less_waste(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int], platform: str) -> list[str]:
-    """Options that make a step's work less for the same examples, each with what it gains, from
-    the most to the least.
+    """Suggest options that need less work per step for the same examples, with the gain of each,
+    largest first.
 
-    rows: what is trained on; sizes: of the mesh by axis; platform: as jax names the backend.
-    Nothing is cut by a shorter `--length`, and every value divides over the mesh.
+    rows: the training rows; sizes: of the mesh, by axis; platform: jax's name of the backend. A
+    suggested `--length` cuts no example, and every value divides over the mesh.
     """
     found = []
     if rows.efficiency < _LITTLE:
@@ -37,7 +37,7 @@ def less_waste(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int], platform
 
 
 def _shorter(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[str]:
-    """Rows as long as the longest example or, where one row holds all, as long as that needs."""
+    """Suggest rows as long as the longest example, or as all need if one row holds them all."""
     if recipe.pack != "alone" and len(rows) > 1:
         return []
     need = rows.longest if recipe.pack == "alone" else rows.tokens
@@ -53,7 +53,7 @@ def _shorter(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[st
 
 
 def _together(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[str]:
-    """As many examples in a batch as now, but several in a row."""
+    """Suggest several examples in a row, at about as many examples in a batch as now."""
     if recipe.pack != "alone":
         return []
     per_row = recipe.length * len(rows) // rows.tokens
@@ -67,14 +67,14 @@ def _together(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[s
 
 
 def _unit(recipe: Recipe, sizes: Mapping[str, int]) -> int:
-    """What the rows of a batch must be a multiple of."""
+    """The number of which a batch's rows must be a multiple."""
     return recipe.accumulate * math.prod(sizes[axis] for axis in sharding.BATCH)
 
 
 def other_length(recipe: Recipe, config: Config, *, fresh: bool) -> str | None:
-    """What it means that rows are not as long as the config's `seq_length`; None where they are.
+    """Say what follows if rows are not as long as the config's `seq_length`; None if they are.
 
-    fresh: whether the model begins with this run.
+    fresh: whether the run starts from fresh weights.
     """
     length, known = recipe.length, config.seq_length
     if length == known:

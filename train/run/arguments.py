@@ -1,4 +1,4 @@
-"""The command line of a run: a recipe, what it changes of it, model, data and folder."""
+"""The command line of a training run: the recipe, changes to it, model, data and folder."""
 
 import argparse
 import dataclasses
@@ -19,11 +19,11 @@ _KINDS = {"text": "text", "chat": "conversations"}
 
 
 def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.ArgumentParser:
-    """The parser of a training command. Each field of a recipe is an option; what is not given is
-    the recipe's.
+    """Build the parser of a training command. Each field of a recipe is an option, whose default is
+    the recipe's value.
 
-    default: the recipe without --recipe, which has the command's name. kind: "text" or "chat", of
-    the recipes that the command takes. about: what the command does.
+    default: the recipe if --recipe is not given; also the command's name. kind: the data of the
+    recipes that the command accepts, "text" or "chat". about: what the command does.
     """
     recipes = [name for name, make in RECIPES.items() if make().data == kind]
     result = argparse.ArgumentParser(
@@ -172,7 +172,7 @@ def _add_field(group: Any, field: Any) -> None:
 
 
 def recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe asked for, with what the command line changes. UsageError where it cannot be."""
+    """The chosen recipe with the command line's changes. UsageError if that is not valid."""
     options: dict[str, Any] = {"model": args.model or ""} | (
         {"source": args.source} if args.source else {}
     )
@@ -210,13 +210,13 @@ def recipe(args: argparse.Namespace) -> Recipe:
 
 
 def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code."""
+    """Run the command and return its exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     return command.run(make_parser(), lambda args: work(args, given), argv=given)
 
 
 def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Do what a command line asks for. argv: the line itself, which the run keeps."""
+    """Start what a command line asks for. argv: the command line itself, which the run stores."""
     from train.run import resuming, start
 
     resuming.complete(args)

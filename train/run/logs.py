@@ -1,8 +1,8 @@
-"""What a run tells while it goes on: a progress line, lines of figures, TensorBoard's events.
+"""The outputs of a run while it trains: progress bar, metrics.jsonl and TensorBoard events.
 
-Process 0 alone tells. `metrics.jsonl` has a line for each step and evaluation; a run that resumes
-cuts off what comes after its checkpoint, so that no step is there twice. Objects in `gs://` cannot
-be appended to: the files of such a run are local, and are copied there whole from time to time.
+Only process 0 writes. `metrics.jsonl` has a line for each step and evaluation; a resumed run
+removes the lines after its checkpoint, so that no step is there twice. Objects in `gs://` cannot be
+appended to, so such a run's files are local and are copied there whole from time to time.
 """
 
 import json
@@ -25,8 +25,8 @@ _EVERY, _SHARE = 60, 100
 
 
 class Log:
-    """What is told of one run. folder: of the run. step: updates made so far, of `steps`. owed:
-    whether an evaluation after the last of them is still to come.
+    """The log of one run. folder: the run's. step: the number of updates so far, of `steps`. owed:
+    whether the evaluation after step `step` is still to be done.
     """
 
     def __init__(self, folder: Path, step: int, *, steps: int, owed: bool = False):
@@ -55,7 +55,7 @@ class Log:
         self._events = SummaryWriter(str(self._local / EVENTS), purge_step=step + 1)
 
     def tell(self, step: int, figures: dict[str, float], *, prefix: str = TRAIN) -> None:
-        """Figures of a step by name; what is no number is null."""
+        """Log a step's figures by name; in metrics.jsonl, NaN and infinity become null."""
         if not self._on:
             return
         known = {name: x if math.isfinite(x) else None for name, x in figures.items()}
@@ -66,7 +66,7 @@ class Log:
             self.keep()
 
     def keep(self) -> None:
-        """Copy the metrics and events so far to the run's folder, if that is remote."""
+        """Copy the log to the run's folder if that is remote."""
         if not self._on or self._local == self._folder:
             return
         begin = time.monotonic()
@@ -76,7 +76,7 @@ class Log:
         self._took = self._kept - begin
 
     def show(self, step: int, **figures: Any) -> None:
-        """Move the progress bar on to a step, with these figures beside it."""
+        """Move the progress bar to `step`."""
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(step - self._bar.n)
 
@@ -97,8 +97,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _place(line: bytes) -> tuple[int, bool]:
-    """The step of a line, and whether it is of an evaluation after it. Of a line that was cut
-    short: one that is never kept.
+    """The step of a line, and whether the line is of an evaluation. An incomplete line gets a step
+    so large that the line is never kept.
     """
     try:
         figures = json.loads(line)

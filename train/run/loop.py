@@ -1,6 +1,6 @@
-"""Steps, one after the other: told of, evaluated, saved, and ended by a signal.
+"""The training loop: runs steps, logs and evaluates them, saves checkpoints, and stops on a signal.
 
-A step is heard of when the ones after it are under way, so that the device never waits for the
+A step's report is read only when later steps are under way, so that the device never waits for the
 host. Knows no recipe and no model.
 """
 
@@ -35,14 +35,13 @@ _NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every pr
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a run beside its recipe: its folder, and when to evaluate, save and stop.
+    """Settings of a run besides its recipe: its folder, and when to evaluate, save and stop.
 
-    Apart from on_nan, none changes what is computed.
-
-    evaluate, save: every so many steps, and at the end; 0 for the end alone. keep_last, keep_best:
-    checkpoints; to know the best, what is saved is evaluated, too. on_nan: "stop" or "skip" the
-    batch. profile: steps, from first to last. merge: make a model of adapters at the end.
-    token_cache: where encoded data is kept, None for the usual place.
+    Only on_nan changes what is computed: "stop", or "skip" the batch. evaluate, save: the interval
+    in steps; both also happen at the end, and with 0 only then. keep_last, keep_best: the number of
+    checkpoints to keep; keep_best evaluates before every save. profile: the first and last step to
+    profile. merge: write the model with its adapters merged at the end. token_cache: the folder of
+    encoded data, None for the default.
     """
 
     out: Path
@@ -58,18 +57,18 @@ class Settings:
 
 
 class NotANumber(ValueError):
-    """A loss or gradient is NaN or infinite; the batch and the state before it have been saved."""
+    """A loss or gradient was NaN or infinite; its batch and the last good state have been saved."""
 
 
 @dataclasses.dataclass
 class Loop:
-    """The steps of a run and what goes with them: log, evaluation, checkpoints and signals.
+    """The training loop with all that it uses: log, evaluation, checkpoints and signals.
 
-    run, evaluate: what `step.make_step` and `make_evaluation` return. base: the weights that are
-    not trained, which both take. steps: of the whole run; position: how many have been taken.
-    tokens: of a batch, without padding; flops: of a token. check: what `run_folder.alone` yields.
-    held_out_rows: how many are evaluated at a time. owed: whether a signal has cut off the
-    evaluation at `position`.
+    run, evaluate: the results of `step.make_step` and `make_evaluation`. base: the frozen weights
+    that both take. held_out_rows: rows evaluated at a time. check: the function that
+    `run_folder.alone` yields. steps: of the whole run; position: steps taken so far. tokens: per
+    batch, without padding; flops: per token. owed: whether a signal cut off the evaluation at
+    `position`, which is still to do.
     """
 
     settings: Settings
@@ -94,7 +93,7 @@ class Loop:
     _told: float = dataclasses.field(default_factory=time.perf_counter)
 
     def go(self, state: State, asked: dict[str, Any]) -> State:
-        """Steps until the end, or until a signal has been heard by all processes."""
+        """Run steps to the end, or until all processes know of a signal; return the last state."""
         settings, end = self.settings, self.steps
         so_far = moves.place(np.array(True), "")
         if self.owed:
@@ -133,7 +132,7 @@ class Loop:
         self.checkpoints.save(position, state, facts=facts, loss=loss)
 
     def stopped(self, asked: dict[str, Any]) -> bool:
-        """Whether a process has been asked to end, also after its last step. All call this."""
+        """Whether any process got a signal, even after its last step. All processes call this."""
         heard = "signal" in asked
         if heard:
             processes.propose(self.position)
@@ -145,7 +144,7 @@ class Loop:
             self._hear(state)
 
     def _hear(self, state: State) -> None:
-        """Wait for the oldest step under way, and tell of it. state: after the newest."""
+        """Wait for the oldest step in flight and log its report. state: after the newest step."""
         number, batch, report = self._waiting.popleft()
         report = jax.device_get(report)
         self._skipped = 0 if report.finite else self._skipped + 1
@@ -197,15 +196,15 @@ class Loop:
         )
 
     def _save_good(self, position: int, state: State) -> str:
-        """Save a state that no step without numbers has changed; where it is."""
+        """Save a state that no NaN or infinite step has changed; return where, for a message."""
         if position == 0:
             return "no step was taken before it"
         self._save(position, state)
         return f"the state after step {position} is in {self.settings.out / CHECKPOINTS}"
 
     def _evaluated(self, state: State, asked: dict[str, Any]) -> float | None:
-        """The mean loss over what is held out, which is also told. A signal to a process that is
-        alone cuts it off, and it is owed; others are in it together.
+        """Return the mean held-out loss, and log it. With one process, a signal cuts the evaluation
+        off: the result is None, and `owed` is set. Several processes evaluate together to the end.
         """
         if self.held_out is None:
             return None
@@ -229,8 +228,8 @@ class Loop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[dict[str, Any]]:
-    """SIGTERM and Ctrl-C ask for an end, which comes when the state is saved; a second Ctrl-C is
-    an end at once.
+    """Catch SIGTERM and Ctrl-C: yields a dict whose "signal" is set, so that the loop saves and
+    stops. A second Ctrl-C raises KeyboardInterrupt at once.
     """
     asked: dict[str, Any] = {}
 
@@ -250,7 +249,7 @@ def signals() -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _profile(settings: Settings) -> Iterator[Any]:
-    """A function that is told of each step, and records those asked for under OUT/profile."""
+    """Yield a function to call before each step; it records the wanted steps in OUT/profile."""
     on, remote = False, paths.is_remote(settings.out)
     folder = Path(tempfile.mkdtemp()) if remote else settings.out / "profile"
 
@@ -283,7 +282,7 @@ def _due(position: int, every: int) -> bool:
 
 
 def _peak() -> float | None:
-    """FLOP/s of all devices; None where it is not known."""
+    """The peak FLOP/s of all devices together; None if unknown."""
     chip = hardware.of_kind(jax.devices()[0].device_kind)
     return chip and chip.flops * jax.sharding.get_mesh().size
 

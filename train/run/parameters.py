@@ -1,6 +1,6 @@
-"""What a run trains: all weights of a decoder, or adapters on one that stays as it is.
+"""The trained parameters of a run: all weights of a decoder, or adapters on a frozen one.
 
-Says how they begin, how a step makes a decoder of them, and what becomes of them at the end.
+Both classes create the initial state, give a step its decoder, and save the result.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from train.step import Optimizer, State
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """All weights of a decoder. ckpt: the model directory they come from; None: fresh ones."""
+    """All weights of a decoder. ckpt: the model directory to start from; None for fresh weights."""
 
     config: Config
     ckpt: Path | None
@@ -41,14 +41,14 @@ class Whole:
     attach: ClassVar[Any] = None
 
     def flops_per_token(self, length: int) -> float:
-        """Those that a step needs for a token, in rows of `length`."""
+        """FLOPs of a training step per token, in rows of `length` tokens."""
         return self.config.flops_per_token(length)
 
     def abstract_base(self) -> None:
-        """Nothing that is not trained."""
+        """Return None: there are no frozen weights."""
 
     def begin(self, optimizer: Optimizer) -> State:
-        """The state before the first step, on the mesh in force."""
+        """Create the state before the first step, on the current mesh."""
         if self.ckpt is not None:
             decoder = checkpoint.load(self.ckpt, self.config, "float32")
         else:
@@ -57,11 +57,11 @@ class Whole:
         return step.state_of(model.stack(decoder, consume=True), optimizer)
 
     def abstract(self, optimizer: Optimizer) -> State:
-        """The state as shapes, with shardings on the mesh in force."""
+        """The state as shapes, with shardings on the current mesh."""
         return step.abstract_state(self.config, optimizer, mesh=jax.sharding.get_mesh())
 
     def save(self, weights: Any, out: Path, *, files: Path, merge: bool) -> Path:
-        """A model directory that every command reads. files: what goes with the weights."""
+        """Write the model directory OUT/model. files: the folder with its other files."""
         path = out / MODEL
         if not (path / directory.MANIFEST).exists():
             weights = _cast(weights, self.recipe.dtype)
@@ -76,15 +76,15 @@ def _cast(weights: Any, dtype: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """Adapters on the decoder of a model directory, which is not trained."""
+    """LoRA adapters on the frozen decoder of a model directory."""
 
     config: Config
     ckpt: Path
     recipe: Recipe
 
     def flops_per_token(self, length: int) -> float:
-        """As of all weights, but that one which is not trained needs no gradient: 2 of its 6. What
-        the adapters take is left out.
+        """FLOPs of a training step per token: as for all weights, less 2 of every 6 for frozen
+        weights, which need no gradient. The adapters' own FLOPs are left out.
         """
         config = self.config
         head = config.vocab_size * config.hidden_size if self.recipe.train_embeddings else 0
@@ -96,7 +96,7 @@ class Adapted:
         return model.stack(decoder, consume=True)
 
     def abstract_base(self) -> Decoder:
-        """`base` as shapes, with shardings on the mesh in force."""
+        """`base` as shapes, with shardings on the current mesh."""
 
         def made(decoder: Decoder) -> Decoder:
             return map_leaves(self._kept, model.stack(decoder))
@@ -108,11 +108,11 @@ class Adapted:
         return int8.of_layers(path, leaf) if self.recipe.base_dtype == "int8" else leaf
 
     def attach(self, weights: Any, base: Any, key: jax.Array | None) -> Decoder:
-        """`base` with adapters on it. key: of their dropout; None for none."""
+        """Put the adapters on `base`. key: of the adapters' dropout; None for no dropout."""
         return lora.attach(base, weights, key=key, dropout=self.recipe.lora_dropout)
 
     def begin(self, optimizer: Optimizer) -> State:
-        """The state before the first step: of adapters that change nothing yet."""
+        """Create the state before the first step: adapters that do not change the model yet."""
         return step.state_of(jax.jit(self._create)(self.base), optimizer)
 
     def abstract(self, optimizer: Optimizer) -> State:
@@ -132,10 +132,10 @@ class Adapted:
         )
 
     def save(self, weights: lora.Adapters, out: Path, *, files: Path, merge: bool) -> Path:
-        """An adapter in PEFT's format, and how to talk to what it makes; with `merge` also that, a
-        model directory. The base is loaded again for it, as it is in `ckpt`, and nothing else of
-        its size may be left on the devices (`convert/to_hf.py --adapter` merges a few rows at a
-        time).
+        """Write the adapter in PEFT's format with its generation settings and, with `merge`, also a
+        merged model directory. Merging loads the base from `ckpt` again, so no other copy may be
+        left on the devices (`convert/to_hf.py --adapter` merges a few rows at a time and needs less
+        memory).
         """
         dropout = self.recipe.lora_dropout
         peft.write(out / ADAPTER, weights, **self._base_named(), lora_dropout=dropout)
@@ -154,8 +154,8 @@ class Adapted:
         return out / MODEL
 
     def _base_named(self) -> dict[str, str | None]:
-        """The fields of adapter_config.json by which PEFT finds the base: what was converted into
-        `ckpt`. None where that is not known, for nobody else has our folders.
+        """The fields of adapter_config.json that name the base for PEFT: the Hugging Face model
+        from which `ckpt` was converted. None if unknown: a path of ours means nothing elsewhere.
         """
         found = directory.origin(self.ckpt)
         if "name" not in found:
@@ -171,7 +171,7 @@ class Adapted:
 
 
 def _check_numbers(merged: Any, adapter: Path) -> None:
-    """Raise ValueError where a merged weight is NaN or infinite."""
+    """Raise ValueError if a merged weight is NaN or infinite."""
     finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
     leaves = named_leaves(merged)
     found = finite([leaf[...] for leaf in leaves.values()])
@@ -184,13 +184,13 @@ def _check_numbers(merged: Any, adapter: Path) -> None:
 
 
 def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
-    """Names of modules, or one pattern, which PEFT tells from a name by its being no list."""
+    """Resolve module names, or one pattern, which PEFT recognises because it is not in a list."""
     pattern = len(wanted) == 1 and re.search(r"[*+?|()\[\]^$\\]", wanted[0])
     return peft.targets(wanted[0] if pattern else wanted, layers)
 
 
 def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:
-    """What a recipe trains. Raises ValueError for adapters on nothing, or on no module."""
+    """The parameters that a recipe trains. Raises ValueError for adapters on no model or module."""
     if not recipe.lora_rank:
         return Whole(config, ckpt, recipe)
     if ckpt is None:
@@ -200,7 +200,7 @@ def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:
 
 
 def abstract(config: Config, adapters: Recipe | None) -> Whole | Adapted:
-    """What is trained, to ask for its shapes alone: the adapters of a recipe, or all weights."""
+    """The trained parameters, for shapes only: a recipe's adapters, or all weights for None."""
     if adapters is None:
         return Whole(config, None, recipes.pretrain())
     return Adapted(config, Path(), adapters)

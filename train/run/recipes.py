@@ -1,8 +1,8 @@
-"""What is trained, for how long and how: the published recipes, as functions of few arguments.
+"""Recipes: all values that decide what a run trains, for how long and how.
 
-A recipe's values are those of Qwen's technical report (arXiv 2309.16609, "report"), where the
-repository's memo differs those on request ("memo"), or those of its fine-tuning scripts ("script").
-What no source states is said at each recipe. Knows no files, devices or programs.
+Values are from Qwen's technical report (arXiv 2309.16609, "report"); where the repository's memo
+differs, its values on request ("memo"); or from its fine-tuning scripts ("script"). Each recipe
+says which values no source states. Knows no files, devices or programs.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ class Recipe:
     seed: int = _about("Draw random weights, the data's order and dropout from seed N.", 0)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what cannot be, by name."""
+        """Raise ValueError naming the first field whose value is not allowed."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name, allowed in _ALLOWED.items():
@@ -138,7 +138,7 @@ class Recipe:
             )
 
     def warmup_steps(self, steps: int) -> int:
-        """How many steps of a run of `steps` are warm-up."""
+        """The number of warm-up steps in a run of `steps`."""
         return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
 
     def schedule_of(self, steps: int) -> Callable[[Any], Any]:
@@ -170,14 +170,14 @@ class Recipe:
 
 
 def kind_of(field: "dataclasses.Field[Any]") -> tuple[type, bool]:
-    """The type of a recipe's field, of a tuple its own, and whether the field may be None."""
+    """The type of a recipe's field (`tuple` for tuples), and whether the field may be None."""
     kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else ()
     (kind,) = [k for k in kinds if k is not types.NoneType] or [field.type]
     return typing.get_origin(kind) or kind, types.NoneType in kinds
 
 
 def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value of a field as Python's own. ValueError where it is not of the field's type."""
+    """Convert a field's value to the Python type of the field, or raise ValueError."""
     kind, optional = kind_of(field)
     if value is None and optional:
         return None
@@ -227,10 +227,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Recipe:
-    """Next-token prediction over documents, batches of 4 M tokens (sections 2.3 and 2.4).
+    """Next-token prediction over documents, in batches of 4 M tokens (sections 2.3 and 2.4).
 
-    The memo alone has warm-up, weight decay and clipping; it has another epsilon. Steps are those
-    that make up the published tokens of the model's size.
+    Only the memo states warm-up, weight decay and clipping, and its epsilon differs. steps: as many
+    as make up the published number of tokens for the model's size.
     """
     length = values.whole("length", length, least=2)
     return Recipe(
@@ -247,11 +247,11 @@ def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Rec
 
 
 def sft(model: str = "", source: str = "report") -> Recipe:
-    """Supervised fine-tuning on chats (section 3.1). After the warm-up no source states a shape:
-    it is pretraining's.
+    """Supervised fine-tuning on chats (section 3.1). No source states the schedule after warm-up:
+    it is that of pretraining.
 
-    The memo has a higher learning rate. "script": all weights as the repository's
-    `finetune_ds.sh` trains them, on one device: unpacked rows of 512, five epochs.
+    The memo has a higher learning rate. "script": all weights are trained as in the repository's
+    `finetune_ds.sh` on one device: unpacked rows of 512, five epochs.
     """
     if source == "script":
         return dataclasses.replace(sft_lora(), name="sft", learning_rate=1e-5, lora_rank=0)
@@ -269,8 +269,8 @@ def sft(model: str = "", source: str = "report") -> Recipe:
 
 
 def sft_lora(model: str = "", source: str = "script") -> Recipe:
-    """Adapters on chats, as the repository's `finetune_lora_single_gpu.sh`: a batch of 2 x 8 rows,
-    the original's choice of trained tokens, rows that are not packed.
+    """Train adapters on chats as the repository's `finetune_lora_single_gpu.sh` does: batches of 2
+    x 8 unpacked rows, and the loss on the tokens that the original trains.
     """
     _of(source, script=None)
     return Recipe(
@@ -290,7 +290,7 @@ def sft_lora(model: str = "", source: str = "script") -> Recipe:
 
 def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
     """Pretraining continued on 90 B tokens of text and code (section 4): 3 % warm-up, then a
-    constant rate, published for 7B and 14B. No batch size is stated: it is pretraining's.
+    constant rate, published for 7B and 14B. No source states the batch size: it is pretraining's.
     """
     return dataclasses.replace(
         pretrain(model, 8192, source),
@@ -303,8 +303,8 @@ def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
 
 
 def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
-    """Fine-tuning after `code` (section 4): a rate of its own, 3 % warm-up, then constant; what is
-    not stated is as in `sft`.
+    """Fine-tuning after `code` (section 4): its own learning rate, 3 % warm-up, then constant. All
+    values that the section does not state are those of `sft`.
     """
     _eps(source)
     return dataclasses.replace(
@@ -317,7 +317,7 @@ def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
 
 
 def math(model: str = "", source: str = "report") -> Recipe:
-    """Fine-tuning on mathematics (section 5): rows of 1024, 50 000 steps; else as `sft`."""
+    """Fine-tuning on mathematics (section 5): rows of 1024, 50 000 steps; otherwise as `sft`."""
     _eps(source)
     return dataclasses.replace(
         sft(model, source), name="math", length=1024, learning_rate=2e-5, steps=50_000
@@ -339,12 +339,12 @@ def _eps(source: str) -> float:
 
 
 def _of(source: str, **stated: Any) -> Any:
-    """The value that a source states."""
+    """The value that the named source states; ValueError for a source that states none."""
     if not isinstance(source, str) or source not in stated:
         raise ValueError(f"source {texts.shown(source)}: allowed here are {', '.join(stated)}")
     return stated[source]
 
 
 def _of_size(model: str, published: Mapping[str, float]) -> float:
-    """The value that is published for a model's size; for others, that of the 7B."""
+    """The published value for a model's size; for an unknown size, that of the 7B."""
     return published.get(texts.check("model", model), published["qwen-7b"])

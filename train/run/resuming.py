@@ -1,5 +1,5 @@
-"""What a run keeps of the command line that began it, so that going on takes `--out RUN --resume`
-alone.
+"""The command-line arguments that run.json stores, so that `--out RUN --resume` alone resumes a
+run.
 """
 
 import argparse
@@ -24,10 +24,10 @@ _PASSING += ("processes", "process", "start_timeout", "heartbeat_timeout")
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Set the arguments that the command line does not name, and that the run in --out was begun
-    with; `args.kept` has all that the run keeps. UsageError where another command began it.
+    """Fill in arguments that the command line leaves out from those stored in the run in --out;
+    `args.kept` gets all stored ones. UsageError if another command began the run.
 
-    The model's config.json and vocabulary are those that the run holds, wherever they came from.
+    config.json and vocabulary are read from the run's own copies, wherever they came from.
     """
     args.kept = {}
     if not args.resume or not args.out:
@@ -55,8 +55,8 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """What run.json says of a start: the command line, its arguments with absolute paths, and the
-    versions of what computes. args: `complete`; argv: of the command, without its name.
+    """The facts of this start for run.json: command line, arguments with absolute paths, and
+    versions. args: after `complete`; argv: without the program's name.
     """
     given = {name: getattr(args, name) for name in args.given if name not in _PASSING}
     return {

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and that one run at a time works in it. Knows no model."""
+"""The folder of a run: records which run it holds, and lets one run at a time use it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +22,9 @@ _SHOWN = 3  # differences
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[Callable[[], None]]:
-    """Make the folder of a run, and keep every other run out of it meanwhile.
+    """Create the folder of a run and lock it against other runs while the context is open.
 
-    Process 0 takes the lock. Yields what `lock.alone` does; raises `lock.Busy`.
+    Process 0 takes the lock. Yields the check of `lock.alone`, and raises `lock.Busy` as it does.
     """
     paths.check_name(out)
     if processes.index():
@@ -37,8 +37,8 @@ def alone(out: Path) -> Iterator[Callable[[], None]]:
 
 
 def check(out: Path, resume: bool) -> None:
-    """Raise ValueError where the folder holds a run that is not to go on, or anything else. Process
-    0 asks before there is any work that would be lost.
+    """Raise ValueError if the folder holds a run and `resume` is false, or holds anything else.
+    Process 0 also calls this early, before there is work to lose.
     """
     if (out / _RUN).exists():
         if not resume:
@@ -48,21 +48,21 @@ def check(out: Path, resume: bool) -> None:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """What run.json says of the run in a folder; nothing where there is none."""
+    """The contents of the folder's run.json; empty if there is none."""
     return directory.read_json(out / _RUN) if (out / _RUN).exists() else {}
 
 
 def claim(
     out: Path, identity: dict[str, Any], *, steps: int, resume: bool, start: Mapping[str, Any]
 ) -> None:
-    """Take the folder for a run of so many steps, or find the run in it.
+    """Register a run of `steps` steps in its folder, or check that the folder already holds it.
 
-    identity: what must be the same for a run to go on. start: what is told of this start beside
-    that (`resuming.record`, and "rows", how many there are to train on); run.json keeps the first,
-    and of the last the arguments and, as "resumed", the command and versions.
+    identity: facts that must be equal for a run to resume. start: other facts of this start
+    (`resuming.record`, and "rows", the number of training rows). run.json keeps the first start's,
+    with the last start's arguments, and its command and versions as "resumed".
 
-    What was never saved is no run: with `resume` another may take its place. Raises ValueError
-    where the folder holds another run, or anything else.
+    With `resume`, a run may replace one that was never saved. Raises ValueError if the folder holds
+    another run or anything else.
     """
     file = out / _RUN
     if processes.index() and not file.exists():
@@ -103,14 +103,14 @@ def claim(
 
 
 def remove_results(out: Path) -> None:
-    """What an end before this one has left, of a run that now goes on further."""
+    """Remove the results of an earlier end of this run, which now trains further."""
     for name in RESULTS:
         paths.remove_tree(out / name)
 
 
 def _steps_saved(folder: Path) -> list[int]:
-    """The steps of whole checkpoints. On a disk they have their name when they are whole; in gs://
-    Orbax writes a file last.
+    """The steps of complete checkpoints. On a disk, a checkpoint gets its name when it is complete;
+    in gs:// Orbax writes a marker file last.
     """
     found = [x for x in folder.iterdir() if x.name.isdecimal()] if folder.exists() else []
     last = "commit_success.txt"
@@ -118,8 +118,8 @@ def _steps_saved(folder: Path) -> list[int]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes a run another one, in words, the likeliest cause first, with old and new values.
-    Other steps are none. before, now: contents of run.json; an older one lacks "arguments".
+    """Describe what makes this another run, likeliest cause first, with old and new values; the
+    number of steps may differ. before, now: run.json's contents; old ones lack "arguments".
     """
     return [*_of_model(before, now), *_of_recipe(before, now), *_of_data(before, now)]
 
@@ -143,7 +143,7 @@ def _of_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Other examples, unless the recipe says already why they are others."""
+    """Describe a change of the examples, unless a change of the recipe explains it."""
     if before.get("data") == now["data"]:
         return
     told = [_told(name, before, now=now) for name in ("data", "tokenizer", "eval_share")]
@@ -159,7 +159,7 @@ def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
 
 
 def _told(name: str, before: Mapping[str, Any], *, now: Mapping[str, Any]) -> str | None:
-    """How an argument differs, where both are known and do."""
+    """Describe how an argument of the command line changed; None if it did not or is unknown."""
     if "arguments" not in before:
         return None
     old, new = (x["arguments"].get(name) for x in (before, now))
@@ -172,7 +172,7 @@ def _told(name: str, before: Mapping[str, Any], *, now: Mapping[str, Any]) -> st
 def _changed(
     before: Mapping[str, Any], now: Mapping[str, Any], *, name: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The names, old and new values of what differs, in the order of `now`."""
+    """Yield (name, old value, new value) for each difference, in the order of `now`."""
     for key in dict.fromkeys([*now, *before]):
         inner, old, new = f"{name}{key}", before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -1,7 +1,7 @@
-"""Checkpoints of a run, by Orbax: written while training goes on, the last and the best kept.
+"""Checkpoints of a run by Orbax: written in the background; the latest and the best are kept.
 
-A step's folder has its name only when it is whole. A state is saved leaf by leaf under the leaf's
-path, so it is restored on any mesh. Knows no model and no loop.
+A step's folder gets its name only when it is complete. A state is saved leaf by leaf under each
+leaf's path, so it can be restored on any mesh. Knows no model and no loop.
 """
 
 import math
@@ -19,7 +19,7 @@ STATE, FACTS = "state", "facts"
 class Checkpoints:
     """The checkpoints of one run, in a folder that all its processes see.
 
-    last: how many of the latest to keep. best: how many of those with the least loss to keep, too.
+    last: how many of the latest to keep; best: how many with the lowest loss to keep besides.
     """
 
     def __init__(self, folder: Path, last: int = 2, *, best: int = 0):
@@ -41,7 +41,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the last whole checkpoint."""
+        """The step of the latest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(
@@ -49,7 +49,7 @@ class Checkpoints:
     ) -> None:
         """Copy the state now, and write it while the caller goes on.
 
-        A step is saved once; one whose loss is no number is not among the best.
+        A step is saved once. A step whose loss is None or not finite is not among the best.
         """
         if self.latest == step:
             return
@@ -61,10 +61,10 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Read the state and the facts of the last checkpoint. like: the state as shapes with
+        """Read the state and facts of the latest checkpoint. like: the state as shapes with
         shardings.
 
-        Raises ValueError where it is damaged, or of another state.
+        Raises ValueError if the checkpoint is damaged or holds another kind of state.
         """
         step, wanted = self.latest, _by_path(like)
         items = {STATE: ocp.args.StandardRestore(wanted), FACTS: ocp.args.JsonRestore()}
@@ -83,7 +83,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(found[FACTS])
 
     def wait(self) -> None:
-        """Wait until everything that was saved is on disk."""
+        """Wait until all saves are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -91,9 +91,8 @@ class Checkpoints:
 
 
 def ignore_late_callbacks() -> None:
-    """Keep quiet, in this process, about callbacks that come after Orbax has given up reading or
-    writing: TensorStore goes on, and tells an event loop that is closed; Python would show a
-    traceback for each array.
+    """Silence errors of callbacks that arrive after Orbax has given up a read or write: TensorStore
+    goes on and calls a closed event loop, and Python would print a traceback for each array.
     """
     global _told_before
     if sys.unraisablehook is not _tell_others:
@@ -104,16 +103,16 @@ _told_before = sys.unraisablehook
 
 
 def _tell_others(what: Any) -> None:
-    """Hand on what Python could not raise, but for late callbacks.
+    """Pass an unraisable exception to the earlier hook, unless a late callback caused it.
 
-    A function of a module, which never goes: Python holds no reference to the hook that a thread is
-    about to call, and one that another thread replaces then would take the process down.
+    A module's function is never freed: Python holds no reference to a hook that a thread is about
+    to call, and would crash if another thread replaced it just then.
     """
     if str(what.exc_value) != "Event loop is closed":
         _told_before(what)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path, in its order."""
+    """The leaves of a tree by path, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,14 +1,14 @@
-"""A run: data, state and steps from beginning to end, resumable to the bit.
+"""One training run from start to finish: data, state and steps, resumable bit for bit.
 
-    OUT/run.json          what the run is: recipe, model, data; a run resumes as what it was
+    OUT/run.json          recipe, model and data of the run; a resumed run must match them
     OUT/files/            configuration and tokenizer, as they go into OUT/model
     OUT/checkpoints/      states with their position in the data (`saving.py`)
-    OUT/tokens/           encoded data, while hosts have no other disk in common (`shared_cache.py`)
+    OUT/tokens/           encoded data, if hosts share no other disk (`shared_cache.py`)
     OUT/metrics.jsonl, OUT/events/      figures of each step (`logs.py`)
-    OUT/model/            the trained model, at the end
+    OUT/model/            the trained model, written at the end
 
 The order of data, dropout and fresh weights follow from the recipe's seed and the step alone, so a
-state and a position are all that a run goes on from.
+state and a position are enough to resume from.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ from train.run.saving import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model, its data and the recipe that it is trained by.
+    """A model, its data and the recipe to train it by.
 
-    ckpt: the model directory to begin from; None for fresh weights. held_out: files to measure the
-    loss on; or share: how much of the examples is held out for that. strict: stop at a bad record.
-    start: what run.json says of how the run was started (`resuming.record`).
+    ckpt: the model directory to start from; None for fresh weights. held_out: files to evaluate on;
+    or share: the share of the examples that is held out for evaluation. strict: stop at a bad
+    record. start: the facts of this start for run.json (`resuming.record`).
     """
 
     recipe: Recipe
@@ -65,10 +65,10 @@ class Task:
 
 
 def train(task: Task, settings: Settings) -> None:
-    """Run the recipe on the mesh in force, to its end or to a signal.
+    """Train by the recipe on the current mesh, until the last step or a signal.
 
-    Raises ValueError for data, a model or a folder that cannot be; KeyboardInterrupt after Ctrl-C,
-    when the state has been saved.
+    Raises ValueError for unusable data, an unusable model or folder; KeyboardInterrupt after
+    Ctrl-C, once the state is saved.
     """
     with run_folder.alone(settings.out) as check:
         _train(_settled(task), settings, check=check)
@@ -172,8 +172,8 @@ def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None
 
 
 def _settled(task: Task) -> Task:
-    """The task, with what its recipe leaves open decided for its model and the mesh in force:
-    whether the residual is split by tokens, and whether adapters come with the embeddings.
+    """Return the task with the recipe's open fields decided for its model and the current mesh:
+    whether the residual stream is split by tokens, and whether adapters also train the embeddings.
     """
     recipe = task.recipe
     parallel, why = meshes.splits_tokens(recipe.sequence_parallel, recipe.length)
@@ -198,7 +198,7 @@ def _settled(task: Task) -> Task:
 
 
 def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
-    """What is trained on, and what is held out."""
+    """The rows to train on, and the held-out rows or None."""
     recipe = task.recipe
     encoding, common = _encoding(task), settings.out / run_folder.TOKENS
 
@@ -228,9 +228,9 @@ def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
 
 
 def split(count: int, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the examples that are trained on, and of the share of them that is held out.
+    """Split `count` examples into the numbers to train on and the held-out ones, a share of them.
 
-    Raises ValueError where one of them would be nothing.
+    Raises ValueError if a share other than 0 leaves either side empty.
     """
     out = round(share * count)
     if share and not 0 < out < count:
@@ -274,7 +274,7 @@ def _steps(recipe: Recipe, rows: int) -> int:
 
 
 def _identity(task: Task, rows: Rows) -> dict[str, Any]:
-    """What must be the same for a run to go on: anything that changes what is computed."""
+    """The facts that must be equal for a run to resume: all that changes what is computed."""
     recipe = dataclasses.asdict(task.recipe)
     for name in run_folder.ROUNDINGS:
         del recipe[name]
@@ -291,7 +291,7 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
 
 
 def _write_files(folder: Path, task: Task) -> Path:
-    """Configuration, tokenizer and generation settings of the model to be."""
+    """Write the configuration, tokenizer and generation settings of the model to be trained."""
     if (folder / directory.CONFIG).exists():
         return folder
     paths.make_folder(folder)

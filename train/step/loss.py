@@ -1,6 +1,6 @@
-"""The loss of a batch: cross-entropy of the next token, in float32, over the whole mesh.
+"""The training loss of a batch: next-token cross-entropy in float32, over the whole mesh.
 
-Knows no optimiser and no data format. The logits of a batch never exist whole (`vocabulary.py`).
+Knows no optimiser and no data format. The full logits are never in memory (`vocabulary.py`).
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from train.data.batch import Batch
 
 @struct.dataclass
 class Metrics:
-    """float32 scalars. loss: mean over the weighted targets; accuracy: how many of them are their
-    most likely token; targets: the sum of the weights. Those of parts of a batch add up.
+    """The loss of a batch, its accuracy (the weighted share of targets that are the most likely
+    token) and the sum of its targets' weights: float32 []. Metrics of a batch's parts add up.
     """
 
     loss: jax.Array
@@ -41,12 +41,12 @@ def scores(
     sequence_parallel: bool = False,
     dropout: Dropout | None = None,
 ) -> tuple[TokenScores, jax.Array]:
-    """What a decoder makes of each target, float32 [B, T], and the targets' weights; both in the
-    order in which `moves.zigzag` puts tokens.
+    """Score each target by a decoder, float32 [B, T]. Returns the scores and the targets' weights,
+    both in the token order of `moves.zigzag`.
 
-    decoder: stacked or not, of any storage dtype; `dtype` is what it computes in. frequencies [H/2]
-    or [B, H/2]: of RoPE. remat: as `Decoder.__call__`. sequence_parallel: keep the residual split
-    over `tp` by tokens. Ids beyond the vocabulary make their weight no number.
+    decoder: stacked or not, stored in any dtype; it computes in `dtype`. frequencies: RoPE's, [H/2]
+    or [B, H/2]. remat: as in `Decoder.__call__`. sequence_parallel: split the tokens of the
+    residual stream over `tp`. A token or target outside the vocabulary makes its weight NaN.
     """
     rows, tokens = batch.tokens.shape
     lengths = {**decoder.config.sizes, "B": rows, "T": tokens}
@@ -85,13 +85,13 @@ def loss(
     z_loss: float = 0.0,
     dropout: Dropout | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The mean cross-entropy of a batch, and its metrics.
+    """Return the mean cross-entropy of a batch, with the z-loss added, and the batch's metrics.
 
-    As the original in training, RoPE scaling by length and LogN are off. total: the sum of all
-    weights of the batch that this one is a part of. z_loss: times the mean of log(Z)^2, Z the sum
-    that the softmax divides by, is added to what is minimised (PaLM, arXiv 2204.02311, section 5).
-    Ids beyond the vocabulary make the loss, and every gradient, no number. The other arguments are
-    those of `scores`.
+    As in the original's training, RoPE scaling by length and LogN are off. total: the sum of the
+    weights of the whole batch, if this is one part of it. z_loss: the factor of the mean of
+    log(Z)^2 in the loss, where Z is the softmax denominator (PaLM, arXiv 2204.02311, section 5).
+    Ids outside the vocabulary make the loss and every gradient NaN. The other arguments are those
+    of `scores`.
     """
     decoder = decoder.replace(config=decoder.config.in_training)
     rates = rope.from_config(decoder.config).frequencies()

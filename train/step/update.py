@@ -1,6 +1,6 @@
-"""A training step: state, gradients, AdamW, on the mesh in force. No data, no loop, no files.
+"""The jitted training step: gradients of the loss, clipping and AdamW, on the current mesh.
 
-Weights and moments are float32 and split over the mesh as `sharding.spec` says; a step computes in
+Knows no files and no loop. Weights are float32, sharded as `sharding.spec` says; a step computes in
 `dtype`. Layers are stacked and scanned, so a program's size does not depend on their number.
 """
 
@@ -27,8 +27,8 @@ from train.step.loss import Metrics, loss
 
 
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
-    """A `jax.checkpoint` policy: products with weights are stored; row-parallel ones summed, as
-    their parts are neither needed nor, in a scan, possible to store.
+    """A `jax.checkpoint` policy that stores the results of products with weights. Row-parallel
+    products are stored once summed: partial sums are not needed, and a scan cannot store them.
     """
     result = parameters.get("out_sharding")
     if result is not None and result.spec.unreduced:
@@ -51,11 +51,11 @@ FLOATS = ("float32", "bfloat16")  # of moments, and of gradients
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW (arXiv 1711.05101) after clipping the gradients by their global norm.
+    """AdamW (arXiv 1711.05101) on gradients clipped by their global norm.
 
-    learning_rate: a number, or a function of the step. Weights decay where they are matrices; norms
-    and biases do not. moments: what they are kept as, "float32" or "bfloat16"; they are computed in
-    float32. Raises ValueError for what cannot be.
+    learning_rate: a constant, or a function of the step. weight_decay: of matrices; norms and
+    biases do not decay. moments: their dtype between steps, "float32" or "bfloat16"; updates
+    compute in float32. Raises ValueError for other `moments`, or a beta outside [0, 1).
     """
 
     learning_rate: float | Callable[[Any], Any] = 3e-4
@@ -81,8 +81,8 @@ class Optimizer:
     def transform(
         self, finite: jax.Array | bool = True, step: jax.Array | int = 0
     ) -> optax.GradientTransformation:
-        """AdamW as optax has it, of clipped gradients, for one step. Where not `finite`, gradients
-        of 0 leave the moments as they are.
+        """Build optax's AdamW for one step of clipped gradients. If not `finite`, the betas are 1,
+        so that gradients of 0 leave the moments unchanged. step: seeds the moments' rounding.
         """
         b1, b2 = (b if finite is True else jnp.where(finite, b, 1.0) for b in (self.b1, self.b2))
         adamw = optax.adamw(
@@ -101,10 +101,10 @@ class Optimizer:
 def _kept_in_bfloat16(
     inner: optax.GradientTransformation, key: jax.Array
 ) -> optax.GradientTransformation:
-    """`inner`, its state in bfloat16 between steps, stochastically rounded; key: of the step.
+    """Store the state of `inner` in bfloat16 between steps, stochastically rounded with `key`.
 
-    To the nearest, a change of less than 2**-9 of a moment would be lost every time: with beta 2
-    0.999, a second moment would never shrink.
+    Rounding to nearest would lose every change below 2**-9 of a moment: at a beta 2 of 0.999, a
+    second moment would never shrink.
     """
 
     def cast(state: Any, one: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
@@ -126,8 +126,8 @@ def _kept_in_bfloat16(
 
 
 def _stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 -> one of the two nearest in bfloat16, which is x on average, and x where x is one.
-    The draw of an element follows from the key and its place, not from the mesh.
+    """Round float32 to bfloat16, up or down at random so that the expected value is x; a value that
+    bfloat16 holds stays. The noise depends on the key and the element's index, not on the mesh.
     """
     spec = jax.typeof(x).sharding.spec
     noise = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=spec) >> 16
@@ -136,7 +136,7 @@ def _stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _is_matrix(tree: Any) -> Any:
-    """For each leaf, whether it is multiplied with: those, and no others, have two sides."""
+    """The weight decay mask: True for each weight with two or more axes besides the layers'."""
 
     def one(leaf: Weight) -> Any:
         return jax.tree.map(lambda _: len(leaf.letters.removeprefix("L")) > 1, leaf)
@@ -146,10 +146,10 @@ def _is_matrix(tree: Any) -> Any:
 
 @struct.dataclass
 class State:
-    """What a training run carries from step to step.
+    """The state of a training run between steps.
 
-    weights: what is trained, float32: a stacked decoder, or whatever is attached to one.
-    moments: the optimizer's state. step: int32 [], the updates made so far.
+    weights: the trained parameters, float32: a stacked decoder, or parameters attached to one.
+    moments: the optimizer's state. step: int32 [], the number of updates so far.
     """
 
     weights: Any
@@ -159,13 +159,13 @@ class State:
 
 @functools.partial(jax.jit, static_argnames="optimizer")
 def create_state(decoder: Decoder, optimizer: Optimizer) -> State:
-    """The state before the first step, from a decoder on the mesh in force, stacked or not."""
+    """Create the state before the first step, from a decoder on the current mesh."""
     return _begin(stacked(decoder), optimizer)
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="weights")
 def state_of(weights: Any, optimizer: Optimizer) -> State:
-    """The state before the first step, of weights in any form; those passed in are consumed."""
+    """Create the state before the first step from any tree of weights, which are donated."""
     return _begin(weights, optimizer)
 
 
@@ -175,12 +175,12 @@ def _begin(weights: Any, optimizer: Optimizer) -> State:
 
 
 def stacked(decoder: Decoder) -> Decoder:
-    """A decoder as a step takes it."""
+    """The decoder with its layers stacked along a leading axis, as a step takes it."""
     return decoder if isinstance(decoder.layers, model.Block) else model.stack(decoder)
 
 
 def abstract_state(config: Config, optimizer: Optimizer, *, mesh: Any) -> State:
-    """The state as shapes and shardings on a mesh, whose devices need not be there."""
+    """The training state as shapes and shardings on `mesh`, whose devices may be absent."""
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, jnp.float32)
         state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), decoder)
@@ -188,7 +188,7 @@ def abstract_state(config: Config, optimizer: Optimizer, *, mesh: Any) -> State:
 
 
 def abstract_batch(batch: int, length: int, *, mesh: Any) -> Batch:
-    """A batch of `batch` rows as shapes and shardings on a mesh."""
+    """A batch of `batch` rows of `length` tokens, as shapes and shardings on `mesh`."""
     rows = sharding.named("BT", mesh)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct((batch, length), jnp.float32, sharding=rows)
@@ -197,10 +197,10 @@ def abstract_batch(batch: int, length: int, *, mesh: Any) -> Batch:
 
 @struct.dataclass
 class Report:
-    """What a step reports: its metrics, and scalars.
+    """The metrics of a step, with scalars for the log.
 
-    gradient_norm: the global norm over all weights, before clipping. finite: whether it and the
-    loss are finite and the step's `so_far` was true; otherwise the step has changed nothing.
+    gradient_norm: the global norm of all gradients, before clipping. finite: whether that norm and
+    the loss are finite and the step's `so_far` was true; if not, the state is unchanged.
     """
 
     metrics: Metrics
@@ -223,18 +223,18 @@ def make_step(
     attach: Callable[[Any, Any, jax.Array | None], Decoder] | None = None,
     gradient_dtype: str = "float32",
 ) -> Any:
-    """The training step, a jitted (State, Batch, base, so_far) -> (State, Report).
+    """Build the jitted training step: (State, Batch, base, so_far) -> (State, Report).
 
-    The state passed in is consumed (donated). so_far: bool, true by default; a step to which it is
-    false changes nothing. Pass `Report.finite` of the step before, and no step follows one whose
-    loss or gradient was NaN or infinite.
+    The input state is donated. so_far: bool, True by default; if it is False, the step changes
+    nothing. Pass the previous step's `Report.finite`, and no step changes the state after a NaN or
+    infinite loss or gradient.
 
-    remat: a name in `REMAT`. accumulate: how many parts of a batch's rows are computed one after
-    the other; the gradient is that of the whole. dropout: a rate; its masks follow from `seed` and
-    the step. attach: (weights, base, key) -> the decoder, where the weights are not one; base is
-    not trained, and None otherwise. gradient_dtype: what the gradients of weights are summed in
-    over the mesh: "float32", or "bfloat16" where that is `dtype`. The other arguments are those of
-    `loss.loss`.
+    remat: a name in `REMAT`. accumulate: the number of parts into which a batch's rows are split,
+    computed one after the other; their gradients add up to the batch's. dropout: the rate; masks
+    follow from `seed` and the step. attach: (weights, base, key) -> decoder, if the weights are no
+    decoder but adapters; base: the frozen weights, else None. gradient_dtype: the dtype in which
+    the mesh sums gradients: "float32", or "bfloat16" if `dtype` is that. The other arguments are
+    those of `loss.loss`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: allowed are {', '.join(REMAT)}")
@@ -296,8 +296,8 @@ def make_step(
 def _updated(
     state: State, gradients: Any, *, norm: jax.Array, finite: jax.Array, optimizer: Optimizer
 ) -> State:
-    """The next state, or where not `finite` the same. Every array is a function of its own old
-    values, so that it is made in place: to choose between two states would take both.
+    """Return the state after AdamW's update; if not `finite`, the same state. Each array depends on
+    its own old values alone, so XLA updates it in place; choosing between states would hold two.
     """
     clip_norm = optimizer.clip_norm
 
@@ -325,7 +325,7 @@ def make_evaluation(
     sequence_parallel: bool = False,
     attach: Callable[[Any, Any, jax.Array | None], Decoder] | None = None,
 ) -> Any:
-    """A jitted (weights, Batch, base) -> Metrics, of the arguments of `make_step`; no dropout."""
+    """Build a jitted (weights, Batch, base) -> Metrics, without dropout; else as `make_step`."""
 
     @jax.jit
     def evaluate(weights: Any, batch: Batch, base: Any = None) -> Metrics:
@@ -343,7 +343,7 @@ def make_evaluation(
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:
-    """[B, T] -> [count, B/count, T]; every device keeps its rows."""
+    """Split the rows of a batch, [B, T] -> [count, B/count, T]; every row stays on its device."""
     rows, tokens = jax.typeof(x).sharding.spec
     batch, length = x.shape
     shape = (batch // count, count, length)
