@@ -147,7 +147,7 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         help="Train on this mesh, of axes data, fsdp, context and tp, such as fsdp=4,tp=2 "
         "(default: as many devices as model and batch divide over).",
     )
-    group = result.add_argument_group("recipe (default: the value of --recipe)")
+    group = result.add_argument_group("recipe (default: what --recipe has; --dry-run prints it)")
     for field in dataclasses.fields(Recipe):
         if field.name not in _FIXED:
             _add_field(group, field)
