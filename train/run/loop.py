@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -229,15 +231,19 @@ class Loop:
 @contextlib.contextmanager
 def signals() -> Iterator[dict[str, Any]]:
     """Catch SIGTERM and Ctrl-C: yields a dict whose "signal" is set, so that the loop saves and
-    stops. A second Ctrl-C raises KeyboardInterrupt at once.
+    stops. A second Ctrl-C ends the process at once, whatever it does.
     """
     asked: dict[str, Any] = {}
 
     def hear(number: int, _: Any) -> None:
         if asked.get("signal") == number == signal.SIGINT:
-            raise KeyboardInterrupt
+            if processes.count() > 1:
+                raise KeyboardInterrupt  # the others learn of it
+            command.say("interrupted; what was not saved is lost")
+            sys.stdout.flush()
+            os._exit(130)  # a compiler that is at work would end the process with a crash
         asked["signal"] = number
-        command.say("saving, then the end")
+        command.say("the step at work ends, then the state is saved; Ctrl-C again does not wait")
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

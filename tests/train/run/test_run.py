@@ -9,6 +9,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
 from qwen_jax.generate import description
 from qwen_jax.runtime import texts
+from tests.support import launch
 from tests.support.training import (
     CONFIG,
     curve,
@@ -158,6 +161,20 @@ def test_a_signal_in_a_step(whole, given, tmp_path, monkeypatch, at, number, cod
     assert curve(out) == curve(whole)
     assert curve(out, "held_out") == curve(whole, "held_out")
     assert (out / "model").exists()
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    program = (
+        "import signal\nfrom train.run import loop\n"
+        "with loop.signals() as asked:\n"
+        "    signal.raise_signal(signal.SIGINT)\n    print(asked['signal'] == signal.SIGINT)\n"
+        "    signal.raise_signal(signal.SIGINT)\n    print('after')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=launch.ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (130, "True\n")
+    assert done.stderr.splitlines()[-1] == "interrupted; what was not saved is lost"
 
 
 def test_figures_of_the_device(given, tmp_path, monkeypatch):
