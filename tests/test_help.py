@@ -24,7 +24,7 @@ COMMANDS = (
     "qwen_jax.expand_vocab",
     "qwen_jax.generate.__main__",
     "qwen_jax.checkpoint.inspection",
-    "qwen_jax.attention.tune",
+    "qwen_jax.attention.tuning",
     "train.perplexity",
     "train.plan",
     "train.pretrain",

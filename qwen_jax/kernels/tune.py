@@ -3,7 +3,7 @@
 The command lies in `attention/`, beside the reference that it measures against; this is its name.
 """
 
-from qwen_jax.attention.tune import main
+from qwen_jax.attention.tuning import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -132,31 +132,31 @@ def token_scores(
 @jax.custom_vjp
 def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
     """Scan over chunks of the head with a running maximum and sum, then combine them over `tp`."""
-    plan = _Plan.of(x, head)
+    layout = _Layout.of(x, head)
 
-    @jax.shard_map(out_specs=TokenScores(*[plan.rows] * 3), check_vma=False)
+    @jax.shard_map(out_specs=TokenScores(*[layout.rows] * 3), check_vma=False)
     def local(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
-        flat = plan.tokens(x)
-        rows, found = _own_rows(head, targets.reshape(-1), over=plan.tensor)
+        flat = layout.tokens(x)
+        rows, found = _own_rows(head, targets.reshape(-1), over=layout.tensor)
 
         def step(carry: TokenScores, chunk: Any) -> tuple[TokenScores, None]:
             part, first = chunk
-            logits = plan.logits(flat, part, first=first, rows=head.shape[0])
+            logits = layout.logits(flat, part, first=first, rows=head.shape[0])
             largest = jnp.maximum(carry.largest, jnp.max(logits, -1))
             total = carry.lse * jnp.exp(carry.largest - largest)
             total = total + jnp.sum(jnp.exp(logits - largest[:, None]), -1)
-            logit = jnp.sum(jnp.where(plan.is_target(rows, first), logits, 0), -1)
+            logit = jnp.sum(jnp.where(layout.is_target(rows, first), logits, 0), -1)
             return TokenScores(carry.logit + logit, total, largest), None
 
         zeros = jnp.zeros(flat.shape[0], jnp.float32)
         start = TokenScores(zeros, zeros, zeros - jnp.inf)
-        own, _ = jax.lax.scan(step, start, plan.chunks(head))
+        own, _ = jax.lax.scan(step, start, layout.chunks(head))
         logit = jnp.where(found, own.logit, 0)
         largest, total = own.largest, own.lse
-        if plan.tensor:
-            logit = jax.lax.psum(logit, plan.tensor)
-            largest = jax.lax.pmax(own.largest, plan.tensor)
-            total = jax.lax.psum(total * jnp.exp(own.largest - largest), plan.tensor)
+        if layout.tensor:
+            logit = jax.lax.psum(logit, layout.tensor)
+            largest = jax.lax.pmax(own.largest, layout.tensor)
+            total = jax.lax.psum(total * jnp.exp(own.largest - largest), layout.tensor)
         scores = TokenScores(logit, largest + jnp.log(total), largest)
         return jax.tree.map(lambda s: s.reshape(targets.shape), scores)
 
@@ -171,7 +171,7 @@ def _forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[TokenSc
 def _backward(saved: Any, cotangents: TokenScores) -> Any:
     """Compute the logits again a chunk at a time, and from them the gradients of x and head."""
     x, head, targets, lse = saved
-    plan = _Plan.of(x, head)
+    layout = _Layout.of(x, head)
     specs = tuple(jax.typeof(a).sharding.spec for a in (x, head))
 
     @jax.shard_map(out_specs=specs, check_vma=False)
@@ -183,27 +183,27 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
         dlogit: jax.Array,
         dlse: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        flat = plan.tokens(x)
-        rows, _ = _own_rows(head, targets.reshape(-1), over=plan.tensor)
+        flat = layout.tokens(x)
+        rows, _ = _own_rows(head, targets.reshape(-1), over=layout.tensor)
         lse, dlogit, dlse = (a.reshape(-1, 1) for a in (lse, dlogit, dlse))
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
 
         def step(dx: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
             part, first = chunk
-            part = plan.gathered(part, x.dtype)
-            logits = plan.product(flat, part, first=first, rows=head.shape[0])
+            part = layout.gathered(part, x.dtype)
+            logits = layout.product(flat, part, first=first, rows=head.shape[0])
             dlogits = dlse * jnp.exp(logits - lse)
-            dlogits = dlogits + jnp.where(plan.is_target(rows, first), dlogit, 0)
+            dlogits = dlogits + jnp.where(layout.is_target(rows, first), dlogit, 0)
             dlogits = dlogits.astype(x.dtype)
             dx = dx + jnp.einsum("tv,dv->td", dlogits, part, **settings)
             dpart = jnp.einsum("tv,td->dv", dlogits, flat, **settings)
             # Summed over the mesh in the head's own dtype, if that is the wider one.
             dpart = dpart.astype(jnp.promote_types(x.dtype, head.dtype))
-            return dx, plan.summed(dpart, head.dtype)
+            return dx, layout.summed(dpart, head.dtype)
 
-        dx, dhead = jax.lax.scan(step, jnp.zeros(flat.shape, jnp.float32), plan.chunks(head))
+        dx, dhead = jax.lax.scan(step, jnp.zeros(flat.shape, jnp.float32), layout.chunks(head))
         dhead = dhead.reshape(-1, dhead.shape[-1])[: head.shape[0]]
-        return plan.own_tokens(dx.astype(x.dtype), x), dhead
+        return layout.own_tokens(dx.astype(x.dtype), x), dhead
 
     dx, dhead = local(x, head, targets, lse, cotangents.logit, cotangents.lse)
     return dx, dhead, np.zeros(targets.shape, jax.dtypes.float0)
@@ -212,7 +212,7 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
 _token_scores.defvjp(_forward, _backward)
 
 
-class _Plan(NamedTuple):
+class _Layout(NamedTuple):
     """How the head is cut into chunks, and which mesh axes split the operands.
 
     size: rows of the head in one chunk.
@@ -231,7 +231,7 @@ class _Plan(NamedTuple):
     parted: bool
 
     @staticmethod
-    def of(x: jax.Array, head: jax.Array) -> "_Plan":
+    def of(x: jax.Array, head: jax.Array) -> "_Layout":
         """Plan for these arrays, with logits of at most `LOGITS_BYTES` at a time."""
         tensor, split = _split(head, 0), _split(head, 1)
         rows = sharding.spec("BT")
@@ -246,7 +246,7 @@ class _Plan(NamedTuple):
             size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         copies = tuple(axis for axis in axes if axis not in split)
         parted = jax.typeof(x).sharding.spec[1] != rows[1]
-        return _Plan(size, tensor, split, copies, rows, parted)
+        return _Layout(size, tensor, split, copies, rows, parted)
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """Gather x [B, T of this device, D] over `tensor`, flattened to [tokens, D]."""

@@ -102,7 +102,7 @@ def assert_near(got: Any, wanted: Any, bound: float) -> None:
 def test_scores_are_those_of_all_logits(sizes, chunks_of_128):
     with on_mesh(**sizes):
         head = moves.place(arrays()[1], "VD")
-        plan = vocabulary._Plan.of(moves.place(arrays()[0], "BTD"), head)
+        plan = vocabulary._Layout.of(moves.place(arrays()[0], "BTD"), head)
         held = ROWS // sizes.get("tp", 1)
         assert plan.size == 128 and held % 128 and held > 128
     assert_near(sharded(sizes), expected(), 2e-5)

@@ -24,7 +24,7 @@ from benchmarks import cache as cached
 from benchmarks import train as steps
 from convert import from_hf
 from qwen_jax import expand_vocab
-from qwen_jax.attention import tune, verdicts
+from qwen_jax.attention import tuning, verdicts
 from qwen_jax.checkpoint import inspection
 from qwen_jax.generate import __main__ as generate
 from qwen_jax.runtime import caches, command, errors, paths
@@ -263,8 +263,8 @@ READS = [*CKPT, "--data", "a", "--modes", "plain,own"]
         (generate, [*CKPT, "--prompt", "a", "--batch-size", "2"], "--batch-size is of several te"),
         (generate, [*BENCH, "--start-timeout", "9"], "--start-timeout applies to several"),
         (from_hf, ["a", "b", "--heartbeat-timeout", "30"], "--heartbeat-timeout applies to"),
-        (tune, ["--show", "--dtype", "bfloat16"], "--dtype means nothing beside --show"),
-        (tune, ["--forget", "--out", "a"], "--out means nothing beside --forget"),
+        (tuning, ["--show", "--dtype", "bfloat16"], "--dtype means nothing beside --show"),
+        (tuning, ["--forget", "--out", "a"], "--out means nothing beside --forget"),
         (pretrain, ["--final", "0.1", "--schedule", "constant"], "--final is where a cosine ends"),
         (sft, ["--recipe", "code_chat", "--final", "0"], "--final is where a cosine ends"),
         (pretrain, ["--too-long", "cut"], "--too-long is of examples that stay whole"),

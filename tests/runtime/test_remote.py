@@ -43,7 +43,7 @@ from train import data as run_data
 from train import plan, pretrain, tokenizer
 from train.data import batches, records, text_example, token_cache
 from train.planning import attempts, topology
-from train.run import logs, loop, run_folder, saving
+from train.run import checkpoints, logs, loop, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_run(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         run_data, "text_example", lambda *a, **named: calls.append(a) or text(*a, **named)
     )
-    save, there_at = saving.Checkpoints.save, {}
+    save, there_at = checkpoints.Checkpoints.save, {}
 
     def noted(self, step, state, **named):
         there_at[step] = (paths.parse(remote) / "metrics.jsonl").read_text().count("\n")
@@ -197,7 +197,7 @@ def test_a_run(bucket, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "host0"))
         cut_off(patch, 2)
-        patch.setattr(saving.Checkpoints, "save", noted)
+        patch.setattr(checkpoints.Checkpoints, "save", noted)
         training.succeed(arguments)
     assert "--resume goes on from there" in capsys.readouterr().err and calls
     calls.clear()
@@ -224,7 +224,7 @@ def test_a_run(bucket, tmp_path, monkeypatch, capsys):
     told = [json.loads((folder / "run.json").read_text()) for folder in (fetched, local)]
     same = ("recipe", "config", "ckpt", "data", "rows", "versions")
     assert [told[0][name] for name in same] == [told[1][name] for name in same]
-    state = saving.Checkpoints(root / "checkpoints")
+    state = checkpoints.Checkpoints(root / "checkpoints")
     assert state.latest == 4
     state.close()
     longer = [*arguments, "--resume", "--steps", "3"]

@@ -25,9 +25,9 @@ from qwen_jax.meshes import hardware, moves
 from qwen_jax.runtime import command, paths, processes
 from train.data.batches import Batches, once
 from train.data.packing import Rows
+from train.run.checkpoints import Checkpoints
 from train.run.logs import HELD_OUT, Log
 from train.run.run_folder import CHECKPOINTS
-from train.run.saving import Checkpoints
 from train.step import State
 
 _IN_FLIGHT = 2  # steps that are under way while the next is prepared

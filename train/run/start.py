@@ -21,7 +21,7 @@ def begin(
     from qwen_jax.meshes import sharding
     from qwen_jax.runtime import paths
     from train.data import records
-    from train.run import loop, saving, task
+    from train.run import checkpoints, loop, task
 
     ckpt = None if args.ckpt is None else paths.absolute(args.ckpt)
     if ckpt is not None:
@@ -87,7 +87,7 @@ def begin(
         command.refuse(args, ("sequence_parallel",), why=how)
     parallel, _ = meshes.splits_tokens(wanted.sequence_parallel, wanted.length, mesh=sizes)
     meshes.check(lengths, sizes, sequence_parallel=parallel)
-    saving.ignore_late_callbacks()
+    checkpoints.ignore_late_callbacks()
     with meshes.entered(meshes.make(sizes)):
         task.train(given, settings)
 

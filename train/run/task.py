@@ -2,7 +2,7 @@
 
     OUT/run.json          recipe, model and data of the run; a resumed run must match them
     OUT/files/            configuration and tokenizer, as they go into OUT/model
-    OUT/checkpoints/      states with their position in the data (`saving.py`)
+    OUT/checkpoints/      states with their position in the data (`checkpoints.py`)
     OUT/tokens/           encoded data, if hosts share no other disk (`shared_cache.py`)
     OUT/metrics.jsonl, OUT/events/      figures of each step (`logs.py`)
     OUT/model/            the trained model, written at the end
@@ -37,10 +37,10 @@ from train.data import records, shared_cache, token_cache
 from train.data.batches import Batches
 from train.data.packing import Rows
 from train.run import advice, parameters, run_folder
+from train.run.checkpoints import Checkpoints
 from train.run.logs import EVENTS, Log
 from train.run.loop import Loop, Settings, signals
 from train.run.recipes import Recipe
-from train.run.saving import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from tests.support.training import (
 )
 from train import pretrain, sft, step
 from train.data import packing
-from train.run import advice, logs, loop, parameters, recipes, run_folder, saving, task
+from train.run import advice, checkpoints, logs, loop, parameters, recipes, run_folder, task
 
 
 @pytest.fixture(scope="module")
@@ -296,16 +296,16 @@ def test_a_full_disk(given, tmp_path, capfd):
 def test_the_best_are_kept_over_a_restart(tmp_path):
     state = {"x": jnp.arange(3)}
     for steps, losses in (((1, 2, 3), (3, 1, 2)), ((4, 5), (5, None))):
-        checkpoints = saving.Checkpoints(tmp_path / "checkpoints", last=1, best=1)
+        kept = checkpoints.Checkpoints(tmp_path / "checkpoints", last=1, best=1)
         for step_, loss in zip(steps, losses, strict=True):
-            checkpoints.save(step_, state, facts={"position": step_}, loss=loss)
-        checkpoints.wait()
-        checkpoints.close()
+            kept.save(step_, state, facts={"position": step_}, loss=loss)
+        kept.wait()
+        kept.close()
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "5"}
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
-    kept = saving.Checkpoints(tmp_path, last=1, best=1)
+    kept = checkpoints.Checkpoints(tmp_path, last=1, best=1)
     for number, loss in enumerate((1.0, float("nan"), 2.0, float("inf"), 2.0), 1):
         kept.save(number, {"a": jnp.zeros(2)}, facts={}, loss=loss)
         kept.wait()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import attention
-from qwen_jax.attention import FULL, block_grids, timing, tune, verdicts, workloads
+from qwen_jax.attention import FULL, block_grids, timing, tuning, verdicts, workloads
 from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels import choice, flash_hopper, flash_tpu
 from qwen_jax.runtime import lock, paths
@@ -28,7 +28,7 @@ def line(kernel: str, length: int, milliseconds: float = 1.0) -> dict[str, Any]:
 def test_writes_lines_that_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "lines.json"
     args = ["--dtype", "float32", "--kernel", "xla", "--task", "forward", "decode"]
-    assert tune.main([*SMALL, *args, "--out", str(out)]) == 0
+    assert tuning.main([*SMALL, *args, "--out", str(out)]) == 0
     lines = json.loads(out.read_text())
     assert [(x["task"], x["dtype"]) for x in lines] == [
         ("decode", "float32"),
@@ -46,25 +46,25 @@ def test_writes_lines_that_are_looked_up(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_cpu_writes_no_measured_table(capsys: pytest.CaptureFixture[str]):
     before = choice.TABLE.read_text()
     for out in ([], ["--out", str(choice.TABLE)]):
-        assert tune.main([*SMALL, *out]) == 2
+        assert tuning.main([*SMALL, *out]) == 2
         assert "interpreted" in capsys.readouterr().err
     assert choice.TABLE.read_text() == before
 
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]):
-    assert tune.main(["--kernel", "nope"]) == 2
+    assert tuning.main(["--kernel", "nope"]) == 2
     assert "--kernel nope: choose from xla" in capsys.readouterr().err
 
 
 def test_writing_replaces_and_sorts(tmp_path: Path):
     path = tmp_path / "table.json"
-    tune.write(path, [line("b", 2048), line("a", 8192), line("a", 512)])
-    tune.write(path, [line("a", 8192, 0.5)])
+    tuning.write(path, [line("b", 2048), line("a", 8192), line("a", 512)])
+    tuning.write(path, [line("a", 8192, 0.5)])
     table = json.loads(path.read_text())
     assert [(x["kernel"], x["length"]) for x in table] == [("a", 512), ("a", 8192), ("b", 2048)]
     assert table[1]["milliseconds"] == 0.5
     assert list(tmp_path.iterdir()) == [path]
-    tune.write(path, [])
+    tuning.write(path, [])
     assert json.loads(path.read_text()) == table
 
 
@@ -78,7 +78,7 @@ def test_no_line_of_another_program_is_lost(tmp_path: Path, monkeypatch: pytest.
         write(*arguments)
 
     monkeypatch.setattr(paths, "write", while_writing)
-    tune.write(path, [line("a", 512)])
+    tuning.write(path, [line("a", 512)])
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -92,7 +92,7 @@ def test_blocks_that_are_tried_reach_the_kernel(monkeypatch: pytest.MonkeyPatch)
         return attention.xla(q, k, v, mask, scale, lse)
 
     monkeypatch.setattr(flash_tpu.flash, "attend_through", forward)
-    with tune.trying(TINY, "pallas_tpu", blocks={"q": 256, "k": 512, "compute": 256}):
+    with tuning.trying(TINY, "pallas_tpu", blocks={"q": 256, "k": 512, "compute": 256}):
         workloads.program(TINY, "pallas_tpu")
     workloads.program(TINY, "pallas_tpu")
     assert bodies[0].forward_blocks == flash_tpu.TpuBlocks(256, 512, 256)
@@ -121,7 +121,7 @@ def test_a_wrong_kernel_is_not_entered(
         monkeypatch.setitem(attention.IMPLEMENTATIONS, name, attend)
     out = tmp_path / "lines.json"
     names = ["--kernel", "wrong", "broken", "xla", "--task", "forward", "--dtype", "float32"]
-    assert tune.main([*SMALL, *names, "--out", str(out)]) == 0
+    assert tuning.main([*SMALL, *names, "--out", str(out)]) == 0
     assert [x["kernel"] for x in json.loads(out.read_text())] == ["xla"]
     said = capsys.readouterr().err
     assert "wrong : WRONG, by" in said and "broken : WRONG" in said
@@ -144,7 +144,7 @@ def test_the_best_blocks_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "medians", lambda made, _: {k: x() for k, x in made.items()})
     out = tmp_path / "lines.json"
     args = [*SMALL, "--kernel", "xla", "--task", "forward", "--dtype", "float32"]
-    assert tune.main([*args, "--out", str(out)]) == 0
+    assert tuning.main([*args, "--out", str(out)]) == 0
     assert json.loads(out.read_text())[0]["blocks"] == {"a": 2, "b": 20}
 
 
@@ -169,7 +169,7 @@ def test_what_is_known_of_kernels_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tune.main(["--show"]) == 0
+    assert tuning.main(["--show"]) == 0
     out = capsys.readouterr().out
     assert f"auto has found out nothing yet (it would be in {tmp_path}/qwen_jax/attention)" in out
     assert "python -m qwen_jax.generate --ckpt DIR --bench" in out
@@ -185,7 +185,7 @@ def test_what_is_known_of_kernels_is_shown(
         verdicts.keep(verdict)
     of_here = line("c", 2048, 0.25) | {"device": "cpu", "blocks": {"q": 128}, "tflops": 7}
     monkeypatch.setattr(choice, "measured", lambda: [of_here, line("d", 2048)])
-    assert tune.main(["--show"]) == 0
+    assert tuning.main(["--show"]) == 0
     out = capsys.readouterr().out
     rows = [" ".join(x.split()) for x in out.splitlines()]
     assert "TPU v5 lite" in rows
@@ -194,6 +194,6 @@ def test_what_is_known_of_kernels_is_shown(
     assert "forward bfloat16 128 2048 c 0.2500 ms 7 TFLOP/s {'q': 128}" in rows
     assert "a chip" not in out  # another device's lines
 
-    assert tune.main(["--forget"]) == 0
+    assert tuning.main(["--forget"]) == 0
     assert "forgot 2 verdicts in" in capsys.readouterr().out
     assert verdicts.kept() == []
