@@ -25,7 +25,7 @@ from qwen_jax.attention.cache import Cache
 from qwen_jax.decoding import sampling
 from qwen_jax.leaves.weights import Weight
 from qwen_jax.meshes import moves, sharding
-from qwen_jax.model import Decoder
+from qwen_jax.model import Decoder, running
 
 _SHORTEST = 32  # tokens in the smallest prefill bucket
 STRIDE = 32  # the most tokens that one call of the decode program generates
@@ -140,7 +140,8 @@ def prefill(
         seeds=moves.place(seeds.astype(np.uint32), "B"),
         step=jnp.int32(0),
     )
-    grouped, last, seen = decoder.grouped(), None, state.seen
+    grouped = decoder.replace(layers=running.grouped(decoder.layers))
+    last, seen = None, state.seen
     for end, length in zip(np.cumsum(chunks), chunks, strict=True):
         chunk = moves.place(padded[:, end - length : end], "BT")
         x = decoder.embed(chunk)

@@ -186,6 +186,28 @@ def to_columns(x: Float[Array, "B T D"], split: bool = True) -> jax.Array:
     return jax.reshard(x, P(rows, kept, *rest, reduced=frozenset([TENSOR] if split else [])))
 
 
+def to_heads(x: Float[Array, "B T D"], kv_heads: int) -> tuple[jax.Array, jax.Array]:
+    """Gather the tokens of x [B, T, D] over `tp`, for the products that make queries and keys.
+
+    Returns x for the queries, and x for the keys and values. They differ where `tp` does not divide
+    the key/value heads: then each device has all key/value weights.
+    """
+    columns = to_columns(x)
+    return columns, columns if held_heads(kv_heads) == kv_heads else to_columns(x, split=False)
+
+
+def split_heads(x: Float[Array, "B T _"], head_dim: int) -> jax.Array:
+    """Split the last axis into heads: [B, T, N H] -> [B, T, N, H]."""
+    spec = jax.typeof(x).sharding.spec
+    return jnp.reshape(x, (*x.shape[:2], -1, head_dim), out_sharding=P(*spec, None))
+
+
+def merge_heads(x: Float[Array, "B T N H"]) -> jax.Array:
+    """Merge the last two axes, heads and their elements: [B, T, N, H] -> [B, T, N H]."""
+    spec = jax.typeof(x).sharding.spec
+    return jnp.reshape(x, (*x.shape[:2], -1), out_sharding=P(*spec[:3]))
+
+
 def spread_heads(x: Float[Array, "B T K H"]) -> jax.Array:
     """Repeat the heads of keys or values [B, T, K, H] so that each device of `tp` has one."""
     batch, length, heads, dim = x.shape

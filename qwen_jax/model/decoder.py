@@ -1,6 +1,6 @@
 """The decoder: the mathematics of a Qwen model, from token ids to logits.
 
-These axis letters name the axes of arrays in every equation, partitioning, table and message:
+These axis letters name the axes of arrays throughout the project:
 
     B batch   T query tokens   S key tokens   D model width   L layers   V vocabulary
     N query heads   K key/value heads   G queries per KV head   H head dim   F feed-forward width
@@ -10,15 +10,19 @@ A `Decoder` is an immutable pytree of named weights. A forward pass computes
 
     token ids -> embed -> L blocks {norm, attention, norm, feed-forward} -> norm -> logits
 
-and this file holds only that. The rest lies elsewhere:
+A block is given its weights gathered, and cast to the dtype of x. The rest lies elsewhere:
 
     rope.py               rotary position embedding: angles and query scales for each scheme
     vocabulary.py         embedding look-up and log-probabilities, over a sharded vocabulary
-    running.py            runs the blocks, as one scan or in groups; what a KV cache must do
+    context.py            what the blocks of a pass share; the interface of a KV cache
+    running.py            runs the blocks, as one scan or in groups, and rematerialises them
     build.py              makes decoders, and stacks and unstacks their layers
-    leaves/               the kinds of weights (float, int8, LoRA), a file and a product for each
-    attention/            attention functions (`attend`), masks, and a KV cache (cache.py)
-    meshes/               the axis letters that a mesh splits (sharding.py), and moves of arrays
+    lora.py               puts adapters on a decoder's weights
+    leaves/               the kinds of weights (float, int8, LoRA), and how each is multiplied by
+    attention/            attention functions, masks, and the KV cache of `generate` (cache.py)
+    meshes/               partitioning of arrays by axis letter, moves of arrays, dropout
+
+To add a RoPE scheme, a kind of weight, a KV cache or experts, follow the steps in docs/design.md.
 """
 
 import functools
@@ -30,17 +34,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import attention
-from qwen_jax.attention import Mask
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import Maker, Weight, contract
-from qwen_jax.meshes import moves, sharding
+from qwen_jax.meshes import moves
 from qwen_jax.meshes.dropout import Dropout
-from qwen_jax.model import rope, running, vocabulary
-from qwen_jax.model.running import Context, Groups, KVCache, KVCacheLayer
+from qwen_jax.model import running, vocabulary
+from qwen_jax.model.context import Context, KVCache, KVCacheLayer
+from qwen_jax.model.running import Groups
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Any, *, eps: float) -> jax.Array:
@@ -51,7 +54,7 @@ def rms_norm(x: Float[Array, "... D"], weight: Any, *, eps: float) -> jax.Array:
 
 
 def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Any) -> jax.Array:
-    """Compute x * weight or x + weight, and the weight's gradient, in float32; return x's dtype."""
+    """Compute x * weight or x + weight in float32, so that the weight's gradient is summed in it."""
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
 
@@ -75,54 +78,31 @@ class Attention(nnx.Module):
             self.k_norm = make.full("H", 1)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        *,
-        cache: KVCacheLayer | None,
-        attend: Callable[..., Any],
+        self, x: Float[Array, "B T D"], context: Context, *, cache: KVCacheLayer | None
     ) -> tuple[jax.Array, KVCacheLayer | None]:
-        """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache.
-
-        cache: this layer's part, or None. attend: a function of `attention.IMPLEMENTATIONS`.
-        """
-        residual = jax.typeof(x).sharding.spec
-        heads = self.config.num_kv_heads
-        # Where `tp` does not divide K, each device has all key/value weights; heads spread below.
-        columns = moves.to_columns(x)
-        keys = columns if sharding.held_heads(heads) == heads else moves.to_columns(x, split=False)
-        q = contract("BTD,QD->BTQ", columns, weight=self.q)
-        k = contract("BTD,UD->BTU", keys, weight=self.k)
-        v = contract("BTD,UD->BTU", keys, weight=self.v)
+        """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache."""
+        partitioning = jax.typeof(x).sharding.spec
+        x, x_kv = moves.to_heads(x, self.config.num_kv_heads)
+        q = contract("BTD,QD->BTQ", x, weight=self.q)
+        k = contract("BTD,UD->BTU", x_kv, weight=self.k)
+        v = contract("BTD,UD->BTU", x_kv, weight=self.v)
         if self.config.qkv_bias:
             q = _in_float32(jnp.add, q, weight=self.q_bias)
             k = _in_float32(jnp.add, k, weight=self.k_bias)
             v = _in_float32(jnp.add, v, weight=self.v_bias)
-        q, k, v = (self._by_head(each) for each in (q, k, v))
+        q, k, v = (moves.split_heads(each, self.config.head_dim) for each in (q, k, v))
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm, eps=self.config.norm_eps)
             k = rms_norm(k, self.k_norm, eps=self.config.norm_eps)
         q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         k, v = moves.spread_heads(k), moves.spread_heads(v)
         scale = context.rotary.query_scale * self.config.head_dim**-0.5
-        if cache is None:
-            o = attention.on_shards(attend)(q, k, v, context.own, scale)
-        else:
-            o, cache = cache.attend(
-                attend, q, k=k, v=v, own=context.own, past=context.past, scale=scale,
-                index=context.index,
-            )  # fmt: skip
-        o = jnp.reshape(o, (*o.shape[:2], -1), out_sharding=P(*jax.typeof(o).sharding.spec[:3]))
-        return contract("BTQ,DQ->BTD", o, weight=self.o, out=residual), cache
-
-    def _by_head(self, x: jax.Array) -> jax.Array:
-        """Split the last axis into heads: [B, T, Q] -> [B, T, N, H], and likewise for keys."""
-        shape = (*x.shape[:2], -1, self.config.head_dim)
-        return jnp.reshape(x, shape, out_sharding=P(*jax.typeof(x).sharding.spec, None))
+        o, cache = context.attend(q, k, v=v, scale=scale, cache=cache)
+        return contract("BTQ,DQ->BTD", moves.merge_heads(o), weight=self.o, out=partitioning), cache
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: down(up(x) * silu(gate(x))). In a Qwen checkpoint the gate is w2, and up is w1."""
+    """A gated feed-forward network, SwiGLU: down(up(x) * silu(gate(x)))."""
 
     def __init__(self, config: Config, make: Maker):
         std = config.initializer_range
@@ -132,11 +112,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> jax.Array:
         """Apply the network to x [B, T, D], already normed. Returns the same shape."""
-        residual = jax.typeof(x).sharding.spec
+        partitioning = jax.typeof(x).sharding.spec
         x = moves.to_columns(x)
         gate = contract("BTD,FD->BTF", x, weight=self.gate)
         up = contract("BTD,FD->BTF", x, weight=self.up)
-        return contract("BTF,DF->BTD", up * jax.nn.silu(gate), weight=self.down, out=residual)
+        return contract("BTF,DF->BTD", up * jax.nn.silu(gate), weight=self.down, out=partitioning)
 
 
 class Block(nnx.Module):
@@ -150,18 +130,13 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, make)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        *,
-        cache: KVCacheLayer | None,
-        attend: Callable[..., Any],
+        self, x: Float[Array, "B T D"], context: Context, *, cache: KVCacheLayer | None
     ) -> tuple[jax.Array, KVCacheLayer | None]:
         """Run the layer on the residual stream x [B, T, D]. Returns it and the new cache."""
         dropout = context.dropout
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attn_norm, eps=self.norm_eps)
-            o, cache = self.attn(normed, context, cache=cache, attend=attend)
+            o, cache = self.attn(normed, context, cache=cache)
             x = x + (o if dropout is None else dropout.of_attention(o))
         with jax.named_scope("feed_forward"):
             x, ffn = moves.settled((x, self.ffn))  # backward: finish this half before the other
@@ -175,7 +150,7 @@ class Output:
     """The result of a forward pass.
 
     last: [B, T, D] after the final norm, as `Decoder.logits` takes it.
-    cache: the KV cache with this pass's keys and values, or None.
+    cache: the KV cache, of the type that was given, with this pass's keys and values; or None.
     hidden_states: the embeddings and each block's output, the last one normed; or (), by default.
     """
 
@@ -211,22 +186,13 @@ class Decoder(nnx.Module):
 
     def replace(self, **changes: Any) -> "Decoder":
         """Return this decoder with other parts, named as the constructor's arguments."""
-        parts = {
-            "config": self.config,
-            "embedding": self.embedding,
-            "layers": self.layers,
-            "final_norm": self.final_norm,
-            "head": self.head,
-        }
+        names = ("config", "embedding", "layers", "final_norm", "head")
+        parts = {name: getattr(self, name) for name in names}
         return Decoder(**(parts | changes))
-
-    def grouped(self) -> "Decoder":
-        """Return this decoder of separate blocks, prepared for many passes outside `jit`."""
-        return self.replace(layers=Groups(running.groups(self.layers)))
 
     def embed(self, tokens: Int[Array, "B T"], dtype: Any = None) -> jax.Array:
         """Look up tokens, int [B, T]: [B, T, D] in the compute dtype (None: the weights')."""
-        return _embed(self.embedding, tokens, dtype=dtype or self.embedding.dtype)
+        return vocabulary.look_up(self.embedding[...], tokens, dtype or self.embedding.dtype)
 
     def logits(self, x: Float[Array, "B T D"]) -> jax.Array:
         """Compute float32 logits [B, T, V] from x [B, T, D], the `last` of an `Output`."""
@@ -242,21 +208,6 @@ class Decoder(nnx.Module):
         """The number of tokens that each layer attends to, int32 [L]."""
         widths = self.config.layer_windows or [None] * self.config.num_layers
         return np.array([width or attention.FULL for width in widths], np.int32)
-
-    def context(
-        self,
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
-        *,
-        frequencies: Float[Array, "B pairs"],
-        cache: KVCache | None,
-        dropout: Dropout | None = None,
-    ) -> Context:
-        """Compute the values that all blocks of a pass share. Arguments as for a call."""
-        scheme = rope.from_config(self.config)
-        rotary, own = _rotary_and_mask(positions, segments, frequencies=frequencies, scheme=scheme)
-        past, index = (None, None) if cache is None else cache.context(positions, segments)
-        return Context(rotary, own, past, index, dropout)
 
     def __call__(
         self,
@@ -279,33 +230,26 @@ class Decoder(nnx.Module):
         attend: a function of `attention.IMPLEMENTATIONS`.
         remat: a policy of `jax.checkpoint_policies`, applied to each block.
         """
-        context = self.context(
-            positions, segments, frequencies=frequencies, cache=cache, dropout=dropout
+        context = Context.of_pass(
+            self.config,
+            positions,
+            segments=segments,
+            frequencies=frequencies,
+            cache=cache,
+            attend=attend,
+            dropout=dropout,
         )
-        settings: Any = {"attend": attend, "remat": remat, "hidden_states": hidden_states}
-        if isinstance(self.layers, Block):
-            if cache is not None:
-                raise ValueError("a stacked decoder keeps no cache: unstack it first")
-            after = running.scan(x, self.layers, windows=self.windows, context=context, **settings)
-        else:
-            after, cache = running.in_groups(
-                x, self.layers, windows=self.windows, context=context, cache=cache, **settings
-            )
+        after, cache = running.run(
+            x,
+            self.layers,
+            windows=self.windows,
+            context=context,
+            cache=cache,
+            remat=remat,
+            hidden_states=hidden_states,
+        )
         last = _final_norm(after[-1], self.final_norm, eps=self.config.norm_eps)
         return Output(last, cache, (x, *after[:-1], last) if hidden_states else ())
-
-
-@functools.partial(jax.jit, static_argnames="scheme")
-def _rotary_and_mask(
-    positions: jax.Array, segments: jax.Array, *, frequencies: jax.Array, scheme: rope.Rope
-) -> tuple[rope.Rotary, Mask]:
-    own = Mask(positions, positions, segments, segments, jnp.int32(0))  # in_layer sets the window
-    return rope.rotary(scheme, positions, frequencies=frequencies), own
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _embed(table: Weight, tokens: jax.Array, *, dtype: Any) -> jax.Array:
-    return vocabulary.look_up(table[...], tokens, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames="eps")

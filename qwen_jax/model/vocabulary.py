@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.leaves.weights import precision
@@ -25,14 +26,21 @@ _ROW_MULTIPLE = 128
 _SCATTERED = 4096
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
     """Look up the rows of a table [V, D] for tokens int [B, T]. Returns [B, T, D] in `dtype`.
 
     Each device looks up every token in its own rows and columns of the table; then devices exchange
     columns for tokens. The traffic is the size of the result, not of the table. Differentiable in
     reverse mode.
     """
+    return _look_up(table, tokens, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     split, over_rows = _split(table, 1), _split(table, 0)
 
     @jax.shard_map(out_specs=sharding.spec("BTD"), check_vma=False)
@@ -48,11 +56,13 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -
     return local(table, tokens)
 
 
-def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    return look_up(table, tokens, dtype), (table, tokens)
+def _look_up_forward(
+    table: jax.Array, tokens: jax.Array, dtype: DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _look_up(table, tokens, dtype), (table, tokens)
 
 
-def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
+def _look_up_backward(dtype: DTypeLike, saved: Any, dx: jax.Array) -> Any:
     """Exchange tokens for columns, then add each token's gradient to its row of the table."""
     table, tokens = saved
     split, over_rows = _split(table, 1), _split(table, 0)
@@ -88,7 +98,7 @@ def _look_up_backward(dtype: Any, saved: Any, dx: jax.Array) -> Any:
     return local(table, tokens, dx), np.zeros(tokens.shape, jax.dtypes.float0)
 
 
-look_up.defvjp(_look_up_forward, _look_up_backward)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _own_rows(table: jax.Array, ids: jax.Array, *, over: tuple[str, ...]) -> tuple[Any, Any]:
@@ -270,7 +280,7 @@ class _Layout(NamedTuple):
         firsts = jnp.arange(count, dtype=jnp.int32) * self.size
         return padded.reshape(count, self.size, head.shape[1]), firsts
 
-    def gathered(self, part: jax.Array, dtype: Any) -> jax.Array:
+    def gathered(self, part: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Cast a chunk [size, D of this device] and gather it over `split` as [D, size]."""
         part = part.astype(dtype).T
         return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
@@ -289,7 +299,7 @@ class _Layout(NamedTuple):
         """Mark where a chunk's row is a token's target, bool [tokens, size]."""
         return (rows - first)[:, None] == jnp.arange(self.size)
 
-    def summed(self, dpart: jax.Array, dtype: Any) -> jax.Array:
+    def summed(self, dpart: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Sum the gradient [D, size] of a chunk over devices: [size, D of this device]."""
         if self.split:
             dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=0, tiled=True)

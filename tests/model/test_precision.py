@@ -169,8 +169,8 @@ def decoding(kernel: str) -> Iterator[Any]:
         given = jax.eval_shape(
             lambda x: programs._of_a_group(setting, 8, dtype=jnp.float32, decoder=x), decoder
         )
-        _, _, tree = running.groups(decoder.layers)[0]
-        yield running.run_group.trace(**given, tree=tree, attend=attend).jaxpr
+        _, _, tree = running.grouped(decoder.layers).parts[0]
+        yield running.run_group.trace(**given, tree=tree).jaxpr
         yield jax.make_jaxpr(model.logits)(given["x"], decoder.output)
 
 

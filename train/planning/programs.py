@@ -25,6 +25,7 @@ from qwen_jax.config import Config
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.meshes import sharding
 from qwen_jax.model import running
+from qwen_jax.model.context import Context
 from train import step
 from train.planning import collectives, flops
 from train.planning.collectives import Collective
@@ -198,16 +199,10 @@ def prefill(setting: Setting, mesh: Mesh, *, chunk: int, dtype: Any = jnp.bfloat
             lambda x: _of_a_group(setting, chunk, dtype=dtype, decoder=x), decoder
         )
     given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
-    _, _, tree = running.groups(decoder.layers)[0]
+    _, _, tree = running.grouped(decoder.layers).parts[0]
     group = {"weights": nbytes(given["leaves"]), "cache": nbytes(given["layers"])}
     group["batch"] = nbytes(given) - sum(group.values())
-    attend = attention.get(setting.attention)
-    one = _compiled(
-        lambda: running.run_group.trace(**given, tree=tree, attend=attend),
-        mesh,
-        held=group,
-        layers=0,
-    )
+    one = _compiled(lambda: running.run_group.trace(**given, tree=tree), mesh, held=group, layers=0)
     runs = config.num_layers / len(given["layers"])
     parts = {
         **one.memory.parts,
@@ -227,9 +222,16 @@ def _of_a_group(setting: Setting, chunk: int, *, dtype: Any, decoder: Any) -> di
     cache = state.cache
     tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
     places, segments = decode.positions(cache.start, cache.index, chunk)
-    x, (_, leaves, _) = decoder.embed(tokens), running.groups(decoder.layers)[0]
+    x, (_, leaves, _) = decoder.embed(tokens), running.grouped(decoder.layers).parts[0]
     layers, windows = cache.layers[: running.GROUP], jnp.array(decoder.windows[: running.GROUP])
-    context = decoder.context(places, segments, frequencies=state.frequencies, cache=cache)
+    context = Context.of_pass(
+        setting.config,
+        places,
+        segments=segments,
+        frequencies=state.frequencies,
+        cache=cache,
+        attend=attention.get(setting.attention),
+    )
     given = {"x": x, "leaves": leaves, "layers": layers, "windows": windows}
     return {**given, "first": jnp.int32(0), "context": context}
 
