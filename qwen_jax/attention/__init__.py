@@ -5,7 +5,7 @@ Nothing here knows of RoPE, of layers or of files.
 """
 
 from qwen_jax.attention.mask import FULL, Mask
-from qwen_jax.attention.reference import xla
+from qwen_jax.attention.reference import Attend, KeysOrValues, xla
 from qwen_jax.attention.registry import (
     DECODERS,
     FEW,
@@ -30,7 +30,9 @@ __all__ = [
     "FULL",
     "IMPLEMENTATIONS",
     "RESOLVED",
+    "Attend",
     "Chosen",
+    "KeysOrValues",
     "Mask",
     "auto",
     "cached",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qwen_jax.attention import reference, registry, ring, workloads
 from qwen_jax.attention.mask import Mask
+from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.workloads import Case
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -66,7 +67,7 @@ def _wanted(case: Case) -> list[jax.Array]:
 
 
 def _in_parts(
-    attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
+    attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
 ) -> jax.Array:
     """Attend to the first third of the keys and to the rest, and merge the two."""
     parts = []
@@ -87,7 +88,7 @@ def _with_all(mask: Mask) -> Mask:
     return dataclasses.replace(mask, q_segments=segments, k_segments=segments, window=window)
 
 
-def _results(case: Case, attend: Callable[..., Any], *, dtype: str) -> list[jax.Array]:
+def _results(case: Case, attend: Attend, *, dtype: str) -> list[jax.Array]:
     """Run a call with operands of `dtype`, and return the arrays to be compared."""
 
     def cast(x: Any) -> Any:
@@ -107,7 +108,7 @@ def _arguments(case: Case, normal: Callable[..., Any], *, leaf: Callable[..., An
     return [normal(case, n, i) for i, n in enumerate((case.heads, 2, 2, case.heads))]
 
 
-def _call(case: Case, attend: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+def _call(case: Case, attend: Attend) -> Callable[..., list[jax.Array]]:
     """Return a function of q, k, v, and the result's gradient or a cache's leaves, that makes the
     arrays to be compared.
     """
@@ -123,7 +124,7 @@ def _call(case: Case, attend: Callable[..., Any]) -> Callable[..., list[jax.Arra
     def run(q: Any, k: Any, v: Any, do: Any) -> list[jax.Array]:
         if case.task == "forward":
             return [attend(q, k, v, mask, scale)]
-        return list(jax.vjp(lambda *x: attend(*x, mask, scale), q, k, v)[1](do))
+        return list(jax.vjp(lambda q, k, v: attend(q, k, v, mask, scale), q, k, v)[1](do))
 
     return run
 

@@ -7,7 +7,6 @@ a row that joins late, need no scatter. The slots form a ring: token i lies in s
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import registry, ring
 from qwen_jax.attention.mask import Mask
+from qwen_jax.attention.reference import Attend
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
 from qwen_jax.leaves.int8 import Int8, quantize
@@ -50,7 +50,7 @@ class LayerCache:
 
     def attend(
         self,
-        implementation: Callable[..., Any],
+        implementation: Attend,
         q: Float[Array, "B T N H"],
         *,
         k: Float[Array, "B T K H"],
@@ -209,7 +209,7 @@ def _zeros(
 
 def _merge_cached(
     found: tuple[jax.Array, jax.Array],
-    implementation: Callable[..., Any],
+    implementation: Attend,
     *,
     q: jax.Array,
     layer: LayerCache,

@@ -12,13 +12,14 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 
 from qwen_jax.attention import agreement, deadline, registry, timing, verdicts, workloads
+from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.registry import DECODERS, IMPLEMENTATIONS, Chosen
 from qwen_jax.attention.verdicts import Key, Verdict
 from qwen_jax.attention.workloads import Case
@@ -91,7 +92,7 @@ def _case(
     )
 
 
-def resolve(name: str, cases: Sequence[Case]) -> Callable[..., Any]:
+def resolve(name: str, cases: Sequence[Case]) -> Attend:
     """Return the implementation of a name; for "auto", the fastest that has proved itself here.
 
     cases: the attention calls of the program to be traced, from `passes` and `decoding`.

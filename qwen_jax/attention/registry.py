@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from qwen_jax.attention import ring
 from qwen_jax.attention.mask import Mask
-from qwen_jax.attention.reference import xla
+from qwen_jax.attention.reference import Attend, KeysOrValues, xla
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -33,7 +33,7 @@ from qwen_jax.meshes import sharding
 FEW = 16  # the most query tokens that a decode kernel takes
 
 
-def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
+def on_shards(attend: Attend) -> Attend:
     """Make an implementation take and return global arrays, each device running its heads and rows.
 
     Tokens that are split over `context` are attended to by ring attention. Where no mesh axis is
@@ -43,8 +43,8 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(attend)
     def run(
         q: jax.Array,
-        k: Any,
-        v: Any,
+        k: KeysOrValues,
+        v: KeysOrValues,
         mask: Mask,
         scale: jax.Array,
         return_lse: bool = False,
@@ -59,7 +59,9 @@ def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
         shared = sharding.CONTEXT in sharding.entries(rows[1])
 
         @jax.shard_map(out_specs=out, check_vma=False)  # a kernel's type says no mesh axes
-        def local(q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array) -> Any:
+        def local(
+            q: jax.Array, k: KeysOrValues, v: KeysOrValues, mask: Mask, scale: jax.Array
+        ) -> Any:
             if shared:
                 return ring.ring_attention(
                     attend, q, k=k, v=v, mask=mask, scale=scale, return_lse=return_lse
@@ -76,7 +78,7 @@ pallas_triton = on_shards(flash_triton.triton_attention)
 pallas_hopper = on_shards(flash_hopper.hopper_attention)
 
 # name -> attend(q, k, v, mask, scale, return_lse=False)
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+IMPLEMENTATIONS: dict[str, Attend] = {
     "xla": xla,
     flash_tpu.NAME: pallas_tpu,
     flash_triton.NAME: pallas_triton,
@@ -88,7 +90,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 # attend -> decode(q, k, v, cache_k, cache_v, start, index, window, scale), for a few queries
 # against a cache. Implementations without one attend to cache and new tokens apart, and merge.
-DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
+DECODERS: dict[Attend, Callable[..., Any]] = {
     pallas_tpu: decode_tpu.tpu_decode,
     pallas_triton: decode_triton.triton_decode,
     pallas_hopper: decode_triton.triton_decode,
@@ -100,7 +102,7 @@ DECODERS: dict[Callable[..., Any], Callable[..., Any]] = {
 RESOLVED: dict[tuple[str, str, str, int], str] = {}
 
 
-def get(name: str) -> Callable[..., Any]:
+def get(name: str) -> Attend:
     """Return the implementation of a name. "auto" takes the choice of `prove.resolve`.
 
     Raises ValueError for a name that is not in the registry.
@@ -130,8 +132,8 @@ class Chosen:
     def __call__(
         self,
         q: Float[Array, "B T N H"],
-        k: Any,
-        v: Any,
+        k: KeysOrValues,
+        v: KeysOrValues,
         mask: Mask,
         scale: jax.Array,
         return_lse: bool = False,
@@ -143,14 +145,26 @@ class Chosen:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forward_alone(
-    name: str, return_lse: bool, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array
+    name: str,
+    return_lse: bool,
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
 ) -> Any:
     """Run an implementation forward, with the gradients of the reference."""
     return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
 
 
 def _with_reference(
-    name: str, return_lse: bool, q: jax.Array, k: Any, v: Any, mask: Mask, scale: jax.Array
+    name: str,
+    return_lse: bool,
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
 ) -> Any:
     return jax.vjp(lambda q, k, v, scale: xla(q, k, v, mask, scale, return_lse), q, k, v, scale)
 
@@ -165,8 +179,8 @@ _forward_alone.defvjp(_with_reference, _reference_gradients)
 
 def auto(
     q: Float[Array, "B T N H"],
-    k: Any,
-    v: Any,
+    k: KeysOrValues,
+    v: KeysOrValues,
     mask: Mask,
     scale: jax.Array,
     return_lse: bool = False,
@@ -199,7 +213,9 @@ def cached(leaf: Any) -> str:
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
-def decoder(implementation: Callable[..., Any], q: Float[Array, "B T N H"], *, keys: Any) -> Any:
+def decoder(
+    implementation: Attend, q: Float[Array, "B T N H"], *, keys: KeysOrValues
+) -> Callable[..., Any] | None:
     """Return the decode kernel of an implementation for queries q and cached keys [B, K, S, H].
 
     It is None where there is no such kernel, or more than `FEW` queries.

@@ -12,22 +12,23 @@ device i of n holds pieces i and 2n - 1 - i of 2n.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax.attention.reference import Attend, KeysOrValues
 from qwen_jax.meshes import sharding
 
 
 def ring_attention(
-    implementation: Callable[..., Any],
+    implementation: Attend,
     q: jax.Array,
     *,
-    k: jax.Array,
-    v: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
     mask: Any,
     scale: jax.Array,
     return_lse: bool = False,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from qwen_jax.attention import cache, registry, ring, timing
 from qwen_jax.attention.mask import FULL, Mask
+from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.timing import Program
 from qwen_jax.kernels import choice, others
 from qwen_jax.leaves import int8
@@ -130,8 +131,11 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
 
         return functools.partial(decode, attend), jax.eval_shape(arguments)
 
+    def whole(q: Any, k: Any, v: Any) -> Any:
+        return attend(q, k, v, mask_of(case), scale_of(case))
+
     def run(q: Any, k: Any, v: Any, do: Any) -> Any:
-        o, pull = jax.vjp(lambda *x: attend(*x, mask_of(case), scale_of(case)), q, k, v)
+        o, pull = jax.vjp(whole, q, k, v)
         return pull(do) if case.task == "backward" else o
 
     heads = (case.heads, kv_heads, kv_heads, case.heads)
@@ -200,7 +204,7 @@ def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Progr
 
 
 def decode(
-    attend: Callable[..., Any],
+    attend: Attend,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -9,7 +9,7 @@ Nothing here knows of text or files.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import model
+from qwen_jax.attention import Attend
 from qwen_jax.attention import cache as kv
 from qwen_jax.attention.cache import Cache
 from qwen_jax.decoding import sampling
@@ -110,7 +111,7 @@ def prefill(
     rules: Rules,
     sampler: Any,
     new: int,
-    attend: Callable[..., Any],
+    attend: Attend,
     cache_dtype: str | None = None,
 ) -> DecodeState:
     """Run left-padded prompts through the decoder and choose the first new token of each row.
@@ -164,7 +165,7 @@ def decode(
     *,
     sampler: Any,
     rules: Rules,
-    attend: Callable[..., Any],
+    attend: Attend,
     new: int,
     at_once: int = STRIDE,
 ) -> Iterator[np.ndarray]:
@@ -216,7 +217,7 @@ def run_stride(
     rules: Rules,
     limit: jax.Array,
     tree: Any,
-    attend: Callable[..., Any],
+    attend: Attend,
 ) -> tuple[DecodeState, jax.Array]:
     """Decode up to `limit` tokens, at most STRIDE. Returns the new state, and its `_report`.
 

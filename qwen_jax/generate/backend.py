@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from qwen_jax import attention as attention_registry
 from qwen_jax import checkpoint, meshes
+from qwen_jax.attention import Attend, prove
 from qwen_jax.attention import cache as kv
-from qwen_jax.attention import prove
 from qwen_jax.config import Config
 from qwen_jax.decoding import decode
 from qwen_jax.meshes import sharding
@@ -26,7 +26,7 @@ def check_names(dtype: str | None, attention: str, *, cache_dtype: str | None) -
 
 def attention_for(
     name: str, config: Config, *, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
-) -> Any:
+) -> Attend:
     """Return the named attention, for chunks of a prompt and for decoding with `length` slots.
 
     It is traced for one token, so that attention which cannot run this model raises

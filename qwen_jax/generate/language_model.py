@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import chat, checkpoint, meshes
+from qwen_jax.attention import Attend
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.chat.tokenizer import TextStream
 from qwen_jax.decoding import decode, inputs, sampling
@@ -89,7 +90,7 @@ class LanguageModel(Description):
 
     decoder: Decoder
     mesh: Mesh
-    attend: Any
+    attend: Attend
     cache_dtype: str | None
 
     @keywords.explained

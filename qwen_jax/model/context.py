@@ -6,7 +6,6 @@ unchanged; the one that `generate` uses is in `attention/cache.py`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import attention
-from qwen_jax.attention import Mask
+from qwen_jax.attention import Attend, Mask
 from qwen_jax.config import Config
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import rope
@@ -30,7 +29,7 @@ class KVCacheLayer(Protocol):
 
     def attend(
         self,
-        implementation: Callable[..., Any],
+        implementation: Attend,
         q: Float[Array, "B T N H"],
         *,
         k: Float[Array, "B T K H"],
@@ -76,7 +75,7 @@ class Context:
     past: Mask | None
     index: Any
     dropout: Dropout | None
-    implementation: Callable[..., Any] = struct.field(pytree_node=False)
+    implementation: Attend = struct.field(pytree_node=False)
 
     @staticmethod
     def of_pass(
@@ -86,7 +85,7 @@ class Context:
         segments: Int[Array, "B T"],
         frequencies: Float[Array, "B pairs"],
         cache: KVCache | None,
-        attend: Callable[..., Any],
+        attend: Attend,
         dropout: Dropout | None = None,
     ) -> "Context":
         """Compute the context of a forward pass. The arguments are those of a call of `Decoder`."""

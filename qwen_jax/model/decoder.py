@@ -37,6 +37,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import attention
+from qwen_jax.attention import Attend
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import Maker, Weight, contract
 from qwen_jax.meshes import moves
@@ -217,7 +218,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
         frequencies: Float[Array, "B pairs"],
         cache: KVCache | None = None,
-        attend: Callable[..., Any] = attention.xla,
+        attend: Attend = attention.xla,
         remat: Callable[..., Any] | None = None,
         hidden_states: bool = False,
         dropout: Dropout | None = None,
