@@ -1,10 +1,9 @@
-"""Attention: masks, the reference, a registry of implementations and their self-tests on the
-device, ring attention, and the KV cache.
+"""Attention: the reference, a registry of implementations and their self-tests on the device, ring
+attention, and the KV cache.
 
 Nothing here knows of RoPE, of layers or of files.
 """
 
-from qwen_jax.attention.mask import FULL, Mask
 from qwen_jax.attention.reference import Attend, KeysOrValues, xla
 from qwen_jax.attention.registry import (
     DECODERS,
@@ -23,6 +22,7 @@ from qwen_jax.attention.registry import (
     resolved,
     say,
 )
+from qwen_jax.kernels.mask import FULL, Mask
 
 __all__ = [
     "DECODERS",

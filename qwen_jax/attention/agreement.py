@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.attention import reference, registry, ring, workloads
-from qwen_jax.attention.mask import Mask
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.workloads import Case
+from qwen_jax.kernels.mask import Mask
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 

@@ -16,10 +16,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import registry, ring
-from qwen_jax.attention.mask import Mask
 from qwen_jax.attention.reference import Attend
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
+from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
 

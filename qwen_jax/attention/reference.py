@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qwen_jax.attention.mask import Mask
+from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import precision
 

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from qwen_jax.attention import ring
-from qwen_jax.attention.mask import Mask
 from qwen_jax.attention.reference import Attend, KeysOrValues, xla
 from qwen_jax.kernels import (
     choice,
@@ -28,6 +27,7 @@ from qwen_jax.kernels import (
     flash_triton,
     others,
 )
+from qwen_jax.kernels.mask import Mask
 from qwen_jax.meshes import sharding
 
 FEW = 16  # the most query tokens that a decode kernel takes

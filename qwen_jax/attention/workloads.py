@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.attention import cache, registry, ring, timing
-from qwen_jax.attention.mask import FULL, Mask
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.timing import Program
 from qwen_jax.kernels import choice, others
+from qwen_jax.kernels.mask import FULL, Mask
 from qwen_jax.leaves import int8
 
 _LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # limits: keys and values of a program, and its layers

@@ -65,7 +65,7 @@ FAULTS = [
         "tests/model/test_model.py -k stacked_is_looped",
     ),
     Fault(
-        "qwen_jax/attention/mask.py",
+        "qwen_jax/kernels/mask.py",
         "same & real & (distance >= 0)",
         "same & real & (distance > 0)",
         "tests/attention/test_attention.py -k xla",
