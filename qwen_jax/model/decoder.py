@@ -55,7 +55,7 @@ def rms_norm(x: Float[Array, "... D"], weight: Any, *, eps: float) -> jax.Array:
 
 
 def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Any) -> jax.Array:
-    """Compute x * weight or x + weight in float32, so that the weight's gradient is summed in it."""
+    """Compute x * weight or x + weight in float32, in which the weight's gradient is summed too."""
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
 
