@@ -24,6 +24,7 @@ from qwen_jax.attention import Attend
 from qwen_jax.attention import cache as kv
 from qwen_jax.attention.cache import Cache
 from qwen_jax.decoding import sampling
+from qwen_jax.decoding.sampling import Sampler
 from qwen_jax.leaves.weights import Weight
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, running
@@ -109,7 +110,7 @@ def prefill(
     frequencies: np.ndarray,
     seeds: np.ndarray,
     rules: Rules,
-    sampler: Any,
+    sampler: Sampler,
     new: int,
     attend: Attend,
     cache_dtype: str | None = None,
@@ -163,7 +164,7 @@ def decode(
     decoder: Decoder,
     state: DecodeState,
     *,
-    sampler: Any,
+    sampler: Sampler,
     rules: Rules,
     attend: Attend,
     new: int,
@@ -213,7 +214,7 @@ def decode(
 def run_stride(
     leaves: list[jax.Array],
     state: DecodeState,
-    sampler: Any,
+    sampler: Sampler,
     rules: Rules,
     limit: jax.Array,
     tree: Any,
@@ -266,14 +267,14 @@ def _report(
 
 @jax.jit
 def _first(
-    head: Weight, last: jax.Array, *, state: DecodeState, rules: Rules, sampler: Any
+    head: Weight, last: jax.Array, *, state: DecodeState, rules: Rules, sampler: Sampler
 ) -> DecodeState:
     """Choose the first new token, given the head alone and a state without its cache."""
     return choose(model.logits(last[:, -1:], head)[:, 0], state, rules=rules, sampler=sampler)
 
 
 def choose(
-    logits: Float[Array, "B V"], state: DecodeState, *, rules: Rules, sampler: Any
+    logits: Float[Array, "B V"], state: DecodeState, *, rules: Rules, sampler: Sampler
 ) -> DecodeState:
     """Choose the next token of each row from logits [B, V], or `pad` if the row has ended.
 
@@ -288,7 +289,7 @@ def choose(
         seeds: jax.Array,
         step: jax.Array,
         allowed: jax.Array,
-        sampler: Any,
+        sampler: Sampler,
     ) -> tuple[jax.Array, jax.Array]:
         """Choose each row's token and fault, and mark the token in `seen`. Every device draws for
         some rows and holds all their logits, so results do not depend on the mesh.

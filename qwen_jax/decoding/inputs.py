@@ -3,15 +3,21 @@
 Each mistake raises a ValueError of one line that names the argument, its value and what is allowed.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qwen_jax.runtime import texts, values
 
+Tokens = ArrayLike | Sequence[ArrayLike]  # ids [B, T], or rows of unequal length
+Stops = Sequence[int] | Sequence[Sequence[int]]  # ids, or sequences of ids, that end a row
 
-def rows(tokens: Any, mask: Any, *, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+
+def rows(
+    tokens: Tokens, mask: ArrayLike | None, *, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Check prompts. Returns them as int32 [B, T], left-padded with 0, and each row's length, [B].
 
     tokens: rows of ids; rows of unequal length are padded here.
@@ -71,7 +77,7 @@ def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def _refuse_text(tokens: Any) -> None:
+def _refuse_text(tokens: object) -> None:
     """Raise ValueError for texts or messages in place of ids, naming the method that takes them."""
     first = tokens
     if isinstance(tokens, list | tuple | np.ndarray) and len(tokens):
@@ -86,7 +92,7 @@ def _refuse_text(tokens: Any) -> None:
         )
 
 
-def _mask(given: Any) -> np.ndarray:
+def _mask(given: ArrayLike) -> np.ndarray:
     """Return a mask as a bool array. Raises ValueError unless it holds only 0 and 1."""
     try:
         mask = np.asarray(given)
@@ -100,7 +106,7 @@ def _mask(given: Any) -> np.ndarray:
     return mask.astype(bool)
 
 
-def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
+def alphas(ntk_alpha: ArrayLike, rows: int) -> np.ndarray:
     """Return the NTK alpha of each row, float64 [rows], from one number or one for each row."""
     try:
         found = np.asarray(ntk_alpha)
@@ -114,7 +120,7 @@ def alphas(ntk_alpha: Any, rows: int) -> np.ndarray:
         ) from None
 
 
-def stops(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
+def stops(stop: Stops, vocab_size: int) -> list[tuple[int, ...]]:
     """Return stops as sequences of ids, from ids or sequences of ids."""
     words = isinstance(stop, str | bytes | bytearray | memoryview | Mapping)
     given = [] if words or not isinstance(stop, Iterable) else list(stop)
@@ -143,7 +149,7 @@ def seeds(seed: Any, batch: int) -> np.ndarray:
     return np.broadcast_to(np.array(wrapped, np.uint32), (batch,))
 
 
-def prompts(given: Any) -> list[Any]:
+def prompts(given: Iterable[str]) -> list[Any]:
     """Prompts that are given as several texts, each still to be checked. ValueError that says what
     takes ids, or messages.
     """

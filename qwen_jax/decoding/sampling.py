@@ -6,12 +6,11 @@ each other; nothing here knows of devices.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qwen_jax.runtime import texts, values
 
@@ -49,7 +48,7 @@ class Greedy:
         seen: Bool[Array, "#B #V"],
         *,
         seeds: UInt[Array, " B"],
-        step: Any,
+        step: Int[Array, ""],
     ) -> jax.Array:
         """Choose a token for each row: int32 [B]."""
         return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
@@ -112,7 +111,7 @@ class Nucleus:
         seen: Bool[Array, "#B #V"],
         *,
         seeds: UInt[Array, " B"],
-        step: Any,
+        step: Int[Array, ""],
     ) -> jax.Array:
         """Draw a token for each row, int32 [B].
 
@@ -127,8 +126,11 @@ class Nucleus:
         return jnp.argmax(scores + jax.vmap(noise)(seeds), axis=-1).astype(jnp.int32)
 
 
+Sampler = Greedy | Nucleus
+
+
 def faults(
-    sampler: Greedy | Nucleus, logits: Float[Array, "B V"], *, seen: Bool[Array, "#B #V"]
+    sampler: Sampler, logits: Float[Array, "B V"], *, seen: Bool[Array, "#B #V"]
 ) -> jax.Array:
     """Find the rows for which no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
 
@@ -154,7 +156,7 @@ def _penalise(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Arra
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
+def _divide(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
     """Divide logits by a temperature, or shift them too where that would overflow.
 
     Probabilities are the same. Temperatures below float32's smallest normal number act as that
@@ -167,12 +169,14 @@ def _divide(logits: jax.Array, temperature: Any) -> jax.Array:
     return (logits - shift) / temperature
 
 
-def _where_on(on: Any, cut: Callable[[jax.Array], jax.Array], *, logits: jax.Array) -> jax.Array:
+def _where_on(
+    on: jax.Array | bool, cut: Callable[[jax.Array], jax.Array], *, logits: jax.Array
+) -> jax.Array:
     """Apply `cut` to the logits if a setting is on; otherwise the program skips its work."""
     return jax.lax.cond(on, cut, lambda logits: logits, logits)
 
 
-def _keep_largest(logits: jax.Array, weights: jax.Array, *, target: Any) -> jax.Array:
+def _keep_largest(logits: jax.Array, weights: jax.Array, *, target: jax.Array | float) -> jax.Array:
     """Set all but the fewest largest logits whose weights sum to at least `target` to -inf.
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
@@ -182,7 +186,7 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, *, target: Any) -> jax.
     order = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
     order = order + (order == -1).astype(jnp.int32)  # -0 is no smaller than 0
 
-    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # the threshold is at least low, and below high
         middle = (low & high) + ((low ^ high) >> 1)
         kept = jnp.sum(jnp.where(order >= middle, weights, 0), axis=-1, keepdims=True)

@@ -8,11 +8,12 @@ go.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from qwen_jax.chat import StopIds, StopText, stop_texts
 from qwen_jax.chat.tokenizer import TextStream, Tokenizer
 from qwen_jax.decoding import inputs
+from qwen_jax.decoding.sampling import Sampler
 from qwen_jax.generate import keywords
 from qwen_jax.runtime import texts, values
 
@@ -40,7 +41,7 @@ class TextRules:
     ids that end a row; `stop_texts`: texts that do; `ntk`: as of `LanguageModel.generate`.
     """
 
-    sampler: Any
+    sampler: Sampler
     stops: Sequence[Sequence[int]]
     stop_texts: Sequence[str] = ()
     ntk: str = "prompt"
@@ -132,7 +133,7 @@ def generate_text(
     prompts: str,
     max_new_tokens: int | None = ...,
     *,
-    sampler: Any = ...,
+    sampler: Sampler | None = ...,
     stop: str | Sequence[str] = ...,
     seed: int | Sequence[int] = ...,
     ntk: str = ...,
@@ -144,7 +145,7 @@ def generate_text(
     prompts: Sequence[str],
     max_new_tokens: int | None = ...,
     *,
-    sampler: Any = ...,
+    sampler: Sampler | None = ...,
     stop: str | Sequence[str] = ...,
     seed: int | Sequence[int] = ...,
     ntk: str = ...,
@@ -156,7 +157,7 @@ def generate_text(
     prompts: str | Sequence[str],
     max_new_tokens: int | None = None,
     *,
-    sampler: Any = None,
+    sampler: Sampler | None = None,
     stop: str | Sequence[str] = (),
     seed: int | Sequence[int] = 0,
     ntk: str = "prompt",

@@ -24,7 +24,7 @@ BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not st
 def read(
     path: str | Path, overrides: Mapping[str, Any] | None = None, *, max_length: int | None = None
 ) -> "Description":
-    """Read everything in a model directory except its weights; arguments as `language_model.load`.
+    """Read everything in a model directory except its weights; arguments as `qwen_jax.load`.
 
     Raises ValueError for an incomplete directory or an argument that is not allowed.
     """

@@ -7,8 +7,7 @@ the mesh. It knows nothing of the command line.
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,72 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 
-from qwen_jax import chat, checkpoint, meshes
+from qwen_jax import chat, meshes
 from qwen_jax.attention import Attend
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.chat.tokenizer import TextStream
 from qwen_jax.decoding import decode, inputs, sampling
-from qwen_jax.generate import backend, completion, description, keywords
+from qwen_jax.generate import completion, keywords
 from qwen_jax.generate.description import BASE_NOTE, Description
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, rope
 from qwen_jax.runtime import texts, values
-
-
-@keywords.explained
-def load(
-    path: str | Path,
-    dtype: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    attention: str = "auto",
-    cache_dtype: str | None = None,
-    max_length: int | None = None,
-) -> "LanguageModel":
-    """Load a model directory written by `convert/from_hf.py` or `checkpoint.save`.
-
-    It is loaded on the current mesh (`jax.set_mesh`), or on one device if there is none.
-
-    dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
-    values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
-    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" tests the kernels on this device, once, and takes
-    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8"
-    (symmetric) or "int8_asymmetric". max_length: largest number of prompt and new tokens in a row;
-    None is the larger of the config's max_position_embeddings and seq_length.
-
-    Raises ValueError for an incomplete directory or an argument that is not allowed, and
-    NotImplementedError if the attention cannot run this model on this device.
-    """
-    backend.check_names(dtype, attention, cache_dtype=cache_dtype)
-    about = description.read(path, overrides, max_length=max_length)
-    return with_weights(path, about, dtype=dtype, attention=attention, cache_dtype=cache_dtype)
-
-
-def with_weights(
-    path: str | Path,
-    about: Description,
-    *,
-    dtype: str | None = None,
-    attention: str = "auto",
-    cache_dtype: str | None = None,
-) -> "LanguageModel":
-    """Load the weights that belong to `about`; the other arguments are those of `load`, checked.
-
-    A mesh or an attention that cannot run this model is refused before any weight is read.
-    """
-    mesh, config = meshes.current(), about.config
-    if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
-        raise ValueError("a context axis is for training: decode with tp and fsdp")
-    meshes.check(config.sizes, mesh)
-    dtype = dtype or backend.default_dtype()
-    attend = backend.attention_for(
-        attention, config, dtype=dtype, length=about.max_length, cache_dtype=cache_dtype, mesh=mesh
-    )
-    decoder = checkpoint.load(path, config, dtype, mesh)
-    fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
-    return LanguageModel(
-        **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +39,12 @@ class LanguageModel(Description):
     cache_dtype: str | None
 
     @keywords.explained
-    def logits(self, tokens: Any, mask: Any = None, ntk_alpha: Any = None) -> jax.Array:
+    def logits(
+        self,
+        tokens: inputs.Tokens,
+        mask: ArrayLike | None = None,
+        ntk_alpha: ArrayLike | None = None,
+    ) -> jax.Array:
         """Compute the logits of every token, float32 [B, T, V], in one forward pass.
 
         tokens: int [B, T], or rows of unequal length, which are padded on the left to the longest.
@@ -123,14 +73,14 @@ class LanguageModel(Description):
     @keywords.explained
     def generate(
         self,
-        tokens: Any,
-        mask: Any = None,
+        tokens: inputs.Tokens,
+        mask: ArrayLike | None = None,
         max_new_tokens: int = 512,
-        sampler: Any = None,
-        stop: Sequence[Any] = (),
+        sampler: sampling.Sampler | None = None,
+        stop: inputs.Stops = (),
         seed: int | Sequence[int] = 0,
         ntk: str = "prompt",
-        ntk_alpha: Any = None,
+        ntk_alpha: ArrayLike | None = None,
     ) -> np.ndarray:
         """Generate int32 [B, max_new_tokens] after prompts int [B, T]; pad ids follow a row's stop.
 
@@ -155,14 +105,14 @@ class LanguageModel(Description):
     @keywords.explained
     def stream(
         self,
-        tokens: Any,
-        mask: Any = None,
+        tokens: inputs.Tokens,
+        mask: ArrayLike | None = None,
         max_new_tokens: int = 512,
-        sampler: Any = None,
-        stop: Sequence[Any] = (),
+        sampler: sampling.Sampler | None = None,
+        stop: inputs.Stops = (),
         seed: int | Sequence[int] = 0,
         ntk: str = "prompt",
-        ntk_alpha: Any = None,
+        ntk_alpha: ArrayLike | None = None,
         at_once: int | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield the tokens of `generate` as they are generated, int32 [B, n]: first one token per
@@ -175,11 +125,10 @@ class LanguageModel(Description):
         at_once = None if at_once is None else values.whole("at_once", at_once, least=1)
         self.room(int(lengths.max()), max_new_tokens)
         values.choice("ntk", ntk, allowed=("prompt", "total"))
-        sampler = sampling.Greedy() if sampler is None else sampler
-        values.instance("sampler", sampler, kind=(sampling.Greedy, sampling.Nucleus))
-        sampler.check()
+        chosen = sampling.Greedy() if sampler is None else sampler
+        values.instance("sampler", chosen, kind=(sampling.Greedy, sampling.Nucleus)).check()
         # As float32 all of them, so that 1 and 1.0 are one program.
-        sampler = jax.tree.map(lambda x: jnp.float32(float(x)), sampler)
+        chosen = jax.tree.map(lambda x: jnp.float32(float(x)), chosen)
         counted = lengths + (max_new_tokens if ntk == "total" else 0)
         frequencies = self._frequencies(counted, ntk_alpha)
         seeds = inputs.seeds(seed, len(tokens))
@@ -192,7 +141,7 @@ class LanguageModel(Description):
             frequencies=frequencies,
             seeds=seeds,
             rules=rules,
-            sampler=sampler,
+            sampler=chosen,
             new=max_new_tokens,
             at_once=at_once,
         )
@@ -205,7 +154,7 @@ class LanguageModel(Description):
         frequencies: np.ndarray,
         seeds: np.ndarray,
         rules: decode.Rules,
-        sampler: Any,
+        sampler: sampling.Sampler,
         new: int,
         at_once: int | None,
     ) -> Iterator[np.ndarray]:
@@ -235,9 +184,9 @@ class LanguageModel(Description):
         query: str,
         history: History | None = (),
         system: str = DEFAULT_SYSTEM,
-        sampler: Any = None,
+        sampler: sampling.Sampler | None = None,
         max_new_tokens: int | None = None,
-        stop: Sequence[Any] | None = None,
+        stop: inputs.Stops | None = None,
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> tuple[str, list[Any]]:
@@ -268,9 +217,9 @@ class LanguageModel(Description):
         query: str,
         history: History | None = (),
         system: str = DEFAULT_SYSTEM,
-        sampler: Any = None,
+        sampler: sampling.Sampler | None = None,
         max_new_tokens: int | None = None,
-        stop: Sequence[Any] | None = None,
+        stop: inputs.Stops | None = None,
         seed: int = 0,
         max_window_size: int | None = None,
     ) -> Iterator[str]:
@@ -304,9 +253,9 @@ class LanguageModel(Description):
         history: History | None,
         *,
         system: str,
-        sampler: Any,
+        sampler: sampling.Sampler | None,
         max_new_tokens: int | None,
-        stop: Sequence[Any] | None,
+        stop: inputs.Stops | None,
         seed: int,
         max_window_size: int | None,
     ) -> Iterator[list[int]]:
@@ -334,7 +283,7 @@ class LanguageModel(Description):
         )
         return chat.until_stop((part[0] for part in parts), stops)
 
-    def _frequencies(self, lengths: np.ndarray, ntk_alpha: Any) -> np.ndarray:
+    def _frequencies(self, lengths: np.ndarray, ntk_alpha: ArrayLike | None) -> np.ndarray:
         """Compute RoPE frequencies, float32 [B, H/2], from the rows' lengths or the given alpha."""
         scheme = rope.from_config(self.config)
         if ntk_alpha is None:

@@ -1,0 +1,67 @@
+"""Loads a model directory, ready to generate: its description, then its weights on a mesh."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import checkpoint, meshes
+from qwen_jax.generate import backend, description, keywords
+from qwen_jax.generate.description import Description
+from qwen_jax.generate.language_model import LanguageModel
+from qwen_jax.meshes import sharding
+
+
+@keywords.explained
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    attention: str = "auto",
+    cache_dtype: str | None = None,
+    max_length: int | None = None,
+) -> LanguageModel:
+    """Load a model directory written by `convert/from_hf.py` or `checkpoint.save`.
+
+    It is loaded on the current mesh (`jax.set_mesh`), or on one device if there is none.
+
+    dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
+    values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
+    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" tests the kernels on this device, once, and takes
+    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8"
+    (symmetric) or "int8_asymmetric". max_length: largest number of prompt and new tokens in a row;
+    None is the larger of the config's max_position_embeddings and seq_length.
+
+    Raises ValueError for an incomplete directory or an argument that is not allowed, and
+    NotImplementedError if the attention cannot run this model on this device.
+    """
+    backend.check_names(dtype, attention, cache_dtype=cache_dtype)
+    about = description.read(path, overrides, max_length=max_length)
+    return with_weights(path, about, dtype=dtype, attention=attention, cache_dtype=cache_dtype)
+
+
+def with_weights(
+    path: str | Path,
+    about: Description,
+    *,
+    dtype: str | None = None,
+    attention: str = "auto",
+    cache_dtype: str | None = None,
+) -> LanguageModel:
+    """Load the weights that belong to `about`; the other arguments are those of `load`, checked.
+
+    A mesh or an attention that cannot run this model is refused before any weight is read.
+    """
+    mesh, config = meshes.current(), about.config
+    if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
+        raise ValueError("a context axis is for training: decode with tp and fsdp")
+    meshes.check(config.sizes, mesh)
+    dtype = dtype or backend.default_dtype()
+    attend = backend.attention_for(
+        attention, config, dtype=dtype, length=about.max_length, cache_dtype=cache_dtype, mesh=mesh
+    )
+    decoder = checkpoint.load(path, config, dtype, mesh)
+    fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
+    return LanguageModel(
+        **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype
+    )
