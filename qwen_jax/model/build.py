@@ -1,9 +1,8 @@
 """Functions that make decoders, fresh or as shapes alone, and stack and unstack their layers."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from qwen_jax import meshes
 from qwen_jax.config import Config
@@ -11,7 +10,7 @@ from qwen_jax.leaves.weights import Maker, Weight
 from qwen_jax.model.decoder import Block, Decoder
 
 
-def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
+def create(config: Config, key: jax.Array, dtype: DTypeLike) -> Decoder:
     """Make a decoder with freshly drawn weights, partitioned over the mesh in force.
 
     As in the original, weights are drawn from N(0, 0.02^2), the two projections back into the
@@ -22,7 +21,7 @@ def create(config: Config, key: jax.Array, dtype: Any) -> Decoder:
     return _assemble(config, make, blocks=blocks)
 
 
-def abstract(config: Config, dtype: Any) -> Decoder:
+def abstract(config: Config, dtype: DTypeLike) -> Decoder:
     """Return the decoder as shapes with partitionings, which take no memory."""
 
     def make() -> Maker:  # a key too is made as a shape: the devices may not be there
@@ -86,7 +85,7 @@ def _assemble(config: Config, make: Maker, *, blocks: list[Block]) -> Decoder:
     )
 
 
-def _maker(config: Config, key: jax.Array, *, dtype: Any) -> Maker:
+def _maker(config: Config, key: jax.Array, *, dtype: DTypeLike) -> Maker:
     """Return a maker of leaves for a config, after checking that its axes divide over the mesh."""
     meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
     return Maker(config.sizes, key, dtype=dtype)

@@ -27,13 +27,14 @@ To add a RoPE scheme, a kind of weight, a KV cache or experts, follow the steps 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import attention
@@ -47,14 +48,14 @@ from qwen_jax.model.context import Context, KVCache, KVCacheLayer
 from qwen_jax.model.running import Groups
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Any, *, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "... D"], weight: Weight, *, eps: float) -> jax.Array:
     """Divide x by its root mean square, round to x's dtype, then multiply by the weight."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return _in_float32(jnp.multiply, wide.astype(x.dtype), weight=weight)
 
 
-def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Any) -> jax.Array:
+def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Weight) -> jax.Array:
     """Compute x * weight or x + weight in float32, in which the weight's gradient is summed too."""
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
@@ -175,7 +176,7 @@ class Decoder(nnx.Module):
         config: Config,
         embedding: Weight,
         *,
-        layers: Any,
+        layers: Block | Sequence[Block] | Groups,
         final_norm: Weight,
         head: Weight | None,
     ):
@@ -191,7 +192,7 @@ class Decoder(nnx.Module):
         parts = {name: getattr(self, name) for name in names}
         return Decoder(**(parts | changes))
 
-    def embed(self, tokens: Int[Array, "B T"], dtype: Any = None) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike | None = None) -> jax.Array:
         """Look up tokens, int [B, T]: [B, T, D] in the compute dtype (None: the weights')."""
         return vocabulary.look_up(self.embedding[...], tokens, dtype or self.embedding.dtype)
 

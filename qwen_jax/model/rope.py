@@ -7,13 +7,13 @@ and a scale for each query, and does not know which scheme is active.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from qwen_jax.config import Config
 from qwen_jax.runtime import values
@@ -54,7 +54,7 @@ class Rope:
         """Return the NTK alpha for rows of these numbers of tokens: 1, which scales nothing."""
         return np.ones(np.shape(lengths), np.float64)
 
-    def frequencies(self, alpha: Any = 1.0) -> np.ndarray:
+    def frequencies(self, alpha: ArrayLike = 1.0) -> np.ndarray:
         """Compute the frequencies, float32 [..., H/2], for NTK factors alpha [...].
 
         The base becomes base * alpha**(H/(H-2)). Raises ValueError for an alpha below 1.
@@ -89,7 +89,7 @@ class _Scaled(Rope):
 
     factor: float = 1.0
 
-    def frequencies(self, alpha: Any = 1.0) -> np.ndarray:
+    def frequencies(self, alpha: ArrayLike = 1.0) -> np.ndarray:
         if np.any(np.asarray(alpha) != 1):
             raise ValueError("ntk_alpha goes with plain RoPE or dynamic NTK, not with rope_scaling")
         return np.broadcast_to(self._scaled(), (*np.shape(alpha), self.head_dim // 2))
@@ -221,7 +221,7 @@ def rotary(
     return Rotary(jnp.cos(angles), jnp.sin(angles), scale)
 
 
-def _powers(base: Any, head_dim: int) -> np.ndarray:
+def _powers(base: ArrayLike, head_dim: int) -> np.ndarray:
     """Compute base**(-2i/H), float32 [..., H/2], rounded as the original rounds.
 
     Raises ValueError for a base beyond float32.

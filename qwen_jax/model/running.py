@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import FEW
 from qwen_jax.meshes import moves
-from qwen_jax.model.context import Context, KVCache
+from qwen_jax.model.context import Context, KVCache, KVCacheLayer
 
 # Layers in one compiled program outside `jit`. More take longer to compile, fewer need more calls.
 GROUP = 4
@@ -139,7 +139,7 @@ def run_group(
     x: Float[Array, "B T D"],
     leaves: list[jax.Array],
     *,
-    layers: tuple[Any, ...] | None,
+    layers: tuple[KVCacheLayer, ...] | None,
     windows: jax.Array,
     first: jax.Array,
     context: Context,
@@ -183,9 +183,9 @@ def _run_block(
     *,
     window: jax.Array,
     number: jax.Array,
-    layer: Any,
+    layer: KVCacheLayer | None,
     context: Context,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, KVCacheLayer | None]:
     """Run one layer. It is traced once for all layers of the same shapes."""
     block = moves.unshard(block, x.dtype)
     return block(x, context.in_layer(number, window), cache=layer)

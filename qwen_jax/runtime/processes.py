@@ -15,9 +15,11 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from qwen_jax.runtime import rendezvous, watch
+
+_T = TypeVar("_T")
 
 _PROPOSED = "qwen_jax/proposed/end"
 _FOREVER = 7 * 24 * 3600.0  # seconds
@@ -218,7 +220,7 @@ def proposed() -> int | None:
     return int(next(iter(found.values()))) if found else None
 
 
-def first(work: Callable[[], Any]) -> Any:
+def first(work: Callable[[], _T]) -> _T:
     """Do the work in process 0, then in the others, which find what process 0 has produced."""
     if index():
         barrier()
