@@ -1,6 +1,6 @@
 """qwen_jax: Qwen language models in JAX, for TPU pods and CUDA GPUs.
 
-The names below are loaded on first use, so that `import qwen_jax` starts no backend.
+Public names are imported on first use, so that `import qwen_jax` starts no JAX backend.
 """
 
 import importlib

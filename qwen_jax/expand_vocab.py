@@ -2,10 +2,10 @@
 
     python -m qwen_jax.expand_vocab VOCAB_FILE WORDS_FILE OUT_FILE [--start-id ID]
 
-The result is read by `Tokenizer.from_file(..., extra_vocab_file=OUT_FILE)`. Learning continues from
-the existing merges: every given word becomes one token, and the encoding of other text changes only
-where the new tokens occur. This module knows nothing of the model, whose embedding must have rows
-for the new ids.
+`Tokenizer.from_file(..., extra_vocab_file=OUT_FILE)` reads the expansion file. Learning continues
+from the existing merges: every given word becomes one token, and the encoding of other text changes
+only where the new tokens occur. This module knows nothing of the model, whose embedding must have
+rows for the new ids.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from qwen_jax.runtime import command, lock, paths, texts, values
 
 
 def read_words(path: str | Path) -> dict[str, int]:
-    """Read words and their frequencies from lines "word<TAB>frequency", NFC-normalised.
+    """Read a file of lines "word<TAB>frequency"; return the frequency of each NFC-normalised word.
 
     White space around a word is dropped. A frequency that is missing or not a positive integer
     counts as 1; the frequencies of repeated words add up. Raises ValueError if the file is not
@@ -47,7 +47,7 @@ def read_words(path: str | Path) -> dict[str, int]:
 
 
 def splittable(words: Iterable[str]) -> list[str]:
-    """The words that the pre-tokenizer splits, which therefore can never be one token."""
+    """Return the words that the pre-tokenizer splits, which therefore can never be one token."""
     # A piece that is itself a token becomes that token without any merges. So if every word is a
     # token, a word is encoded as several ids only if it is split into several pieces.
     if isinstance(words, str | bytes) or not isinstance(words, Iterable):
@@ -61,9 +61,9 @@ def splittable(words: Iterable[str]) -> list[str]:
 
 
 def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
-    """Learn new tokens, in the order of their ids, such that each word becomes a single token.
+    """Learn byte-pair merges until each word is a single token; return the new tokens in id order.
 
-    words: the frequency (positive) of each word (NFC text). Words that are tokens already are
+    words: the positive frequency of each word (NFC text). Words that are tokens already are
         skipped.
 
     Each step joins the two neighbouring parts that occur together most often; ties go to the fewest
@@ -85,7 +85,7 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
     changed: set[bytes] = set()
 
     def count(index: int, sign: int) -> None:
-        """Add (+1) or remove (-1) the pairs of neighbouring parts of a word."""
+        """Add (sign +1) or subtract (sign -1) the pairs of neighbouring parts of word `index`."""
         for left, right in pairwise(parts[index]):
             counts[left + right] += sign * words[new[index]]
             places[left + right].add(index)
@@ -115,7 +115,12 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
 
 
 def write_tokens(path: str | Path, tokens: Iterable[bytes], *, start_id: int) -> None:
-    """Write an expansion file with ids from `start_id` on. Raises FileExistsError if it exists."""
+    """Write tokens as a vocabulary expansion file of lines "base64 id".
+
+    start_id: the id of the first token; the others follow it.
+
+    Raises FileExistsError if the file exists, and FileNotFoundError if its folder does not.
+    """
     tokens = list(tokens)
     if wrong := [token for token in tokens if not isinstance(token, bytes)]:
         raise ValueError(f"tokens must be bytes, got {texts.described(wrong[0])}")
@@ -139,7 +144,11 @@ def _check_place(path: Path) -> None:
 
 
 def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Join neighbours, lowest rank first, until no two of them make a token."""
+    """Merge neighbouring parts of a word, lowest rank first, until no two of them form a token.
+
+    parts: the bytes of the word, in pieces.
+    ranks: the rank of each token by its bytes; the lowest rank merges first.
+    """
     merged = list(parts)
     while len(merged) > 1:
         rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(pairwise(merged)))
@@ -150,7 +159,16 @@ def _merge(parts: Sequence[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int | None) -> None:
-    """Run the command; prints a line for each refused word (to stderr) and a summary."""
+    """Learn tokens for the words of one file, write them to another, and print a summary.
+
+    vocab_file: the vocabulary to expand, such as qwen.tiktoken.
+    words_file: lines "word<TAB>frequency", read by `read_words`.
+    out_file: the expansion file, which must not exist.
+    start_id: the id of the first new token; None for the first one after the vocabulary.
+
+    Words that the pre-tokenizer splits are skipped with a warning on stderr. Raises ValueError if
+    `start_id` is taken.
+    """
     _check_place(out_file)
     tokenizer = Tokenizer.from_file(vocab_file)
     first = len(tokenizer) if start_id is None else start_id
@@ -171,7 +189,7 @@ def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run `python -m qwen_jax.expand_vocab`, and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m qwen_jax.expand_vocab",
         description="Learn tokens for the words of WORDS_FILE and write them to OUT_FILE, an "

@@ -1,1 +1,1 @@
-"""Files, processes, errors and the command line. Nothing in this room knows a model."""
+"""Files, processes, errors and the command line. Nothing in this package knows a model."""

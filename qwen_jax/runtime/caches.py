@@ -16,8 +16,9 @@ from qwen_jax.runtime import paths
 def own_cache(name: str) -> Path:
     """Return this user's cache folder of the given name, and create it if needed.
 
-    It lies in `$XDG_CACHE_HOME/qwen_jax`, or in `~/.cache/qwen_jax`. If neither is writable, a
-    temporary folder is used, which is removed when the process ends, and one warning says so.
+    The folder is in `$XDG_CACHE_HOME/qwen_jax`, or if that is unset in `~/.cache/qwen_jax`. If it
+    is not writable, a temporary folder is used, which is removed when the process ends, and one
+    warning says so.
     """
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_jax"
@@ -33,7 +34,10 @@ def own_cache(name: str) -> Path:
 
 
 def _passing_cache(reason: str, name: str) -> Path:
-    """A temporary cache folder. `reason`: why the user's own folder cannot be used."""
+    """Return a temporary cache folder of the given name, and create it if needed.
+
+    reason: why the user's own cache folder cannot be used, for the warning.
+    """
     folder = _passing_root(reason) / name
     folder.mkdir(exist_ok=True)
     return folder
@@ -41,9 +45,11 @@ def _passing_cache(reason: str, name: str) -> Path:
 
 @functools.cache
 def _passing_root(reason: str) -> Path:
-    """The temporary folder that holds the caches of this process; it is removed at exit.
+    """Create the temporary folder of this process's caches, and warn that it is removed at exit.
 
-    Cached, so that the folder is made once and the warning is given once.
+    reason: why the user's own cache folder cannot be used, for the warning.
+
+    `functools.cache` makes sure that the folder is created once and the warning given once.
     """
     warnings.warn(
         f"{reason}: compiled programs, verdicts on kernels and encoded data are not kept after "
@@ -56,7 +62,7 @@ def _passing_root(reason: str) -> Path:
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--compilation-cache`, which gives `use_compilation_cache` its argument."""
+    """Add the option `--compilation-cache DIR`, the folder that keeps compiled programs."""
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
@@ -68,11 +74,11 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
 def use_compilation_cache(place: str | None = None) -> None:
     """Keep compiled programs between runs in jax's persistent compilation cache.
 
-    place: a folder, which may be in `gs://`. None keeps the folder that jax is configured with, and
-        otherwise takes one in the user's cache.
+    place: the cache's folder, which may be in `gs://`. None keeps the folder that jax is configured
+        with, or if there is none uses a folder in the user's cache.
 
     With several processes, jax lets only process 0 write to the cache while all read from it, so
-    the other processes find programs only if all see the same folder. Raises ValueError or OSError
+    the other processes find programs only if all use the same folder. Raises ValueError or OSError
     if the folder cannot be used.
     """
     import jax

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, one-line errors, progress on stderr, common options.
+"""The parts that all commands share: exit codes, one-line errors, progress on stderr, options.
 
 Exit codes: 0 success, 2 a usage error, 130 interrupted, 1 any other error. With several processes,
 only process 0 prints, except for errors.
@@ -19,7 +19,7 @@ from typing import Any
 
 from qwen_jax.runtime import errors, paths, processes, rendezvous
 
-# The names of `attention.IMPLEMENTATIONS`, for helps, which do not import jax.
+# The names of `attention.IMPLEMENTATIONS`, for --help texts, which do not import jax.
 ATTENTION = (
     "auto, xla, pallas_tpu, pallas_triton, pallas_hopper, dot_product, splash, flash or tokamax "
     "(docs/attention.md)"
@@ -29,7 +29,7 @@ _RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may r
 
 
 class UsageError(ValueError):
-    """Arguments that are invalid or cannot be combined; the command exits with code 2."""
+    """Raised for invalid or contradictory arguments; the command exits with code 2."""
 
 
 def run(
@@ -38,9 +38,10 @@ def run(
     *,
     argv: list[str] | None = None,
 ) -> int:
-    """Parse the arguments, call `work` with them, and return the exit code.
+    """Run a command: parse its arguments, call `work` with them, and return the exit code.
 
-    An exception becomes one line on stderr; with `--debug` it is raised.
+    An exception becomes one line on stderr; with `--debug` it is raised. argv: None takes
+    `sys.argv`.
     """
     _settle_streams()
     args = parse(parser, argv)
@@ -74,17 +75,16 @@ def run(
 
 
 class _Absent(list[Any]):
-    """The value of an argument that the command line does not name. It is a list because argparse
-    appends to the values of some arguments.
+    """The placeholder of an argument that the command line does not contain. It is a list because
+    argparse appends to the values of some arguments.
     """
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse a command line; `given` of the result holds the names of the arguments that it
-    contains.
+    """Parse a command line, and list the names of the arguments that it contains in `args.given`.
 
     An argument counts as given even if its value equals the default. argparse can tell this only
-    when the namespace holds other values beforehand, so the line is parsed twice.
+    when the namespace holds other values beforehand, so the command line is parsed twice.
     """
     args, absent = parser.parse_args(argv), _Absent()
     named = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
@@ -93,10 +93,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
-    """Raise UsageError for the first of `names` that the command line contains.
+    """Raise UsageError if the command line contains one of the arguments `names`.
 
-    For options that have no meaning together with the others. `why` follows the option's name in
-    the message, and says what to do.
+    Used for options that have no effect together with other options. `why` follows the option's
+    name in the message, and says what to do.
     """
     for name in names:
         if name in args.given:
@@ -104,13 +104,13 @@ def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Format a warning as one line without file and line number; "" except in process 0."""
+    """Format a warning as one line, without file and line number; "" except in process 0."""
     line = f"warning: {' '.join(str(message).split())}\n"
     return line if processes.index() == 0 else ""
 
 
 def _settle_streams() -> None:
-    """Make sure that printing cannot end a run.
+    """Set up stdout and stderr so that printing cannot end a run.
 
     Characters that stdout's encoding lacks are replaced, and a closed stdout or stderr is replaced
     by the null device. (stderr always escapes such characters.)
@@ -143,24 +143,22 @@ def say(line: str) -> None:
 
 
 def _hush() -> None:
-    """Silence the tracebacks of background work, such as a checkpoint that threads are writing,
-    once the command itself has failed.
-    """
+    """After a command has failed, silence the tracebacks of threads and other background work."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = threading.excepthook = _say_nothing
 
 
 def _say_nothing(_: Any) -> None:
-    """A hook that does nothing. It is not a lambda, because a thread may be about to call the hook
-    while it is replaced, and a lambda could be freed by then.
+    """An exception hook that does nothing. It is not a lambda, because a thread may be about to
+    call the hook while it is replaced, and a lambda could be freed by then.
     """
 
 
 def show_log(debug: bool = False) -> None:
-    """Print the log lines of this package as `say` does.
+    """Print this package's log messages as plain lines on stderr, from process 0 only.
 
-    The logs of Orbax, gcsfs and matplotlib are shown for debugging only: they hold warnings about
-    intended behaviour or about caches of their own, and errors that are raised as well.
+    Orbax, gcsfs and matplotlib log warnings about intended behaviour or about their own caches,
+    which are hidden, and errors that are raised as well, which are shown only with `debug`.
     """
     handler = logging.Handler()
     handler.emit = lambda record: say(record.getMessage())
@@ -173,18 +171,18 @@ def show_log(debug: bool = False) -> None:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Add what every command has: `--debug`, which shows tracebacks, and `--version`."""
+    """Add the options of every command: `--debug`, which shows tracebacks, and `--version`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_version(parser)
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
-    """Add the option that prints the version of the library, and of what its results depend on."""
+    """Add the option `--version`, which prints the versions of qwen_jax, jax and Python."""
     parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and exit")
 
 
 class _Version(argparse.Action):
-    """Looks versions up when they are asked for: every command has this option."""
+    """The action of `--version`: it looks the versions up only when the option is given."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any):
         super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **settings)
@@ -200,7 +198,7 @@ class _Version(argparse.Action):
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Add the options that describe the processes of a run; `join` reads them."""
+    """Add the options of a run in several processes, such as `--coordinator`; `join` reads them."""
     group = parser.add_argument_group("several processes, on one host or many (docs/hosts.md)")
     add = group.add_argument
     add(
@@ -243,7 +241,7 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Join the processes that the options of `add_processes` describe, if any.
+    """Join the processes of a run, if the options of `add_processes` describe several.
 
     Must be called before jax is used. Raises UsageError for options that contradict each other, and
     ValueError if the processes were started with different arguments.
@@ -275,12 +273,12 @@ def join(args: argparse.Namespace) -> None:
 
 
 def _keep_stdout(shown: bool) -> None:
-    """Reserve stdout for what Python prints, because native code reports on its sockets there.
+    """Reserve stdout for what Python prints; native libraries would print messages to it as well.
 
-    shown: whether this process prints at all; otherwise its stdout is discarded.
+    shown: whether this process prints to stdout at all; otherwise its output is discarded.
 
-    Native output is discarded, unless NCCL_DEBUG is set: NVIDIA's NCCL then writes its report to
-    stdout, which goes to stderr instead.
+    Native output is discarded, or sent to stderr if NCCL_DEBUG is set, because NVIDIA's NCCL then
+    writes its report to stdout.
     """
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -298,7 +296,7 @@ def positive(text: str) -> int:
 
 
 def path(given: str) -> Path:
-    """An argparse type: a local path, or one in gs://."""
+    """An argparse type: a local path, or a path in Google Cloud Storage (`gs://`)."""
     try:
         return paths.parse(given)
     except ValueError as error:
@@ -323,12 +321,12 @@ def text(given: str) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes in GB or MB, for people."""
+    """Format a number of bytes as GB or MB, for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def overrides(items: Iterable[str]) -> dict[str, Any]:
-    """The values of all `--set KEY=VALUE` options, by key. Raises UsageError for a repeated key."""
+    """Parse all `--set KEY=VALUE` options into a dict. Raises UsageError for a repeated key."""
     found: dict[str, Any] = {}
     for key, value in map(key_value, items):
         if key in found:

@@ -66,7 +66,7 @@ _DRIVER = re.compile(
 
 
 def explain(error: BaseException, options: Collection[str] = ()) -> str:
-    """Describe an error in one line.
+    """Describe an exception in one line for the user: what went wrong, and what to do.
 
     options: names of the command's arguments; advice mentions only options among them.
     """
@@ -88,12 +88,15 @@ def explain(error: BaseException, options: Collection[str] = ()) -> str:
 
 
 def _short(words: str) -> str:
-    """The words, cut to `_LONGEST` characters."""
+    """Cut a library's message to `_LONGEST` characters."""
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
 
 
 def _cloud(error: BaseException, words: str) -> str | None:
-    """The line for an error in access to Google Cloud Storage; None for other errors."""
+    """Describe an error in access to Google Cloud Storage in one line; None for other errors.
+
+    words: the error's message.
+    """
     if type(error).__module__.partition(".")[0] not in _CLOUD:
         return None
     return (
@@ -103,7 +106,7 @@ def _cloud(error: BaseException, words: str) -> str | None:
 
 
 def _file(error: BaseException) -> str | None:
-    """The line for an error of the operating system: its message, the file, and what to do."""
+    """Describe an OSError in one line: message, file, what to do; None for other errors."""
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     names = [
@@ -115,7 +118,7 @@ def _file(error: BaseException) -> str | None:
 
 
 def _package(error: BaseException) -> str | None:
-    """The line for a package that cannot be imported, with the command that installs it."""
+    """Describe a failed import in one line, and how to fix it; None for other errors."""
     if not isinstance(error, ImportError) or not error.name:
         return None
     name = error.name.partition(".")[0]
@@ -134,7 +137,10 @@ def _package(error: BaseException) -> str | None:
 
 
 def _devices(error: BaseException, words: str) -> str | None:
-    """The line for a device that jax does not find, or a GPU driver that is too old."""
+    """Describe in one line a device that jax does not find, or a GPU driver that is too old.
+
+    words: the error's message. Returns None for other errors.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     silent = not words and bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
     failed = re.search(r"Unable to initialize backend '(\w+)': ?(.*)", words)
@@ -159,7 +165,13 @@ def _devices(error: BaseException, words: str) -> str | None:
 
 
 def _memory(error: BaseException, words: str, *, options: Collection[str]) -> str | None:
-    """The line for exhausted device or host memory, with the options that would reduce its use."""
+    """Describe exhausted device or host memory in one line, with options that would reduce its use.
+
+    words: the error's message.
+    options: names of the command's arguments, the only options to mention.
+
+    Returns None for other errors.
+    """
     of_device = isinstance(error, RuntimeError) and re.search(
         r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY", words
     )
@@ -177,7 +189,7 @@ def _memory(error: BaseException, words: str, *, options: Collection[str]) -> st
 
 
 def _characters(error: BaseException) -> str | None:
-    """The line for an encoding error, or for input that is nested too deeply."""
+    """Describe in one line an encoding error, or input nested too deeply; None for other errors."""
     if isinstance(error, RecursionError):
         return "something is nested too deeply, such as brackets in JSON; --debug shows where"
     if isinstance(error, UnicodeEncodeError):

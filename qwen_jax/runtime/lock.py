@@ -35,24 +35,24 @@ LEASE = 60.0  # seconds without a write, after which a lock in gs:// is stale
 
 
 class Busy(ValueError):
-    """Another program holds the lock; the message says which, since when, and what to do."""
+    """Raised while another program holds the lock; the message names it and says what to do."""
 
 
 @contextlib.contextmanager
 def alone(
     place: Path, file: Path | None = None, *, wait: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Lock a folder or file; any other program that asks for its lock meanwhile is refused.
+    """Lock a folder or file during the `with` block; other programs are refused meanwhile.
 
     place: the folder, or the file to be written.
     file: the lock's file, removed at the end; by default `writer.lock` in the folder. Its folder is
         created if missing, and removed again if it is left empty.
     wait: wait for the other program instead of raising (local disks only).
 
-    Yields a function to call before the last write, which makes the result valid (a manifest, for
-    example). It raises Busy if another program has taken the lock since, possible in `gs://` only.
+    Yields a function that raises Busy if another program has meanwhile taken the lock (possible in
+    `gs://` only). Call it before the last write, which makes the result valid, such as a manifest.
     Raises Busy while another program, or another part of this one, holds the lock. If several
-    processes share the work, one of them takes the lock.
+    processes share the work, only one of them takes the lock.
     """
     file = file or place / NAME
     with _object(place, file) if paths.is_remote(file) else _file(place, file, wait=wait) as check:
@@ -61,7 +61,12 @@ def alone(
 
 @contextlib.contextmanager
 def _file(place: Path, file: Path, *, wait: bool) -> Iterator[Callable[[], None]]:
-    """`alone` on a local disk."""
+    """Lock a folder or file on a local disk, by `flock`; yields a function that does nothing.
+
+    place: the folder or file to protect, for messages.
+    file: the lock's file.
+    wait: whether to wait for a program that holds the lock instead of raising Busy.
+    """
     made = not file.parent.exists()
     try:
         stream = _locked(place, file, wait=wait)
@@ -78,7 +83,15 @@ def _file(place: Path, file: Path, *, wait: bool) -> Iterator[Callable[[], None]
 
 
 def _locked(place: Path, file: Path, *, wait: bool) -> IO[str]:
-    """Open and lock the lock's file, and write this process's identity into it."""
+    """Open and lock the lock's file, and write this process's identity into it.
+
+    place: the folder or file that the lock protects, for messages.
+    file: the lock's file.
+    wait: whether to wait for a program that holds the lock.
+
+    Returns the open file, which holds the lock until it is closed. Raises Busy if another program
+    holds the lock and `wait` is False.
+    """
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -112,7 +125,7 @@ def _locked(place: Path, file: Path, *, wait: bool) -> IO[str]:
 
 
 def _is(stream: IO[str], file: Path) -> bool:
-    """Whether the open file is still the one at this path."""
+    """Whether the open file is still the file at this path, not one that has been removed."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except FileNotFoundError:
@@ -121,7 +134,13 @@ def _is(stream: IO[str], file: Path) -> bool:
 
 @contextlib.contextmanager
 def _object(place: Path, file: Path) -> Iterator[Callable[[], None]]:
-    """`alone` in `gs://`."""
+    """Lock a folder or file in Google Cloud Storage; takes over a lock whose program was killed.
+
+    place: the folder or file to protect.
+    file: the lock's object, which a thread rewrites every `BEAT` seconds.
+
+    Yields a function that raises Busy if another program has meanwhile taken the lock.
+    """
     lease = _Lease(place, file)
     while not lease.begin():
         try:
@@ -146,7 +165,10 @@ def _object(place: Path, file: Path) -> Iterator[Callable[[], None]]:
 
 
 class _Lease:
-    """A lock in `gs://`: an object that is this program's as long as it keeps rewriting it."""
+    """A lock in `gs://`: an object that a program owns as long as it keeps rewriting it.
+
+    over: the event that ends the rewriting.
+    """
 
     def __init__(self, place: Path, file: Path):
         self._place, self._file = place, file
@@ -157,7 +179,7 @@ class _Lease:
         self.over = threading.Event()
 
     def begin(self) -> bool:
-        """Create the lock's object. False if another program holds it."""
+        """Create the lock's object. Returns False if another program holds the lock."""
         try:
             paths.create(self._file, self._content)
         except FileExistsError:
@@ -167,13 +189,13 @@ class _Lease:
         return True
 
     def keep(self) -> None:
-        """Rewrite the object every `BEAT` seconds until `over` is set; runs in its own thread."""
+        """Rewrite the lock's object every `BEAT` seconds until `over` is set, in its own thread."""
         while self._taken_by is None and not self.over.wait(BEAT):
             with contextlib.suppress(Exception):  # a network error: the next write may succeed
                 self._beat()
 
     def _beat(self) -> None:
-        """Rewrite the object once, or record in `_taken_by` that another program holds it."""
+        """Rewrite the lock's object once, or store in `_taken_by` who has taken the lock."""
         with self._writing:
             if self._taken_by is not None:
                 return
@@ -186,7 +208,7 @@ class _Lease:
                     self._taken_by = _read(other.decode())
 
     def check(self) -> None:
-        """Raise Busy if another program has taken the lock."""
+        """Rewrite the lock's object once; raise Busy if another program has taken the lock."""
         self._beat()
         if (other := self._taken_by) is not None:
             who = f"process {other.get('pid')} on {other.get('host')}"
@@ -196,7 +218,7 @@ class _Lease:
             )
 
     def end(self) -> None:
-        """Remove the lock, if it is still this program's."""
+        """Remove the lock's object, if it is still this program's."""
         with contextlib.suppress(FileNotFoundError):
             if self._file_content() == self._content:
                 self._file.unlink()
@@ -210,8 +232,12 @@ class _Lease:
 
 
 def _expires(place: Path, file: Path, *, generation: int, holder: dict[str, Any]) -> bool:
-    """Wait for one lease; return whether the lock is stale: neither rewritten nor removed
-    meanwhile.
+    """Wait for `LEASE` seconds; return whether a lock in `gs://` was not rewritten and so is stale.
+
+    place: the folder or file that the lock protects, for the log.
+    file: the lock's object.
+    generation: the object's generation before the wait, which changes when it is rewritten.
+    holder: the identity of the program that holds the lock, for the log.
 
     Only this machine's clock is used. A lock that is removed meanwhile counts as stale, too.
     """
@@ -232,7 +258,7 @@ def _expires(place: Path, file: Path, *, generation: int, holder: dict[str, Any]
 
 
 def lives(process: int) -> bool:
-    """Whether a process still runs, by its number on this machine (or in this container)."""
+    """Whether the process with this id still runs on this machine (or in this container)."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -243,7 +269,7 @@ def lives(process: int) -> bool:
 
 
 def _me() -> dict[str, Any]:
-    """The identity of this process, which is the content of a lock."""
+    """Describe this process (host, process id, time, machine, random id) for a lock's content."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -254,10 +280,10 @@ def _me() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Identify the space of process numbers that this process lives in.
+    """Return a name for the machine or container in which this process's id is unique.
 
-    On Linux that is the boot and the PID namespace, which differs between containers of one
-    machine; elsewhere it is the host's name.
+    On Linux it is made of the boot id and the PID namespace, which differs between containers of
+    one machine; elsewhere it is the host's name.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -267,7 +293,7 @@ def _machine() -> str:
 
 
 def _read(text: str) -> dict[str, Any]:
-    """The holder's identity in a lock, or {} if the lock has only just been created."""
+    """Parse a lock's content into its holder's identity; {} if the lock is only just created."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -276,7 +302,7 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _busy(place: Path, holder: dict[str, Any]) -> str:
-    """The message for `Busy`."""
+    """The message of `Busy`: which program works on `place` since when, and what to do."""
     who = "another program is at work there"
     if holder:
         since, host = holder.get("since"), holder.get("host")

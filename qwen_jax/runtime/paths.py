@@ -25,7 +25,10 @@ _PART = 16 * 2**20  # bytes of an upload per request
 
 
 def parse(text: "str | os.PathLike[str]") -> Path:
-    """Turn a name into a path. Raises ValueError if it is invalid, or needs a missing package."""
+    """Turn text into a local or `gs://` path.
+
+    Raises ValueError if it is invalid, or if `gs://` cannot be read because gcsfs is not installed.
+    """
     if not isinstance(text, str | os.PathLike) or not isinstance(os.fspath(text), str):
         raise ValueError(f"a path must be a str or a Path, got {type(text).__name__} {text!r}")
     name = os.fspath(text)
@@ -48,7 +51,7 @@ def parse(text: "str | os.PathLike[str]") -> Path:
 def _check_links(path: Path) -> None:
     """Raise ValueError if the path goes through a dangling symbolic link.
 
-    Nothing could be read there, and no folder created.
+    Nothing can be read behind such a link, and no folder created.
     """
     if os.path.exists(path):
         return
@@ -61,12 +64,12 @@ def _check_links(path: Path) -> None:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether the path is in `gs://`."""
+    """Whether the path is in Google Cloud Storage (`gs://`)."""
     return not isinstance(path, Path)
 
 
 def absolute(path: "str | os.PathLike[str]") -> Path:
-    """The absolute path of a name. Raises ValueError as `parse` does."""
+    """Turn text into an absolute local or `gs://` path. Raises ValueError if it is invalid."""
     path = parse(path)
     return path if is_remote(path) else path.absolute()
 
@@ -74,9 +77,9 @@ def absolute(path: "str | os.PathLike[str]") -> Path:
 def is_within(folder: Path, name: str) -> bool:
     """Whether a file name, resolved in a folder, stays inside that folder.
 
-    It does not if it is absolute, contains `..`, or leads outside through a symbolic link. In the
-    cache of the Hugging Face hub every file is a link into the folder `blobs` beside `snapshots`;
-    such a link counts as inside.
+    A name does not if it is absolute, contains `..`, or leads outside through a symbolic link. In
+    the cache of the Hugging Face hub every file is a link into the folder `blobs` beside
+    `snapshots`; such a link counts as inside.
     """
     plain = PurePath(name)
     if plain.is_absolute() or ".." in plain.parts:
@@ -90,18 +93,18 @@ def is_within(folder: Path, name: str) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Create a local folder and its parents; `gs://` has no folders, so nothing is done there."""
+    """Create a local folder and its parents. Does nothing in `gs://`, which has no folders."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def is_place(file: Path) -> bool:
-    """Whether a file can be created at this path. In `gs://` no folder can be missing."""
+    """Whether the folder of a file to be created exists. In `gs://` no folder can be missing."""
     return is_remote(file) or file.parent.is_dir()
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all that is in it, if it exists."""
+    """Remove a folder and everything in it, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(path):
             _objects().rm(str(path), recursive=True)
@@ -110,12 +113,15 @@ def remove_tree(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """The size of a file in bytes. Raises FileNotFoundError if there is none."""
+    """The size of a file in bytes. Raises FileNotFoundError if there is no such file."""
     return _objects().info(str(path))["size"] if is_remote(path) else path.stat().st_size
 
 
 def stamp(path: Path) -> list[int]:
-    """Two numbers that change when a file is rewritten: size, and time in ns or generation."""
+    """Return two numbers that change when a file is rewritten: size, and time or generation.
+
+    The second number is the mtime in ns of a local file, or the generation that `gs://` counts.
+    """
     if is_remote(path):
         found = _objects().info(str(path))
         return [found["size"], int(found["generation"])]
@@ -143,13 +149,12 @@ def sizes(root: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """Yield an empty local file, which becomes the file at `path` if the block ends without
-    exception.
+    """Yield an empty local file, which becomes `path` if the block ends without an exception.
 
-    `path` may be remote. Every writer has a draft with a name of its own, and the last one to
-    finish determines the content. A writer that is killed leaves its draft behind. A local file
-    has the permissions of any new file there, also where a library has replaced the draft by a
-    file of its own, readable by its owner alone.
+    `path` may be remote. Every writer has a draft with a name of its own, and the last writer to
+    finish determines the content. A writer that is killed leaves its draft behind. A local file has
+    the permissions of any new file in its folder, even if a library has replaced the draft by a
+    file that only its owner can read.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -186,15 +191,15 @@ def copy(source: Path, target: Path) -> None:
 
 
 def create(path: Path, data: bytes) -> None:
-    """Create a small remote object. Raises FileExistsError if there is one of that name."""
+    """Create a small object in `gs://`. Raises FileExistsError if an object of that name exists."""
     _objects().pipe_file(str(path), data, mode="create")
 
 
 def rewrite(path: Path, data: bytes, *, generation: int) -> int:
-    """Overwrite a small remote object if its generation (see `stamp`) is the given one.
+    """Overwrite a small object in `gs://` if its generation (see `stamp`) is the given one.
 
     Returns the new generation. Raises FileExistsError if the object has another generation, and
-    FileNotFoundError if there is none.
+    FileNotFoundError if there is no object.
     """
     bucket, _, key = str(path).removeprefix("gs://").partition("/")
     system, wanted = _objects(), {"uploadType": "media", "name": key}
@@ -204,41 +209,41 @@ def rewrite(path: Path, data: bytes, *, generation: int) -> int:
 
 
 def remove_generation(path: Path, generation: int) -> None:
-    """Remove a remote object of this generation (see `stamp`); one written since then is kept."""
+    """Remove an object in `gs://`, unless its generation (`stamp`) has changed."""
     bucket, _, key = str(path).removeprefix("gs://").partition("/")
     with contextlib.suppress(FileExistsError, FileNotFoundError):
         _objects().call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
 
 
 def upload(source: Path, target: Path) -> None:
-    """Copy a local file of any size to a remote path, where it appears complete."""
+    """Copy a local file of any size to `gs://`, where it appears only when it is complete."""
     _objects().put_file(str(source), str(target))
 
 
 def upload_folder(source: Path, target: Path) -> None:
-    """Copy the files of a local folder and of its subfolders to a remote folder."""
+    """Copy the files of a local folder and of its subfolders to a folder in `gs://`."""
     for name in sizes(source):
         upload(source / name, target / name)
 
 
 def download(source: Path, target: Path) -> None:
-    """Copy a remote file of any size to a local path."""
+    """Copy a file of any size from `gs://` to a local path."""
     _objects().get_file(str(source), str(target))
 
 
 class Object:
-    """A remote file that is read in ranges."""
+    """A file in `gs://` that is read by ranges of bytes."""
 
     def __init__(self, path: Path):
         self._path = str(path)
 
     def read(self, offset: int, count: int) -> bytes:
-        """At most `count` bytes from `offset` on; fewer at the end of the file."""
+        """Return at most `count` bytes of the file from `offset` on, fewer at its end."""
         return _objects().cat_file(self._path, start=offset, end=offset + count)
 
 
 class Upload:
-    """A remote file that is written from front to back, and appears when it is complete."""
+    """A file in `gs://` that is written from front to back, and appears when it is complete."""
 
     def __init__(self, path: Path):
         self._file: Any = _objects().open(str(path), "wb", block_size=_PART)
@@ -250,7 +255,7 @@ class Upload:
         self._file.close()
 
     def abandon(self) -> None:
-        """Leave the upload incomplete, to expire; otherwise closing the file would complete it."""
+        """Give the upload up: its parts expire. Closing the file as usual would complete it."""
         self._file.closed = True
 
 
@@ -261,7 +266,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 @contextlib.contextmanager
 def reader(path: Path) -> Iterator[int | Object]:
-    """Open a file for reading ranges of bytes: yields a local file's descriptor, or an `Object`."""
+    """Open a file for reading ranges: yields a local descriptor, or an `Object` for `gs://`."""
     if is_remote(path):
         yield Object(path)
         return
@@ -271,7 +276,7 @@ def reader(path: Path) -> Iterator[int | Object]:
 
 @contextlib.contextmanager
 def writer(path: Path) -> Iterator[int | Upload]:
-    """Open a file for writing from front to back: yields a `draft`'s descriptor, or an `Upload`.
+    """Open a file for writing front to back: yields a local descriptor, or an `Upload` for `gs://`.
 
     The file gets its name only if the block ends without an exception, so a file of that name is
     complete.
@@ -290,7 +295,7 @@ def writer(path: Path) -> Iterator[int | Upload]:
 
 
 def read(path: Path, offset: int, *, count: int) -> bytes:
-    """Read at most `count` bytes from `offset` on; fewer at the end of the file."""
+    """Read at most `count` bytes of a file from `offset` on, fewer at its end."""
     if is_remote(path):
         return Object(path).read(offset, count)
     with open(path, "rb") as file:
@@ -299,8 +304,9 @@ def read(path: Path, offset: int, *, count: int) -> bytes:
 
 
 def check_name(folder: Path) -> None:
-    """Raise ValueError if TensorStore (and so Orbax) cannot open the folder because of its name, or
-    because of the name of a folder above it.
+    """Raise ValueError if TensorStore (and so Orbax) cannot open the folder because of its path.
+
+    TensorStore refuses paths that are not UTF-8 or contain a backslash.
     """
     whole = str(folder if is_remote(folder) else folder.resolve())
     try:
@@ -316,7 +322,7 @@ def check_name(folder: Path) -> None:
 
 
 def kvstore(folder: Path) -> dict[str, Any]:
-    """TensorStore's specification of a folder. Raises ValueError as `check_name` does."""
+    """TensorStore's key-value spec of a folder. Raises ValueError if it cannot open the path."""
     check_name(folder)
     if is_remote(folder):
         bucket, _, path = str(folder).removeprefix("gs://").partition("/")
@@ -326,9 +332,9 @@ def kvstore(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def _objects() -> Any:
-    """The fsspec file system that epath uses, with its cache of listings turned off.
+    """The fsspec file system for `gs://` that epath uses, with its cache of listings turned off.
 
-    Other processes write to the bucket, and TensorStore writes without this object, so a cached
+    Other processes write to the bucket, and so does TensorStore by its own means, so a cached
     listing would be wrong.
     """
     from etils.epath import backend

@@ -23,8 +23,8 @@ _T = TypeVar("_T")
 
 _PROPOSED = "qwen_jax/proposed/end"
 _FOREVER = 7 * 24 * 3600.0  # seconds
-_WAIT = int(1000 * _FOREVER)  # ms; if the other process is lost, the watch ends this one
-# How the runtime reports a collective one of whose processes is gone.
+_WAIT = int(1000 * _FOREVER)  # ms; if another process is lost, the watch thread ends this one
+# Messages of the runtime about a collective in which a process is gone.
 _BROKEN = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|DEADLINE_EXCEEDED): ")
 
 
@@ -32,7 +32,7 @@ _joined: watch.Joined | None = None
 
 
 def index() -> int:
-    """The number of this process; 0 if there is only one."""
+    """The index of this process, from 0; 0 if there is only one process."""
     return _joined.index if _joined else 0
 
 
@@ -42,7 +42,10 @@ def count() -> int:
 
 
 def name(process: int) -> str:
-    """The name of a process for messages, with its host if there are several processes."""
+    """The name of a process for messages, with its host if there are several processes.
+
+    process: the index of the process.
+    """
     return _joined.name(process) if _joined else f"process {process}"
 
 
@@ -62,7 +65,7 @@ def initialize(
 
     coordinator: HOST:PORT of process 0.
     processes: the number of processes.
-    process: the number of this process, from 0.
+    process: the index of this process, from 0.
     timeout: seconds to wait for all processes to start.
     heartbeat_timeout: seconds without a sign of life after which a process counts as lost; the
         others then end with exit code 1 and one line that names it.
@@ -102,10 +105,12 @@ def initialize(
 def _find(
     coordinator: str | None, processes: int | None, *, process: int | None, timeout: float
 ) -> tuple[str, int, int, Any]:
-    """Fill the arguments that are None from the environment, by jax's own detection.
+    """Fill in the arguments of `initialize` that are None, by jax's own cluster detection.
 
-    Returns the coordinator's address, the number of processes, the number of this one, and the
-    local device ids (None for all).
+    timeout: seconds for the detection.
+
+    Returns the coordinator's HOST:PORT, the number of processes, the index of this process, and the
+    ids of its local devices (None for all). Raises ValueError if no cluster is recognised.
     """
     from jax._src import clusters
 
@@ -128,16 +133,17 @@ def _find(
 
 
 def _in_use() -> bool:
-    """Whether jax has created its devices already."""
+    """Whether jax has created its devices already, after which processes cannot be joined."""
     from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized()
 
 
 def _start_jax(me: watch.Joined, devices: Any, *, timeout: float) -> None:
-    """Start jax's coordination service, and keep its client in `me`.
+    """Connect this process to jax's coordination service, and keep the service's client in `me`.
 
-    devices: ids of the local devices that this process uses, None for all; timeout: seconds.
+    devices: the ids of the local devices that this process uses, None for all.
+    timeout: seconds to wait for the other processes.
     """
     import jax
     from jax._src import distributed
@@ -159,7 +165,10 @@ def _start_jax(me: watch.Joined, devices: Any, *, timeout: float) -> None:
 
 
 def barrier(timeout: float = _FOREVER) -> None:
-    """Wait until every process is here; all must call this equally often. timeout: seconds."""
+    """Wait until every process has called this; all must call it equally often.
+
+    timeout: seconds.
+    """
     if (me := _joined) is None:
         return
     me.barriers += 1
@@ -171,10 +180,12 @@ def barrier(timeout: float = _FOREVER) -> None:
 
 
 def agree(what: str, value: str) -> None:
-    """Raise ValueError if process 0 holds another value, as the processes would wait for ever.
+    """Raise ValueError if this process has another value than process 0, which would block the run.
 
-    what: the kind of value, for the key and the message; value: its text. All processes must call
-        it.
+    what: the kind of value, such as "arguments", for the key and the message.
+    value: the value as text.
+
+    All processes must call this.
     """
     if (me := _joined) is None:
         return
@@ -186,8 +197,9 @@ def agree(what: str, value: str) -> None:
 
 
 def gather(text: str) -> list[str]:
-    """Collect a text from each process, in order of their numbers; all must call this equally
-    often.
+    """Collect a text from each process, in order of their indices.
+
+    All processes must call this equally often.
     """
     if (me := _joined) is None:
         return [text]
@@ -202,7 +214,7 @@ def gather(text: str) -> list[str]:
 
 
 def propose(number: int) -> int:
-    """Propose a number to all processes, and return the one that was proposed first."""
+    """Propose a number, such as a run's last step; return the first that any process proposed."""
     if (me := _joined) is None:
         return number
     import jax
@@ -213,7 +225,7 @@ def propose(number: int) -> int:
 
 
 def proposed() -> int | None:
-    """The number that `propose` has settled for all processes, or None if there is none yet."""
+    """The number that some process was the first to propose (`propose`), or None so far."""
     if (me := _joined) is None:
         return None
     found = dict(me.client.key_value_dir_get(_PROPOSED.rpartition("/")[0] + "/"))
@@ -221,7 +233,7 @@ def proposed() -> int | None:
 
 
 def first(work: Callable[[], _T]) -> _T:
-    """Do the work in process 0, then in the others, which find what process 0 has produced."""
+    """Call `work` in process 0, then in the others, which find the files process 0 has made."""
     if index():
         barrier()
         return work()
@@ -231,7 +243,7 @@ def first(work: Callable[[], _T]) -> _T:
 
 
 def failed(reason: str, code: int = 1) -> NoReturn:
-    """End this process with an exit code, and tell the reason to the user and the other processes.
+    """End this process with an exit code, and report the reason to the user and to other processes.
 
     If process 0 fails with the same reason, as with a wrong argument of the command, only process 0
     prints it.
@@ -252,17 +264,19 @@ def failed(reason: str, code: int = 1) -> NoReturn:
 
 
 def await_verdict(error: BaseException) -> None:
-    """Wait if an error may come from the loss of another process, until the watch knows which one.
+    """If an error may come from the loss of a process, wait for the watch thread to find out which.
 
-    The watch then ends this process from its own thread; this returns if no process is lost.
+    The watch thread (`watch.look_after`) then ends this process with a message. Returns if no
+    process is lost, or if the error has another cause, so that the caller can report the error.
     """
     if (me := _joined) is not None and _BROKEN.search(str(error)):
         time.sleep(me.heartbeat_timeout + 10)
 
 
 def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
-    """An exception hook for the user's own programs, which does what `command.run` does for
-    commands. `previous`: the hook that prints the traceback.
+    """Return an exception hook for user programs, which ends this process and informs the others.
+
+    previous: the hook that prints the traceback, which is called first.
     """
 
     def hook(
@@ -276,7 +290,10 @@ def _excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _leave(me: watch.Joined, thread: threading.Thread) -> None:
-    """End together with the other processes: jax's service runs in process 0, which ends last."""
+    """At exit, wait for the other processes; process 0, which runs jax's service, ends last.
+
+    thread: the watch thread of this process.
+    """
     import jax
 
     try:

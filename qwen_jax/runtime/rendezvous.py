@@ -16,14 +16,15 @@ _LONGEST = 65536  # bytes of a line, at most
 
 
 class Missing(ValueError):
-    """Processes have not started in time, or do not belong together; the message names them."""
+    """Raised if processes have not started in time or disagree; the message names them."""
 
 
 def hold(coordinator: str, processes: int, *, process: int, timeout: float) -> tuple[str, ...]:
-    """Return the host name of every process, once all have reported.
+    """Meet the other processes at the coordinator's address; return every process's host name.
 
     coordinator: HOST:PORT, where process 0 listens.
-    processes, process: their number, and the number of this one.
+    processes: the number of processes.
+    process: the index of this process.
     timeout: seconds, after which `Missing` is raised.
     """
     host, port = address(coordinator)
@@ -39,7 +40,7 @@ def hold(coordinator: str, processes: int, *, process: int, timeout: float) -> t
 
 
 def address(coordinator: str) -> tuple[str, int]:
-    """Split HOST:PORT or [IPV6]:PORT into host and port. Raises ValueError for anything else."""
+    """Split HOST:PORT or [IPV6]:PORT into host and port. Raises ValueError for other text."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"coordinator {coordinator!r}: write it as HOST:PORT")
@@ -47,7 +48,7 @@ def address(coordinator: str) -> tuple[str, int]:
 
 
 def answers(coordinator: str, timeout: float = 3.0) -> bool:
-    """Whether anything listens at the coordinator's address. timeout: seconds."""
+    """Whether any program listens at `coordinator`, a HOST:PORT. timeout: seconds."""
     try:
         socket.create_connection(address(coordinator), timeout).close()
     except OSError:
@@ -56,10 +57,15 @@ def answers(coordinator: str, timeout: float = 3.0) -> bool:
 
 
 def _listen(port: int, mine: dict[str, Any], *, deadline: float, timeout: float) -> dict[str, Any]:
-    """Process 0: collect reports until every process has reported, then send all the same answer.
+    """In process 0, collect a report from every process, and send all of them the same answer.
 
-    mine: this process's own report; deadline: on the monotonic clock, `timeout` s after the start.
-        The answer has `hosts`, or `error`.
+    port: the port to listen on.
+    mine: this process's own report: `process` (its index), `processes` (their number) and `host`.
+    deadline: the time to stop waiting, in seconds of the monotonic clock.
+    timeout: the seconds from the start to the deadline, for messages.
+
+    Returns the answer: `hosts`, the host name of each process, or `error`, a message. Raises
+    `Missing` if the port cannot be used.
     """
     hosts, lines = {0: mine["host"]}, dict[int, socket.socket]()
     problem = None
@@ -108,9 +114,15 @@ def _server(port: int) -> socket.socket:
 def _report(
     host: str, port: int, *, mine: dict[str, Any], deadline: float, timeout: float
 ) -> dict[str, Any]:
-    """Any other process: report to process 0 until it answers. Arguments as in `_listen`.
+    """Send this process's report to process 0, retrying until it answers, and return the answer.
 
-    It waits for the answer a few seconds longer than process 0 waits for reports.
+    host, port: the address of process 0.
+    mine: the report: `process` (this process's index), `processes` (their number) and `host`.
+    deadline: the time to stop trying, in seconds of the monotonic clock.
+    timeout: the seconds from the start to the deadline, for messages.
+
+    This process waits for the answer a few seconds longer than process 0 waits for reports. If
+    there is no answer, it returns {"error": message}.
     """
     why = "no answer"
     while (left := deadline - time.monotonic()) > 0:
@@ -130,7 +142,12 @@ def _report(
 
 
 def _conflict(report: dict[str, Any], mine: dict[str, Any], hosts: dict[int, str]) -> str | None:
-    """What is wrong with a report, or None. hosts: the host names so far, by process number."""
+    """Describe how the report of another process contradicts process 0, or return None.
+
+    report: the other process's report.
+    mine: process 0's own report.
+    hosts: the host names of the processes that have reported so far, by index.
+    """
     number, host, count = report["process"], report.get("host"), mine["processes"]
     if report.get("processes") != count:
         return (
@@ -148,7 +165,12 @@ def _conflict(report: dict[str, Any], mine: dict[str, Any], hosts: dict[int, str
 
 
 def _missing(hosts: dict[int, str], count: int, *, timeout: float) -> str:
-    """The message that names the processes which have not started."""
+    """Return the error message that names the processes that have not started.
+
+    hosts: the host names of the processes that have started, by index.
+    count: the number of processes.
+    timeout: the seconds that were waited.
+    """
     missing = [str(i) for i in range(count) if i not in hosts]
     there = ", ".join(f"{i} ({host})" for i, host in sorted(hosts.items()))
     verb = "process {} has" if len(missing) == 1 else "processes {} have"
@@ -159,8 +181,9 @@ def _missing(hosts: dict[int, str], count: int, *, timeout: float) -> str:
 
 
 def _connected(line: socket.socket) -> bool:
-    """Whether the other process is still connected. It sends nothing after its report, so a read
-    returns data only when the connection has been closed.
+    """Whether the process at the other end of a connection is still connected.
+
+    It sends nothing after its report, so a read returns at once only if it has hung up.
     """
     line.setblocking(False)
     try:
@@ -172,7 +195,7 @@ def _connected(line: socket.socket) -> bool:
 
 
 def _send(line: socket.socket, value: dict[str, Any]) -> None:
-    """Send one line of JSON; a connection that has failed is ignored."""
+    """Send a value as one line of JSON; errors of the connection are ignored."""
     try:
         line.settimeout(5)
         line.sendall(json.dumps(value).encode() + b"\n")
@@ -181,7 +204,10 @@ def _send(line: socket.socket, value: dict[str, Any]) -> None:
 
 
 def _receive(line: socket.socket, deadline: float) -> dict[str, Any]:
-    """Receive one line of JSON; {} if the other side closes, is too slow or sends other data."""
+    """Receive one line of JSON; {} if the other side closes, is too slow or sends other data.
+
+    deadline: the time to stop waiting, in seconds of the monotonic clock.
+    """
     data = b""
     try:
         while not data.endswith(b"\n") and len(data) < _LONGEST:

@@ -1,7 +1,7 @@
 """Checks and decodes text from outside: arguments, and files in UTF-8.
 
-What is not valid text is refused with a one-line message. The byte order mark that some editors
-write at the start of a file is not part of the text. Nothing here knows what a text is for.
+Invalid text is refused with a one-line message. The byte order mark that some editors write at the
+start of a file is not part of the text. This module does not know what a text is used for.
 """
 
 import codecs
@@ -22,8 +22,9 @@ _MARKS = {
 
 
 def check(name: str, value: Any) -> str:
-    """Return the value as a plain `str`. Raises ValueError that names the argument if it is not
-    text.
+    """Return an argument as a plain `str`. Raises ValueError if it is not text.
+
+    name: the argument's name, for the message.
     """
     if isinstance(value, str):
         return str.__str__(value)  # plain characters, even if it is a subclass such as numpy's
@@ -32,11 +33,13 @@ def check(name: str, value: Any) -> str:
 
 
 def check_whole(name: str, value: Any) -> str:
-    """`check` for text that a model reads: a lone surrogate (half a character) is a ValueError,
-    too.
+    """Return an argument as a plain `str` without lone surrogates, as a model needs it.
 
-    A lone surrogate comes from text that was cut within an emoji, or from bytes that are not UTF-8.
-    Surrogates that form a pair become one character.
+    name: the argument's name, for messages.
+
+    Raises ValueError if the value is not text, or contains a lone surrogate (half a character),
+    which comes from text that was cut within an emoji, or from bytes that are not UTF-8. Surrogates
+    that form a pair become one character.
     """
     text = check(name, value)
     try:
@@ -54,14 +57,14 @@ def check_whole(name: str, value: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """The type and value of an object for a message, short and in one line."""
+    """Format an object's type and value for a message, short and in one line."""
     if value is None:
         return "None"
     return f"{type(value).__name__} {shown(value)}"
 
 
 def shown(value: Any) -> str:
-    """A value for a message, short and in one line."""
+    """Format a value for a message, short and in one line."""
     try:
         return " ".join(reprlib.repr(value).split())
     except ValueError:  # Python refuses to print a number of so many digits
@@ -69,26 +72,28 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    r"""The text with escapes such as `\\udcff` for characters that cannot be encoded, such as bytes
-    of a file name.
-    """
+    """Replace characters that cannot be encoded, such as raw bytes of a file name, by escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def foreign(data: bytes) -> str | None:
-    """The problem with a file whose first bytes mark another encoding, in words; None for UTF-8."""
+    """Return an error message if a file has another encoding's byte order mark, else None.
+
+    data: the bytes of the file.
+    """
     name = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     return name and f"it is {name}: save it as UTF-8"
 
 
 def unmarked(data: bytes) -> bytes:
-    """The bytes of a file without its byte order mark."""
+    """Return the bytes of a file without the UTF-8 byte order mark."""
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decode(data: bytes) -> str:
-    """Decode the bytes of a UTF-8 file. The ValueError says what is wrong and where, but not in
-    which file.
+    """Decode the bytes of a UTF-8 file.
+
+    Raises ValueError with the problem and its position; the caller adds the name of the file.
     """
     if problem := foreign(data):
         raise ValueError(problem)
@@ -104,12 +109,12 @@ def decode(data: bytes) -> str:
 
 
 def _place(data: bytes, at: int) -> str:
-    """A position in a file, for a message."""
+    """Format the position of byte `at` in a file, with its line number, for a message."""
     return f"at byte {at}, in line {data.count(10, 0, at) + 1}"
 
 
 def read(path: str | Path) -> str:
-    """The text of a UTF-8 file, local or remote. Raises ValueError that names the file."""
+    """Read a UTF-8 text file, local or remote. Raises ValueError that names the file."""
     data = paths.parse(path).read_bytes()
     try:
         return decode(data)
@@ -118,7 +123,7 @@ def read(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file. Raises ValueError that names the file if it is not one."""
+    """Read a JSON object from a UTF-8 file. Raises ValueError that names the file otherwise."""
     data = paths.parse(path).read_bytes()
     try:
         value = json.loads(decode(data))

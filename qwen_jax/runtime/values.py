@@ -1,9 +1,9 @@
 """Checks single values from callers and files: numbers, flags, names, objects.
 
 Each function returns the value as a plain Python object, or raises a ValueError of one line with
-the name, the value and what is allowed. `name` is the text before the value, such as "seq_length
-is". True and False are not numbers; a scalar of numpy or jax counts as the Python value in it.
-Nothing here knows what a value is for.
+the name, the value and the allowed values. `name` is the start of that message, such as "seq_length
+is". True and False are not numbers; a scalar of numpy or jax counts as a Python number. This module
+does not know what a value is used for.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)  # iterable, but
 
 @contextlib.contextmanager
 def named(file: Any) -> Iterator[None]:
-    """Prefix the message of a ValueError in the block with the file's name."""
+    """Context manager that puts a file's name before the message of a ValueError in its block."""
     try:
         yield
     except ValueError as error:
@@ -35,14 +35,14 @@ def named(file: Any) -> Iterator[None]:
 
 
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
-    """Check a mapping with text keys, such as a JSON object."""
+    """Check that a value is a mapping with text keys, such as a JSON object, and return it."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must map names to values, got {texts.described(value)}")
     return value
 
 
 def whole(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
-    """Check a whole number, from `least` to `most` if these are given."""
+    """Check that a value is a whole number from `least` to `most`, if given; return an int."""
     plain = _plain(value)
     try:
         found = None if isinstance(plain, bool) else operator.index(plain)
@@ -61,9 +61,10 @@ def from_file(value: Any) -> Any:
 def number(
     name: str, value: Any, *, least: float | None = None, most: float | None = None
 ) -> int | float:
-    """Check a real number, from `least` to `most` if these are given; NaN fails any limit.
+    """Check that a value is a real number, from `least` to `most` if given, and return it.
 
-    An int outside int32 is returned as a float, since jax cannot take it as an int.
+    NaN fails any limit. An int outside int32 is returned as a float, since jax cannot take it as an
+    int.
     """
     plain = _plain(value)
     real = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
@@ -79,7 +80,7 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """Check a bool."""
+    """Check that a value is True or False, and return it as a bool."""
     plain = _plain(value)
     if not isinstance(plain, bool):
         raise ValueError(f"{name} {texts.shown(plain)}: must be true or false")
@@ -87,7 +88,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, *, allowed: Iterable[str], or_none: bool = False) -> None:
-    """Raise ValueError unless the value is one of the allowed texts, or None with `or_none`.
+    """Raise ValueError unless the value is one of the allowed texts, or None if `or_none` is set.
 
     A numpy dtype counts as its name.
     """
@@ -108,17 +109,17 @@ def instance(name: str, value: Any, *, kind: type[_T] | tuple[type[_T], ...]) ->
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of numpy or jax as a Python number; anything else unchanged."""
+    """Return a scalar of numpy or jax as a Python number, and any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _within(value: Any, least: float | None, *, most: float | None) -> bool:
-    """Whether the value is within the limits; exact even for an int that no float holds."""
+    """Whether a number is within the limits, None for no limit; exact even for the largest ints."""
     return (least is None or value >= least) and (most is None or value <= most)
 
 
 def _said(least: float | None, most: float | None) -> str:
-    """The limits in words, for a message."""
+    """Format the limits of a number for a message, such as " from 0 to 5"; "" without `least`."""
     if least is None:
         return ""
     shown = [f"{x:d}" if isinstance(x, int) else f"{x:g}" for x in (least, most) if x is not None]
@@ -126,10 +127,12 @@ def _said(least: float | None, most: float | None) -> str:
 
 
 def ids(name: str, given: Any, *, below: int | None = None) -> list[int]:
-    """Check token ids in any sequence or one-axis array: whole numbers from 0, and less than
-    `below`.
+    """Check token ids, given in any sequence or one-axis array, and return them as a list of ints.
 
-    Raises ValueError for anything else: a float may be the result of rounding, text holds no ids,
+    name: the argument's name, for messages.
+    below: one more than the largest allowed id; None for no limit.
+
+    Raises ValueError for other values: a float may be the result of rounding, text holds no ids,
     and a set or mapping has no order.
     """
     try:

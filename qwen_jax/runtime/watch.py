@@ -2,7 +2,7 @@
 
 A thread asks jax every second which processes live and which have failed. When process 0 ends, a
 thread of jax aborts this process; a signal handler turns the abort into the same line.
-`processes.py` starts both.
+`processes.py` starts the watch thread and installs the handler.
 """
 
 import ctypes
@@ -16,20 +16,23 @@ from typing import Any, NoReturn
 
 from qwen_jax.runtime import rendezvous
 
-FAILED = "qwen_jax/failed/"  # prefix of the keys; then the process's number. Value: the reason
-SECOND = 1.0  # between two queries
+FAILED = "qwen_jax/failed/"  # key prefix before a process's index; the value is the reason
+SECOND = 1.0  # seconds between two queries
 
 
 @dataclasses.dataclass
 class Joined:
-    """What this process knows about the program's processes.
+    """The state of this process as a member of a program of several processes.
 
-    index: the number of this process.
+    index: the index of this process.
     hosts: the host name of each process.
     coordinator: HOST:PORT of process 0.
     heartbeat_timeout: seconds without a sign of life after which a process is lost.
     client: jax's client of its coordination service.
-    barriers, gatherings: how often those operations were called, for their keys.
+    ending: the exit code, once this process is about to end.
+    reason: why this process ends, once that is known.
+    barriers, gatherings: the number of barriers and gatherings so far, which makes their keys
+        unique.
     """
 
     index: int
@@ -43,7 +46,7 @@ class Joined:
     gatherings: int = 0
 
     def name(self, process: int) -> str:
-        """The name of a process for messages, with its host."""
+        """The name of a process for messages, with its host. process: its index."""
         return f"process {process} ({self.hosts[process]})"
 
 
@@ -55,9 +58,9 @@ _last_words = threading.Lock()  # held by the thread that ends the process
 
 
 def look_after(me: Joined) -> None:
-    """Watch the other processes until the program ends.
+    """Watch the other processes, and end this one with one line if any of them fails or is lost.
 
-    Runs in a thread of its own, as the main thread may wait inside jax.
+    Runs in a thread of its own until the program ends, as the main thread may wait inside jax.
     """
     everyone = list(range(len(me.hosts)))
     while me.ending != 0:
@@ -82,13 +85,16 @@ def look_after(me: Joined) -> None:
 
 
 def _reason(me: Joined, failures: dict[str, str]) -> str:
-    """The line for failures that processes have reported: the reason of the first of them."""
+    """Return the line to print when processes have reported failures: the reason of one of them.
+
+    failures: the reported reasons, by key (`FAILED` and the index of the process).
+    """
     key, reason = min(failures.items())
     return f"{me.name(int(key.removeprefix(FAILED)))} has failed: {reason}"
 
 
 def lost_line(me: Joined, lost: list[int]) -> str:
-    """The line for processes that have died without a report. lost: their numbers."""
+    """Return the line to print when processes have died without a report. lost: their indices."""
     names = ", ".join(me.name(i) for i in lost)
     return (
         f"{names} {'has' if len(lost) == 1 else 'have'} died: its own output may say why; the same "
@@ -97,7 +103,7 @@ def lost_line(me: Joined, lost: list[int]) -> str:
 
 
 def _coordinator_gone(me: Joined) -> bool:
-    """Whether nothing listens at process 0's address any more; the port may close a moment late."""
+    """Whether process 0 has stopped listening at its address; its port may close a moment late."""
     if me.index == 0:
         return False
     for _ in range(10):
@@ -108,8 +114,9 @@ def _coordinator_gone(me: Joined) -> bool:
 
 
 def end(me: Joined, line: str, *, together: bool = False) -> NoReturn:
-    """Print the line and end this process at once; its main thread may wait in a collective for
-    ever.
+    """Print an error line, and end this process at once with exit code 1.
+
+    The main thread is not waited for, as it may wait in a collective for ever.
 
     together: all processes live, so wait until each of them knows the reason.
     """
@@ -125,7 +132,7 @@ def end(me: Joined, line: str, *, together: bool = False) -> NoReturn:
 
 
 def meet(me: Joined) -> bool:
-    """Wait up to 3 s until all processes know of a failure; returns whether they do."""
+    """Wait up to 3 s until all processes know of a failure; return whether they do."""
     try:
         me.client.wait_at_barrier("qwen_jax/failed", 3000)
     except Exception:
@@ -136,7 +143,7 @@ def meet(me: Joined) -> bool:
 
 
 def say(me: Joined, line: str) -> None:
-    """Write an error line to stderr, without Python's buffers."""
+    """Write an error line to stderr's file descriptor, past Python's buffers."""
     start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # below a progress bar
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     line = f"{start}error: {' '.join(line.split())}\n"
