@@ -1,9 +1,9 @@
-"""The architecture of a checkpoint: `Config`. `hf_config.py` reads its Hugging Face spelling.
+"""`Config`, the architecture of a model; `hf_config.py` reads it from a Hugging Face config.json.
 
-A Config holds what a checkpoint determines and nothing else: no mesh, no storage dtype, no kernel,
-no batch. It is frozen and hashable, so it can be a static argument of `jax.jit`. Keys of a
-config.json that do not change the mathematics are recognised but not stored; a model directory
-keeps the original file with them (`checkpoint`).
+A Config holds the values that a checkpoint determines and nothing else: no mesh, no storage dtype,
+no kernel, no batch. It is frozen and hashable, so it can be a static argument of `jax.jit`. Keys of
+a config.json that do not change the mathematics are recognised but not stored; a model directory
+keeps the original config.json with them.
 """
 
 import dataclasses
@@ -20,13 +20,27 @@ _MOST_LAYERS = 10_000  # bounds loops over layers, whatever a damaged file says
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The architecture of a model.
+    """The architecture of a model: its sizes, and the options that change the mathematics.
 
-    The comment beside each size is its axis letter.
+    vocab_size: V, the rows of the embedding matrix, padding included.
+    hidden_size, num_layers: D and L.
+    num_heads, num_kv_heads: N query heads and K key/value heads.
+    head_dim: H, the size of a head.
     intermediate_size: the actual FFN width F (a Qwen config.json states twice that).
-    seq_length: the length the model was trained at, which is the threshold of dynamic NTK and LogN.
-    layer_windows: for each layer, the number of last tokens that it attends to, itself included;
-        None is all tokens.
+    norm_eps: the epsilon of RMSNorm.
+    rope_base: the base of the RoPE frequencies.
+    seq_length: the length the model was trained at, beyond which dynamic NTK and LogN have an
+        effect.
+    max_position_embeddings: the number of tokens that the model is meant for.
+    dynamic_ntk, logn: whether RoPE frequencies adapt to the prompt's length, and whether queries
+        beyond `seq_length` are scaled.
+    qkv_bias, qk_norm: whether the QKV projection has biases, and whether queries and keys are
+        normed.
+    tie_embeddings: whether the embedding matrix is also the output head.
+    initializer_range: the standard deviation of fresh weights.
+    layer_windows: for each layer, the number of last tokens that a token attends to, itself
+        included; None is all tokens.
+    rope_scaling: another way to extend the context than dynamic NTK, or None.
     """
 
     vocab_size: int  # V, rows of the embedding, padded rows included
@@ -98,7 +112,7 @@ class Config:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The lengths of the axes of weights, by axis letter (`Q` and `U` are N*H and K*H)."""
+        """The length of each axis of weights by its letter; `Q` is N*H and `U` is K*H."""
         return {
             "V": self.vocab_size,
             "D": self.hidden_size,
@@ -111,7 +125,7 @@ class Config:
         }
 
     def num_params(self) -> int:
-        """The number of weights, padded vocabulary rows included."""
+        """The number of parameters, padded vocabulary rows included."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
@@ -120,38 +134,44 @@ class Config:
         return embeddings + self.num_layers * layer + self.hidden_size
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs per token of a training step at sequences of this length.
+        """The FLOPs per token of a training step on sequences of `length` tokens.
 
-        6 per weight that a token is multiplied with, plus causal attention: scores and weighted
-        values in the forward pass, and twice as much in the backward pass. Recomputation is not
-        counted. A forward pass alone takes a third.
+        These are 6 per weight that a token is multiplied with, plus causal attention: scores and
+        weighted values in the forward pass, and twice as much in the backward pass. Recomputation
+        is not counted. A forward pass alone takes a third.
         """
         keys = sum(self.mean_keys(length, window) for window in self.windows)
         return 6 * self.num_multiplied() + 12 * self.num_heads * self.head_dim * keys
 
     def num_multiplied(self) -> int:
-        """The number of weights that a token is multiplied with: all but an untied input embedding,
-        which is looked up.
+        """The number of weights that each token is multiplied with.
+
+        An untied input embedding is not counted, because it is only looked up.
         """
         table = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
         return self.num_params() - table
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The attention window of each layer in tokens, None for all tokens."""
+        """The attention window of each layer in tokens; None where it is all tokens."""
         return self.layer_windows or (None,) * self.num_layers
 
     @staticmethod
     def mean_keys(length: int, window: int | None) -> float:
-        """The mean number of keys that a token attends to, over a causal sequence of this length.
+        """The mean number of keys that a token attends to in a causal sequence of `length` tokens.
 
-        The diagonal's half key is neglected: without a window it is `length / 2`.
+        window: the attention window in tokens; None for all tokens.
+
+        The diagonal's half key is neglected: without a window the result is `length / 2`.
         """
         seen = length if window is None else min(window, length)
         return seen - seen * seen / (2 * length)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of the KV cache per token. dtype: a float dtype, "int8" or "int8_asymmetric"."""
+        """The bytes of KV cache that one token takes over all layers.
+
+        dtype: the cache's dtype: a float dtype, "int8" or "int8_asymmetric".
+        """
         if dtype not in _CACHE_BYTES:
             raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(_CACHE_BYTES)}")
         each, scales = _CACHE_BYTES[dtype]
@@ -159,11 +179,13 @@ class Config:
 
     @property
     def in_training(self) -> "Config":
-        """This architecture as the original trains it: without dynamic NTK and LogN."""
+        """This architecture without dynamic NTK and LogN, as Qwen's original code trains it."""
         return dataclasses.replace(self, dynamic_ntk=False, logn=False)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
-        """This architecture with some values replaced. overrides: by their Hugging Face names.
+        """Return this architecture with some values replaced.
+
+        overrides: the new values by their Hugging Face names, such as {"use_dynamic_ntk": False}.
 
         Raises ValueError for a name that is not part of the architecture.
         """
@@ -174,9 +196,10 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], file: str | Path = "config.json") -> "Config":
-        """Read the values of a first-generation Qwen config.json, in either of its spellings.
+        """Read the contents of a first-generation Qwen config.json, in either of its spellings.
 
-        hf: its keys, in the current or the August 2023 spelling; file: its name, for messages.
+        hf: the contents, with keys in the current or the August 2023 spelling.
+        file: the name of the file, for messages.
 
         Raises ValueError that names the file and every missing key, or a key or value that is
         unknown and may change the mathematics. Warns in one line of keys that would change answers
@@ -190,13 +213,16 @@ class Config:
 
     @classmethod
     def read(cls, path: str | Path) -> "Config":
-        """Read the architecture from a config.json file. Raises ValueError as `from_hf` does."""
+        """Read the architecture from a config.json file.
+
+        Raises ValueError that names the file and every missing, unknown or invalid key.
+        """
         return cls.from_hf(texts.read_json(path), path)
 
     def to_hf(self) -> dict[str, Any]:
-        """The values of a config.json that `from_hf` reads back as this Config.
+        """Return the contents of a config.json that `from_hf` reads back as this Config.
 
-        Raises ValueError if Qwen's format cannot express the architecture.
+        Raises ValueError if the first-generation Qwen format cannot express the architecture.
         """
         if self.num_kv_heads != self.num_heads or self.qk_norm or not self.qkv_bias:
             raise ValueError("grouped KV heads, QK-norm and bias-free QKV have no Qwen-1 spelling")

@@ -2,8 +2,8 @@
 
 A key is part of the architecture (`KEYS`, `OURS`, or under another name `_ALIASES`), must have the
 one value that this code computes (`_FIXED`), sets a generation option (`_GENERATION`), has no
-effect (`_INERT`), or is refused by name. Knows the names of the fields of `Config`, but not the
-class.
+effect (`_INERT`), or is refused by name. This module knows the names of the fields of `Config`, but
+not the class.
 """
 
 import warnings
@@ -56,7 +56,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
 }
-# Keys that do not change what the model computes: the class that loads it, the original's kernels
+# Keys that do not change what the model computes: the class that loads it, kernel choices
 # and dtypes (which affect rounding only: `load` takes a dtype, and softmax is always in float32
 # here), dropout (off outside training), and bookkeeping of transformers and other libraries.
 # use_cache_kernel has a meaning only together with use_cache_quantization.
@@ -158,7 +158,7 @@ _NOT_DONE = {
 
 
 def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a config.json, with Qwen's keys or their `_ALIASES`, to the fields of `Config`.
+    """Convert the contents of a config.json, in either spelling, to the fields of `Config`.
 
     Raises ValueError that names every missing key, and every key or value that is unknown and may
     change the mathematics.
@@ -193,8 +193,9 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert some keys of the architecture to fields of `Config`. Raises ValueError for other
-    keys.
+    """Convert overrides, by their config.json keys, to fields of `Config`.
+
+    Raises ValueError for a key that is not part of the architecture.
     """
     overrides = _canonical(overrides)
     if unknown := sorted(set(overrides) - set(KEYS) - set(OURS)):
@@ -206,10 +207,10 @@ def read_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation options in a config.json.
+    """Return the generation options, such as top_p, that an old config.json contains.
 
-    A token id that the model has no row for is left out: it is a default of the library that wrote
-    the file.
+    An eos or pad token id beyond the vocabulary is left out: it is a default of the library that
+    wrote the file.
     """
     padded = hf.get("padded_vocab_size")  # then vocab_size is the number of real tokens
     rows = hf.get("vocab_size") if padded is None else padded
@@ -222,7 +223,7 @@ def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beyond(value: Any, rows: Any) -> bool:
-    """Whether an id, or one in a list of ids, is not in a vocabulary of this many rows."""
+    """Whether a token id, or any id of a list, is outside a vocabulary of `rows` entries."""
     ids = value if isinstance(value, list) else [value]
     numbers = all(isinstance(x, int) for x in (*ids, rows))
     return numbers and not all(0 <= x < rows for x in ids)
@@ -240,16 +241,16 @@ def warn(hf: Mapping[str, Any], file: Any) -> None:
 
 
 def spelled(field: str) -> str:
-    """The name of a field of `Config` for a message: its key in a config.json and its own name."""
+    """The name of a field of `Config` for messages: its config.json key, and its own name."""
     key = next((key for key, name in KEYS.items() if name == field), field)
     return field if key == field else f"{key} ({field})"
 
 
 def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys in the current spelling. Raises ValueError if two spellings of one key disagree.
+    """Return the contents of a config.json with each key in its current spelling.
 
-    If there is a `padded_vocab_size`, `vocab_size` is the number of real tokens and not of rows,
-    and is left out.
+    Raises ValueError if two spellings of one key disagree. If there is a `padded_vocab_size`, then
+    `vocab_size` is the number of real tokens, not of embedding rows, and is left out.
     """
     given: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -267,7 +268,7 @@ def _canonical(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_windows(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys without those by which later generations say that no layer has a window."""
+    """Drop keys of later model generations that only say that no layer has a window."""
     says_none: set[str] = set()
     if given.get("use_sliding_window") is False:  # the other two then have no effect
         says_none |= {"use_sliding_window", "sliding_window", "max_window_layers"}
@@ -278,7 +279,7 @@ def _without_windows(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the keys of the architecture that are given to fields of `Config`."""
+    """Convert the architecture's keys that are given in a config.json to fields of `Config`."""
     fields = {field: given[key] for key, field in KEYS.items() if key in given}
     for field in set(fields) - set(REAL):
         fields[field] = values.from_file(fields[field])

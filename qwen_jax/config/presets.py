@@ -6,8 +6,9 @@ from qwen_jax.config import Config
 
 
 def _published(**sizes: Any) -> Config:
-    """A Config with the values that the published models share; `sizes` adds to or replaces
-    them.
+    """Make the Config of a published model.
+
+    sizes: fields of `Config`, which add to or replace the values that the published models share.
     """
     return Config(
         **{

@@ -1,6 +1,6 @@
-"""`RopeScaling`: a variant of RoPE scaling, read from and written to its entry in config.json.
+"""`RopeScaling`, a variant of RoPE for longer contexts, which config.json has as `rope_scaling`.
 
-The formulas are in `rope.py`.
+The formulas are in `model/rope.py`.
 """
 
 import dataclasses
@@ -28,12 +28,19 @@ _MOST = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """A RoPE scaling variant other than the original's dynamic NTK.
+    """The parameters of a RoPE variant for longer contexts, other than Qwen's dynamic NTK.
 
     type: "linear", "ntk", "yarn" or "yarn_paper". "yarn" ramps over the index of the dimension
         pair, as Hugging Face, vLLM and checkpoints trained with it do; "yarn_paper" ramps over the
         number of rotations, as in the paper.
     factor: how many times longer the context becomes.
+    original_max_position_embeddings: the context length before scaling, required for both YaRN
+        types.
+    beta_fast, beta_slow: the rotations within that length at the two ends of YaRN's ramp.
+    attention_factor: YaRN's factor on queries and on keys; None computes it from `factor`.
+    truncate: whether the ends of the ramp are rounded to whole pairs ("yarn" only).
+    mscale, mscale_all_dim: determine the attention factor if both are given and `attention_factor`
+        is not ("yarn" only).
     """
 
     type: str
@@ -83,7 +90,7 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, entry: Any) -> "RopeScaling | None":
-        """Read the `rope_scaling` entry of a config.json; None if it says that there is no scaling.
+        """Read the `rope_scaling` entry of a config.json; None if the entry means no scaling.
 
         A key whose value is null counts as absent. Raises ValueError for an unknown key or value.
         """
@@ -111,9 +118,7 @@ class RopeScaling:
         return cls(**given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `rope_scaling` entry of a config.json, without keys that do not apply to this
-        type.
-        """
+        """Return the `rope_scaling` entry of a config.json, with the keys that this type has."""
         names = ["type", "factor", "original_max_position_embeddings"]
         names += ["beta_fast", "beta_slow", "attention_factor"] if self.type in YARN else []
         names += [] if self.truncate else ["truncate"]
