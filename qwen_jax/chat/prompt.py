@@ -1,9 +1,9 @@
 """Prompts and replies of the two chat formats: "chatml" (chat models) and "raw" (base models).
 
 A prompt is assembled from token ids and never by encoding the finished text: this module places the
-control tokens, and encodes what users and callers wrote as ordinary text, even if it spells a
-control token. It makes the prompt's ids, names the ids that end a reply, and decodes the reply. It
-knows nothing of the model or of sampling.
+control tokens, and encodes text of users and callers as ordinary text, even if it spells a control
+token. It makes the prompt's ids, names the ids that end a reply, and decodes the reply. It knows
+nothing of the model or of sampling.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -28,10 +28,12 @@ def make_context(
 ) -> tuple[str, list[int]]:
     """Build the prompt of one query; returns it as text and as token ids.
 
+    query: the user's text.
     history: pairs (query, reply), oldest first; `turns_of` makes them from messages.
+    system: the text of the system message.
     max_window_size: the newest pairs are kept while the system message and the kept pairs together
         stay below this number of tokens. The query is neither counted nor cut.
-    chat_format: "chatml", or "raw", whose prompt is the query alone; any other raises
+    chat_format: "chatml", or "raw", whose prompt is the query alone. Any other raises
         NotImplementedError.
 
     Raises ValueError that names the argument if a text is not a `str` or has a lone surrogate.
@@ -74,14 +76,14 @@ def make_context(
 
 
 def turns_of(history: History | None, system: str) -> tuple[str, list[tuple[str, str]]]:
-    """Convert a conversation so far to (system, pairs), as `make_context` takes it.
+    """Convert a chat history in either form to (system message, pairs) for `make_context`.
 
     history: pairs (query, reply) of text, or messages {"role": ..., "content": ...} as in the
         OpenAI API, the last of which is a reply.
-    system: used unless the first message has the role "system".
+    system: the system message, used unless the first message has the role "system".
 
-    Tool calls and their results become part of the reply (`tools.turns`). Raises ValueError that
-    describes a valid history for anything else.
+    Tool calls and their results become part of the reply (`tools.turns`). Raises ValueError, which
+    describes a valid history, for any other value.
     """
     system = texts.check_whole("system", system)
     items = _items(history)
@@ -112,8 +114,9 @@ def _items(history: History | None) -> list[Any]:
 
 
 def _pairs(history: History | None) -> list[tuple[str, str]]:
-    """Check a history of pairs. Raises ValueError that names the item that is not a pair of
-    texts.
+    """Check a history of (query, reply) pairs, and return it as a list.
+
+    Raises ValueError that names the item that is not a pair of texts.
     """
     found: list[tuple[str, str]] = []
     for number, item in enumerate(_items(history), 1):
@@ -136,7 +139,10 @@ def _pairs(history: History | None) -> list[tuple[str, str]]:
 
 
 def with_turn(history: History | None, query: str, *, reply: str) -> list[Any]:
-    """The history with one more turn, in its own form: pairs, or messages."""
+    """Return the history with a query and its reply appended, as pairs or as messages.
+
+    history: pairs (query, reply), or messages, which determine the form of the result.
+    """
     past: list[Any] = [] if history is None else list(history)
     if any(isinstance(item, Mapping) for item in past):
         said = (("user", query), ("assistant", reply))
@@ -145,9 +151,9 @@ def with_turn(history: History | None, query: str, *, reply: str) -> list[Any]:
 
 
 def stop_sequences(tokenizer: Tokenizer, chat_format: str) -> tuple[tuple[int, ...], ...]:
-    """The id sequences that end a reply of this format.
+    """Return the sequences of token ids that end a reply in a chat format, "chatml" or "raw".
 
-    An unknown format raises NotImplementedError.
+    Raises NotImplementedError for another format.
     """
     _check_format(chat_format)
     if chat_format == "raw":
@@ -167,9 +173,9 @@ def decode_reply(
 
     ids: the generated ids, without the prompt. They are cut before the first <|endoftext|>, in
         "chatml" also <|im_start|> or <|im_end|>, and before the first of the `stop` sequences.
-    errors: as in `Tokenizer.decode`.
-
-    An unknown format raises NotImplementedError.
+    chat_format: "chatml" or "raw"; another raises NotImplementedError.
+    stop: further sequences of ids that end the reply.
+    errors: the treatment of bytes that are not UTF-8: "replace", "ignore" or "strict".
     """
     _check_format(chat_format)
     reply = values.ids("ids", ids)

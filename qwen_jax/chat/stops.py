@@ -1,7 +1,7 @@
-"""Where a reply ends: ids, and text, that arrive in pieces are cut before a stop.
+"""Cuts generated token ids or text, which arrive in pieces, before the first stop.
 
-A stop is a sequence of ids, or a text. What may still turn out to be the beginning of one is held
-back, so that what is shown never has a part of a stop in it.
+A stop is a sequence of ids, or a text. Output that may still turn out to be the beginning of a stop
+is held back, so that no part of a stop is ever shown.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,9 +12,12 @@ from qwen_jax.runtime import texts, values
 def until_stop(
     parts: Iterable[Iterable[int]], stops: Sequence[Sequence[int]]
 ) -> Iterator[list[int]]:
-    """Ids as they are made, without the stop that ends them.
+    """Yield generated token ids up to the first stop, without the stop.
 
-    As many ids as a stop may still turn out to begin with are held back.
+    parts: the ids in pieces, as they are generated.
+    stops: the sequences of ids that end the output.
+
+    Ids that may still turn out to begin a stop are held back.
     """
     ends = StopIds(stops)
     for part in parts:
@@ -25,10 +28,12 @@ def until_stop(
 
 
 class StopIds:
-    """Ids that arrive in pieces, cut before the first stop, which is a sequence of ids.
+    """Cuts token ids that arrive in pieces before the first stop, which is a sequence of ids.
 
-    `matched`: the stop that has ended them, None while none has. Of stops that end at the same id
-    the longest counts. Ids that a stop may begin with are held back until it is known.
+    matched: the stop that has ended the ids; None so far.
+
+    Of stops that end at the same id the longest counts. Ids that a stop may begin with are held
+    back until more ids decide it.
     """
 
     def __init__(self, stops: Sequence[Sequence[int]]):
@@ -38,7 +43,7 @@ class StopIds:
         self.matched: tuple[int, ...] | None = None
 
     def push(self, ids: Iterable[int]) -> list[int]:
-        """The ids that are known to come before a stop; after one, none."""
+        """Add new ids; return the ids that can no longer be part of a stop ([] after a stop)."""
         for i in ids:
             if self.matched is not None:
                 return []
@@ -53,17 +58,19 @@ class StopIds:
         return text
 
     def flush(self) -> list[int]:
-        """What is held back, when no more ids come; nothing after a stop."""
+        """Return the ids that are held back, when no more ids come. After a stop, return []."""
         rest, self._held = [] if self.matched is not None else self._held, []
         return rest
 
 
 class StopText:
-    """Text that arrives in pieces, cut before the first stop, which is a text.
+    """Cuts text that arrives in pieces before the first stop, which is a text.
 
-    `matched`: the stop that has ended it, None while none has. The stop that is complete first
-    counts, the longest of those that end at the same character, so that the text is the same in
-    whatever pieces it arrives. ValueError for stops that are no texts, or empty.
+    matched: the stop that has ended the text; None so far.
+
+    The stop that is complete first counts, and of stops that end at the same character the longest,
+    so that the result does not depend on the pieces. Raises ValueError for stops that are not text
+    or are empty.
     """
 
     def __init__(self, stops: str | Iterable[str]):
@@ -72,7 +79,7 @@ class StopText:
         self.matched: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that is known to come before a stop; after one, none."""
+        """Add new text; return the text that can no longer be part of a stop ("" after a stop)."""
         if self.matched is not None:
             return ""
         held = self._held + piece
@@ -88,13 +95,16 @@ class StopText:
         return held[:ready]
 
     def flush(self) -> str:
-        """What is held back, when no more text comes; nothing after a stop."""
+        """Return the text that is held back, when no more text comes. After a stop, return ""."""
         rest, self._held = self._held, ""
         return rest
 
 
 def stop_texts(stops: str | Iterable[str]) -> tuple[str, ...]:
-    """Texts that end a row, given as one or several. ValueError for what is none, or empty."""
+    """Check stop texts, given as one text or several, and return them as a tuple.
+
+    Raises ValueError for a stop that is not text or is empty.
+    """
     if isinstance(stops, str):
         stops = (stops,)
     if isinstance(stops, bytes | bytearray | Mapping) or not isinstance(stops, Iterable):
@@ -106,7 +116,7 @@ def stop_texts(stops: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def sequences(stops: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Stops as tuples of ids. ValueError for what is no sequences of ids."""
+    """Check stops given as sequences of token ids; return each as a tuple, or raise ValueError."""
     if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
         raise ValueError(f"stop must be sequences of token ids, got {texts.described(stops)}")
     return [tuple(values.ids("each stop", sequence)) for sequence in stops]

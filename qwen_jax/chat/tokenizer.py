@@ -54,12 +54,14 @@ class Tokenizer:
     ranks: the id of every regular token by its bytes, the expansion included.
     special_tokens: the id of every special token by its text.
     id_to_bytes: the bytes of every id that can be decoded, special tokens included.
+    eod_id, im_start_id, im_end_id: the ids of <|endoftext|>, <|im_start|> and <|im_end|>.
     extra_ids: the ids of <|extra_0|>..<|extra_204|>.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], extra: Mapping[bytes, int] | None = None):
-        """Build a tokenizer from ranks 0..n-1; the special tokens get n..n+207.
+        """Build a tokenizer from n regular tokens; the 208 special tokens get the ids n..n+207.
 
+        ranks: the ids 0..n-1 of the regular tokens, by their bytes.
         extra: the tokens of an expansion, with any free ids; tokens that already exist are skipped.
 
         Raises ValueError if an id is taken, if the ranks lack one of the 256 bytes, or if either
@@ -131,15 +133,15 @@ class Tokenizer:
         allowed_special: Collection[str] = frozenset(),
         disallowed_special: Collection[str] = (),
     ) -> list[int]:
-        """Encode a text, after NFC normalisation.
+        """Encode a text as token ids, after NFC normalisation.
 
         allowed_special: special tokens that are recognised in the text; all others are ordinary
             text.
         disallowed_special: special tokens that must not occur; "all" means all that are not
             allowed.
 
-        Each is a set of special tokens, or "all". Raises ValueError if a name is not a special
-        token, if the text contains a disallowed one, or if it is not a `str`. Lone surrogates
+        Both are a set of special tokens, or "all". Raises ValueError if a name is not a special
+        token, if the text contains a disallowed token, or if it is not a `str`. Lone surrogates
         become U+FFFD.
         """
         text = unicodedata.normalize("NFC", texts.check("text", text))
@@ -180,15 +182,13 @@ class Tokenizer:
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", _handler(errors))
 
     def known_ids(self, size: int) -> np.ndarray:
-        """A bool array [size], True where the id can be decoded, False on rows that pad the
-        vocabulary.
-        """
+        """Return a bool array [size], True for ids that can be decoded, False for padding ids."""
         known = np.zeros(size, dtype=bool)
         known[[i for i in self.id_to_bytes if i < size]] = True
         return known
 
     def _special_set(self, names: Collection[str]) -> set[str]:
-        """Check a set of special tokens, and expand "all"."""
+        """Check a set of names of special tokens; expand "all" to all of them."""
         if isinstance(names, str) and names == "all":
             return set(self.special_tokens)
         if isinstance(names, str | bytes) or not isinstance(names, Iterable):
@@ -206,7 +206,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids that arrive in pieces; all pushes and the flush joined equal one `decode`."""
+    """Decodes ids that arrive in pieces; the joined results equal one `decode` of all ids."""
 
     def __init__(
         self, tokenizer: Tokenizer, errors: str = "replace", skip_special_tokens: bool = False
@@ -217,18 +217,18 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(_handler(errors))
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete; bytes of an unfinished character are held back."""
+        """Decode the next ids; bytes of an unfinished character are held back for the next call."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids, self._skip))
 
     def flush(self) -> str:
-        """Decode what is left of an unfinished character by `errors`, and reset the stream."""
+        """Decode the bytes of an unfinished last character by `errors`, and reset the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def _handler(errors: str) -> str:
-    """Check the name of an error handler now, before there are bytes that need it."""
+    """Check the name of an error handler early; Python does so only when it meets invalid bytes."""
     try:
         codecs.lookup_error(errors)
     except (LookupError, TypeError):
@@ -237,7 +237,10 @@ def _handler(errors: str) -> str:
 
 
 def _ids_by_token(name: str, given: Mapping[bytes, int]) -> dict[bytes, int]:
-    """Check a mapping of tokens to ids here, because tiktoken would panic."""
+    """Check a mapping of tokens to ids, on which tiktoken would otherwise panic.
+
+    name: the argument's name, for messages.
+    """
     if not isinstance(given, Mapping):
         raise ValueError(f"{name} must map tokens (bytes) to ids, got {texts.described(given)}")
     if wrong := [token for token in given if not isinstance(token, bytes) or not token]:
@@ -257,8 +260,10 @@ def _lacks_bytes(ranks: Mapping[bytes, int]) -> str | None:
 
 
 def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
-    """Read the ranks of a vocabulary, and the lines of an expansion that follows in the same
-    file.
+    """Read a vocabulary file: return the rank of each token, and the lines of its expansion.
+
+    An expansion may follow the vocabulary in the same file. Raises ValueError for an invalid line,
+    and for a truncated file.
     """
     ranks: dict[bytes, int] = {}
     expansion: list[Line] = []
@@ -290,15 +295,17 @@ def _read_vocabulary(path: str | Path) -> tuple[dict[bytes, int], list[Line]]:
 
 
 def _is_published(ranks: Mapping[bytes, int]) -> bool:
-    """Whether the ranks begin as those of the published vocabulary do."""
+    """Whether the ranks begin like the published Qwen vocabulary, judged by one of its tokens."""
     return ranks.get(_LANDMARK) == _LANDMARK_RANK
 
 
 def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
-    """Whether a line of this rank is the first of an expansion, whose ids follow the special
-    tokens.
+    """Whether the line with this rank is the first of an expansion.
 
-    If the end of the vocabulary is unknown, only exactly the next id counts: any other is a gap.
+    ranks: the tokens of the lines before it.
+
+    The ids of an expansion follow the special tokens. Unless the vocabulary is the published one,
+    whose end is known, only exactly the first of these ids counts: any other is a gap.
     """
     first = len(ranks) + len(SPECIAL_TOKENS)
     if _is_published(ranks):

@@ -1,7 +1,7 @@
 """Tool descriptions and tool calls as the text that Qwen was trained on: ReAct (arXiv 2210.03629).
 
 Messages come in the form of the OpenAI API. Each question becomes a user turn and a reply, in which
-thoughts, calls, their results and the answer follow each other. Knows no token ids.
+thoughts, calls, their results and the answer follow each other. This module knows no token ids.
 """
 
 import dataclasses
@@ -66,10 +66,11 @@ _ANSWER = "Thought: I now know the final answer.\nFinal Answer: {text}"
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The text of one side in a conversation, in spans.
+    """The text of one turn in a conversation, in spans.
 
     role: "user" or "assistant".
-    spans: (text, whether this side wrote it); in a reply, the results of tools are not its own.
+    spans: pairs (text, whether this role wrote it). In a reply, the results of tools are text that
+        the assistant did not write.
     """
 
     role: str
@@ -83,9 +84,13 @@ class Turn:
 
 @dataclasses.dataclass
 class _Step:
-    """One step of a turn: a tool call, or other text.
+    """One step of a turn: a tool call with its result, or other text.
 
-    id, name: the call's id and its tool's name. waits: whether the call still lacks a result.
+    text: the text of the step, without the result.
+    id: the id of the call.
+    name: the name of the called tool.
+    waits: whether the call still lacks a result.
+    result: the result of the call, or None.
     """
 
     text: str
@@ -96,7 +101,7 @@ class _Step:
 
 
 def _turn(role: str, steps: Sequence[_Step]) -> Turn:
-    """Join the steps of a turn, each call followed by its result."""
+    """Join the steps of a turn into one Turn, with each call's result after it."""
     spans: list[tuple[str, bool]] = []
     for step in steps:
         spans.append((f"\n{step.text}" if spans else step.text, True))
@@ -106,9 +111,9 @@ def _turn(role: str, steps: Sequence[_Step]) -> Turn:
 
 
 def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The text that describes tools to the model, in the original's words.
+    """Return the text that describes tools to the model, in the words of the original Qwen code.
 
-    tools: functions, or {"type": "function", "function": ...}.
+    tools: descriptions of functions, or {"type": "function", "function": ...} with one of them.
 
     Raises ValueError for an object that is not a tool, or has no name.
     """
@@ -135,15 +140,15 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
 def turns(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[str | None, list[Turn]]:
-    """Convert a conversation to (system message or None, turns).
+    """Convert messages of the OpenAI API to (system message or None, turns).
 
     messages: {"role": ..., "content": ...}, with the roles system (first only), user, assistant,
         and tool or function for results. An assistant's calls are in `tool_calls`, or in the older
         `function_call`. Results follow their calls, and are matched by `tool_call_id`, by name, or
         in order.
-    tools: as in `instruction`; their description goes before the first user message, as in the
-        original's fine-tuning examples. Every reply is trained, so none may call a tool that is not
-        described before it. (The original's server only needs the next reply, and puts the
+    tools: descriptions of functions, as `instruction` takes them. They go before the first user
+        message, as in Qwen's fine-tuning examples. Every reply is trained, so none may call a tool
+        that is not described before it. (Qwen's server only needs the next reply, and puts the
         description into the last turn but one.)
 
     Raises ValueError that names the message for an unknown role, an impossible order, a wrong
@@ -192,10 +197,13 @@ def turns(
 
 
 def check_read(what: str, message: Mapping[str, Any], *, read: Collection[str]) -> None:
-    """Raise ValueError for a key outside `read` whose content the conversation would lose.
+    """Raise ValueError if a message has content in a key that the caller does not read.
 
-    what: the message's name for errors. An unknown key only causes a warning; empty values (not
-        `given`) and metadata are ignored.
+    what: the name of the message, for errors.
+    read: the keys that the caller reads.
+
+    Without the error the content would be lost. A key that is entirely unknown only causes a
+    warning; metadata and empty values are ignored.
     """
     for key, value in message.items():
         if key in read or key in _NOTES or not given(value):
@@ -213,7 +221,7 @@ def check_read(what: str, message: Mapping[str, Any], *, read: Collection[str]) 
 def given(value: Any) -> bool:
     """Whether a value is more than null, NaN, false, 0, empty text, or nested containers of these.
 
-    Parquet and pandas fill fields with such values where other rows have more.
+    Parquet and pandas fill fields with such values where other records have more.
     """
     left = [value]
     while left:
@@ -230,7 +238,15 @@ def given(value: Any) -> bool:
 
 
 def _answered(steps: Sequence[_Step], message: Mapping[str, Any], *, number: int) -> None:
-    """Store a tool's result at its call: by id, or without ids by name, or else the next call."""
+    """Store a tool's result in the step of its call, found by id, by name, or in order.
+
+    steps: the steps of the assistant's turn.
+    message: the message with the result.
+    number: the number of the message, from 1, for errors.
+
+    A call with the same id comes first; without ids, a call of the same name, and else the next
+    call. Raises ValueError if no call waits for a result.
+    """
     waiting = [step for step in steps if step.waits]
     wanted, name = message.get("tool_call_id") or None, message.get("name")
     by_id = [step for step in waiting if wanted is not None and step.id == wanted]
@@ -243,6 +259,9 @@ def _answered(steps: Sequence[_Step], message: Mapping[str, Any], *, number: int
 
 def _reply(message: Mapping[str, Any], number: int, *, with_tools: bool) -> list[_Step]:
     """Convert an assistant's message to steps: its tool calls, or its answer.
+
+    number: the number of the message, from 1, for errors.
+    with_tools: whether tools are described, so that an answer is written in ReAct's form.
 
     Content beside calls becomes the thought before the first call.
     """
@@ -285,7 +304,7 @@ def _function(value: Any, what: str) -> Mapping[str, Any]:
 
 
 def _json(value: Any, what: str) -> str:
-    """The value as JSON. Raises ValueError that starts with `what`, its name."""
+    """Format a value as JSON. Raises ValueError that starts with `what`, the value's name."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:  # such as a date out of Parquet
@@ -293,7 +312,11 @@ def _json(value: Any, what: str) -> str:
 
 
 def _content(message: Mapping[str, Any], number: int, *, needed: bool = True) -> str:
-    """The text of a message; parts of type "text" are joined. needed: whether null is an error."""
+    """Return the text of a message; content parts of type "text" are joined.
+
+    number: the number of the message, from 1, for errors.
+    needed: whether a null content raises ValueError; otherwise it is "".
+    """
     content = message.get("content")
     if isinstance(content, list):
         parts = [part if isinstance(part, Mapping) else {} for part in content]
@@ -313,7 +336,7 @@ def _content(message: Mapping[str, Any], number: int, *, needed: bool = True) ->
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    """The items of a list or another iterable of objects."""
+    """Return a list or other iterable of objects as a list. Raises ValueError for other values."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of objects, got {texts.described(values)}")
     return list(values)
