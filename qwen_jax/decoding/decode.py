@@ -1,9 +1,9 @@
 """Generation on the devices, from prompts to new tokens: chunked prefill and the decode loop.
 
-Prompts are left-padded, so that all rows end together. A prompt runs in chunks of a few fixed
-lengths (`buckets`), a few blocks at a time through one compiled program. Decoding is one program
-that loops over tokens until every row has ended, so nothing is traced again as the sequence grows.
-Nothing here knows of text or files.
+Prompts are left-padded, so that all sequences of a batch end together. A prompt runs in chunks of a
+few fixed lengths (`buckets`), a few blocks at a time through one compiled program. Decoding is one
+program that loops over tokens until every sequence has ended, so nothing is traced again as they
+grow. Nothing here knows of text or files.
 """
 
 import collections
@@ -35,11 +35,11 @@ STRIDE = 32  # the most tokens that one call of the decode program generates
 
 @struct.dataclass
 class Rules:
-    """Which tokens may be generated, and when a row ends. All rows of a call share them.
+    """The token ids that may be generated, and the stops that end a sequence of a batch.
 
     allowed: bool [V], True for ids that may be generated.
-    stops: int32 [n, M], token sequences that end a row, filled up on the left with -1.
-    pad: int32 [], the token written after a row has ended.
+    stops: int32 [n, M], the ids of each stop, filled up on the left with -1.
+    pad: int32 [], the token id written after a sequence has ended.
     """
 
     allowed: jax.Array
@@ -52,13 +52,13 @@ class DecodeState:
     """The state of a batch between two decode steps.
 
     cache: the KV cache.
-    frequencies: float32 [B, H/2], the RoPE frequencies of each row.
+    frequencies: float32 [B, H/2], the RoPE frequencies of each sequence.
     token: int32 [B], the last chosen tokens, not yet fed to the decoder.
-    seen: bool [B', V], the ids that each row contains, partitioned as by `unseen`.
-    recent: int32 [B, M], the last new tokens of each row, to be compared with stops.
-    done: bool [B], whether a row has ended.
-    fault: int32 [B], 0, or the code in `sampling.FAULTS` that ended the row.
-    seeds: uint32 [B], the sampling seed of each row.
+    seen: bool [B', V], the ids that each sequence contains; B' is B rounded up (`unseen`).
+    recent: int32 [B, M], the last new tokens of each sequence, to be compared with stops.
+    done: bool [B], whether a sequence has ended.
+    fault: int32 [B], 0, or the code in `sampling.FAULTS` that ended the sequence.
+    seeds: uint32 [B], the sampling seed of each sequence.
     step: int32 [], the number of tokens chosen so far.
     """
 
@@ -74,7 +74,7 @@ class DecodeState:
 
 
 def make_rules(allowed: np.ndarray, stops: Sequence[Sequence[int]], *, pad: int) -> Rules:
-    """Make rules from host values. Stops may differ in length, but none is empty."""
+    """Make `Rules` from a bool array [V], stops as id sequences (none empty), and the pad id."""
     longest = max((len(stop) for stop in stops), default=1)
     table = np.full((len(stops), longest), -1, np.int32)
     for row, stop in zip(table, stops, strict=True):
@@ -83,13 +83,13 @@ def make_rules(allowed: np.ndarray, stops: Sequence[Sequence[int]], *, pad: int)
 
 
 def buckets() -> list[int]:
-    """Return the lengths of prefill chunks. Longer ones pay off where a pass starts cheaply."""
+    """Return the lengths in tokens that a prefill chunk can have, in ascending order."""
     longest = 512 if jax.default_backend() == "cpu" else 2048
     return [_SHORTEST * 2**i for i in range((longest // _SHORTEST).bit_length())]
 
 
 def plan(prompt: int, new: int) -> tuple[list[int], int]:
-    """Return the chunk lengths for a prompt of `prompt` tokens, and its cache's number of slots.
+    """Return the chunk lengths for `prompt` tokens, and the slots to cache these and `new` more.
 
     The first chunk takes the remainder, left-padded to a bucket. Capacities come in quarters of a
     power of two, so that few programs serve all lengths and at most a quarter is wasted.
@@ -115,12 +115,12 @@ def prefill(
     attend: Attend,
     cache_dtype: str | None = None,
 ) -> DecodeState:
-    """Run left-padded prompts through the decoder and choose the first new token of each row.
+    """Run left-padded prompts through the decoder, and choose the first new token of each.
 
-    tokens, lengths: int [B, T], and the number of real tokens in each row, [B].
-    frequencies, seeds: the RoPE frequencies [B, H/2] and the sampling seed [B] of each row.
-    new: the number of tokens to be generated in all, the first included. It sizes the cache.
-    cache_dtype: as `kind` of `cache.empty`.
+    tokens, lengths: int [B, T], and the number of real tokens in each sequence, [B].
+    frequencies, seeds: each sequence's RoPE frequencies [B, H/2] and sampling seed [B].
+    new: the number of tokens to generate in all, the first included. It sizes the cache.
+    cache_dtype: "int8" or "int8_asymmetric" for an 8-bit KV cache; None for the decoder's dtype.
     """
     chunks, capacity = plan(int(lengths.max()), new)
     total, (batch, width) = sum(chunks), tokens.shape
@@ -170,15 +170,14 @@ def decode(
     new: int,
     at_once: int = STRIDE,
 ) -> Iterator[np.ndarray]:
-    """Yield new tokens as they are generated, `new` for each row in all.
+    """Yield new tokens as they are generated, `new` in all for each sequence.
 
-    The first array is int32 [B, 1], the tokens that `prefill` chose; later ones are int32 [B, n], n
-    at most `at_once`. Ends early when every row has met a stop. The state passed in is donated.
+    The first array is int32 [B, 1], the tokens that `prefill` chose; later arrays are int32 [B, n],
+    n at most `at_once`. Ends early when every sequence has met a stop. `state` is donated.
 
     The device works one stride ahead of the host, which fetches and uses the tokens of one stride
-    while the next one runs; if every row has ended, that one does nothing.
-
-    Raises ValueError if no token can be chosen for a row, after all earlier tokens were yielded.
+    while the next one runs; if every sequence has ended, the next stride does nothing. Raises
+    ValueError if no token can be chosen for a sequence, after yielding all earlier tokens.
     """
     leaves, tree = jax.tree.flatten(decoder)  # once: a module of 80 layers takes 1.5 ms
     chosen = _report(state.token[:, None], np.int32(1), done=state.done, fault=state.fault)
@@ -220,9 +219,9 @@ def run_stride(
     tree: Any,
     attend: Attend,
 ) -> tuple[DecodeState, jax.Array]:
-    """Decode up to `limit` tokens, at most STRIDE. Returns the new state, and its `_report`.
+    """Decode up to `limit` tokens, at most STRIDE, with a flattened decoder (`leaves` and `tree`).
 
-    leaves, tree: the flattened decoder.
+    Returns the new state, and int32 [B, STRIDE + 3]: tokens, their number, `done` and `fault`.
     """
     decoder: Decoder = tree.unflatten(leaves)
     tokens = jnp.broadcast_to(rules.pad, (state.token.shape[0], STRIDE))
@@ -256,9 +255,9 @@ def run_stride(
 def _report(
     tokens: jax.Array, written: jax.Array, *, done: jax.Array, fault: jax.Array
 ) -> jax.Array:
-    """Pack the results of a stride into one replicated array for the host, int32 [B, n + 3].
+    """Join the results of a stride in one replicated array for the host, int32 [B, n + 3].
 
-    Columns: the tokens [B, n], the number of them that are written, and each row's done and fault.
+    The columns are the tokens [B, n], the number of tokens written, `done` and `fault`.
     """
     rows = jax.reshard(jnp.broadcast_to(written, done.shape), sharding.spec("B"))
     columns = jnp.stack([rows, done.astype(jnp.int32), fault], axis=1)
@@ -269,16 +268,16 @@ def _report(
 def _first(
     head: Weight, last: jax.Array, *, state: DecodeState, rules: Rules, sampler: Sampler
 ) -> DecodeState:
-    """Choose the first new token, given the head alone and a state without its cache."""
+    """Choose the first new tokens from the prefill's last hidden states, [B, T, D]."""
     return choose(model.logits(last[:, -1:], head)[:, 0], state, rules=rules, sampler=sampler)
 
 
 def choose(
     logits: Float[Array, "B V"], state: DecodeState, *, rules: Rules, sampler: Sampler
 ) -> DecodeState:
-    """Choose the next token of each row from logits [B, V], or `pad` if the row has ended.
+    """Choose the next token of each sequence from logits [B, V], or `pad` if it has ended.
 
-    Returns the state with these tokens, and with the rows marked that end by them.
+    Returns the state with these tokens, in which the sequences that they end are marked as done.
     """
     rows = sharding.spec("BT")
 
@@ -291,8 +290,8 @@ def choose(
         allowed: jax.Array,
         sampler: Sampler,
     ) -> tuple[jax.Array, jax.Array]:
-        """Choose each row's token and fault, and mark the token in `seen`. Every device draws for
-        some rows and holds all their logits, so results do not depend on the mesh.
+        """Choose each sequence's token and fault, and mark the token in `seen`. Every device draws
+        for some sequences and holds all their logits, so results do not depend on the mesh.
         """
         count, seeds = len(seeds), moves.own_rows(seeds)
         logits = jnp.where(allowed, moves.whole_rows(logits), -jnp.inf)
@@ -322,16 +321,17 @@ def choose(
 def positions(
     start: Int[Array, " B"], index: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return positions and segments of the next tokens, int32 [B, length]. Segment 0 is padding."""
+    """Return positions and segments of the next tokens, int32 [B, length]; segment 0 is padding.
+    The cache slot of each sequence's first token is `start`, and of the next token `index`.
+    """
     places = index + jnp.arange(length, dtype=jnp.int32) - start[:, None]
     return places, (places >= 0).astype(jnp.int32)
 
 
 def unseen(batch: int, vocab_size: int) -> jax.Array:
-    """Make the array that marks the ids in each row, bool [B', V], all False.
+    """Make the array that marks the ids that each sequence contains, bool [B', V], all False.
 
-    Its rows are split over every device of the mesh, as the sampler takes them. B' is B, rounded up
-    so that it divides.
+    Its first axis is split over all devices, as the sampler takes it; B' is B rounded up to fit.
     """
     shape = (sharding.padded_rows(batch), vocab_size)
     return jnp.zeros(shape, bool, out_sharding=sharding.rows_spec(2))
@@ -339,7 +339,7 @@ def unseen(batch: int, vocab_size: int) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="seen")
 def _mark(seen: jax.Array, tokens: jax.Array, *, segments: jax.Array) -> jax.Array:
-    """Mark the tokens of a chunk, int32 [B, T], in `seen`, except padding (segment 0)."""
+    """Mark the tokens of a prompt chunk, int32 [B, T], in `seen`, except padding (segment 0)."""
 
     @jax.shard_map(out_specs=sharding.rows_spec(2), check_vma=False)
     def local(seen: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:

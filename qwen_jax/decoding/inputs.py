@@ -1,6 +1,7 @@
-"""Callers' arguments as checked host arrays: token ids, masks, stops, seeds and NTK alphas.
+"""Checks callers' arguments and makes host arrays of them: token ids, masks, stops, seeds, alphas.
 
-Each mistake raises a ValueError of one line that names the argument, its value and what is allowed.
+Each mistake raises a ValueError of one line that names the argument, its value and the allowed
+values.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -18,10 +19,11 @@ Stops = Sequence[int] | Sequence[Sequence[int]]  # ids, or sequences of ids, tha
 def rows(
     tokens: Tokens, mask: ArrayLike | None, *, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Check prompts. Returns them as int32 [B, T], left-padded with 0, and each row's length, [B].
+    """Check prompts; return them as int32 [B, T], left-padded with 0, and their lengths, [B].
 
-    tokens: rows of ids; rows of unequal length are padded here.
-    mask: [B, T], 1 where a token is real, for rows of one length that are padded already.
+    tokens: the token ids of each prompt; prompts of unequal length are padded here.
+    mask: [B, T], 1 where a token is real, for prompts of one length that are padded already; or
+        None.
     vocab_size: one more than the largest allowed id.
     """
     _refuse_text(tokens)
@@ -53,7 +55,7 @@ def rows(
 
 
 def _array(tokens: Any) -> tuple[Any, bool]:
-    """Return tokens as an array and False, or rows of unequal length as a list and True."""
+    """Return prompts as (an array, False), or if their lengths differ as (a list, True)."""
     try:
         found = np.asarray(tokens)
     except ValueError:
@@ -64,7 +66,11 @@ def _array(tokens: Any) -> tuple[Any, bool]:
 
 
 def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad rows of unequal length on the left with 0: int32 [B, T], and their lengths, [B]."""
+    """Pad prompts of unequal length on the left with 0; return int32 [B, T] and the lengths, [B].
+
+    given: the token ids of each prompt.
+    vocab_size: one more than the largest allowed id.
+    """
     each = [
         values.ids(f"tokens, row {row}", one, below=vocab_size) for row, one in enumerate(given)
     ]
@@ -78,7 +84,7 @@ def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_text(tokens: object) -> None:
-    """Raise ValueError for texts or messages in place of ids, naming the method that takes them."""
+    """Raise ValueError if tokens are texts or messages, and name the method that takes these."""
     first = tokens
     if isinstance(tokens, list | tuple | np.ndarray) and len(tokens):
         first = tokens[0]
@@ -107,7 +113,7 @@ def _mask(given: ArrayLike) -> np.ndarray:
 
 
 def alphas(ntk_alpha: ArrayLike, rows: int) -> np.ndarray:
-    """Return the NTK alpha of each row, float64 [rows], from one number or one for each row."""
+    """Return each sequence's NTK alpha, float64 [rows], from one number or one per sequence."""
     try:
         found = np.asarray(ntk_alpha)
         if found.dtype.kind in "bcSUOMm" or found.shape not in ((), (rows,)):
@@ -121,7 +127,10 @@ def alphas(ntk_alpha: ArrayLike, rows: int) -> np.ndarray:
 
 
 def stops(stop: Stops, vocab_size: int) -> list[tuple[int, ...]]:
-    """Return stops as sequences of ids, from ids or sequences of ids."""
+    """Check stops, given as token ids or sequences of ids, and return each as a tuple of ids.
+
+    vocab_size: one more than the largest allowed id.
+    """
     words = isinstance(stop, str | bytes | bytearray | memoryview | Mapping)
     given = [] if words or not isinstance(stop, Iterable) else list(stop)
     hint = ""
@@ -140,7 +149,7 @@ def stops(stop: Stops, vocab_size: int) -> list[tuple[int, ...]]:
 
 
 def seeds(seed: Any, batch: int) -> np.ndarray:
-    """Return each row's seed, uint32 [batch], modulo 2**32, from one number or one per row."""
+    """Return each sequence's seed, uint32 [batch], modulo 2**32, from one number or one each."""
     several = isinstance(seed, Iterable) and not isinstance(seed, values.NO_SEQUENCE)
     given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]
     if len(given) not in (1, batch):
@@ -150,8 +159,9 @@ def seeds(seed: Any, batch: int) -> np.ndarray:
 
 
 def prompts(given: Iterable[str]) -> list[Any]:
-    """Prompts that are given as several texts, each still to be checked. ValueError that says what
-    takes ids, or messages.
+    """Return several prompts as a list, whose items are still to be checked.
+
+    Raises ValueError for token ids or messages, and names the method that takes these.
     """
     if isinstance(given, bytes | bytearray | Mapping | Set) or not isinstance(given, Iterable):
         raise ValueError(f"prompts must be a text, or texts, got {texts.described(given)}")

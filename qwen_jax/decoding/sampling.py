@@ -1,8 +1,8 @@
 """Samplers, which choose the next token from logits. They know nothing of models or tokenizers.
 
-A sampler is a pytree of numbers, so that a changed temperature compiles nothing again. The order is
-the original's: repetition penalty, temperature, top-k, top-p. Rows are whole and independent of
-each other; nothing here knows of devices.
+A sampler is a pytree of numbers, so that a changed temperature compiles nothing again. The settings
+apply in the order of the original PyTorch code: repetition penalty, temperature, top-k, top-p. Each
+sequence has all its logits and is independent of the others; nothing here knows of devices.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,22 @@ FAULTS = {
 
 @struct.dataclass
 class Greedy:
-    """Chooses the largest logit, after the repetition penalty (1 = none)."""
+    """Chooses the token with the largest logit, after the repetition penalty.
+
+    repetition_penalty: divides positive logits of tokens already in the sequence, and multiplies
+        negative ones; 1 changes nothing.
+    """
 
     repetition_penalty: float = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for a setting out of range."""
+        """Raise ValueError if the repetition penalty is out of range."""
         _check_penalty(self.repetition_penalty)
 
     def scores(self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]) -> jax.Array:
         """Return the logits after the repetition penalty, float32 [B, V].
 
-        seen: bool [B, V], the ids that the row already contains.
+        seen: bool [B, V], True for ids that the sequence already contains.
         """
         return _penalise(logits, seen, penalty=self.repetition_penalty)
 
@@ -50,7 +54,11 @@ class Greedy:
         seeds: UInt[Array, " B"],
         step: Int[Array, ""],
     ) -> jax.Array:
-        """Choose a token for each row: int32 [B]."""
+        """Choose the next token of each sequence, int32 [B].
+
+        seen: True for ids that the sequence already contains.
+        seeds, step: have no effect, as nothing is drawn.
+        """
         return jnp.argmax(self.scores(logits, seen), axis=-1).astype(jnp.int32)
 
 
@@ -58,10 +66,10 @@ class Greedy:
 class Nucleus:
     """Draws from the smallest set of most likely tokens that holds `top_p` of the probability.
 
-    temperature: above 0.
+    temperature: above 0; divides the logits.
     top_k: keep only the k most likely tokens, and ties with the last of them; 0 keeps all.
     top_p: in [0, 1] (Holtzman et al., arXiv 1904.09751).
-    repetition_penalty: divides positive logits of tokens already in the row, and multiplies
+    repetition_penalty: divides positive logits of tokens already in the sequence, and multiplies
         negative ones (Keskar et al., arXiv 1909.05858).
     """
 
@@ -71,7 +79,7 @@ class Nucleus:
     repetition_penalty: float = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for a setting out of range."""
+        """Raise ValueError if a setting is out of range."""
         _check_penalty(self.repetition_penalty)
         temperature = values.number("temperature", self.temperature)
         if not 0 < temperature <= _LARGEST:
@@ -87,7 +95,9 @@ class Nucleus:
     def scores(self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]) -> jax.Array:
         """Return the logits of the distribution that tokens are drawn from, float32 [B, V].
 
-        Tokens that are cut off have -inf. Arguments as for `Greedy.scores`.
+        seen: bool [B, V], True for ids that the sequence already contains.
+
+        Tokens that are cut off by top-k or top-p have -inf.
         """
         logits = _divide(_penalise(logits, seen, penalty=self.repetition_penalty), self.temperature)
 
@@ -113,9 +123,13 @@ class Nucleus:
         seeds: UInt[Array, " B"],
         step: Int[Array, ""],
     ) -> jax.Array:
-        """Draw a token for each row, int32 [B].
+        """Draw the next token of each sequence, int32 [B].
 
-        A draw depends only on the row's seed, uint32 [B], the step, and the row's logits.
+        seen: True for ids that the sequence already contains.
+        seeds: the seed of each sequence.
+        step: the number of tokens chosen before.
+
+        A draw depends only on the sequence's own seed, the step, and the sequence's logits.
         """
 
         def noise(seed: jax.Array) -> jax.Array:
@@ -132,10 +146,12 @@ Sampler = Greedy | Nucleus
 def faults(
     sampler: Sampler, logits: Float[Array, "B V"], *, seen: Bool[Array, "#B #V"]
 ) -> jax.Array:
-    """Find the rows for which no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
+    """Return for each sequence why no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
 
-    Arguments as for `scores`. A logit of -inf forbids an id and is no fault. Logits that overflow
-    through the repetition penalty count as infinite.
+    seen: True for ids that the sequence already contains.
+
+    A logit of -inf forbids an id and is no fault. Logits that overflow through the repetition
+    penalty count as infinite.
     """
     logits = _penalise(logits, seen, penalty=sampler.repetition_penalty)
     broken = jnp.any(~(logits < jnp.inf), axis=-1)  # also True for NaN
@@ -157,10 +173,10 @@ def _penalise(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Arra
 
 
 def _divide(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """Divide logits by a temperature, or shift them too where that would overflow.
+    """Divide logits by a temperature, after a shift of logits whose quotient would overflow.
 
-    Probabilities are the same. Temperatures below float32's smallest normal number act as that
-    number, and beyond `_HOTTEST` all probabilities are equal.
+    The shift does not change the probabilities. Temperatures below float32's smallest normal number
+    act as that number, and beyond `_HOTTEST` all probabilities are equal.
     """
     temperature = jnp.clip(temperature, _TINY, _HOTTEST)
     largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -172,12 +188,12 @@ def _divide(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
 def _where_on(
     on: jax.Array | bool, cut: Callable[[jax.Array], jax.Array], *, logits: jax.Array
 ) -> jax.Array:
-    """Apply `cut` to the logits if a setting is on; otherwise the program skips its work."""
+    """Apply the filter `cut` to the logits if `on` is true; otherwise skip its computation."""
     return jax.lax.cond(on, cut, lambda logits: logits, logits)
 
 
 def _keep_largest(logits: jax.Array, weights: jax.Array, *, target: jax.Array | float) -> jax.Array:
-    """Set all but the fewest largest logits whose weights sum to at least `target` to -inf.
+    """Keep the fewest largest logits whose weights sum to at least `target`; others become -inf.
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
     instead of a sort of the vocabulary, on any sharding of it. Equal logits are kept together.
