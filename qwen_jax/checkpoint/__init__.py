@@ -1,6 +1,7 @@
 """Model directories: loading, saving, inspecting them, and checking that they are complete.
 
-`load` and `save` move a decoder to and from the current mesh. Importing this room starts no jax.
+`load` and `save` move a decoder to and from the current mesh. Importing this package does not
+import jax.
 """
 
 from qwen_jax.checkpoint.directory import CheckpointError, verify_whole

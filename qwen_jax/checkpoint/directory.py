@@ -1,7 +1,7 @@
 """The files of a model directory: their names, the manifest, and the check that it is complete.
 
 `manifest.json` is written last and holds the size of every file under params/. A directory without
-it is unfinished, whatever it contains. Nothing here knows jax, or the content of a leaf.
+it is unfinished, whatever it contains. This module knows neither jax nor the values of the weights.
 """
 
 import importlib.metadata
@@ -20,33 +20,34 @@ GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 PARAMS = "params"
 TOKENIZER = "qwen.tiktoken"
-RUN = "run.json"  # of a training run, in whose folder its results are
-_ADAPTER_CONFIG = "adapter_config.json"  # of an adapter in PEFT's format
-_NESTED = 3  # folders between a run or a model and a part of it that may be given by mistake
+RUN = "run.json"  # marks the folder of a training run and its results
+_ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter in PEFT's format
+_NESTED = 3  # levels above a path at which the intended model or run is looked for
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"  # OWNER/NAME of a model on the Hugging Face hub
 UNFINISHED = "unfinished.json"  # exists while a conversion or a save is running
 FORMAT = 2  # in format 1, leaves had an axis for heads
 # Files copied beside the weights: configuration, vocabularies, licence, and the auto_map's code.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
-ORIGIN = "origin"  # in the manifest of a conversion: where others find the checkpoint
+ORIGIN = "origin"  # manifest key: where the converted checkpoint came from
 SAVED_BY = "qwen_jax.checkpoint.save"
 _MAKE_ONE = "`python convert/from_hf.py SRC DIR` makes one of a Hugging Face checkpoint"
 
 
 class CheckpointError(ValueError):
-    """A model directory that cannot be used; the message says what to do."""
+    """Raised for a model directory that cannot be used; the message says what to do."""
 
 
 def config_at(path: str | Path) -> Path | None:
-    """Return the config.json that a path names, or that lies in the folder it names, or None."""
+    """Return the config.json at a path, which may name the file or its folder; None without one."""
     named = paths.parse(path)
     return next((x for x in (named / CONFIG, named) if x.is_file()), None)
 
 
 def existing(path: str | Path) -> Path:
-    """The absolute path of a folder with a config.json. Raises CheckpointError if it is not one,
-    which says what the path is instead and what to give in its place.
+    """Return the absolute path of a model directory, checking only that it has a config.json.
+
+    Raises CheckpointError otherwise, which says what the path is instead and which path to give.
     """
     root = paths.absolute(path)
     if not root.is_dir():
@@ -58,8 +59,10 @@ def existing(path: str | Path) -> Path:
 
 
 def finished(path: str | Path) -> Path:
-    """The model directory at `path`, which has its manifest; its files are not looked at. Raises
-    CheckpointError as `existing` does.
+    """Return the absolute path of a model directory, checking that it has config.json and manifest.
+
+    No other file is looked at. Raises CheckpointError otherwise, which says what the path is
+    instead and which path to give.
     """
     root = existing(path)
     if not (root / MANIFEST).exists():
@@ -70,8 +73,8 @@ def finished(path: str | Path) -> Path:
 def verify_whole(path: str | Path) -> dict[str, Any]:
     """Check that a model directory is complete, each file with its full size; returns its manifest.
 
-    Raises CheckpointError otherwise. The contents are not read; the converters' `--verify` does
-    that.
+    Raises CheckpointError otherwise. The values in the files are not compared; the option
+    `--verify` of convert/from_hf.py does that.
     """
     root = finished(path)
     manifest = read_json(root / MANIFEST)
@@ -91,7 +94,7 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
 
 
 def _why_no_manifest(root: Path) -> str:
-    """The message for a directory without a manifest: what it seems to be, and what to do."""
+    """Explain a directory without a manifest, for an error: what it seems to be, and what to do."""
     if (root / UNFINISHED).exists():
         if read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
             return (
@@ -106,9 +109,10 @@ def _why_no_manifest(root: Path) -> str:
 
 
 def origin(root: Path) -> dict[str, str]:
-    """Return what a model directory was converted from: its `name`, which is a folder, or an id of
-    the Hugging Face hub with its `revision`. Empty if that is not known, as it is for weights that
-    were trained since.
+    """Return the checkpoint that a model directory was converted from, as its manifest records it.
+
+    The result has `name`, a folder or an id of the Hugging Face hub, and for an id its `revision`.
+    It is empty if the origin is unknown, as for weights that were trained since.
     """
     found = read_json(root / MANIFEST).get(ORIGIN)
     known = found.items() if isinstance(found, dict) else ()
@@ -116,10 +120,13 @@ def origin(root: Path) -> dict[str, str]:
 
 
 def _instead(path: str | Path, root: Path) -> str | None:
-    """What a path is that is no model directory, and what to give in its place; None where nothing
-    is known of it.
+    """Explain what a path is instead of a model directory, for an error; None if that is unknown.
 
-    The results of a training run are found by what is in its folders, whatever their names.
+    path: the path as the user gave it.
+    root: the same path, absolute.
+
+    The explanation says which path to give. The results of a training run are recognised by the
+    files in its folders, whatever their names.
     """
     adapts = (root / _ADAPTER_CONFIG).is_file()
     if not adapts and any(root.glob("*.safetensors")):
@@ -138,7 +145,7 @@ def _instead(path: str | Path, root: Path) -> str | None:
 
 
 def _around(root: Path) -> list[Path]:
-    """The folder and those around it, as far up as a mistake may lie; in a bucket no further."""
+    """Return a folder and its parents up to `_NESTED` levels; in `gs://` only within the bucket."""
     folders = [root, *root.parents][: 1 + _NESTED]
     if paths.is_remote(root):
         return [x for x in folders if str(x).removeprefix("gs://") not in ("", str(x))]
@@ -146,7 +153,7 @@ def _around(root: Path) -> list[Path]:
 
 
 def _result_of(run: Path) -> str:
-    """What to give in place of the folder of a training run, in words."""
+    """Say what to give in place of a training run's folder `run`: its model, or how to make one."""
     if model := min(run.glob(f"*/{MANIFEST}"), default=None):
         return f"not a model directory: give {model.parent}"
     facts = read_json(run / RUN)
@@ -162,8 +169,11 @@ def _result_of(run: Path) -> str:
 
 
 def _merging(adapter: Path, base: str | None = None, *, name: str = "") -> str:
-    """How a model directory is made of an adapter, in words. base: the one that it was trained on,
-    where that is known; name: of the one that is made.
+    """Say how to make a model directory from an adapter, for an error.
+
+    adapter: the adapter's folder.
+    base: the model directory that the adapter was trained on, if known.
+    name: the start of the new directory's name; by default the adapter's.
     """
     unknown = "" if base else ", where CKPT is the model directory that it was trained on"
     new = f"{name or adapter.name}-merged"
@@ -174,7 +184,11 @@ def _merging(adapter: Path, base: str | None = None, *, name: str = "") -> str:
 
 
 def _why_no_folder(path: str | Path, root: Path) -> str:
-    """Why a path at which there is no folder is no model directory, and what to do."""
+    """Explain why a path without a folder is no model directory, and what to do, for an error.
+
+    path: the path as the user gave it.
+    root: the same path, absolute.
+    """
     if root.is_file():
         inside = root.parent if (root.parent / CONFIG).is_file() else "its folder"
         return f"{path} is a file, not a model directory: give {inside}"
@@ -189,7 +203,10 @@ def _why_no_folder(path: str | Path, root: Path) -> str:
 
 
 def differences(found: Mapping[str, int], wanted: Mapping[str, int]) -> str:
-    """Describe how file sizes in bytes differ from the wanted ones, by name; "" if they do not."""
+    """Describe how the files in a folder differ from the wanted files; "" if they do not.
+
+    found, wanted: the size in bytes of each file, by its name.
+    """
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} does not belong there" for name in found if name not in wanted]
     problems += [
@@ -209,7 +226,9 @@ def some(problems: list[str]) -> str:
 def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> None:
     """Write the manifest, which declares a directory complete; all its leaves must be written.
 
-    path: the directory; shapes: of the leaves, by path; facts: dtype, mesh, source and so on.
+    path: the directory.
+    shapes: the shape of each leaf, by its path in the tree.
+    facts: further entries, such as dtype, mesh and source.
     """
     libraries = ("qwen-jax", "jax", "flax", "orbax-checkpoint")
     write_json(
@@ -235,7 +254,9 @@ def check_shapes(
 ) -> None:
     """Raise CheckpointError if the stored leaves differ from those that config.json implies.
 
-    root: for the message; wanted: shapes by path.
+    root: the directory, for the message.
+    manifest: the directory's manifest, which has the stored shapes.
+    wanted: the shape of each leaf that config.json implies, by its path.
     """
     stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
     if problems := mismatch(stored, wanted):
@@ -246,7 +267,10 @@ def check_shapes(
 
 
 def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """Describe how the shapes of leaves differ from the wanted ones, by path; "" if they do not."""
+    """Describe how the shapes of stored leaves differ from the wanted shapes; "" if they do not.
+
+    found, wanted: the shape of each leaf, by its path in the tree.
+    """
     problems = [f"no {name}" for name in wanted if name not in found]
     problems += [f"{name} is not in the model" for name in found if name not in wanted]
     problems += [
@@ -258,7 +282,9 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
 
 
 def carried(source: Path) -> list[Path]:
-    """The files of a model to copy beside its weights and config.json (`CARRIED`).
+    """List the files of a checkpoint to copy beside its weights: tokenizer, licence and others.
+
+    source: the checkpoint's folder; `CARRIED` has the patterns of names.
 
     Raises ValueError for a dangling symbolic link, as a cache of downloads may hold.
     """
@@ -269,20 +295,20 @@ def carried(source: Path) -> list[Path]:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copy the files that `carried` lists, byte for byte."""
+    """Copy a checkpoint's tokenizer, licence and other small files (`carried`) to a folder."""
     for file in carried(source):
         paths.copy(file, target / file.name)
 
 
 def names(folder: Path) -> set[str]:
-    """The names in a folder, except the lock and the drafts of interrupted writes."""
+    """The names of the files in a folder, without its lock and drafts of interrupted writes."""
     found = {file.name for file in folder.iterdir()} if folder.exists() else set()
     left = {file.name for file in folder.glob(paths.DRAFTS)} | {f"{UNFINISHED}.tmp"}
     return found - left - {lock.NAME}
 
 
 def remove_drafts(root: Path) -> None:
-    """Remove the drafts that killed writers left in a model directory."""
+    """Remove the temporary files that killed writers left in a model directory."""
     if not paths.is_remote(root):
         for file in [*root.glob(paths.DRAFTS), *(root / PARAMS).rglob("*.tmp")]:
             file.unlink(missing_ok=True)

@@ -52,13 +52,15 @@ _OFF = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How a checkpoint generates unless the caller chooses otherwise.
+    """The settings with which a checkpoint generates unless the caller chooses otherwise.
 
     sampler: the sampling strategy.
-    stops: sequences of token ids that end a row.
-    max_new_tokens: the most tokens to generate.
-    pad_id, chat_format: None if the file has none.
-    max_window_size: the most tokens of a chat prompt, beyond which old turns are left out.
+    stops: sequences of token ids that end a generated text.
+    max_new_tokens: the largest number of tokens to generate.
+    pad_id: the id of the padding token; None if the file has none.
+    chat_format: the name of the chat format, such as "chatml"; None if the file has none.
+    max_window_size: a chat prompt keeps the newest turns while they and the system message have
+        fewer tokens than this.
     """
 
     sampler: Greedy | Nucleus
@@ -72,9 +74,10 @@ class GenerationConfig:
     def from_hf(
         cls, hf: Mapping[str, Any], file: str | Path = "generation_config.json"
     ) -> "GenerationConfig":
-        """Read the values of a generation_config.json.
+        """Read the contents of a generation_config.json.
 
-        hf: its keys; file: its name, for messages.
+        hf: the contents, by key.
+        file: the name of the file, for messages.
 
         Raises ValueError that names the file and the key with an invalid value. Warns in one line
         of settings that are ignored.
@@ -93,8 +96,9 @@ class GenerationConfig:
 
 
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `GenerationConfig`. Raises ValueError that names a key with an invalid
-    value.
+    """Convert a generation_config.json, without null values, to the fields of `GenerationConfig`.
+
+    Raises ValueError that names a key with an invalid value.
     """
 
     def whole(key: str, default: int, least: int) -> int:
@@ -126,7 +130,7 @@ def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """The id sequences that end a row, without repetitions, in the order of the file."""
+    """The id sequences that end a generated text, without repetitions, in the order of the file."""
     eos, words = given.get("eos_token_id", []), given.get("stop_words_ids", [])
     ends = eos if isinstance(eos, list) else [eos]
     if not isinstance(words, list) or not all(isinstance(x, list) and x for x in words):
@@ -138,12 +142,12 @@ def _stops(given: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def _id(name: str, value: Any) -> int:
-    """Check a token id."""
+    """Check that a value is a token id, and return it. `name` starts the error's message."""
     return values.whole(name, values.from_file(value), least=0, most=values.INT32)
 
 
 def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that would change tokens and are ignored."""
+    """Return the settings that would change generated tokens but are not supported, by key."""
     passed: set[str] = {*_READ, *_INERT}
     if "max_new_tokens" in given:  # takes precedence over max_length
         passed.add("max_length")
@@ -159,7 +163,10 @@ def _not_done(given: Mapping[str, Any]) -> dict[str, Any]:
 def make_sampler(
     draw: bool, temperature: float, *, top_k: int, top_p: float, repetition_penalty: float
 ) -> Greedy | Nucleus:
-    """A checked sampler with these settings; greedy if `draw` is False or the temperature is 0."""
+    """Make a `Nucleus` sampler, or a `Greedy` one if `draw` is False or the temperature is 0.
+
+    Raises ValueError for a setting that is out of range.
+    """
     sampler: Greedy | Nucleus = Greedy(repetition_penalty)
     if draw and temperature != 0:
         sampler = Nucleus(temperature, top_k, top_p, repetition_penalty)

@@ -1,8 +1,8 @@
-"""`python -m qwen_jax.checkpoint inspect`: shows what a model directory holds, and if it is
-complete.
+"""`python -m qwen_jax.checkpoint inspect`: shows the contents of a model directory.
 
-It reads the small files, the vocabulary too, and the sizes of the others, but no weights, and
-imports no jax. So it answers at once on any machine, even while the accelerators are busy.
+It also says whether the directory is complete. It reads the small files, the vocabulary too, and
+the sizes of the others, but no weights, and imports no jax. So it answers at once on any machine,
+even while the accelerators are busy.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _SIZES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's argument parser."""
+    """Build the argument parser of `python -m qwen_jax.checkpoint`."""
     result = argparse.ArgumentParser(
         prog="python -m qwen_jax.checkpoint",
         description="Look at model directories. `inspect --help` says more.",
@@ -64,12 +64,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run `python -m qwen_jax.checkpoint`, and return its exit code."""
     return command.run(parser(), work, argv=argv)
 
 
 def work(args: argparse.Namespace) -> None:
-    """Print the facts. Raises CheckpointError if the directory is not complete."""
+    """Print the contents of the model directory `args.dir`, as text or with --json as JSON.
+
+    Raises CheckpointError if the directory is not complete.
+    """
     facts = describe(args.dir)
     if args.json:
         print(json.dumps(facts))
@@ -82,7 +85,11 @@ def work(args: argparse.Namespace) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Collect the facts about a directory; `reason` says why it is not complete, or is None."""
+    """Collect the facts about a model directory: model, sizes, dtype, files, software versions.
+
+    In the result, `whole` says whether the directory is complete, and `reason` why it is not (or
+    None).
+    """
     facts: dict[str, Any] = {"path": path, "whole": False, "reason": None}
     try:
         root = directory.existing(path)
@@ -118,8 +125,14 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def vocabulary(root: Path, config: Config) -> dict[str, Any]:
-    """Whether a model directory has a vocabulary (`tokenizer`), how many `ids` it has, None where
-    it cannot be read, and in `warnings` the lines that a load or generating would end with.
+    """Check the vocabulary of a model directory against its config.
+
+    root: the directory.
+    config: the architecture in its config.json.
+
+    Returns `tokenizer`, whether there is a vocabulary file; `ids`, the number of its ids, or None
+    if it cannot be read; and `warnings`, the warnings and the error that loading or generating
+    would meet.
     """
     file, settings = root / directory.TOKENIZER, root / directory.GENERATION_CONFIG
     tokenizer = None
@@ -150,7 +163,7 @@ def model_name(config: Config) -> str | None:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The known facts, one per line."""
+    """Format the facts that `describe` collects for a terminal, one per line."""
     lines = {"directory": facts["path"]}
     if "sizes" in facts:
         sizes = ", ".join(f"{word} {size:,}" for word, size in facts["sizes"].items())

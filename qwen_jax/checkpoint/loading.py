@@ -38,7 +38,11 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_config(path: str | Path) -> Config:
-    """Load the architecture of a model directory. Raises CheckpointError or ValueError."""
+    """Load the architecture of a model directory.
+
+    Raises CheckpointError if the path is no model directory, and ValueError for an invalid
+    config.json.
+    """
     return Config.read(existing(path) / CONFIG)
 
 
@@ -63,10 +67,10 @@ def load_generation_config(path: str | Path) -> "GenerationConfig":
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     """Load the tokenizer of a model directory; None if it has no vocabulary file.
 
-    If `extra_vocab_file` in tokenizer_config.json names a file of the directory, that is an
-    expansion of the vocabulary. Warns of entries in that file, in special_tokens_map.json and in
-    added_tokens.json that are ignored. Raises ValueError if the vocabulary does not fit the other
-    files (`token_ids.check`).
+    If `extra_vocab_file` in tokenizer_config.json names a file of the directory, this file is
+    loaded as an expansion of the vocabulary. Warns of entries in tokenizer_config.json,
+    special_tokens_map.json and added_tokens.json that are ignored. Raises ValueError if the
+    vocabulary does not fit the other files (`token_ids.check`).
     """
     from qwen_jax.chat.tokenizer import Tokenizer
     from qwen_jax.checkpoint import token_ids, tokenizer_config
@@ -90,14 +94,13 @@ def load(
     mesh: "Mesh | None" = None,
     keep: "Callable[[str, Weight], Any] | None" = None,
 ) -> "Decoder":
-    """Load the decoder of a model directory; every leaf is restored directly to its shards on the
-    mesh.
+    """Load the decoder of a model directory, each leaf directly into its shards on the mesh.
 
-    config: the directory's own by default; may have overrides.
-    dtype: the stored one by default; otherwise leaves are cast while they are read.
-    mesh: by default the current mesh, or (1, 1).
-    keep: applied to each leaf, with its path, as soon as it is read, such as `int8.of_layers`; its
-        result takes the leaf's place.
+    config: the architecture, possibly with overrides; by default the directory's own.
+    dtype: the dtype to which leaves are cast while they are read; by default the stored dtype.
+    mesh: by default the current mesh, or a mesh of one device.
+    keep: a function that is given the path of each leaf and the leaf as soon as it is read, such as
+        `int8.of_layers`. Its result takes the leaf's place.
 
     Each process reads and holds its own shards, and a few chunks of the files besides. Raises
     CheckpointError if the directory is not complete or does not match the config.
@@ -138,7 +141,10 @@ def load(
 
 
 def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":
-    """The decoder without values, and its leaves by path; on no particular mesh yet."""
+    """Return the decoder of a config as shapes without values, and its leaves by path.
+
+    The shapes are those of whole leaves, which are not partitioned over a mesh yet.
+    """
     from qwen_jax import meshes, model
     from qwen_jax.leaves.weights import named_leaves
 

@@ -53,15 +53,16 @@ def save(
 ) -> None:
     """Save a decoder, from whatever mesh it is on, as the model directory `path`.
 
-    decoder: with a leaf for each layer, or with stacked layers.
+    config: the architecture of the decoder.
+    decoder: a decoder with separate leaves for each layer, or with stacked layers.
     like: a model directory or checkpoint folder. Its tokenizer, generation_config.json and other
         small files are copied, and its config.json if that describes the same `config`.
 
     Every process of a run calls this with the same arguments, on a shared file system. Each writes
     its own shards, holding a few chunks of the files at a time, and returns when all are written.
 
-    The manifest is written last. A save that was interrupted before is never read, and the next
-    save removes its remains. Raises CheckpointError if `path` holds anything else: an earlier
+    The manifest is written last. A save that was interrupted before that is never read, and the
+    next save removes its remains. Raises CheckpointError if `path` holds any other file: an earlier
     directory is never changed. Raises `lock.Busy` while another program writes to it.
     """
     from qwen_jax.model import Decoder
@@ -111,10 +112,14 @@ def save(
 
 
 def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping[str, Any]) -> None:
-    """Declare a directory complete if it has every chunk of these leaves.
+    """Write the manifest of a model directory, after checking that all its chunks are there.
 
-    facts: for the manifest (`write_manifest`). Raises CheckpointError if a chunk is missing or has
-        another size, or if there is a file too many.
+    root: the directory.
+    leaves: the descriptions of the leaves, by path.
+    facts: further entries of the manifest, such as dtype and mesh.
+
+    Raises CheckpointError if a chunk is missing or has another size, or if there is a file too
+    many.
     """
     wanted = store.chunk_files(leaves)
     found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
@@ -127,10 +132,11 @@ def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping
 def _pieces(
     config: Config, decoder: "Decoder"
 ) -> "dict[str, tuple[store.StoredLeaf, jax.Array, int | None]]":
-    """For each stored leaf by path: its description, the array that holds it, and its layer there.
+    """Map the path of each leaf to be stored to its description, its array and its layer.
 
-    The layer is None for an array that is the leaf itself. Raises CheckpointError if the decoder
-    does not belong to this config.
+    The layer is the leaf's index on the first axis of an array of stacked layers, or None if the
+    array is the leaf itself. Raises CheckpointError if the decoder does not belong to this config,
+    or if its leaves have several dtypes or one that cannot be stored.
     """
     from qwen_jax.leaves.weights import named_leaves
 
@@ -161,7 +167,7 @@ def _pieces(
 
 
 def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:
-    """The axis sizes of the mesh that a decoder is on; {} on a single device."""
+    """Return the axis sizes of the mesh that a decoder is on; {} on a single device."""
     from jax.sharding import NamedSharding
 
     place = decoder.embedding.get_value().sharding
@@ -169,7 +175,7 @@ def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:
 
 
 def _refuse_whole(root: Path) -> None:
-    """Raise CheckpointError if the directory is complete already."""
+    """Raise CheckpointError if the directory `root` is a complete model directory already."""
     if (root / MANIFEST).exists():
         raise CheckpointError(
             f"{root} is a whole model directory already: save to another place, or remove it first"
@@ -177,8 +183,9 @@ def _refuse_whole(root: Path) -> None:
 
 
 def _clear(root: Path) -> None:
-    """Remove what an interrupted save left in the folder. Raises CheckpointError for other
-    files.
+    """Remove the remains of an interrupted save from a folder.
+
+    Raises CheckpointError if the folder holds other files.
     """
     _refuse_whole(root)
     found = names(root)
@@ -201,7 +208,7 @@ def _clear(root: Path) -> None:
 
 
 def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
-    """The config.json to write: that of `like` unchanged if it describes `config`, or a new one."""
+    """Return the new config.json's contents: `like`'s if these describe `config`, or else new."""
     if like is not None:
         file = existing(like) / CONFIG
         said = read_json(file)
@@ -212,7 +219,7 @@ def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
 
 
 def _together(work: Callable[[], None], alone: bool = False) -> None:
-    """Run `work` in every process (alone: in process 0 only), and wait until all are done.
+    """Run `work` in every process, or if `alone` in process 0 only, and wait until all are done.
 
     An error in one process is raised in all of them, so none waits for a process that has failed.
     """

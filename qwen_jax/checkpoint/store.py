@@ -1,10 +1,10 @@
 """The layout of a model directory's params/: where each byte of a leaf is stored, and its metadata.
 
-It is Orbax's layout without OCDBT: a Zarr array for each leaf, and `_METADATA` with the tree. A
-chunk is a file of raw bytes, so a leaf can be copied without Orbax, jax or even an array, by the
-kernel if neither dtype nor columns change. Chunks follow the shards of the mesh, and a shard is
-split further along its first axis, so that reading and writing take little memory. TensorStore
-moves the values between chunks and devices, one chunk at a time.
+A leaf is one array of weights. The layout is Orbax's without OCDBT: a Zarr array for each leaf, and
+`_METADATA` with the tree. A chunk is a file of raw bytes, so a leaf can be copied without Orbax,
+jax or even an array, by the operating system if neither dtype nor columns change. Chunks follow the
+shards of the mesh, and a shard is split further along its first axis, so that reading and writing
+take little memory. TensorStore moves the values between chunks and devices, one chunk at a time.
 """
 
 import contextlib
@@ -34,9 +34,12 @@ DTYPES = tuple(ITEM_BYTES)  # the dtypes that a directory can have
 
 @dataclasses.dataclass(frozen=True)
 class StoredLeaf:
-    """The description of a stored leaf; its Zarr array is the folder `params/{path}`.
+    """The description of a stored leaf, whose Zarr array is the folder `params/{path}`.
 
-    shape: of the leaf; chunks: the shape of a chunk, which divides it; dtype: a name.
+    path: the path of the leaf in the tree, such as "layers.0.attn.q".
+    shape: the shape of the leaf.
+    chunks: the shape of a chunk, which divides the leaf's shape.
+    dtype: the name of the dtype.
     """
 
     path: str
@@ -45,7 +48,7 @@ class StoredLeaf:
     dtype: str
 
     def bands(self) -> "Iterator[Band]":
-        """The leaf cut along its first axis at the borders of its chunks."""
+        """Cut the leaf along its first axis into bands, each one chunk high."""
         for first in range(self.shape[0] // self.chunks[0]):
             counts = [n // c for n, c in zip(self.shape[1:], self.chunks[1:], strict=True)]
             pieces = {}
@@ -58,10 +61,12 @@ class StoredLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Rows `start` .. `start + leaf.chunks[0]` of a leaf, stored in one file per range of columns.
+    """A band of a leaf: `leaf.chunks[0]` successive matrix rows, with one file per column range.
 
-    pieces: the file's name, and the ranges on all axes but the first. Of several processes, each
-        may have a band of only the columns that it writes.
+    leaf: the leaf.
+    start: the index of the band's first row in the leaf.
+    pieces: the name of each chunk file, with its ranges on all axes but the first. With several
+        processes, each may have a band of only the columns that it writes.
     """
 
     leaf: StoredLeaf
@@ -70,34 +75,37 @@ class Band:
 
     @property
     def rows(self) -> int:
-        """The number of rows."""
+        """The number of matrix rows in the band."""
         return self.leaf.chunks[0]
 
     @property
     def row_elements(self) -> int:
-        """The number of elements in a row of the leaf."""
+        """The number of elements in one matrix row of the leaf, over all columns."""
         return math.prod(self.leaf.shape[1:])
 
     @property
     def chunk_elements(self) -> int:
-        """The number of elements in one file."""
+        """The number of elements in one chunk file."""
         return math.prod(self.leaf.chunks)
 
     @property
     def whole(self) -> bool:
-        """Whether the band has all columns."""
+        """Whether the band has all columns of the leaf."""
         return len(self.pieces) * self.chunk_elements == self.rows * self.row_elements
 
     def files(self, params: Path) -> dict[Path, tuple[slice, ...]]:
-        """The path of each file, with its ranges on all axes but the first."""
+        """The path of each chunk file under `params`, with its ranges on all axes but the first."""
         return {params / self.leaf.path / name: at for name, at in self.pieces.items()}
 
 
 def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
-    """A shard's shape, its first axis divided until a chunk has at most `CHUNK_BYTES`.
+    """Return the shape of the chunks, of at most `CHUNK_BYTES`, that a shard is stored in.
 
-    The parts are equal, because Zarr pads unequal ones. An axis with no suitable divisor stays
-    whole.
+    shard: the shape of the shard.
+    item_bytes: the bytes of an element.
+
+    The first axis is divided into equal parts, because Zarr pads unequal parts. If it has no
+    suitable divisor, it stays whole.
     """
     wanted = math.ceil(math.prod(shard) * item_bytes / CHUNK_BYTES)
     parts = next((n for n in range(wanted, 8 * wanted) if shard[0] % n == 0), 1)
@@ -115,7 +123,10 @@ def chunk_files(leaves: Mapping[str, StoredLeaf]) -> dict[str, int]:
 
 
 def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
-    """Write everything but the chunks: afterwards the tree exists, and its values are missing."""
+    """Write the metadata of all leaves in a params/ folder, which then lacks only the chunks.
+
+    leaves: the descriptions of the leaves, by path.
+    """
     tree = {}
     arrays: dict[Path, bytes] = {}
     for leaf in leaves.values():
@@ -152,15 +163,19 @@ def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
 
 
 def _small_files(params: Path) -> ThreadPoolExecutor:
-    """An executor for small files: parallel for remote files, which are slow to answer; elsewhere
-    threads would only cost memory.
+    """Return a thread pool for small files: 16 threads for remote files, which are slow to answer.
+
+    For local files it has one thread; more would only cost memory.
     """
     return ThreadPoolExecutor(16 if paths.is_remote(params) else 1)
 
 
 def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
-    """Read the leaves of a params/ folder that `write_metadata` wrote, by path. dtype: of all
-    leaves.
+    """Read the descriptions of all leaves of a params/ folder that `write_metadata` wrote, by path.
+
+    dtype: the dtype of all leaves, as in the manifest.
+
+    Raises ValueError for compressed arrays.
     """
     leaves = {}
     files = list(params.glob("*/.zarray"))
@@ -179,7 +194,10 @@ def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
 
 
 def open_leaf(params: Path, name: str, *, write: bool = False) -> Any:
-    """Open a leaf as a TensorStore; a missing chunk is an error and never read as zeros."""
+    """Open a stored leaf as a TensorStore; a missing chunk is an error and never read as zeros.
+
+    name: the path of the leaf.
+    """
     import tensorstore
 
     # With the default number of parallel reads, gigabytes of chunks would be in memory.
@@ -198,10 +216,14 @@ def open_leaf(params: Path, name: str, *, write: bool = False) -> Any:
 def restore(
     params: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype, place: "Sharding"
 ) -> "jax.Array":
-    """Restore one leaf: this process's shards are read straight into memory that jax takes over.
+    """Restore one leaf as a jax array, of which each process reads only its own shards.
 
-    name: the leaf's path; shape, dtype: of the result; place: its sharding. Orbax's own restore
-        needs memory for about 1.5 times the weights.
+    name: the path of the leaf.
+    shape, dtype: the shape and dtype of the result.
+    place: the sharding of the result.
+
+    Shards are read straight into memory that jax takes over. Orbax's own restore needs memory for
+    about 1.5 times the weights.
     """
     import jax
     import tensorstore
@@ -218,7 +240,7 @@ def restore(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory at a 64-byte boundary, which a CPU device takes over; jax would copy any other."""
+    """Allocate an array at a 64-byte boundary, which a CPU device uses without copying it."""
     count = math.prod(shape) * dtype.itemsize
     memory = np.empty(count + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -226,10 +248,14 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def write_shards(params: Path, leaf: StoredLeaf, array: "jax.Array", layer: int | None) -> None:
-    """Write this process's shards, one chunk at a time; of replicated shards, only the first.
+    """Write this process's shards of a leaf, one chunk at a time.
 
-    array: the leaf, or stacked layers; layer: the leaf's index on the first axis of stacked layers,
-        or None. Must be called without a mesh: each shard is an array of its own, on one device.
+    leaf: the description of the leaf.
+    array: the leaf, or stacked layers.
+    layer: the leaf's index on the first axis of stacked layers, or None.
+
+    Of replicated shards only the first is written. Must be called without a mesh: each shard is an
+    array of its own, on one device.
     """
     import jax
     import tensorstore
@@ -257,9 +283,10 @@ def write_shards(params: Path, leaf: StoredLeaf, array: "jax.Array", layer: int 
 
 @contextlib.contextmanager
 def one_line(root: Path, what: str) -> Iterator[None]:
-    """Turn TensorStore's many kinds of errors into a CheckpointError of one line.
+    """Context manager: turn TensorStore's many kinds of errors into a CheckpointError of one line.
 
-    what: "read" or "written".
+    root: the model directory, for the message.
+    what: "read" or "written", for the message.
     """
     try:
         yield

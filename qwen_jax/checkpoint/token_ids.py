@@ -22,9 +22,10 @@ _AGAIN = "download or copy it again"
 
 
 def check_range(file: Path, vocab_size: int) -> None:
-    """Raise ValueError for an id in a generation_config.json that has no row in the embedding.
+    """Raise ValueError if a generation_config.json has an id without a row in the embedding.
 
-    file: the generation_config.json; vocab_size: the number of rows.
+    file: the generation_config.json.
+    vocab_size: the number of rows of the embedding.
     """
     for key, i in _ids(read_json(file)):
         if not 0 <= i < vocab_size:
@@ -37,8 +38,9 @@ def check_range(file: Path, vocab_size: int) -> None:
 def check(root: Path, tokenizer: Tokenizer, *, vocabulary: Path | None = None) -> None:
     """Check the ids in generation_config.json and config.json against the model and its tokenizer.
 
-    root: a model directory or checkpoint folder; vocabulary: the tokenizer's file, by default the
-        one in `root`.
+    root: a model directory or checkpoint folder.
+    tokenizer: its tokenizer.
+    vocabulary: the tokenizer's vocabulary file; by default the one in `root`.
 
     Raises ValueError for an id outside the model or the vocabulary. Warns if replies end at a token
     that is rarely intended to end them.
@@ -73,10 +75,14 @@ def check(root: Path, tokenizer: Tokenizer, *, vocabulary: Path | None = None) -
 
 
 def check_whole(file: Path, tokenizer: Tokenizer, *, vocab_size: int) -> None:
-    """Raise ValueError if the vocabulary is a truncated published one, judging by the embedding.
+    """Raise ValueError if the vocabulary is a truncated copy of the published one.
 
-    That is so if it begins like the published vocabulary, has fewer ranks, and the model has rows
-    for all of them.
+    file: the vocabulary file, for the message.
+    tokenizer: the tokenizer with this vocabulary.
+    vocab_size: the number of rows of the model's embedding.
+
+    The vocabulary is truncated if it begins like the published vocabulary, has fewer ranks, and the
+    model has rows for all published ranks.
     """
     ranks, whole = tokenizer.eod_id, PUBLISHED_RANKS + len(SPECIAL_TOKENS)
     begins = tokenizer.ranks.get(_EARLY) == _EARLY_RANK
@@ -88,11 +94,13 @@ def check_whole(file: Path, tokenizer: Tokenizer, *, vocab_size: int) -> None:
 
 
 def check_fits(file: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> str | None:
-    """What cannot be done with this vocabulary beside an embedding of `vocab_size` rows, in a line;
-    None where nothing is amiss. Raises ValueError where text may become ids without a row.
+    """Describe in one line what a vocabulary cannot do with a model; None if nothing is amiss.
 
-    file: the vocabulary, or where it should be. tokenizer: what was read from it; None where there
-    is no file.
+    file: the vocabulary file, or where it should be.
+    tokenizer: the tokenizer with this vocabulary; None if there is no file.
+    vocab_size: the number of rows of the model's embedding.
+
+    Raises ValueError if text may become ids without a row.
     """
     if tokenizer is None:
         return (
@@ -121,7 +129,9 @@ def check_fits(file: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> s
 
 
 def _ids(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield every token id in the file's values, with its key.
+    """Yield every token id in a config.json or generation_config.json, with its key.
+
+    values: the contents of the file.
 
     Values that are not ids are skipped here; `GenerationConfig` refuses them.
     """

@@ -30,10 +30,11 @@ _CHATML = "<|im_start|>"
 def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
     """The vocabulary expansion that a directory's tokenizer_config.json names, or None.
 
-    values: the contents of tokenizer_config.json.
+    root: the directory.
+    values: the contents of its tokenizer_config.json.
 
-    Raises ValueError unless it is a file of that directory: the checkpoint's author chose the name,
-    and must not get other files of this machine read.
+    Raises ValueError unless the expansion is a file of that directory: the checkpoint's author
+    chose the name, and must not be able to have other files of this machine read.
     """
     name = values.get("extra_vocab_file")
     if name is None or name == "":
@@ -58,7 +59,9 @@ def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
 def warn(root: Path, values: Mapping[str, Any], *, tokenizer: Tokenizer) -> None:
     """Warn of ignored entries in the files beside the vocabulary, one line for each file.
 
+    root: the directory of the files.
     values: the contents of tokenizer_config.json.
+    tokenizer: the tokenizer, whose tokens need no warning.
 
     Raises ValueError for a file that is not a JSON object.
     """
@@ -70,7 +73,7 @@ def warn(root: Path, values: Mapping[str, Any], *, tokenizer: Tokenizer) -> None
     told: set[str] = set()
 
     def lacking(names: Iterable[str]) -> list[str]:
-        """The tokens that are neither in the vocabulary nor in an earlier warning, sorted."""
+        """Return the tokens, sorted, that neither the vocabulary nor an earlier warning has."""
         found = sorted(name for name in {*names} - told if not _holds(tokenizer, name))
         told.update(found)
         return found
@@ -93,12 +96,14 @@ def warn(root: Path, values: Mapping[str, Any], *, tokenizer: Tokenizer) -> None
 
 
 def _holds(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the vocabulary has a token of this text."""
+    """Whether the vocabulary has a token with this text."""
     return text in tokenizer.special_tokens or text.encode("utf-8", "replace") in tokenizer.ranks
 
 
 def _added(values: Mapping[str, Any]) -> set[str]:
-    """The texts of the tokens that a library has added, or would add, to the vocabulary.
+    """Return the texts of tokens that a library has added, or would add, to the vocabulary.
+
+    values: the contents of tokenizer_config.json or special_tokens_map.json.
 
     An entry may be a text, an object with the text as "content", or a list of either.
     """
