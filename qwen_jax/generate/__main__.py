@@ -2,7 +2,7 @@
 
 Defaults, including stops, come from the checkpoint's generation_config. Texts, or with --json one
 object per text, go to stdout, everything else to stderr. A single text is printed as it grows;
-several are generated in batches and printed in order.
+several texts are generated in batches and printed in order.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sampler(args: argparse.Namespace, default: Any) -> Any:
-    """Make the checkpoint's sampler with the command line's settings; UsageError for a bad one."""
+    """Make a sampler from the command line's settings, or else those of the sampler `default`."""
     from qwen_jax.checkpoint.generation_config import make_sampler
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -227,7 +227,7 @@ def describe(args: argparse.Namespace) -> "Description":
 
 
 def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> list[int]:
-    """Encode a prompt as token ids, with --chat and --chats in the chat format."""
+    """Encode a prompt as token ids; with --chat or --chats in the chat format."""
     from qwen_jax import chat
     from qwen_jax.chat import DEFAULT_SYSTEM
 
@@ -240,7 +240,7 @@ def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> 
 def load(
     args: argparse.Namespace, about: "Description", sizes: Mapping[str, int]
 ) -> "LanguageModel":
-    """Load the model with the command line's dtype, attention, cache dtype and mesh (`sizes`)."""
+    """Load the model with the command line's dtypes and attention, on a mesh of `sizes`."""
     import jax
 
     from qwen_jax.generate import loading
@@ -256,7 +256,7 @@ def load(
 
 
 def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]) -> "Mesh":
-    """Make --mesh (`sizes`) or the default. UsageError if a process has no device in the mesh."""
+    """Make --mesh (`sizes`) or the default. Raises UsageError if a process has no device in it."""
     import jax
 
     from qwen_jax import meshes
@@ -266,7 +266,7 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
     meshes.check(about.config.sizes, sizes)
     options.virtual_cpu_devices(sizes)
     if args.mesh is None:
-        here, lengths = jax.devices(), {**about.config.sizes, "B": 1}  # of one prompt
+        here, lengths = jax.devices(), {**about.config.sizes, "B": 1}  # one prompt at a time
         sizes = meshes.default(lengths, len(here), slices=meshes.count_slices(here))
     made = meshes.make(sizes)
     used = {device.process_index for device in made.devices.flat}
@@ -281,7 +281,7 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
 def tasks(
     args: argparse.Namespace, given: Sequence[str], *, about: "Description"
 ) -> "list[TextTask]":
-    """Return a task per prompt and sample, in order; ValueError for a prompt that does not fit."""
+    """Return a task per prompt and sample, in order. Raises ValueError for too long a prompt."""
     from qwen_jax.generate import completion
     from qwen_jax.generate.results import TextTask
     from qwen_jax.runtime import values
@@ -302,7 +302,7 @@ def work(args: argparse.Namespace) -> None:
     _refuse_idle(args)
     given = prompt_texts(args)
     sampler(args, None)
-    # All that cannot be is found before the weights are read.
+    # Invalid arguments are found before the weights are read.
     from qwen_jax import chat
     from qwen_jax.generate import backend, bench, completion, description, results
     from qwen_jax.meshes import options

@@ -1,4 +1,4 @@
-"""Choice of dtype and attention implementation for the devices of this machine."""
+"""Chooses the dtype and the attention implementation for the devices of this machine."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from qwen_jax.runtime import values
 
 
 def check_names(dtype: str | None, attention: str, *, cache_dtype: str | None) -> None:
-    """Raise ValueError if one of these arguments of `load` is not a known name. Nothing is read."""
+    """Raise ValueError if one of these arguments of `load` is not a known name. No file is read."""
     values.choice("dtype", dtype, allowed=checkpoint.DTYPES, or_none=True)
     values.choice("cache_dtype", cache_dtype, allowed=kv.DTYPES, or_none=True)
     attention_registry.get(attention)
@@ -27,9 +27,14 @@ def check_names(dtype: str | None, attention: str, *, cache_dtype: str | None) -
 def attention_for(
     name: str, config: Config, *, dtype: str, length: int, cache_dtype: str | None, mesh: Mesh
 ) -> Attend:
-    """Return the named attention, for chunks of a prompt and for decoding with `length` slots.
+    """Return the attention function that a model uses, for chunks of a prompt and for decoding.
 
-    It is traced for one token, so that attention which cannot run this model raises
+    name: a name of `attention.IMPLEMENTATIONS`, such as "auto".
+    dtype: the dtype of the weights.
+    length: the number of slots in the KV cache, so the most tokens of a sequence.
+    cache_dtype: "int8" or "int8_asymmetric" for an 8-bit KV cache, None for `dtype`.
+
+    The function is traced for one token, so that attention which cannot run this model raises
     NotImplementedError before the weights are read.
     """
     chunk = min(length, decode.buckets()[-1])

@@ -19,14 +19,17 @@ from qwen_jax.attention import cache as kv
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.meshes import sharding
 
-PROMPT, NEW, ROUNDS = 128, 32, 5  # tokens of a prompt, and new ones; rounds
+PROMPT, NEW, ROUNDS = 128, 32, 5  # prompt tokens, new tokens, timed rounds
 
 
 def run(model: LanguageModel, new: int, *, ids: Sequence[int] | None = None) -> dict[str, Any]:
     """Time prefill, decoding and a matrix-vector product in turn, and return medians over rounds.
 
-    `new` is the number of tokens to generate, at least 2. `ids` is the prompt, or None for `PROMPT`
-    random tokens. Rates are in tokens/s, sizes in bytes, bandwidths in GB/s."""
+    new: the number of tokens to generate, at least 2.
+    ids: the token ids of the prompt; None for `PROMPT` random tokens.
+
+    Rates are in tokens/s, sizes in bytes, bandwidths in GB/s.
+    """
     drawn = np.random.default_rng(0).integers(0, int(0.9 * model.config.vocab_size), PROMPT)
     prompt = np.asarray([drawn if ids is None else ids])
     length = prompt.shape[1]
@@ -73,7 +76,7 @@ def run(model: LanguageModel, new: int, *, ids: Sequence[int] | None = None) -> 
 
 
 def _cache_bytes(model: LanguageModel) -> int:
-    """Return the bytes that the KV cache takes for one token of one row."""
+    """Return the bytes of KV cache that one token of one sequence takes."""
     dtype = model.decoder.embedding[...].dtype
     rows = math.prod(sharding.axis_sizes(model.mesh)[axis] for axis in sharding.BATCH)
     with meshes.entered(model.mesh):
@@ -88,7 +91,7 @@ def _cache_bytes(model: LanguageModel) -> int:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Format the result of `run` for a terminal."""
+    """Format the results of `run` for a terminal."""
     return (
         f"{result['device']}, jax {result['jax']}, {result['dtype']}\n"
         f"prefill  {result['prefill_tokens_per_second']:10.1f} tokens/s "
@@ -102,8 +105,11 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _matvec(rows: int = 8192, columns: int = 4096, *, count: int = 4) -> Callable[[], float]:
-    """Return a function that measures memory bandwidth in GB/s: it multiplies a vector by float32
-    matrices that are too large for any cache (0.5 GB in all)."""
+    """Return a function that measures memory bandwidth in GB/s by matrix-vector products.
+
+    rows, columns: the size of each float32 matrix.
+    count: the number of matrices, which together are too large for any cache (0.5 GB by default).
+    """
     matrices = [jnp.full((rows, columns), 1e-3, jnp.float32) for _ in range(count)]
     x = jnp.ones((1, columns), jnp.float32)
 

@@ -1,8 +1,8 @@
 """Batched text completion: many prompts in batches, in order, each with the result it has alone.
 
 Stop texts are found here, on the host; stop ids are found here and on the device. `generate_text`
-is a method of `LanguageModel`; nothing else here knows how a prompt was encoded or where results
-go.
+is a method of `LanguageModel`; the rest of this module does not know how a prompt was encoded or
+where results go.
 """
 
 import dataclasses
@@ -20,14 +20,17 @@ from qwen_jax.runtime import texts, values
 if TYPE_CHECKING:
     from qwen_jax.generate.language_model import LanguageModel
 
-BATCH_SIZE = 8  # rows that run at once where nobody says how many
-_AT_ONCE = 8  # tokens between two looks at the texts
+BATCH_SIZE = 8  # texts that run at once by default
+_AT_ONCE = 8  # tokens generated between two searches for stop texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to complete. `ids` are its token ids, `seed` seeds the row's sampling, and `new` is
-    the largest number of tokens to generate.
+    """A prompt to complete.
+
+    ids: the token ids of the prompt.
+    seed: the seed of this text's sampling.
+    new: the largest number of tokens to generate.
     """
 
     ids: Sequence[int]
@@ -37,8 +40,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TextRules:
-    """What is the same for all requests. `sampler`: a Greedy or a Nucleus; `stops`: sequences of
-    ids that end a row; `stop_texts`: texts that do; `ntk`: as of `LanguageModel.generate`.
+    """The settings that all requests of a call share.
+
+    sampler: a `Greedy` or a `Nucleus`.
+    stops: sequences of token ids that end a text.
+    stop_texts: texts that end a text.
+    ntk: "prompt" or "total", the length from which dynamic NTK computes its alpha.
     """
 
     sampler: Sampler
@@ -48,8 +55,10 @@ class TextRules:
 
 
 class Row:
-    """One row, built up as its ids are generated. `tokens` are the ids so far, with the stop that
-    ended them; `text` is the decoded text, as far as it cannot be part of a stop.
+    """One text of a batch, built up as its token ids are generated.
+
+    tokens: the ids so far, including the stop that ended them.
+    text: the decoded text, without an end that may still turn out to be part of a stop.
     """
 
     def __init__(self, tokenizer: Tokenizer, rules: TextRules):
@@ -60,12 +69,12 @@ class Row:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop has ended the row."""
+        """Whether a stop has ended the text."""
         return self._ids.matched is not None or self._texts.matched is not None
 
     @property
     def finish_reason(self) -> str:
-        """Why the row ended: "stop" for a stop, "length" for the limit on new tokens."""
+        """Why the text ended: "stop" for a stop, "length" for the limit on new tokens."""
         return "stop" if self.stopped else "length"
 
     def push(self, ids: Iterable[int]) -> str:
@@ -79,7 +88,7 @@ class Row:
         return self.text[before:]
 
     def finish(self) -> str:
-        """End the row, and return the text held back because it might have begun a stop."""
+        """End the text, and return the part held back because it might have begun a stop."""
         rest = self._stream.push(self._ids.flush()) + self._stream.flush()
         rest = self._texts.push(rest) + self._texts.flush()
         self.text += rest
@@ -89,7 +98,10 @@ class Row:
 def run(
     model: "LanguageModel", requests: Sequence[Request], *, rules: TextRules, batch_size: int
 ) -> Iterator[list[Row]]:
-    """Yield the finished rows of all requests, in order, one batch at a time.
+    """Generate texts for all requests; yield the finished rows in order, one batch at a time.
+
+    rules: the settings that all requests share.
+    batch_size: the largest number of requests in a batch.
 
     Only consecutive requests with equal `new` share a batch, so that a row's limit does not depend
     on its neighbours. A partial batch is filled with copies of its rows, whose results are dropped,
@@ -105,7 +117,12 @@ def run(
 def _batch(
     model: "LanguageModel", requests: Sequence[Request], *, rules: TextRules, new: int, width: int
 ) -> list[Row]:
-    """Generate one batch, filled up to `width` rows, and return a finished row per request."""
+    """Generate one batch of texts, and return a finished row for each request.
+
+    rules: the settings that all requests share.
+    new: the largest number of tokens to generate for each request.
+    width: the number of rows in the batch, which is filled up with copies of requests.
+    """
     filled = list(itertools.islice(itertools.cycle(requests), width))
     rows = [Row(model.need_tokenizer(), rules) for _ in requests]
     parts = model.stream(
@@ -173,10 +190,12 @@ def generate_text(
             each is the same as if it ran alone.
         max_new_tokens: the largest number of tokens to generate for each text.
         sampler: a `Greedy` or a `Nucleus`.
-        stop: a text or texts that end a row, even where they begin or end within a token.
-        seed: one for all texts, or one for each. To draw several samples of a prompt, repeat it
-            with different seeds.
-        ntk: as in `generate`.
+        stop: a text or texts that end a result, even where they begin or end within a token.
+        seed: one seed for all texts, or one for each. To draw several samples of a prompt, repeat
+            it with different seeds.
+        ntk: dynamic NTK computes alpha from the length of the "prompt", as the original code does,
+            or from the "total" of prompt and new tokens.
+        batch_size: the number of texts that run at once.
 
     Raises ValueError that names an argument which is not text, is empty, or does not fit.
     """

@@ -1,7 +1,7 @@
 """A model directory without its weights: architecture, tokenizer and generation defaults.
 
-Reading these takes a moment. They suffice to encode a prompt and to refuse one that does not fit,
-before the weights are loaded. This module does not know meshes or attention.
+Reading a description takes a moment. It suffices to encode a prompt and to refuse one that does not
+fit, before the weights are loaded. This module does not know meshes or attention.
 """
 
 import dataclasses
@@ -24,13 +24,17 @@ BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not st
 def read(
     path: str | Path, overrides: Mapping[str, Any] | None = None, *, max_length: int | None = None
 ) -> "Description":
-    """Read everything in a model directory except its weights; arguments as `qwen_jax.load`.
+    """Read everything in a model directory except its weights.
+
+    overrides: config values by their Hugging Face names.
+    max_length: the largest number of prompt and new tokens in a sequence; None for the larger of
+        the config's max_position_embeddings and seq_length.
 
     Raises ValueError for an incomplete directory or an argument that is not allowed.
     """
     if max_length is not None:
         max_length = values.whole("max_length", max_length, least=2, most=values.INT32)
-    directory.finished(path)  # what is no model directory has other files of these names
+    directory.finished(path)  # other folders may hold files with the same names
     generation_config = checkpoint.load_generation_config(path)
     tokenizer = checkpoint.load_tokenizer(path)
     config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)
@@ -40,8 +44,12 @@ def read(
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model without its weights. `tokenizer` is None if the directory has no vocabulary;
-    `max_length` is the largest number of tokens in a row, prompt and new tokens together.
+    """A model without its weights.
+
+    config: the architecture.
+    tokenizer: the tokenizer; None if the directory has no vocabulary.
+    generation_config: the checkpoint's settings of sampling and stopping.
+    max_length: the largest number of tokens in a sequence, prompt and new tokens together.
     """
 
     config: Config
@@ -56,20 +64,24 @@ class Description:
 
     @property
     def pad_id(self) -> int:
-        """The token id that fills a row after its stop."""
+        """The token id written after a sequence has ended, to fill its row of the batch."""
         if self.generation_config.pad_id is not None:
             return self.generation_config.pad_id
         return self.tokenizer.eod_id if self.tokenizer else 0
 
     def chat_stops(self) -> tuple[tuple[int, ...], ...]:
-        """Return the id sequences that end a reply: generation_config's and ChatML's own."""
+        """Return the id sequences that end a chat reply: generation_config's and ChatML's own."""
         tokenizer = self.need_tokenizer()
         turn = (*chat.stop_sequences(tokenizer, "chatml"), (tokenizer.eod_id,))
         return tuple(dict.fromkeys((*self.generation_config.stops, *turn)))
 
     def room(self, prompt: int, asked: int | None = None) -> int:
-        """Return how many tokens to generate after a prompt of `prompt` tokens: `asked`, or if that
-        is None generation_config's max_new_tokens, reduced to fit. ValueError if they do not fit.
+        """Return the number of tokens to generate after a prompt of `prompt` tokens.
+
+        asked: the number that the caller wants; None for generation_config's max_new_tokens,
+            reduced to fit into `max_length`.
+
+        Raises ValueError if the tokens do not fit.
         """
         left = self.max_length - prompt
         if asked is None:
@@ -93,6 +105,6 @@ class Description:
         return self.tokenizer
 
     def known_ids(self) -> np.ndarray:
-        """Mark the ids that may be generated, bool [V]: all that the tokenizer can decode."""
+        """Return a bool array [V], True for ids that may be generated: all that can be decoded."""
         size = self.config.vocab_size
         return np.ones(size, bool) if self.tokenizer is None else self.tokenizer.known_ids(size)

@@ -1,6 +1,6 @@
-"""Better errors for keywords of other libraries, such as `temperature=`: they name ours.
+"""Better errors for keyword arguments of other libraries: they name this library's argument.
 
-This module knows the argument names of `load` and `LanguageModel`, but not what they do.
+This module knows the argument names of `load` and `LanguageModel`, but not their effects.
 """
 
 import difflib
@@ -13,11 +13,16 @@ from qwen_jax.runtime import texts
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of samplers
+_SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")  # settings of samplers
 
 
 def _named(names: str, needs: str, *, hint: str) -> dict[tuple[str, str], str]:
-    """Map each (name, `needs`) to `hint`, shown where a function has an argument `needs`."""
+    """Return one hint for several foreign keywords, as a dict from (keyword, argument) to hint.
+
+    names: the foreign keywords, separated by spaces.
+    needs: the argument of this library that a function must have for the hint to apply.
+    hint: the advice, in which {} becomes the value that was given.
+    """
     return {(name, needs): hint for name in names.split()}
 
 
@@ -90,7 +95,7 @@ _HINTS = {
 
 
 def explained(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function: its TypeError for an unknown keyword says what to pass instead."""
+    """Decorator: the TypeError for an unknown keyword then says what to pass instead."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
@@ -103,7 +108,11 @@ def explained(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _instead(unknown: Mapping[str, Any], known: Sequence[str]) -> str:
-    """Return the end of the message: the first unknown keyword and what to pass instead."""
+    """Return the end of an error message: the first unknown keyword, and what to pass instead.
+
+    unknown: the unknown keywords with their values.
+    known: the names of the function's arguments.
+    """
     name, value = next(iter(unknown.items()))
     if name in _SETTINGS and "sampler" in known:
         if unknown.get("temperature") == 0:

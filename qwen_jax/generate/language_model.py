@@ -31,7 +31,14 @@ from qwen_jax.runtime import texts, values
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Description):
-    """A model ready to run: a `Description`, and its weights on a mesh. Made by `load`."""
+    """A model ready to run: its description, and its weights on a mesh. Made by `load`.
+
+    decoder: the weights.
+    mesh: the mesh that holds them.
+    attend: the attention function.
+    cache_dtype: the dtype of the KV cache, "int8" or "int8_asymmetric"; None for the weights'
+        dtype.
+    """
 
     decoder: Decoder
     mesh: Mesh
@@ -47,10 +54,13 @@ class LanguageModel(Description):
     ) -> jax.Array:
         """Compute the logits of every token, float32 [B, T, V], in one forward pass.
 
-        tokens: int [B, T], or rows of unequal length, which are padded on the left to the longest.
-        mask: int [B, T], 1 = real, for rows that are left-padded already. Logits at padding are
-        meaningless.
-        ntk_alpha: a float or [B]; None: from each row's length if the model has dynamic NTK, or 1.
+        tokens: int [B, T], or prompts of unequal length, which are padded on the left to the
+            longest.
+        mask: int [B, T], 1 = real, for prompts that are left-padded already. Logits at padding are
+            meaningless.
+        ntk_alpha: a float or [B]; None: from each prompt's length if the model has dynamic NTK, or
+            1.
+
         Raises ValueError for ids out of range or a mask that is not left-padded.
         """
         tokens, lengths = inputs.rows(tokens, mask, vocab_size=self.config.vocab_size)
@@ -82,16 +92,19 @@ class LanguageModel(Description):
         ntk: str = "prompt",
         ntk_alpha: ArrayLike | None = None,
     ) -> np.ndarray:
-        """Generate int32 [B, max_new_tokens] after prompts int [B, T]; pad ids follow a row's stop.
+        """Continue prompts of ids; returns int32 [B, max_new_tokens], with pad ids after a stop.
 
-        tokens, mask: as in `logits`; each row's result is the same as if it ran alone.
-        (`generate_text` takes texts.) sampler: None = `Greedy()`. stop: ids, or sequences of ids,
-        that end a row; the stop itself is returned. seed: one for all rows, or one for each; a
-        row's random numbers depend on its seed alone, so equal prompts with one seed give equal
-        rows. ntk: dynamic NTK computes alpha from the length of the "prompt", as the original code
-        does, or from the "total" of prompt and new tokens.
+        tokens, mask, ntk_alpha: as in `logits`. Each prompt's result is the same as if it ran
+            alone. (`generate_text` takes texts.)
+        sampler: a `Greedy` or a `Nucleus`; None is `Greedy()`.
+        stop: ids, or sequences of ids, that end a result; the stop itself is returned.
+        seed: one for all prompts, or one for each. A result's random numbers depend on its seed
+            alone, so equal prompts with one seed give equal results.
+        ntk: dynamic NTK computes alpha from the length of the "prompt", as the original code does,
+            or from the "total" of prompt and new tokens.
+
         Raises ValueError for an empty prompt, ids out of range, more than `max_length` tokens, or
-        a row whose logits are NaN or infinite or leave no id to choose.
+        logits that are NaN or infinite or leave no id to choose.
         """
         parts = list(
             self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
@@ -115,10 +128,12 @@ class LanguageModel(Description):
         ntk_alpha: ArrayLike | None = None,
         at_once: int | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yield the tokens of `generate` as they are generated, int32 [B, n]: first one token per
-        row, then up to `at_once`.
+        """Yield the tokens of `generate` as they are generated, int32 [B, n].
 
-        Ends when every row has stopped. at_once: None means 1 on a CPU and 8 elsewhere.
+        at_once: the largest n of all arrays but the first, which has n = 1; None means 1 on a CPU
+            and 8 elsewhere.
+
+        The other arguments are as in `generate`. Ends when every prompt's result has met a stop.
         """
         tokens, lengths = inputs.rows(tokens, mask, vocab_size=self.config.vocab_size)
         max_new_tokens = values.whole("max_new_tokens", max_new_tokens, least=1)
@@ -127,7 +142,7 @@ class LanguageModel(Description):
         values.choice("ntk", ntk, allowed=("prompt", "total"))
         chosen = sampling.Greedy() if sampler is None else sampler
         values.instance("sampler", chosen, kind=(sampling.Greedy, sampling.Nucleus)).check()
-        # As float32 all of them, so that 1 and 1.0 are one program.
+        # All settings are float32, so that 1 and 1.0 share one compiled program.
         chosen = jax.tree.map(lambda x: jnp.float32(float(x)), chosen)
         counted = lengths + (max_new_tokens if ntk == "total" else 0)
         frequencies = self._frequencies(counted, ntk_alpha)
@@ -192,10 +207,16 @@ class LanguageModel(Description):
     ) -> tuple[str, list[Any]]:
         """Answer a query in a chat; returns the reply, and the history with this turn appended.
 
-        Arguments that are None come from the checkpoint's generation_config. history: pairs (query,
-        reply), or messages {"role": ..., "content": ...}, whose system message replaces `system`;
-        it is returned in the same form. stop: ids or sequences of ids that end the reply. Raises
-        ValueError that names an argument which is not text.
+        Arguments that are None come from the checkpoint's generation_config.
+
+        history: pairs (query, reply), or messages {"role": ..., "content": ...}, whose system
+            message replaces `system`. It is returned in the same form.
+        system: the text of the system message.
+        stop: ids or sequences of ids that end the reply.
+        max_window_size: the newest turns are kept while they and the system message have fewer
+            tokens.
+
+        Raises ValueError that names an argument which is not text.
         """
         ids = self._reply(
             query,
@@ -259,7 +280,7 @@ class LanguageModel(Description):
         seed: int,
         max_window_size: int | None,
     ) -> Iterator[list[int]]:
-        """Check the arguments of `chat`, and yield a reply's ids as generated, without the stop."""
+        """Check the arguments of `chat`; return an iterator of the reply's ids, without a stop."""
         if isinstance(query, list | tuple):
             raise ValueError(
                 f"query must be text (str), got {texts.described(query)}: of messages, give the "
@@ -267,7 +288,7 @@ class LanguageModel(Description):
             )
         tokenizer = self.need_tokenizer()
         if self.is_base:
-            # Of whoever calls `chat`, beyond the decorator that explains keywords.
+            # Names the line that calls `chat`, past the decorator that explains keywords.
             warnings.warn(BASE_NOTE, stacklevel=4)
         if max_window_size is None:
             max_window_size = self.generation_config.max_window_size
@@ -284,13 +305,13 @@ class LanguageModel(Description):
         return chat.until_stop((part[0] for part in parts), stops)
 
     def _frequencies(self, lengths: np.ndarray, ntk_alpha: ArrayLike | None) -> np.ndarray:
-        """Compute RoPE frequencies, float32 [B, H/2], from the rows' lengths or the given alpha."""
+        """Compute RoPE frequencies, float32 [B, H/2], from sequence lengths or a given alpha."""
         scheme = rope.from_config(self.config)
         if ntk_alpha is None:
             return scheme.frequencies(scheme.alpha(lengths))
         return scheme.frequencies(inputs.alphas(ntk_alpha, len(lengths)))
 
     def _whole_shards(self, rows: np.ndarray) -> np.ndarray:
-        """Repeat rows until the mesh divides the batch; callers drop the surplus results."""
+        """Repeat rows [B, ...] until the mesh divides B; callers drop the results of the copies."""
         shards = math.prod(sharding.axis_sizes(self.mesh)[axis] for axis in sharding.BATCH)
         return np.resize(rows, (-(-len(rows) // shards) * shards, *rows.shape[1:]))

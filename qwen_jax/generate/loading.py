@@ -1,4 +1,4 @@
-"""Loads a model directory, ready to generate: its description, then its weights on a mesh."""
+"""Loads a model directory, ready to generate: first its small files, then its weights on a mesh."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,12 +25,13 @@ def load(
 
     It is loaded on the current mesh (`jax.set_mesh`), or on one device if there is none.
 
-    dtype: "float32", "bfloat16", "float16", or None for the backend's choice. overrides: config
-    values by their Hugging Face names, `layer_windows` and `rope_scaling`. attention: a name of
-    `qwen_jax.attention.IMPLEMENTATIONS`; "auto" tests the kernels on this device, once, and takes
-    the fastest that agrees with the reference (`prove.py`). cache_dtype: None (= dtype), "int8"
-    (symmetric) or "int8_asymmetric". max_length: largest number of prompt and new tokens in a row;
-    None is the larger of the config's max_position_embeddings and seq_length.
+    dtype: "float32", "bfloat16" or "float16"; None for the default on this device.
+    overrides: config values by their Hugging Face names, `layer_windows` and `rope_scaling`.
+    attention: a name of `qwen_jax.attention.IMPLEMENTATIONS`; "auto" tests the kernels on this
+        device, once, and takes the fastest that agrees with the XLA reference (`prove.py`).
+    cache_dtype: the dtype of the KV cache: None (= dtype), "int8" (symmetric) or "int8_asymmetric".
+    max_length: the largest number of tokens in a sequence, prompt and new tokens together; None for
+        the larger of the config's max_position_embeddings and seq_length.
 
     Raises ValueError for an incomplete directory or an argument that is not allowed, and
     NotImplementedError if the attention cannot run this model on this device.
@@ -48,7 +49,11 @@ def with_weights(
     attention: str = "auto",
     cache_dtype: str | None = None,
 ) -> LanguageModel:
-    """Load the weights that belong to `about`; the other arguments are those of `load`, checked.
+    """Load the weights of a model directory, whose small files have been read.
+
+    path: the model directory.
+    about: the description of the model that `description.read` returned.
+    dtype, attention, cache_dtype: as in `load`, already checked.
 
     A mesh or an attention that cannot run this model is refused before any weight is read.
     """

@@ -1,4 +1,4 @@
-"""Reading prompts from a file: one per line, or JSON Lines. No tokenizer is involved."""
+"""Reads prompts from a file: one per line, or JSON Lines. No tokenizer is involved."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen_jax.runtime import command, processes, texts
 
-_KEY = "prompt"  # of an object in JSON Lines
+_KEY = "prompt"  # the key of a prompt in JSON Lines
 
 
 def whole(path: str | Path) -> str:
@@ -19,7 +19,8 @@ def read(path: str | Path) -> list[str]:
 
     A prompt is a line; in a file whose name ends in .jsonl it is a JSON string, or the value of
     "prompt" in a JSON object. Blank lines are skipped. Raises ValueError, with file and line, for
-    an invalid prompt, for a file without prompts, and if processes read different prompts.
+    an invalid prompt, for a file without prompts, and if the processes of a run read different
+    prompts.
     """
     records = str(path).lower().endswith(".jsonl")
     found: list[str] = []
@@ -41,7 +42,10 @@ def read(path: str | Path) -> list[str]:
 
 
 def _record(line: str, where: str) -> tuple[str, list[str]]:
-    """Parse a line of JSON into its prompt and the keys other than "prompt"."""
+    """Parse a line of JSON into its prompt and the keys other than "prompt".
+
+    where: the file and the number of the line, for errors.
+    """
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

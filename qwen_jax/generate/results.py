@@ -22,8 +22,12 @@ _SHOWN = 60  # characters of a prompt in a heading
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """A text to generate. `index`: of its prompt, from 0; `sample`: which of the prompt's texts it
-    is, from 0; `prompt`: the text as it was given.
+    """A text to generate.
+
+    index: the index of its prompt, from 0.
+    sample: the index of this text among those of the prompt, from 0.
+    prompt: the prompt as it was given.
+    request: the prompt's token ids, with seed and limit.
     """
 
     index: int
@@ -115,7 +119,10 @@ def write_many(
 
 
 def _heading(task: TextTask, wanted: Sequence[TextTask]) -> str:
-    """Return the heading of a text: its prompt, and the numbers of prompt and sample if several."""
+    """Return the line above a text: its prompt, with the numbers of prompt and sample if several.
+
+    wanted: all tasks of the run.
+    """
     last, shown = wanted[-1], " ".join(task.prompt.split())
     parts = []
     if last.index:
@@ -129,7 +136,10 @@ def _heading(task: TextTask, wanted: Sequence[TextTask]) -> str:
 
 
 def rate(times: list[tuple[float, int]]) -> float | None:
-    """Return tokens/s from (time in s, tokens) pairs; the first two compile and are left out."""
+    """Return tokens/s from pairs (time in s, number of tokens), or None for too few pairs.
+
+    The first two pairs are left out, because they include compilation.
+    """
     if len(times) < 3 or times[-1][0] == times[1][0]:
         return None
     return round(sum(count for _, count in times[2:]) / (times[-1][0] - times[1][0]), 2)
