@@ -13,8 +13,8 @@ from qwen_jax.model.decoder import Block, Decoder
 def create(config: Config, key: jax.Array, dtype: DTypeLike) -> Decoder:
     """Make a decoder with freshly drawn weights, partitioned over the mesh in force.
 
-    As in the original, weights are drawn from N(0, 0.02^2), the two projections back into the
-    residual stream divided by sqrt(2 L); biases are 0 and norms are 1.
+    As in the original PyTorch code, weights are drawn from N(0, initializer_range^2), the two
+    projections back into the residual stream divided by sqrt(2 L); biases are 0 and norms are 1.
     """
     make = _maker(config, key, dtype=dtype)
     blocks = [Block(config, make) for _ in range(config.num_layers)]
@@ -22,7 +22,7 @@ def create(config: Config, key: jax.Array, dtype: DTypeLike) -> Decoder:
 
 
 def abstract(config: Config, dtype: DTypeLike) -> Decoder:
-    """Return the decoder as shapes with partitionings, which take no memory."""
+    """Return the decoder of a config as shapes with partitionings, which take no memory."""
 
     def make() -> Maker:  # a key too is made as a shape: the devices may not be there
         return _maker(config, jax.random.key(0), dtype=dtype)
@@ -57,10 +57,10 @@ def _stack(arrays: list[jax.Array]) -> jax.Array:
 
 
 def unstack(decoder: Decoder) -> Decoder:
-    """Undo `stack`: give each layer leaves of its own, for a trained model that is to decode.
+    """Undo `stack`: give each layer its separate leaves again, as decoding needs them.
 
-    Call it under `jit`; otherwise each layer of each leaf is a program of its own. Donating saves
-    nothing, as no part has the size of the whole.
+    Call it under `jit`; otherwise each layer of each leaf is compiled as a program of its own.
+    Donating the decoder saves nothing, as no result has the size of a stacked leaf.
     """
 
     def block(i: int) -> Block:
@@ -73,7 +73,7 @@ def unstack(decoder: Decoder) -> Decoder:
 
 
 def _assemble(config: Config, make: Maker, *, blocks: list[Block]) -> Decoder:
-    """Add the embedding, the final norm and the head to a list of blocks."""
+    """Make a decoder from a list of blocks: add the embedding, the final norm and the head."""
     std = config.initializer_range
     head = None if config.tie_embeddings else make.normal("VD", std)
     return Decoder(

@@ -2,7 +2,7 @@
 
 A decoder with adapters is still a decoder. `attach` turns its leaves into `low_rank.Lora`, and
 `merge` adds the adapters to the weights. Axis letter R is the rank. Projections that the original
-stacks into one module (queries, keys and values) share one `a`. Nothing here knows of files.
+code stacks into one module (queries, keys and values) share one `a`. This module knows no files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,11 @@ from qwen_jax.model import Decoder
 class Adapters:
     """The trained parameters of LoRA, with the adapters of all layers stacked.
 
-    a: [L, R, in] for each group of leaves. float32 while trained, as is b.
-    b: [L, out, R] for each leaf.
+    a: by the name of a group, the matrix [L, R, in] that its leaves share. float32 while trained,
+        as is b.
+    b: by the path of a leaf, its matrix [L, out, R].
     embedding, head: trained copies that replace the decoder's whole arrays, or None.
-    groups: the name of each group, with the paths of its leaves, which share an `a`.
+    groups: the name of each group, with the paths of its leaves.
     scale: the factor on each adapter's product, such as alpha / rank.
     """
 
@@ -58,6 +59,9 @@ def create(
     As in PEFT, a is drawn from U(-1/sqrt(in), 1/sqrt(in)).
 
     groups: for each group the paths of its leaves in a block, such as "attn.q"; they share an `a`.
+    rank: R, the rank of the adapters.
+    alpha: the scale of the adapters times the rank.
+    key: the PRNG key for drawing `a`.
     embeddings: train copies of the embedding and the head too.
     """
     sizes = {**decoder.config.sizes, "L": decoder.config.num_layers, "R": rank}
@@ -86,6 +90,7 @@ def attach(
     """Put adapters on the leaves of a stacked decoder.
 
     key: the PRNG key of the dropout on each adapter's input; None for no dropout.
+    dropout: the share of inputs that is dropped.
     """
     layers = decoder.config.num_layers
     group_of = {leaf: name for name, members in adapters.groups for leaf in members}
@@ -110,7 +115,7 @@ def attach(
 
 
 def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
-    """Add adapters into the weights of a stacked decoder, each in its own dtype."""
+    """Add adapters into the weights of a stacked decoder; each weight keeps its dtype."""
     group_of = {leaf: name for name, members in adapters.groups for leaf in members}
 
     def one(path: str, leaf: Weight) -> Weight:

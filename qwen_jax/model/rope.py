@@ -1,8 +1,8 @@
 """Rotary position embedding (RoPE): the schemes that choose its frequencies and query scales.
 
-A scheme is a frozen value. On the host it computes `frequencies`, float32 [B, H/2], in the
-precision of the original; `rotary` combines them with positions. Attention receives only a rotation
-and a scale for each query, and does not know which scheme is active.
+A scheme is a frozen dataclass. On the host it computes `frequencies`, float32 [B, H/2], in the
+precision of the original PyTorch code; `rotary` combines them with positions. Attention receives
+only a rotation and a scale for each query, and does not know which scheme is active.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from qwen_jax.runtime import values
 
 @struct.dataclass
 class Rotary:
-    """The rotation of the tokens of a pass.
+    """The rotation of queries and keys at the tokens of one forward pass.
 
-    cos, sin: float32 [B, T, H/2].
+    cos, sin: float32 [B, T, H/2], of the angle of each pair of dimensions.
     query_scale: float32 [B, T], a factor on attention scores besides H**-0.5.
     """
 
@@ -32,7 +32,10 @@ class Rotary:
     query_scale: jax.Array
 
     def rotate(self, x: Float[Array, "B T N H"]) -> jax.Array:
-        """Rotate x [B, T, N, H] in float32 and cast back. Dimension i is paired with i + H/2."""
+        """Rotate queries or keys x [B, T, N, H] in float32, and cast back.
+
+        Dimension i is paired with i + H/2.
+        """
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = self.cos[:, :, None, :], self.sin[:, :, None, :]
         turned = [first * cos - second * sin, second * cos + first * sin]
@@ -43,6 +46,8 @@ class Rotary:
 class Rope:
     """Plain RoPE (arXiv 2104.09864): the angle of pair i at position p is p * base**(-2i/H).
 
+    head_dim: H, the size of a head.
+    base: the base of the frequencies.
     logn_length: the trained length, beyond which LogN scales queries; None turns LogN off.
     """
 
@@ -51,7 +56,7 @@ class Rope:
     logn_length: int | None = None  # LogN: the trained length, None = off
 
     def alpha(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the NTK alpha for rows of these numbers of tokens: 1, which scales nothing."""
+        """Return the NTK alpha of sequences of these lengths: 1, which changes nothing."""
         return np.ones(np.shape(lengths), np.float64)
 
     def frequencies(self, alpha: ArrayLike = 1.0) -> np.ndarray:
@@ -67,25 +72,28 @@ class Rope:
         return _powers(base, self.head_dim)
 
     def temperature(self) -> float:
-        """Return a constant factor on every attention score."""
+        """Return the constant factor of this scheme on every attention score: 1."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNTK(Rope):
-    """The original's dynamic NTK scaling: each row's alpha follows from its number of tokens."""
+    """The dynamic NTK scaling of the original code: a sequence's alpha follows from its length.
+
+    trained_length: the length up to which alpha is 1.
+    """
 
     trained_length: int = 0
 
     def alpha(self, lengths: np.ndarray) -> np.ndarray:
-        """Compute max(2**ceil(log2(length / trained_length) + 1) - 1, 1) for each row."""
+        """Compute max(2**ceil(log2(length / trained_length) + 1) - 1, 1) for each sequence."""
         ratio = np.maximum(np.asarray(lengths, np.float64), 1) / self.trained_length
         return np.maximum(2.0 ** np.ceil(np.log2(ratio) + 1) - 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scaled(Rope):
-    """A scheme that scales all frequencies by a fixed `factor` and takes no NTK alpha."""
+    """Base of the schemes that extend the context by a fixed `factor` and take no NTK alpha."""
 
     factor: float = 1.0
 
@@ -95,19 +103,19 @@ class _Scaled(Rope):
         return np.broadcast_to(self._scaled(), (*np.shape(alpha), self.head_dim // 2))
 
     def _scaled(self) -> np.ndarray:
-        """Compute the scaled frequencies, float32 [H/2]."""
+        """Compute the frequencies of the extended context, float32 [H/2]."""
         raise NotImplementedError
 
 
 class Linear(_Scaled):
-    """Position interpolation (arXiv 2306.15595, eq. 4): positions divided by the factor."""
+    """Position interpolation (arXiv 2306.15595, eq. 4): positions are divided by `factor`."""
 
     def _scaled(self) -> np.ndarray:
         return _powers(self.base, self.head_dim) / np.float32(self.factor)
 
 
 class NTKAware(_Scaled):
-    """NTK-aware scaling (arXiv 2309.00071, def. 1): base * factor**(H/(H-2))."""
+    """NTK-aware scaling (arXiv 2309.00071, def. 1): the base becomes base * factor**(H/(H-2))."""
 
     def _scaled(self) -> np.ndarray:
         base = self.base * self.factor ** (self.head_dim / (self.head_dim - 2))
@@ -118,8 +126,12 @@ class NTKAware(_Scaled):
 class YarnPaper(_Scaled):
     """YaRN (arXiv 2309.00071, def. 2 and 3): NTK-by-parts frequencies and a temperature.
 
+    trained_length: the context length before scaling.
+    beta_fast, beta_slow: the number of turns at the two ends of the interpolation.
+    attention_factor: a factor on queries and on keys; None computes it from `factor`.
+
     A pair that turns r times in the trained length keeps its frequency where r > beta_fast, is
-    divided by the factor where r < beta_slow, and is interpolated linearly in r between.
+    divided by `factor` where r < beta_slow, and is interpolated linearly in r between.
     """
 
     trained_length: int = 0
@@ -133,12 +145,18 @@ class YarnPaper(_Scaled):
         return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
 
     def _kept(self, plain: np.ndarray) -> np.ndarray:
-        """Return the unscaled share of each frequency [H/2]; the rest is divided by the factor."""
+        """Return the unscaled share of each frequency [H/2]; the rest is divided by `factor`.
+
+        plain: the unscaled frequencies, float64 [H/2].
+        """
         turns = self.trained_length * plain / (2 * math.pi)
         return np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
 
     def temperature(self) -> float:
-        """Return 1/t, where sqrt(1/t) = 0.1 ln(factor) + 1 scales queries and keys (eq. 15)."""
+        """Return 1/t, where sqrt(1/t) = 0.1 ln(factor) + 1 scales queries and keys (eq. 15).
+
+        `attention_factor`, if given, takes the place of sqrt(1/t).
+        """
         if self.attention_factor is not None:
             return self.attention_factor**2
         return (0.1 * math.log(self.factor) + 1) ** 2
@@ -149,8 +167,11 @@ class Yarn(YarnPaper):
     """YaRN as Hugging Face and vLLM compute it, and as checkpoints are trained with it.
 
     Unlike the paper's, the interpolation is linear in the index of the pair. It runs from the pair
-    that turns beta_fast times in the trained length to the pair that turns beta_slow times;
-    `truncate` rounds both outwards to whole pairs.
+    that turns beta_fast times in the trained length to the pair that turns beta_slow times.
+
+    truncate: round these two indices outwards to whole pairs.
+    mscale, mscale_all_dim: determine the temperature, if both are given and attention_factor is
+        not.
     """
 
     truncate: bool = True
@@ -166,12 +187,12 @@ class Yarn(YarnPaper):
         return 1 - np.clip((np.arange(len(plain)) - first) / width, 0, 1)
 
     def _pair(self, turns: float) -> float:
-        """Return the index, often fractional, of the pair that turns so often in trained length."""
+        """Return the (fractional) index of the pair that turns so many times in trained length."""
         length = self.trained_length / (2 * math.pi * turns)
         return self.head_dim * math.log(length) / (2 * math.log(self.base))
 
     def temperature(self) -> float:
-        """Return the paper's temperature, or with both mscales the square of their ratio.
+        """Return the paper's temperature, or if both mscales are given the square of their ratio.
 
         Each mscale m enters the ratio as 0.1 m ln(factor) + 1.
         """
@@ -184,7 +205,7 @@ class Yarn(YarnPaper):
 
 
 def from_config(config: Config) -> Rope:
-    """Return the RoPE scheme of a config."""
+    """Return the RoPE scheme that a config describes."""
     logn = config.seq_length if config.logn else None
     scaling = config.rope_scaling
     if scaling is None and config.dynamic_ntk:
@@ -222,7 +243,9 @@ def rotary(
 
 
 def _powers(base: ArrayLike, head_dim: int) -> np.ndarray:
-    """Compute base**(-2i/H), float32 [..., H/2], rounded as the original rounds.
+    """Compute base**(-2i/H), float32 [..., H/2], rounded as in the original PyTorch code.
+
+    base: a number or an array [...].
 
     Raises ValueError for a base beyond float32.
     """

@@ -1,8 +1,8 @@
 """Operations over a sharded vocabulary: the embedding look-up, and log-probabilities of tokens.
 
-Neither holds the whole table or the logits of all tokens at once. Rows of the table are gathered a
-chunk at a time, used for all tokens and dropped; so are logits, forward and backward. Collectives
-are written by hand because their order matters.
+Neither operation holds the whole table or the logits of all tokens at once. Rows of the table are
+gathered a chunk at a time, used for all tokens and dropped; so are logits, forward and backward.
+Collectives are written by hand because their order matters.
 """
 
 import functools
@@ -63,7 +63,14 @@ def _look_up_forward(
 
 
 def _look_up_backward(dtype: DTypeLike, saved: Any, dx: jax.Array) -> Any:
-    """Exchange tokens for columns, then add each token's gradient to its row of the table."""
+    """Compute the gradient of the table: add each token's gradient to its row.
+
+    saved: the table [V, D] and the tokens [B, T].
+    dx: [B, T, D], the gradient of the result of `look_up`.
+
+    Devices first exchange tokens for columns, as each holds only some rows and columns of the
+    table.
+    """
     table, tokens = saved
     split, over_rows = _split(table, 1), _split(table, 0)
     over_tokens = [axis for entry in sharding.spec("BT") for axis in sharding.entries(entry)]
@@ -82,7 +89,7 @@ def _look_up_backward(dtype: DTypeLike, saved: Any, dx: jax.Array) -> Any:
             return sums.at[rows].add(columns.T.astype(jnp.float32), mode="drop"), None
 
         def chunks(x: jax.Array, filler: int) -> jax.Array:
-            """Cut [devices, C, tokens] into [chunks, C, size]; what fills it up is dropped."""
+            """Cut [devices, C, tokens] into [chunks, C, size], filled up with `filler`."""
             size = min(tokens.size, _SCATTERED)
             count = -(-tokens.size // size)
             beyond = count * size - tokens.size
@@ -102,7 +109,12 @@ _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _own_rows(table: jax.Array, ids: jax.Array, *, over: tuple[str, ...]) -> tuple[Any, Any]:
-    """Turn ids into row numbers of this device's part of the table, and mark those it holds."""
+    """Turn token ids into row indices of this device's part of the table.
+
+    over: the mesh axes that split the rows of the table.
+
+    Returns the indices, and a mask of the ids whose row this device holds.
+    """
     rows = ids - jax.lax.axis_index(over) * table.shape[0] if over else ids
     return rows, (rows >= 0) & (rows < table.shape[0])
 
@@ -113,9 +125,9 @@ def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
 
 
 class TokenScores(NamedTuple):
-    """Three numbers for each target token, float32 [B, T]; logit - lse is its log-probability.
+    """The logits and normaliser of target tokens, float32 [B, T] each.
 
-    logit: the target's own logit.
+    logit: the target's own logit; logit - lse is its log-probability.
     lse: the log-sum-exp of all logits.
     largest: the largest of all logits. Its gradient is not defined; 0 is returned.
     """
@@ -128,10 +140,10 @@ class TokenScores(NamedTuple):
 def token_scores(
     x: Float[Array, "B T D"], head: Float[Array, "V D"], *, targets: Int[Array, "B T"]
 ) -> TokenScores:
-    """Compute the scores of target tokens, int [B, T], without ever holding the logits whole.
+    """Compute the scores of target tokens, int [B, T], without ever holding all logits at once.
 
-    x: [B, T, D] after the final norm. Its tokens may be split over `tp`; those of targets and
-        results are not.
+    x: [B, T, D] after the final norm. Its tokens may be split over `tp`; targets and results are
+        not.
     head: [V, D], of any dtype; the logits are x head^T.
 
     Products are computed in the dtype of x and summed in float32; the softmax is in float32.
@@ -141,7 +153,7 @@ def token_scores(
 
 @jax.custom_vjp
 def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
-    """Scan over chunks of the head with a running maximum and sum, then combine them over `tp`."""
+    """Scan over chunks of the head with a running maximum and sum, and combine these over `tp`."""
     layout = _Layout.of(x, head)
 
     @jax.shard_map(out_specs=TokenScores(*[layout.rows] * 3), check_vma=False)
@@ -179,7 +191,7 @@ def _forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[TokenSc
 
 
 def _backward(saved: Any, cotangents: TokenScores) -> Any:
-    """Compute the logits again a chunk at a time, and from them the gradients of x and head."""
+    """Compute the gradients of x and head from logits that are computed again, chunk by chunk."""
     x, head, targets, lse = saved
     layout = _Layout.of(x, head)
     specs = tuple(jax.typeof(a).sharding.spec for a in (x, head))
@@ -223,7 +235,7 @@ _token_scores.defvjp(_forward, _backward)
 
 
 class _Layout(NamedTuple):
-    """How the head is cut into chunks, and which mesh axes split the operands.
+    """The plan of a pass over all logits: chunks of the head, and mesh axes that split arrays.
 
     size: rows of the head in one chunk.
     tensor: mesh axes that split V.
@@ -242,7 +254,7 @@ class _Layout(NamedTuple):
 
     @staticmethod
     def of(x: jax.Array, head: jax.Array) -> "_Layout":
-        """Plan for these arrays, with logits of at most `LOGITS_BYTES` at a time."""
+        """Make the plan for x and head, with at most `LOGITS_BYTES` of logits at a time."""
         tensor, split = _split(head, 0), _split(head, 1)
         rows = sharding.spec("BT")
         axes = [axis for entry in rows for axis in sharding.entries(entry)]
@@ -259,12 +271,12 @@ class _Layout(NamedTuple):
         return _Layout(size, tensor, split, copies, rows, parted)
 
     def tokens(self, x: jax.Array) -> jax.Array:
-        """Gather x [B, T of this device, D] over `tensor`, flattened to [tokens, D]."""
+        """Gather x [B, T of this device, D] over `tensor`, and flatten it to [tokens, D]."""
         x = jax.lax.all_gather(x, self.tensor, axis=1, tiled=True) if self.parted else x
         return x.reshape(-1, x.shape[-1])
 
     def own_tokens(self, dx: jax.Array, x: jax.Array) -> jax.Array:
-        """Sum the partial gradients of `tokens` over `tensor`, in the shape of x."""
+        """Sum partial gradients [tokens, D] over `tensor`; return those of this device's tokens."""
         dx = dx.reshape(x.shape[0], -1, x.shape[2])
         if self.parted:
             return jax.lax.psum_scatter(dx, self.tensor, scatter_dimension=1, tiled=True)
@@ -273,7 +285,7 @@ class _Layout(NamedTuple):
     def chunks(self, head: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cut the head into [chunks, size, D of this device], with zeros after its last row.
 
-        Also returns the number of each chunk's first row.
+        Also returns the index of each chunk's first row, int32 [chunks].
         """
         count = -(-head.shape[0] // self.size)
         padded = jnp.pad(head, ((0, count * self.size - head.shape[0]), (0, 0)))
@@ -286,21 +298,37 @@ class _Layout(NamedTuple):
         return jax.lax.all_gather(part, self.split, axis=0, tiled=True) if self.split else part
 
     def logits(self, x: jax.Array, part: jax.Array, *, first: jax.Array, rows: int) -> jax.Array:
-        """Compute the logits of a chunk that is still to be gathered, as `product` does."""
+        """Gather a chunk of the head, and compute its logits, float32 [tokens, size].
+
+        x: [tokens, D].
+        part: the chunk, [size, D of this device].
+        first, rows: the index of the chunk's first row, and the number of rows of this device's
+            head.
+        """
         return self.product(x, self.gathered(part, x.dtype), first=first, rows=rows)
 
     def product(self, x: jax.Array, part: jax.Array, *, first: jax.Array, rows: int) -> jax.Array:
-        """Compute a chunk's logits, float32 [tokens, size], -inf for rows beyond the head's."""
+        """Compute the logits of a gathered chunk, float32 [tokens, size], -inf past the head's end.
+
+        x: [tokens, D].
+        part: the chunk, [D, size].
+        first, rows: the index of the chunk's first row, and the number of rows of this device's
+            head.
+        """
         settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
         logits = jnp.einsum("td,dv->tv", x, part, **settings)
         return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
 
     def is_target(self, rows: jax.Array, first: jax.Array) -> jax.Array:
-        """Mark where a chunk's row is a token's target, bool [tokens, size]."""
+        """Mark the column of each token's target among a chunk's logits, bool [tokens, size].
+
+        rows: the row of the head for each target, [tokens].
+        first: the index of the chunk's first row.
+        """
         return (rows - first)[:, None] == jnp.arange(self.size)
 
     def summed(self, dpart: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Sum the gradient [D, size] of a chunk over devices: [size, D of this device]."""
+        """Sum the gradient [D, size] of a chunk over devices; return [size, D of this device]."""
         if self.split:
             dpart = jax.lax.psum_scatter(dpart, self.split, scatter_dimension=0, tiled=True)
         dpart = jax.lax.psum(dpart, self.copies) if self.copies else dpart
