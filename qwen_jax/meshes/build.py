@@ -1,7 +1,7 @@
-"""Meshes of devices: parsed, formatted, made, checked against a model, and chosen.
+"""Parses, formats, makes and chooses meshes of devices, and checks that a model divides over them.
 
-`sharding.py` says what each axis splits. Nothing here knows of models or files: a model is given as
-the lengths of its axes by letter.
+`sharding.py` says what each mesh axis splits. Nothing here knows of modules or files: a model is
+given as the lengths of its array axes by letter, such as `{"D": 4096, "N": 32}`.
 """
 
 import contextlib
@@ -22,9 +22,12 @@ _MOST_TRIED = 2**13  # the most devices of a suggested mesh
 
 
 def parse(text: str | None) -> dict[str, int]:
-    """Parse a mesh such as `"fsdp=4,tp=2"` into sizes by axis; axes not named are 1.
+    """Parse a mesh such as `"fsdp=4,tp=2"` into the size of each mesh axis.
 
-    Raises ValueError that says what is allowed.
+    Axes that the text does not name have size 1. None and "" name no axis.
+
+    Raises ValueError, which shows the accepted form, for an unknown or repeated axis and for a size
+    that is not a whole number of at least 1.
     """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     named = [item.partition("=")[0].strip() for item in (text or "").split(",")]
@@ -38,18 +41,23 @@ def parse(text: str | None) -> dict[str, int]:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """Format sizes as `parse` reads them, without axes of size 1."""
+    """Format the sizes of mesh axes as text that `parse` reads, such as `fsdp=4,tp=2`.
+
+    Axes of size 1 are left out. A mesh of one device is `fsdp=1`.
+    """
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "fsdp=1"
 
 
 def make(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
-    """Make a mesh with explicit axes over the first devices. All axes are 1 by default.
+    """Make a mesh with explicit axes over the first devices.
 
+    sizes: the size of each mesh axis by name; axes that are not named have size 1, and None names
+        no axis.
     devices: None takes all devices of this run, over all processes. Over several TPU slices, `data`
         spans the slices.
 
-    Raises ValueError for invalid sizes, for fewer devices than the mesh needs, and where another
-    axis than `data` would span slices.
+    Raises ValueError for invalid sizes, for a mesh that needs more devices than there are, and for
+    one in which another axis than `data` would span slices.
     """
     _check_sizes({} if sizes is None else sizes)
     shape = tuple((sizes or {}).get(axis, 1) for axis in AXES)
@@ -75,7 +83,7 @@ def make(sizes: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
 
 
 def _check_sizes(sizes: Any) -> None:
-    """Raise ValueError unless these are whole numbers above 0 by names of axes."""
+    """Raise ValueError unless `sizes` maps names of mesh axes to whole numbers of at least 1."""
     allowed = f"sizes of at least 1 by axis, such as {{'fsdp': 4}} (axes: {', '.join(AXES)})"
     if not isinstance(sizes, Mapping):
         raise ValueError(f"mesh must be {allowed}, got {described(sizes)}")
@@ -86,7 +94,7 @@ def _check_sizes(sizes: Any) -> None:
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """Group devices by TPU slice. Other devices form one group, as their hosts are no slices."""
+    """Group devices by TPU slice. Devices other than TPUs form one group, whatever their hosts."""
     found: dict[int, list[Any]] = {}
     for device in devices:
         index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
@@ -95,12 +103,16 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def count_slices(devices: Sequence[Any]) -> int:
-    """Return the number of TPU slices that devices belong to; 1 for other devices."""
+    """Return the number of TPU slices to which `devices` belong, 1 if they are not TPUs."""
     return len(_slices(devices))
 
 
 def in_planes(mesh: Mesh) -> Mesh:
-    """Return the mesh with `fsdp_outer` split off `fsdp` where that is faster."""
+    """Split the mesh axis `fsdp` into `fsdp_outer` and `fsdp` if XLA then gathers weights faster.
+
+    That is so where `fsdp` spans three dimensions of a TPU torus: each part then lies in one plane
+    of the torus. Any other mesh is returned unchanged.
+    """
     outer = _planes(mesh)
     if outer == 1:
         return mesh
@@ -110,10 +122,11 @@ def in_planes(mesh: Mesh) -> Mesh:
 
 
 def _planes(mesh: Mesh) -> int:
-    """Return the number of equal parts of `fsdp` that each lie in a plane of a 3-D torus, else 1.
+    """Return into how many equal parts `fsdp` is split so that each lies in a plane of a 3-D torus.
 
-    XLA gathers over one or two dimensions of a torus; over three it adds up arrays of zeros, which
-    sends twice the bytes and holds two copies of the result.
+    1 means that `fsdp` stays whole. XLA gathers an array over one or two dimensions of a torus
+    directly; over three it adds up arrays of zeros, which sends twice the bytes and holds two
+    copies of the result.
     """
     line = np.moveaxis(mesh.devices, AXES.index("fsdp"), -1).reshape(-1, mesh.shape["fsdp"])[0]
     if mesh.shape["fsdp_outer"] > 1 or not hasattr(line[0], "coords"):
@@ -128,10 +141,9 @@ def _planes(mesh: Mesh) -> int:
 
 
 def current() -> Mesh:
-    """Return the mesh entered with `jax.set_mesh`, or a mesh of one device.
+    """Return the mesh entered with `jax.set_mesh`, or a mesh of one device if none is entered.
 
-    Raises ValueError when the mesh in force has axes other than `AXES`, or axes that are not
-    explicit.
+    Raises ValueError if the entered mesh has axes other than `AXES`, or axes that are not explicit.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -145,17 +157,18 @@ def current() -> Mesh:
 
 @contextlib.contextmanager
 def entered(mesh: Mesh) -> Iterator[Mesh]:
-    """Run with `mesh` in force, whatever was in force before."""
+    """Enter `mesh` for a `with` statement, whatever mesh was in force before, and yield it."""
     with jax.set_mesh(mesh):
         yield mesh
 
 
 def check(lengths: Mapping[str, int], mesh: Any, *, sequence_parallel: bool = False) -> None:
-    """Raise ValueError if an axis does not divide over the mesh, and name the nearest that works.
+    """Raise ValueError, with the nearest mesh that works, if a model does not divide over `mesh`.
 
-    lengths: of axes by letter: V, D, N, K, F, and where known B (rows of a batch) and T.
-    mesh: a mesh, or sizes by axis.
-    sequence_parallel: whether T is split over `tp` too.
+    lengths: the lengths of array axes by letter: V, D, N, K, F and, where known, B (sequences of a
+        batch) and T (tokens of a sequence).
+    mesh: a mesh, or the sizes of its axes by name.
+    sequence_parallel: whether the tokens T are split over `tp` too.
     """
     sizes = axis_sizes(mesh)
     problem = _problem(lengths, sizes, sequence_parallel=sequence_parallel)
@@ -167,14 +180,16 @@ def check(lengths: Mapping[str, int], mesh: Any, *, sequence_parallel: bool = Fa
 
 
 def splits_tokens(asked: bool | None, length: int, *, mesh: Any | None = None) -> tuple[bool, str]:
-    """Decide whether training splits the residual stream by tokens over `tp`, and say why.
+    """Decide whether training splits the residual stream by tokens over `tp`.
 
     Each device of `tp` then stores a part of the residual stream instead of the whole, at the cost
-    of somewhat more traffic (docs/scaling.md). It is the default wherever the tokens divide.
+    of somewhat more traffic (docs/scaling.md). By default it is split wherever the tokens divide.
 
     asked: the user's choice, or None for the default.
-    length: T.
-    mesh: a mesh, or sizes by axis; None is the mesh in force.
+    length: the number of tokens T of a sequence.
+    mesh: a mesh, or the sizes of its axes by name; None is the mesh in force.
+
+    Returns the decision, and the reason for it in words.
     """
     sizes = axis_sizes(mesh)
     if asked is not None:
@@ -201,7 +216,14 @@ _NAMES = {
 def _problem(
     lengths: Mapping[str, int], sizes: Mapping[str, int], *, sequence_parallel: bool = False
 ) -> str | None:
-    """Describe the first axis that does not divide over the mesh, or return None."""
+    """Describe, for an error message, the first array axis that does not divide over a mesh.
+
+    lengths: the lengths of array axes by letter.
+    sizes: the sizes of all mesh axes by name.
+    sequence_parallel: whether the tokens T are split over `tp` too.
+
+    Returns None if all array axes divide.
+    """
     tokens = (CONTEXT, TENSOR) if sequence_parallel else (CONTEXT,)
     over = {"B": BATCH, "D": WEIGHTS, "T": tokens} | dict.fromkeys("NFVK", (TENSOR,))
     for letter, axes in over.items():
@@ -223,10 +245,15 @@ def _problem(
 def _nearest(
     lengths: Mapping[str, int], sizes: Mapping[str, int], *, sequence_parallel: bool
 ) -> dict[str, int] | None:
-    """Return the mesh nearest to `sizes` over which `lengths` divide (as in `check`), or None.
+    """Return the mesh nearest to `sizes` over which a model divides, or None if there is none.
 
-    It has as many devices, or else the most below, and axes changed as little as possible; of
-    several, it is the one that moves devices into `fsdp`, which every program can use.
+    lengths: the lengths of array axes by letter.
+    sizes: the sizes of all mesh axes by name.
+    sequence_parallel: whether the tokens T are split over `tp` too.
+
+    The nearest mesh has as many devices, or else the largest smaller number, and sizes changed as
+    little as possible. Of several, it is the one that moves devices into `fsdp`, which every
+    program can use.
     """
 
     def changed(mesh: dict[str, int]) -> tuple[float, ...]:
@@ -242,7 +269,11 @@ def _nearest(
 def of_size(
     total: int, lengths: Mapping[str, int] | None = None, *, sequence_parallel: bool = False
 ) -> Iterator[dict[str, int]]:
-    """Yield every mesh of `total` devices; with lengths, as for `check`, every one that divides."""
+    """Yield the axis sizes of every mesh of `total` devices over which a model divides.
+
+    lengths: the lengths of the model's array axes by letter; None yields every mesh.
+    sequence_parallel: whether the tokens T are split over `tp` too.
+    """
     lengths = lengths or {}
     small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
     divisors = sorted({*small, *(total // n for n in small)})
@@ -261,12 +292,17 @@ def of_size(
 def default(
     lengths: Mapping[str, int], devices: int, *, training: bool = False, slices: int = 1
 ) -> dict[str, int]:
-    """Choose a mesh: the most devices that the model divides over, in all slices or in one.
+    """Choose the axis sizes of a mesh of the most devices over which a model divides.
 
-    Decoding reads every weight for each token, so `tp` takes as many devices as it can, and rows
-    the rest. Training splits rows and weights (`fsdp`); devices that the model width does not
-    divide over hold copies (`data`), as slices do, and heads are split only over devices that rows
-    do not divide over.
+    lengths: the lengths of the model's array axes by letter.
+    devices: the number of devices of all slices together.
+    training: whether the mesh is for training; otherwise it is for decoding.
+    slices: the number of TPU slices. The mesh spans all of them or lies in one.
+
+    Decoding reads every weight for each token, so `tp` takes as many devices as it can, and the
+    others split the batch. Training splits the batch and the weights over `fsdp`; `data` takes only
+    devices over which the model width does not divide, and the slices; `tp` takes only devices over
+    which the batch does not divide.
     """
     least = (TENSOR, CONTEXT, COPIES) if training else (COPIES, CONTEXT, "fsdp")
     for total in [devices] * (slices > 1) + list(range(devices // slices, 0, -1)):

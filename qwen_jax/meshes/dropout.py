@@ -1,4 +1,8 @@
-"""Dropout with the same random draws on every mesh: they depend on row, place and column alone."""
+"""Dropout whose random draws are the same on every mesh.
+
+A draw depends on the key and on the element's place in the global array alone: its sequence in the
+batch, its token and its column.
+"""
 
 import functools
 from typing import Any
@@ -16,10 +20,10 @@ from qwen_jax.meshes import moves
 
 @struct.dataclass
 class Dropout:
-    """The dropout of a training step: of the embeddings, and of both branches of each block.
+    """The dropout of one training step: of the embeddings, and of both branches of each block.
 
-    key: the PRNG key of the step or, within a pass, of a layer.
-    rate: the share of elements set to 0; the others are scaled up.
+    key: the PRNG key of the training step or, from `in_layer`, of one layer.
+    rate: the share of elements that are set to 0; the others are divided by 1 - rate.
     """
 
     key: jax.Array
@@ -35,6 +39,7 @@ class Dropout:
         return self._drop(x, 2)
 
     def in_layer(self, layer: Any) -> "Dropout":
+        """Return the dropout of one layer, which has a PRNG key of its own."""
         return Dropout(jax.random.fold_in(self.key, 3 + layer), self.rate)
 
     def _drop(self, x: jax.Array, place: int) -> jax.Array:
@@ -42,10 +47,11 @@ class Dropout:
 
 
 def drop(x: Float[Array, "B T D"], key: jax.Array, *, rate: float) -> jax.Array:
-    """Set the share `rate` of the elements of x [B, T, ...] to 0; divide the rest by 1 - rate.
+    """Set a random share `rate` of the elements of x [B, T, D] to 0; divide the rest by 1 - rate.
 
-    An element's draw (Threefry, as in `jax.random`) depends on the key, its row, its token's place
-    in the sequence (before `moves.zigzag`) and its column, so it is the same on every mesh.
+    The draw of an element (Threefry, as in `jax.random`) depends on the key, its sequence in the
+    batch, its token's position before `moves.zigzag` reorders tokens, and its column, so it is the
+    same on every mesh.
     """
     length = x.shape[1]
     spec = P(*jax.typeof(x).sharding.spec.partitions)

@@ -1,8 +1,8 @@
-"""Published figures of accelerators that plans are made for: peak, memory, links.
+"""Published figures of accelerators, for planning a run: peak FLOP/s, memory and links.
 
-Figures are for one device as jax sees it, in bytes and seconds, each with its source. TPU pages are
-those of docs.cloud.google.com/tpu/docs (read in November 2026). Nothing here knows of models or
-programs.
+Figures are for one device as jax sees it, in bytes and seconds, each with its source. A comment
+such as `/v4` names a page below docs.cloud.google.com/tpu/docs (read in November 2026). Nothing
+here knows of models or programs.
 """
 
 import dataclasses
@@ -12,15 +12,18 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device as jax sees it: a TPU chip (for a TPU7x, one of its two cores), or a GPU.
+    """The published figures of a device as jax sees it: a TPU chip (on a TPU7x, a core) or a GPU.
 
-    kernel: the attention implementation that plans assume.
+    name: the key in `CHIPS`, such as "v5e".
+    platform: "tpu" or "cuda".
+    kernel: the attention implementation that plans assume, a name in `attention.IMPLEMENTATIONS`.
     flops: peak dense bf16 FLOP/s.
-    hbm: published bytes of memory.
-    usable: bytes that a program may take.
-    bandwidth: bytes/s of the HBM.
-    link: bytes/s one way of one ICI link of a chip, or of all NVLinks of a GPU together.
-    network: bytes/s one way of a device to other slices (DCN) or other hosts (InfiniBand).
+    hbm: the published size of its memory in bytes.
+    usable: the bytes of memory that a program may take.
+    bandwidth: bytes/s of its memory (HBM).
+    link: bytes/s in one direction of one ICI link of a TPU chip, or of all NVLinks of a GPU.
+    network: bytes/s in one direction from a device to other slices (DCN) or to other hosts
+        (InfiniBand).
     """
 
     name: str
@@ -36,14 +39,14 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(Chip):
-    """A TPU, with the shape of its interconnect.
+    """A TPU, with the shape of the torus that connects chips.
 
-    torus: the number of dimensions.
-    wraps: a dimension has wrap-around links where its length (in three dimensions, every length) is
-        a multiple of this.
-    cores: devices on a chip, which share its links.
-    on_chip: bytes/s one way between the devices of a chip.
-    config: the libtpu setting that makes a chip one device.
+    torus: the number of dimensions of the torus.
+    wraps: a dimension has wrap-around links if its length is a multiple of this number; in a 3-D
+        torus, if the lengths of all three dimensions are.
+    cores: the number of jax devices on a chip, which share its links.
+    on_chip: bytes/s in one direction between the devices of a chip.
+    config: the libtpu setting that makes a chip one device, "" where none is needed.
     """
 
     torus: int
@@ -55,15 +58,15 @@ class Tpu(Chip):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """A GPU, with what XLA needs in order to compile for it. Sizes are in bytes.
+    """A GPU, with the properties by which XLA compiles for it on a machine without one.
 
-    kind: jax's `device_kind`.
+    kind: the `device_kind` of the jax device.
     capability: the major compute capability.
-    cores, fpus: multiprocessors, and FP32 units in each.
-    shared: shared memory of a multiprocessor.
-    l2: size of the L2 cache.
-    clock: in GHz.
-    node: GPUs connected by NVSwitches.
+    cores, fpus: the number of multiprocessors, and of FP32 units in each.
+    shared: the bytes of shared memory of a multiprocessor.
+    l2: the bytes of the L2 cache.
+    clock: the clock rate in GHz.
+    node: the number of GPUs that NVSwitches connect.
     """
 
     kind: str
@@ -77,7 +80,10 @@ class Gpu(Chip):
 
     @property
     def config(self) -> str:
-        """XLA's `GpuTargetConfigProto` as text. A block may use 1 KiB less than a core has."""
+        """The GPU's description for XLA's compiler, a `GpuTargetConfigProto` as text.
+
+        A thread block may use 1 KiB less shared memory than a multiprocessor has.
+        """
         return f"""
             gpu_device_info {{
               threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -164,6 +170,6 @@ _KINDS = {
 
 
 def of_kind(kind: str) -> Chip | None:
-    """Return the chip of a `jax.Device.device_kind`, or None for an unknown one."""
+    """Return the figures of a device by its `jax.Device.device_kind`, None for an unknown one."""
     kinds = _KINDS | {gpu.kind: name for name, gpu in GPUS.items()}
     return CHIPS[kinds[kind]] if kind in kinds else None

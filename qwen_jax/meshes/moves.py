@@ -1,7 +1,7 @@
-"""Moves of arrays over a mesh: from and to the host, gathering, scattering and exchanging.
+"""Moves arrays between the host and a mesh; gathers, scatters and exchanges them over the mesh.
 
-Functions take global arrays and change only their partitioning, except those that run within
-`shard_map`, which say so. Workarounds for what compilers do with such moves are here too.
+Functions take and return global arrays, except those that say that they run within `shard_map`.
+Workarounds for XLA's handling of such moves are here too.
 """
 
 import functools
@@ -36,7 +36,12 @@ _LANES = 128  # the lanes of a TPU register
 def place(
     value: np.ndarray, letters: str, *, lengths: Mapping[str, int] | None = None
 ) -> jax.Array:
-    """Put a host array on the mesh in force. All processes must call this with the same array."""
+    """Put a host array on the mesh in force, partitioned by its axis letters, such as "BT".
+
+    lengths: the lengths of axes by letter, where known, as in `sharding.spec`.
+
+    All processes must call this with the same array.
+    """
     sharding = named(letters, jax.sharding.get_mesh(), lengths=lengths)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
@@ -49,7 +54,8 @@ def fetch(x: jax.Array) -> np.ndarray:
 def begin_fetch(x: jax.Array) -> jax.Array:
     """Start copying a whole global array to the host of every process, without waiting.
 
-    Returns an array of this process, for which `np.asarray` waits. All processes must call this.
+    Returns an array on this process's devices; `np.asarray` waits for its copy on the host. All
+    processes must call this.
     """
     if not (x.is_fully_addressable or x.is_fully_replicated):
         mesh = x.sharding.mesh  # type: ignore[attr-defined]
@@ -62,12 +68,16 @@ def begin_fetch(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Return a program that copies an array to every device of a mesh, in force or not."""
+    """Make, once for each mesh, a jitted function that copies an array to every device of it."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def handed_over(x: jax.Array) -> jax.Array:
-    """Return an array with the same buffers that any jax function takes without a mesh."""
+    """Return an array with the same buffers for callers that have entered no mesh.
+
+    The result's mesh has axes that are not explicit, so any jax function takes it outside a mesh.
+    While a mesh is entered, x is returned unchanged.
+    """
     if not jax.sharding.get_mesh().empty:
         return x
     sharding = x.sharding
@@ -77,12 +87,14 @@ def handed_over(x: jax.Array) -> jax.Array:
 
 
 def unshard(tree: Any, dtype: Any = None) -> Any:
-    """Round weights to `dtype`, and gather them over the FSDP axes just before their use.
+    """Gather the weights of a tree over the FSDP axes just before their use, rounded to `dtype`.
 
-    A leaf of a wider dtype keeps it as its type, although its values are rounded and travel as
-    `dtype`, so its gradient is summed over the mesh and scattered in the leaf's own dtype.
+    tree: a module, or any tree of weights.
+    dtype: the floating-point dtype of the values that are gathered; None keeps each weight's dtype.
+        Integers always keep theirs.
 
-    dtype: None keeps each leaf's dtype; integers always keep theirs.
+    A weight of a wider dtype is returned in that dtype, although its values are rounded and travel
+    as `dtype`, so its gradient is summed over the mesh and scattered in the weight's own dtype.
     """
 
     def gather(leaf: jax.Array) -> jax.Array:
@@ -97,7 +109,10 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
-    """Gather one leaf, of dtype `own` and partitioned by `spec`, as `unshard` does."""
+    """Gather one weight over the FSDP axes, rounded to `dtype`.
+
+    own, spec: the weight's dtype and partitioning. The result has the wider of the two dtypes.
+    """
     axis, places = _gathering(spec)
     whole = _resharded(leaf.astype(dtype), axis, places=places)
     return whole.astype(jnp.promote_types(dtype, own))
@@ -108,7 +123,7 @@ def _gathered_forward(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> tuple[j
 
 
 def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Reduce-scatter a gathered leaf's gradient, a mesh axis at a time, then sum over `data`."""
+    """The backward pass of `_gathered`: reduce-scatter by mesh axis, then sum over `data`."""
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
     return (_resharded(gradient, axis, places=back).astype(own),)
@@ -118,7 +133,10 @@ _gathered.defvjp(_gathered_forward, _scatter)
 
 
 def _resharded(x: jax.Array, axis: int, *, places: Sequence[P]) -> jax.Array:
-    """Reshard x to one partitioning after another, given for x with `axis` in front."""
+    """Reshard x to one partitioning after another, with `axis` moved to the front meanwhile.
+
+    places: the partitionings in order, for x with that axis in front.
+    """
     x = jnp.moveaxis(x, axis, 0)
     for place in places:
         x = jax.reshard(x, place)
@@ -126,12 +144,12 @@ def _resharded(x: jax.Array, axis: int, *, places: Sequence[P]) -> jax.Array:
 
 
 def _gathering(spec: P) -> tuple[int, list[P]]:
-    """Plan how a weight is gathered: the axis to gather, and the partitionings on the way.
+    """Plan how a weight is gathered: the array axis to gather, and the partitionings on the way.
 
-    The axis is the one that `WEIGHTS` split. The partitionings, from the weight's own to the
-    gathered one, are of the weight with that axis in front, where its parts are contiguous.
-    `reduced` in a type means that the gradient is a partial sum, still to be summed over those mesh
-    axes.
+    The axis is the one that mesh axes in `WEIGHTS` split. The partitionings lead from the weight's
+    own to the gathered one. They are of the weight with that axis in front, where each device's
+    part is contiguous. `reduced` in a partitioning means that the gradient is a partial sum, still
+    to be summed over those mesh axes.
     """
     partition = [entries(entry) for entry in spec.partitions]
     split = [i for i, axes in enumerate(partition) if set(axes) & set(WEIGHTS)]
@@ -154,10 +172,11 @@ def _gathering(spec: P) -> tuple[int, list[P]]:
 
 
 def leading_axis(stacked: jax.Array) -> int:
-    """Return the axis of stacked weights that is moved to the front of each layer during a scan.
+    """Return the axis of weights stacked over layers that is in front of each layer during a scan.
 
     A TPU pads the last axis to 128 elements, so stacked gradients would take a multiple of their
-    bytes where a device's part of that axis is narrower; then it is moved to the front.
+    bytes where a device's part of that axis is narrower; then the last axis is moved to the front.
+    Otherwise it is axis 1, already in front of each layer.
     """
     last = stacked.ndim - 1
     axes = entries(jax.typeof(stacked).sharding.spec.partitions[last])
@@ -166,18 +185,19 @@ def leading_axis(stacked: jax.Array) -> int:
 
 
 def sequence_parallel(x: Float[Array, "B T D"]) -> jax.Array:
-    """Split the tokens of an activation [B, T, D] over `tp` too, for the residual stream."""
+    """Split the tokens of the residual stream x [B, T, D] over `tp` too."""
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
 def to_columns(x: Float[Array, "B T D"], split: bool = True) -> jax.Array:
-    """Gather the tokens of an activation [B, T, D] over `tp`, for column-parallel products.
+    """Gather the tokens of an activation x [B, T, D] over `tp`, for column-parallel products.
 
-    The gradients of all products with one result are summed over `tp` once.
+    The gradients of all products that use the result are summed over `tp` once, together.
 
-    split: whether the weights are split over `tp`. Where each device has all of them (key/value
-        heads fewer than `tp`), it has the whole gradient too, and nothing is summed.
+    split: whether the weights of these products are split over `tp`. Where each device has the
+        whole weights (key/value heads fewer than `tp`), it has the whole gradient too, and nothing
+        is summed.
     """
     if axis_sizes()[TENSOR] == 1:
         return x
@@ -209,7 +229,10 @@ def merge_heads(x: Float[Array, "B T N H"]) -> jax.Array:
 
 
 def spread_heads(x: Float[Array, "B T K H"]) -> jax.Array:
-    """Repeat the heads of keys or values [B, T, K, H] so that each device of `tp` has one."""
+    """Repeat the heads of keys or values x [B, T, K, H] so that `tp` divides them, and split them.
+
+    Returns [B, T, heads, H], or x itself if `tp` divides K.
+    """
     batch, length, heads, dim = x.shape
     held = held_heads(heads)
     if held == heads:
@@ -219,7 +242,11 @@ def spread_heads(x: Float[Array, "B T K H"]) -> jax.Array:
 
 
 def own_rows(x: Shaped[Array, "b ..."]) -> jax.Array:
-    """Take this device's share of rows [b, ...] held by all of `tp`. Runs in `shard_map`."""
+    """Take this device's share of the sequences of a batch that all devices of `tp` hold.
+
+    x: [b, ...], an entry for each sequence, padded with zeros to a multiple of `tp`. Runs within
+        `shard_map`.
+    """
     parts = axis_sizes()[TENSOR]
     if parts == 1:
         return x
@@ -229,9 +256,12 @@ def own_rows(x: Shaped[Array, "b ..."]) -> jax.Array:
 
 
 def whole_rows(x: Shaped[Array, "b columns"]) -> jax.Array:
-    """Exchange columns [b, V of this device] of all rows for a share of whole rows.
+    """Exchange over `tp` some columns of all sequences for all columns of some sequences.
 
-    Runs in `shard_map`.
+    x: [b, columns], this device's columns (of the vocabulary V) for b sequences, padded with zeros
+        to a multiple of `tp`.
+
+    Returns [b / tp, V]. Runs within `shard_map`.
     """
     parts = axis_sizes()[TENSOR]
     if parts == 1:
@@ -240,19 +270,22 @@ def whole_rows(x: Shaped[Array, "b columns"]) -> jax.Array:
 
 
 def all_rows(x: Shaped[Array, "share ..."], rows: int) -> jax.Array:
-    """Gather `rows` rows that `own_rows` has divided. Runs in `shard_map`."""
+    """Gather over `tp` the `rows` sequences of a batch that `own_rows` has divided.
+
+    x: [share, ...], this device's share. Returns [rows, ...]. Runs within `shard_map`.
+    """
     if axis_sizes()[TENSOR] == 1:
         return x
     return jax.lax.all_gather(x, TENSOR, axis=0, tiled=True)[:rows]
 
 
 def _filled_up(x: jax.Array, parts: int) -> jax.Array:
-    """Append rows of zeros to x, so that the number of rows is a multiple of `parts`."""
+    """Append zeros to x along its first axis, until `parts` divides the axis."""
     return jnp.pad(x, ((0, -x.shape[0] % parts), *[(0, 0)] * (x.ndim - 1)))
 
 
 def _with(entry: Any, axis: str) -> Any:
-    """Add a mesh axis to an entry of a PartitionSpec, unless its size is 1."""
+    """Add a mesh axis to an entry of a PartitionSpec, unless the axis has size 1."""
     return joined((*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ())))
 
 
@@ -266,9 +299,10 @@ def zigzag(x: Shaped[Array, "B T"]) -> jax.Array:
 
 
 def zigzag_order(length: int) -> np.ndarray:
-    """Return the sequence position of each token in the order of `zigzag`, int32 [T].
+    """Return the order of tokens that balances ring attention: their sequence positions, int32 [T].
 
-    Raises ValueError where T does not divide into two pieces per device.
+    A sequence is cut into two pieces for each device of `context`, and device i of n holds pieces i
+    and 2n - 1 - i. Raises ValueError if T = `length` does not divide into such pieces.
     """
     devices = axis_sizes()[CONTEXT]
     places = np.arange(length, dtype=np.int32)
@@ -282,22 +316,28 @@ def zigzag_order(length: int) -> np.ndarray:
 
 @jax.custom_vjp
 def settled(x: Any) -> Any:
-    """Return x unchanged; in the backward pass, compute all its gradients before any is used.
+    """Return a tree x unchanged; the backward pass computes all its gradients before using any.
 
     XLA otherwise defers the products that make weight gradients, and keeps their operands until the
-    other half of the block is done: 1 GB of 11 a device (72B, fsdp 64 x tp 8, v5p).
+    other half of the block is done: 1 GB of 11 GB per device (72B, fsdp 64 x tp 8, v5p).
     """
     return x
 
 
 def _settle(given: Any) -> tuple[Any, list[Any]]:
-    """Note which leaves have gradients by structure, () or None, as saved values must be arrays."""
+    """The forward pass of `settled`: return the tree, and a mark for each leaf that has a gradient.
+
+    The mark is () with a gradient and None without: saved values must be arrays, or hold none.
+    """
     leaves, tree = jax.tree.flatten(given)
     return tree.unflatten([x.value for x in leaves]), [() if x.perturbed else None for x in leaves]
 
 
 def _settle_gradients(wanted: list[Any], dx: Any) -> tuple[Any]:
-    """Wait for the gradients that exist. Frozen weights have none, and none is computed."""
+    """The backward pass of `settled`: compute all gradients that exist before any is used.
+
+    wanted: the marks of the leaves, from `_settle`. No gradient is computed for a frozen weight.
+    """
     leaves, tree = jax.tree.flatten(dx)
     zero = jax.custom_derivatives.SymbolicZero
     there = [mark == () and not isinstance(x, zero) for mark, x in zip(wanted, leaves, strict=True)]

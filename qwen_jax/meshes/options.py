@@ -1,4 +1,4 @@
-"""The command-line option `--mesh`: parsed, and given as many virtual CPU devices as it needs."""
+"""Parses the command-line option `--mesh`, and makes the virtual CPU devices that a mesh needs."""
 
 import math
 import os
@@ -10,7 +10,10 @@ from qwen_jax.runtime.command import UsageError
 
 
 def mesh_sizes(option: str | None) -> dict[str, int]:
-    """Parse `--mesh` into sizes by axis, all 1 without it. Raises UsageError for a bad value."""
+    """Parse the option `--mesh`, such as `fsdp=4,tp=2`, into the size of each mesh axis.
+
+    option: None, if the option is not given, makes all sizes 1. Raises UsageError for a bad value.
+    """
     try:
         return build.parse(option)
     except ValueError as error:
@@ -18,7 +21,12 @@ def mesh_sizes(option: str | None) -> dict[str, int]:
 
 
 def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
-    """Make as many CPU devices as the mesh needs. An accelerator's number is fixed."""
+    """Make this process's share of the CPU devices that a mesh needs.
+
+    sizes: the size of each mesh axis.
+
+    A number of CPU devices that XLA_FLAGS sets is kept. GPUs and TPUs are not affected.
+    """
     import jax
 
     own = -(-math.prod(sizes.values()) // processes.count())

@@ -3,9 +3,9 @@
 A partitioning is named by the axis letters of an array (listed in `model/decoder.py`):
 `spec("BTD")` is an activation, `spec("FD")` a weight. The mesh axes are:
 
-    data         copies of the model: splits the batch; for slices that a slow network connects
+    data         splits the batch between copies of the model; for slices with a slow network
     fsdp         splits the batch of activations, and the model width of weights
-    fsdp_outer   the same, gathered in a step of its own; `meshes.make` splits it off where faster
+    fsdp_outer   splits as fsdp, but is gathered separately; `meshes.make` adds it where faster
     context      splits the tokens of a sequence (ring attention), and weights as fsdp does
     tp           splits heads, feed-forward width and vocabulary
 
@@ -33,12 +33,13 @@ _TENSOR_PARALLEL = frozenset("NKQUFV")
 
 
 def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = None) -> P:
-    """Return the partitioning of an array, by its axis letters.
+    """Return the partitioning of an array from its axis letters, such as "BTD" or "FD".
 
-    An array with a batch axis is an activation.
+    An array with the axis B is an activation, any other one a weight.
 
-    lengths: the lengths of axes by letter, where known: key/value heads fewer than `tp` stay whole.
-    mesh: a mesh, or sizes by axis; None is the mesh in force.
+    lengths: the lengths of axes by letter, where known: key/value heads (K and U) stay whole if
+        `tp` does not divide K.
+    mesh: a mesh, or the sizes of its axes by name; None is the mesh in force.
     """
     sizes = axis_sizes(mesh)
     activation = "B" in letters
@@ -60,9 +61,9 @@ def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = 
 
 
 def axis_sizes(mesh: Any = None) -> dict[str, int]:
-    """Return the size of each of `AXES` in a mesh, 1 for an axis that it lacks.
+    """Return the size of each mesh axis in `AXES`, 1 for an axis that the mesh lacks.
 
-    mesh: a mesh, or sizes by axis; None is the mesh in force.
+    mesh: a mesh, or the sizes of its axes by name; None is the mesh in force.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     shape = getattr(mesh, "shape", mesh)
@@ -70,14 +71,20 @@ def axis_sizes(mesh: Any = None) -> dict[str, int]:
 
 
 def named(letters: str, mesh: Any, *, lengths: Mapping[str, int] | None = None) -> NamedSharding:
-    """Return an array's sharding on a mesh's devices. Arguments as for `spec`."""
+    """Return the sharding of an array on the devices of `mesh`, from the array's axis letters.
+
+    lengths: the lengths of axes by letter, where known: key/value heads (K and U) stay whole if
+        `tp` does not divide K.
+    """
     return NamedSharding(mesh, spec(letters, lengths, mesh=mesh))
 
 
 def on_devices(mesh: Mesh, tree: Any) -> Any:
-    """Give partitioned shapes, as from `jax.eval_shape`, shardings on the devices of a mesh.
+    """Give the shapes in a tree shardings on the devices of a mesh, for ahead-of-time compilation.
 
     The devices may belong to hardware that this machine lacks.
+
+    tree: shapes with partitionings, as from `jax.eval_shape`.
     """
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
@@ -92,30 +99,34 @@ def held_heads(heads: int) -> int:
     return math.lcm(heads, axis_sizes()[TENSOR])
 
 
-# Sampling works on whole rows of the vocabulary, and splits the rows over every device. Rows that
-# the devices of `tp` share are divided among them, padded with zero rows where they do not divide,
-# so that no device has more than its share. Dropping axes that do not divide would break that.
+# Sampling needs the scores of the whole vocabulary for a sequence, and splits the sequences of a
+# batch over every device. Sequences that the devices of `tp` share are divided among them, with
+# sequences of zeros appended where they do not divide, so that no device has more than its share.
+# Dropping mesh axes that do not divide would break that.
 
 
 def rows_spec(ndim: int) -> P:
-    """Return the partitioning of an array of `ndim` axes whose rows are split over all devices."""
+    """Return the partitioning of an array whose first axis is split over `BATCH` and `tp`.
+
+    ndim: the number of the array's axes.
+    """
     sizes = axis_sizes()
     axes = joined(tuple(axis for axis in (*BATCH, TENSOR) if sizes[axis] > 1))
     return P(axes, *[None] * (ndim - 1))
 
 
 def padded_rows(rows: int) -> int:
-    """Return how many rows an array of `rows_spec` has for a batch of `rows`, with padding."""
+    """Return the padded length of a batch of `rows` sequences that `rows_spec` splits evenly."""
     sizes = axis_sizes()
     shards = math.prod(sizes[axis] for axis in BATCH)
     return shards * -(-rows // (shards * sizes[TENSOR])) * sizes[TENSOR]
 
 
 def entries(entry: Any) -> tuple[str, ...]:
-    """Return the mesh axes in one entry of a PartitionSpec."""
+    """Return the mesh axes in one entry of a PartitionSpec, () for None."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def joined(axes: tuple[str, ...]) -> Any:
-    """Make an entry of a PartitionSpec from mesh axes, as the inverse of `entries`."""
+    """Make an entry of a PartitionSpec from mesh axes. The inverse of `entries`."""
     return axes if len(axes) > 1 else axes[0] if axes else None
