@@ -1,7 +1,8 @@
-"""`Int8`: a leaf of 8-bit integers with a scale for each row.
+"""`Int8`: an array of 8-bit integers with a scale for each vector along its last axis.
 
 It serves frozen weights, which take half of bfloat16's memory, and keys and values in the KV cache.
-Rounding is to the nearest, row by row, without calibration. Nothing here knows of layers or files.
+Rounding is to the nearest, one vector along the last axis at a time, without calibration. Nothing
+here knows of layers or files.
 """
 
 import functools
@@ -20,14 +21,14 @@ _LARGEST = 127
 
 @struct.dataclass
 class Int8(Leaf):
-    """An array stored as values * scale + zero, with a scale (and zero) for each row.
+    """An array stored as values * scale + zero, with a scale (and zero) for each vector along H.
 
-    values: int8 [..., H], in rows along H.
+    values: int8 [..., H].
     scale: [...], float32 in the KV cache, bfloat16 for weights.
     zero: float32 [...], or None for symmetric rounding.
 
-    In a decoder, values and scale are `Weight`s, which name their axes; in the cache they are
-    arrays. No axis has length 1, as a TPU would pad it to 128 lanes.
+    In a decoder, values and scale are `Weight`s, which name their axes; in the KV cache they are
+    arrays. None has an axis of length 1, which a TPU would pad to 128 lanes.
     """
 
     values: Any
@@ -36,7 +37,7 @@ class Int8(Leaf):
 
     @property
     def letters(self) -> str:
-        """The axis letters of a weight."""
+        """The axis letters of a weight, such as "FD". An array in the KV cache has none."""
         return self.values.letters
 
     @property
@@ -44,7 +45,7 @@ class Int8(Leaf):
         return self.values.shape
 
     def dequantize(self, dtype: Any) -> jax.Array:
-        """Compute the array in float32 and round it to `dtype`."""
+        """Return the array as floats, computed in float32 and rounded to `dtype`."""
         x = self.values[...].astype(jnp.float32) * self.scale[...].astype(jnp.float32)[..., None]
         return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
 
@@ -52,10 +53,11 @@ class Int8(Leaf):
 def quantize(
     x: Float[Array, "... H"], symmetric: bool = True, *, scale_dtype: Any = jnp.float32
 ) -> Int8:
-    """Round x [..., H] to 8 bits, row by row.
+    """Round x [..., H] to 8-bit integers, with a scale for each vector along H.
 
-    symmetric: scale the largest magnitude to 127, without a zero; otherwise map the range to
-        0..255.
+    symmetric: whether the largest magnitude of a vector is scaled to 127, without a zero. Otherwise
+        the range of its values is mapped to -128..127, with a zero.
+    scale_dtype: the dtype of symmetric scales; others are float32.
     """
     x = x.astype(jnp.float32)
     tiny = jnp.finfo(jnp.float32).tiny
@@ -80,9 +82,12 @@ def quantize_weight(weight: Weight) -> Int8:
 
 
 def of_layers(path: str, weight: Weight) -> Any:
-    """Convert the matrices of the layers to int8, as a leaf converter for `checkpoint.load`.
+    """Convert a weight to int8 if it is a matrix of a layer, and return any other one unchanged.
 
-    Embedding, head, norms and biases keep their dtype, as they are few and matter more.
+    Embedding, head, norms and biases keep their dtype, as they are few and matter more. It is a
+    converter of weights for `checkpoint.load`.
+
+    path: the weight's path in the decoder, such as `layers.0.attn.q`.
     """
     small = not path.startswith("layers.") or len(weight.letters.removeprefix("L")) < 2
     return weight if small else quantize_weight(weight)

@@ -1,4 +1,4 @@
-"""A weight with a low-rank adapter (LoRA, arXiv 2106.09685), as a leaf made of three others."""
+"""A weight with a low-rank adapter (LoRA, arXiv 2106.09685), as one leaf of a decoder."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from qwen_jax.meshes.dropout import drop
 
 @struct.dataclass
 class Lora(Leaf):
-    """A weight with an adapter, which multiplies as the weight `base + scale * b a` would.
+    """A frozen weight with a low-rank adapter. Products with it are those of base + scale * b a.
 
     base: the frozen weight, a leaf of any kind.
-    a, b: the adapter's factors, [R, in] and [out, R].
+    a, b: the adapter's factors, [R, inputs] and [outputs, R].
     key: uint32 [2], the PRNG key of the dropout on the input of `a`; None for no dropout.
     scale: the factor on the adapter's product.
-    dropout: the rate of that dropout.
+    dropout: the share of the input of `a` that dropout sets to 0.
     """
 
     base: Any

@@ -1,7 +1,8 @@
-"""Weights as leaves with named axes: how they are drawn, found by name, and multiplied by.
+"""Weights with named axes: drawing them at random, finding them by path, and products with them.
 
 Every weight has its output axes first, as in PyTorch, so that a checkpoint converts without a
-transposition and a matrix-vector product on a CPU reads whole rows. Nothing here knows of layers.
+transposition and a matrix-vector product on a CPU reads whole matrix rows. Nothing here knows of
+layers.
 """
 
 import functools
@@ -25,24 +26,35 @@ class Weight(nnx.Param):
 
 
 class Leaf:
-    """The base class of leaves made of several arrays, each with its own `product`."""
+    """The base class of weights made of several arrays. Each kind has its own `product`."""
 
 
 class Maker:
-    """Draws the leaves of a decoder, given the sizes of axes by letter, a PRNG key and a dtype."""
+    """Draws the initial weights of a decoder, each with a PRNG key of its own.
+
+    sizes: the lengths of array axes by letter.
+    key: the PRNG key from which the weights' keys are derived, in the order of drawing.
+    dtype: the dtype of the weights.
+    """
 
     def __init__(self, sizes: Mapping[str, int], key: jax.Array, *, dtype: Any):
         self._sizes, self._key, self._dtype = sizes, key, dtype
         self._drawn = 0
 
     def normal(self, letters: str, std: float) -> Weight:
-        """Draw a leaf from N(0, std^2) in float32 and cast it to the maker's dtype."""
+        """Draw a weight with the axes `letters` from N(0, std^2).
+
+        It is drawn in float32 and cast to the maker's dtype.
+        """
         shape, spec = self._place(letters)
         drawn = jax.random.normal(self._next(), shape, jnp.float32, out_sharding=spec)
         return Weight((std * drawn).astype(self._dtype), letters=letters)
 
     def uniform(self, letters: str) -> Weight:
-        """Draw a leaf from U(-1/sqrt(n), 1/sqrt(n)), where n is the length of its last axis."""
+        """Draw a weight with the axes `letters` from U(-1/sqrt(n), 1/sqrt(n)).
+
+        n is the length of its last axis.
+        """
         shape, spec = self._place(letters)
         bound = shape[-1] ** -0.5
         drawn = jax.random.uniform(
@@ -51,17 +63,17 @@ class Maker:
         return Weight(drawn.astype(self._dtype), letters=letters)
 
     def _next(self) -> jax.Array:
-        """Return a new key for each leaf that is drawn."""
+        """Return the PRNG key of the next weight to draw."""
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
 
     def full(self, letters: str, value: float) -> Weight:
-        """Make a leaf that holds one value."""
+        """Make a weight with the axes `letters` whose elements all equal `value`."""
         shape, spec = self._place(letters)
         return Weight(jnp.full(shape, value, self._dtype, out_sharding=spec), letters=letters)
 
     def _place(self, letters: str) -> tuple[tuple[int, ...], P]:
-        """Return the shape and the partitioning of a leaf with these axes."""
+        """Return the shape and the partitioning of a weight with the axes `letters`."""
         shape = tuple(self._sizes[letter] for letter in letters)
         return shape, sharding.spec(letters, self._sizes)
 
@@ -69,19 +81,27 @@ class Maker:
 def contract(
     equation: str, x: Float[Array, "B T _"], *, weight: Any, out: P | None = None, **kwargs: Any
 ) -> jax.Array:
-    """Compute the einsum of an activation x and a weight. float32 stays float32 on every backend.
+    """Multiply an activation x by a weight of any kind, as an einsum equation says.
 
     equation: an einsum equation such as "BTD,FD->BTF".
     weight: a leaf of any kind that `product` knows.
     out: the partitioning of the result of a row-parallel product, which its operands do not
-        determine.
+        determine; None for other products.
+
+    A product in float32 is computed in full float32 on every backend.
     """
     return product(weight, equation, x, out, **kwargs)
 
 
 @functools.singledispatch
 def product(weight: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
-    """Compute `contract` for one kind of leaf. Each kind registers its own implementation."""
+    """Multiply an activation x by one kind of weight. Each kind registers its own implementation.
+
+    equation: an einsum equation such as "BTD,FD->BTF".
+    out: the partitioning of the result of a row-parallel product; None for other products.
+
+    Raises TypeError for a kind without an implementation.
+    """
     raise TypeError(f"{type(weight).__name__} is no kind of leaf")
 
 
@@ -107,7 +127,11 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
 def scaled_product(
     weight: Any, scale: Any, *, equation: str, x: jax.Array, out: P | None, **kwargs: Any
 ) -> jax.Array:
-    """Compute `product` times a scale: a number, or an array [outputs] of any float dtype.
+    """Multiply an activation x by a weight, and the result by a scale.
+
+    scale: a number, or an array [outputs] of any float dtype.
+    equation: an einsum equation such as "BTD,FD->BTF".
+    out: the partitioning of the result of a row-parallel product; None for other products.
 
     float16 ends at 65504, and a sum may exceed it although its scaled value is small, so float16
     sums stay in float32 until they are scaled. Other dtypes scale the rounded sum, which then
@@ -123,7 +147,9 @@ def scaled_product(
 def _rounded_product(
     x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
 ) -> jax.Array:
-    """Compute the einsum of x and a weight of a wider dtype, which is rounded to x's dtype first.
+    """Multiply x by a weight w of a wider dtype, which is rounded to x's dtype first.
+
+    out, preferred: the partitioning and the dtype of the result, or None, as in `jnp.einsum`.
 
     The weight's gradient has the weight's own dtype: products of rounded operands are summed
     unrounded over tokens here, and over the mesh in `moves.unshard`.
@@ -134,6 +160,7 @@ def _rounded_product(
 def _einsum(
     equation: str, x: jax.Array, *, y: jax.Array, out: P | None, preferred: Any
 ) -> jax.Array:
+    """Compute the einsum of x and y, in full float32 if x is float32."""
     settings: Any = {"precision": precision(x), "preferred_element_type": preferred}
     return jnp.einsum(equation, x, y, out_sharding=out, **settings)
 
@@ -162,13 +189,16 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 def _of_gradient(x: jax.Array) -> P:
-    """Return the partitioning of the gradient of x."""
+    """Return the partitioning of the gradient of x.
+
+    The gradient is a partial sum over the mesh axes that x's type calls `reduced`.
+    """
     spec = jax.typeof(x).sharding.spec
     return P(*spec.partitions, unreduced=spec.reduced)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:
-    """Return the einsum precision for x: the highest for float32.
+    """Return the precision of products with x: the highest for float32, else None, jax's default.
 
     GPUs and TPUs otherwise multiply float32 in TF32 or bfloat16.
     """
@@ -176,13 +206,13 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def named_leaves(tree: Any) -> dict[str, Weight]:
-    """Return a module's leaves by path, such as `layers.0.attn.q`, in the order of the tree."""
+    """Return a module's weights by path, such as `layers.0.attn.q`, in the order of the tree."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     return {".".join(_key(step) for step in path): leaf for path, leaf in found}
 
 
 def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
-    """Return the same module with each leaf, of any kind, replaced by `leaf(path, leaf)`."""
+    """Return the same module with each weight, of any kind, replaced by `leaf(path, weight)`."""
 
     def put(path: Any, x: Weight) -> Any:
         return leaf(".".join(_key(step) for step in path), x)
