@@ -1,5 +1,5 @@
-"""Attention: the reference, a registry of implementations and their self-tests on the device, ring
-attention, and the KV cache.
+"""Attention: the XLA reference, a registry of implementations and their self-tests on the device,
+ring attention, and the KV cache.
 
 Nothing here knows of RoPE, of layers or of files.
 """

@@ -1,4 +1,4 @@
-"""The error of an attention implementation against the reference, forward and backward."""
+"""Measures the error of an attention implementation against the XLA reference in float32."""
 
 import dataclasses
 import functools
@@ -18,11 +18,14 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 def error(case: Case, name: str, *, in_parts: bool = False) -> float:
-    """Return an implementation's largest error relative to the float32 reference's largest value.
+    """Return an implementation's largest error, relative to the XLA reference's largest value.
 
-    It compares outputs, or gradients, of a small call with packing, padding, LogN, a window and
-    grouped heads. A result that is not finite has an infinite error.
+    It compares the outputs, or for a backward case the gradients, of a small call with a window and
+    grouped heads and, except for decoding, packing, padding and LogN. The reference computes in
+    float32. A result that is not finite has an infinite error.
 
+    case: the call's task, dtype, head dim and cache; its shape is replaced by a small one.
+    name: the implementation's name in the registry.
     in_parts: also compare the same call in two parts of its keys, merged by their log-sum-exp, as
         chunked prompts and ring attention use it.
     """
@@ -35,9 +38,9 @@ def error(case: Case, name: str, *, in_parts: bool = False) -> float:
 
 
 def check(case: Case, name: str) -> None:
-    """Trace the calls of `error` without running them.
+    """Check that an implementation supports the calls that `error` makes, without running them.
 
-    Raises NotImplementedError where the implementation declines one.
+    It traces the calls. Raises NotImplementedError if the implementation declines one.
     """
     small = _small(case)
     arrays = jax.eval_shape(lambda: _arguments(small, workloads.drawn, leaf=workloads.leaf))
@@ -46,14 +49,18 @@ def check(case: Case, name: str) -> None:
 
 
 def _small(case: Case) -> Case:
-    """Return the small call by which implementations are compared with the reference."""
+    """Return the case in the small shape in which kernels are compared with the reference."""
     features, length = case.task != "decode", min(case.length, 4096) - 19
     shape = {"batch": 2, "length": length, "heads": 4, "kv_heads": 2}
     return dataclasses.replace(case, features=features, **shape)
 
 
 def _ways(case: Case, name: str, *, in_parts: bool) -> list[Callable[..., Any]]:
-    """Return the functions to be compared: the call whole and, with in_parts, merged from parts."""
+    """Return the functions to compare with the XLA reference.
+
+    They are the implementation `name` itself and, with in_parts, the same one on two parts of the
+    keys.
+    """
     attend = registry.get(name)
     if in_parts and case.task != "decode":
         return [attend, functools.partial(_in_parts, attend)]
@@ -62,14 +69,14 @@ def _ways(case: Case, name: str, *, in_parts: bool) -> list[Callable[..., Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _wanted(case: Case) -> list[jax.Array]:
-    """Return the reference's float32 results."""
+    """Return the XLA reference's outputs or gradients of a case, computed in float32."""
     return _results(case, reference.xla, dtype="float32")
 
 
 def _in_parts(
     attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
 ) -> jax.Array:
-    """Attend to the first third of the keys and to the rest, and merge the two."""
+    """Attend to the first third of the keys and to the rest, and merge both by log-sum-exp."""
     parts = []
     for cut in (slice(0, k.shape[1] // 3), slice(k.shape[1] // 3, None)):
         positions, segments = mask.k_positions[:, cut], mask.k_segments[:, cut]
@@ -79,7 +86,10 @@ def _in_parts(
 
 
 def _with_all(mask: Mask) -> Mask:
-    """Add a window shorter than the sequences, and padding: left in the last row, else right."""
+    """Add a window shorter than the sequences, and padding, to a mask.
+
+    The padding is on the left of the last sequence of the batch, and on the right of the others.
+    """
     length = mask.q_segments.shape[1]
     index, count = jnp.arange(length), length // 8 + 3
     real = jnp.broadcast_to(index < length - count, mask.q_segments.shape)
@@ -89,7 +99,7 @@ def _with_all(mask: Mask) -> Mask:
 
 
 def _results(case: Case, attend: Attend, *, dtype: str) -> list[jax.Array]:
-    """Run a call with operands of `dtype`, and return the arrays to be compared."""
+    """Make a case's call by `attend` with operands of `dtype`. Returns outputs or gradients."""
 
     def cast(x: Any) -> Any:
         x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
@@ -100,7 +110,10 @@ def _results(case: Case, attend: Attend, *, dtype: str) -> list[jax.Array]:
 
 
 def _arguments(case: Case, normal: Callable[..., Any], *, leaf: Callable[..., Any]) -> list[Any]:
-    """Make the arguments of `_call`, drawn with `normal` and `leaf`."""
+    """Make the random operands of the function that `_call` returns for a case.
+
+    normal, leaf: functions of `workloads` that draw an array [B, T, heads, H] and a cache leaf.
+    """
     if case.task == "decode":
         token = dataclasses.replace(case, length=1)
         own = [normal(token, n, i) for i, n in enumerate((case.heads, 2, 2))]
@@ -109,8 +122,10 @@ def _arguments(case: Case, normal: Callable[..., Any], *, leaf: Callable[..., An
 
 
 def _call(case: Case, attend: Attend) -> Callable[..., list[jax.Array]]:
-    """Return a function of q, k, v, and the result's gradient or a cache's leaves, that makes the
-    arrays to be compared.
+    """Return a function that makes a case's call by `attend` and returns outputs or gradients.
+
+    Its arguments are q, k, v and the gradient of o or, for decoding, q, k, v, cached keys and
+    cached values.
     """
     if case.task == "decode":
         start = jnp.array([case.length // 3, case.length // 2], jnp.int32)
@@ -130,7 +145,10 @@ def _call(case: Case, attend: Attend) -> Callable[..., list[jax.Array]]:
 
 
 def forget() -> None:
-    """Free the cached operands and reference results. Programs that still exist keep their own."""
+    """Free the operands and the reference's results that are kept for further comparisons.
+
+    Programs that still exist keep their own.
+    """
     workloads.normal.cache_clear()
     workloads.leaves.cache_clear()
     _wanted.cache_clear()

@@ -1,10 +1,10 @@
-"""The block sizes of our kernels that `tune` tries, by kernel and task."""
+"""The block sizes that `python -m qwen_jax.kernels.tune` tries, by kernel and task."""
 
 import itertools
 
 
 def _grid(**values: tuple[int, ...]) -> list[dict[str, int]]:
-    """Return all combinations of the values."""
+    """Return every combination of the given values, each as a dict from name to value."""
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
@@ -17,7 +17,10 @@ _TRITON = {"tile": (64, 128), "block": (32, 64, 128), "warps": (4, 8), "stages":
 
 
 def _of(part: str) -> list[dict[str, int]]:
-    """Return Triton's block sizes for a backward kernel, its name before each key."""
+    """Return the block sizes to try for one of Triton's backward kernels.
+
+    part: the kernel, "dkv" or "dq", by which the name of each size begins.
+    """
     return _grid(**{f"{part}_{key}": values for key, values in _TRITON.items()})
 
 
@@ -44,10 +47,17 @@ CANDIDATES: dict[str, dict[str, list[list[dict[str, int]]]]] = {
 
 
 def sweeps(name: str, task: str) -> list[list[dict[str, int]]]:
-    """Return the grids of a kernel for a task, empty if it has none."""
+    """Return the grids of block sizes to try for a kernel and a task, in order; [] if it has none.
+
+    name: the kernel's name in the registry.
+    task: "forward", "backward" or "decode".
+    """
     return CANDIDATES.get(name, {}).get(task, [])
 
 
 def steps(name: str, task: str) -> int:
-    """Return how many programs `tune` times: the kernel's own choice and the grids' entries."""
+    """Return how many programs are timed for a kernel and a task.
+
+    They are one for the kernel's own choice of block sizes, and one for each entry of its grids.
+    """
     return 1 + sum(len(grid) for grid in sweeps(name, task))

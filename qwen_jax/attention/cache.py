@@ -1,8 +1,9 @@
 """The KV cache: keys and values of earlier passes, in the compute dtype or in int8.
 
-Each layer has leaves of its own, [B, K, S, H], so that a decode step reads them in place. All rows
-share one write index and end there; `start` is the index at which a row began, so left padding, and
-a row that joins late, need no scatter. The slots form a ring: token i lies in slot i mod S.
+Each layer has arrays of its own, [B, K, S, H], so that a decode step reads them in place. All
+sequences of a batch share one write index, at which all of them end. `start` is the write index at
+which a sequence began, so left padding, and a sequence that joins late, need no scatter. The S
+slots form a ring: the token written at index i lies in slot i mod S.
 """
 
 import dataclasses
@@ -29,7 +30,10 @@ _PIECE = 2048  # slots that a long pass attends to, and so copies or dequantises
 
 @struct.dataclass
 class LayerCache:
-    """The KV cache of one layer: rotated keys and values, [B, K, S, H] each, as arrays or Int8."""
+    """The KV cache of one layer.
+
+    k, v: [B, K, S, H] each, keys after RoPE and values, as arrays or `Int8`.
+    """
 
     k: Any
     v: Any
@@ -37,15 +41,18 @@ class LayerCache:
     def extend(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, ""]
     ) -> "LayerCache":
-        """Write k, v [B, T, K, H] from slot `index` on. T must not run over the end of the ring."""
+        """Return the cache with k, v [B, T, K, H] written into its slots from `index` mod S on.
+
+        The T slots must not run over the end of the ring.
+        """
         return LayerCache(_put(self.k, k, index=index), _put(self.v, v, index=index))
 
     def read(self) -> tuple[Any, Any]:
-        """Return k, v as [B, S, K, H], the order that attention takes."""
+        """Return the cached keys and values as [B, S, K, H], the order that attention takes."""
         return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (self.k, self.v))
 
     def piece(self, first: jax.Array, length: int) -> "LayerCache":
-        """Return `length` slots from slot `first` on."""
+        """Return the part of the cache with `length` slots from slot `first` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 2), self)
 
     def attend(
@@ -62,10 +69,14 @@ class LayerCache:
     ) -> tuple[jax.Array, "LayerCache"]:
         """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the new cache.
 
+        implementation: an attention function, from `registry.get` or `prove.resolve`.
         q: [B, T, N, H].
-        k, v: [B, T, K, H]. They are used unrounded, not read back from a quantised cache.
-        own: a mask over this pass's keys.
-        past, index: the results of `Cache.context`.
+        k, v: [B, T, K, H], of this pass. They are used unrounded, not read back from a quantised
+            cache.
+        own: the mask over this pass's keys.
+        past: the mask over the cached keys; None while nothing is written.
+        scale: float32 [B, T], the factor on each query's scores.
+        index: int32 [], the write index. `Cache.context` returns `past` and `index`.
         """
         decode = registry.decoder(implementation, q, keys=self.k)
         rows = jax.typeof(q).sharding.spec
@@ -103,10 +114,10 @@ class LayerCache:
         return local(q, k, v, own, past, scale, self, index)
 
     def laid_out(self) -> "LayerCache":
-        """Return the same cache, with its memory in the order of its axes, as programs take it.
+        """Return the same cache with its arrays' memory in the order of their axes.
 
-        A compiler otherwise chooses another order for a loop or a program, and copies every leaf
-        into it and back.
+        Programs take their arguments in this order. XLA otherwise chooses another order for a loop
+        or a program, and copies every array into it and back.
         """
 
         def ordered(x: jax.Array) -> jax.Array:
@@ -119,10 +130,10 @@ class LayerCache:
 class Cache:
     """The KV cache of a whole model.
 
-    layers: a `LayerCache` for each layer.
-    start: int32 [B], the index of each row's first token.
-    index: int32 [], the number of tokens written so far, padding included.
-    fresh: True while nothing is written, known at compile time.
+    layers: the cache of each layer.
+    start: int32 [B], the write index of each sequence's first token.
+    index: int32 [], the write index: the number of tokens written so far, padding included.
+    fresh: whether nothing is written yet, known at compile time.
     """
 
     layers: tuple[LayerCache, ...]
@@ -132,24 +143,34 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """The number of slots, S."""
+        """The number of slots S of the ring."""
         return jax.tree.leaves(self.layers)[0].shape[2]
 
     def context(
         self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
     ) -> tuple[Mask | None, jax.Array | None]:
-        """Return the mask of cached slots (None while nothing is written), and the write index."""
+        """Return the mask of this pass's queries over the cached keys, and the write index.
+
+        positions, segments: int32 [B, T], of the queries.
+
+        The mask is None while nothing is written.
+        """
         past = None if self.fresh else self.past_mask(positions, segments)
         return past, self.index
 
     def past_mask(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Mask:
-        """Return the mask by which queries at these positions see the slots that are written."""
+        """Return the mask of this pass's queries over the keys in slots that are written.
+
+        positions, segments: int32 [B, T], of the queries.
+
+        The mask's window is 0; each layer replaces it by its own.
+        """
         return _past_mask(
             self.start, self.index, positions=positions, segments=segments, capacity=self.capacity
         )
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> "Cache":
-        """Return the cache with these layers after `length` more tokens."""
+        """Return the cache after a pass of `length` tokens, given the layers that hold them."""
         return Cache(layers, self.start, self.index + length, fresh=False)
 
 
@@ -157,6 +178,7 @@ class Cache:
 def _past_mask(
     start: jax.Array, index: jax.Array, *, positions: jax.Array, segments: jax.Array, capacity: int
 ) -> Mask:
+    """Compute `Cache.past_mask` in one program."""
     slots = jnp.arange(capacity, dtype=jnp.int32)
     token = (slots - start[:, None]) % capacity  # position of the token in a slot
     written = (token < index - start[:, None]).astype(jnp.int32)
@@ -166,9 +188,13 @@ def _past_mask(
 def empty(
     config: Config, start: Int[Array, " B"], *, capacity: int, dtype: Any, kind: str | None
 ) -> Cache:
-    """Make an empty cache of `capacity` slots for rows that begin at `start`, int32 [B].
+    """Make an empty KV cache for a batch of sequences.
 
-    kind: None (arrays of `held_dtype(dtype)`), "int8" (symmetric) or "int8_asymmetric".
+    start: int32 [B], the write index at which each sequence begins.
+    capacity: the number of slots S.
+    dtype: the dtype of computed keys and values.
+    kind: None to store them as floats (in `held_dtype(dtype)`), "int8" (symmetric) or
+        "int8_asymmetric".
 
     Raises ValueError for another kind.
     """
@@ -181,7 +207,7 @@ def empty(
 
 
 def held_dtype(dtype: Any) -> Any:
-    """Return the dtype that stores float keys and values of `dtype`: always float32 on a CPU.
+    """Return the dtype in which a cache stores floats of `dtype`: float32 on a CPU, else `dtype`.
 
     XLA's CPU backend rewrites a whole bfloat16 or float16 array at every write, and converts it to
     float32 at every product. Values are rounded to `dtype` before they are written.
@@ -193,7 +219,12 @@ def held_dtype(dtype: Any) -> Any:
 def _zeros(
     num_layers: int, shape: tuple[int, ...], dtype: Any, kind: str | None
 ) -> tuple[tuple[LayerCache, ...], jax.Array]:
-    """Make layers of zeros [B, K, S, H] and an index of 0, in one program for all leaves."""
+    """Make the layers of an empty cache and a write index of 0, in one program for all arrays.
+
+    shape: (B, K, S, H).
+    dtype: the dtype of an array that is not quantised.
+    kind: None, "int8" or "int8_asymmetric".
+    """
 
     def zeros(letters: str, dtype: Any) -> jax.Array:
         return jnp.zeros(shape[: len(letters)], dtype, out_sharding=sharding.spec(letters))
@@ -217,10 +248,16 @@ def _merge_cached(
     scale: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attend to a layer's cached keys and merge that into `found`: float32 o and its log-sum-exp.
+    """Attend to a layer's cached keys, and merge the output into `found`.
+
+    found: the attention to this pass's own keys, float32 o [B, T, N, H] and log-sum-exp [B, T, N].
+    past: the mask over the cached keys.
+    index: int32 [], the write index.
+
+    Returns o and the log-sum-exp over both, in the same form.
 
     Many queries go through a long cache in pieces, up to its last written slot, and merge the
-    results, so that scores, and copies or dequantised keys, do not grow with the cache. The loop
+    results, so that scores, and copied or dequantised keys, do not grow with the cache. The loop
     starts from `found`, because XLA would make zeros once for all layers and keep a copy per layer
     from the start of the program.
     """
@@ -245,8 +282,10 @@ def _merge_cached(
 
 
 def _put(leaf: Any, new: jax.Array, *, index: jax.Array) -> Any:
-    """Write new keys or values [B, T, K, H] into a leaf [B, K, S, H] at `index` modulo S, quantised
-    as the leaf is.
+    """Return a cache leaf with new keys or values written from slot `index` mod S on.
+
+    leaf: [B, K, S, H], an array or `Int8`.
+    new: [B, T, K, H], floats, which are quantised as the leaf is.
     """
     new = jnp.swapaxes(new, 1, 2)  # [B, K, T, H]
     written = quantize(new, leaf.zero is None) if isinstance(leaf, Int8) else new

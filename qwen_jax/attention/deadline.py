@@ -1,4 +1,4 @@
-"""A time limit for a self-test, whatever hangs in it."""
+"""A time limit for self-tests of kernels, which holds even if a compiler or driver hangs."""
 
 import atexit
 import logging
@@ -14,7 +14,7 @@ LIMIT = 120.0  # seconds to compile and run a kernel for one task
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Run `work` for at most so many seconds and return its result, or raise its exception.
+    """Run `work` for at most `seconds`, and return its result or raise its exception.
 
     Raises TimeoutError if it takes longer, and abandons it. It runs in a thread with no mesh in
     force, on this process's first device.
@@ -45,8 +45,10 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 def wait_at_exit(thread: threading.Thread) -> None:
     """Wait, when the process ends, for an abandoned self-test that is still inside a compiler.
 
-    Otherwise the interpreter would free what it uses. A compiler that hangs ends the process with
-    exit code 1 after `LIMIT`.
+    Otherwise the interpreter would free memory that the compiler uses. If the self-test has not
+    ended after `LIMIT` seconds, the process ends with exit code 1.
+
+    thread: the thread in which the self-test runs.
     """
     if not thread.is_alive():
         return

@@ -1,9 +1,9 @@
-"""`auto`: kernels are proved on this machine's device, and taken where they are faster.
+"""Self-tests of kernels for "auto", which takes a kernel where it is right and faster.
 
-`resolve` runs each candidate against the reference on a small call, times both at the program's
-shape, and stores the verdict (`verdicts.py`). It is called before a program is traced: by `load`,
-by a training run, by `perplexity`. With several processes each proves on a device of its own, and
-all take a kernel that agrees on all of them.
+`resolve` compares each candidate with the XLA reference on a small call, times both at the
+program's shape, and stores the verdict (`verdicts.py`). It is called before a program is traced: by
+`load`, by a training run, by `perplexity`. With several processes, each tests kernels on a device
+of its own, and all take one kernel that is right on all of them.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ REFERENCE = "xla"
 def passes(
     config: Config, dtype: Any, *, rows: int, length: int, backward: bool = False, mesh: Any = None
 ) -> list[Case]:
-    """Return the attention calls of a forward or training pass, for `resolve` to prove kernels on.
+    """Return the attention calls of a forward or training pass, on which `resolve` tests kernels.
 
-    rows, length: the pass's rows and their tokens, over all devices.
+    rows, length: the number of sequences, and the tokens of each, over all devices.
     backward: whether the pass computes gradients, as a training step does.
     mesh: the mesh that divides the work; None is the mesh in force.
     """
@@ -54,10 +54,11 @@ def passes(
 def decoding(
     config: Config, dtype: Any, *, rows: int, slots: int, cache: str | None = None, mesh: Any = None
 ) -> list[Case]:
-    """Return the attention call of a decode step, for `resolve` to prove kernels on.
+    """Return the attention call of a decode step, on which `resolve` tests kernels.
 
-    rows, slots: one token of each of `rows` rows attends to `slots` keys.
-    cache: None (keys of `dtype`), "int8" or "int8_asymmetric".
+    rows, slots: one token of each of `rows` sequences attends to `slots` cached keys.
+    cache: the dtype of cached keys: None for `dtype`, "int8" or "int8_asymmetric".
+    mesh: the mesh that divides the work; None is the mesh in force.
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
@@ -74,9 +75,9 @@ def _case(
     sizes: Mapping[str, int],
     cache: str | None = None,
 ) -> Case:
-    """Return one device's attention call, made smaller where the program's is large.
+    """Return one device's attention call, made smaller if the program's own is large.
 
-    The reference's scores must fit in memory beside it, and a turn should take milliseconds.
+    The XLA reference's scores must fit in memory, and a turn of timing should take milliseconds.
     """
     tp = sizes[sharding.TENSOR]
     length = min(max(_SHORTEST, 1 << (length - 1).bit_length()), _LONGEST)
@@ -93,7 +94,7 @@ def _case(
 
 
 def resolve(name: str, cases: Sequence[Case]) -> Attend:
-    """Return the implementation of a name; for "auto", the fastest that has proved itself here.
+    """Return the attention function of a name; for "auto", the fastest that passes its self-tests.
 
     cases: the attention calls of the program to be traced, from `passes` and `decoding`.
 
@@ -113,9 +114,7 @@ def resolve(name: str, cases: Sequence[Case]) -> Attend:
 
 
 def _settled(cases: Sequence[Case]) -> str:
-    """Choose one implementation for these calls, log it with the reason, and store it for
-    `auto`.
-    """
+    """Choose one implementation for these calls, log the reason, and store it in `RESOLVED`."""
     case, kind = cases[0], choice.device().device_kind
     if choice.device().platform == "cpu":
         name, why = REFERENCE, "what auto takes on a CPU"
@@ -133,7 +132,7 @@ def _settled(cases: Sequence[Case]) -> str:
 
 
 def _choose(cases: Sequence[Case]) -> tuple[str, str]:
-    """Run the trials in all processes; return the name that all of them take, and why, in words."""
+    """Test the candidates in all processes. Returns the name that all take, and the reason."""
     if jax.process_count() != processes.count():
         return REFERENCE, (
             "processes that were not joined by qwen_jax.initialize cannot agree on a kernel"
@@ -155,7 +154,7 @@ def _choose(cases: Sequence[Case]) -> tuple[str, str]:
 
 
 def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], *, ordered: bool) -> str:
-    """The reason for which `decide` has taken this implementation, in words."""
+    """Say in words why `decide` has taken the implementation `name`."""
     here = choice.device().device_kind
     if name == REFERENCE:
         if not trials:
@@ -171,10 +170,10 @@ def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], *, ordere
 
 
 def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
-    """Return the names that may replace the reference, and whether they are in measured order.
+    """Return the names that may replace the XLA reference, and whether measured times order them.
 
-    If this device has measured lines for each task, they are the names faster than the reference,
-    fastest first. Otherwise they are our own kernels.
+    If `measured.json` has lines for each of these cases on this device, they are the names faster
+    than the reference, fastest first. Otherwise they are our own kernels.
     """
     times: list[dict[str, float]] = []
     for case in cases:
@@ -200,12 +199,13 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
 def decide(
     trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool
 ) -> tuple[str, list[tuple[str, int]]]:
-    """Choose the implementation that all processes take, and say why others were not taken.
+    """Choose one implementation for all processes from their verdicts.
 
-    trials: for each name, in the order of trial, each process's verdicts on the tasks.
-    ordered: take the first name that agrees; otherwise the one whose slowest process is fastest.
+    trials: for each name, in the order of testing, each process's verdicts on the cases.
+    ordered: whether the first name that is right on all processes is taken; otherwise it is the one
+        whose slowest process is fastest, if it beats the XLA reference.
 
-    Returns the name, and log lines with their levels.
+    Returns the name, and log lines with their levels that say why others were not taken.
     """
     best, least, notes = REFERENCE, math.inf, []
     for name, found in trials.items():
@@ -226,8 +226,9 @@ def decide(
 
 
 def _milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
-    """Milliseconds of a kernel and of the reference, on the process where each is slowest; infinite
-    where one was not timed. found: for each process its verdicts, of each task.
+    """Return a kernel's and the reference's milliseconds, each on its slowest process.
+
+    found: each process's verdicts on the cases. A time that one of them lacks counts as infinite.
     """
     own, reference = (
         max(sum(getattr(x, field) or math.inf for x in each) for each in found)
@@ -237,7 +238,7 @@ def _milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
 
 
 def _failure(name: str, process: int, *, verdict: Verdict, several: bool) -> tuple[str, int]:
-    """Return the log line for a kernel that failed or declined, and its level."""
+    """Return the log line for a kernel that failed or declined, and the line's level."""
     where = f" on {processes.name(process)}" if several else ""
     if verdict.outcome == "declined":
         return f"attention: not {name}{where}: {verdict.detail}", logging.INFO
@@ -273,7 +274,7 @@ def _trial(name: str, cases: Sequence[Case], *, timed: bool) -> list[Verdict]:
 
 
 def _proved(key: Key, case: Case, *, timed: bool) -> Verdict:
-    """Run the self-test, and store its verdict."""
+    """Run a kernel's self-test. Returns the verdict, and stores it unless it may change."""
     ran = f"{case.batch} x {case.length} tokens, {case.heads} heads over {case.kv_heads}"
     said = functools.partial(
         Verdict,
@@ -317,9 +318,10 @@ class _Declined(Exception):
 
 
 def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, float] | None]:
-    """Return the error, and the seconds of the kernel's and the reference's programs if it agrees.
+    """Compare a kernel with the XLA reference and, if it is right and `timed`, time both programs.
 
-    Raises _Declined before anything is logged, compiled or run.
+    Returns the error, and the seconds of both or None. Raises _Declined before anything is logged,
+    compiled or run.
     """
     name = key.kernel
     try:
@@ -341,7 +343,7 @@ def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, f
 
 
 def _one_line(error: BaseException) -> str:
-    """Return an exception's text as one short line."""
+    """Return an exception's text as one line of at most 300 characters."""
     text = " ".join(str(error).split()) or "no message"
     named = isinstance(error, _Declined)
     return (text if named else f"{type(error).__name__}: {text}")[:300]

@@ -42,7 +42,8 @@ def xla(
     q: [B, T, N, H].
     k, v: [B, S, K, H], arrays of q's dtype or a wider one, or quantised leaves. N is a multiple of
         K.
-    scale: a float, or float32 [B, T].
+    mask: decides which keys each query sees.
+    scale: a float, or float32 [B, T], the factor on each query's scores.
 
     Returns o [B, T, N, H] in q's dtype, 0 for a query that sees no key. With return_lse: o in
     float32, and the log-sum-exp of the scores, float32 [B, T, N], -inf for a query that sees no
@@ -77,9 +78,12 @@ def xla(
 def _block(
     q: jax.Array, k: jax.Array, *, v: jax.Array, visible: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute float32 o [B, T, N, H] and log-sum-exp [B, T, N] for a block of queries.
+    """Attend from a block of queries to all keys.
 
-    visible: bool [B, T, S]. scale: float32 [B, T].
+    visible: bool [B, T, S], the dense mask.
+    scale: float32 [B, T].
+
+    Returns float32 o [B, T, N, H] and log-sum-exp [B, T, N].
     """
     batch, length, heads, _ = q.shape
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: as the cache keeps them

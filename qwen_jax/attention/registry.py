@@ -1,7 +1,8 @@
 """The registry of attention implementations by name, and the choice that "auto" makes among them.
 
-Kernels agree with the reference, and raise NotImplementedError for calls that they do not support.
-An implementation runs on one device's heads and rows; `on_shards` applies it to global arrays.
+Kernels agree with the XLA reference, and raise NotImplementedError for calls that they do not
+support. An implementation runs on one device's heads and sequences; `on_shards` applies it to
+global arrays.
 """
 
 import dataclasses
@@ -34,10 +35,12 @@ FEW = 16  # the most query tokens that a decode kernel takes
 
 
 def on_shards(attend: Attend) -> Attend:
-    """Make an implementation take and return global arrays, each device running its heads and rows.
+    """Make an attention implementation take and return global arrays.
 
-    Tokens that are split over `context` are attended to by ring attention. Where no mesh axis is
-    explicit (no mesh in force, or inside `shard_map`), the implementation runs unchanged.
+    Each device runs its own heads and sequences. Tokens that are split over `context` are attended
+    to by ring attention. Where no mesh axis is explicit (no mesh in force, or inside `shard_map`),
+    the implementation runs unchanged; only there it takes keyword arguments of its own, and
+    elsewhere they raise TypeError.
     """
 
     @functools.wraps(attend)
@@ -103,7 +106,7 @@ RESOLVED: dict[tuple[str, str, str, int], str] = {}
 
 
 def get(name: str) -> Attend:
-    """Return the implementation of a name. "auto" takes the choice of `prove.resolve`.
+    """Return the attention function of a name. "auto" takes the choice of `prove.resolve`.
 
     Raises ValueError for a name that is not in the registry.
     """
@@ -119,11 +122,12 @@ def get(name: str) -> Attend:
 class Chosen:
     """An attention function for inference, with implementations for prompts and for decoding.
 
-    forward: its name for a prompt.
-    decode: its name for a few tokens against a cache (see `decoder`).
+    forward: the name of the implementation for prompts.
+    decode: the name of the implementation that attends from a few tokens to a cache (see
+        `decoder`).
 
-    A kernel that was proved forward only is not differentiated: gradients come from the reference,
-    and so do calls of a few tokens without a decode kernel.
+    A kernel that was tested forward only is not differentiated: gradients come from the XLA
+    reference, and so do calls with at most `FEW` query tokens without a decode kernel.
     """
 
     forward: str
@@ -153,7 +157,7 @@ def _forward_alone(
     mask: Mask,
     scale: jax.Array,
 ) -> Any:
-    """Run an implementation forward, with the gradients of the reference."""
+    """Attend by the implementation `name`, with the gradients of the XLA reference."""
     return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
 
 
@@ -166,10 +170,12 @@ def _with_reference(
     mask: Mask,
     scale: jax.Array,
 ) -> Any:
+    """The forward pass of `_forward_alone` under differentiation: run the XLA reference instead."""
     return jax.vjp(lambda q, k, v, scale: xla(q, k, v, mask, scale, return_lse), q, k, v, scale)
 
 
 def _reference_gradients(name: str, return_lse: bool, pull: Any, cotangents: Any) -> Any:
+    """The backward pass of `_forward_alone`: the XLA reference's gradients."""
     dq, dk, dv, dscale = pull(cotangents)
     return dq, dk, dv, None, dscale
 
@@ -187,7 +193,8 @@ def auto(
 ) -> Any:
     """Attend by the choice of `prove.resolve` for this device, dtype and head dim.
 
-    Without a choice it is the reference, as no kernel can be proved here, within a trace.
+    Without a choice it is the XLA reference, as no kernel can be tested while a program is traced.
+    Arguments and results are those of `attention.xla`.
     """
     dtype, dim = q.dtype.name, q.shape[-1]
     if (name := resolved("gradients", dtype, head_dim=dim)) is not None:
@@ -202,12 +209,19 @@ def auto(
 
 
 def resolved(purpose: str, dtype: str, *, head_dim: int) -> str | None:
-    """Return the name in `RESOLVED` for the device that is compiled for, or None."""
+    """Return the implementation that `prove.resolve` chose for this device, or None.
+
+    purpose: "forward", "gradients" or a result of `cached`.
+    dtype: the dtype of the queries.
+    """
     return RESOLVED.get((choice.device().device_kind, purpose, dtype, head_dim))
 
 
 def cached(leaf: Any) -> str:
-    """Return a decode kernel's purpose in `RESOLVED`, by how `leaf` stores the keys."""
+    """Return the purpose in `RESOLVED` of a decode kernel, such as "decode" or "decode int8".
+
+    leaf: the cached keys, an array or `Int8`.
+    """
     if not hasattr(leaf, "values"):
         return "decode"
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
@@ -216,9 +230,11 @@ def cached(leaf: Any) -> str:
 def decoder(
     implementation: Attend, q: Float[Array, "B T N H"], *, keys: KeysOrValues
 ) -> Callable[..., Any] | None:
-    """Return the decode kernel of an implementation for queries q and cached keys [B, K, S, H].
+    """Return the kernel by which an implementation attends from a few tokens to a cache, or None.
 
-    It is None where there is no such kernel, or more than `FEW` queries.
+    implementation: an attention function, from `get` or `prove.resolve`.
+    q: the queries. The result is None for more than `FEW` tokens T.
+    keys: the cached keys [B, K, S, H], an array or `Int8`.
     """
     if q.shape[1] > FEW:
         return None
@@ -232,5 +248,5 @@ def decoder(
 
 @functools.cache
 def say(line: str, level: int = logging.INFO) -> None:
-    """Log a line, once per process."""
+    """Log a line to the logger "qwen_jax", once per process."""
     logging.getLogger("qwen_jax").log(level, line)

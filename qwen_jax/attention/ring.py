@@ -1,8 +1,8 @@
 """Ring attention: keys and values travel around the devices that share a sequence.
 
 It is Ring Attention (arXiv 2310.01889) over any function of `attention.IMPLEMENTATIONS`: queries
-stay, each part of the keys gives an output and a log-sum-exp, and these merge into one softmax. No
-device holds another's keys for longer than a step. It runs within `jax.shard_map`.
+stay on their device, each part of the keys gives an output and a log-sum-exp, and these merge into
+one softmax. No device holds another's keys for longer than a step. It runs within `jax.shard_map`.
 
 Positions and segments travel with the keys, so causality, windows, packing and LogN need no special
 rule, and tokens may be in any order. `meshes.moves.zigzag` is an order that balances causal work:
@@ -33,9 +33,11 @@ def ring_attention(
     scale: jax.Array,
     return_lse: bool = False,
 ) -> Any:
-    """Attend to the keys of all devices of `context`.
+    """Attend from this device's queries to the keys of all devices of `context`.
 
-    Arguments and results are those of `attention.xla`, each this device's part.
+    implementation: attends to the keys of one device, as a function of `IMPLEMENTATIONS` does.
+
+    Other arguments and the results are those of `attention.xla`, each this device's part.
     """
     out: Any = _ring(implementation, q, k, v, mask, scale)
     return out if return_lse else out[0].astype(q.dtype)
@@ -43,7 +45,7 @@ def ring_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
-    """Compute o and its log-sum-exp in float32, passing keys around the ring once."""
+    """Compute o and its log-sum-exp in float32, passing keys and values around the ring once."""
     keys = (k, v, mask.k_positions, mask.k_segments)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -64,7 +66,7 @@ def _forward(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any)
 
 
 def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
-    """Compute the gradients, passing keys around the ring again with their own gradients."""
+    """Compute the gradients, passing keys, values and their gradients around the ring."""
     q, k, v, mask, scale, o, lse = saved
     do, dlse = cotangents
     keys = (k, v, mask.k_positions, mask.k_segments)
@@ -105,13 +107,16 @@ _ring.defvjp(_forward, _backward)
 
 
 def _arguments(q: Any, keys: Any, *, mask: Any, scale: Any) -> tuple[Any, ...]:
-    """Arrange an implementation's arguments for these keys, positions and segments."""
+    """Return an implementation's arguments for the keys that have arrived from another device.
+
+    keys: the tuple (k, v, key positions, key segments) that travels around the ring.
+    """
     k, v, positions, segments = keys
     return q, k, v, dataclasses.replace(mask, k_positions=positions, k_segments=segments), scale
 
 
 def _pass_on(x: Any) -> Any:
-    """Send arrays to the next device of the ring."""
+    """Send arrays to the next device of the ring, and return those of the previous one."""
     size = jax.lax.axis_size(sharding.CONTEXT)
     ring = [(i, (i + 1) % size) for i in range(size)]
     return jax.tree.map(lambda a: jax.lax.ppermute(a, sharding.CONTEXT, ring), x)

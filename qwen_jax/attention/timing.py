@@ -1,4 +1,4 @@
-"""Timing of compiled programs: they take turns, and a figure is a median."""
+"""Times compiled programs, which take turns, and reports medians."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ Program = Callable[[], Any]
 
 
 def medians(programs: dict[str, Program], rounds: int) -> dict[str, float]:
-    """Return each program's median seconds per call, over rounds in which they take turns."""
+    """Return each program's median seconds per call, over rounds in which all take turns."""
     calls = {name: _calls(program) for name, program in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
@@ -28,7 +28,7 @@ def medians(programs: dict[str, Program], rounds: int) -> dict[str, float]:
 
 
 def _calls(program: Program) -> int:
-    """Return how many calls fill a turn. The trials warm the program up."""
+    """Return how many calls of a program fill a turn of `_SECONDS`. The trials warm it up."""
     _timed(program, 1)
     calls = 1
     while (seconds := _timed(program, calls)) < _SECONDS:
@@ -37,7 +37,7 @@ def _calls(program: Program) -> int:
 
 
 def _timed(program: Program, calls: int) -> float:
-    """Return the seconds that so many calls take, until the last result is there."""
+    """Return the seconds that `calls` calls take, until the last result is computed."""
     started = time.perf_counter()
     results = [program() for _ in range(calls)][-1:]
     jax.block_until_ready(results)
@@ -45,21 +45,21 @@ def _timed(program: Program, calls: int) -> float:
 
 
 def product(dtype: str) -> tuple[Program, float]:
-    """Return a program that multiplies large matrices, and its FLOPs."""
+    """Return a program that multiplies large matrices, and the FLOPs of one call."""
     size = 512 if choice.device().platform == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     return compiled(jnp.dot, x, x), 2.0 * size**3
 
 
 def copy() -> tuple[Program, float]:
-    """Return a program that copies much memory, and the bytes that it reads and writes."""
+    """Return a program that copies much memory, and the bytes that one call reads and writes."""
     size = 2**24 if choice.device().platform == "cpu" else 2**29
     x = jnp.ones(size // 4, jnp.float32)
     return compiled(lambda x: x + 1, x), 2.0 * size
 
 
 def compiled(run: Callable[..., Any], *args: Any) -> Program:
-    """Compile a function for these arguments, run it once, and return the program."""
+    """Compile a function for its arguments, run it once, and return it with them bound."""
     compiled = jax.jit(run).lower(*args).compile()
     jax.block_until_ready(compiled(*args))
     return functools.partial(compiled, *args)

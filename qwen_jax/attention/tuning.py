@@ -1,9 +1,11 @@
-"""Times attention on this machine's device and writes the results into `measured.json`.
+"""Times attention on this machine's device, and writes the results into `measured.json`.
 
-Block sizes under test are put where measured ones are looked up, so that a line of the table means
-what was timed. A kernel whose results differ from the reference's is reported and not entered. The
-fastest blocks of each kernel take turns with all other implementations in a last run, whose medians
-are written.
+It is the command `python -m qwen_jax.kernels.tune`.
+
+Block sizes under test replace the measured ones that a kernel looks up, so that a line of the table
+means what was timed. A kernel whose results differ from the XLA reference's is reported and not
+entered. In a last run the fastest block sizes of each kernel take turns with all other
+implementations, and its medians are written.
 """
 
 import argparse
@@ -174,7 +176,7 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def shown() -> str:
-    """Return text of this machine's verdicts, and of the table's lines for its device."""
+    """Format this machine's stored verdicts, and the lines of `measured.json` for its device."""
     from qwen_jax.attention import verdicts
     from qwen_jax.kernels import choice
 
@@ -200,11 +202,12 @@ def shown() -> str:
 
 
 def _what(line: dict[str, Any]) -> str:
+    """Format the call that a line of `measured.json` is for."""
     return f"{line['task']:8} {line['dtype']:8} {line['head_dim']:4} {line['length']:6}"
 
 
 def _cases(args: argparse.Namespace, task: str) -> list[Any]:
-    """Return the calls to be timed for a task."""
+    """Return the attention calls (`workloads.Case`) that the command times for a task."""
     from qwen_jax.attention.workloads import Case
 
     shape = {"heads": args.heads, "head_dim": args.head_dim, "dtype": args.dtype}
@@ -216,7 +219,7 @@ def _cases(args: argparse.Namespace, task: str) -> list[Any]:
 
 
 def _tuned(case: Any, names: list[str], *, rounds: int, bar: Any) -> list[dict[str, Any]]:
-    """Time a case with all implementations. Returns a line for each one that is right."""
+    """Time a call with all implementations `names`. Returns a line for each one that is right."""
     from qwen_jax.attention import timing
 
     entrants: dict[str, tuple[str, dict[str, int], Any]] = {}
@@ -232,7 +235,7 @@ def _tuned(case: Any, names: list[str], *, rounds: int, bar: Any) -> list[dict[s
 
 
 def _finalists(case: Any, name: str, *, bar: Any) -> list[tuple[dict[str, int], Any]]:
-    """Return a kernel's fastest block sizes ({}: its own choice) and their programs."""
+    """Return a kernel's fastest block sizes ({}: its own choice), each with its program."""
     from qwen_jax.attention import timing
 
     tried: dict[str, tuple[float, dict[str, int], Any]] = {}
@@ -271,7 +274,7 @@ def _finalists(case: Any, name: str, *, bar: Any) -> list[tuple[dict[str, int], 
 
 @contextlib.contextmanager
 def trying(case: Any, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
-    """Make these blocks the only line of the table; {} leaves it empty, and the kernel chooses."""
+    """Make a kernel use these block sizes within a `with` statement; {} lets it choose."""
     from qwen_jax.kernels import choice
 
     measured = choice.measured
@@ -284,7 +287,7 @@ def trying(case: Any, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
 
 
 def _line(case: Any, name: str, *, blocks: dict[str, int], seconds: float) -> dict[str, Any]:
-    """Make a line of the table from seconds per call."""
+    """Make a line of `measured.json` from a kernel's block sizes and its seconds per call."""
     import jax
 
     from qwen_jax.kernels import choice
@@ -315,13 +318,14 @@ def _rounded(x: float) -> float:
 
 
 def _text(line: dict[str, Any]) -> str:
+    """Format the result in a line of `measured.json`."""
     rate = line.get("tflops", line.get("gbytes_per_second"))
     unit = "TFLOP/s" if "tflops" in line else "GB/s"
     return f"{line['kernel']:14} {line['milliseconds']:10.4f} ms {rate:8} {unit} {line['blocks']}"
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Merge lines into a table and sort it. New lines replace those with the same keys.
+    """Merge lines into the sorted table in `path`. They replace lines with equal `choice.KEYS`.
 
     A lock file makes programs that write at the same time keep each other's lines.
     """

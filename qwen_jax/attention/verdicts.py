@@ -2,8 +2,9 @@
 
     $XDG_CACHE_HOME/qwen_jax/attention/KERNEL-TASK-DTYPE-DIM-TOKENS-HASH.json
 
-A file gets its name once it is whole, and the last writer wins: concurrent programs find the same.
-A file that cannot be read counts as absent. This module knows no kernels and runs nothing.
+A file gets its name once it is whole. Of programs that write the same file at the same time the
+last one wins, as all reach the same verdict. A file that cannot be read counts as absent. This
+module knows no kernels and runs no tests.
 """
 
 import contextlib
@@ -30,9 +31,12 @@ class Key:
     """The conditions of a self-test. A verdict holds only where all of them are equal.
 
     device: jax's `device_kind`.
+    jax: the version of jax.
+    kernel: the kernel's name in the registry.
     task: "forward", "backward" or "decode".
     dtype: the dtype of the queries.
     cache: "int8" or "int8_asymmetric"; None for keys of the queries' dtype.
+    head_dim: the length H of a head.
     length: tokens, rounded up to a power of two, as blocks and speed depend on it.
     code: a digest of the kernels' source and of the measured block sizes.
     """
@@ -48,7 +52,7 @@ class Key:
     code: str
 
     def file(self) -> Path:
-        """Return the path of the verdict's file."""
+        """Return the path of the file that stores the verdict."""
         digest = hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
         words = (self.kernel, self.task, self.cache, self.dtype, self.head_dim, self.length)
         name = "-".join(str(x) for x in words if x is not None)
@@ -59,11 +63,14 @@ class Key:
 class Verdict:
     """The result of a self-test.
 
+    key: the conditions of the self-test.
     outcome: "agrees", "wrong", "refused" (an exception), "timed out", "crashed" (programs died
         during the test) or "declined" (the kernel does not support such calls; never stored).
-    error: the largest difference from the reference, over the largest value.
-    detail: the text of an exception.
-    ran: the call that was timed.
+    jaxlib, driver: the versions of jaxlib and of the runtime or driver under it.
+    date: the day of the test, as YYYY-MM-DD.
+    error: the largest difference from the XLA reference, over the reference's largest value.
+    detail: the reason of a failure in words, such as an exception's text.
+    ran: the call that was timed, in words.
     milliseconds, xla_milliseconds: per call of the kernel and of the reference, timed in turns;
         None where neither was timed, because the package has measured lines for the device.
     """
@@ -91,7 +98,7 @@ class Verdict:
         return self.outcome + (f": {self.detail}" if self.detail else "")
 
     def line(self) -> str:
-        """Return all that a failure report needs, in one line."""
+        """Return the verdict and its conditions in one line, as a failure report needs them."""
         key = self.key
         cache = f", {key.cache} cache" if key.cache else ""
         return (
@@ -105,7 +112,10 @@ class Verdict:
 
 
 def from_json(text: str | bytes) -> Verdict:
-    """Parse the text of `Verdict.to_json`. Raises ValueError for anything else."""
+    """Parse a verdict from the text that `Verdict.to_json` returns.
+
+    Raises ValueError for any other text.
+    """
     try:
         fields = json.loads(text)
         verdict = Verdict(**{**fields, "key": Key(**fields["key"])})
@@ -116,12 +126,12 @@ def from_json(text: str | bytes) -> Verdict:
 
 
 def folder() -> Path:
-    """Return the folder of the verdicts."""
+    """Return the folder of the verdict files, in the user's cache."""
     return caches.own_cache("attention")
 
 
 def find(key: Key) -> Verdict | None:
-    """Return the stored verdict of a key, or None."""
+    """Return the stored verdict of a self-test with these conditions, or None."""
     try:
         verdict = from_json(key.file().read_bytes())
     except (OSError, ValueError):
@@ -130,7 +140,7 @@ def find(key: Key) -> Verdict | None:
 
 
 def keep(verdict: Verdict) -> None:
-    """Write a verdict. An error of the disk is ignored: the test then runs again next time."""
+    """Store a verdict. An error of the disk is ignored: the test then runs again next time."""
     with contextlib.suppress(OSError):
         paths.write(verdict.key.file(), verdict.to_json().encode())
 
@@ -145,7 +155,7 @@ def kept() -> list[Verdict]:
 
 
 def forget() -> int:
-    """Remove all verdicts, so that kernels are proved anew. Returns how many there were."""
+    """Delete all stored verdicts, so that kernels are tested again, and return their number."""
     count = 0
     for file in list(folder().glob("*")):
         with contextlib.suppress(FileNotFoundError):
@@ -156,10 +166,10 @@ def forget() -> int:
 
 @contextlib.contextmanager
 def begun(key: Key) -> Iterator[bool]:
-    """Leave a note on disk while this program proves a kernel, and yield whether it should.
+    """Mark on disk that this program tests a kernel, and yield whether it should.
 
-    It should not if programs have died doing so, because a compiler that aborts would otherwise end
-    every program that starts.
+    The mark is a file that outlives a program that dies. After `_DEATHS` of them the kernel is not
+    tested again, because a compiler that aborts would otherwise end every program that starts.
     """
     prefix = f"{key.file().stem}.{re.sub('[^A-Za-z0-9_-]', '_', socket.gethostname())}."
     notes = [x for x in folder().glob(f"{prefix}*.begun") if not _lives(x)]
@@ -179,14 +189,14 @@ def begun(key: Key) -> Iterator[bool]:
 
 
 def _lives(note: Path) -> bool:
-    """Return whether the program that left a note is still running, and is another process."""
+    """Return whether the program that left a file of `begun` is another one and still running."""
     process = int(note.suffixes[-2][1:])
     return process not in (0, os.getpid()) and lock.lives(process)
 
 
 @functools.cache
 def code() -> str:
-    """Return a digest of the kernels' source and measured blocks; a change voids verdicts."""
+    """Return a digest of the kernels' source and `measured.json`. A change voids verdicts."""
     digest = hashlib.sha256()
     here = Path(__file__).parents[1] / "kernels"
     for file in sorted((*here.glob("*.py"), *here.glob("*.json"))):
@@ -221,7 +231,7 @@ def table(found: Sequence[Verdict]) -> str:
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:
-    """Return the cells of a verdict's row in the table."""
+    """Return the text of each cell of a verdict's line in the table."""
     key = verdict.key
 
     def number(x: Any, form: str) -> str:

@@ -1,8 +1,8 @@
-"""Calls of attention that are proved and timed, and the programs that make them.
+"""Attention calls by which kernels are tested and timed, and the programs that make them.
 
-A program runs a case through several layers, each with its own keys. So work that belongs to a call
-(a transposition, for example) is not done once for all, a cache does not stay in the chip's on-chip
-memory, and the start of the program is a small part of its time.
+A program makes a call for each of several layers, each with its own keys. So work that belongs to a
+call (a transposition, for example) is not done once for all, a cache does not stay in the chip's
+on-chip memory, and the start of the program is a small part of its time.
 """
 
 import dataclasses
@@ -24,18 +24,22 @@ _LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # limits: keys and values of a program, 
 TASKS = ("forward", "backward", "decode")
 
 
-_PACKED = 4  # sequences in a row, with `Case.features`
+_PACKED = 4  # sequences packed into a batch row, with `Case.features`
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of attention that is proved or timed.
+    """An attention call by which kernels are tested or timed.
 
     task: "forward", "backward" or "decode".
+    batch: the number of batch rows B.
     length: tokens of queries and keys, or slots of a cache, all written.
+    heads, head_dim: the number of query heads N, and their length H.
+    dtype: the dtype of queries, keys and values.
+    kv_heads: the number of key/value heads K; None for as many as query heads.
     cache: "int8" or "int8_asymmetric"; None for a cache of `dtype`.
-    features: use LogN, four packed sequences, and a window of half a sequence; otherwise plain
-        causal.
+    features: whether the call has LogN, four packed sequences in a batch row, and a window of half
+        a sequence; otherwise it is plain causal.
     """
 
     task: str
@@ -55,16 +59,16 @@ class Case:
 
     @property
     def stored(self) -> str:
-        """The dtype of the keys, by which a measured line is found."""
+        """The dtype of the keys in the lines of `measured.json` that fit this call."""
         return "int8" if self.cache else self.dtype
 
     def flops(self) -> float:
-        """Return the FLOPs of a layer: half for a causal mask, and none for recomputation."""
+        """Return the FLOPs of one causal call, half of a full one's, without recomputation."""
         pairs = self.batch * self.heads * self.length**2 / 2
         return pairs * self.head_dim * {"forward": 4, "backward": 10}[self.task]
 
     def bytes(self) -> int:
-        """Return the bytes of the keys and values of a layer, scales included."""
+        """Return the bytes of one layer's keys and values, scales of quantised ones included."""
         arrays = jax.tree.leaves(jax.eval_shape(lambda: leaf(self, 0)))
         return 2 * sum(x.size * x.dtype.itemsize for x in arrays)
 
@@ -74,11 +78,11 @@ class Case:
 
     @property
     def window(self) -> int:
-        """The number of tokens of its sequence that a query sees, itself included."""
+        """The number of tokens that a query sees at most, its own included."""
         return max(1, self.length // (2 * _PACKED)) if self.features else FULL
 
     def pairs(self) -> int:
-        """Return the number of visible query-key pairs for one row and head."""
+        """Return the number of visible query-key pairs for one batch row and one head."""
         if not self.features:
             return self.length * (self.length + 1) // 2
         part, window = -(-self.length // _PACKED), self.window
@@ -87,16 +91,21 @@ class Case:
 
 
 def available(names: Iterable[str], interpreted: bool = False) -> list[str]:
-    """Return the names that run on this device, without kernels on a CPU unless `interpreted`."""
+    """Leave out of `names`, on a CPU, the implementations that would run interpreted.
+
+    interpreted: whether to keep them nevertheless.
+    """
     on_cpu = choice.device().platform == "cpu"
     emulated = ("pallas", "splash", "flash", "paged")
     return [x for x in names if interpreted or not (on_cpu and x.startswith(emulated))]
 
 
 def program(case: Case, name: str) -> Program:
-    """Compile a program for `case` with an implementation of the registry, and run it once.
+    """Compile a program that makes a call by an implementation, and run it once.
 
-    Raises NotImplementedError where the implementation does not support the case.
+    name: the implementation's name in the registry.
+
+    Raises NotImplementedError if the implementation does not support the call.
     """
     attend = registry.get(name)
     if case.task == "decode":
@@ -108,7 +117,9 @@ def program(case: Case, name: str) -> Program:
 
 
 def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
-    """Return a function that makes one layer's call as `program` does, and its arguments' shapes.
+    """Return a function that makes a case's call for one layer, and the shapes of its arguments.
+
+    name: the implementation's name in the registry.
 
     It is for ahead-of-time compilation for devices that this machine lacks.
     """
@@ -143,7 +154,12 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
 
 
 def rival(case: Case, name: str) -> Program:
-    """Compile `case` for another library in its best form (`others.CAUSAL`, `others.CACHED`)."""
+    """Compile a program that makes a call by another library in the form that suits it best.
+
+    name: a key of `others.CAUSAL` or, for decoding, of `others.CACHED`.
+
+    Raises NotImplementedError for a call with `features` or with a quantised cache.
+    """
     if case.features:
         raise NotImplementedError(f"{name}: LogN, windows and packing at once")
     if case.task != "decode":
@@ -162,7 +178,10 @@ def rival(case: Case, name: str) -> Program:
 
 
 def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
-    """Compile a forward or backward program of several layers."""
+    """Compile a program that makes a case's forward or backward calls for several layers.
+
+    attend: computes o of q, k and v.
+    """
     q, do = (normal(case, case.heads, i) for i in (0, 1))
     kv_heads = case.heads // case.groups
     keys = [tuple(normal(case, kv_heads, 2 + 2 * i + j) for j in (0, 1)) for i in _n(case)]
@@ -188,7 +207,11 @@ def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
 
 
 def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Program:
-    """Compile a decode program of several layers."""
+    """Compile a program that makes a case's decode calls for several layers.
+
+    step: computes o of q, k, v, a layer's cached keys and values, start, index, window and scale.
+    layers: the cached keys and values of each layer.
+    """
     token = dataclasses.replace(case, length=1)
     q = normal(token, case.heads, 0)
     k, v = (normal(token, case.heads // case.groups, i) for i in (1, 2))
@@ -215,7 +238,19 @@ def decode(
     window: jax.Array,
     scale: jax.Array,
 ) -> jax.Array:
-    """Attend from a few tokens to a cache as `LayerCache.attend` does, without the write."""
+    """Attend from a few tokens to a cache and to themselves, without writing them into the cache.
+
+    attend: an attention function, whose decode kernel is used if it has one.
+    q: [B, T, N, H].
+    k, v: [B, T, K, H], of the few tokens.
+    cache_k, cache_v: [B, K, S, H], arrays or `Int8`.
+    start, index: int32 [B] and [], the write index at which each sequence began, and the current
+        write index.
+    window: int32 [], the number of tokens that a query sees, its own included.
+    scale: float32 [B, T], the factor on each query's scores.
+
+    Returns o [B, T, N, H] in q's dtype.
+    """
     kernel = registry.decoder(attend, q, keys=cache_k)
     if kernel is not None:
         return kernel(q, k, v, cache_k, cache_v, start, index, window, scale)
@@ -230,12 +265,12 @@ def decode(
 
 
 def _n(case: Case) -> range:
-    """Return the numbers of the layers."""
+    """Return the indices of the layers that a case's program runs, from 0."""
     return range(case.layers())
 
 
 def mask_of(case: Case) -> Mask:
-    """Return the mask of a case."""
+    """Return the mask of a call: causal and, with features, packed and with a window."""
     index = jnp.arange(case.length, dtype=jnp.int32)
     part = -(-case.length // _PACKED) if case.features else case.length
     positions, segments = (
@@ -245,14 +280,14 @@ def mask_of(case: Case) -> Mask:
 
 
 def scale_of(case: Case) -> jax.Array:
-    """Return the scale of each query, float32 [B, T]."""
+    """Return the factor on each query's scores, float32 [B, T]: H**-0.5, times LogN if used."""
     logn = jnp.linspace(1, 1.5, case.length) if case.features else jnp.ones(case.length)
     return jnp.broadcast_to(logn * case.head_dim**-0.5, (case.batch, case.length))
 
 
 @functools.cache  # all programs of a case share one copy
 def normal(case: Case, heads: int, seed: int) -> jax.Array:
-    """Draw an array [B, T, heads, H], once."""
+    """Draw an array [B, T, heads, H] from N(0, 1), once for all programs."""
     return drawn(case, heads, seed)
 
 
@@ -265,13 +300,13 @@ def drawn(case: Case, heads: int, seed: int) -> jax.Array:
 
 @functools.cache
 def leaves(case: Case, layer: int) -> tuple[Any, Any]:
-    """Return the keys and values of a cached layer."""
+    """Draw the cached keys and values of a layer, [B, K, S, H] each, once for all programs."""
     return leaf(case, 2 * layer), leaf(case, 2 * layer + 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def leaf(case: Case, seed: int) -> Any:
-    """Draw a cache leaf [B, K, S, H] from N(0, 1), quantised if the case says so."""
+    """Draw cached keys or values [B, K, S, H] from N(0, 1), quantised if the case's cache is."""
     shape = (case.batch, case.heads // case.groups, case.length, case.head_dim)
     x = jax.random.normal(jax.random.key(seed), shape, case.dtype)
     return int8.quantize(x, case.cache == "int8") if case.cache else x
