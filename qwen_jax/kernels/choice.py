@@ -1,8 +1,8 @@
-"""The device that a kernel is compiled for, whether it runs there, and its measured block sizes.
+"""Finds the device that kernels are compiled for, and a kernel's measured block sizes on it.
 
 `measured.json` beside this file holds a line for each measurement, which `python -m
-qwen_jax.kernels.tune` writes. A kernel without a line for a device was not measured there, and
-"auto" proves it on the user's own (`prove.py`).
+qwen_jax.kernels.tune` writes. A kernel without a line for a device was not measured on one, and
+"auto" tests it on the user's own (`attention/prove.py`).
 """
 
 import functools
@@ -17,16 +17,20 @@ KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # the keys o
 
 
 def device() -> Any:
-    """Return the device that is compiled for, with `platform` and `device_kind`.
+    """Return the device that programs are compiled for, with `platform` and `device_kind`.
 
-    It is the one of the mesh in force, which this machine may lack, or else the first device here.
+    It is the device of the mesh in force, which this machine may lack, or else this machine's first
+    device.
     """
     of_mesh = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0] if of_mesh is None else of_mesh
 
 
 def interpreted(name: str, platform: str) -> bool:
-    """Return whether a kernel for `platform` runs interpreted, as it does on a CPU for tests.
+    """Return whether a kernel runs interpreted: on a CPU (for tests), but not on its own platform.
+
+    name: the kernel's name in the error.
+    platform: the kernel's platform, "tpu" or "gpu".
 
     Raises NotImplementedError on any other device.
     """
@@ -37,7 +41,11 @@ def interpreted(name: str, platform: str) -> bool:
 
 
 def need_gpu(name: str, newest_refused: float) -> None:
-    """Raise NotImplementedError on a GPU whose compute capability is known to be this or less."""
+    """Raise NotImplementedError on a GPU that is known to be too old for a kernel.
+
+    name: the kernel's name in the error.
+    newest_refused: the highest compute capability that is refused, such as 7.5.
+    """
     kind = device().device_kind
     for here in jax.devices():
         capability = getattr(here, "compute_capability", None)
@@ -52,9 +60,11 @@ def measured() -> list[dict[str, Any]]:
 
 
 def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None) -> Any:
-    """Return measured lines for this device at the nearest length, fastest first.
+    """Return the measured lines for this device at the length nearest to `length`, fastest first.
 
-    task: "forward", "backward" or "decode". kernel: only lines of this kernel.
+    task: "forward", "backward" or "decode".
+    dtype: the dtype of the keys, "int8" for a quantised cache.
+    kernel: the name of the only kernel to return lines of; None for all.
     """
     wanted = {"device": device().device_kind, "task": task, "head_dim": head_dim, "dtype": dtype}
     if kernel is not None:
@@ -66,6 +76,11 @@ def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None 
 
 
 def blocks(kernel: str, task: str, head_dim: int, dtype: str, length: int) -> dict[str, int]:
-    """Return the best measured block sizes for this device at the nearest length, or {}."""
+    """Return a kernel's fastest measured block sizes for this device, or {} if it was not measured.
+
+    task: "forward", "backward" or "decode".
+    dtype: the dtype of the keys, "int8" for a quantised cache.
+    length: the number of keys; lines at the nearest measured length are taken.
+    """
     found = lines(task, head_dim, dtype, length, kernel)
     return found[0]["blocks"] if found else {}

@@ -1,10 +1,10 @@
-"""Attention from a few query tokens to a cache, for TPUs (Pallas, Mosaic).
+"""Attention from a few query tokens to a KV cache, for TPUs (Pallas, Mosaic).
 
-A step takes as long as reading the cache does, so a block of keys or values goes from HBM to a
-matrix unit unchanged, as the stationary operand, and is read once for all queries of its head. A
-grid step handles one block of slots of several heads. The steps are a list, computed beforehand
-from scalars, of the blocks that a row sees, so slots not written or beyond the window are never
-copied.
+A decode step takes as long as reading the cache does, so a block of keys or values goes from HBM to
+a matrix unit unchanged, as the stationary operand, and is read once for all queries of its head. A
+grid step handles one block of slots of one sequence for several heads. The list of grid steps is
+computed beforehand from scalars, and holds the blocks that a sequence sees, so slots not written or
+beyond the window are never copied.
 """
 
 import functools
@@ -31,14 +31,14 @@ _SCORES = 2**15  # scores of a pack: half of the registers
 
 
 class TpuShape(NamedTuple):
-    """The sizes of the decode kernel.
+    """The sizes by which the decode kernel divides its work.
 
     heads: key/value heads in a grid step.
-    rows: queries of a head, padded.
+    rows: queries of one key/value head (T G), padded.
     packed: heads whose queries share the sublanes of a register, called a pack.
     packs: packs in a grid step.
-    block: slots in a grid step.
-    slots, tokens, groups: S, T and G.
+    block: cache slots in a grid step.
+    slots, tokens, groups: S (cache slots), T (query tokens) and G (query heads per key/value head).
     """
 
     heads: int
@@ -52,7 +52,7 @@ class TpuShape(NamedTuple):
 
     @property
     def pack_rows(self) -> int:
-        """The rows of a pack."""
+        """The number of matrix rows of a pack: its heads' queries, padded to a register."""
         return max(_SUBLANES, self.packed * self.rows)
 
 
@@ -70,21 +70,23 @@ def tpu_decode(
     interpret: bool | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """Attend to a ring of cached keys and to this pass's own. Returns o [B, T, N, H] in q's dtype.
+    """Attend from a few query tokens to a ring of cached keys and to this pass's own keys.
 
     q: [B, T, N, H].
     k, v: [B, T, K, H], of this pass.
     cache_k, cache_v: [B, K, S, H], arrays of q's dtype, or int8 leaves with values, scale and zero
         (or None).
-    start, index: int32 [B] and [], as in `Cache`. Token p of row b lies in slot (start[b] + p) mod
-        S; `index - start` tokens are written, and query t is token index - start + t. A query
-        before token 0 is padding and gets 0.
-    window: int32 [], the tokens that a query sees.
-    scale: float32 [B, T].
-    interpret: None interprets the kernel on a CPU only.
-    block: slots in a grid step.
+    start, index: int32 [B] and [], the write index at which each sequence began, and the current
+        write index. Token p of sequence b lies in slot (start[b] + p) mod S; `index - start` tokens
+        are written, and query t is token index - start + t. A query before token 0 is padding and
+        gets 0.
+    window: int32 [], the number of tokens that a query sees, its own included.
+    scale: float32 [B, T], the factor on each query's scores.
+    interpret: whether to interpret the kernel; None does so on a CPU only.
+    block: cache slots in a grid step; None takes a measured number, or chooses one.
 
-    Raises NotImplementedError for a dtype, head dim or device that the kernel does not support.
+    Returns o [B, T, N, H] in q's dtype. Raises NotImplementedError for a dtype, head dim or device
+    that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     values = getattr(cache_k, "values", cache_k)
@@ -151,7 +153,7 @@ def tpu_decode(
 
 
 def _arrays(leaf: Any) -> list[jax.Array]:
-    """Return a leaf's arrays: values, and for a quantised leaf its scale and zero, if any."""
+    """Return a cache leaf's arrays: values and, if it is quantised, scale and zero (if any)."""
     if not hasattr(leaf, "values"):
         return [leaf]
     return [x for x in (leaf.values, leaf.scale, leaf.zero) if x is not None]
@@ -160,7 +162,12 @@ def _arrays(leaf: Any) -> list[jax.Array]:
 def _shape(
     tokens: int, groups: int, kv_heads: int, slots: int, dim: int, dtype: Any, block: int | None
 ) -> TpuShape:
-    """Choose how much of the cache a grid step handles."""
+    """Choose the sizes by which the decode kernel divides its work.
+
+    tokens, groups, slots, dim: T, G, S and H.
+    dtype: the dtype of the cached values.
+    block: cache slots in a grid step; None chooses a number.
+    """
     rows = tokens * groups
     rows = 1 << (rows - 1).bit_length() if rows < _SUBLANES else round_up(rows, _SUBLANES)
     packed = max(1, _SUBLANES // rows)
@@ -177,21 +184,30 @@ def _shape(
 
 
 def _bits(shape: TpuShape) -> int:
-    """Return how many low bits of a step from `_steps` hold its block; the rest hold its row."""
+    """Return how many low bits of a packed grid step hold its block's index.
+
+    The other bits hold the index of its sequence.
+    """
     return max(1, (-(-shape.slots // shape.block) - 1).bit_length())
 
 
 def _low(shape: TpuShape) -> int:
-    """Return the bit mask of the block in a packed grid step."""
+    """Return the bit mask of the block's index in a packed grid step."""
     return (1 << _bits(shape)) - 1
 
 
 def _steps(
     first: jax.Array, written: jax.Array, window: jax.Array, shape: TpuShape
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return each grid step's row and block to visit, the ones to copy, and the number of steps.
+    """List the grid steps: the blocks of cache slots that each sequence sees.
 
-    Row and block are packed in one int. A row that sees no slot has a step with the block before.
+    first: int32 [B], the slot of each sequence's token 0.
+    written: int32 [B], the number of its written tokens.
+    window: int32 [], the number of tokens that a query sees.
+
+    Returns the steps as they are visited, the steps whose blocks are copied, int32 [B * blocks]
+    each, and the number of steps. A step is the indices of a sequence and of a block, packed in one
+    integer. A sequence that sees no slot has one step, for which the block before stays in memory.
     """
     slots, block, bits = shape.slots, shape.block, _bits(shape)
     blocks = -(-slots // block)
@@ -213,13 +229,13 @@ def _steps(
 
 
 class Scratch(NamedTuple):
-    """The running softmax of each query, float32 [packs, pack rows, lanes].
+    """The running softmax of a sequence's queries, float32 [packs, pack rows, lanes] each.
 
-    scale: the factor on its scores.
+    scale: the factor on a query's scores, in base 2.
     largest: the largest score so far, equal in all lanes.
     total: the sum of exponentials, spread over the lanes.
-    zero: the sum of exponentials times zeros of values, spread over the lanes.
-    out: the output before division by the total.
+    zero: the sum of exponentials times the zeros of quantised values, spread over the lanes.
+    out: the output before division by the total, [packs, pack rows, H].
     """
 
     scale: Any
@@ -244,7 +260,20 @@ def _kernel(
     o: Any,
     *scratch: Any,
 ) -> None:
-    """Process one block of slots for one row and several heads."""
+    """Add a block of cached keys and values to one sequence's running softmax, for several heads.
+
+    The first step of a sequence starts its softmax with this pass's own tokens, and its last step
+    writes the output.
+
+    work, copied: the grid steps of `_steps`; only index maps use `copied`.
+    first, written: int32 [B], the slot of each sequence's token 0, and its written tokens.
+    window: int32 [1].
+    scale: float32 [B, T], the factor on each query's scores.
+    q, o: [packs * pack rows, H], the queries and the output of these heads.
+    k, v: [T, heads, H], of this pass.
+    leaves: the arrays of the block's keys, and of its values.
+    scratch: the fields of `Scratch`.
+    """
     del copied
     state = Scratch(*scratch)
     step, steps, bits = pl.program_id(1), pl.num_programs(1), _bits(shape)
@@ -277,12 +306,12 @@ def _kernel(
 
 
 class _Slots(NamedTuple):
-    """A block of slots of a row.
+    """A block of one sequence's cache slots, with all that decides which of them a query sees.
 
-    slot: its first slot.
-    first: the slot of token 0.
-    tokens: the number of written tokens.
-    window: the tokens that a query sees.
+    slot: the index of the block's first slot.
+    first: the slot of the sequence's token 0.
+    tokens: the number of its written tokens.
+    window: the number of tokens that a query sees, its own included.
     """
 
     slot: Any
@@ -292,7 +321,10 @@ class _Slots(NamedTuple):
 
     @property
     def oldest(self) -> Any:
-        """The oldest token in query 0's window, below 0 if it sees all; query t's is t later."""
+        """The position of the oldest token in query 0's window, at most 0 if it sees all tokens.
+
+        Query t's oldest token is t later.
+        """
         return self.tokens - self.window + 1
 
     def full(self, shape: TpuShape) -> Any:
@@ -303,29 +335,39 @@ class _Slots(NamedTuple):
         return seen & (tail < shape.slots) & (self.slot + shape.block <= shape.slots)
 
     def seen(self, shape: TpuShape, size: tuple[int, int], axis: int, query: Any) -> jax.Array:
-        """Return whether a query sees each slot, for an array with slots along `axis`."""
+        """Return whether a query sees each slot of the block, as bool of shape `size`.
+
+        axis: the axis of the result along which slots lie.
+        query: the query's token t, a number or an array of shape `size`.
+        """
         slot = self.slot + lax.broadcasted_iota(jnp.int32, size, axis)
         token = self._token(slot, shape)
         return (slot < shape.slots) & (token < self.tokens) & (token >= self.oldest + query)
 
     def _token(self, slot: Any, shape: TpuShape) -> Any:
-        """Return the number of the token that lies in a slot."""
+        """Return the position of the token that lies in a slot."""
         return jnp.where(slot < self.first, slot + shape.slots, slot) - self.first
 
 
 def _rows(shape: TpuShape, pack: int) -> slice:
-    """Return the rows of a pack."""
+    """Return the slice of a pack's rows in the kernel's queries and output.
+
+    pack: the index of the pack.
+    """
     return slice(pack * shape.pack_rows, (pack + 1) * shape.pack_rows)
 
 
 def _row(shape: TpuShape, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Return, for each row of a pack, its head within the pack and its query token; both `size`."""
+    """Return the index of the head within its pack, and of the query token, of each row of a pack.
+
+    size: the shape of both results; the rows of the pack lie along axis 0.
+    """
     row = lax.broadcasted_iota(jnp.int32, size, 0)
     return row // shape.rows, row % shape.rows // shape.groups
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
-    """Multiply x [rows, X] by y, whose axis `contract` is X, in float32."""
+    """Multiply x [rows, X] by y in float32, summing over X, the axis `contract` of y."""
     if 1 in y.shape:  # Mosaic multiplies with a vector without its matrix units, in float32 only
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -336,7 +378,12 @@ def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
 def _begin(
     shape: TpuShape, slots: _Slots, scales: list[Any], q: Any, k: Any, v: Any, state: Scratch
 ) -> None:
-    """Start a row's running softmax with this pass's own tokens."""
+    """Start a sequence's running softmax with the keys and values of this pass's own tokens.
+
+    scales: the factor on the scores of each query token.
+    q: [packs * pack rows, H].
+    k, v: [T, heads, H].
+    """
     size = (shape.pack_rows, shape.heads)
     head, query = _row(shape, size)
     key_head = lax.broadcasted_iota(jnp.int32, size, 1)
@@ -368,11 +415,14 @@ def _begin(
 
 
 def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Scratch) -> None:
-    """Add a block of slots to the running softmax. slots: None if every query sees all of them.
+    """Add one block of cached keys and values to the running softmax of one sequence.
 
-    A head's keys are the stationary operand for all rows of its pack, and the scores of its own
-    rows are kept, so a pack fills whole registers. The next pack's scores are computed before the
-    softmax.
+    A head's keys are the stationary operand for all rows of its pack, and only the scores of the
+    head's own rows are kept, so a pack fills whole registers. The next pack's scores are computed
+    before the softmax of this one.
+
+    slots: None if every query sees every slot of the block.
+    leaves: the arrays of the block's keys, and of its values.
     """
     (keys, *key_scales), (values, *value_scales) = leaves
     size = (shape.pack_rows, shape.block)
@@ -431,7 +481,11 @@ def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Sc
 
 
 def _select(head: jax.Array, parts: list[jax.Array]) -> jax.Array:
-    """Select each row from the part of its head. parts: [pack rows, X] for each head."""
+    """Combine an array for each head into one, with each row taken from its own head's array.
+
+    head: [pack rows, 1], the index of each row's head within its pack.
+    parts: [pack rows, X] for each head of the pack.
+    """
     result = parts[0]
     for i, part in enumerate(parts[1:], 1):
         result = jnp.where(head == i, part, result)
@@ -439,5 +493,5 @@ def _select(head: jax.Array, parts: list[jax.Array]) -> jax.Array:
 
 
 def _lanes(x: jax.Array) -> jax.Array:
-    """Sum x [rows, n * 128] over n."""
+    """Add up the n parts of x [rows, n * 128] that are 128 lanes wide. Returns [rows, 128]."""
     return functools.reduce(jnp.add, [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)])

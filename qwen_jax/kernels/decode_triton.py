@@ -1,9 +1,10 @@
-"""Attention from a few query tokens to a cache, for NVIDIA GPUs (Pallas, Triton).
+"""Attention from a few query tokens to a KV cache, for NVIDIA GPUs (Pallas, Triton).
 
-A step takes as long as reading the cache does. The visible blocks of slots are divided among
-`splits` programs for each head, so that one long row fills the chip. Each program writes a partial
-output and its log-sum-exp, and a small second kernel merges them into one softmax (flash-decoding).
-All queries of a head share each read, as the rows of one matrix product. The softmax is in base 2.
+A decode step takes as long as reading the cache does. The visible blocks of slots are divided among
+`splits` Triton programs for each head, so that one long sequence fills the chip. Each program
+writes a partial output and its log-sum-exp, and a small second kernel merges them into one softmax
+(flash-decoding). All queries of a head share each read, as the rows of one matrix product. The
+softmax is in base 2.
 """
 
 import functools
@@ -29,13 +30,15 @@ _MERGED = 2**13  # partial results that a program of the second kernel holds
 
 
 class TritonShape(NamedTuple):
-    """The sizes of the decode kernel.
+    """The sizes by which the decode kernel divides its work.
 
-    rows: rows in a program's matrix product.
-    row_blocks: programs for the queries of a head.
-    block: slots read at once.
-    planes, width: a head dim is `planes` interleaved parts of `width` columns each.
-    splits: programs that share the slots of a head.
+    tokens, heads, kv_heads, dim, slots: T, N, K, H and S.
+    rows: matrix rows in a program's product, one for each query and padding.
+    row_blocks: programs among which the queries of a key/value head are divided.
+    planes, width: the head dim is cut into `planes` interleaved parts (two for int8), each padded
+        to `width` columns.
+    block: cache slots that are read at once.
+    splits: programs among which the slots of a head are divided.
     """
 
     tokens: int
@@ -56,13 +59,13 @@ class TritonShape(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The queries of a program, [rows] each.
+    """The queries of one Triton program, in arrays [rows].
 
-    place: the query's index among T N.
-    t: its token.
+    place: the index of the query among the T N queries of its sequence.
+    t: the index of its token among the T tokens.
     real: False for padding of the matrix product.
     factor: the factor on its scores, in base 2.
-    skip: how many of the tokens that query 0 sees are beyond this query's window.
+    skip: how many of the tokens that query 0 sees are too old for this query's window.
     """
 
     place: jax.Array
@@ -73,12 +76,12 @@ class Queries(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """The running softmax of a program's queries.
+    """The running softmax of one Triton program's queries.
 
     largest: [rows], the largest score so far.
-    total: [rows, block], to be summed: exponentials.
-    zeros: [rows, block], to be summed: exponentials times zeros of values.
-    o: the planes of the output, before division by the total.
+    total: [rows, block], exponentials, to be summed over the block in the end.
+    zeros: [rows, block], exponentials times the zeros of quantised values, to be summed likewise.
+    o: the planes of the output, [rows, width] each, before division by the total.
     """
 
     largest: jax.Array
@@ -104,22 +107,25 @@ def triton_decode(
     warps: int | None = None,
     stages: int | None = None,
 ) -> jax.Array:
-    """Attend to a ring of cached keys and to this pass's own. Returns o [B, T, N, H] in q's dtype.
+    """Attend from a few query tokens to a ring of cached keys and to this pass's own keys.
 
     q: [B, T, N, H].
     k, v: [B, T, K, H], of this pass.
     cache_k, cache_v: [B, K, S, H], arrays of q's dtype, or int8 leaves with values, scale and zero
         (or None).
-    start, index: int32 [B] and [], as in `Cache`. Token p of row b lies in slot (start[b] + p) mod
-        S; `index - start` tokens are written, and query t is token index - start + t. A query
-        before token 0 is padding and gets 0.
-    window: int32 [], the tokens that a query sees.
-    scale: float32 [B, T].
-    interpret: None interprets the kernel on a CPU only.
-    block: slots read at once, a power of 2 from 16.
-    splits: programs that share a head's slots.
-    warps, stages: of a program, as in Triton; stages - 1 blocks are loaded ahead.
+    start, index: int32 [B] and [], the write index at which each sequence began, and the current
+        write index. Token p of sequence b lies in slot (start[b] + p) mod S; `index - start` tokens
+        are written, and query t is token index - start + t. A query before token 0 is padding and
+        gets 0.
+    window: int32 [], the number of tokens that a query sees, its own included.
+    scale: float32 [B, T], the factor on each query's scores.
+    interpret: whether to interpret the kernel; None does so on a CPU only.
+    block: cache slots that are read at once, a power of 2 from 16.
+    splits: programs among which the slots of a head are divided.
+    warps, stages: the warps and pipeline stages of a program, as in Triton; stages - 1 blocks are
+        loaded ahead.
 
+    Sizes that are None are measured ones, or else chosen. Returns o [B, T, N, H] in q's dtype.
     Raises NotImplementedError for calls that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
@@ -167,10 +173,12 @@ def triton_decode(
 
 
 def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
-    """Return a leaf's arrays: values, and for a quantised leaf its scale and zero, if any.
+    """Return a cache leaf's arrays: values and, for a quantised leaf, its scale and zero, if any.
 
     Pairs of int8 are viewed as int16, because tensor cores want values in an order that only 16-bit
     numbers can be loaded in. XLA makes no copy of the view.
+
+    dtype: the dtype of the queries. Raises NotImplementedError for a float cache of another dtype.
     """
     if hasattr(leaf, "values"):
         pairs = leaf.values.reshape(*leaf.values.shape[:-1], -1, 2)
@@ -182,7 +190,11 @@ def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
 
 
 def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | None) -> TritonShape:
-    """Choose how the work is cut.
+    """Choose the sizes by which the decode kernel divides its work.
+
+    q: [B, T, N, H].
+    values: the cached keys' array of values from `_arrays`.
+    block, splits: sizes to use; None chooses them.
 
     The number of splits follows from S, not from how many slots are written; those are divided
     evenly among the splits when the kernel runs.
@@ -207,7 +219,13 @@ def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | Non
 
 
 def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
-    """Process one split of one row's slots for the queries of one head."""
+    """Attend from the queries of one head to one split of one sequence's cached slots.
+
+    The first split attends to this pass's own tokens too. Writes the output or, with several
+    splits, a partial output and its log-sum-exp.
+
+    refs: the kernel's operands and outputs in memory, in the order in which they are unpacked.
+    """
     start_ref, index_ref, window_ref, scale_ref, q_ref, k_ref, v_ref, keys, values, *outs = refs
     # Row blocks of the same slots are neighbours: all but one of them read from the L2 cache.
     split, row_block = pl.program_id(0) // shape.row_blocks, pl.program_id(0) % shape.row_blocks
@@ -232,7 +250,10 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
     dot = functools.partial(_dot, interpret)
 
     def step(i: Any, state: Partial, masked: bool) -> Partial:
-        """Add block i of slots, some of which a query may not see."""
+        """Add block i of cached keys and values to the running softmax.
+
+        masked: whether some query may not see some slot of the block.
+        """
         slot = i * shape.block + jnp.arange(shape.block)
         mask = seen = None
         if masked:
@@ -280,7 +301,10 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
 def _plane_places(
     shape: TritonShape, rows: Queries
 ) -> list[tuple[tuple[jax.Array, jax.Array], jax.Array]]:
-    """Return each plane's indices of queries and columns, and a mask of those that exist."""
+    """Return, for each plane, the indices in q of a program's queries and columns, and a mask.
+
+    The mask is False for padding. Indices and mask are [rows, width].
+    """
     places = []
     for plane in range(shape.planes):
         column = jnp.arange(shape.width) * shape.planes + plane
@@ -290,13 +314,16 @@ def _plane_places(
 
 
 def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return indices of a block of an array's last two axes. Unlike slices they may exceed it."""
+    """Return indices, [rows, columns] each, of a block of an array's last two axes.
+
+    Unlike slices they may exceed the array.
+    """
     area = (row.size, column.size)
     return jnp.broadcast_to(row[:, None], area), jnp.broadcast_to(column[None, :], area)
 
 
 def _rank(slot: jax.Array, begin: Any, shape: TritonShape) -> jax.Array:
-    """Return how far a slot lies behind `begin` on the ring; slots beyond S rank last."""
+    """Return how far each slot lies behind slot `begin` on the ring; slots beyond S rank last."""
     rank = jnp.where(slot < begin, slot - begin + shape.slots, slot - begin)
     if shape.slots % shape.block:
         rank = jnp.where(slot < shape.slots, rank, shape.slots)
@@ -313,7 +340,14 @@ def _blocks(
     step: Any,
     state: Partial,
 ) -> Partial:
-    """Fold this split's share of the blocks that hold `length` slots from `begin` into the state.
+    """Add a split's share of the visible blocks of slots to its running softmax.
+
+    split: the index of the split.
+    begin: the first slot that query 0 sees.
+    length: the number of slots that query 0 sees, from `begin` on around the ring.
+    window: the number of tokens that a query sees, its own included.
+    seen: the same number as `length`, but below 0 where the first query is padding.
+    step: `step(block, state, masked)` adds one block to the softmax `state`.
 
     Blocks are numbered along the ring. A run of them that all queries see whole takes a path
     without a mask.
@@ -348,9 +382,12 @@ def _blocks(
 def _load(
     shape: TritonShape, leaf: Any, where: Any, slot: jax.Array, mask: jax.Array | None
 ) -> list[jax.Array]:
-    """Load a block of values, [block, width], and for a quantised leaf each slot's scale and zero.
+    """Load a block of cached keys or values, [block, width], and the scale and zero of each slot.
 
-    Slots outside the mask give 0, as their contents may not be finite.
+    leaf: the arrays from `_arrays`; without a scale and zero, none is returned.
+    where: the indices of the sequence and of the head.
+    slot: [block], the indices of the slots.
+    mask: bool [block] or None. Slots outside it give 0, as their contents may not be finite.
     """
     column = jnp.arange(shape.width)
     tile_mask = None if mask is None else mask[:, None]
@@ -370,7 +407,11 @@ def _read(ref: Any, mask: jax.Array | None) -> jax.Array:
 def _plane(
     shape: TritonShape, tile: jax.Array, plane: int, dtype: Any, interpret: bool
 ) -> jax.Array:
-    """Return a plane of a tile as `dtype`: the tile itself, or one int8 of each pair."""
+    """Return one plane of a block in the cache as `dtype`: the block, or one int8 of each pair.
+
+    tile: [block, width], floats in one plane, or int16, each a pair of int8, in two.
+    plane: the index of the plane.
+    """
     if shape.planes == 1:
         return tile
     if interpret or dtype == jnp.float32:
@@ -433,7 +474,14 @@ def _own(
     k_ref: Any,
     v_ref: Any,
 ) -> Partial:
-    """Start the running softmax: empty, but in the first split with this pass's own tokens."""
+    """Start a program's running softmax, empty but in split 0, where it has this pass's tokens.
+
+    dot: multiplies two matrices in float32.
+    where: the indices of the sequence and of the key/value head.
+    written: the number of the sequence's written tokens, below 0 for padding.
+    q: the planes of the program's queries, [rows, width] each.
+    k_ref, v_ref: [B, T, K, H], the keys and values of this pass.
+    """
     b, head = where
     count = max(pl.next_power_of_2(shape.tokens), _ROWS[0])
     u = jnp.arange(count)
@@ -458,7 +506,12 @@ def _own(
 
 
 def _merge(shape: TritonShape, columns: int, o_ref: Any, lse_ref: Any, out_ref: Any) -> None:
-    """Merge the splits of one query into one softmax, for some columns of its output."""
+    """Merge the splits of one query into one softmax, for some columns of its output.
+
+    columns: the number of columns.
+    o_ref, lse_ref: the partial outputs [B, T N, splits, H], and their log-sum-exp.
+    out_ref: [B, T N, H].
+    """
     b, place = pl.program_id(2), pl.program_id(1)
     column = pl.program_id(0) * columns + jnp.arange(columns)
     split = jnp.arange(pl.next_power_of_2(shape.splits))

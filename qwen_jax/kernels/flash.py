@@ -1,12 +1,12 @@
-"""The parts that the flash attention kernels share: unsupported calls, block masks, derivatives.
+"""The shared parts of the flash attention kernels: refused calls, visible blocks, the derivative.
 
-A `Body` computes one attention, forward and backward, for one kind of hardware. The softmax is in
-base 2: a score is q k^T scale log2(e), so that one exponential instruction serves. Nothing here or
-in the bodies holds an array of queries times keys (FlashAttention-2, arXiv 2307.08691).
+A `Body` is a forward and a backward kernel for one kind of hardware. The softmax is in base 2: a
+score is q k^T scale log2(e), so that one exponential instruction serves. Neither this module nor a
+body holds an array of queries times keys (FlashAttention-2, arXiv 2307.08691).
 
 The scale comes in two parts. H**-0.5 multiplies the float32 scores (`score_factor`). The rest,
 which is 1 without LogN and YaRN, multiplies the query, rounded to its dtype (`factored`). So a LogN
-query is rounded as in the original, and a query without LogN is not rounded at all.
+query is rounded as in the original PyTorch code, and a query without LogN is not rounded at all.
 """
 
 import dataclasses
@@ -30,13 +30,14 @@ _MASKED_LSE = 1e30  # the log-sum-exp that backward bodies get for a query that 
 
 
 class Body(Protocol):
-    """A forward and a backward kernel for one kind of hardware.
+    """A forward and a backward attention kernel for one kind of hardware.
 
-    It is hashable; arrays are local to a device.
+    It must be hashable. All arrays are those of one device.
 
-    q: [B, T, N, H]. k, v: [B, S, K, H]. All have one dtype.
+    q: [B, T, N, H].
+    k, v: [B, S, K, H], in q's dtype.
     mask: an `attention.Mask`.
-    scale: float32 [B, T].
+    scale: float32 [B, T], the factor on each query's scores.
     """
 
     def forward(
@@ -59,10 +60,12 @@ class Body(Protocol):
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Compute dq in float32 or q's dtype, and dk, dv in the dtypes of k, v.
+        """Compute the gradients dq in float32 or q's dtype, and dk, dv in the dtypes of k, v.
 
-        lse: as from `forward`, but a large number for a query that sees no key.
-        delta: float32 [B, T, N], sum(do * o) minus the cotangent of lse.
+        lse: float32 [B, T, N], the log-sum-exp as from `forward`, but a large number for a query
+            that sees no key.
+        delta: float32 [B, T, N], sum(do * o) minus the gradient of lse.
+        do: [B, T, N, H], the gradient of o.
         """
         ...
 
@@ -77,7 +80,7 @@ def attend_through(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attend through `body`. Arguments and results are those of `attention.xla`.
+    """Attend by the kernels of `body`. Other arguments and results are those of `attention.xla`.
 
     Differentiable in q, k, v (arrays) and scale, log-sum-exp included.
 
@@ -98,6 +101,7 @@ def attend_through(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _flash(body: Body, dtype: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    """Run a body's forward kernel, with its backward kernel as derivative."""
     return body.forward(q, k, v, mask, scale, dtype)
 
 
@@ -109,6 +113,7 @@ def _flash_forward(
 
 
 def _flash_backward(body: Body, dtype: Any, saved: Any, cotangents: Any) -> Any:
+    """Compute the gradients of q, k, v and scale by a body's backward kernel."""
     q, k, v, mask, scale, o, lse = saved
     do, dlse = cotangents
     empty = lse == -jnp.inf
@@ -127,6 +132,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _part(body: Body, q: Any, k: Any, v: Any, mask: Any, scale: Any, o: Any, lse: Any) -> Any:
+    """Return o and lse, which are known, unchanged, with the gradients of this part of the keys."""
     return o, lse
 
 
@@ -146,7 +152,11 @@ _part.defvjp(_part_forward, _part_backward)
 def decline(
     name: str, q: jax.Array, k: Any, dtypes: Sequence[str], head_dims: Sequence[int]
 ) -> None:
-    """Raise NotImplementedError for a dtype, head dim or number of heads not supported."""
+    """Raise NotImplementedError for a dtype, head dim or number of heads that is not supported.
+
+    name: the kernel's name in the error.
+    dtypes, head_dims: the dtypes and head dims that the kernel supports.
+    """
     if q.dtype.name not in dtypes:
         raise NotImplementedError(f"{name}: dtype {q.dtype.name}, only {', '.join(dtypes)}")
     if q.shape[-1] not in head_dims:
@@ -159,22 +169,25 @@ def decline(
 
 
 def factored(q: jax.Array, scale: jax.Array) -> jax.Array:
-    """Multiply q [B, T, N, H] by scale [B, T] without its part `score_factor`, in q's dtype."""
+    """Multiply q [B, T, N, H] by scale * sqrt(H), rounded to q's dtype.
+
+    scale: float32 [B, T]. Its other part, 1 / sqrt(H), is in `score_factor`.
+    """
     own = scale * math.sqrt(q.shape[-1])
     return (q.astype(jnp.float32) * own[:, :, None, None]).astype(q.dtype)
 
 
 def score_factor(head_dim: int) -> float:
-    """Return the factor on float32 products of `factored` queries and keys: log2(e) / sqrt(H)."""
+    """Return log2(e) / sqrt(H), by which products of `factored` queries and keys become scores."""
     return LOG2E / math.sqrt(head_dim)
 
 
 class Extent(NamedTuple):
     """The range of positions and segments in each block of tokens, int32 [B, blocks] each.
 
-    first, last: the least and the largest position of its real tokens.
-    low, high: the least and the largest segment of its real tokens.
-    uniform: 1 where all its tokens are real and of one segment.
+    first, last: the least and the largest position of the block's tokens, without padding.
+    low, high: the least and the largest segment of its tokens, without padding.
+    uniform: 1 where the block has no padding and only one segment, else 0.
     """
 
     first: Any
@@ -185,9 +198,9 @@ class Extent(NamedTuple):
 
 
 def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
-    """Compute the extents of blocks from positions and segments, int32 [B, n * block].
+    """Compute the range of positions and segments in each block of `block` tokens.
 
-    Tokens of segment 0 are padding and do not count.
+    positions, segments: int32 [B, n * block]. Tokens of segment 0 are padding and do not count.
     """
     positions, segments = (
         x.reshape(x.shape[0], -1, block).astype(jnp.int32) for x in (positions, segments)
@@ -202,19 +215,27 @@ def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
 
 
 def visible(q: Extent, k: Extent, window: Any) -> Any:
-    """Return whether some query of a block may see some key of another. False only if none does."""
+    """Return whether some query of one block may see some key of another.
+
+    q, k: the extents of the block of queries and of the block of keys.
+
+    It is False only if no query sees any key.
+    """
     near = (q.last >= k.first) & (q.first - k.last < window)
     return near & (q.low <= k.high) & (k.low <= q.high)
 
 
 def full(q: Extent, k: Extent, window: Any) -> Any:
-    """Return whether every query of a block sees every key of another."""
+    """Return whether every query of one block sees every key of another.
+
+    q, k: the extents of the block of queries and of the block of keys.
+    """
     near = (q.first >= k.last) & (q.last - k.first < window)
     return near & (q.low == k.low) & (q.uniform == 1) & (k.uniform == 1)
 
 
 def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """Append zeros to x along `axis`, up to `length`. As segments they mark padding."""
+    """Append zeros to x along `axis`, up to `length`. In segments they mark padding."""
     if x.shape[axis] == length:
         return x
     widths = [(0, 0)] * x.ndim
@@ -223,7 +244,7 @@ def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 def padded_mask(mask: Any, queries: int, keys: int) -> Any:
-    """Pad a mask to these numbers of queries and keys."""
+    """Append padding to a mask, up to `queries` query tokens and `keys` key tokens."""
     return dataclasses.replace(
         mask,
         q_positions=pad(mask.q_positions, 1, queries),

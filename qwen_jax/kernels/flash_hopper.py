@@ -1,10 +1,11 @@
 """Flash attention for Hopper GPUs (H100, H200), forward and backward, in Pallas Mosaic GPU.
 
-A thread block has three warpgroups. One issues the TMA copies of the blocks that it walks over, and
-two compute on 64 rows each. In the forward pass these two take turns, so that the exponentials of
-one run during the matrix products of the other. All three walk the visible blocks by the same rule,
-computed from extents of blocks, so they exchange only full and empty buffers. Lengths need not be
-multiples of a block, as TMA reads zeros beyond the end and writes nothing there.
+A thread block has three warpgroups. One issues the TMA copies of the blocks that the thread block
+walks over, and two compute on 64 rows each. In the forward pass these two take turns, so that the
+exponentials of one run during the matrix products of the other. All three walk the visible blocks
+by the same rule, computed from the positions and segments in blocks, so they exchange only full and
+empty buffers. Lengths need not be multiples of a block, as TMA reads zeros beyond the end of an
+array and writes nothing beyond it.
 """
 
 import dataclasses
@@ -40,9 +41,10 @@ _COLUMN, _ROW = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
 class Hopper:
     """The `flash.Body` for Hopper GPUs, with the block sizes of its three kernels.
 
-    block: keys (in dkv: queries) in the blocks that a tile walks over.
-    stages: how many of these blocks shared memory holds at once.
-    interpret: parameters of jax's emulation, or None.
+    block, dq_block: keys in a block that a tile of queries walks over, forward and for dq.
+    dkv_block: queries in a block that a tile of keys walks over, for dk and dv.
+    stages, dq_stages, dkv_stages: how many of these blocks shared memory holds at once.
+    interpret: parameters of jax's emulation, or None to run on a GPU.
     """
 
     block: int = 128
@@ -112,7 +114,11 @@ class Hopper:
         return dq[:, :length], dk[:, :keys], dv[:, :keys]
 
     def _backward_queries(self, mask: Any, *operands: jax.Array) -> jax.Array:
-        """Run the backward kernel over tiles of queries: dq."""
+        """Compute dq [B, T, N, H] by the backward kernel over tiles of queries.
+
+        operands: q (as from `flash.factored`), k, v, the arrays of `_places`, do, stats
+            (log-sum-exp in base 2, and delta) and scale.
+        """
         q, k = operands[:2]
         batch, _, heads, dim = q.shape
         group = heads // k.shape[2]
@@ -140,7 +146,11 @@ class Hopper:
         )(_plan(mask, block), *operands)
 
     def _backward_keys(self, mask: Any, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Run the backward kernel over tiles of keys: dk and dv."""
+        """Compute dk and dv [B, S, K, H] by the backward kernel over tiles of keys.
+
+        operands: q (as from `flash.factored`), k, v, the arrays of `_places`, do and stats
+            (log-sum-exp in base 2, and delta).
+        """
         q, k = operands[:2]
         batch, _, heads, dim = k.shape
         group = q.shape[2] // heads
@@ -174,10 +184,13 @@ class Hopper:
         size: tuple[int, int, int, int],
         scratch: dict[str, Any],
     ) -> Callable[..., Any]:
-        """Make a kernel with this body, output and scratch memory.
+        """Make a kernel from a function that every warpgroup runs.
 
+        body: the function, which takes operands, outputs and scratch memory.
+        out_type: the shapes and dtypes of the outputs.
         size: batch, heads, tiles, and the number of heads that run side by side. The last axis of a
             grid varies fastest.
+        scratch: shared memory and barriers, by the name of the function's argument.
         """
         batch, heads, tiles, together = size
         return plgpu.kernel(
@@ -205,7 +218,9 @@ def hopper_attention(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attend on a Hopper GPU. Arguments and results are those of `flash.attend_through`.
+    """Attend on a Hopper GPU. Arguments and results are those of `attention.xla`.
+
+    known: o and log-sum-exp over all keys, if k and v are a part of them (`flash.attend_through`).
 
     Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
@@ -221,7 +236,7 @@ def hopper_attention(
 def _is_hopper(device: Any) -> bool:
     """Return whether a device is a Hopper GPU, by compute capability.
 
-    A device that is only compiled for has none, and is known by its name.
+    A device for which programs are only compiled has no compute capability, and is known by name.
     """
     capability = getattr(device, "compute_capability", None)
     if capability is None:
@@ -230,9 +245,9 @@ def _is_hopper(device: Any) -> bool:
 
 
 class _Plan(NamedTuple):
-    """The data by which a tile of rows finds the blocks that it visits.
+    """The data by which a tile of queries (or keys) finds the blocks of keys (or queries) to visit.
 
-    tiles, blocks: the fields of a `flash.Extent`, int32 [B, 5, n].
+    tiles, blocks: the fields of each tile's and each block's `flash.Extent`, int32 [B, 5, n].
     bounds: int32 [B, 2, tiles], the first visible block and one past the last.
     window: int32 [1].
     """
@@ -244,7 +259,10 @@ class _Plan(NamedTuple):
 
 
 def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
-    """Plan for tiles of queries that visit blocks of keys, or the reverse with over_queries."""
+    """Plan which blocks of keys each tile of queries visits, or the reverse with over_queries.
+
+    block: tokens in a block.
+    """
     q = flash.extent(mask.q_positions, mask.q_segments, block if over_queries else _TILE)
     k = flash.extent(mask.k_positions, mask.k_segments, _TILE if over_queries else block)
     window = jnp.maximum(jnp.asarray(mask.window, jnp.int32), 0)
@@ -262,7 +280,7 @@ def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
 
 
 def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Return positions and segments of queries, and of keys, int32 [B, 2, n], for `_masked`."""
+    """Stack positions and segments, int32 [B, 2, T] of queries and [B, 2, S] of keys."""
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
         jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
@@ -271,10 +289,12 @@ def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _together(x: jax.Array, group: int = 1) -> int:
-    """Return how many groups of heads of x [B, S, heads, H] run side by side.
+    """Return how many groups of heads run side by side, so that their data stay in the L2 cache.
 
-    The two arrays of x's size that their tiles walk over should stay in the L2 cache. The result
-    divides the number of groups.
+    x: [B, S, heads, H], one of the two arrays of this size over whose blocks tiles walk.
+    group: heads in a group.
+
+    The result divides the number of groups.
     """
     groups = x.shape[2] // group
     most = max(1, _L2 // (2 * x.shape[1] * group * x.shape[3] * x.dtype.itemsize))
@@ -282,7 +302,7 @@ def _together(x: jax.Array, group: int = 1) -> int:
 
 
 def _even(x: jax.Array) -> jax.Array:
-    """Append zeros to x [B, T, heads, H] up to a multiple of 8 rows, a shared-memory tile."""
+    """Pad x [B, T, heads, H] to a multiple of 8 tokens, the height of a shared-memory tile."""
     return flash.pad(x, 1, flash.round_up(x.shape[1], 8))
 
 
@@ -295,7 +315,12 @@ def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """The walk of a tile over the blocks that it visits, the same in each warpgroup."""
+    """The walk of one tile over the blocks that it visits, the same in each warpgroup.
+
+    plan: the plan of the kernel.
+    batch, tile: the indices of the sequence and of the tile.
+    over_queries: whether the tile is of keys, and the blocks are of queries.
+    """
 
     plan: _Plan
     batch: Any
@@ -305,7 +330,10 @@ class _Walk:
     def run(self, visit: Callable[..., Any], state: Any) -> Any:
         """Apply state = visit(block, full, state) to the visible blocks in order.
 
-        full: whether no score of the block is masked.
+        visit: takes the index of a block, and whether no score of the block is masked.
+        state: the state before the first block.
+
+        Returns the state after the last block.
         """
         first, beyond = (self.plan.bounds[self.batch, i, self.tile] for i in range(2))
         last = self.plan.blocks.shape[2] - 1
@@ -336,7 +364,10 @@ class _Walk:
         return lax.while_loop(lambda x: x[0] < beyond, step, start)[2]
 
     def _extent(self, fields: Any, index: Any) -> flash.Extent:
-        """Read the extent of a tile or block."""
+        """Load the range of positions and segments of one tile or block.
+
+        fields: the plan's `tiles` or `blocks`.
+        """
         return flash.Extent(*(fields[self.batch, i, index] for i in range(5)))
 
 
@@ -365,7 +396,16 @@ def _forward(
     v_emptied: Any,
     turn: Any,
 ) -> None:
-    """Compute o and the log-sum-exp of a tile of queries. q is factored."""
+    """Compute o and the log-sum-exp of one tile of queries of one head.
+
+    q: [B, T, N, H], as from `flash.factored`.
+    k, v: [B, S, K, H].
+    q_positions, k_positions: positions and segments, int32 [B, 2, n] each.
+    o, lse: [B, T, N, H] and [B, N, T].
+    group: the query heads of a key/value head.
+
+    Arguments after `group` are shared memory, and barriers (`filled`, `emptied`, `turn`).
+    """
     stages, block_k, dim = k_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = plan.tiles.shape[2] - 1 - lax.axis_index("tiles")  # the longest of a causal mask first
@@ -478,7 +518,18 @@ def _backward_queries(
     filled: Any,
     emptied: Any,
 ) -> None:
-    """Compute dq of a tile of queries. q is factored; stats hold lse in base 2, and delta."""
+    """Compute dq of one tile of queries of one head.
+
+    q: [B, T, N, H], as from `flash.factored`.
+    k, v: [B, S, K, H].
+    q_positions, k_positions: positions and segments, int32 [B, 2, n] each.
+    do, dq: [B, T, N, H].
+    stats: float32 [B, N, 2, T], the log-sum-exp in base 2, and delta.
+    scale: float32 [B, T].
+    group: the query heads of a key/value head.
+
+    Arguments after `group` are shared memory, and barriers (`filled`, `emptied`, `turn`).
+    """
     stages, block_k, dim = k_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = plan.tiles.shape[2] - 1 - lax.axis_index("tiles")
@@ -566,7 +617,19 @@ def _backward_keys(
     filled: Any,
     emptied: Any,
 ) -> None:
-    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so both sum over columns."""
+    """Compute dk and dv of one tile of keys of one head.
+
+    Scores are [keys, queries] here, so dk and dv are sums over columns.
+
+    q: [B, T, N, H], as from `flash.factored`.
+    k, v, dk, dv: [B, S, K, H].
+    q_positions, k_positions: positions and segments, int32 [B, 2, n] each.
+    do: [B, T, N, H].
+    stats: float32 [B, N, 2, T], the log-sum-exp in base 2, and delta.
+    group: the query heads of a key/value head.
+
+    Arguments after `group` are shared memory, and barriers (`filled`, `emptied`, `turn`).
+    """
     stages, block_q, dim = q_blocks.shape
     batch, head = lax.axis_index("batch"), _head()
     tile = lax.axis_index("tiles")
@@ -643,17 +706,20 @@ def _backward_keys(
 
 
 def _head() -> Any:
-    """Return the head of this thread block."""
+    """Return the index of the head that this thread block computes."""
     return lax.axis_index("parts") * lax.axis_size("heads") + lax.axis_index("heads")
 
 
 def _slot(count: Any, stages: int) -> tuple[Any, Any]:
-    """Return the buffer of the count-th block, and whether it has held another block before."""
+    """Return the buffer's index for the count-th block, and whether it has held another before."""
     return lax.rem(count, jnp.int32(stages)), count >= stages
 
 
 def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None) -> list[Any]:
-    """Compute a b for each pair in float32. issued: called while the products are computed."""
+    """Compute the matrix product a b of each pair (a, b) in float32.
+
+    issued: a function to call while the products are computed, or None.
+    """
 
     def body(*sums: Any) -> list[Any]:
         for ref, (a, b) in zip(sums, pairs, strict=True):
@@ -667,7 +733,7 @@ def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None)
 
 
 def _accumulate(*parts: tuple[Any, Any, Any]) -> list[Any]:
-    """Return sums + a b for each (sums, a, b)."""
+    """Return sums plus the matrix product a b for each (sums, a, b)."""
 
     def body(refs: list[Any]) -> None:
         for ref, (_, a, b) in zip(refs, parts, strict=True):
@@ -681,7 +747,9 @@ def _masked(
 ) -> Any:
     """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
 
-    full: the mask hides no key of the block. turned: the scores are [keys, queries].
+    full: whether the mask hides no key of the block.
+    q_places, k_places: positions and segments of the queries, and of the keys.
+    turned: whether the scores are [keys, queries] instead.
     """
 
     def masked(scores: Any) -> Any:
@@ -701,17 +769,17 @@ def _masked(
 
 
 def _load(ref: Any, layout: Any) -> Any:
-    """Load an array into registers in a layout."""
+    """Load an array from shared memory into registers, in a layout of Mosaic GPU."""
     return plgpu.layout_cast(ref[...], layout)
 
 
 def _along_rows(x: Any, columns: int) -> Any:
-    """Broadcast x [64] to [64, columns]."""
+    """Broadcast x [64], one value for each row, to [64, columns]."""
     return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))
 
 
 def _along_columns(x: Any) -> Any:
-    """Broadcast x [columns] to [64, columns]."""
+    """Broadcast x [columns], one value for each column, to [64, columns]."""
     return lax.broadcast_in_dim(x, (_ROWS, x.shape[0]), (1,))
 
 

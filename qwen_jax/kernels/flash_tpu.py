@@ -44,7 +44,7 @@ class TpuBlocks:
     compute: int
 
     def fitted(self, queries: int, keys: int) -> "TpuBlocks":
-        """Return blocks no larger that cut these lengths evenly, in multiples of 128 lanes."""
+        """Return sizes that cut `queries` and `keys` evenly, in multiples of 128 lanes."""
         q = _even(queries, self.q)
         k = _even(keys, self.k)
         compute = _even(k, self.compute)
@@ -55,8 +55,10 @@ class TpuBlocks:
 class TpuBody:
     """The `flash.Body` for TPUs.
 
+    forward_blocks, backward_blocks: the block sizes of its two kernels.
     resident: the number of queries whose dq VMEM holds at once.
     vmem: the bytes of VMEM that a kernel may use.
+    interpret: whether kernels run interpreted.
     """
 
     forward_blocks: TpuBlocks
@@ -162,9 +164,14 @@ class TpuBody:
     def _backward_part(
         self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: TpuBlocks
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Compute dq (without the factor scale), dk, dv of some queries.
+        """Compute the gradients that come from some of the queries.
 
-        They are float32 [B, N, T or S, H].
+        rows: these queries' q (as from `flash.factored`), do, lse, delta, positions and segments.
+        k, v: [B, K, S, H].
+        mask: only its positions and segments of keys, and its window, are used.
+
+        Returns dq, still to be multiplied by scale, and dk, dv of each query head, float32 [B, N,
+        T, H] and [B, N, S, H].
         """
         q, do, lse, delta, positions, segments = rows
         mask = dataclasses.replace(mask, q_positions=positions, q_segments=segments)
@@ -228,12 +235,12 @@ class TpuBody:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The block sizes for a generation of TPUs.
+    """The default block sizes for one generation of TPUs.
 
-    forward, backward: blocks by the least number of keys that they are for. Small blocks waste less
-        beyond the diagonal; large ones start less often.
-    resident: as in `TpuBody`.
-    vmem: bytes of a core.
+    forward, backward: block sizes by the least number of keys that they are for. Small blocks waste
+        less beyond the diagonal; large ones start less often.
+    resident: the number of queries whose dq VMEM holds at once.
+    vmem: the bytes of VMEM that a kernel may use.
     """
 
     forward: dict[int, TpuBlocks]
@@ -243,7 +250,10 @@ class Generation:
 
 
 def blocks_for(sizes: dict[int, TpuBlocks], keys: int) -> TpuBlocks:
-    """Return the blocks for the largest least number of keys that `keys` reaches."""
+    """Return the block sizes for `keys` keys.
+
+    sizes: block sizes by the least number of keys that they are for.
+    """
     return sizes[max(least for least in sizes if least <= keys)]
 
 
@@ -275,7 +285,9 @@ def tpu_attention(
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
-    """Attend on a TPU. Arguments and results are those of `flash.attend_through`.
+    """Attend on a TPU. Arguments and results are those of `attention.xla`.
+
+    known: o and log-sum-exp over all keys, if k and v are a part of them (`flash.attend_through`).
 
     Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
@@ -322,11 +334,17 @@ def _forward_kernel(
     *,
     compute: int,
 ) -> None:
-    """Fold a key block into the running softmax of a query block. q is factored.
+    """Add one block of keys and values to the running softmax of one block of queries.
 
-    largest: [q, 128], the running maximum of each row in every lane.
-    total: [q, 128], the sum of exponentials of each row, spread over the lanes.
-    sums: [q, H], the output before division by the total.
+    steps: the packed grid steps of `_steps`.
+    q: [queries, H], as from `flash.factored`.
+    k, v: [keys, H].
+    q_positions, q_segments, k_positions, k_segments: int32 [1, queries] or [1, keys].
+    o, lse: [queries, H] and [1, queries], written in the query block's last step.
+    largest: [queries, 128], the running maximum of each row in every lane.
+    total: [queries, 128], the sum of exponentials of each row, spread over the lanes.
+    sums: [queries, H], the output before division by the total.
+    compute: keys whose scores are computed at once.
     """
     rows, dim = q.shape
     factor = flash.score_factor(dim)
@@ -395,10 +413,18 @@ def _backward_kernel(
     *,
     compute: int,
 ) -> None:
-    """Add a block pair's part to dq, dk and dv. q is factored; lse is in base 2.
+    """Add the gradients from one block of queries and one block of keys to dq, dk and dv.
 
     Scores are [keys, queries] here, so that the statistics of queries are rows, as they are stored,
     and four of the five products need no transposition.
+
+    steps: the packed grid steps of `_steps`, with queries and keys exchanged.
+    q: [queries, H], as from `flash.factored`.
+    lse, delta: [1, queries]; lse is in base 2.
+    dq: [T, H], of all queries of the call.
+    dk, dv: [keys, H], written in the key block's last step.
+    dk_sum, dv_sum: [keys, H], the sums so far.
+    compute: keys whose scores are computed at once.
     """
     factor = flash.score_factor(q.shape[1])
     step = steps[pl.program_id(0), pl.program_id(2)]
@@ -442,7 +468,11 @@ def _backward_kernel(
 
 
 def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
-    """Return the kind of work for each pair of blocks, int32 [B, query blocks, key blocks]."""
+    """Return the kind of work for each pair of blocks, int32 [B, query blocks, key blocks].
+
+    It is `_EMPTY` where no query sees a key, `_FULL` where every query sees every key, `_NEAR`
+    where both blocks are of the same single segment, and `_MIXED` otherwise.
+    """
     q = flash.extent(mask.q_positions, mask.q_segments, blocks.q)
     k = flash.extent(mask.k_positions, mask.k_segments, blocks.k)
     q = flash.Extent(*(x[:, :, None] for x in q))
@@ -454,12 +484,13 @@ def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
 
 
 def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """List the block pairs to visit, row by row, and the number of steps in the longest list.
+    """List the block pairs to visit, output block by output block, as packed grid steps.
 
-    kinds: [B, R, C], from `_kinds`.
+    kinds: int32 [B, R, C], from `_kinds`, with the output's blocks along R.
 
-    Returns packed steps, int32 [B, R * C]. A row without visible pairs gets one empty step, which
-    writes its output; shorter lists end in steps that do nothing.
+    Returns int32 [B, R * C], and the number of steps in the longest list. An output block without
+    visible pairs gets one empty step, which writes it; shorter lists end in steps that do nothing.
+    Raises NotImplementedError for too many blocks.
     """
     batch, rows, columns = kinds.shape
     if max(rows, columns) >= 2**_INDEX_BITS:
@@ -480,33 +511,47 @@ def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _query_block(step: Any) -> Any:
-    """Return the query block that `_steps` packed into a step (of transposed kinds, the key's)."""
+    """Return the index of the output's block in a packed grid step.
+
+    It is a block of queries in the forward pass, and of keys in the backward pass.
+    """
     return step >> (_INDEX_BITS + 4)
 
 
 def _key_block(step: Any) -> Any:
-    """Return the key block that `_steps` packed into a step (of transposed kinds, the query's)."""
+    """Return the index of the block that is visited in a packed grid step.
+
+    It is a block of keys in the forward pass, and of queries in the backward pass.
+    """
     return (step >> 4) & (2**_INDEX_BITS - 1)
 
 
 def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
-    """Make index maps for [B, heads, tokens, H]: block(step) is the block, head(h) the head."""
+    """Return a function that makes index maps of block specs for arrays [B, heads, tokens, H].
+
+    block: returns the array's block of tokens, given a packed grid step.
+
+    The returned function takes one that returns the array's head, given the query head.
+    """
     return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
 
 
 def _row_block(size: int, block: Callable[[Any], Any]) -> pl.BlockSpec:
-    """Return the block spec of [B, 1, tokens] positions or segments."""
+    """Return the block spec of positions or segments [B, 1, tokens], in blocks of `size` tokens.
+
+    block: returns the index of the block, given a packed grid step.
+    """
     return pl.BlockSpec((None, 1, size), lambda b, h, s, steps, _: (b, 0, block(steps[b, s])))
 
 
 def _stat_block(size: int) -> pl.BlockSpec:
-    """Return the block spec of [B, N, 1, T] statistics."""
+    """Return the block spec of statistics of queries [B, N, 1, T], in blocks of `size` tokens."""
     index = lambda b, h, s, steps, _: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
     return pl.BlockSpec((None, None, 1, size), index)
 
 
 def _rows(*arrays: jax.Array) -> list[jax.Array]:
-    """Reshape [B, T] to [B, 1, T], so that the tokens of a block lie along the lanes."""
+    """Reshape arrays [B, T] to [B, 1, T], so that the tokens of a block lie along the lanes."""
     return [x[:, None] for x in arrays]
 
 
@@ -520,7 +565,7 @@ def _key_segments(mask: Any) -> jax.Array:
 
 
 def _heads_first(x: jax.Array, length: int) -> jax.Array:
-    """Reorder and pad [B, S, K, H] to [B, K, length, H]."""
+    """Reorder x [B, S, K, H] to [B, K, S, H], with S padded to `length`."""
     return flash.pad(jnp.swapaxes(x, 1, 2), 2, length)
 
 
@@ -536,7 +581,7 @@ def _diagonal(x: jax.Array) -> jax.Array:
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """Turn a row [1, n] into a column [n, 128], with the value of a token in every lane.
+    """Turn a row vector [1, n] into columns [n, 128], with the value of a token in every lane.
 
     It uses float32 sums of one term, exact for integers below 2**24: a transposition, or a sum of
     integers, costs several times as much.
@@ -550,18 +595,21 @@ def _column(row: jax.Array) -> jax.Array:
 
 
 def _row(column: jax.Array) -> jax.Array:
-    """Turn a column [n, 128] of equal lanes into a row [1, n]."""
+    """Turn columns [n, 128], with equal values in all lanes, into a row vector [1, n]."""
     squares = [column[at : at + _LANES] for at in range(0, column.shape[0], _LANES)]
     return jnp.concatenate([jnp.sum(_diagonal(x), 0, keepdims=True) for x in squares], 1)
 
 
 def _within(q: jax.Array, k: jax.Array, window: jax.Array) -> jax.Array:
-    """Return 0 <= q - k < window in one comparison, unsigned by a shift of both sides by 2**31."""
+    """Return whether 0 <= q - k < window, for positions q and k, by one comparison.
+
+    A shift of both sides by 2**31 makes the comparison unsigned.
+    """
     return (q + _SIGN) - k < window + _SIGN
 
 
 def _lanes(x: jax.Array, width: int) -> jax.Array:
-    """Widen or cut x [n, 128] of equal lanes to [n, width]."""
+    """Repeat or cut x [n, 128], with equal values in all lanes, to [n, width]."""
     if width <= _LANES:
         return x[:, :width]
     return jnp.tile(x, (1, -(-width // _LANES)))[:, :width]

@@ -1,10 +1,11 @@
 """Flash attention for NVIDIA GPUs from A100 on, forward and backward, in Pallas Triton.
 
-A program keeps a tile of rows and walks the blocks of the other side that its mask leaves: a run of
-wholly visible blocks without mask arithmetic, and the others, before and behind it, each after a
-check. The bounds of the walk are computed from extents of blocks before the kernel starts. The
-backward pass is two kernels, one over tiles of keys and one over tiles of queries, so that every
-sum has one owner: no atomics, and the same bits each time.
+A Triton program keeps a tile of queries (or keys) and walks over the blocks of keys (or queries)
+that the mask leaves visible: a run of wholly visible blocks without mask arithmetic, and the blocks
+before and behind it, each after a check. The bounds of the walk are computed before the kernel
+starts, from the ranges of positions and segments in blocks. The backward pass is two kernels, one
+over tiles of keys and one over tiles of queries, so that every sum has one owner: no atomics, and
+the same bits each time.
 """
 
 import dataclasses
@@ -50,9 +51,12 @@ class TritonBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class TritonBody:
-    """The `flash.Body` for Triton, with the block sizes of its three kernels.
+    """The `flash.Body` for Triton.
 
-    A tile is of keys in dkv, and of queries in the others.
+    forward_blocks: block sizes of the forward kernel, whose tiles are of queries.
+    dkv_blocks: block sizes of the backward kernel for dk and dv, whose tiles are of keys.
+    dq_blocks: block sizes of the backward kernel for dq, whose tiles are of queries.
+    interpret: whether kernels run interpreted.
     """
 
     forward_blocks: TritonBlocks
@@ -118,7 +122,12 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> jax.Array:
-        """Run the backward kernel over tiles of queries: dq. q is factored, lse in base 2."""
+        """Compute dq [B, T, N, H] by the backward kernel over tiles of queries.
+
+        q: [B, T, N, H], as from `flash.factored`.
+        lse, delta: float32 [B, N, T]; lse is the log-sum-exp in base 2.
+        do: [B, T, N, H], the gradient of o.
+        """
         length, sizes = q.shape[1], self.dq_blocks
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.tile), (k, sizes.block))
@@ -153,7 +162,12 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Run the backward kernel over tiles of keys: dk and dv. q is factored, lse in base 2."""
+        """Compute dk and dv [B, S, K, H] by the backward kernel over tiles of keys.
+
+        q: [B, T, N, H], as from `flash.factored`.
+        lse, delta: float32 [B, N, T]; lse is the log-sum-exp in base 2.
+        do: [B, T, N, H], the gradient of o.
+        """
         length, sizes = k.shape[1], self.dkv_blocks
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.block), (k, sizes.tile))
@@ -236,10 +250,12 @@ def triton_attention(
     dq_blocks: TritonBlocks | None = None,
     interpret: bool | None = None,
 ) -> Any:
-    """Attend on an NVIDIA GPU. Arguments and results are those of `flash.attend_through`.
+    """Attend on an NVIDIA GPU. Other arguments and the results are those of `attention.xla`.
 
-    Blocks that are not given are the measured ones, or this device's defaults. interpret: None
-    interprets the kernel on a CPU only.
+    known: o and log-sum-exp over all keys, if k and v are a part of them (`flash.attend_through`).
+    forward_blocks, dkv_blocks, dq_blocks: block sizes of the three kernels; None takes measured
+        ones, or this device's defaults.
+    interpret: whether to interpret the kernels; None does so on a CPU only.
 
     Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
@@ -256,13 +272,17 @@ def triton_attention(
 
 
 def _replaced(blocks: TritonBlocks, part: str, sizes: dict[str, int]) -> TritonBlocks:
-    """Return the blocks with the sizes whose names begin with `part`."""
+    """Replace block sizes by measured ones.
+
+    part: the prefix of the names of this kernel's sizes, "dkv_" or "dq_".
+    sizes: the measured sizes of both kernels, such as `{"dq_tile": 64}`; others stay.
+    """
     own = {key.removeprefix(part): size for key, size in sizes.items() if key.startswith(part)}
     return dataclasses.replace(blocks, **own)
 
 
 def _default_blocks(dim: int, dtype: Any) -> tuple[TritonBlocks, TritonBlocks, TritonBlocks]:
-    """Return the default blocks of forward, dkv and dq for this device."""
+    """Return this device's default block sizes of the forward, the dkv and the dq kernel."""
     kind = choice.device().device_kind
     if jnp.dtype(dtype).itemsize == 4:
         table = _FLOAT32
@@ -294,7 +314,10 @@ class _QuerySpecs:
 
 
 class _KeySpecs:
-    """The grid and block specs of a kernel over tiles of keys; q and stat hold grouped heads."""
+    """The grid and block specs of a kernel over tiles of keys.
+
+    The blocks of `q` and `stat` hold all query heads that share a key head.
+    """
 
     def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
         batch, keys, heads, dim = k.shape
@@ -311,7 +334,10 @@ class _KeySpecs:
 
 
 def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.BlockSpec]:
-    """Return the block specs of the arrays of `_plan`."""
+    """Return the block specs of the three arrays that `_plan` returns.
+
+    program: the block spec of the first array.
+    """
     return [
         program,
         pl.BlockSpec((None, *plan[1].shape[1:]), lambda t, n, b: (b, 0, 0)),
@@ -322,9 +348,12 @@ def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.B
 def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
     """Compute the bounds of each program's walk from the mask.
 
+    of_keys: whether programs keep tiles of keys and walk over blocks of queries.
+
     Returns three arrays. For each tile, int32 [B, tiles, 8]: the first visible block, the first and
-    one past the last of a run of full blocks, one past the last visible block, and the tile's
-    extent. For each block its extent, int32 [B, blocks, 4]. The window, int32 [1].
+    one past the last of a run of full blocks, one past the last visible block, and the first four
+    fields of the tile's extent. For each block the same fields of its extent, int32 [B, blocks, 4].
+    The window, int32 [1].
     """
     q = flash.extent(mask.q_positions, mask.q_segments, sizes.block if of_keys else sizes.tile)
     k = flash.extent(mask.k_positions, mask.k_segments, sizes.tile if of_keys else sizes.block)
@@ -357,7 +386,7 @@ def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Ar
 
 
 def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Return positions and segments of queries, and of keys, int32 [B, 2, n] each."""
+    """Stack positions and segments, int32 [B, 2, T] of queries and [B, 2, S] of keys."""
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
         jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
@@ -373,7 +402,16 @@ def _walk(
     state: Any,
     of_keys: bool = False,
 ) -> Any:
-    """Apply state = visit(block, masked, state) to the visible blocks, the full run first."""
+    """Apply state = visit(block, masked, state) to the blocks that a tile may see.
+
+    program, blocks, window: the tile's part of the arrays from `_plan`.
+    visit: takes the index of a block, and whether some pair of the block must be masked. A run of
+        full blocks, where none must be, comes first.
+    state: the state before the first block.
+    of_keys: whether the tile is of keys, and the blocks are of queries.
+
+    Returns the state after the last block.
+    """
     first, full, full_end, last = (program[i] for i in range(4))
     before = full - first
 
@@ -405,7 +443,16 @@ def _forward(
     *,
     block: int,
 ) -> None:
-    """Compute o and the log-sum-exp of a tile of queries. scale: without `flash.score_factor`."""
+    """Compute o and the log-sum-exp of one tile of queries of one head.
+
+    program, blocks, window: the tile's part of the arrays from `_plan`.
+    scale: [tile], without the part in `flash.score_factor`.
+    q, o: [tile, H].
+    lse: [tile].
+    k, v: [S, H].
+    q_places, k_places: positions and segments, int32 [2, tile] and [2, S].
+    block: keys in a block.
+    """
     tile, dim = q.shape
     factor = flash.score_factor(dim)
     rows = [_scaled(q[:, part], scale[...][:, None]) for part in _parts(dim)]
@@ -452,7 +499,17 @@ def _backward_queries(
     *,
     block: int,
 ) -> None:
-    """Compute dq of a tile of queries. q is factored; lse is in base 2."""
+    """Compute dq of one tile of queries of one head.
+
+    program, blocks, window: the tile's part of the arrays from `_plan`.
+    scale: [tile], the whole scale.
+    q: [tile, H], as from `flash.factored`.
+    k, v: [S, H].
+    q_places, k_places: positions and segments, int32 [2, tile] and [2, S].
+    do, dq: [tile, H].
+    lse, delta: [tile]; lse is in base 2.
+    block: keys in a block.
+    """
     tile, dim = q.shape
     factor = flash.score_factor(dim)
     rows, slopes_in = _load(q, _ALL), _load(do, _ALL)
@@ -490,7 +547,17 @@ def _backward_keys(
     *,
     block: int,
 ) -> None:
-    """Compute dk and dv of a tile of keys. Scores are [keys, queries], so both sum over columns."""
+    """Compute dk and dv of one tile of keys of one head.
+
+    Scores are [keys, queries] here, so dk and dv are sums over columns.
+
+    program, blocks, window: the tile's part of the arrays from `_plan`.
+    q, do: [T, G, H]; q is as from `flash.factored`.
+    k, v, dk, dv: [tile, H].
+    q_places, k_places: positions and segments, int32 [2, T] and [2, tile].
+    lse, delta: [G, T]; lse is in base 2.
+    block: queries in a block.
+    """
     tile, dim = k.shape
     factor = flash.score_factor(dim)
     keys, values = _load(k, _ALL), _load(v, _ALL)
@@ -520,18 +587,25 @@ def _backward_keys(
 
 
 def _parts(dim: int) -> list[slice]:
-    """Return slices that cut the head dim into powers of two."""
+    """Return slices that cut a head dim into parts whose lengths are powers of two."""
     sizes = _PARTS.get(dim, (dim,))
     return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
 def _load(ref: Any, rows: Any, *head: Any) -> list[Any]:
-    """Load rows of an array as a list of its parts along the head dim."""
+    """Load rows of an array as a list of its parts along the head dim.
+
+    head: the index of the head, if the array has an axis of heads.
+    """
     return [ref[rows, *head, part] for part in _parts(ref.shape[-1])]
 
 
 def _at(places: Any, rows: Any) -> tuple[Any, Any]:
-    """Return positions and segments of some rows."""
+    """Load the positions and the segments of some tokens.
+
+    places: int32 [2, tokens], positions and segments.
+    rows: the slice of tokens.
+    """
     return places[0, rows], places[1, rows]
 
 
@@ -548,12 +622,12 @@ def _dot(a: Any, b: Any, dimensions: Any) -> Any:
 
 
 def _product(a: list[Any], b: list[Any]) -> Any:
-    """Multiply rows of a by rows of b: a b^T, summed over the parts."""
+    """Multiply matrices, each given as a list of parts along the head dim: a b^T."""
     return functools.reduce(jnp.add, (_dot(x, y, _NT) for x, y in zip(a, b, strict=True)))
 
 
 def _add(sums: list[Any], weights: Any, b: list[Any]) -> list[Any]:
-    """Return sums + weights b for each part."""
+    """Return sums + weights b, where sums and b are lists of parts along the head dim."""
     weights = weights.astype(b[0].dtype)
     return [x + _dot(weights, y, _NN) for x, y in zip(sums, b, strict=True)]
 
@@ -561,7 +635,7 @@ def _add(sums: list[Any], weights: Any, b: list[Any]) -> list[Any]:
 def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiply q by scale and round to q's dtype.
 
-    Both passes round alike; otherwise the weights would not sum to one.
+    Forward and backward pass round alike; otherwise the weights would not sum to one.
     """
     return (q.astype(jnp.float32) * scale).astype(q.dtype)
 
@@ -569,7 +643,8 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
 def _masked(scores: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False) -> Any:
     """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
 
-    turned: the scores are [keys, queries].
+    q_places, k_places: positions and segments of the queries, and of the keys.
+    turned: whether the scores are [keys, queries] instead.
     """
 
     def query(x: Any) -> Any:

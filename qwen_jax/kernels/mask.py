@@ -1,4 +1,4 @@
-"""`Mask`: which keys a query sees, by positions, segments and a window, never as [T, S]."""
+"""The attention mask (`Mask`): positions, segments and a window, never an array [T, S]."""
 
 import jax
 from flax import struct
@@ -10,13 +10,14 @@ FULL = 2**30  # a window that no length reaches
 class Mask:
     """A sliding-window causal mask over packed and padded sequences.
 
-    A query attends to a key if both have the same segment, that segment is not 0 (padding or an
-    empty slot), the key is not after the query, and it is fewer than `window` tokens before it (the
-    query's own token counts).
+    A query attends to a key if both have the same segment, that segment is not 0, the key is not
+    after the query, and it is fewer than `window` tokens before it (with a window of 1 a query sees
+    its own token alone).
 
-    q_positions, q_segments: int32 [B, T].
-    k_positions, k_segments: int32 [B, S].
-    window: int32 [].
+    q_positions, k_positions: int32 [B, T] and [B, S], the position of each token in its sequence.
+    q_segments, k_segments: int32 [B, T] and [B, S], equal for the tokens of one sequence in a batch
+        row; 0 for padding and for an empty slot of a cache.
+    window: int32 [], in tokens.
     """
 
     q_positions: jax.Array
@@ -26,7 +27,7 @@ class Mask:
     window: jax.Array
 
     def visible(self) -> jax.Array:
-        """Compute the dense mask, bool [B, T, S]."""
+        """Return the dense mask, bool [B, T, S]: whether each query attends to each key."""
         distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
         same = self.q_segments[:, :, None] == self.k_segments[:, None, :]
         real = self.k_segments[:, None, :] != 0

@@ -1,9 +1,9 @@
-"""Other libraries' attention, behind the arguments of `attention.xla`, for comparison.
+"""Other libraries' attention with the arguments of `attention.xla`, to compare our kernels with.
 
-None of it takes positions and segments directly, so `attend` functions pass a dense mask [B, T, S],
+No library takes positions and segments, so the functions of `ATTEND` pass a dense mask [B, T, S],
 or biases of that size: right for any mask, but no way to run a long sequence. `CAUSAL` and `CACHED`
-hold what each does best without one: plain causal attention, and one token's attention to a cache
-in a layout of its own.
+hold what each library does best without one: plain causal attention, and one token's attention to a
+cache in the library's own layout.
 
 Calls that are not supported raise NotImplementedError with the implementation's name, whatever the
 underlying library raises. Libraries are imported when called.
@@ -50,7 +50,7 @@ def dot_product(
 def splash(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """Run jax's splash attention for TPU with a mask known only at run time.
+    """Run jax's splash attention for TPU with a dense mask that is known only at run time.
 
     With return_lse it has no derivative.
     """
@@ -78,7 +78,10 @@ def splash(
 def tpu_flash(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """Run jax's flash attention for TPU with a bias [B, N, T, S]. It gives no log-sum-exp."""
+    """Run jax's flash attention for TPU with a bias [B, N, T, S] as mask.
+
+    Raises NotImplementedError for return_lse, as it gives no log-sum-exp.
+    """
     name = "flash"
     interpret = choice.interpreted(name, "tpu")
     if return_lse:
@@ -98,7 +101,10 @@ def tpu_flash(
 def tokamax(
     q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
 ) -> Any:
-    """Run the package tokamax with its best kernel for the device. It gives no log-sum-exp."""
+    """Run the package tokamax with its best kernel for the device.
+
+    Raises NotImplementedError for return_lse, as it gives no log-sum-exp.
+    """
     name = "tokamax"
     if return_lse:
         raise NotImplementedError(f"{name}: the log-sum-exp")
@@ -147,7 +153,7 @@ class Cached(NamedTuple):
 
     layout: converts a cache leaf [B, K, S, H] to the library's own layout.
     attend: computes o [B, 1, N, H] from q [B, 1, N, H], k and v in that layout, and the number of
-        written tokens of each row, int32 [B].
+        written tokens of each sequence, int32 [B].
     """
 
     layout: Callable[[jax.Array], jax.Array]
@@ -163,7 +169,7 @@ def _cached_dot_product(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Ar
 
 
 def _pages(x: jax.Array) -> jax.Array:
-    """Cut a cache leaf [B, K, S, H] into pages [K, pages, page, H]."""
+    """Cut a cache leaf [B, K, S, H] into pages of `_PAGE` tokens, [K, pages, page, H]."""
     x = flash.pad(x, 2, flash.round_up(x.shape[2], _PAGE))
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, _PAGE, x.shape[3])
 
@@ -207,7 +213,11 @@ def _on_cuda() -> bool:
 
 @contextlib.contextmanager
 def _declining(name: str, q: jax.Array) -> Iterator[None]:
-    """Turn a library's exceptions into NotImplementedError; multiply float32 in float32."""
+    """Turn exceptions of a library, called in a `with` statement, into NotImplementedError.
+
+    name: the implementation's name in the error.
+    q: the queries; if they are float32, products are computed in full float32.
+    """
     precision = "highest" if q.dtype == jnp.float32 else None
     try:
         with jax.default_matmul_precision(precision):
@@ -220,7 +230,11 @@ def _declining(name: str, q: jax.Array) -> Iterator[None]:
 def _dense(
     name: str, q: jax.Array, k: Any, v: Any, mask: Any, scale: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return q times scale beyond H**-0.5, k and v as arrays of its dtype, the dense mask."""
+    """Return a library's operands: scaled q, k and v as arrays of q's dtype, and the dense mask.
+
+    q is multiplied by scale without its factor H**-0.5, which the library applies. The mask is bool
+    [B, T, S]. Raises NotImplementedError for an unsupported dtype or number of heads.
+    """
     flash.decline(name, q, k, ("bfloat16", "float16", "float32"), (q.shape[-1],))
     k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
@@ -228,7 +242,12 @@ def _dense(
 
 
 def _seen(visible: jax.Array, o: jax.Array, lse: jax.Array | None = None) -> Any:
-    """Return the results with o = 0 and a log-sum-exp of -inf for queries that see no key."""
+    """Set o to 0 and the log-sum-exp to -inf for queries that see no key.
+
+    visible: bool [B, T, S], the dense mask.
+
+    Returns o, or (o, lse) if lse is given.
+    """
     some = jnp.any(visible, -1)[:, :, None]
     o = jnp.where(some[..., None], o, 0)
     return o if lse is None else (o, jnp.where(some, lse.astype(jnp.float32), -jnp.inf))
@@ -246,14 +265,19 @@ def _padded(length: int) -> int:
 
 
 def _tpu_layout(*arrays: jax.Array) -> list[jax.Array]:
-    """Repeat key heads, pad lengths and reorder [B, T, N, H] to [B, N, padded length, H]."""
+    """Repeat the heads of keys and values, pad lengths, and reorder axes for jax's TPU kernels.
+
+    arrays: q first, then others; [B, length, heads, H] each.
+
+    Returns [B, N, padded length, H] each, with the N heads of q.
+    """
     heads = arrays[0].shape[2]
     arrays_ = [jnp.repeat(x, heads // x.shape[2], 2) for x in arrays]
     return [jnp.swapaxes(flash.pad(x, 1, _padded(x.shape[1])), 1, 2) for x in arrays_]
 
 
 def _even_block(most: int, *lengths: int) -> int:
-    """Return the largest power of two, at most `most`, that divides the lengths."""
+    """Return the largest power of two, at most `most`, that divides all `lengths`."""
     return min(most, math.gcd(*lengths) & -math.gcd(*lengths))
 
 

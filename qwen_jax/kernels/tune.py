@@ -1,6 +1,7 @@
 """`python -m qwen_jax.kernels.tune` measures block sizes, and shows what `auto` found here.
 
-The command lies in `attention/`, beside the reference that it measures against; this is its name.
+The command lies in `attention/tuning.py`, beside the XLA reference with which it compares kernels;
+this file gives it its name.
 """
 
 from qwen_jax.attention.tuning import main
