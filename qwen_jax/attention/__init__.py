@@ -4,7 +4,7 @@ ring attention, and the KV cache.
 Nothing here knows of RoPE, of layers or of files.
 """
 
-from qwen_jax.attention.reference import Attend, KeysOrValues, xla
+from qwen_jax.attention.reference import Attend, xla
 from qwen_jax.attention.registry import (
     DECODERS,
     FEW,
@@ -22,6 +22,7 @@ from qwen_jax.attention.registry import (
     resolved,
     say,
 )
+from qwen_jax.kernels.flash import KeysOrValues
 from qwen_jax.kernels.mask import FULL, Mask
 
 __all__ = [

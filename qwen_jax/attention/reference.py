@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qwen_jax.kernels.flash import KeysOrValues, Quantised
 from qwen_jax.kernels.mask import Mask
-from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import precision
 
-KeysOrValues = jax.Array | Int8  # [B, S, K, H] in a call of attention, [B, K, S, H] in the cache
 _QUERY_BLOCK = 512  # the most query rows whose scores are held at once
 
 
@@ -49,7 +48,7 @@ def xla(
     float32, and the log-sum-exp of the scores, float32 [B, T, N], -inf for a query that sees no
     key.
     """
-    k, v = (x.dequantize(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
+    k, v = (x.dequantize(q.dtype) if isinstance(x, Quantised) else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
     length = q.shape[1]
     if length <= _QUERY_BLOCK:

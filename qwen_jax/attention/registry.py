@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from qwen_jax.attention import ring
-from qwen_jax.attention.reference import Attend, KeysOrValues, xla
+from qwen_jax.attention.reference import Attend, xla
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -28,6 +28,7 @@ from qwen_jax.kernels import (
     flash_triton,
     others,
 )
+from qwen_jax.kernels.flash import CacheLeaf, KeysOrValues, Quantised
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.meshes import sharding
 
@@ -217,18 +218,18 @@ def resolved(purpose: str, dtype: str, *, head_dim: int) -> str | None:
     return RESOLVED.get((choice.device().device_kind, purpose, dtype, head_dim))
 
 
-def cached(leaf: Any) -> str:
+def cached(leaf: CacheLeaf) -> str:
     """Return the purpose in `RESOLVED` of a decode kernel, such as "decode" or "decode int8".
 
     leaf: the cached keys, an array or `Int8`.
     """
-    if not hasattr(leaf, "values"):
+    if not isinstance(leaf, Quantised):
         return "decode"
     return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
 
 
 def decoder(
-    implementation: Attend, q: Float[Array, "B T N H"], *, keys: KeysOrValues
+    implementation: Attend, q: Float[Array, "B T N H"], *, keys: CacheLeaf
 ) -> Callable[..., Any] | None:
     """Return the kernel by which an implementation attends from a few tokens to a cache, or None.
 

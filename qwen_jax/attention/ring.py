@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.attention.reference import Attend, KeysOrValues
+from qwen_jax.attention.reference import Attend
+from qwen_jax.kernels.flash import KeysOrValues
 from qwen_jax.meshes import sharding
 
 

@@ -8,7 +8,7 @@ qwen_jax.kernels.tune` writes. A kernel without a line for a device was not meas
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -16,7 +16,14 @@ TABLE = Path(__file__).with_name("measured.json")
 KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # the keys of a line
 
 
-def device() -> Any:
+class Device(Protocol):
+    """A device of jax, or a description of one that this machine lacks."""
+
+    platform: str
+    device_kind: str
+
+
+def device() -> Device:
     """Return the device that programs are compiled for, with `platform` and `device_kind`.
 
     It is the device of the mesh in force, which this machine may lack, or else this machine's first
@@ -59,7 +66,9 @@ def measured() -> list[dict[str, Any]]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
-def lines(task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None) -> Any:
+def lines(
+    task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None
+) -> list[dict[str, Any]]:
     """Return the measured lines for this device at the length nearest to `length`, fastest first.
 
     task: "forward", "backward" or "decode".

@@ -12,12 +12,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels import choice
-from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline, pad, round_up
+from qwen_jax.kernels.flash import (
+    HEAD_DIMS,
+    LOG2E,
+    LOWEST,
+    MASKED,
+    CacheLeaf,
+    Quantised,
+    Ref,
+    decline,
+    pad,
+    round_up,
+)
 
 NAME = "decode_tpu"
 FAMILY = "pallas_tpu"  # its name in the table of measured lines
@@ -57,19 +70,19 @@ class TpuShape(NamedTuple):
 
 
 def tpu_decode(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache_k: Any,
-    cache_v: Any,
-    start: jax.Array,
-    index: jax.Array,
-    window: jax.Array,
-    scale: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache_k: CacheLeaf,
+    cache_v: CacheLeaf,
+    start: Int[Array, " B"],
+    index: Int[Array, ""],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
     *,
     interpret: bool | None = None,
     block: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """Attend from a few query tokens to a ring of cached keys and to this pass's own keys.
 
     q: [B, T, N, H].
@@ -89,7 +102,7 @@ def tpu_decode(
     that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
-    values = getattr(cache_k, "values", cache_k)
+    values = cache_k.values if isinstance(cache_k, Quantised) else cache_k
     decline(NAME, q, k, DTYPES, HEAD_DIMS)
     batch, tokens, num_heads, dim = q.shape
     kv_heads, slots = values.shape[1:3]
@@ -112,13 +125,15 @@ def tpu_decode(
     scalars = [work, copied, first, written, jnp.reshape(window, 1).astype(jnp.int32)]
     scalars.append(scale.astype(jnp.float32))
 
-    def of_row(group: Any, step: Any, work: Any, *_: Any) -> tuple[Any, ...]:
+    def of_row(group: jax.Array, step: jax.Array, work: Ref, *_: Ref) -> tuple[Any, ...]:
         return work[step] >> _bits(shape), group, 0
 
-    def own(group: Any, step: Any, work: Any, *_: Any) -> tuple[Any, ...]:
+    def own(group: jax.Array, step: jax.Array, work: Ref, *_: Ref) -> tuple[Any, ...]:
         return work[step] >> _bits(shape), 0, group, 0
 
-    def cached(group: Any, step: Any, work: Any, copied: Any, *_: Any) -> tuple[Any, ...]:
+    def cached(
+        group: jax.Array, step: jax.Array, work: Ref, copied: Ref, *_: Ref
+    ) -> tuple[Any, ...]:
         return copied[step] >> _bits(shape), group, copied[step] & _low(shape)
 
     def cached_values(*args: Any) -> tuple[Any, ...]:
@@ -152,15 +167,21 @@ def tpu_decode(
     return jnp.swapaxes(o, 1, 2).reshape(q.shape)
 
 
-def _arrays(leaf: Any) -> list[jax.Array]:
+def _arrays(leaf: CacheLeaf) -> list[jax.Array]:
     """Return a cache leaf's arrays: values and, if it is quantised, scale and zero (if any)."""
-    if not hasattr(leaf, "values"):
+    if not isinstance(leaf, Quantised):
         return [leaf]
     return [x for x in (leaf.values, leaf.scale, leaf.zero) if x is not None]
 
 
 def _shape(
-    tokens: int, groups: int, kv_heads: int, slots: int, dim: int, dtype: Any, block: int | None
+    tokens: int,
+    groups: int,
+    kv_heads: int,
+    slots: int,
+    dim: int,
+    dtype: np.dtype,
+    block: int | None,
 ) -> TpuShape:
     """Choose the sizes by which the decode kernel divides its work.
 
@@ -238,27 +259,27 @@ class Scratch(NamedTuple):
     out: the output before division by the total, [packs, pack rows, H].
     """
 
-    scale: Any
-    largest: Any
-    total: Any
-    zero: Any
-    out: Any
+    scale: Ref
+    largest: Ref
+    total: Ref
+    zero: Ref
+    out: Ref
 
 
 def _kernel(
     shape: TpuShape,
-    work: Any,
-    copied: Any,
-    first: Any,
-    written: Any,
-    window: Any,
-    scale: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    leaves: Any,
-    o: Any,
-    *scratch: Any,
+    work: Ref,
+    copied: Ref,
+    first: Ref,
+    written: Ref,
+    window: Ref,
+    scale: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    leaves: list[list[Ref]],
+    o: Ref,
+    *scratch: Ref,
 ) -> None:
     """Add a block of cached keys and values to one sequence's running softmax, for several heads.
 
@@ -314,27 +335,29 @@ class _Slots(NamedTuple):
     window: the number of tokens that a query sees, its own included.
     """
 
-    slot: Any
-    first: Any
-    tokens: Any
-    window: Any
+    slot: jax.Array
+    first: jax.Array
+    tokens: jax.Array
+    window: jax.Array
 
     @property
-    def oldest(self) -> Any:
+    def oldest(self) -> jax.Array:
         """The position of the oldest token in query 0's window, at most 0 if it sees all tokens.
 
         Query t's oldest token is t later.
         """
         return self.tokens - self.window + 1
 
-    def full(self, shape: TpuShape) -> Any:
+    def full(self, shape: TpuShape) -> jax.Array:
         """Return whether every query sees every slot of the block."""
         head = self._token(self.slot, shape)
         tail = head + shape.block - 1  # the last slot's, unless the ring begins anew before it
         seen = (tail < self.tokens) & (head >= self.oldest + shape.tokens - 1)
         return seen & (tail < shape.slots) & (self.slot + shape.block <= shape.slots)
 
-    def seen(self, shape: TpuShape, size: tuple[int, int], axis: int, query: Any) -> jax.Array:
+    def seen(
+        self, shape: TpuShape, size: tuple[int, int], axis: int, query: jax.Array | int
+    ) -> jax.Array:
         """Return whether a query sees each slot of the block, as bool of shape `size`.
 
         axis: the axis of the result along which slots lie.
@@ -344,7 +367,7 @@ class _Slots(NamedTuple):
         token = self._token(slot, shape)
         return (slot < shape.slots) & (token < self.tokens) & (token >= self.oldest + query)
 
-    def _token(self, slot: Any, shape: TpuShape) -> Any:
+    def _token(self, slot: jax.Array, shape: TpuShape) -> jax.Array:
         """Return the position of the token that lies in a slot."""
         return jnp.where(slot < self.first, slot + shape.slots, slot) - self.first
 
@@ -376,7 +399,13 @@ def _dot(x: jax.Array, y: jax.Array, contract: int) -> jax.Array:
 
 
 def _begin(
-    shape: TpuShape, slots: _Slots, scales: list[Any], q: Any, k: Any, v: Any, state: Scratch
+    shape: TpuShape,
+    slots: _Slots,
+    scales: list[jax.Array],
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    state: Scratch,
 ) -> None:
     """Start a sequence's running softmax with the keys and values of this pass's own tokens.
 
@@ -414,7 +443,9 @@ def _begin(
         state.out[pack] = functools.reduce(jnp.add, out)
 
 
-def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Scratch) -> None:
+def _block(
+    shape: TpuShape, slots: _Slots | None, q: Ref, leaves: list[list[Ref]], state: Scratch
+) -> None:
     """Add one block of cached keys and values to the running softmax of one sequence.
 
     A head's keys are the stationary operand for all rows of its pack, and only the scores of the
@@ -435,7 +466,7 @@ def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Sc
     def heads(pack: int) -> range:
         return range(pack * shape.packed, min((pack + 1) * shape.packed, shape.heads))
 
-    def by_row(pack: int, x: Any) -> jax.Array:  # [heads, block] -> [pack rows, block]
+    def by_row(pack: int, x: Ref) -> jax.Array:  # [heads, block] -> [pack rows, block]
         if len(heads(pack)) == shape.pack_rows:
             return x[heads(pack).start : heads(pack).stop]
         return _select(head, [jnp.broadcast_to(x[h : h + 1], size) for h in heads(pack)])
@@ -456,7 +487,7 @@ def _block(shape: TpuShape, slots: _Slots | None, q: Any, leaves: Any, state: Sc
         value = values[h].astype(q.dtype)
         return value if real is None or value_scales else jnp.where(real, value, 0)
 
-    def scaled(pack: int, p: jax.Array, factor: Any) -> jax.Array:
+    def scaled(pack: int, p: jax.Array, factor: Ref) -> jax.Array:
         p = p * by_row(pack, factor)
         return p if seen is None else jnp.where(seen, p, 0)
 

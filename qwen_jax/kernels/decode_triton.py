@@ -8,6 +8,7 @@ softmax is in base 2.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels import choice
-from qwen_jax.kernels.flash import HEAD_DIMS, LOG2E, LOWEST, MASKED, decline
+from qwen_jax.kernels.flash import (
+    HEAD_DIMS,
+    LOG2E,
+    LOWEST,
+    MASKED,
+    CacheLeaf,
+    Quantised,
+    Ref,
+    decline,
+)
 
 NAME = "decode_triton"
 FAMILY = "pallas_triton"  # its name in the table of measured lines
@@ -91,22 +103,22 @@ class Partial(NamedTuple):
 
 
 def triton_decode(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache_k: Any,
-    cache_v: Any,
-    start: jax.Array,
-    index: jax.Array,
-    window: jax.Array,
-    scale: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache_k: CacheLeaf,
+    cache_v: CacheLeaf,
+    start: Int[Array, " B"],
+    index: Int[Array, ""],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
     *,
     interpret: bool | None = None,
     block: int | None = None,
     splits: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """Attend from a few query tokens to a ring of cached keys and to this pass's own keys.
 
     q: [B, T, N, H].
@@ -133,7 +145,7 @@ def triton_decode(
     decline(NAME, q, k, DTYPES, HEAD_DIMS)
     leaves = [_arrays(leaf, q.dtype) for leaf in (cache_k, cache_v)]
     batch, tokens, heads, dim = q.shape
-    cached = getattr(cache_k, "values", cache_k)
+    cached = cache_k.values if isinstance(cache_k, Quantised) else cache_k
     sizes = choice.blocks(FAMILY, "decode", dim, cached.dtype.name, cached.shape[2])
     warps, stages = warps or sizes.get("warps", 4), stages or sizes.get("stages", 3)
     shape = _shape(q, leaves[0][0], block or sizes.get("block"), splits)
@@ -172,7 +184,7 @@ def triton_decode(
     return outs[0].reshape(q.shape)
 
 
-def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
+def _arrays(leaf: CacheLeaf, dtype: DTypeLike) -> list[jax.Array]:
     """Return a cache leaf's arrays: values and, for a quantised leaf, its scale and zero, if any.
 
     Pairs of int8 are viewed as int16, because tensor cores want values in an order that only 16-bit
@@ -180,7 +192,7 @@ def _arrays(leaf: Any, dtype: Any) -> list[jax.Array]:
 
     dtype: the dtype of the queries. Raises NotImplementedError for a float cache of another dtype.
     """
-    if hasattr(leaf, "values"):
+    if isinstance(leaf, Quantised):
         pairs = leaf.values.reshape(*leaf.values.shape[:-1], -1, 2)
         arrays = [lax.bitcast_convert_type(pairs, jnp.int16), leaf.scale, leaf.zero]
         return [x for x in arrays if x is not None]
@@ -218,7 +230,7 @@ def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | Non
     )
 
 
-def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
+def _kernel(shape: TritonShape, interpret: bool, *refs: Ref) -> None:
     """Attend from the queries of one head to one split of one sequence's cached slots.
 
     The first split attends to this pass's own tokens too. Writes the output or, with several
@@ -249,7 +261,7 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Any) -> None:
 
     dot = functools.partial(_dot, interpret)
 
-    def step(i: Any, state: Partial, masked: bool) -> Partial:
+    def step(i: jax.Array, state: Partial, masked: bool) -> Partial:
         """Add block i of cached keys and values to the running softmax.
 
         masked: whether some query may not see some slot of the block.
@@ -322,7 +334,7 @@ def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.broadcast_to(row[:, None], area), jnp.broadcast_to(column[None, :], area)
 
 
-def _rank(slot: jax.Array, begin: Any, shape: TritonShape) -> jax.Array:
+def _rank(slot: jax.Array, begin: jax.Array, shape: TritonShape) -> jax.Array:
     """Return how far each slot lies behind slot `begin` on the ring; slots beyond S rank last."""
     rank = jnp.where(slot < begin, slot - begin + shape.slots, slot - begin)
     if shape.slots % shape.block:
@@ -332,12 +344,12 @@ def _rank(slot: jax.Array, begin: Any, shape: TritonShape) -> jax.Array:
 
 def _blocks(
     shape: TritonShape,
-    split: Any,
-    begin: Any,
-    length: Any,
-    window: Any,
-    seen: Any,
-    step: Any,
+    split: jax.Array,
+    begin: jax.Array,
+    length: jax.Array,
+    window: jax.Array,
+    seen: jax.Array,
+    step: Callable[[jax.Array, Partial, bool], Partial],
     state: Partial,
 ) -> Partial:
     """Add a split's share of the visible blocks of slots to its running softmax.
@@ -361,8 +373,14 @@ def _blocks(
     count = jnp.where(length > 0, count, 0)
     low, high = split * count // shape.splits, (split + 1) * count // shape.splits
 
-    def walk(first: Any, after: Any, number: Any, masked: bool, state: Partial) -> Partial:
-        def body(j: Any, state: Partial) -> Partial:
+    def walk(
+        first: jax.Array,
+        after: jax.Array,
+        number: Callable[[jax.Array], jax.Array],
+        masked: bool,
+        state: Partial,
+    ) -> Partial:
+        def body(j: jax.Array, state: Partial) -> Partial:
             i = head + number(j)
             return step(jnp.where(i >= ring, i - ring, i), state, masked)
 
@@ -380,7 +398,11 @@ def _blocks(
 
 
 def _load(
-    shape: TritonShape, leaf: Any, where: Any, slot: jax.Array, mask: jax.Array | None
+    shape: TritonShape,
+    leaf: list[Ref],
+    where: tuple[jax.Array, ...],
+    slot: jax.Array,
+    mask: jax.Array | None,
 ) -> list[jax.Array]:
     """Load a block of cached keys or values, [block, width], and the scale and zero of each slot.
 
@@ -400,12 +422,12 @@ def _load(
     return [tile, *(_read(x.at[*where, slot], mask) for x in leaf[1:])]
 
 
-def _read(ref: Any, mask: jax.Array | None) -> jax.Array:
+def _read(ref: Ref, mask: jax.Array | None) -> jax.Array:
     return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0)
 
 
 def _plane(
-    shape: TritonShape, tile: jax.Array, plane: int, dtype: Any, interpret: bool
+    shape: TritonShape, tile: jax.Array, plane: int, dtype: DTypeLike, interpret: bool
 ) -> jax.Array:
     """Return one plane of a block in the cache as `dtype`: the block, or one int8 of each pair.
 
@@ -427,7 +449,7 @@ def _plane(
     return wide
 
 
-def _asm(plane: int, dtype: Any) -> str:
+def _asm(plane: int, dtype: DTypeLike) -> str:
     """Return PTX that converts the int8 in byte `plane` of two pairs to two 16-bit floats.
 
     The bits of an int8 become the mantissa of a large number, from which another is subtracted,
@@ -464,15 +486,15 @@ def _dot(interpret: bool, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _own(
     shape: TritonShape,
-    dot: Any,
-    split: Any,
-    where: Any,
-    written: Any,
-    window: Any,
+    dot: Callable[[jax.Array, jax.Array], jax.Array],
+    split: jax.Array,
+    where: tuple[jax.Array, jax.Array],
+    written: jax.Array,
+    window: jax.Array,
     q: list[jax.Array],
     rows: Queries,
-    k_ref: Any,
-    v_ref: Any,
+    k_ref: Ref,
+    v_ref: Ref,
 ) -> Partial:
     """Start a program's running softmax, empty but in split 0, where it has this pass's tokens.
 
@@ -489,7 +511,7 @@ def _own(
     distance = rows.t[:, None] - u[None, :]
     seen = held[None, :] & (distance >= 0) & (distance < window)
 
-    def read(ref: Any, plane: int) -> jax.Array:
+    def read(ref: Ref, plane: int) -> jax.Array:
         column = jnp.arange(shape.width) * shape.planes + plane
         token, column_of = _area(u, column)
         mask = held[:, None] & (column < shape.dim)[None, :]
@@ -505,7 +527,7 @@ def _own(
     return Partial(largest, total, jnp.zeros_like(total), tuple(o))
 
 
-def _merge(shape: TritonShape, columns: int, o_ref: Any, lse_ref: Any, out_ref: Any) -> None:
+def _merge(shape: TritonShape, columns: int, o_ref: Ref, lse_ref: Ref, out_ref: Ref) -> None:
     """Merge the splits of one query into one softmax, for some columns of its output.
 
     columns: the number of columns.

@@ -13,11 +13,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from qwen_jax.kernels.mask import Mask
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 LOG2E = math.log2(math.e)
@@ -27,6 +31,31 @@ MASKED = -1e30
 LOWEST = -1e20
 _NEVER = 2**30  # beyond every position
 _MASKED_LSE = 1e30  # the log-sum-exp that backward bodies get for a query that sees no key
+
+# What a kernel's body reads and writes: blocks and barriers, whose classes jax keeps private.
+Ref = Any
+
+
+@runtime_checkable
+class Quantised(Protocol):
+    """The interface of 8-bit keys or values, as `leaves.int8.Int8`, which describes its fields."""
+
+    @property
+    def values(self) -> jax.Array: ...
+    @property
+    def scale(self) -> jax.Array: ...
+    @property
+    def zero(self) -> jax.Array | None: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        """Compute the float array that they stand for."""
+        ...
+
+
+KeysOrValues = Float[Array, "B S K H"] | Quantised
+CacheLeaf = Float[Array, "B K S H"] | Quantised  # keys or values in the order of the cache
 
 
 class Body(Protocol):
@@ -41,7 +70,13 @@ class Body(Protocol):
     """
 
     def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: jax.Array,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         """Compute o [B, T, N, H] in `dtype`, and the log-sum-exp (base e), float32 [B, T, N].
 
@@ -54,7 +89,7 @@ class Body(Protocol):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: Any,
+        mask: Mask,
         scale: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
@@ -73,9 +108,9 @@ class Body(Protocol):
 def attend_through(
     body: Body,
     q: jax.Array,
-    k: Any,
-    v: Any,
-    mask: Any,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
     scale: jax.Array,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
@@ -87,7 +122,7 @@ def attend_through(
     known: float32 o and the log-sum-exp of these queries over a larger set of keys that contains k
         and v. They are returned unchanged, and the gradients are those of this part of the keys.
     """
-    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
+    k, v = (x.dequantize(q.dtype) if isinstance(x, Quantised) else x for x in (k, v))
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
     dtype = jnp.dtype(jnp.float32 if return_lse else q.dtype)
@@ -100,13 +135,27 @@ def attend_through(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _flash(body: Body, dtype: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+def _flash(
+    body: Body,
+    dtype: DTypeLike,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Run a body's forward kernel, with its backward kernel as derivative."""
     return body.forward(q, k, v, mask, scale, dtype)
 
 
 def _flash_forward(
-    body: Body, dtype: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any
+    body: Body,
+    dtype: DTypeLike,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: jax.Array,
 ) -> tuple[Any, Any]:
     o, lse = body.forward(q, k, v, mask, scale, dtype)
     return (o, lse), (q, k, v, mask, scale, o, lse)
@@ -131,7 +180,16 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _part(body: Body, q: Any, k: Any, v: Any, mask: Any, scale: Any, o: Any, lse: Any) -> Any:
+def _part(
+    body: Body,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: jax.Array,
+    o: jax.Array,
+    lse: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Return o and lse, which are known, unchanged, with the gradients of this part of the keys."""
     return o, lse
 
@@ -150,7 +208,7 @@ _part.defvjp(_part_forward, _part_backward)
 
 
 def decline(
-    name: str, q: jax.Array, k: Any, dtypes: Sequence[str], head_dims: Sequence[int]
+    name: str, q: jax.Array, k: KeysOrValues, dtypes: Sequence[str], head_dims: Sequence[int]
 ) -> None:
     """Raise NotImplementedError for a dtype, head dim or number of heads that is not supported.
 
@@ -190,10 +248,10 @@ class Extent(NamedTuple):
     uniform: 1 where the block has no padding and only one segment, else 0.
     """
 
-    first: Any
-    last: Any
-    low: Any
-    high: Any
+    first: jax.Array
+    last: jax.Array
+    low: jax.Array
+    high: jax.Array
     uniform: Any
 
 
@@ -214,7 +272,7 @@ def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
     return Extent(first, last, low, high, uniform)
 
 
-def visible(q: Extent, k: Extent, window: Any) -> Any:
+def visible(q: Extent, k: Extent, window: jax.Array) -> jax.Array:
     """Return whether some query of one block may see some key of another.
 
     q, k: the extents of the block of queries and of the block of keys.
@@ -225,7 +283,7 @@ def visible(q: Extent, k: Extent, window: Any) -> Any:
     return near & (q.low <= k.high) & (k.low <= q.high)
 
 
-def full(q: Extent, k: Extent, window: Any) -> Any:
+def full(q: Extent, k: Extent, window: jax.Array) -> jax.Array:
     """Return whether every query of one block sees every key of another.
 
     q, k: the extents of the block of queries and of the block of keys.
@@ -243,7 +301,7 @@ def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def padded_mask(mask: Any, queries: int, keys: int) -> Any:
+def padded_mask(mask: Mask, queries: int, keys: int) -> Mask:
     """Append padding to a mask, up to `queries` query tokens and `keys` key tokens."""
     return dataclasses.replace(
         mask,

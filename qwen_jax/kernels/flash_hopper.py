@@ -18,8 +18,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from qwen_jax.kernels import choice, flash
+from qwen_jax.kernels.flash import KeysOrValues, Ref
+from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_hopper"
 DTYPES = ("bfloat16", "float16")
@@ -56,7 +59,13 @@ class Hopper:
     interpret: Any = None
 
     def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: jax.Array,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         length = q.shape[1]
         q, k, v = (_even(x) for x in (flash.factored(q, scale), k, v))
@@ -96,7 +105,7 @@ class Hopper:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: Any,
+        mask: Mask,
         scale: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
@@ -113,7 +122,7 @@ class Hopper:
         dk, dv = self._backward_keys(mask, *operands)
         return dq[:, :length], dk[:, :keys], dv[:, :keys]
 
-    def _backward_queries(self, mask: Any, *operands: jax.Array) -> jax.Array:
+    def _backward_queries(self, mask: Mask, *operands: jax.Array) -> jax.Array:
         """Compute dq [B, T, N, H] by the backward kernel over tiles of queries.
 
         operands: q (as from `flash.factored`), k, v, the arrays of `_places`, do, stats
@@ -145,7 +154,7 @@ class Hopper:
             },
         )(_plan(mask, block), *operands)
 
-    def _backward_keys(self, mask: Any, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _backward_keys(self, mask: Mask, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Compute dk and dv [B, S, K, H] by the backward kernel over tiles of keys.
 
         operands: q (as from `flash.factored`), k, v, the arrays of `_places`, do and stats
@@ -211,9 +220,9 @@ class Hopper:
 
 def hopper_attention(
     q: jax.Array,
-    k: Any,
-    v: Any,
-    mask: Any,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
     scale: jax.Array,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
@@ -233,7 +242,7 @@ def hopper_attention(
     return flash.attend_through(Hopper(**sizes), q, k, v, mask, scale, return_lse, known)
 
 
-def _is_hopper(device: Any) -> bool:
+def _is_hopper(device: choice.Device) -> bool:
     """Return whether a device is a Hopper GPU, by compute capability.
 
     A device for which programs are only compiled has no compute capability, and is known by name.
@@ -252,13 +261,13 @@ class _Plan(NamedTuple):
     window: int32 [1].
     """
 
-    tiles: Any
-    blocks: Any
-    bounds: Any
-    window: Any
+    tiles: Ref
+    blocks: Ref
+    bounds: Ref
+    window: Ref
 
 
-def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
+def _plan(mask: Mask, block: int, over_queries: bool = False) -> _Plan:
     """Plan which blocks of keys each tile of queries visits, or the reverse with over_queries.
 
     block: tokens in a block.
@@ -279,7 +288,7 @@ def _plan(mask: Any, block: int, over_queries: bool = False) -> _Plan:
     )
 
 
-def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
+def _places(mask: Mask) -> tuple[jax.Array, jax.Array]:
     """Stack positions and segments, int32 [B, 2, T] of queries and [B, 2, S] of keys."""
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
@@ -306,7 +315,7 @@ def _even(x: jax.Array) -> jax.Array:
     return flash.pad(x, 1, flash.round_up(x.shape[1], 8))
 
 
-def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
+def _matrix(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Return shared memory for matrices, ordered for TMA and wgmma without bank conflicts."""
     columns = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
@@ -323,8 +332,8 @@ class _Walk:
     """
 
     plan: _Plan
-    batch: Any
-    tile: Any
+    batch: jax.Array
+    tile: jax.Array
     over_queries: bool = False
 
     def run(self, visit: Callable[..., Any], state: Any) -> Any:
@@ -338,7 +347,7 @@ class _Walk:
         first, beyond = (self.plan.bounds[self.batch, i, self.tile] for i in range(2))
         last = self.plan.blocks.shape[2] - 1
 
-        def kind(block: Any) -> Any:
+        def kind(block: jax.Array) -> jax.Array:
             # All are read again for each block, as a computing warpgroup is short of registers.
             window = self.plan.window[0]
             mine = self._extent(self.plan.tiles, self.tile)
@@ -347,7 +356,7 @@ class _Walk:
             part = jnp.where(flash.full(q, k, window), _FULL, _PARTLY)
             return jnp.where(flash.visible(q, k, window), part, _EMPTY)
 
-        def after(block: Any) -> tuple[Any, Any]:
+        def after(block: jax.Array) -> tuple[jax.Array, jax.Array]:
             block += 1
             return lax.while_loop(
                 lambda x: (x[0] < beyond) & (x[1] == _EMPTY),
@@ -355,7 +364,7 @@ class _Walk:
                 (block, kind(block)),
             )
 
-        def step(x: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        def step(x: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
             block, which, state = x
             following = after(block)  # its loads are under way while this block is computed
             return (*following, visit(block, which == _FULL, state))
@@ -363,7 +372,7 @@ class _Walk:
         start = first, kind(first), state
         return lax.while_loop(lambda x: x[0] < beyond, step, start)[2]
 
-    def _extent(self, fields: Any, index: Any) -> flash.Extent:
+    def _extent(self, fields: Ref, index: jax.Array) -> flash.Extent:
         """Load the range of positions and segments of one tile or block.
 
         fields: the plan's `tiles` or `blocks`.
@@ -373,28 +382,28 @@ class _Walk:
 
 def _forward(
     plan: _Plan,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_positions: Any,
-    k_positions: Any,
-    o: Any,
-    lse: Any,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_positions: Ref,
+    k_positions: Ref,
+    o: Ref,
+    lse: Ref,
     *,
     group: int,
-    q_tile: Any,
-    o_tile: Any,
-    lse_tile: Any,
-    q_places: Any,
-    k_blocks: Any,
-    v_blocks: Any,
-    k_places: Any,
-    q_filled: Any,
-    k_filled: Any,
-    v_filled: Any,
-    k_emptied: Any,
-    v_emptied: Any,
-    turn: Any,
+    q_tile: Ref,
+    o_tile: Ref,
+    lse_tile: Ref,
+    q_places: Ref,
+    k_blocks: Ref,
+    v_blocks: Ref,
+    k_places: Ref,
+    q_filled: Ref,
+    k_filled: Ref,
+    v_filled: Ref,
+    k_emptied: Ref,
+    v_emptied: Ref,
+    turn: Ref,
 ) -> None:
     """Compute o and the log-sum-exp of one tile of queries of one head.
 
@@ -418,7 +427,7 @@ def _forward(
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
         key_head = lax.div(head, jnp.int32(group))
 
-        def visit(block: Any, _: Any, count: Any) -> Any:
+        def visit(block: jax.Array, _: jax.Array, count: jax.Array) -> jax.Array:
             slot, again = _slot(count, stages)
             keys = pl.ds(block * block_k, block_k)
             pl.when(again)(lambda: plgpu.barrier_wait(k_emptied.at[slot]))
@@ -450,7 +459,7 @@ def _forward(
 
         pl.when(warpgroup == 1)(take_turn)
 
-        def visit(block: Any, full: Any, state: Any) -> Any:
+        def visit(block: jax.Array, full: jax.Array, state: Any) -> Any:
             count, largest, total, sums = state
             slot, _ = _slot(count, stages)
             plgpu.barrier_wait(k_filled.at[slot])
@@ -495,28 +504,28 @@ def _forward(
 
 def _backward_queries(
     plan: _Plan,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_positions: Any,
-    k_positions: Any,
-    do: Any,
-    stats: Any,
-    scale: Any,
-    dq: Any,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_positions: Ref,
+    k_positions: Ref,
+    do: Ref,
+    stats: Ref,
+    scale: Ref,
+    dq: Ref,
     *,
     group: int,
-    q_tile: Any,
-    do_tile: Any,
-    stats_tile: Any,
-    scale_tile: Any,
-    q_places: Any,
-    k_blocks: Any,
-    v_blocks: Any,
-    k_places: Any,
-    q_filled: Any,
-    filled: Any,
-    emptied: Any,
+    q_tile: Ref,
+    do_tile: Ref,
+    stats_tile: Ref,
+    scale_tile: Ref,
+    q_places: Ref,
+    k_blocks: Ref,
+    v_blocks: Ref,
+    k_places: Ref,
+    q_filled: Ref,
+    filled: Ref,
+    emptied: Ref,
 ) -> None:
     """Compute dq of one tile of queries of one head.
 
@@ -542,7 +551,7 @@ def _backward_queries(
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
         key_head = lax.div(head, jnp.int32(group))
 
-        def visit(block: Any, _: Any, count: Any) -> Any:
+        def visit(block: jax.Array, _: jax.Array, count: jax.Array) -> jax.Array:
             slot, again = _slot(count, stages)
             keys = pl.ds(block * block_k, block_k)
             pl.when(again)(lambda: plgpu.barrier_wait(emptied.at[slot]))
@@ -570,7 +579,7 @@ def _backward_queries(
         lse = _load(stats_tile.at[warpgroup, 0], _ROW)
         delta = _load(stats_tile.at[warpgroup, 1], _ROW)
 
-        def visit(block: Any, full: Any, state: Any) -> Any:
+        def visit(block: jax.Array, full: jax.Array, state: Any) -> Any:
             count, sums = state
             slot, _ = _slot(count, stages)
             plgpu.barrier_wait(filled.at[slot])
@@ -595,27 +604,27 @@ def _backward_queries(
 
 def _backward_keys(
     plan: _Plan,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_positions: Any,
-    k_positions: Any,
-    do: Any,
-    stats: Any,
-    dk: Any,
-    dv: Any,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_positions: Ref,
+    k_positions: Ref,
+    do: Ref,
+    stats: Ref,
+    dk: Ref,
+    dv: Ref,
     *,
     group: int,
-    k_tile: Any,
-    v_tile: Any,
-    k_places: Any,
-    q_blocks: Any,
-    do_blocks: Any,
-    stats_blocks: Any,
-    q_places: Any,
-    k_filled: Any,
-    filled: Any,
-    emptied: Any,
+    k_tile: Ref,
+    v_tile: Ref,
+    k_places: Ref,
+    q_blocks: Ref,
+    do_blocks: Ref,
+    stats_blocks: Ref,
+    q_places: Ref,
+    k_filled: Ref,
+    filled: Ref,
+    emptied: Ref,
 ) -> None:
     """Compute dk and dv of one tile of keys of one head.
 
@@ -641,10 +650,10 @@ def _backward_keys(
     def _() -> None:
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
-        def over(member: Any, count: Any) -> Any:
+        def over(member: jax.Array, count: jax.Array) -> jax.Array:
             query_head = head * group + member
 
-            def visit(block: Any, _: Any, count: Any) -> Any:
+            def visit(block: jax.Array, _: jax.Array, count: jax.Array) -> jax.Array:
                 slot, again = _slot(count, stages)
                 rows = pl.ds(block * block_q, block_q)
                 pl.when(again)(lambda: plgpu.barrier_wait(emptied.at[slot]))
@@ -673,7 +682,7 @@ def _backward_keys(
             plgpu.copy_gmem_to_smem(source, target.at[warpgroup], k_filled.at[warpgroup])
         plgpu.barrier_wait(k_filled.at[warpgroup])
 
-        def visit(block: Any, full: Any, state: Any) -> Any:
+        def visit(block: jax.Array, full: jax.Array, state: Any) -> Any:
             count, dk_sums, dv_sums = state
             slot, _ = _slot(count, stages)
             plgpu.barrier_wait(filled.at[slot])
@@ -705,23 +714,23 @@ def _backward_keys(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _head() -> Any:
+def _head() -> jax.Array:
     """Return the index of the head that this thread block computes."""
     return lax.axis_index("parts") * lax.axis_size("heads") + lax.axis_index("heads")
 
 
-def _slot(count: Any, stages: int) -> tuple[Any, Any]:
+def _slot(count: jax.Array, stages: int) -> tuple[jax.Array, jax.Array]:
     """Return the buffer's index for the count-th block, and whether it has held another before."""
     return lax.rem(count, jnp.int32(stages)), count >= stages
 
 
-def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None) -> list[Any]:
+def _products(*pairs: tuple[Ref, Ref], issued: Callable[[], None] | None = None) -> list[jax.Array]:
     """Compute the matrix product a b of each pair (a, b) in float32.
 
     issued: a function to call while the products are computed, or None.
     """
 
-    def body(*sums: Any) -> list[Any]:
+    def body(*sums: Ref) -> list[jax.Array]:
         for ref, (a, b) in zip(sums, pairs, strict=True):
             plgpu.wgmma(ref, a, b)
         if issued is not None:
@@ -732,10 +741,10 @@ def _products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None)
     return pl.run_scoped(body, *(_Sums(shape, jnp.float32) for shape in shapes))
 
 
-def _accumulate(*parts: tuple[Any, Any, Any]) -> list[Any]:
+def _accumulate(*parts: tuple[jax.Array, Ref, Ref]) -> list[Any]:
     """Return sums plus the matrix product a b for each (sums, a, b)."""
 
-    def body(refs: list[Any]) -> None:
+    def body(refs: list[Ref]) -> None:
         for ref, (_, a, b) in zip(refs, parts, strict=True):
             plgpu.wgmma(ref, a, b)
 
@@ -743,8 +752,13 @@ def _accumulate(*parts: tuple[Any, Any, Any]) -> list[Any]:
 
 
 def _masked(
-    scores: Any, full: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False
-) -> Any:
+    scores: jax.Array,
+    full: jax.Array,
+    q_places: Ref,
+    k_places: Ref,
+    window: Ref,
+    turned: bool = False,
+) -> jax.Array:
     """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
 
     full: whether the mask hides no key of the block.
@@ -752,12 +766,12 @@ def _masked(
     turned: whether the scores are [keys, queries] instead.
     """
 
-    def masked(scores: Any) -> Any:
+    def masked(scores: jax.Array) -> jax.Array:
         q_layout, q_axis, k_layout, k_axis = (
             (_COLUMN, 1, _ROW, 0) if turned else (_ROW, 0, _COLUMN, 1)
         )
 
-        def of(places: Any, i: int, layout: Any, axis: int, shift: int = 0) -> Any:
+        def of(places: Ref, i: int, layout: Any, axis: int, shift: int = 0) -> jax.Array:
             return lax.broadcast_in_dim(_load(places.at[i], layout) + shift, scores.shape, (axis,))
 
         same = of(q_places, 1, q_layout, q_axis) == of(k_places, 1, k_layout, k_axis)
@@ -768,25 +782,25 @@ def _masked(
     return lax.cond(full, lambda x: x, masked, scores)
 
 
-def _load(ref: Any, layout: Any) -> Any:
+def _load(ref: Ref, layout: Any) -> jax.Array:
     """Load an array from shared memory into registers, in a layout of Mosaic GPU."""
     return plgpu.layout_cast(ref[...], layout)
 
 
-def _along_rows(x: Any, columns: int) -> Any:
+def _along_rows(x: jax.Array, columns: int) -> jax.Array:
     """Broadcast x [64], one value for each row, to [64, columns]."""
     return lax.broadcast_in_dim(x, (_ROWS, columns), (0,))
 
 
-def _along_columns(x: Any) -> Any:
+def _along_columns(x: jax.Array) -> jax.Array:
     """Broadcast x [columns], one value for each column, to [64, columns]."""
     return lax.broadcast_in_dim(x, (_ROWS, x.shape[0]), (1,))
 
 
-def _full_rows(value: float) -> Any:
+def _full_rows(value: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _ROW)
 
 
-def _zeros(columns: int) -> Any:
+def _zeros(columns: int) -> jax.Array:
     zeros = jnp.zeros((_ROWS, columns), jnp.float32)
     return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)

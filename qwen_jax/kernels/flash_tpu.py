@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from qwen_jax.kernels import choice, flash
+from qwen_jax.kernels.flash import KeysOrValues, Ref
+from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_tpu"
 DTYPES = ("bfloat16", "float32", "float16")
@@ -29,6 +32,7 @@ _INDEX_BITS = 13
 _FIRST, _LAST = 4, 8  # the first, the last step of an output block
 _EMPTY, _FULL, _NEAR, _MIXED = 0, 1, 2, 3  # _NEAR: one segment, so only positions are compared
 _SIGN = jnp.iinfo(jnp.int32).min
+_Index = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,13 @@ class TpuBody:
     interpret: bool = False
 
     def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: jax.Array,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         (_, length, heads, dim), keys = q.shape, k.shape[1]
         blocks = self.forward_blocks.fitted(length, keys)
@@ -122,7 +132,7 @@ class TpuBody:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: Any,
+        mask: Mask,
         scale: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
@@ -146,7 +156,9 @@ class TpuBody:
             dq, dk, dv = one(tuple(flash.pad(x, 1, part) for x in queries))
         else:
 
-            def step(sums: tuple[Any, Any], rows: tuple[Any, ...]) -> tuple[Any, Any]:
+            def step(
+                sums: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]
+            ) -> tuple[Any, jax.Array]:
                 dq, dk, dv = one(rows)
                 return (sums[0] + dk, sums[1] + dv), dq
 
@@ -162,7 +174,13 @@ class TpuBody:
         return dq, dk[:, :keys].astype(q.dtype), dv[:, :keys].astype(q.dtype)
 
     def _backward_part(
-        self, rows: tuple[Any, ...], *, k: jax.Array, v: jax.Array, mask: Any, blocks: TpuBlocks
+        self,
+        rows: tuple[jax.Array, ...],
+        *,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        blocks: TpuBlocks,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Compute the gradients that come from some of the queries.
 
@@ -278,9 +296,9 @@ _SMALL = Generation(_TINY, _TINY, 256, 15 * _MIB)  # for interpreted kernels
 
 def tpu_attention(
     q: jax.Array,
-    k: Any,
-    v: Any,
-    mask: Any,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
     scale: jax.Array,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
@@ -312,25 +330,25 @@ def tpu_attention(
     return flash.attend_through(body, q, k, v, mask, scale, return_lse, known)
 
 
-def _float32(x: Any) -> Any:
-    return x if hasattr(x, "dequantize") else x.astype(jnp.float32)
+def _float32(x: KeysOrValues) -> KeysOrValues:
+    return x if isinstance(x, flash.Quantised) else x.astype(jnp.float32)
 
 
 def _forward_kernel(
-    steps: Any,
-    window: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_positions: Any,
-    q_segments: Any,
-    k_positions: Any,
-    k_segments: Any,
-    o: Any,
-    lse: Any,
-    largest: Any,
-    total: Any,
-    sums: Any,
+    steps: Ref,
+    window: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_positions: Ref,
+    q_segments: Ref,
+    k_positions: Ref,
+    k_segments: Ref,
+    o: Ref,
+    lse: Ref,
+    largest: Ref,
+    total: Ref,
+    sums: Ref,
     *,
     compute: int,
 ) -> None:
@@ -393,23 +411,23 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    steps: Any,
-    window: Any,
-    q: Any,
-    do: Any,
-    lse: Any,
-    delta: Any,
-    k: Any,
-    v: Any,
-    q_positions: Any,
-    q_segments: Any,
-    k_positions: Any,
-    k_segments: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    dk_sum: Any,
-    dv_sum: Any,
+    steps: Ref,
+    window: Ref,
+    q: Ref,
+    do: Ref,
+    lse: Ref,
+    delta: Ref,
+    k: Ref,
+    v: Ref,
+    q_positions: Ref,
+    q_segments: Ref,
+    k_positions: Ref,
+    k_segments: Ref,
+    dq: Ref,
+    dk: Ref,
+    dv: Ref,
+    dk_sum: Ref,
+    dv_sum: Ref,
     *,
     compute: int,
 ) -> None:
@@ -467,7 +485,7 @@ def _backward_kernel(
         dv[...] = dv_sum[...]
 
 
-def _kinds(mask: Any, blocks: TpuBlocks) -> jax.Array:
+def _kinds(mask: Mask, blocks: TpuBlocks) -> jax.Array:
     """Return the kind of work for each pair of blocks, int32 [B, query blocks, key blocks].
 
     It is `_EMPTY` where no query sees a key, `_FULL` where every query sees every key, `_NEAR`
@@ -510,7 +528,7 @@ def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(steps == beyond, final & ~15, steps), jnp.max(counts)
 
 
-def _query_block(step: Any) -> Any:
+def _query_block(step: jax.Array) -> jax.Array:
     """Return the index of the output's block in a packed grid step.
 
     It is a block of queries in the forward pass, and of keys in the backward pass.
@@ -518,7 +536,7 @@ def _query_block(step: Any) -> Any:
     return step >> (_INDEX_BITS + 4)
 
 
-def _key_block(step: Any) -> Any:
+def _key_block(step: jax.Array) -> jax.Array:
     """Return the index of the block that is visited in a packed grid step.
 
     It is a block of keys in the forward pass, and of queries in the backward pass.
@@ -526,7 +544,7 @@ def _key_block(step: Any) -> Any:
     return (step >> 4) & (2**_INDEX_BITS - 1)
 
 
-def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+def _index(block: _Index) -> Callable[[_Index], Callable[..., tuple[Any, ...]]]:
     """Return a function that makes index maps of block specs for arrays [B, heads, tokens, H].
 
     block: returns the array's block of tokens, given a packed grid step.
@@ -536,7 +554,7 @@ def _index(block: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Call
     return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
 
 
-def _row_block(size: int, block: Callable[[Any], Any]) -> pl.BlockSpec:
+def _row_block(size: int, block: _Index) -> pl.BlockSpec:
     """Return the block spec of positions or segments [B, 1, tokens], in blocks of `size` tokens.
 
     block: returns the index of the block, given a packed grid step.
@@ -559,7 +577,7 @@ def _one(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.int32).reshape(1)
 
 
-def _key_segments(mask: Any) -> jax.Array:
+def _key_segments(mask: Mask) -> jax.Array:
     """Return the segments of keys, with padding changed so that it equals no query's segment."""
     return jnp.where(mask.k_segments == 0, -1, mask.k_segments)
 
@@ -615,7 +633,7 @@ def _lanes(x: jax.Array, width: int) -> jax.Array:
     return jnp.tile(x, (1, -(-width // _LANES)))[:, :width]
 
 
-def _dot(x: jax.Array, y: jax.Array, dimensions: Any) -> jax.Array:
+def _dot(x: jax.Array, y: jax.Array, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x, y, dimensions, precision=precision, preferred_element_type=jnp.float32

@@ -19,8 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jax.typing import DTypeLike
 
 from qwen_jax.kernels import choice, flash
+from qwen_jax.kernels.flash import KeysOrValues, Ref
+from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_triton"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -65,7 +68,13 @@ class TritonBody:
     interpret: bool = False
 
     def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, scale: jax.Array, dtype: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: jax.Array,
+        dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         (batch, length, heads, dim), keys, sizes = q.shape, k.shape[1], self.forward_blocks
         queries = flash.round_up(length, sizes.tile)
@@ -99,7 +108,7 @@ class TritonBody:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: Any,
+        mask: Mask,
         scale: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
@@ -116,7 +125,7 @@ class TritonBody:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: Any,
+        mask: Mask,
         scale: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
@@ -157,7 +166,7 @@ class TritonBody:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: Any,
+        mask: Mask,
         lse: jax.Array,
         delta: jax.Array,
         do: jax.Array,
@@ -238,9 +247,9 @@ _FLOAT32 = {
 
 def triton_attention(
     q: jax.Array,
-    k: Any,
-    v: Any,
-    mask: Any,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
     scale: jax.Array,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
@@ -281,7 +290,7 @@ def _replaced(blocks: TritonBlocks, part: str, sizes: dict[str, int]) -> TritonB
     return dataclasses.replace(blocks, **own)
 
 
-def _default_blocks(dim: int, dtype: Any) -> tuple[TritonBlocks, TritonBlocks, TritonBlocks]:
+def _default_blocks(dim: int, dtype: DTypeLike) -> tuple[TritonBlocks, TritonBlocks, TritonBlocks]:
     """Return this device's default block sizes of the forward, the dkv and the dq kernel."""
     kind = choice.device().device_kind
     if jnp.dtype(dtype).itemsize == 4:
@@ -298,7 +307,7 @@ class _QuerySpecs:
         batch, queries, heads, dim = q.shape
         tiles, group = queries // tile, heads // k.shape[2]
 
-        def at(t: Any) -> Any:
+        def at(t: jax.Array) -> jax.Array:
             return tiles - 1 - t  # the longest of a causal mask start first
 
         self.grid = (tiles, heads, batch)
@@ -345,7 +354,7 @@ def _plan_specs(program: pl.BlockSpec, plan: tuple[jax.Array, ...]) -> list[pl.B
     ]
 
 
-def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
+def _plan(mask: Mask, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Array, ...]:
     """Compute the bounds of each program's walk from the mask.
 
     of_keys: whether programs keep tiles of keys and walk over blocks of queries.
@@ -366,10 +375,10 @@ def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Ar
     seen, full = flash.visible(*pair, window), flash.full(*pair, window)
     index = lax.broadcasted_iota(jnp.int32, seen.shape, 2)
 
-    def least(chosen: jax.Array, otherwise: Any) -> jax.Array:
+    def least(chosen: jax.Array, otherwise: jax.Array | int) -> jax.Array:
         return jnp.min(jnp.where(chosen, index, otherwise), 2, keepdims=True)
 
-    def beyond(chosen: jax.Array, otherwise: Any) -> jax.Array:
+    def beyond(chosen: jax.Array, otherwise: jax.Array | int) -> jax.Array:
         return jnp.max(jnp.where(chosen, index + 1, otherwise), 2, keepdims=True)
 
     first, last = least(seen, seen.shape[2]), beyond(seen, 0)
@@ -385,7 +394,7 @@ def _plan(mask: Any, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.Ar
     return program, jnp.stack(blocks[:4], 2), window.reshape(1)
 
 
-def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
+def _places(mask: Mask) -> tuple[jax.Array, jax.Array]:
     """Stack positions and segments, int32 [B, 2, T] of queries and [B, 2, S] of keys."""
     segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
     return (
@@ -395,10 +404,10 @@ def _places(mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _walk(
-    program: Any,
-    blocks: Any,
-    window: Any,
-    visit: Callable[[Any, bool, Any], Any],
+    program: Ref,
+    blocks: Ref,
+    window: Ref,
+    visit: Callable[[jax.Array, bool, Any], Any],
     state: Any,
     of_keys: bool = False,
 ) -> Any:
@@ -415,7 +424,7 @@ def _walk(
     first, full, full_end, last = (program[i] for i in range(4))
     before = full - first
 
-    def careful(index: Any, state: Any) -> Any:
+    def careful(index: jax.Array, state: Any) -> Any:
         block = jnp.where(index < before, first + index, full_end + index - before)
         mine = flash.Extent(*(program[4 + i] for i in range(4)), uniform=None)
         other = flash.Extent(*(blocks[block, i] for i in range(4)), uniform=None)
@@ -429,17 +438,17 @@ def _walk(
 
 
 def _forward(
-    program: Any,
-    blocks: Any,
-    window: Any,
-    scale: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_places: Any,
-    k_places: Any,
-    o: Any,
-    lse: Any,
+    program: Ref,
+    blocks: Ref,
+    window: Ref,
+    scale: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_places: Ref,
+    k_places: Ref,
+    o: Ref,
+    lse: Ref,
     *,
     block: int,
 ) -> None:
@@ -457,7 +466,7 @@ def _forward(
     factor = flash.score_factor(dim)
     rows = [_scaled(q[:, part], scale[...][:, None]) for part in _parts(dim)]
 
-    def visit(index: Any, masked: bool, state: Any) -> Any:
+    def visit(index: jax.Array, masked: bool, state: Any) -> Any:
         largest, total, sums = state
         keys = pl.ds(index * block, block)
         scores = _product(rows, _load(k, keys))
@@ -483,19 +492,19 @@ def _forward(
 
 
 def _backward_queries(
-    program: Any,
-    blocks: Any,
-    window: Any,
-    scale: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_places: Any,
-    k_places: Any,
-    do: Any,
-    lse: Any,
-    delta: Any,
-    dq: Any,
+    program: Ref,
+    blocks: Ref,
+    window: Ref,
+    scale: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_places: Ref,
+    k_places: Ref,
+    do: Ref,
+    lse: Ref,
+    delta: Ref,
+    dq: Ref,
     *,
     block: int,
 ) -> None:
@@ -515,7 +524,7 @@ def _backward_queries(
     rows, slopes_in = _load(q, _ALL), _load(do, _ALL)
     row_lse, row_delta = lse[...][:, None], delta[...][:, None]
 
-    def visit(index: Any, masked: bool, sums: Any) -> Any:
+    def visit(index: jax.Array, masked: bool, sums: Any) -> Any:
         keys = pl.ds(index * block, block)
         columns = _load(k, keys)
         scores = _product(rows, columns)
@@ -531,19 +540,19 @@ def _backward_queries(
 
 
 def _backward_keys(
-    program: Any,
-    blocks: Any,
-    window: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_places: Any,
-    k_places: Any,
-    do: Any,
-    lse: Any,
-    delta: Any,
-    dk: Any,
-    dv: Any,
+    program: Ref,
+    blocks: Ref,
+    window: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    q_places: Ref,
+    k_places: Ref,
+    do: Ref,
+    lse: Ref,
+    delta: Ref,
+    dk: Ref,
+    dv: Ref,
     *,
     block: int,
 ) -> None:
@@ -562,8 +571,8 @@ def _backward_keys(
     factor = flash.score_factor(dim)
     keys, values = _load(k, _ALL), _load(v, _ALL)
 
-    def over(member: Any, state: Any) -> Any:
-        def visit(index: Any, masked: bool, state: Any) -> Any:
+    def over(member: jax.Array, state: Any) -> Any:
+        def visit(index: jax.Array, masked: bool, state: Any) -> Any:
             dk_sums, dv_sums = state
             rows = pl.ds(index * block, block)
             columns = _load(q, rows, member)
@@ -592,7 +601,7 @@ def _parts(dim: int) -> list[slice]:
     return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
-def _load(ref: Any, rows: Any, *head: Any) -> list[Any]:
+def _load(ref: Ref, rows: Any, *head: Any) -> list[jax.Array]:
     """Load rows of an array as a list of its parts along the head dim.
 
     head: the index of the head, if the array has an axis of heads.
@@ -600,7 +609,7 @@ def _load(ref: Any, rows: Any, *head: Any) -> list[Any]:
     return [ref[rows, *head, part] for part in _parts(ref.shape[-1])]
 
 
-def _at(places: Any, rows: Any) -> tuple[Any, Any]:
+def _at(places: Ref, rows: Any) -> tuple[jax.Array, jax.Array]:
     """Load the positions and the segments of some tokens.
 
     places: int32 [2, tokens], positions and segments.
@@ -609,24 +618,24 @@ def _at(places: Any, rows: Any) -> tuple[Any, Any]:
     return places[0, rows], places[1, rows]
 
 
-def _zeros(rows: int, dim: int) -> list[Any]:
+def _zeros(rows: int, dim: int) -> list[jax.Array]:
     sizes = _PARTS.get(dim, (dim,))
     return [jnp.zeros((rows, size), jnp.float32) for size in sizes]
 
 
-def _dot(a: Any, b: Any, dimensions: Any) -> Any:
+def _dot(a: jax.Array, b: jax.Array, dimensions: lax.DotDimensionNumbers) -> jax.Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _product(a: list[Any], b: list[Any]) -> Any:
+def _product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     """Multiply matrices, each given as a list of parts along the head dim: a b^T."""
     return functools.reduce(jnp.add, (_dot(x, y, _NT) for x, y in zip(a, b, strict=True)))
 
 
-def _add(sums: list[Any], weights: Any, b: list[Any]) -> list[Any]:
+def _add(sums: list[jax.Array], weights: jax.Array, b: list[jax.Array]) -> list[jax.Array]:
     """Return sums + weights b, where sums and b are lists of parts along the head dim."""
     weights = weights.astype(b[0].dtype)
     return [x + _dot(weights, y, _NN) for x, y in zip(sums, b, strict=True)]
@@ -640,17 +649,23 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
     return (q.astype(jnp.float32) * scale).astype(q.dtype)
 
 
-def _masked(scores: Any, q_places: Any, k_places: Any, window: Any, turned: bool = False) -> Any:
+def _masked(
+    scores: jax.Array,
+    q_places: tuple[jax.Array, jax.Array],
+    k_places: tuple[jax.Array, jax.Array],
+    window: jax.Array,
+    turned: bool = False,
+) -> jax.Array:
     """Set scores [queries, keys] to `flash.MASKED` where the mask hides a key.
 
     q_places, k_places: positions and segments of the queries, and of the keys.
     turned: whether the scores are [keys, queries] instead.
     """
 
-    def query(x: Any) -> Any:
+    def query(x: jax.Array) -> jax.Array:
         return x[None, :] if turned else x[:, None]
 
-    def key(x: Any) -> Any:
+    def key(x: jax.Array) -> jax.Array:
         return x[:, None] if turned else x[None, :]
 
     distance = query(q_places[0]) - key(k_places[0])

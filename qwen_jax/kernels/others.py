@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels import choice, flash
+from qwen_jax.kernels.flash import KeysOrValues
+from qwen_jax.kernels.mask import Mask
 
 _PAGE = 256  # tokens in a page
 _TPU_BLOCK = 128  # lengths are padded to multiples of it
@@ -28,7 +30,12 @@ _HIDDEN = -1e7
 
 
 def dot_product(
-    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
+    return_lse: bool = False,
 ) -> Any:
     """Run `jax.nn.dot_product_attention`, through cuDNN on CUDA and through XLA elsewhere."""
     name, on_cuda = "dot_product", _on_cuda()
@@ -48,7 +55,12 @@ def dot_product(
 
 
 def splash(
-    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
+    return_lse: bool = False,
 ) -> Any:
     """Run jax's splash attention for TPU with a dense mask that is known only at run time.
 
@@ -76,7 +88,12 @@ def splash(
 
 
 def tpu_flash(
-    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
+    return_lse: bool = False,
 ) -> Any:
     """Run jax's flash attention for TPU with a bias [B, N, T, S] as mask.
 
@@ -99,7 +116,12 @@ def tpu_flash(
 
 
 def tokamax(
-    q: jax.Array, k: Any, v: Any, mask: Any, scale: jax.Array, return_lse: bool = False
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
+    return_lse: bool = False,
 ) -> Any:
     """Run the package tokamax with its best kernel for the device.
 
@@ -228,7 +250,7 @@ def _declining(name: str, q: jax.Array) -> Iterator[None]:
 
 
 def _dense(
-    name: str, q: jax.Array, k: Any, v: Any, mask: Any, scale: Any
+    name: str, q: jax.Array, k: KeysOrValues, v: KeysOrValues, mask: Mask, scale: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return a library's operands: scaled q, k and v as arrays of q's dtype, and the dense mask.
 
@@ -236,7 +258,7 @@ def _dense(
     [B, T, S]. Raises NotImplementedError for an unsupported dtype or number of heads.
     """
     flash.decline(name, q, k, ("bfloat16", "float16", "float32"), (q.shape[-1],))
-    k, v = (x.dequantize(q.dtype) if hasattr(x, "dequantize") else x for x in (k, v))
+    k, v = (x.dequantize(q.dtype) if isinstance(x, flash.Quantised) else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
     return flash.factored(q, scale), k.astype(q.dtype), v.astype(q.dtype), mask.visible()
 
