@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from qwen_jax.attention import reference, registry, ring, workloads
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.workloads import Case
+from qwen_jax.kernels.flash import CacheLeaf, Quantised
 from qwen_jax.kernels.mask import Mask
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -55,7 +56,7 @@ def _small(case: Case) -> Case:
     return dataclasses.replace(case, features=features, **shape)
 
 
-def _ways(case: Case, name: str, *, in_parts: bool) -> list[Callable[..., Any]]:
+def _ways(case: Case, name: str, *, in_parts: bool) -> list[Attend]:
     """Return the functions to compare with the XLA reference.
 
     They are the implementation `name` itself and, with in_parts, the same one on two parts of the
@@ -74,7 +75,7 @@ def _wanted(case: Case) -> list[jax.Array]:
 
 
 def _in_parts(
-    attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any
+    attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: jax.Array
 ) -> jax.Array:
     """Attend to the first third of the keys and to the rest, and merge both by log-sum-exp."""
     parts = []
@@ -101,9 +102,9 @@ def _with_all(mask: Mask) -> Mask:
 def _results(case: Case, attend: Attend, *, dtype: str) -> list[jax.Array]:
     """Make a case's call by `attend` with operands of `dtype`. Returns outputs or gradients."""
 
-    def cast(x: Any) -> Any:
-        x = x.dequantize(dtype) if hasattr(x, "dequantize") and dtype != case.dtype else x
-        return x if hasattr(x, "dequantize") else x.astype(dtype)
+    def cast(x: CacheLeaf) -> CacheLeaf:
+        x = x.dequantize(dtype) if isinstance(x, Quantised) and dtype != case.dtype else x
+        return x if isinstance(x, Quantised) else x.astype(dtype)
 
     arrays = [cast(x) for x in _arguments(case, workloads.normal, leaf=workloads.leaf)]
     return _call(case, attend)(*arrays)
@@ -136,7 +137,7 @@ def _call(case: Case, attend: Attend) -> Callable[..., list[jax.Array]]:
     mask, scale = _with_all(workloads.mask_of(case)), workloads.scale_of(case)
 
     @jax.jit
-    def run(q: Any, k: Any, v: Any, do: Any) -> list[jax.Array]:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> list[jax.Array]:
         if case.task == "forward":
             return [attend(q, k, v, mask, scale)]
         return list(jax.vjp(lambda q, k, v: attend(q, k, v, mask, scale), q, k, v)[1](do))

@@ -8,18 +8,20 @@ slots form a ring: the token written at index i lies in slot i mod S.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import registry, ring
 from qwen_jax.attention.reference import Attend
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
+from qwen_jax.kernels.flash import CacheLeaf, KeysOrValues, Quantised
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
@@ -35,8 +37,8 @@ class LayerCache:
     k, v: [B, K, S, H] each, keys after RoPE and values, as arrays or `Int8`.
     """
 
-    k: Any
-    v: Any
+    k: CacheLeaf
+    v: CacheLeaf
 
     def extend(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, ""]
@@ -47,7 +49,7 @@ class LayerCache:
         """
         return LayerCache(_put(self.k, k, index=index), _put(self.v, v, index=index))
 
-    def read(self) -> tuple[Any, Any]:
+    def read(self) -> tuple[KeysOrValues, KeysOrValues]:
         """Return the cached keys and values as [B, S, K, H], the order that attention takes."""
         return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (self.k, self.v))
 
@@ -66,7 +68,7 @@ class LayerCache:
         past: Mask | None,
         scale: Float[Array, "B T"],
         index: Int[Array, ""],
-    ) -> tuple[jax.Array, "LayerCache"]:
+    ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
         """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the new cache.
 
         implementation: an attention function, from `registry.get` or `prove.resolve`.
@@ -98,7 +100,9 @@ class LayerCache:
                 o = implementation(q, k, v, own, scale)
             elif decode is not None:
                 start = index - own.q_positions[:, 0]
-                held = (x if isinstance(x, Int8) else x.astype(q.dtype) for x in (layer.k, layer.v))
+                held = (
+                    x if isinstance(x, Quantised) else x.astype(q.dtype) for x in (layer.k, layer.v)
+                )
                 o = decode(q, k, v, *held, start, index, own.window, scale)
             else:
                 found = implementation(q, k, v, own, scale, return_lse=True)
@@ -137,8 +141,8 @@ class Cache:
     """
 
     layers: tuple[LayerCache, ...]
-    start: jax.Array
-    index: jax.Array
+    start: Int[Array, " B"]
+    index: Int[Array, ""]
     fresh: bool = struct.field(pytree_node=False)
 
     @property
@@ -148,7 +152,7 @@ class Cache:
 
     def context(
         self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> tuple[Mask | None, jax.Array | None]:
+    ) -> tuple[Mask | None, Int[Array, ""]]:
         """Return the mask of this pass's queries over the cached keys, and the write index.
 
         positions, segments: int32 [B, T], of the queries.
@@ -186,7 +190,7 @@ def _past_mask(
 
 
 def empty(
-    config: Config, start: Int[Array, " B"], *, capacity: int, dtype: Any, kind: str | None
+    config: Config, start: Int[Array, " B"], *, capacity: int, dtype: DTypeLike, kind: str | None
 ) -> Cache:
     """Make an empty KV cache for a batch of sequences.
 
@@ -206,7 +210,7 @@ def empty(
     return Cache(layers, start, index, fresh=True)
 
 
-def held_dtype(dtype: Any) -> Any:
+def held_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the dtype in which a cache stores floats of `dtype`: float32 on a CPU, else `dtype`.
 
     XLA's CPU backend rewrites a whole bfloat16 or float16 array at every write, and converts it to
@@ -217,7 +221,7 @@ def held_dtype(dtype: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _zeros(
-    num_layers: int, shape: tuple[int, ...], dtype: Any, kind: str | None
+    num_layers: int, shape: tuple[int, ...], dtype: DTypeLike, kind: str | None
 ) -> tuple[tuple[LayerCache, ...], jax.Array]:
     """Make the layers of an empty cache and a write index of 0, in one program for all arrays.
 
@@ -226,10 +230,10 @@ def _zeros(
     kind: None, "int8" or "int8_asymmetric".
     """
 
-    def zeros(letters: str, dtype: Any) -> jax.Array:
+    def zeros(letters: str, dtype: DTypeLike) -> jax.Array:
         return jnp.zeros(shape[: len(letters)], dtype, out_sharding=sharding.spec(letters))
 
-    def leaf() -> Any:
+    def leaf() -> CacheLeaf:
         if kind is None:
             return zeros("BKSH", dtype)
         zero = zeros("BKS", jnp.float32) if kind == "int8_asymmetric" else None
@@ -281,14 +285,14 @@ def _merge_cached(
     return jax.lax.fori_loop(0, pieces, fold, found)
 
 
-def _put(leaf: Any, new: jax.Array, *, index: jax.Array) -> Any:
+def _put(leaf: CacheLeaf, new: jax.Array, *, index: jax.Array) -> CacheLeaf:
     """Return a cache leaf with new keys or values written from slot `index` mod S on.
 
     leaf: [B, K, S, H], an array or `Int8`.
     new: [B, T, K, H], floats, which are quantised as the leaf is.
     """
     new = jnp.swapaxes(new, 1, 2)  # [B, K, T, H]
-    written = quantize(new, leaf.zero is None) if isinstance(leaf, Int8) else new
+    written = quantize(new, leaf.zero is None) if isinstance(leaf, Quantised) else new
     slot = index % jax.tree.leaves(leaf)[0].shape[2]
 
     def write(buffer: jax.Array, part: jax.Array) -> jax.Array:

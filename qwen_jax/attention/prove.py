@@ -14,9 +14,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from qwen_jax.attention import agreement, deadline, registry, timing, verdicts, workloads
 from qwen_jax.attention.reference import Attend
@@ -26,6 +26,7 @@ from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
 from qwen_jax.meshes import sharding
+from qwen_jax.meshes.sharding import MeshOrSizes
 from qwen_jax.runtime import processes
 
 ROUNDS = 5  # rounds in which a kernel and the reference are timed in turns
@@ -34,7 +35,13 @@ REFERENCE = "xla"
 
 
 def passes(
-    config: Config, dtype: Any, *, rows: int, length: int, backward: bool = False, mesh: Any = None
+    config: Config,
+    dtype: DTypeLike,
+    *,
+    rows: int,
+    length: int,
+    backward: bool = False,
+    mesh: MeshOrSizes | None = None,
 ) -> list[Case]:
     """Return the attention calls of a forward or training pass, on which `resolve` tests kernels.
 
@@ -52,7 +59,13 @@ def passes(
 
 
 def decoding(
-    config: Config, dtype: Any, *, rows: int, slots: int, cache: str | None = None, mesh: Any = None
+    config: Config,
+    dtype: DTypeLike,
+    *,
+    rows: int,
+    slots: int,
+    cache: str | None = None,
+    mesh: MeshOrSizes | None = None,
 ) -> list[Case]:
     """Return the attention call of a decode step, on which `resolve` tests kernels.
 
@@ -69,7 +82,7 @@ def _case(
     task: str,
     config: Config,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     rows: int,
     length: int,
     sizes: Mapping[str, int],

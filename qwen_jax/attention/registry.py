@@ -46,7 +46,7 @@ def on_shards(attend: Attend) -> Attend:
 
     @functools.wraps(attend)
     def run(
-        q: jax.Array,
+        q: Float[Array, "B T N H"],
         k: KeysOrValues,
         v: KeysOrValues,
         mask: Mask,

@@ -18,19 +18,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from qwen_jax.attention.reference import Attend
 from qwen_jax.kernels.flash import KeysOrValues
+from qwen_jax.kernels.mask import Mask
 from qwen_jax.meshes import sharding
 
 
 def ring_attention(
     implementation: Attend,
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     *,
     k: KeysOrValues,
     v: KeysOrValues,
-    mask: Any,
+    mask: Mask,
     scale: jax.Array,
     return_lse: bool = False,
 ) -> Any:
@@ -45,7 +47,14 @@ def ring_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+def _ring(
+    implementation: Attend,
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Compute o and its log-sum-exp in float32, passing keys and values around the ring once."""
     keys = (k, v, mask.k_positions, mask.k_segments)
 
@@ -61,12 +70,19 @@ def _ring(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) ->
     return o, lse
 
 
-def _forward(implementation: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+def _forward(
+    implementation: Attend,
+    q: jax.Array,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    mask: Mask,
+    scale: jax.Array,
+) -> tuple[Any, Any]:
     out: Any = _ring(implementation, q, k, v, mask, scale)
     return out, (q, k, v, mask, scale, *out)
 
 
-def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
+def _backward(implementation: Attend, saved: Any, cotangents: Any) -> Any:
     """Compute the gradients, passing keys, values and their gradients around the ring."""
     q, k, v, mask, scale, o, lse = saved
     do, dlse = cotangents
@@ -107,7 +123,9 @@ def _backward(implementation: Any, saved: Any, cotangents: Any) -> Any:
 _ring.defvjp(_forward, _backward)
 
 
-def _arguments(q: Any, keys: Any, *, mask: Any, scale: Any) -> tuple[Any, ...]:
+def _arguments(
+    q: jax.Array, keys: tuple[Any, ...], *, mask: Mask, scale: jax.Array
+) -> tuple[Any, ...]:
     """Return an implementation's arguments for the keys that have arrived from another device.
 
     keys: the tuple (k, v, key positions, key segments) that travels around the ring.
@@ -123,7 +141,9 @@ def _pass_on(x: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.ppermute(a, sharding.CONTEXT, ring), x)
 
 
-def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+def merge(
+    parts: Sequence[tuple[jax.Array, jax.Array]],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Merge attention over several sets of keys into one softmax over all of them.
 
     parts: float32 o [B, T, N, H] and log-sum-exp [B, T, N] for each set, as with return_lse.

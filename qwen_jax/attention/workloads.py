@@ -17,6 +17,7 @@ from qwen_jax.attention import cache, registry, ring, timing
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.timing import Program
 from qwen_jax.kernels import choice, others
+from qwen_jax.kernels.flash import CacheLeaf
 from qwen_jax.kernels.mask import FULL, Mask
 from qwen_jax.leaves import int8
 
@@ -127,7 +128,7 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
     if case.task == "decode":
         token = dataclasses.replace(case, length=1)
 
-        def arguments() -> Any:
+        def arguments() -> tuple[Any, ...]:
             own = [drawn(token, n, 0) for n in (case.heads, kv_heads, kv_heads)]
             start, index = jnp.zeros((case.batch,), jnp.int32), jnp.int32(case.length)
             return (
@@ -142,10 +143,10 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
 
         return functools.partial(decode, attend), jax.eval_shape(arguments)
 
-    def whole(q: Any, k: Any, v: Any) -> Any:
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attend(q, k, v, mask_of(case), scale_of(case))
 
-    def run(q: Any, k: Any, v: Any, do: Any) -> Any:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
         o, pull = jax.vjp(whole, q, k, v)
         return pull(do) if case.task == "backward" else o
 
@@ -186,15 +187,15 @@ def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
     kv_heads = case.heads // case.groups
     keys = [tuple(normal(case, kv_heads, 2 + 2 * i + j) for j in (0, 1)) for i in _n(case)]
 
-    def forward(q: Any, keys: Any) -> Any:
+    def forward(q: jax.Array, keys: Any) -> jax.Array:
         for k, v in keys:
             q = attend(q, k, v)
         return q
 
-    def pullbacks(q: Any, keys: Any) -> Any:
+    def pullbacks(q: jax.Array, keys: Any) -> list[Any]:
         return [jax.vjp(attend, q, k, v)[1] for k, v in keys]
 
-    def backward(pulls: Any, do: Any) -> Any:
+    def backward(pulls: list[Any], do: jax.Array) -> tuple[jax.Array, list[Any]]:
         gradients = []
         for pull in pulls:
             do, *others = pull(do)
@@ -218,7 +219,7 @@ def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Progr
     start, index = jnp.zeros((case.batch,), jnp.int32), jnp.int32(case.length)
     window, scale = jnp.int32(FULL), scale_of(token)
 
-    def run(q: Any, k: Any, v: Any, layers: Any, *rest: Any) -> Any:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, layers: Any, *rest: Any) -> jax.Array:
         for leaves in layers:
             q = step(q, k, v, *leaves, *rest)
         return q
@@ -231,8 +232,8 @@ def decode(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cache_k: Any,
-    cache_v: Any,
+    cache_k: CacheLeaf,
+    cache_v: CacheLeaf,
     start: jax.Array,
     index: jax.Array,
     window: jax.Array,
@@ -305,7 +306,7 @@ def leaves(case: Case, layer: int) -> tuple[Any, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def leaf(case: Case, seed: int) -> Any:
+def leaf(case: Case, seed: int) -> CacheLeaf:
     """Draw cached keys or values [B, K, S, H] from N(0, 1), quantised if the case's cache is."""
     shape = (case.batch, case.heads // case.groups, case.length, case.head_dim)
     x = jax.random.normal(jax.random.key(seed), shape, case.dtype)

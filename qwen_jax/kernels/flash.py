@@ -107,7 +107,7 @@ class Body(Protocol):
 
 def attend_through(
     body: Body,
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,

@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
 from qwen_jax.kernels.flash import KeysOrValues, Ref
@@ -219,7 +220,7 @@ class Hopper:
 
 
 def hopper_attention(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,

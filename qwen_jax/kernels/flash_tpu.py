@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
 from qwen_jax.kernels.flash import KeysOrValues, Ref
@@ -295,7 +296,7 @@ _SMALL = Generation(_TINY, _TINY, 256, 15 * _MIB)  # for interpreted kernels
 
 
 def tpu_attention(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
 from qwen_jax.kernels.flash import KeysOrValues, Ref
@@ -246,7 +247,7 @@ _FLOAT32 = {
 
 
 def triton_attention(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,

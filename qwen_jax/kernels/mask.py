@@ -1,7 +1,7 @@
 """The attention mask (`Mask`): positions, segments and a window, never an array [T, S]."""
 
-import jax
 from flax import struct
+from jaxtyping import Array, Bool, Int
 
 FULL = 2**30  # a window that no length reaches
 
@@ -20,13 +20,13 @@ class Mask:
     window: int32 [], in tokens.
     """
 
-    q_positions: jax.Array
-    k_positions: jax.Array
-    q_segments: jax.Array
-    k_segments: jax.Array
-    window: jax.Array
+    q_positions: Int[Array, "B T"]
+    k_positions: Int[Array, "B S"]
+    q_segments: Int[Array, "B T"]
+    k_segments: Int[Array, "B S"]
+    window: Int[Array, ""]
 
-    def visible(self) -> jax.Array:
+    def visible(self) -> Bool[Array, "B T S"]:
         """Return the dense mask, bool [B, T, S]: whether each query attends to each key."""
         distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
         same = self.q_segments[:, :, None] == self.k_segments[:, None, :]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
 from qwen_jax.kernels.flash import KeysOrValues
@@ -30,7 +31,7 @@ _HIDDEN = -1e7
 
 
 def dot_product(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
@@ -55,7 +56,7 @@ def dot_product(
 
 
 def splash(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
@@ -88,7 +89,7 @@ def splash(
 
 
 def tpu_flash(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
@@ -116,7 +117,7 @@ def tpu_flash(
 
 
 def tokamax(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,

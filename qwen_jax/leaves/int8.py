@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen_jax.leaves.weights import Leaf, Weight, product, scaled_product
@@ -33,7 +34,7 @@ class Int8(Leaf):
 
     values: Any
     scale: Any
-    zero: Any = None
+    zero: jax.Array | None = None
 
     @property
     def letters(self) -> str:
@@ -44,14 +45,14 @@ class Int8(Leaf):
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """Return the array as floats, computed in float32 and rounded to `dtype`."""
         x = self.values[...].astype(jnp.float32) * self.scale[...].astype(jnp.float32)[..., None]
         return (x if self.zero is None else x + self.zero[..., None]).astype(dtype)
 
 
 def quantize(
-    x: Float[Array, "... H"], symmetric: bool = True, *, scale_dtype: Any = jnp.float32
+    x: Float[Array, "... H"], symmetric: bool = True, *, scale_dtype: DTypeLike = jnp.float32
 ) -> Int8:
     """Round x [..., H] to 8-bit integers, with a scale for each vector along H.
 
@@ -81,7 +82,7 @@ def quantize_weight(weight: Weight) -> Int8:
     )
 
 
-def of_layers(path: str, weight: Weight) -> Any:
+def of_layers(path: str, weight: Weight) -> Weight | Int8:
     """Convert a weight to int8 if it is a matrix of a layer, and return any other one unchanged.
 
     Embedding, head, norms and biases keep their dtype, as they are few and matter more. It is a

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import struct
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, UInt32
 
 from qwen_jax.leaves.weights import Leaf, Weight, product, scaled_product
 from qwen_jax.meshes import sharding
@@ -22,10 +23,10 @@ class Lora(Leaf):
     dropout: the share of the input of `a` that dropout sets to 0.
     """
 
-    base: Any
+    base: Weight | Leaf
     a: Weight
     b: Weight
-    key: Any
+    key: UInt32[Array, "... 2"] | None
     scale: float = struct.field(pytree_node=False)
     dropout: float = struct.field(pytree_node=False)
 

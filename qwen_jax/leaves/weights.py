@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen_jax.meshes import sharding
@@ -37,7 +38,7 @@ class Maker:
     dtype: the dtype of the weights.
     """
 
-    def __init__(self, sizes: Mapping[str, int], key: jax.Array, *, dtype: Any):
+    def __init__(self, sizes: Mapping[str, int], key: jax.Array, *, dtype: DTypeLike):
         self._sizes, self._key, self._dtype = sizes, key, dtype
         self._drawn = 0
 
@@ -79,8 +80,13 @@ class Maker:
 
 
 def contract(
-    equation: str, x: Float[Array, "B T _"], *, weight: Any, out: P | None = None, **kwargs: Any
-) -> jax.Array:
+    equation: str,
+    x: Float[Array, "B T _"],
+    *,
+    weight: Weight | Leaf,
+    out: P | None = None,
+    **kwargs: Any,
+) -> Float[Array, "B T _"]:
     """Multiply an activation x by a weight of any kind, as an einsum equation says.
 
     equation: an einsum equation such as "BTD,FD->BTF".
@@ -125,7 +131,13 @@ def _(weight: Weight, equation: str, x: jax.Array, out: P | None, **kwargs: Any)
 
 
 def scaled_product(
-    weight: Any, scale: Any, *, equation: str, x: jax.Array, out: P | None, **kwargs: Any
+    weight: Weight | Leaf,
+    scale: Float[Array, " outputs"] | float,
+    *,
+    equation: str,
+    x: jax.Array,
+    out: P | None,
+    **kwargs: Any,
 ) -> jax.Array:
     """Multiply an activation x by a weight, and the result by a scale.
 
@@ -145,7 +157,7 @@ def scaled_product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _rounded_product(
-    x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
+    x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: DTypeLike | None
 ) -> jax.Array:
     """Multiply x by a weight w of a wider dtype, which is rounded to x's dtype first.
 
@@ -158,7 +170,7 @@ def _rounded_product(
 
 
 def _einsum(
-    equation: str, x: jax.Array, *, y: jax.Array, out: P | None, preferred: Any
+    equation: str, x: jax.Array, *, y: jax.Array, out: P | None, preferred: DTypeLike | None
 ) -> jax.Array:
     """Compute the einsum of x and y, in full float32 if x is float32."""
     settings: Any = {"precision": precision(x), "preferred_element_type": preferred}
@@ -166,14 +178,14 @@ def _einsum(
 
 
 def _rounded_product_forward(
-    x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: Any
+    x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: DTypeLike | None
 ) -> tuple[jax.Array, Any]:
     rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # empty: it carries the dtype
     return _einsum(equation, x, y=rounded, out=out, preferred=preferred), (x, rounded, no_weights)
 
 
 def _rounded_product_backward(
-    equation: str, out: P | None, preferred: Any, saved: Any, dy: jax.Array
+    equation: str, out: P | None, preferred: DTypeLike | None, saved: Any, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w, like = saved
     given, leaf, result = equation.replace("->", ",").split(",")
@@ -214,7 +226,7 @@ def named_leaves(tree: Any) -> dict[str, Weight]:
 def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
     """Return the same module with each weight, of any kind, replaced by `leaf(path, weight)`."""
 
-    def put(path: Any, x: Weight) -> Any:
+    def put(path: tuple[Any, ...], x: Weight) -> Any:
         return leaf(".".join(_key(step) for step in path), x)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=_is_leaf)

@@ -15,7 +15,16 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from qwen_jax.meshes.sharding import AXES, BATCH, CONTEXT, COPIES, TENSOR, WEIGHTS, axis_sizes
+from qwen_jax.meshes.sharding import (
+    AXES,
+    BATCH,
+    CONTEXT,
+    COPIES,
+    TENSOR,
+    WEIGHTS,
+    MeshOrSizes,
+    axis_sizes,
+)
 from qwen_jax.runtime.texts import described
 
 _MOST_TRIED = 2**13  # the most devices of a suggested mesh
@@ -162,7 +171,9 @@ def entered(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
-def check(lengths: Mapping[str, int], mesh: Any, *, sequence_parallel: bool = False) -> None:
+def check(
+    lengths: Mapping[str, int], mesh: MeshOrSizes, *, sequence_parallel: bool = False
+) -> None:
     """Raise ValueError, with the nearest mesh that works, if a model does not divide over `mesh`.
 
     lengths: the lengths of array axes by letter: V, D, N, K, F and, where known, B (sequences of a
@@ -179,7 +190,9 @@ def check(lengths: Mapping[str, int], mesh: Any, *, sequence_parallel: bool = Fa
     raise ValueError(f"mesh {describe(sizes)}: {problem}{advice}")
 
 
-def splits_tokens(asked: bool | None, length: int, *, mesh: Any | None = None) -> tuple[bool, str]:
+def splits_tokens(
+    asked: bool | None, length: int, *, mesh: MeshOrSizes | None = None
+) -> tuple[bool, str]:
     """Decide whether training splits the residual stream by tokens over `tp`.
 
     Each device of `tp` then stores a part of the residual stream instead of the whole, at the cost

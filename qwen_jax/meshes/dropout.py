@@ -5,7 +5,6 @@ batch, its token and its column.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 from flax import struct
 from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.meshes import moves
 
@@ -29,16 +28,19 @@ class Dropout:
     key: jax.Array
     rate: float = struct.field(pytree_node=False)
 
-    def of_embeddings(self, x: jax.Array) -> jax.Array:
+    def of_embeddings(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Drop elements of the embeddings."""
         return self._drop(x, 0)
 
-    def of_attention(self, x: jax.Array) -> jax.Array:
+    def of_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Drop elements of an attention's output, before the residual sum."""
         return self._drop(x, 1)
 
-    def of_feed_forward(self, x: jax.Array) -> jax.Array:
+    def of_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Drop elements of a feed-forward network's output, before the residual sum."""
         return self._drop(x, 2)
 
-    def in_layer(self, layer: Any) -> "Dropout":
+    def in_layer(self, layer: Int[Array, ""]) -> "Dropout":
         """Return the dropout of one layer, which has a PRNG key of its own."""
         return Dropout(jax.random.fold_in(self.key, 3 + layer), self.rate)
 
@@ -46,7 +48,7 @@ class Dropout:
         return drop(x, jax.random.fold_in(self.key, place), rate=self.rate)
 
 
-def drop(x: Float[Array, "B T D"], key: jax.Array, *, rate: float) -> jax.Array:
+def drop(x: Float[Array, "B T D"], key: jax.Array, *, rate: float) -> Float[Array, "B T D"]:
     """Set a random share `rate` of the elements of x [B, T, D] to 0; divide the rest by 1 - rate.
 
     The draw of an element (Threefry, as in `jax.random`) depends on the key, its sequence in the

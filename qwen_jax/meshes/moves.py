@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
 
 from qwen_jax.meshes.sharding import (
     CONTEXT,
     COPIES,
     TENSOR,
     WEIGHTS,
+    Entry,
     axis_sizes,
     entries,
     held_heads,
@@ -86,7 +88,7 @@ def handed_over(x: jax.Array) -> jax.Array:
     return jax.device_put(x, NamedSharding(free, sharding.spec))
 
 
-def unshard(tree: Any, dtype: Any = None) -> Any:
+def unshard(tree: Any, dtype: DTypeLike | None = None) -> Any:
     """Gather the weights of a tree over the FSDP axes just before their use, rounded to `dtype`.
 
     tree: a module, or any tree of weights.
@@ -108,7 +110,7 @@ def unshard(tree: Any, dtype: Any = None) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
+def _gathered(leaf: jax.Array, dtype: DTypeLike, own: DTypeLike, spec: P) -> jax.Array:
     """Gather one weight over the FSDP axes, rounded to `dtype`.
 
     own, spec: the weight's dtype and partitioning. The result has the wider of the two dtypes.
@@ -118,11 +120,15 @@ def _gathered(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> jax.Array:
     return whole.astype(jnp.promote_types(dtype, own))
 
 
-def _gathered_forward(leaf: jax.Array, dtype: Any, own: Any, spec: P) -> tuple[jax.Array, None]:
+def _gathered_forward(
+    leaf: jax.Array, dtype: DTypeLike, own: DTypeLike, spec: P
+) -> tuple[jax.Array, None]:
     return _gathered(leaf, dtype, own, spec), None
 
 
-def _scatter(dtype: Any, own: Any, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _scatter(
+    dtype: DTypeLike, own: DTypeLike, spec: P, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
     """The backward pass of `_gathered`: reduce-scatter by mesh axis, then sum over `data`."""
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
@@ -184,13 +190,13 @@ def leading_axis(stacked: jax.Array) -> int:
     return last if parts > 1 and stacked.shape[last] // parts < _LANES else 1
 
 
-def sequence_parallel(x: Float[Array, "B T D"]) -> jax.Array:
+def sequence_parallel(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Split the tokens of the residual stream x [B, T, D] over `tp` too."""
     rows, tokens, *rest = jax.typeof(x).sharding.spec
     return jax.reshard(x, P(rows, _with(tokens, TENSOR), *rest))
 
 
-def to_columns(x: Float[Array, "B T D"], split: bool = True) -> jax.Array:
+def to_columns(x: Float[Array, "B T D"], split: bool = True) -> Float[Array, "B T D"]:
     """Gather the tokens of an activation x [B, T, D] over `tp`, for column-parallel products.
 
     The gradients of all products that use the result are summed over `tp` once, together.
@@ -206,7 +212,9 @@ def to_columns(x: Float[Array, "B T D"], split: bool = True) -> jax.Array:
     return jax.reshard(x, P(rows, kept, *rest, reduced=frozenset([TENSOR] if split else [])))
 
 
-def to_heads(x: Float[Array, "B T D"], kv_heads: int) -> tuple[jax.Array, jax.Array]:
+def to_heads(
+    x: Float[Array, "B T D"], kv_heads: int
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """Gather the tokens of x [B, T, D] over `tp`, for the products that make queries and keys.
 
     Returns x for the queries, and x for the keys and values. They differ where `tp` does not divide
@@ -216,19 +224,19 @@ def to_heads(x: Float[Array, "B T D"], kv_heads: int) -> tuple[jax.Array, jax.Ar
     return columns, columns if held_heads(kv_heads) == kv_heads else to_columns(x, split=False)
 
 
-def split_heads(x: Float[Array, "B T _"], head_dim: int) -> jax.Array:
+def split_heads(x: Float[Array, "B T _"], head_dim: int) -> Float[Array, "B T N H"]:
     """Split the last axis into heads: [B, T, N H] -> [B, T, N, H]."""
     spec = jax.typeof(x).sharding.spec
     return jnp.reshape(x, (*x.shape[:2], -1, head_dim), out_sharding=P(*spec, None))
 
 
-def merge_heads(x: Float[Array, "B T N H"]) -> jax.Array:
+def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T _"]:
     """Merge the last two axes, heads and their elements: [B, T, N, H] -> [B, T, N H]."""
     spec = jax.typeof(x).sharding.spec
     return jnp.reshape(x, (*x.shape[:2], -1), out_sharding=P(*spec[:3]))
 
 
-def spread_heads(x: Float[Array, "B T K H"]) -> jax.Array:
+def spread_heads(x: Float[Array, "B T K H"]) -> Float[Array, "B T held H"]:
     """Repeat the heads of keys or values x [B, T, K, H] so that `tp` divides them, and split them.
 
     Returns [B, T, heads, H], or x itself if `tp` divides K.
@@ -241,7 +249,7 @@ def spread_heads(x: Float[Array, "B T K H"]) -> jax.Array:
     return jax.reshard(x.reshape(batch, length, held, dim), spec("BTKH"))
 
 
-def own_rows(x: Shaped[Array, "b ..."]) -> jax.Array:
+def own_rows(x: Shaped[Array, "b ..."]) -> Shaped[Array, "share ..."]:
     """Take this device's share of the sequences of a batch that all devices of `tp` hold.
 
     x: [b, ...], an entry for each sequence, padded with zeros to a multiple of `tp`. Runs within
@@ -255,7 +263,7 @@ def own_rows(x: Shaped[Array, "b ..."]) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * share, share)
 
 
-def whole_rows(x: Shaped[Array, "b columns"]) -> jax.Array:
+def whole_rows(x: Shaped[Array, "b columns"]) -> Shaped[Array, "share V"]:
     """Exchange over `tp` some columns of all sequences for all columns of some sequences.
 
     x: [b, columns], this device's columns (of the vocabulary V) for b sequences, padded with zeros
@@ -269,7 +277,7 @@ def whole_rows(x: Shaped[Array, "b columns"]) -> jax.Array:
     return jax.lax.all_to_all(_filled_up(x, parts), TENSOR, 0, 1, tiled=True)
 
 
-def all_rows(x: Shaped[Array, "share ..."], rows: int) -> jax.Array:
+def all_rows(x: Shaped[Array, "share ..."], rows: int) -> Shaped[Array, "{rows} ..."]:
     """Gather over `tp` the `rows` sequences of a batch that `own_rows` has divided.
 
     x: [share, ...], this device's share. Returns [rows, ...]. Runs within `shard_map`.
@@ -284,12 +292,12 @@ def _filled_up(x: jax.Array, parts: int) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % parts), *[(0, 0)] * (x.ndim - 1)))
 
 
-def _with(entry: Any, axis: str) -> Any:
+def _with(entry: Entry, axis: str) -> Entry:
     """Add a mesh axis to an entry of a PartitionSpec, unless the axis has size 1."""
     return joined((*entries(entry), *((axis,) if axis_sizes()[axis] > 1 else ())))
 
 
-def zigzag(x: Shaped[Array, "B T"]) -> jax.Array:
+def zigzag(x: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
     """Reorder tokens [B, T] from sequence order to the order that balances ring attention."""
     if axis_sizes()[CONTEXT] == 1:
         return x
@@ -298,7 +306,7 @@ def zigzag(x: Shaped[Array, "B T"]) -> jax.Array:
     return jax.reshard(jax.reshard(x, P(rows, None))[:, order], spec("BT"))
 
 
-def zigzag_order(length: int) -> np.ndarray:
+def zigzag_order(length: int) -> Int[np.ndarray, " {length}"]:
     """Return the order of tokens that balances ring attention: their sequence positions, int32 [T].
 
     A sequence is cut into two pieces for each device of `context`, and device i of n holds pieces i

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp_outer", "fsdp", "context", "tp")
@@ -30,9 +30,13 @@ COPIES = "data"  # the devices along this axis hold equal weights
 CONTEXT = "context"
 TENSOR = "tp"
 _TENSOR_PARALLEL = frozenset("NKQUFV")
+MeshOrSizes = Mesh | AbstractMesh | Mapping[str, int]
+Entry = str | tuple[str, ...] | None  # the mesh axes that split one axis, in a PartitionSpec
 
 
-def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = None) -> P:
+def spec(
+    letters: str, lengths: Mapping[str, int] | None = None, *, mesh: MeshOrSizes | None = None
+) -> P:
     """Return the partitioning of an array from its axis letters, such as "BTD" or "FD".
 
     An array with the axis B is an activation, any other one a weight.
@@ -45,7 +49,7 @@ def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = 
     activation = "B" in letters
     heads = (lengths or {}).get("K", sizes[TENSOR])
 
-    def over(letter: str) -> Any:
+    def over(letter: str) -> Entry:
         axes: tuple[str, ...] = ()
         if letter == "B":
             axes = BATCH
@@ -60,17 +64,17 @@ def spec(letters: str, lengths: Mapping[str, int] | None = None, *, mesh: Any = 
     return P(*map(over, letters))
 
 
-def axis_sizes(mesh: Any = None) -> dict[str, int]:
+def axis_sizes(mesh: MeshOrSizes | None = None) -> dict[str, int]:
     """Return the size of each mesh axis in `AXES`, 1 for an axis that the mesh lacks.
 
     mesh: a mesh, or the sizes of its axes by name; None is the mesh in force.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    shape = getattr(mesh, "shape", mesh)
+    shape: Mapping[str, int] = mesh if isinstance(mesh, Mapping) else mesh.shape
     return {axis: shape.get(axis, 1) for axis in AXES}
 
 
-def named(letters: str, mesh: Any, *, lengths: Mapping[str, int] | None = None) -> NamedSharding:
+def named(letters: str, mesh: Mesh, *, lengths: Mapping[str, int] | None = None) -> NamedSharding:
     """Return the sharding of an array on the devices of `mesh`, from the array's axis letters.
 
     lengths: the lengths of axes by letter, where known: key/value heads (K and U) stay whole if
@@ -87,7 +91,7 @@ def on_devices(mesh: Mesh, tree: Any) -> Any:
     tree: shapes with partitionings, as from `jax.eval_shape`.
     """
 
-    def one(x: Any) -> jax.ShapeDtypeStruct:
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         place = NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
@@ -122,11 +126,11 @@ def padded_rows(rows: int) -> int:
     return shards * -(-rows // (shards * sizes[TENSOR])) * sizes[TENSOR]
 
 
-def entries(entry: Any) -> tuple[str, ...]:
+def entries(entry: Entry) -> tuple[str, ...]:
     """Return the mesh axes in one entry of a PartitionSpec, () for None."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def joined(axes: tuple[str, ...]) -> Any:
+def joined(axes: tuple[str, ...]) -> Entry:
     """Make an entry of a PartitionSpec from mesh axes. The inverse of `entries`."""
     return axes if len(axes) > 1 else axes[0] if axes else None
