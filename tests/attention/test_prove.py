@@ -35,6 +35,7 @@ from qwen_jax.attention.verdicts import Key, Verdict
 from qwen_jax.attention.workloads import Case
 from qwen_jax.decoding import decode
 from qwen_jax.kernels import choice
+from qwen_jax.leaves.int8 import quantize
 from qwen_jax.runtime import processes
 from tests.support import launch
 from tests.support.tiny import on_mesh, tiny_config
@@ -637,7 +638,7 @@ def test_auto_in_a_trace_takes_what_was_resolved(
     np.testing.assert_allclose(run(), 2 * plain, rtol=1e-5)
     keys = jnp.zeros((1, 2, 20, 16))
     assert attention.decoder(attention.auto, q[:, :1], keys=keys) is right_decoder
-    int8 = SimpleNamespace(values=keys, zero=None)
+    int8 = quantize(keys)
     assert attention.decoder(attention.auto, q[:, :1], keys=int8) is None  # proved for other leaves
     # A step is differentiated, which the kernel has failed: from then on it is not taken.
     prove.resolve("auto", [TINY, BACKWARD])

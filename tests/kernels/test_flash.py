@@ -192,7 +192,7 @@ def test_through_scan_checkpoint_and_vmap(name: str):
     ("dtype", "head_dim", "kv_heads", "what"),
     [
         (jnp.float64, 64, 2, "float64"),
-        (jnp.int32, 64, 2, "int32"),
+        (jnp.float8_e5m2, 64, 2, "float8_e5m2"),
         (jnp.float32, 48, 2, "head dim 48"),
         (jnp.float32, 64, 3, "4 query heads over 3 key heads"),
     ],

@@ -101,10 +101,10 @@ def test_a_cache_in_a_layout_of_its_own(cached: str):
 
 
 def test_what_it_does_not_do_is_declined(name: str):
-    q, k = jnp.ones((1, 8, 4, 64), jnp.int32), jnp.ones((1, 8, 3, 64), jnp.int32)
+    q, k = (jnp.ones((1, 8, heads, 64), jnp.float8_e5m2) for heads in (4, 3))
     ids = jnp.ones((1, 8), jnp.int32)
     mask = Mask(ids, ids, ids, ids, jnp.int32(FULL))
-    with pytest.raises(NotImplementedError, match=f"{name}: dtype int32"):
+    with pytest.raises(NotImplementedError, match=f"{name}: dtype float8_e5m2"):
         others.ATTEND[name](q, k, k, mask, jnp.float32(1))
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     with pytest.raises(NotImplementedError, match=f"{name}: 4 query heads over 3"):

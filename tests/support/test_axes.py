@@ -1,10 +1,14 @@
-"""Axes of array arguments are checked while tests run."""
+"""Axes of array arguments and results are checked while tests run."""
 
 import jax.numpy as jnp
 import pytest
+from jaxtyping import Array, Float, jaxtyped
 
+from qwen_jax.attention import Mask
+from qwen_jax.kernels import flash_tpu
 from qwen_jax.leaves.weights import contract
 from qwen_jax.model import rope
+from tests.support import axes
 from tests.support.tiny import tiny_config
 
 
@@ -16,3 +20,24 @@ def test_an_array_of_other_axes_is_refused():
         rope.rotary(scheme, jnp.ones((3, 5), jnp.int32), frequencies=jnp.ones((2, 8)))
     with pytest.raises(TypeError, match=r"contract[^$]*parameter 'x'"):
         contract("BTD,FD->BTF", jnp.ones((1, 2, 3), jnp.int32), weight=None)
+    with pytest.raises(TypeError, match=r"tpu_attention[^$]*parameter 'q'"):
+        flash_tpu.tpu_attention(jnp.ones((1, 8, 32)), None, None, None, jnp.float32(1))
+
+
+def test_a_field_of_other_axes_is_refused():
+    ids = jnp.ones((2, 3), jnp.int32)
+    with pytest.raises(TypeError, match=r"Mask.__init__[^$]*parameter 'q_segments'"):
+        Mask(ids, ids, ids[0], ids, jnp.int32(1))
+
+
+def test_a_result_of_other_axes_is_refused():
+    @jaxtyped(typechecker=axes.checked)
+    def halves(
+        x: Float[Array, "B T"], y: Float[Array, "B T"]
+    ) -> tuple[Float[Array, "B T"], Float[Array, " B"] | None]:
+        return x, y if y.sum() else y[:, 0]
+
+    ones = jnp.ones((2, 3))
+    assert halves(ones, 0 * ones)[1].shape == (2,)
+    with pytest.raises(TypeError, match=r"return value of [^$]*halves"):
+        halves(ones, ones)
