@@ -178,7 +178,7 @@ def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], *, ordere
         return f"no kernel is right and faster on this {here}"
     if ordered:
         return f"it is right on this {here}, and the fastest that was measured on such a device"
-    own, reference = _milliseconds(trials[name])
+    own, reference = verdicts.milliseconds(trials[name])
     return f"it is right on this {here}, and the fastest ({own:.4g} ms, xla {reference:.4g} ms)"
 
 
@@ -229,25 +229,13 @@ def decide(
             continue
         if ordered:
             return name, notes
-        own, reference = _milliseconds(found)
+        own, reference = verdicts.milliseconds(found)
         if own >= reference:
             line = f"attention: not {name}: slower here ({own:.4g} ms, xla {reference:.4g} ms)"
             notes.append((line, logging.INFO))
         elif own < least:
             best, least = name, own
     return best, notes
-
-
-def _milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
-    """Return a kernel's and the reference's milliseconds, each on its slowest process.
-
-    found: each process's verdicts on the cases. A time that one of them lacks counts as infinite.
-    """
-    own, reference = (
-        max(sum(getattr(x, field) or math.inf for x in each) for each in found)
-        for field in ("milliseconds", "xla_milliseconds")
-    )
-    return own, reference
 
 
 def _failure(name: str, process: int, *, verdict: Verdict, several: bool) -> tuple[str, int]:

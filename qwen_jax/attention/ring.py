@@ -78,6 +78,7 @@ def _forward(
     mask: Mask,
     scale: jax.Array,
 ) -> tuple[Any, Any]:
+    """Compute `_ring`, and what its gradients need."""
     out: Any = _ring(implementation, q, k, v, mask, scale)
     return out, (q, k, v, mask, scale, *out)
 

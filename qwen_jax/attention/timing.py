@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels import choice
 
-_SECONDS = 0.02  # the least duration of a turn, beside which the clock and the host do not count
+_SECONDS = 0.02  # the least duration of a turn, which makes the clock and the host negligible
 
 Program = Callable[[], Any]
 

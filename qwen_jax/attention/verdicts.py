@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -213,6 +214,18 @@ def driver() -> str:
         version = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
         said += f" {version.splitlines()[0]}"
     return " ".join(said.split())[:200]
+
+
+def milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
+    """Return the milliseconds of a kernel and of the reference on the slowest process of each.
+
+    found: for each process its verdicts, one for each task. Infinite where one was not timed.
+    """
+    own, reference = (
+        max(sum(getattr(x, field) or math.inf for x in each) for each in found)
+        for field in ("milliseconds", "xla_milliseconds")
+    )
+    return own, reference
 
 
 def table(found: Sequence[Verdict]) -> str:

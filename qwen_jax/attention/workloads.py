@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import cache, registry, ring, timing
 from qwen_jax.attention.reference import Attend
@@ -229,16 +230,16 @@ def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Progr
 
 def decode(
     attend: Attend,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     cache_k: CacheLeaf,
     cache_v: CacheLeaf,
-    start: jax.Array,
-    index: jax.Array,
-    window: jax.Array,
-    scale: jax.Array,
-) -> jax.Array:
+    start: Int[Array, " B"],
+    index: Int[Array, ""],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
+) -> Float[Array, "B T N H"]:
     """Attend from a few tokens to a cache and to themselves, without writing them into the cache.
 
     attend: an attention function, whose decode kernel is used if it has one.

@@ -54,7 +54,7 @@ class Quantised(Protocol):
         ...
 
 
-KeysOrValues = Float[Array, "B S K H"] | Quantised
+KeysOrValues = Float[Array, "B S K H"] | Quantised  # in the order that attention takes
 CacheLeaf = Float[Array, "B K S H"] | Quantised  # keys or values in the order of the cache
 
 
@@ -157,6 +157,7 @@ def _flash_forward(
     mask: Mask,
     scale: jax.Array,
 ) -> tuple[Any, Any]:
+    """Compute `_flash`, and what its gradients need."""
     o, lse = body.forward(q, k, v, mask, scale, dtype)
     return (o, lse), (q, k, v, mask, scale, o, lse)
 

@@ -33,7 +33,7 @@ _INDEX_BITS = 13
 _FIRST, _LAST = 4, 8  # the first, the last step of an output block
 _EMPTY, _FULL, _NEAR, _MIXED = 0, 1, 2, 3  # _NEAR: one segment, so only positions are compared
 _SIGN = jnp.iinfo(jnp.int32).min
-_Index = Callable[[jax.Array], jax.Array]
+_Index = Callable[[jax.Array], jax.Array]  # from a packed step, or a head, to an index
 
 
 @dataclasses.dataclass(frozen=True)

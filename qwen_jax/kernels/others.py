@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels import choice, flash
 from qwen_jax.kernels.flash import KeysOrValues
@@ -137,13 +137,17 @@ def tokamax(
     return _seen(visible, o)
 
 
-def _causal_dot_product(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _causal_dot_product(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> Float[Array, "B T N H"]:
     implementation = "cudnn" if _on_cuda() else None
     with _declining("dot_product", q):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
-def _causal_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _causal_splash(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> Float[Array, "B T N H"]:
     interpret, length = choice.interpreted("splash", "tpu"), q.shape[1]
     with _declining("splash", q):
         masks = importlib.import_module(f"{_SPLASH}.splash_attention_mask")
@@ -153,7 +157,9 @@ def _causal_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(o, 1, 2)[:, :length]
 
 
-def _causal_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _causal_flash(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> Float[Array, "B T N H"]:
     interpret, length = choice.interpreted("flash", "tpu"), q.shape[1]
     with _declining("flash", q), _interpreting(interpret):
         q, k, v = _tpu_layout(q, k, v)
@@ -166,7 +172,9 @@ def _causal_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(o, 1, 2)[:, :length]
 
 
-def _causal_tokamax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _causal_tokamax(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> Float[Array, "B T N H"]:
     with _declining("tokamax", q):
         return _tokamax(q, k, v, is_causal=True)
 
@@ -183,7 +191,12 @@ class Cached(NamedTuple):
     attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _cached_dot_product(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+def _cached_dot_product(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    length: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
     implementation = "cudnn" if _on_cuda() else None
     with _declining("dot_product", q):
         return jax.nn.dot_product_attention(
@@ -191,13 +204,18 @@ def _cached_dot_product(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Ar
         )
 
 
-def _pages(x: jax.Array) -> jax.Array:
+def _pages(x: Float[Array, "B K S H"]) -> Float[Array, "K pages page H"]:
     """Cut a cache leaf [B, K, S, H] into pages of `_PAGE` tokens, [K, pages, page, H]."""
     x = flash.pad(x, 2, flash.round_up(x.shape[2], _PAGE))
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, _PAGE, x.shape[3])
 
 
-def _cached_paged(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+def _cached_paged(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "K pages page H"],
+    v: Float[Array, "K pages page H"],
+    length: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
     interpret, batch = choice.interpreted("paged", "tpu"), q.shape[0]
     table = jnp.arange(k.shape[1], dtype=jnp.int32).reshape(batch, -1)
     most = _even_block(8, table.shape[1])

@@ -180,6 +180,7 @@ def _einsum(
 def _rounded_product_forward(
     x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: DTypeLike | None
 ) -> tuple[jax.Array, Any]:
+    """Compute `_rounded_product`, and what its gradients need."""
     rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # empty: it carries the dtype
     return _einsum(equation, x, y=rounded, out=out, preferred=preferred), (x, rounded, no_weights)
 
@@ -187,6 +188,7 @@ def _rounded_product_forward(
 def _rounded_product_backward(
     equation: str, out: P | None, preferred: DTypeLike | None, saved: Any, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """Compute the gradients of x, in its dtype, and of the weight, in the weight\'s own."""
     x, w, like = saved
     given, leaf, result = equation.replace("->", ",").split(",")
     dy = dy.astype(x.dtype)
@@ -233,10 +235,12 @@ def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
 
 
 def _is_leaf(x: Any) -> bool:
+    """Return whether x is a whole leaf of a decoder, below which paths do not go."""
     return isinstance(x, Weight | Leaf)
 
 
 def _key(step: Any) -> str:
+    """Return the name of one step of a path in a jax tree: an attribute, a key or an index."""
     for attribute in ("name", "key", "idx"):
         if hasattr(step, attribute):
             return str(getattr(step, attribute))

@@ -36,8 +36,8 @@ _LANES = 128  # the lanes of a TPU register
 
 
 def place(
-    value: np.ndarray, letters: str, *, lengths: Mapping[str, int] | None = None
-) -> jax.Array:
+    value: Shaped[np.ndarray, "..."], letters: str, *, lengths: Mapping[str, int] | None = None
+) -> Shaped[Array, "..."]:
     """Put a host array on the mesh in force, partitioned by its axis letters, such as "BT".
 
     lengths: the lengths of axes by letter, where known, as in `sharding.spec`.
@@ -48,12 +48,12 @@ def place(
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def fetch(x: jax.Array) -> np.ndarray:
+def fetch(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """Copy a whole global array to the host of every process. All processes must call this."""
     return np.asarray(begin_fetch(x))
 
 
-def begin_fetch(x: jax.Array) -> jax.Array:
+def begin_fetch(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Start copying a whole global array to the host of every process, without waiting.
 
     Returns an array on this process's devices; `np.asarray` waits for its copy on the host. All
@@ -74,7 +74,7 @@ def _replicator(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
-def handed_over(x: jax.Array) -> jax.Array:
+def handed_over(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Return an array with the same buffers for callers that have entered no mesh.
 
     The result's mesh has axes that are not explicit, so any jax function takes it outside a mesh.
@@ -123,6 +123,7 @@ def _gathered(leaf: jax.Array, dtype: DTypeLike, own: DTypeLike, spec: P) -> jax
 def _gathered_forward(
     leaf: jax.Array, dtype: DTypeLike, own: DTypeLike, spec: P
 ) -> tuple[jax.Array, None]:
+    """Compute `_gathered`, whose gradients need nothing but its arguments."""
     return _gathered(leaf, dtype, own, spec), None
 
 
