@@ -22,7 +22,6 @@ from tests.support.conversion import contents
 from tests.support.training import curve, succeed, weights
 from train import data, pretrain, sft, step, tokenizer
 from train.data import batches, packing, records, token_cache
-from train.run import task
 
 HOME = Path(__file__).parent.parent / "examples" / "moby_dick"
 TEXT = HOME / "moby_dick.jsonl"
@@ -39,7 +38,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documents(vocabulary: Tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What a run is trained on and what it holds out, as ids."""
     ids = [np.array(data.text_example(vocabulary, x.value)) for x in records.read(TEXT)]
-    kept, out = task.split(len(ids), SHARE, seed=0)
+    kept, out = packing.split(len(ids), SHARE, seed=0)
     return [ids[i] for i in kept], [ids[i] for i in out]
 
 
@@ -56,9 +55,9 @@ def test_it_knows_more_than_pairs_of_tokens(demo):
     cache = token_cache.make(
         [TEXT], vocabulary, encoding=token_cache.Encoding(text, {"data": "text"})
     )
-    chosen = task.split(len(cache), SHARE, seed=0)[1]
+    chosen = packing.split(len(cache), SHARE, seed=0)[1]
     rows = packing.Rows(cache, 256, pack="joined", examples=chosen)
-    evaluate = step.make_evaluation(attention.get("xla"), "float32")
+    evaluate = step.make_evaluation(attention.get("xla"), dtype="float32")
     batch = jax.tree.map(lambda *x: np.stack(x), *[rows[i] for i in range(len(rows))])
     with meshes.entered(meshes.make(meshes.parse(None))):
         decoder = model.stack(checkpoint.load(demo))

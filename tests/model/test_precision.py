@@ -140,7 +140,7 @@ def training(dtype: str, adapters: recipes.Recipe | None = None, **options: Any)
     optimizer = step.Optimizer(moments="bfloat16")
     trained = parameters.abstract(TINY, adapters)
     with on_mesh(**EVERY) as mesh:
-        state, base = trained.abstract(optimizer), trained.abstract_base()
+        state, base = trained.abstract_state(optimizer), trained.abstract_base()
         run = step.make_step(
             optimizer, attention.xla, dtype=dtype, attach=trained.attach, dropout=0.1, **options
         )

@@ -163,14 +163,14 @@ def test_data_to_train_on(bucket, tmp_path):
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """SIGTERM when so many steps have been told of."""
-    tell = logs.Log.tell
+    write = logs.Log.write
 
     def signalled(self, step, *arguments, **named):
-        tell(self, step, *arguments, **named)
+        write(self, step, *arguments, **named)
         if step == at:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(logs.Log, "tell", signalled)
+    monkeypatch.setattr(logs.Log, "write", signalled)
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
     fetched = downloaded(f"{bucket}/adapter", tmp_path / "fetched")
     assert contents(fetched) == contents(tmp_path / "adapter")
 
-    settings = loop.Settings(root, profile=(1, 1))
+    settings = loop.Settings(out=root, profile=(1, 1))
     at_work = SimpleNamespace(
         settings=settings, _skipped=1, _save_good=lambda *_, **__: "it is saved"
     )
@@ -281,10 +281,10 @@ def test_figures_are_copied_now_and_then(bucket, monkeypatch):
     for step, seconds in ((1, 10**6), (2, -1)):
         monkeypatch.setattr(logs, "_EVERY", seconds)
         assert not (root / "metrics.jsonl").exists()
-        log.tell(step, {"loss": 1.0})
+        log.write(step, {"loss": 1.0})
     assert told() == 2
     monkeypatch.setattr(logs, "_EVERY", 10**6)
-    log.tell(3, {"loss": math.nan})
+    log.write(3, {"loss": math.nan})
     assert told() == 2
     log.close()
     assert told() == 3 and len(list((root / "events").iterdir())) == 1

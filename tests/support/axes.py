@@ -16,15 +16,19 @@ from typing import Any
 
 import jax
 import jaxtyping
+import numpy as np
 
 MODULES = (
+    "convert.copying",
+    "convert.peft",
+    "convert.verify",
     "qwen_jax.attention",
     "qwen_jax.decoding",
     "qwen_jax.kernels",
     "qwen_jax.leaves",
     "qwen_jax.meshes",
     "qwen_jax.model",
-    "train.data.batches",
+    "train.data",
     "train.step",
 )
 
@@ -34,19 +38,22 @@ def install() -> None:
     jaxtyping.install_import_hook(list(MODULES), "tests.support.axes.checked")
 
 
-def _says_axes(annotation: Any) -> bool:
+def _kinds(annotation: Any) -> list[Any]:
+    """The arrays with axes that an annotation names, itself or within a union or a tuple."""
     if typing.get_origin(annotation) in (tuple, typing.Union, types.UnionType):
-        return any(_says_axes(x) for x in typing.get_args(annotation))
-    return isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray)
+        return [kind for x in typing.get_args(annotation) for kind in _kinds(x)]
+    is_array = isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray)
+    return [annotation] if is_array else []
 
 
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether the arrays in a value, which may be a tuple of annotated ones, have their axes."""
     if typing.get_origin(annotation) is tuple and isinstance(value, tuple):
-        each = zip(value, typing.get_args(annotation), strict=True)
-        return all(not _says_axes(a) or _fits(x, a) for x, a in each)
-    # An array of numpy may stand in for one of jax, whose axes alone are annotated.
-    return not isinstance(value, jax.Array) or isinstance(value, annotation)
+        return all(map(_fits, value, typing.get_args(annotation)))
+    kinds = _kinds(annotation)
+    # An array of numpy may stand in for one of jax, if jax's axes alone are annotated.
+    arrays = jax.Array if all(x.array_type is jax.Array for x in kinds) else (jax.Array, np.ndarray)
+    return not kinds or not isinstance(value, arrays) or isinstance(value, tuple(kinds))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +63,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     before each call; the other, which returns an argument of its own, also with the result after.
     """
     annotations = inspect.get_annotations(function)
-    wanted = {name: x for name, x in annotations.items() if _says_axes(x)}
+    wanted = {name: x for name, x in annotations.items() if _kinds(x)}
     result = wanted.pop("return", None)
     if not wanted and result is None:
         return function

@@ -1,6 +1,7 @@
 """Axes of array arguments and results are checked while tests run."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import Array, Float, jaxtyped
 
@@ -10,6 +11,8 @@ from qwen_jax.leaves.weights import contract
 from qwen_jax.model import rope
 from tests.support import axes
 from tests.support.tiny import tiny_config
+from train.data import packing
+from train.data.batch import Batch
 
 
 def test_an_array_of_other_axes_is_refused():
@@ -18,6 +21,10 @@ def test_an_array_of_other_axes_is_refused():
         rope.rotary(scheme, jnp.arange(3), frequencies=jnp.ones((1, 8)))
     with pytest.raises(TypeError, match=r"rotary[^$]*parameter 'frequencies'"):
         rope.rotary(scheme, jnp.ones((3, 5), jnp.int32), frequencies=jnp.ones((2, 8)))
+    with pytest.raises(TypeError, match=r"joined[^$]*parameter 'lengths'"):
+        packing.joined(np.ones((2, 3), np.int64), 4)
+    with pytest.raises(TypeError, match=r"Batch[^$]*parameter 'weights'"):
+        Batch(*np.ones((4, 2, 3), np.int32), np.ones((2, 4), np.float32))
     with pytest.raises(TypeError, match=r"contract[^$]*parameter 'x'"):
         contract("BTD,FD->BTF", jnp.ones((1, 2, 3), jnp.int32), weight=None)
     with pytest.raises(TypeError, match=r"tpu_attention[^$]*parameter 'q'"):

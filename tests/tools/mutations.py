@@ -89,7 +89,7 @@ FAULTS = [
         "tests/model/test_precision.py",
     ),
     Fault(
-        "train/step/update.py",
+        "train/step/optimizer.py",
         "bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise",
         "bits = jax.lax.bitcast_convert_type(x, jnp.uint32)",
         "tests/train/step/test_step.py -k moments",

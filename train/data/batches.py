@@ -4,12 +4,13 @@ grain shuffles, repeats, reads ahead and keeps the position. The position is a n
 a run can resume from it on any mesh and with any number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from qwen_jax import meshes
 from qwen_jax.meshes import moves, sharding
@@ -79,7 +80,7 @@ class Batches:
         part = next(self._parts)
         held = {row: i for i, row in enumerate(self._mine)}
 
-        def one(values: np.ndarray) -> jax.Array:
+        def one(values: Shaped[np.ndarray, "rows T"]) -> Shaped[jax.Array, "B T"]:
             def shard(index: Any) -> np.ndarray:
                 rows = [held[row] for row in range(self._shape[0])[index[0]]]
                 return values[rows][:, index[1]]
@@ -100,7 +101,7 @@ def once(rows: Rows, size: int) -> Iterator[Batch]:
 class _Parts:
     """A grain source of batches by number, each with only this process's rows (`mine`)."""
 
-    def __init__(self, rows: Any, size: int, *, mine: list[int]):
+    def __init__(self, rows: grain.MapDataset[Batch], size: int, *, mine: Sequence[int]):
         self._rows, self._size, self._mine = rows, size, mine
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from qwen_jax.runtime import paths
 from train.data.batch import Batch
@@ -27,40 +28,45 @@ from train.data.token_cache import appear
 from train.data.token_files import TokenCache, mapped
 
 _OPEN = 256  # rows that an example may still join
-_AT_A_TIME = 2**18  # examples that are looked at together
-_VERSION = 1  # of what is kept; another one where `joined`, `fitted` or the files change
-_KEPT = 8  # rows of a cache; a run has two, with those held out
+_AT_A_TIME = 2**18  # examples that are processed together
+_VERSION = 1  # of stored packings; a new number where `joined`, `fitted` or the files change
+_KEPT = 8  # stored packings of a cache; a run has two, for training and for held-out examples
 _FACTS, _ORDER, _ORDER_DTYPE = "facts.json", "order", "<u4"
 # A piece is not longer than its row; a document may have any length.
 _DTYPES = {"example": "<u4", "start": "<i8", "length": "<u4", "first": "<i8"}
-# (example, start, length) of pieces that follow each other, and which of them begin a row.
-_Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Numbers = Int[np.ndarray, " examples"]
+_OfPieces = Int[np.ndarray, " pieces"]
+# (example, start, length) of pieces that follow each other, and whether each begins a row.
+_Block = tuple[_OfPieces, _OfPieces, _OfPieces, Bool[np.ndarray, " pieces"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Which part of which example is in each row, as arrays of pieces, one row after the other.
+    """The contents of packed rows: arrays of pieces of examples, one row after the other.
 
-    example uint32, start int64, length uint32 [pieces]; first int64 [rows + 1]: the first piece of
+    example, start, length: uint32, int64 and uint32 [pieces]: the number of a piece's example, and
+    the piece's first token in it and number of tokens. first: int64 [rows + 1], the first piece of
     each row, then the number of pieces.
     """
 
-    example: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    first: np.ndarray
+    example: _OfPieces
+    start: _OfPieces
+    length: _OfPieces
+    first: Int[np.ndarray, " rows+1"]
 
 
-def joined(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
+def joined(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
     """Join all examples end to end and cut every `row` tokens; an incomplete last row is dropped,
     unless it is the only one.
 
-    folder: where the pieces are written and memory-mapped; None keeps them in memory.
+    lengths: the number of tokens of each example. folder: where the pieces are written and
+    memory-mapped; None keeps them in memory.
     """
     return _collected(_joined(lengths, row), folder)
 
 
-def _joined(lengths: np.ndarray, row: int) -> Iterator[_Block]:
+def _joined(lengths: Numbers, row: int) -> Iterator[_Block]:
+    """Yield the pieces of `joined` in blocks, `_AT_A_TIME` examples each."""
     total = int(lengths.sum(dtype=np.int64))
     total = min(total, max(1, total // row) * row)
     begin = 0  # of the examples of a block, in all tokens
@@ -73,7 +79,7 @@ def _joined(lengths: np.ndarray, row: int) -> Iterator[_Block]:
         begins = np.sort(np.concatenate([examples[examples < end], rows]), kind="stable")
         begins = begins[np.diff(begins, prepend=-1) > 0]
         example = np.searchsorted(ends, begins, side="right")
-        # Of examples without tokens, the place is that of the next.
+        # An example without tokens begins where the next does, and gets no piece.
         start = begins - np.concatenate([[begin], ends])[example]
         yield example + at, start, np.diff(begins, append=end), begins % row == 0
         begin = int(ends[-1])
@@ -81,15 +87,15 @@ def _joined(lengths: np.ndarray, row: int) -> Iterator[_Block]:
             return
 
 
-def fitted(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
+def fitted(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
     """Pack whole examples, none longer than `row`, each into the fullest open row with room for it.
 
-    folder: as in `joined`.
+    lengths, folder: as in `joined`.
     """
     return _collected(_whole(*_fit(lengths, row), lengths=lengths), folder)
 
 
-def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Int[np.ndarray, " rows"]]:
     """Return the examples sorted by row, and the number of examples in each row.
 
     The open rows are a sorted list of numbers, `room * _OPEN + place`. Its first entry that is
@@ -128,13 +134,18 @@ def _fit(lengths: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
     return keys.astype(np.uint32), counts[order]
 
 
-def alone(lengths: np.ndarray, row: int, folder: Path | None = None) -> Pieces:
-    """Give each example a row of its own. folder: as in `joined`."""
+def alone(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
+    """Give each example a row of its own. lengths, folder: as in `joined`."""
     counts = np.broadcast_to(1, len(lengths))
     return _collected(_whole(np.arange(len(lengths)), counts, lengths=lengths), folder)
 
 
-def _whole(examples: np.ndarray, counts: np.ndarray, *, lengths: np.ndarray) -> Iterator[_Block]:
+def _whole(
+    examples: Numbers,
+    counts: Int[np.ndarray, " rows"],
+    *,
+    lengths: Numbers,
+) -> Iterator[_Block]:
     """Yield blocks of whole examples, sorted by row; `counts` gives the number in each row."""
     first = np.zeros(len(examples), bool)
     first[np.cumsum(counts) - counts] = True
@@ -165,6 +176,7 @@ def _collected(blocks: Iterable[_Block], folder: Path | None) -> Pieces:
 
 
 def _mapped(folder: Path) -> Pieces:
+    """The pieces in the files of a folder, memory-mapped."""
     return Pieces(**{name: mapped(folder / name, _DTYPES[name]) for name in _DTYPES})
 
 
@@ -174,6 +186,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether all files of a stored packing have their sizes."""
     try:
         return json.loads((folder / _FACTS).read_text(encoding="utf-8")) == _sizes(folder)
     except (FileNotFoundError, ValueError):
@@ -213,7 +226,7 @@ class Rows:
         *,
         pack: str,
         seed: int = 0,
-        examples: np.ndarray | None = None,
+        examples: Numbers | None = None,
     ):
         self._cache, self._length = cache, length
         self.fingerprint = f"{cache.counts.digest[:32]}-{_checksum(examples, len(cache)):08x}"
@@ -231,7 +244,7 @@ class Rows:
             if pack != "joined" and lengths.max() > length:
                 raise ValueError(f"an example has {lengths.max()} tokens, a row {length}")
             order.tofile(draft / _ORDER)
-            make(lengths, length, draft)
+            make(lengths, length, folder=draft)
             paths.write(draft / _FACTS, json.dumps(_sizes(draft)).encode())
 
         _used_now(folder)
@@ -271,7 +284,7 @@ class Rows:
             ids[own] = tokens[start : start + count]
             positions[own] = np.arange(count)
             segments[own] = number
-            # Of a piece that goes on in the next row, the last token has its target there.
+            # If a piece goes on in the next row, its last token's target is the first token there.
             after = slice(start + 1, start + count + 1)
             known = len(tokens[after])
             targets[at : at + known] = tokens[after]
@@ -280,7 +293,25 @@ class Rows:
         return Batch(ids, targets, positions, segments, weights)
 
 
-def _checksum(examples: np.ndarray | None, count: int) -> int:
+def split(
+    count: int, share: float, *, seed: int
+) -> tuple[Int[np.ndarray, " trained"], Int[np.ndarray, " held_out"]]:
+    """Split `count` examples into the numbers to train on and the held-out ones, a share of them.
+
+    Raises ValueError if a share other than 0 leaves either side empty.
+    """
+    out = round(share * count)
+    if share and not 0 < out < count:
+        raise ValueError(f"{share:g} of {count} examples leaves nothing on one side")
+    held_out = np.zeros(count, bool)
+    if out:
+        shuffled = np.arange(count, dtype=np.uint32)
+        np.random.default_rng(seed).shuffle(shuffled)
+        held_out[shuffled[:out]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _checksum(examples: Numbers | None, count: int) -> int:
     """CRC-32 of the sorted numbers of the examples, as int64; None stands for all of them."""
     found = None if examples is None else np.sort(examples)
     checksum = 0

@@ -17,9 +17,9 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 from tqdm import tqdm
 
 from qwen_jax.chat.tokenizer import Tokenizer
@@ -41,21 +41,23 @@ _FORMAT = 2
 _AT_A_TIME = 64  # records that a thread encodes
 NAMED = 10  # bad records that are named one by one; the rest are counted
 Encode = Callable[[records.Record], tuple[Sequence[int], Sequence[int] | None]]
+# A record, its ids, whether each of them is trained, and its problem or "".
+_Encoded = tuple[records.Record, Int[np.ndarray, " n"], Bool[np.ndarray, " n"], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How records become examples.
+    """The way in which records become examples.
 
-    encode: record -> (ids, labels); labels None trains all ids; raises ValueError for a bad record.
-    name: values that distinguish this encoding from others, part of the cache's fingerprint.
-
-    longest: the most ids of an example, None for any; a longer one is cut, or with `drop` left out.
-    strict: stop at the first bad record instead of leaving it out.
+    encode: record -> (ids, labels), where labels None trains all ids. It raises ValueError for a
+    bad record. name: values that distinguish this encoding from others, part of the cache's
+    fingerprint. longest: the largest number of ids of an example, None for any; a longer one is
+    cut, or with `drop` left out. strict: stop at the first bad record instead of leaving it out.
     """
 
     encode: Encode
-    name: Mapping[str, Any]
+    name: Mapping[str, str]
+    _: dataclasses.KW_ONLY
     longest: int | None = None
     drop: bool = False
     strict: bool = False
@@ -88,19 +90,20 @@ def opened(folder: Path, encoding: Encoding) -> TokenCache:
     return cache
 
 
-def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path], Any]) -> None:
+def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path], object]) -> None:
     """Build a folder atomically, unless it exists and is `whole`. `fill` writes a draft folder,
     which is then renamed. Processes of one host wait for the one that builds it.
     """
     home = folder.parent
     with lock.alone(folder, home / f"{folder.name}.lock", wait=True):
-        # In this order: where the lock holds for one host alone, another may be just giving it.
+        # In this order, as the lock may hold for this host alone, and another host may publish the
+        # folder at any time.
         if folder.exists() and not whole(folder):
             shutil.rmtree(folder)
         if folder.exists():
             return
-        host = socket.gethostname()  # over NFS, the lock may hold for this host alone
-        # By a process that was killed; those of parts are others' (`shared_cache`).
+        host = socket.gethostname()
+        # Drafts of killed processes; drafts of parts have other names (`shared_cache`).
         for left in home.glob(f"{folder.name}.[0-9]*@{host}.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         draft = home / f"{folder.name}.{os.getpid()}@{host}.tmp"
@@ -145,7 +148,7 @@ def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encodi
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 
-# A problem of a record: where it is, its line within its part (0: `where` says it all), and what.
+# A problem of a record: the record's `where` and `line` (as in `Record`), and a message.
 Problem = tuple[str, int, str]
 
 
@@ -226,11 +229,11 @@ def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
 
 def _encoded(
     parts: Sequence[records.FilePart], encoding: Encoding, *, bar: tqdm
-) -> Iterator[tuple[records.Record, np.ndarray, np.ndarray, str]]:
-    """Yield (record, ids, learned, problem) for every record in order; threads do the encoding."""
+) -> Iterator[_Encoded]:
+    """Encode every record, in order; threads do the encoding."""
     nothing = np.zeros(0, ID), np.zeros(0, FLAG)
 
-    def work(batch: Sequence[records.Record]) -> list[Any]:
+    def work(batch: Sequence[records.Record]) -> list[_Encoded]:
         done = []
         for record in batch:
             (ids, learned), problem = nothing, record.problem
@@ -247,7 +250,7 @@ def _encoded(
 
     threads = max(1, (os.cpu_count() or 1) // processes.count_here())
     with ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque[Future[list[Any]]] = collections.deque()
+        waiting: collections.deque[Future[list[_Encoded]]] = collections.deque()
         for part in parts:
             start = bar.n
             found = records.read(part.path, part.number, count=part.count)
@@ -262,10 +265,11 @@ def _encoded(
 
 
 def _report(counts: Counts) -> None:
+    """Log the counts of a cache and the problems of its first bad records."""
     log = logging.getLogger("qwen_jax").info
     for problem in counts.problems:
         log(f"left out: {problem}")
     kept = f"{counts.examples:,} examples of {counts.records:,} records, {counts.tokens:,} tokens"
-    told = {"left out as bad": counts.bad, "cut": counts.cut, "dropped": counts.dropped}
-    parts = [f"{count:,} {what}" for what, count in told.items() if count]
+    losses = {"left out as bad": counts.bad, "cut": counts.cut, "dropped": counts.dropped}
+    parts = [f"{count:,} {what}" for what, count in losses.items() if count]
     log("; ".join([kept, *parts]))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import Bool, Int, Shaped
 
 from qwen_jax.runtime import paths
 
@@ -32,10 +33,11 @@ _HELD = 2**22  # tokens of an example that are in memory before it ends
 class Counts:
     """The counts of a token cache: what became of the records that it was made from.
 
-    records: read in all; a long text is one record, and is cut, dropped or bad as a whole.
-    examples, tokens: kept. trained: the tokens among these that are trained. cut, dropped: records
-    that were too long. bad: records that could not be used. problems: the first of their problems.
-    digest: a hash of the examples, independent of where the files are.
+    records: the number of records read; a long text is one record, and is cut, dropped or bad as a
+    whole. examples, tokens: the numbers stored in the cache. trained: the number of these tokens
+    that are trained. cut, dropped: the numbers of records that were too long. bad: the number of
+    records that could not be used. problems: the problems of the first of these. digest: a hash of
+    the examples, independent of where the files are.
     """
 
     records: int = 0
@@ -69,25 +71,26 @@ class TokenCache:
         return len(self.ends)
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Int[np.ndarray, " examples"]:
         return np.diff(self.ends, prepend=0)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         part = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
         ids = np.asarray(self.ids[part])
-        if self.trained is None:  # without memory, which of a long document would be much
+        if self.trained is None:  # a view of one value, as a long document would take much memory
             return ids, np.broadcast_to(True, len(ids))
         return ids, self.trained[part]
 
 
-def mapped(path: Path, dtype: npt.DTypeLike) -> np.ndarray:
+def mapped(path: Path, dtype: npt.DTypeLike) -> Shaped[np.ndarray, " n"]:
     """A file as a memory-mapped array, which is read from disk on access."""
-    if path.stat().st_size == 0:  # which no system maps
+    if path.stat().st_size == 0:  # no system maps an empty file
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
 
 
 def _counts(folder: Path) -> Counts:
+    """Read the counts of a cache."""
     return Counts(**json.loads((folder / _COUNTS).read_text(encoding="utf-8")))
 
 
@@ -125,11 +128,12 @@ class Writer:
         self._next()
 
     def _next(self) -> None:
+        """Begin a new example."""
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._size = self._written = self.learned = 0
 
-    def add(self, ids: np.ndarray, learned: np.ndarray) -> None:
-        """Add a piece to the current example."""
+    def add(self, ids: Int[np.ndarray, " n"], learned: Bool[np.ndarray, " n"]) -> None:
+        """Add a piece to the current example: its ids, and whether each is trained."""
         self._held.append((ids, learned))
         self._size += len(ids)
         self.learned += int(np.count_nonzero(learned))
@@ -137,6 +141,7 @@ class Writer:
             self._write()
 
     def _write(self) -> None:
+        """Write the pieces that are in memory."""
         for ids, learned in self._held:
             self._ids.write(ids.data)
             self._flags.write(learned.data)
@@ -200,6 +205,7 @@ class Writer:
         self.examples += len(cache)
 
     def close(self) -> None:
+        """Close the files."""
         for file in (self._ids, self._flags, self._ends):
             file.close()
 

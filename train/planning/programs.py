@@ -119,7 +119,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     optimizer = step.Optimizer()
     trained = parameters.abstract(setting.config, setting.adapters)
     with jax.set_mesh(mesh):
-        state, base = trained.abstract(optimizer), trained.abstract_base()
+        state, base = trained.abstract_state(optimizer), trained.abstract_base()
     batch = step.abstract_batch(setting.batch, setting.length, mesh=mesh)
     run = step.make_step(
         optimizer,

@@ -217,7 +217,7 @@ def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Start what a command line asks for. argv: the command line itself, which the run stores."""
-    from train.run import resuming, start
+    from train.run import resuming
 
     resuming.complete(args)
     wanted = recipe(args)
@@ -254,6 +254,7 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     command.join(args)
     caches.use_compilation_cache(args.compilation_cache)
     from qwen_jax.meshes import options
+    from train.run import start
 
     sizes = None if args.mesh is None else options.mesh_sizes(args.mesh)
     if sizes is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 STATE, FACTS = "state", "facts"
 
@@ -19,7 +20,8 @@ STATE, FACTS = "state", "facts"
 class Checkpoints:
     """The checkpoints of one run, in a folder that all its processes see.
 
-    last: how many of the latest to keep; best: how many with the lowest loss to keep besides.
+    last: the number of latest checkpoints to keep; best: the number with the lowest loss to keep
+    besides.
     """
 
     def __init__(self, folder: Path, last: int = 2, *, best: int = 0):
@@ -31,7 +33,7 @@ class Checkpoints:
             kept.append(policies.BestN(get_metric_fn=score, n=best, **only))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            # Orbax writes down what a checkpoint was worth, for the next start, only given this.
+            # Only given this, Orbax stores a checkpoint's loss, which the next start needs.
             best_fn=(lambda metrics: metrics["loss"]) if best else None,
             best_mode="min",
             enable_async_checkpointing=True,
@@ -45,11 +47,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, state: Any, *, facts: Mapping[str, Any], loss: float | None = None
+        self, step: int, state: PyTree, *, facts: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Copy the state now, and write it while the caller goes on.
+        """Copy the state after `step` steps now, and write it while the caller goes on.
 
-        A step is saved once. A step whose loss is None or not finite is not among the best.
+        facts: a JSON object stored with it. A step is saved once. A step whose loss is None or not
+        finite is not among the best.
         """
         if self.latest == step:
             return
@@ -60,7 +63,7 @@ class Checkpoints:
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else None
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Read the state and facts of the latest checkpoint. like: the state as shapes with
         shardings.
 
@@ -87,6 +90,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Release Orbax's threads; waits for saves as `wait` does."""
         self._manager.close()
 
 
@@ -94,25 +98,25 @@ def ignore_late_callbacks() -> None:
     """Silence errors of callbacks that arrive after Orbax has given up a read or write: TensorStore
     goes on and calls a closed event loop, and Python would print a traceback for each array.
     """
-    global _told_before
-    if sys.unraisablehook is not _tell_others:
-        _told_before, sys.unraisablehook = sys.unraisablehook, _tell_others
+    global _earlier_hook
+    if sys.unraisablehook is not _pass_on:
+        _earlier_hook, sys.unraisablehook = sys.unraisablehook, _pass_on
 
 
-_told_before = sys.unraisablehook
+_earlier_hook = sys.unraisablehook
 
 
-def _tell_others(what: Any) -> None:
+def _pass_on(unraisable: "sys.UnraisableHookArgs") -> None:
     """Pass an unraisable exception to the earlier hook, unless a late callback caused it.
 
     A module's function is never freed: Python holds no reference to a hook that a thread is about
     to call, and would crash if another thread replaced it just then.
     """
-    if str(what.exc_value) != "Event loop is closed":
-        _told_before(what)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _earlier_hook(unraisable)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def _by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by path, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -20,16 +19,17 @@ from qwen_jax.runtime import paths, processes
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 TRAIN, HELD_OUT = "train", "held_out"
-# Copies to a remote folder are so many seconds apart, and take at most one part of so many.
+# Uploads to a remote folder are at least _EVERY seconds apart, and take at most one part in _SHARE
+# of the time.
 _EVERY, _SHARE = 60, 100
 
 
 class Log:
-    """The log of one run. folder: the run's. step: the number of updates so far, of `steps`. owed:
-    whether the evaluation after step `step` is still to be done.
+    """The log of one run. folder: the run's folder. step: the number of updates so far, of `steps`.
+    evaluation_due: whether the evaluation after step `step` is still to be done.
     """
 
-    def __init__(self, folder: Path, step: int, *, steps: int, owed: bool = False):
+    def __init__(self, folder: Path, step: int, *, steps: int, evaluation_due: bool = False):
         self._on = processes.index() == 0
         self._bar = tqdm(
             desc="train",
@@ -44,17 +44,17 @@ class Log:
             return
         self._folder = folder
         self._local = Path(tempfile.mkdtemp()) if paths.is_remote(folder) else folder
-        self._kept, self._took = time.monotonic(), 0.0
+        self._uploaded, self._took = time.monotonic(), 0.0
         paths.make_folder(self._local)
         with paths.draft(self._local / METRICS) as draft, open(draft, "wb") as kept:
             for line in _lines(folder / METRICS):
-                if _place(line) <= (step, not owed):
+                if _place(line) <= (step, not evaluation_due):
                     kept.write(line.rstrip(b"\n") + b"\n")
-        told = self._local / METRICS
-        self._file = open(told, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` does it)
+        metrics = self._local / METRICS
+        self._file = open(metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` does it)
         self._events = SummaryWriter(str(self._local / EVENTS), purge_step=step + 1)
 
-    def tell(self, step: int, figures: dict[str, float], *, prefix: str = TRAIN) -> None:
+    def write(self, step: int, figures: dict[str, float], *, prefix: str = TRAIN) -> None:
         """Log a step's figures by name; in metrics.jsonl, NaN and infinity become null."""
         if not self._on:
             return
@@ -62,35 +62,37 @@ class Log:
         self._file.write(json.dumps({"step": step, "of": prefix, **known}) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(f"{prefix}/{name}", value, step)
-        if time.monotonic() - self._kept > max(_EVERY, _SHARE * self._took):
-            self.keep()
+        if time.monotonic() - self._uploaded > max(_EVERY, _SHARE * self._took):
+            self.upload()
 
-    def keep(self) -> None:
+    def upload(self) -> None:
         """Copy the log to the run's folder if that is remote."""
         if not self._on or self._local == self._folder:
             return
         begin = time.monotonic()
         self._events.flush()
         paths.upload_folder(self._local, self._folder)
-        self._kept = time.monotonic()
-        self._took = self._kept - begin
+        self._uploaded = time.monotonic()
+        self._took = self._uploaded - begin
 
-    def show(self, step: int, **figures: Any) -> None:
-        """Move the progress bar to `step`."""
+    def show(self, step: int, **figures: str) -> None:
+        """Move the progress bar to `step`, with these figures behind it."""
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
+        """End the progress bar and close the files, after a last upload."""
         self._bar.close()
         if self._on:
             self._file.close()
             self._events.close()
-            self.keep()
+            self.upload()
             if self._local != self._folder:
                 paths.remove_tree(self._local)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; none if it does not exist."""
     if path.exists():
         with paths.open_binary(path) as file:
             yield from file

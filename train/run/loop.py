@@ -20,22 +20,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from qwen_jax.meshes import hardware, moves
 from qwen_jax.runtime import command, paths, processes
+from train.data.batch import Batch
 from train.data.batches import Batches, once
 from train.data.packing import Rows
 from train.run.checkpoints import Checkpoints
 from train.run.logs import HELD_OUT, Log
 from train.run.run_folder import CHECKPOINTS
-from train.step import State
+from train.step import Report, State
 
 _IN_FLIGHT = 2  # steps that are under way while the next is prepared
-_SKIPPED = 10  # batches in a row without a number: it is not the batches
-_NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every process hears of it
+_SKIPPED = 10  # batches in a row with a NaN loss or gradient, after which it is not the batches
+_NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every process learns of it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of a run besides its recipe: its folder, and when to evaluate, save and stop.
 
@@ -62,21 +64,22 @@ class NotANumber(ValueError):
     """A loss or gradient was NaN or infinite; its batch and the last good state have been saved."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Loop:
     """The training loop with all that it uses: log, evaluation, checkpoints and signals.
 
     run, evaluate: the results of `step.make_step` and `make_evaluation`. base: the frozen weights
-    that both take. held_out_rows: rows evaluated at a time. check: the function that
-    `run_folder.alone` yields. steps: of the whole run; position: steps taken so far. tokens: per
-    batch, without padding; flops: per token. owed: whether a signal cut off the evaluation at
-    `position`, which is still to do.
+    that both take. held_out_rows: the number of rows evaluated at a time. check: raises if another
+    run has taken the folder (`run_folder.locked`). steps: the number of steps of the whole run;
+    position: the number of steps taken so far. tokens: the tokens in a batch, without padding;
+    flops: the FLOPs that the model needs for a token. evaluation_due: whether a signal cut off the
+    evaluation at `position`, so that it is still to do.
     """
 
     settings: Settings
-    run: Any
-    evaluate: Any
-    base: Any
+    run: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
+    base: PyTree
     batches: Batches
     held_out: Rows | None
     held_out_rows: int
@@ -87,73 +90,78 @@ class Loop:
     position: int
     tokens: float
     flops: float
-    owed: bool = False
+    evaluation_due: bool = False
     _skipped: int = 0
-    _waiting: collections.deque[tuple[int, Any, Any]] = dataclasses.field(
+    _in_flight: collections.deque[tuple[int, Batch, Report]] = dataclasses.field(
         default_factory=collections.deque
     )
-    _told: float = dataclasses.field(default_factory=time.perf_counter)
+    _logged: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def go(self, state: State, asked: dict[str, Any]) -> State:
-        """Run steps to the end, or until all processes know of a signal; return the last state."""
+    def go(self, state: State, stop: dict[str, int]) -> State:
+        """Run steps to the end, or until all processes know of a signal; return the last state.
+
+        stop: as `signals` yields it; its "at" becomes the step at which this run ends early.
+        """
         settings, end = self.settings, self.steps
         so_far = moves.place(np.array(True), "")
-        if self.owed:
-            self._evaluated(state, asked)
-            end = self.position if self.owed else end
+        if self.evaluation_due:
+            self._evaluated(state, stop)
+            end = self.position if self.evaluation_due else end
         with _profile(settings) as profiled:
             while self.position < end:
-                profiled(self.position, functools.partial(self._all_heard, state))
-                if "signal" in asked and "at" not in asked:
+                profiled(self.position, functools.partial(self._log_all, state))
+                if "signal" in stop and "at" not in stop:
                     notice = _NOTICE if processes.count() > 1 else 1
-                    asked["at"] = processes.propose(self.position + notice)
-                end = min(end, asked.get("at") or processes.proposed() or end)
+                    stop["at"] = processes.propose(self.position + notice)
+                end = min(end, stop.get("at") or processes.proposed() or end)
                 batch = next(self.batches)
                 state, report = self.run(state, batch, self.base, so_far)
                 so_far = report.finite if settings.on_nan == "stop" else so_far
                 self.position += 1
-                self._waiting.append((self.position, batch, report))
-                while len(self._waiting) > _IN_FLIGHT:
-                    self._hear(state)
+                self._in_flight.append((self.position, batch, report))
+                while len(self._in_flight) > _IN_FLIGHT:
+                    self._log_oldest(state)
                 evaluated = None
                 wanted = _due(self.position, settings.evaluate) or self.position == self.steps
-                # What all processes know, not what one has heard: they evaluate together.
+                # This follows from the step alone, so that all processes evaluate together.
                 if wanted or (settings.keep_best and _due(self.position, settings.save)):
-                    evaluated = self._evaluated(state, asked)
-                    end = self.position if self.owed else end
+                    evaluated = self._evaluated(state, stop)
+                    end = self.position if self.evaluation_due else end
                 if _due(self.position, settings.save) or self.position == end:
-                    self._all_heard(state)
+                    self._log_all(state)
                     self._save(self.position, state, loss=evaluated)
-            self._all_heard(state)
+            self._log_all(state)
         return state
 
     def _save(self, position: int, state: State, *, loss: float | None = None) -> None:
+        """Save the state after `position` steps. loss: the held-out loss there, if it is known."""
         self.check()
-        self.log.keep()  # before what goes on from them
-        facts = {"position": position, "owed": self.owed}
+        self.log.upload()  # first, as a run that resumes from the checkpoint continues the log
+        facts = {"position": position, "owed": self.evaluation_due}
         self.checkpoints.save(position, state, facts=facts, loss=loss)
 
-    def stopped(self, asked: dict[str, Any]) -> bool:
+    def stopped(self, stop: dict[str, int]) -> bool:
         """Whether any process got a signal, even after its last step. All processes call this."""
-        heard = "signal" in asked
-        if heard:
+        signalled = "signal" in stop
+        if signalled:
             processes.propose(self.position)
         processes.barrier()
-        return heard or processes.proposed() is not None
+        return signalled or processes.proposed() is not None
 
-    def _all_heard(self, state: State) -> None:
-        while self._waiting:
-            self._hear(state)
+    def _log_all(self, state: State) -> None:
+        """Wait for all steps in flight and log their reports. state: after the newest step."""
+        while self._in_flight:
+            self._log_oldest(state)
 
-    def _hear(self, state: State) -> None:
+    def _log_oldest(self, state: State) -> None:
         """Wait for the oldest step in flight and log its report. state: after the newest step."""
-        number, batch, report = self._waiting.popleft()
+        number, batch, report = self._in_flight.popleft()
         report = jax.device_get(report)
         self._skipped = 0 if report.finite else self._skipped + 1
         if self._skipped:
             self._not_a_number(number, batch, report=report, state=state)
         now = time.perf_counter()
-        seconds, self._told = now - self._told, now
+        seconds, self._logged = now - self._logged, now
         rate = self.tokens / seconds
         figures = {
             "loss": float(report.metrics.loss),
@@ -167,16 +175,19 @@ class Loop:
             figures["mfu"] = rate * self.flops / peak
         if memory := _memory():
             figures["memory_gb"] = memory / 1e9
-        self.log.tell(number, figures)
+        self.log.write(number, figures)
         shown = {"loss": f"{figures['loss']:.3f}", "tok/s": f"{rate:,.0f}"}
         shown |= {"mfu": f"{figures['mfu']:.0%}"} if "mfu" in figures else {}
         self.log.show(number, **shown)
 
-    def _not_a_number(self, number: int, batch: Any, *, report: Any, state: State) -> None:
+    def _not_a_number(self, number: int, batch: Batch, *, report: Report, state: State) -> None:
+        """Save the batch of step `number`, whose report has a NaN or infinite value. Raises
+        NotANumber, unless the settings say to skip such batches. state: after the newest step.
+        """
         path = self.settings.out / f"batch-{number}.npz"
+        fields = dataclasses.fields(batch)
         whole: dict[str, Any] = {
-            field.name: moves.fetch(getattr(batch, field.name))
-            for field in dataclasses.fields(batch)
+            field.name: moves.fetch(getattr(batch, field.name)) for field in fields
         }
         if processes.index() == 0:
             with paths.draft(path) as draft, open(draft, "wb") as file:
@@ -191,7 +202,7 @@ class Loop:
         if self.settings.on_nan == "skip":
             command.say(f"{what}: skipped, its batch is in {path}")
             return
-        saved = self._save_good(number - 1, state)  # no step after it has changed anything
+        saved = self._save_good(number - 1, state)  # no later step has changed the state
         raise NotANumber(
             f"{what}; the batch is in {path}; {saved}: --resume goes on from there, with "
             "--on-nan skip without this batch"
@@ -204,58 +215,61 @@ class Loop:
         self._save(position, state)
         return f"the state after step {position} is in {self.settings.out / CHECKPOINTS}"
 
-    def _evaluated(self, state: State, asked: dict[str, Any]) -> float | None:
+    def _evaluated(self, state: State, stop: dict[str, int]) -> float | None:
         """Return the mean held-out loss, and log it. With one process, a signal cuts the evaluation
-        off: the result is None, and `owed` is set. Several processes evaluate together to the end.
+        off: the result is None, and `evaluation_due` is set. Several processes evaluate together to
+        the end.
         """
         if self.held_out is None:
             return None
-        self._all_heard(state)
+        self._log_all(state)
         sums = np.zeros(3)
         for batch in once(self.held_out, self.held_out_rows):
-            self.owed = "signal" in asked and processes.count() == 1
-            if self.owed:
+            self.evaluation_due = "signal" in stop and processes.count() == 1
+            if self.evaluation_due:
                 return None
             metrics = jax.device_get(self.evaluate(state.weights, batch, self.base))
             sums += metrics.targets * np.array([metrics.loss, metrics.accuracy, 1])
         loss, accuracy = sums[:2] / max(1.0, sums[2])
         perplexity = math.exp(min(loss, 700))
         figures = {"loss": loss, "accuracy": accuracy, "perplexity": perplexity}
-        self.log.tell(self.position, figures, prefix=HELD_OUT)
+        self.log.write(self.position, figures, prefix=HELD_OUT)
         where = f"step {self.position}"
         command.say(f"{where}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
-        self._told = time.perf_counter()
+        self._logged = time.perf_counter()
         return float(loss)
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[dict[str, Any]]:
-    """Catch SIGTERM and Ctrl-C: yields a dict whose "signal" is set, so that the loop saves and
-    stops. A second Ctrl-C ends the process at once, whatever it does.
+def signals() -> Iterator[dict[str, int]]:
+    """Catch SIGTERM and Ctrl-C: yields a dict that gets the signal's number as "signal", upon which
+    the loop saves and stops. A second Ctrl-C ends the process at once, whatever it does.
     """
-    asked: dict[str, Any] = {}
+    stop: dict[str, int] = {}
 
-    def hear(number: int, _: Any) -> None:
-        if asked.get("signal") == number == signal.SIGINT:
+    def handle(number: int, _: object) -> None:
+        if stop.get("signal") == number == signal.SIGINT:
             if processes.count() > 1:
                 raise KeyboardInterrupt  # the others learn of it
             command.say("interrupted; what was not saved is lost")
             sys.stdout.flush()
             os._exit(130)  # a compiler that is at work would end the process with a crash
-        asked["signal"] = number
+        stop["signal"] = number
         command.say("the step at work ends, then the state is saved; Ctrl-C again does not wait")
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def _profile(settings: Settings) -> Iterator[Any]:
-    """Yield a function to call before each step; it records the wanted steps in OUT/profile."""
+def _profile(settings: Settings) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Yield a function that records the settings' steps in OUT/profile. It is called before each
+    step, with the number of steps taken and a function that waits for the steps in flight.
+    """
     on, remote = False, paths.is_remote(settings.out)
     folder = Path(tempfile.mkdtemp()) if remote else settings.out / "profile"
 
@@ -265,7 +279,7 @@ def _profile(settings: Settings) -> Iterator[Any]:
             return
         first, last = settings.profile
         if on != (first <= position + 1 <= last):
-            finish()  # what is under way belongs to the steps before
+            finish()  # the steps in flight belong to the time before
         if not on and first <= position + 1 <= last:
             jax.profiler.start_trace(str(folder))
             on = True
@@ -284,6 +298,7 @@ def _profile(settings: Settings) -> Iterator[Any]:
 
 
 def _due(position: int, every: int) -> bool:
+    """Whether `position` is a multiple of `every`, in steps; with 0 nothing is ever due."""
     return every > 0 and position % every == 0
 
 
@@ -294,5 +309,6 @@ def _peak() -> float | None:
 
 
 def _memory() -> int | None:
+    """The most bytes in use so far on this process's first device; None if it does not say."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None

@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ class Whole:
     ckpt: Path | None
     recipe: Recipe
 
-    base: ClassVar[Any] = None
-    attach: ClassVar[Any] = None
+    base: ClassVar[None] = None
+    attach: ClassVar[None] = None
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of a training step per token, in rows of `length` tokens."""
@@ -47,7 +47,7 @@ class Whole:
     def abstract_base(self) -> None:
         """Return None: there are no frozen weights."""
 
-    def begin(self, optimizer: Optimizer) -> State:
+    def create_state(self, optimizer: Optimizer) -> State:
         """Create the state before the first step, on the current mesh."""
         if self.ckpt is not None:
             decoder = checkpoint.load(self.ckpt, self.config, "float32")
@@ -56,11 +56,11 @@ class Whole:
             decoder = model.create(self.config, key, jnp.float32)
         return step.state_of(model.stack(decoder, consume=True), optimizer)
 
-    def abstract(self, optimizer: Optimizer) -> State:
+    def abstract_state(self, optimizer: Optimizer) -> State:
         """The state as shapes, with shardings on the current mesh."""
         return step.abstract_state(self.config, optimizer, mesh=jax.sharding.get_mesh())
 
-    def save(self, weights: Any, out: Path, *, files: Path, merge: bool) -> Path:
+    def save(self, weights: Decoder, out: Path, *, files: Path, merge: bool) -> Path:
         """Write the model directory OUT/model. files: the folder with its other files."""
         path = out / MODEL
         if not (path / directory.MANIFEST).exists():
@@ -70,7 +70,7 @@ class Whole:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(weights: Any, dtype: str) -> Any:
+def _cast(weights: Decoder, dtype: str) -> Decoder:
     return jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
@@ -92,6 +92,7 @@ class Adapted:
 
     @functools.cached_property
     def base(self) -> Decoder:
+        """The frozen decoder, stacked, in the recipe's `base_dtype`; read once."""
         decoder = checkpoint.load(self.ckpt, self.config, self.recipe.dtype, keep=self._kept)
         return model.stack(decoder, consume=True)
 
@@ -104,23 +105,26 @@ class Adapted:
         decoder = jax.eval_shape(made, model.abstract(self.config, self.recipe.dtype))
         return sharding.on_devices(jax.sharding.get_mesh(), decoder)
 
-    def _kept(self, path: str, leaf: Weight) -> Any:
+    def _kept(self, path: str, leaf: Weight) -> Weight | int8.Int8:
+        """A leaf of the base as it is kept: in int8 if the recipe says so."""
         return int8.of_layers(path, leaf) if self.recipe.base_dtype == "int8" else leaf
 
-    def attach(self, weights: Any, base: Any, key: jax.Array | None) -> Decoder:
+    def attach(self, weights: lora.Adapters, base: Decoder, key: jax.Array | None) -> Decoder:
         """Put the adapters on `base`. key: of the adapters' dropout; None for no dropout."""
         return lora.attach(base, weights, key=key, dropout=self.recipe.lora_dropout)
 
-    def begin(self, optimizer: Optimizer) -> State:
+    def create_state(self, optimizer: Optimizer) -> State:
         """Create the state before the first step: adapters that do not change the model yet."""
         return step.state_of(jax.jit(self._create)(self.base), optimizer)
 
-    def abstract(self, optimizer: Optimizer) -> State:
+    def abstract_state(self, optimizer: Optimizer) -> State:
+        """The state as shapes, with shardings on the current mesh."""
         make = lambda base: step.state_of(self._create(base), optimizer)  # noqa: E731
         state = jax.eval_shape(make, self.abstract_base())
         return sharding.on_devices(jax.sharding.get_mesh(), state)
 
     def _create(self, decoder: Decoder) -> lora.Adapters:
+        """Create the recipe's adapters for a decoder."""
         recipe = self.recipe
         return lora.create(
             decoder,
@@ -170,7 +174,7 @@ class Adapted:
         }
 
 
-def _check_numbers(merged: Any, adapter: Path) -> None:
+def _check_numbers(merged: Decoder, adapter: Path) -> None:
     """Raise ValueError if a merged weight is NaN or infinite."""
     finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
     leaves = named_leaves(merged)

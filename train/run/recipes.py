@@ -18,6 +18,8 @@ from qwen_jax.runtime import texts, values
 from qwen_jax.runtime.command import ATTENTION
 
 if TYPE_CHECKING:
+    import optax
+
     from train.step import Optimizer
 
 BASE_DTYPES = ("same", "int8")
@@ -29,6 +31,7 @@ _CODE_CHAT_RATES = {"qwen-7b": 1e-5, "qwen-14b": 2e-6}
 
 
 def _about(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field of `Recipe`. text: the help of its option."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -141,7 +144,7 @@ class Recipe:
         """The number of warm-up steps in a run of `steps`."""
         return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
 
-    def schedule_of(self, steps: int) -> Callable[[Any], Any]:
+    def schedule_of(self, steps: int) -> "optax.Schedule":
         """The learning rate as a function of the step, for a run of `steps`."""
         import optax
 
@@ -160,12 +163,12 @@ class Recipe:
 
         return Optimizer(
             self.schedule_of(steps),
-            self.b1,
-            self.b2,
-            self.eps,
-            self.weight_decay,
-            self.clip_norm,
-            self.moments,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            moments=self.moments,
         )
 
 
@@ -325,21 +328,17 @@ def math(model: str = "", source: str = "report") -> Recipe:
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    "pretrain": pretrain,
-    "sft": sft,
-    "sft_lora": sft_lora,
-    "code": code,
-    "code_chat": code_chat,
-    "math": math,
+    recipe.__name__: recipe for recipe in (pretrain, sft, sft_lora, code, code_chat, math)
 }
 
 
 def _eps(source: str) -> float:
+    """AdamW's epsilon, as the named source states it."""
     return _of(source, report=1e-8, memo=1e-6)
 
 
-def _of(source: str, **stated: Any) -> Any:
-    """The value that the named source states; ValueError for a source that states none."""
+def _of(source: str, **stated: float | None) -> Any:
+    """The value in `stated` that belongs to the named source; ValueError if none does."""
     if not isinstance(source, str) or source not in stated:
         raise ValueError(f"source {texts.shown(source)}: allowed here are {', '.join(stated)}")
     return stated[source]

@@ -18,7 +18,8 @@ from train.run import run_folder
 PROGRAMS = {"text": "train/pretrain.py", "chat": "train/sft.py"}
 _PLACES = ("ckpt", "model", "tokenizer", "data", "eval_data", "token_cache", "compilation_cache")
 _EITHER = (("steps", "epochs"), ("ckpt", "model"), ("eval_data", "eval_share"))
-# Of one start alone: where the run is, which process this is, and what is looked at.
+# Arguments that are of one start alone and are not stored: where the run is, which process this is,
+# and what is shown or profiled.
 _PASSING = ("out", "resume", "dry_run", "debug", "profile_steps", "distributed", "coordinator")
 _PASSING += ("processes", "process", "start_timeout", "heartbeat_timeout")
 
@@ -71,6 +72,7 @@ def record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _absolute(name: str, value: Any) -> Any:
+    """The value of an argument, as an absolute path (or a list of them) if it names a place."""
     if name not in _PLACES or (name == "model" and value in PRESETS):
         return value
     return [_absolute(name, x) for x in value] if isinstance(value, list) else _path(value)

@@ -1,7 +1,7 @@
 """The folder of a run: records which run it holds, and lets one run at a time use it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,22 @@ from qwen_jax.runtime import command, lock, paths, processes, texts
 FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
 RESULTS = MODEL, ADAPTER = "model", "adapter"
 _RUN, _LOCK = directory.RUN, "run.lock"
-# Fields of a recipe that change roundings alone: a run may go on with others.
+# Fields of a recipe that change roundings alone: a resumed run may have other values.
 ROUNDINGS = ("remat", "sequence_parallel", "attention", "gradient_dtype")
-# Of a recipe what other values follow from, or which examples there are; and what may change.
+# Fields of a recipe on which other fields or the examples depend, which a message names first; and
+# fields that a resumed run may change.
 _FIRST = ("name", "length", "pack", "too_long", "field", "system", "loss_on", "seed")
 _FREE = ("steps", "epochs", *ROUNDINGS)
 _OF_START = ("command", "versions")
-_SHOWN = 3  # differences
+_SHOWN = 3  # differences between two runs that a message names
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[Callable[[], None]]:
+def locked(out: Path) -> Iterator[Callable[[], None]]:
     """Create the folder of a run and lock it against other runs while the context is open.
 
-    Process 0 takes the lock. Yields the check of `lock.alone`, and raises `lock.Busy` as it does.
+    Process 0 takes the lock. Yields a function that raises if another run has taken the folder,
+    and raises `lock.Busy`, both as `lock.alone` does.
     """
     paths.check_name(out)
     if processes.index():
@@ -64,42 +66,45 @@ def claim(
     With `resume`, a run may replace one that was never saved. Raises ValueError if the folder holds
     another run or anything else.
     """
-    file = out / _RUN
+    file, now = out / _RUN, {**identity, **start}
     if processes.index() and not file.exists():
         raise ValueError(
             f"{out} has no {_RUN}, which process 0 has written: --out is a folder on a disk that "
             "all hosts share, or in gs://"
         )
     check(out, resume)
-    now = {**identity, **start}
     if not file.exists():
         directory.write_json(file, now)
         return
     before = read(out)
     changed = _differences(before, now)
-    taken = _steps_saved(out / CHECKPOINTS)
-    saved = taken or any((out / name).exists() for name in RESULTS)
-    if changed and saved:
-        goes_on = f"--out {out} --resume alone takes what it began with"
-        if "arguments" not in before:  # as of older runs, which kept none
-            goes_on = "to go on with it, give what it was begun with"
-        more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        raise ValueError(
-            f"{out} holds another run: {'; '.join(changed[:_SHOWN])}{more}: {goes_on}; for another "
-            "run give another --out"
-        )
-    if taken and max(taken) > steps:
-        raise ValueError(f"{out} is at step {max(taken)}: of {steps} steps it has more")
+    saved = _steps_saved(out / CHECKPOINTS)
+    if changed and (saved or any((out / name).exists() for name in RESULTS)):
+        raise ValueError(_another_run(out, before, changed=changed))
+    if saved and max(saved) > steps:
+        raise ValueError(f"{out} is at step {max(saved)}: of {steps} steps it has more")
     if processes.index():
         return
     if changed:
         command.say(f"{out} holds a run that was never saved: this one takes its place")
         paths.remove_tree(out / FILES)
-    else:  # with as many steps as it now has
+    else:  # the same run, perhaps with another number of steps
         resumed = {name: now.pop(name) for name in _OF_START if name in now}
         now |= {name: before[name] for name in _OF_START if name in before}
         now |= {"resumed": resumed} if resumed else {}
     directory.write_json(file, now)
+
+
+def _another_run(out: Path, before: Mapping[str, Any], *, changed: Sequence[str]) -> str:
+    """The message for a folder whose run differs from this one in what `changed` describes."""
+    goes_on = f"--out {out} --resume alone takes what it began with"
+    if "arguments" not in before:  # older runs stored none
+        goes_on = "to go on with it, give what it was begun with"
+    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return (
+        f"{out} holds another run: {'; '.join(changed[:_SHOWN])}{more}: {goes_on}; for another "
+        "run give another --out"
+    )
 
 
 def remove_results(out: Path) -> None:
@@ -125,14 +130,16 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Describe a change of the model that training starts from, and of its configuration."""
     if before.get("ckpt") != now["ckpt"]:
-        told = _told("ckpt", before, now=now)
-        yield told or "--ckpt has another model than before: its manifest.json has changed"
+        argument = _argument_change("ckpt", before, now=now)
+        yield argument or "--ckpt has another model than before: its manifest.json has changed"
     for name, old, new in _changed(before.get("config", {}), now["config"]):
         yield f"config.{name} was {texts.shown(old)}, is {texts.shown(new)}"
 
 
 def _of_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Describe each change of the recipe, except those that a resumed run may make."""
     found = {
         name: f"was {texts.shown(old)}, is {texts.shown(new)}"
         for name, old, new in _changed(before.get("recipe", {}), now["recipe"])
@@ -146,10 +153,11 @@ def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     """Describe a change of the examples, unless a change of the recipe explains it."""
     if before.get("data") == now["data"]:
         return
-    told = [_told(name, before, now=now) for name in ("data", "tokenizer", "eval_share")]
+    names = ("data", "tokenizer", "eval_share")
+    arguments = [_argument_change(name, before, now=now) for name in names]
     recipes = before.get("recipe", {}), now["recipe"]
-    if any(told):
-        yield from filter(None, told)
+    if any(arguments):
+        yield from filter(None, arguments)
     elif any(name in _FIRST for name, *_ in _changed(*recipes)):
         return
     elif "arguments" not in before:
@@ -158,7 +166,7 @@ def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         yield f"--data has changed: it made {before['rows']:,} rows, and makes {now['rows']:,}"
 
 
-def _told(name: str, before: Mapping[str, Any], *, now: Mapping[str, Any]) -> str | None:
+def _argument_change(name: str, before: Mapping[str, Any], *, now: Mapping[str, Any]) -> str | None:
     """Describe how an argument of the command line changed; None if it did not or is unknown."""
     if "arguments" not in before:
         return None

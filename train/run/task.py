@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qwen_jax import attention, checkpoint, meshes
 from qwen_jax.attention import prove
@@ -33,23 +32,26 @@ from qwen_jax.config import Config
 from qwen_jax.meshes import sharding
 from qwen_jax.runtime import command, paths, processes
 from train import data, step
-from train.data import records, shared_cache, token_cache
+from train.data import packing, records, shared_cache, token_cache
 from train.data.batches import Batches
 from train.data.packing import Rows
 from train.run import advice, parameters, run_folder
 from train.run.checkpoints import Checkpoints
 from train.run.logs import EVENTS, Log
 from train.run.loop import Loop, Settings, signals
+from train.run.parameters import Adapted, Whole
 from train.run.recipes import Recipe
+from train.step import Optimizer, State
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """A model, its data and the recipe to train it by.
 
-    ckpt: the model directory to start from; None for fresh weights. held_out: files to evaluate on;
-    or share: the share of the examples that is held out for evaluation. strict: stop at a bad
-    record. start: the facts of this start for run.json (`resuming.record`).
+    ckpt: the model directory to start from; None for fresh weights. files: the training data.
+    held_out: files to evaluate on; or share: the share of the examples that is held out for
+    evaluation. strict: stop at a bad record. start: the facts of this start for run.json
+    (`resuming.record`).
     """
 
     recipe: Recipe
@@ -70,38 +72,25 @@ def train(task: Task, settings: Settings) -> None:
     Raises ValueError for unusable data, an unusable model or folder; KeyboardInterrupt after
     Ctrl-C, once the state is saved.
     """
-    with run_folder.alone(settings.out) as check:
+    with run_folder.locked(settings.out) as check:
         _train(_settled(task), settings, check=check)
 
 
 def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None:
+    """Train by a settled task (`_settled`) in a folder that only this run uses (`check`)."""
     recipe, out = task.recipe, settings.out
-    # What cannot be is said before anything is encoded.
+    # Errors in these are raised before anything is encoded.
     attention.get(recipe.attention)
     trained = parameters.of(task.config, task.ckpt, recipe=recipe)
     if processes.index() == 0:
         run_folder.check(out, settings.resume)
     rows, held_out = _rows(task, settings)
     steps = _steps(recipe, len(rows))
-    if settings.profile and settings.profile[0] > steps:
-        first, last = settings.profile
-        raise ValueError(f"--profile-steps {first}-{last}: the run has {steps} steps")
-    if (warm := recipe.warmup_steps(steps)) >= steps:
-        command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
-    dtype, rows_at_once = jnp.dtype(recipe.dtype), recipe.rows // recipe.accumulate
-    calls = prove.passes(task.config, dtype, rows=rows_at_once, length=recipe.length, backward=True)
-    attend = prove.resolve(recipe.attention, calls)
-    parallel = bool(recipe.sequence_parallel)  # which `_settled` has decided
+    _check_steps(steps, recipe, profile=settings.profile)
     optimizer = recipe.optimizer(steps)
-    like = trained.abstract(optimizer)
-    identity = _identity(task, rows)
-    # The others find what process 0 has claimed.
-    resume = settings.resume or processes.index() > 0
-    start = {**task.start, "rows": len(rows)}
-    processes.first(
-        lambda: run_folder.claim(out, identity, steps=steps, resume=resume, start=start)
-    )
-    files = processes.first(lambda: _write_files(out / run_folder.FILES, task))
+    run, evaluate = _programs(task, optimizer, trained=trained)
+    like = trained.abstract_state(optimizer)
+    files = _claim(task, settings, rows=rows, steps=steps)
     checkpoints = Checkpoints(
         out / run_folder.CHECKPOINTS, settings.keep_last, best=settings.keep_best
     )
@@ -109,66 +98,120 @@ def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None
         state, facts = checkpoints.restore(like)
         command.say(f"resumed from step {checkpoints.latest}")
     else:
-        if settings.resume:
-            command.say(f"{out} has no checkpoint: training begins at step 0")
-        if better := advice.less_waste(
-            rows, recipe, sizes=sharding.axis_sizes(), platform=jax.default_backend()
-        ):
-            command.say(f"less work for the same examples: {'; '.join(better)}")
-        state, facts = trained.begin(optimizer), {"position": 0}
+        _advise_at_step_0(task, settings, rows=rows)
+        state, facts = trained.create_state(optimizer), {"position": 0}
     if said := advice.other_length(recipe, task.config, fresh=task.ckpt is None):
         command.say(said)
     command.say(f"curves: tensorboard --logdir {shlex.quote(str(out / EVENTS))}")
     position = facts["position"]
-    owed = bool(facts.get("owed")) and held_out is not None
+    evaluation_due = bool(facts.get("owed")) and held_out is not None
     if position < steps:
         processes.first(lambda: run_folder.remove_results(out))
     loop = Loop(
         settings=settings,
-        run=step.make_step(
-            optimizer,
-            attend,
-            dtype=dtype,
-            remat=recipe.remat,
-            sequence_parallel=parallel,
-            accumulate=recipe.accumulate,
-            z_loss=recipe.z_loss,
-            dropout=recipe.dropout,
-            seed=recipe.seed,
-            attach=trained.attach,
-            gradient_dtype=recipe.gradient_dtype,
-        ),
-        evaluate=step.make_evaluation(attend, dtype, parallel, trained.attach),
+        run=run,
+        evaluate=evaluate,
         base=trained.base,
         batches=Batches(rows, recipe.length, size=recipe.rows, seed=recipe.seed, position=position),
         held_out=held_out,
-        held_out_rows=rows_at_once,
+        held_out_rows=recipe.rows // recipe.accumulate,
         checkpoints=checkpoints,
         check=check,
-        log=Log(out, position, steps=steps, owed=owed),
+        log=Log(out, position, steps=steps, evaluation_due=evaluation_due),
         steps=steps,
         position=position,
         tokens=recipe.rows * recipe.length * rows.efficiency,
         flops=trained.flops_per_token(recipe.length),
-        owed=owed,
+        evaluation_due=evaluation_due,
     )
-    with signals() as asked:
+    state = _run(loop, state)
+    if state is not None:
+        check()
+        weights, loop.base = state.weights, None
+        del state  # its moments, and the base: a merged model may need their room
+        command.say(f"done: {trained.save(weights, out, files=files, merge=settings.merge)}")
+
+
+def _check_steps(steps: int, recipe: Recipe, *, profile: tuple[int, int] | None) -> None:
+    """Raise ValueError if the steps to profile come after the last; warn of too long a warm-up."""
+    if profile and profile[0] > steps:
+        first, last = profile
+        raise ValueError(f"--profile-steps {first}-{last}: the run has {steps} steps")
+    if (warm := recipe.warmup_steps(steps)) >= steps:
+        command.say(f"warning: {warm} steps of warm-up in a run of {steps}: see --warmup")
+
+
+def _programs(
+    task: Task, optimizer: Optimizer, *, trained: Whole | Adapted
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """Build the step and the evaluation of a task, with the attention that its recipe names or
+    that `auto` chooses.
+    """
+    recipe, dtype = task.recipe, jnp.dtype(task.recipe.dtype)
+    rows = recipe.rows // recipe.accumulate
+    calls = prove.passes(task.config, dtype, rows=rows, length=recipe.length, backward=True)
+    attend = prove.resolve(recipe.attention, calls)
+    parallel = bool(recipe.sequence_parallel)  # which `_settled` has decided
+    run = step.make_step(
+        optimizer,
+        attend,
+        dtype=dtype,
+        remat=recipe.remat,
+        sequence_parallel=parallel,
+        accumulate=recipe.accumulate,
+        z_loss=recipe.z_loss,
+        dropout=recipe.dropout,
+        seed=recipe.seed,
+        attach=trained.attach,
+        gradient_dtype=recipe.gradient_dtype,
+    )
+    return run, step.make_evaluation(
+        attend, dtype=dtype, sequence_parallel=parallel, attach=trained.attach
+    )
+
+
+def _claim(task: Task, settings: Settings, *, rows: Rows, steps: int) -> Path:
+    """Register the run in its folder; returns the folder's copies of the model's other files."""
+    out, identity = settings.out, _identity(task, rows)
+    # The other processes find the run that process 0 has registered.
+    resume = settings.resume or processes.index() > 0
+    start = {**task.start, "rows": len(rows)}
+    processes.first(
+        lambda: run_folder.claim(out, identity, steps=steps, resume=resume, start=start)
+    )
+    return processes.first(lambda: _write_files(out / run_folder.FILES, task))
+
+
+def _advise_at_step_0(task: Task, settings: Settings, *, rows: Rows) -> None:
+    """Say that training begins at step 0 if it should have resumed, and what would waste less."""
+    if settings.resume:
+        command.say(f"{settings.out} has no checkpoint: training begins at step 0")
+    if better := advice.less_waste(
+        rows, task.recipe, sizes=sharding.axis_sizes(), platform=jax.default_backend()
+    ):
+        command.say(f"less work for the same examples: {'; '.join(better)}")
+
+
+def _run(loop: Loop, state: State) -> State | None:
+    """Run the loop from a state to its last step; returns the last state, None if any process got
+    a signal and the run stopped early. Raises KeyboardInterrupt after Ctrl-C.
+    """
+    with signals() as stop:
         try:
-            state = loop.go(state, asked)
+            state = loop.go(state, stop)
         finally:
             loop.log.close()
-            checkpoints.wait()
-        stopped = loop.stopped(asked)
-    checkpoints.close()
-    if stopped:
-        command.say(f"saved at step {loop.position}; --out {out} --resume goes on from there")
-        if asked.get("signal") == signal.SIGINT:
-            raise KeyboardInterrupt
-        return
-    check()
-    weights, loop.base = state.weights, None
-    del state  # its moments, and the base: a merged model may need their room
-    command.say(f"done: {trained.save(weights, out, files=files, merge=settings.merge)}")
+            loop.checkpoints.wait()
+        stopped = loop.stopped(stop)
+    loop.checkpoints.close()
+    if not stopped:
+        return state
+    command.say(
+        f"saved at step {loop.position}; --out {loop.settings.out} --resume goes on from there"
+    )
+    if stop.get("signal") == signal.SIGINT:
+        raise KeyboardInterrupt
+    return None
 
 
 def _settled(task: Task) -> Task:
@@ -209,7 +252,7 @@ def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
         )
 
     cache = encoded(task.files)
-    kept, out = split(len(cache), task.share, seed=recipe.seed)
+    kept, out = packing.split(len(cache), task.share, seed=recipe.seed)
     rows = Rows(
         cache,
         recipe.length,
@@ -227,24 +270,10 @@ def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
     return rows, None
 
 
-def split(count: int, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split `count` examples into the numbers to train on and the held-out ones, a share of them.
-
-    Raises ValueError if a share other than 0 leaves either side empty.
-    """
-    out = round(share * count)
-    if share and not 0 < out < count:
-        raise ValueError(f"{share:g} of {count} examples leaves nothing on one side")
-    held_out = np.zeros(count, bool)
-    if out:
-        shuffled = np.arange(count, dtype=np.uint32)
-        np.random.default_rng(seed).shuffle(shuffled)
-        held_out[shuffled[:out]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
 def _encoding(task: Task) -> token_cache.Encoding:
+    """How the records of a task become examples: documents or chats, as its recipe says."""
     recipe, tokenizer = task.recipe, task.tokenizer
+    options = {"drop": recipe.too_long == "drop", "strict": task.strict}
     if recipe.data == "text":
 
         def text(record: records.Record) -> tuple[list[int], None]:
@@ -252,7 +281,7 @@ def _encoding(task: Task) -> token_cache.Encoding:
 
         name = {"data": "text", "field": recipe.field}
         longest = recipe.length if recipe.pack != "joined" else None
-        return token_cache.Encoding(text, name, longest, recipe.too_long == "drop", task.strict)
+        return token_cache.Encoding(text, name, longest=longest, **options)
 
     def chat(record: records.Record) -> tuple[list[int], list[int]]:
         return data.chat_example(
@@ -260,10 +289,11 @@ def _encoding(task: Task) -> token_cache.Encoding:
         )
 
     name = {"data": "chat", "system": recipe.system, "loss_on": recipe.loss_on}
-    return token_cache.Encoding(chat, name, recipe.length, recipe.too_long == "drop", task.strict)
+    return token_cache.Encoding(chat, name, longest=recipe.length, **options)
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
+    """The number of steps by a recipe over so many rows, given directly or as epochs."""
     if recipe.steps is not None:
         return recipe.steps
     assert recipe.epochs is not None  # a recipe has one of the two

@@ -1,9 +1,8 @@
 """The training step: a batch's loss, its gradients, and AdamW."""
 
+from train.step.optimizer import FLOATS, Optimizer
 from train.step.update import (
-    FLOATS,
     REMAT,
-    Optimizer,
     Report,
     State,
     abstract_batch,

@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from qwen_jax import meshes
 from qwen_jax.meshes import moves, sharding
@@ -25,22 +28,22 @@ class Metrics:
     token) and the sum of its targets' weights: float32 []. Metrics of a batch's parts add up.
     """
 
-    loss: jax.Array
-    accuracy: jax.Array
-    targets: jax.Array
+    loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    targets: Float[Array, ""]
 
 
 def scores(
     decoder: Decoder,
     batch: Batch,
     *,
-    frequencies: Any,
+    frequencies: Float[Array | np.ndarray, "*B pairs"],
     attend: Callable[..., Any],
-    dtype: Any,
-    remat: Callable[..., Any] | None = None,
+    dtype: DTypeLike,
+    remat: Callable[..., bool] | None = None,
     sequence_parallel: bool = False,
     dropout: Dropout | None = None,
-) -> tuple[TokenScores, jax.Array]:
+) -> tuple[TokenScores, Float[Array, "B T"]]:
     """Score each target by a decoder, float32 [B, T]. Returns the scores and the targets' weights,
     both in the token order of `moves.zigzag`.
 
@@ -78,13 +81,13 @@ def loss(
     batch: Batch,
     *,
     attend: Callable[..., Any],
-    dtype: Any,
-    remat: Callable[..., Any] | None = None,
+    dtype: DTypeLike,
+    remat: Callable[..., bool] | None = None,
     sequence_parallel: bool = False,
-    total: jax.Array | None = None,
+    total: Float[Array, ""] | None = None,
     z_loss: float = 0.0,
     dropout: Dropout | None = None,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float[Array, ""], Metrics]:
     """Return the mean cross-entropy of a batch, with the z-loss added, and the batch's metrics.
 
     As in the original's training, RoPE scaling by length and LogN are off. total: the sum of the

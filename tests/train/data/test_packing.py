@@ -32,7 +32,6 @@ from train.data import batches, packing, records, shared_cache, token_cache, tok
 from train.data.batch import IGNORED, Batch
 from train.data.packing import Rows
 from train.data.token_cache import Encoding, TokenCache
-from train.run import task
 from train.step import loss as losses
 
 VOCABULARY = tiny_config().vocab_size
@@ -716,7 +715,7 @@ def test_the_fingerprint_of_rows_is_as_it_was(tmp_path):
 def test_what_is_held_out_is_as_it_was(share):
     shuffled = np.random.default_rng(4).permutation(50)
     out = round(share * 50)
-    kept, held_out = task.split(50, share, seed=4)
+    kept, held_out = packing.split(50, share, seed=4)
     assert kept.tolist() == sorted(shuffled[out:].tolist())
     assert held_out.tolist() == sorted(shuffled[:out].tolist())
 

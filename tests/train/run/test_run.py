@@ -75,16 +75,16 @@ def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
     command that names the folder alone.
     """
     out = tmp_path / "run"
-    hear = loop.Loop._hear
+    log_oldest = loop.Loop._log_oldest
 
     def stopped(self: Any, state: Any) -> None:
-        if self._waiting[0][0] == 11:
+        if self._in_flight[0][0] == 11:
             raise RuntimeError("stopped")
-        hear(self, state)
+        log_oldest(self, state)
 
     extra = ("--eval-every", 6, "--eval-data", given / "text.txt")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "_hear", stopped)
+        patch.setattr(loop.Loop, "_log_oldest", stopped)
         assert pretrain.main(pretraining(given, out, *extra)) == 1
     assert max(curve(out)) == 10 and not (out / "model").exists()
     monkeypatch.chdir(tmp_path)
@@ -145,16 +145,16 @@ def test_a_cut_off_evaluation_is_not_owed_without_data(given, tmp_path, monkeypa
 @pytest.mark.parametrize("at", [5, 12])
 def test_a_signal_in_a_step(whole, given, tmp_path, monkeypatch, at, number, code):
     """The state is saved, and nothing else is begun, not even after the last step."""
-    tell, out = logs.Log.tell, tmp_path / "run"
+    write, out = logs.Log.write, tmp_path / "run"
 
     def signalled(self: Any, step: int, *args: Any, **named: Any) -> None:
-        tell(self, step, *args, **named)
+        write(self, step, *args, **named)
         if step == at:
             signal.raise_signal(number)
 
     options = ("--eval-every", 6, "--eval-data", given / "text.txt")
     with monkeypatch.context() as patch:
-        patch.setattr(logs.Log, "tell", signalled)
+        patch.setattr(logs.Log, "write", signalled)
         assert pretrain.main(pretraining(given, out, *options)) == code
     assert not (out / "model").exists() and max(curve(out)) < at + 4
     succeed(pretraining(given, out, *options, "--resume"))
@@ -166,8 +166,8 @@ def test_a_signal_in_a_step(whole, given, tmp_path, monkeypatch, at, number, cod
 def test_a_second_interrupt_ends_the_process_at_once():
     program = (
         "import signal\nfrom train.run import loop\n"
-        "with loop.signals() as asked:\n"
-        "    signal.raise_signal(signal.SIGINT)\n    print(asked['signal'] == signal.SIGINT)\n"
+        "with loop.signals() as stop:\n"
+        "    signal.raise_signal(signal.SIGINT)\n    print(stop['signal'] == signal.SIGINT)\n"
         "    signal.raise_signal(signal.SIGINT)\n    print('after')"
     )
     done = subprocess.run(
@@ -485,7 +485,7 @@ def test_the_residual_is_split_by_tokens_by_default(
     evaluation = step.make_evaluation
     monkeypatch.setattr(step, "make_step", made(step.make_step))
     monkeypatch.setattr(step, "make_evaluation", made(evaluation))
-    monkeypatch.setattr(parameters.Whole, "begin", lambda *_, **__: None)
+    monkeypatch.setattr(parameters.Whole, "create_state", lambda *_, **__: None)
     assert pretrain.main(pretraining(given, tmp_path / "run", *options)) == 1
     assert seen == {"make_step": taken, "make_evaluation": taken}
     error = capsys.readouterr().err
@@ -550,7 +550,7 @@ def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_empty(tmp_path)
 
 def test_two_runs_in_one_folder_at_a_time(given, tmp_path, capsys):
     arguments = pretraining(given, tmp_path, "--steps", 1)
-    with run_folder.alone(tmp_path):
+    with run_folder.locked(tmp_path):
         before = list(tmp_path.iterdir())
         line = fail(capsys, arguments, pretrain)
         assert f"{tmp_path}: process {os.getpid()} on {socket.gethostname()} has been at" in line

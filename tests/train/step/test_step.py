@@ -21,8 +21,9 @@ from tests.support.tiny import QUICK, full_logits, on_mesh, tiny_config, tiny_de
 from train import step
 from train.data import batches
 from train.data.batch import Batch
-from train.step import Optimizer, State, update
+from train.step import Optimizer, State
 from train.step import loss as losses
+from train.step import optimizer as optimizers
 
 # Key/value heads fewer than tp=8, and every axis divides by 8 or is fewer heads.
 CONFIG = tiny_config(
@@ -317,7 +318,7 @@ def test_moments_in_bfloat16_forget():
     for sizes in ({}, {"fsdp": 4, "tp": 2}):
         with on_mesh(**sizes):
             placed = moves.place(x, "FD")
-            draw = np.asarray(update._stochastically_rounded(placed, jax.random.key(0)))
+            draw = np.asarray(optimizers._stochastically_rounded(placed, jax.random.key(0)))
             draws.append(draw.astype(np.float32))
     np.testing.assert_array_equal(*draws)
     assert set(draws[0].flat) == {1, 1 + 2**-7} and draws[0].mean() == pytest.approx(x[0, 0], 1e-3)
@@ -372,7 +373,7 @@ def test_the_learning_rate_is_told():
 def test_ten_steps_of_the_original(golden_dir: Path, sizes):
     """Losses, norms before the clip, and two tensors: one that decays, one that does not."""
     rates = jnp.asarray(arrays()["adamw.lrs"])
-    optimizer = Optimizer(lambda count: rates[count], 0.9, 0.95, 1e-6, 0.1, 1.0)
+    optimizer = Optimizer(lambda count: rates[count], b1=0.9, b2=0.95, eps=1e-6)
     got, norms = [], []
     with on_mesh(**sizes):
         state = step.create_state(checkpoint.load(golden_dir, dtype="float32"), optimizer)
@@ -402,7 +403,7 @@ def test_what_decays():
     config = dataclasses.replace(CONFIG, qk_norm=True)
     with on_mesh():
         decoder = jax.eval_shape(model.stack, model.abstract(config, jnp.float32))
-    marked = named_leaves(update._is_matrix(decoder))
+    marked = named_leaves(optimizers._is_matrix(decoder))
     matrices = {"attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"}
     wanted = {"embedding", "head", *(f"layers.{name}" for name in matrices)}
     assert {name for name, leaf in marked.items() if leaf.get_value() is True} == wanted
