@@ -51,7 +51,9 @@ def by_group(args: argparse.Namespace) -> None:
         for kernel, rows in [(k, n) for k in ("xla", asked.chip.kernel) for n in args.rows]:
             cells = [where, kernel, str(rows)]
             for running.GROUP in args.group:
-                setting = Setting(PRESETS["qwen-7b"], rows, args.length[0], kernel)
+                setting = Setting(
+                    PRESETS["qwen-7b"], batch=rows, length=args.length[0], attention=kernel
+                )
                 program = programs.prefill(setting, mesh, chunk=WHOLE_CHUNK)
                 cells.append(f"{program.memory.parts['temporaries'] / 1e6:,.0f}")
             print(f"| {' | '.join(cells)} |", flush=True)
@@ -81,7 +83,9 @@ def main() -> None:
             for kernel in ("xla", asked.chip.kernel):
                 for kind in (None, "int8"):
                     for length in args.length:
-                        setting = Setting(CONFIG, ROWS, length, kernel, cache_dtype=kind)
+                        setting = Setting(
+                            CONFIG, batch=ROWS, length=length, attention=kernel, cache_dtype=kind
+                        )
                         program = (
                             programs.decoding(setting, mesh)
                             if task == "decode"

@@ -81,7 +81,11 @@ def compiled(case: Case) -> dict[str, float]:
     mesh = topologies.mesh(topology, meshes.parse(case.mesh))
     parallel = case.sequence_parallel
     setting = programs.Setting(
-        config, case.batch, case.length, "pallas_tpu", sequence_parallel=parallel
+        config,
+        batch=case.batch,
+        length=case.length,
+        attention="pallas_tpu",
+        sequence_parallel=parallel,
     )
     cores = time.process_time()
     program = programs.training(setting, mesh)

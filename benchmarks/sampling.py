@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     config = PRESETS[args.model]
     mesh = topology.mesh(topology.parse(args.topology), meshes.parse(args.mesh))
-    setting = programs.Setting(config, args.batch, 256, "xla")
+    setting = programs.Setting(config, batch=args.batch, length=256, attention="xla")
     sampler = sampling.Nucleus(0.7, 50, 0.8, 1.1)
     logits = jax.ShapeDtypeStruct(
         (args.batch, config.vocab_size), jnp.float32, sharding=sharding.named("BV", mesh)

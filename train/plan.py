@@ -229,14 +229,14 @@ def _setting(args: argparse.Namespace, topology: Any) -> Any:
         raise UsageError(f"--batch {args.batch} does not fall into {args.accumulate} parts")
     return Setting(
         config,
-        args.batch,
-        args.length,
-        args.attention,
-        args.remat,
-        args.sequence_parallel,
-        args.cache_dtype,
-        args.accumulate,
-        adapters,
+        batch=args.batch,
+        length=args.length,
+        attention=args.attention,
+        remat=args.remat,
+        sequence_parallel=args.sequence_parallel,
+        cache_dtype=args.cache_dtype,
+        accumulate=args.accumulate,
+        adapters=adapters,
         gradient_dtype=args.gradient_dtype,
     )
 

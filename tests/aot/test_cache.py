@@ -48,7 +48,7 @@ def test_temporaries_do_not_grow_with_the_cache(
     mesh = meshes.make({}, topology.devices(topology.parse(where))[:1])
 
     def memory(length: int) -> dict[str, int]:
-        setting = Setting(CONFIG, ROWS, length, kernel, cache_dtype=kind)
+        setting = Setting(CONFIG, batch=ROWS, length=length, attention=kernel, cache_dtype=kind)
         if task == "decoding":
             return programs.decoding(setting, mesh).memory.parts
         return programs.prefill(setting, mesh, chunk=CHUNK).memory.parts
@@ -68,7 +68,7 @@ def test_layers_of_a_program_share_their_temporaries() -> None:
 
     def temporaries(layers: int) -> int:
         config = dataclasses.replace(CONFIG, hidden_size=512, num_layers=layers)
-        setting = Setting(config, rows, 4096, "pallas_hopper")
+        setting = Setting(config, batch=rows, length=4096, attention="pallas_hopper")
         return programs.prefill(setting, mesh, chunk=chunk).memory.parts["temporaries"]
 
     x = rows * chunk * 512 * 2

@@ -27,7 +27,7 @@ def small() -> Config:
 
 
 def plan(task: Any, where: str, mesh: str, batch: int, length: int, kernel: str) -> Estimate:
-    setting = Setting(small(), batch, length, kernel)
+    setting = Setting(small(), batch=batch, length=length, attention=kernel)
     return task(setting, topology.parse(where), sizes=meshes.parse(mesh))
 
 
@@ -100,7 +100,9 @@ def test_fine_tuning_on_one_gpu(name: str, adapters: recipes.Recipe | None) -> N
     """Of 80 GB, at 8192 tokens: 8 rows one after the other, as in docs/training.md."""
     where = topology.parse("h100:1")
     kernel = where.chip.kernel
-    setting = Setting(PRESETS[name], 8, 8192, kernel, accumulate=8, adapters=adapters)
+    setting = Setting(
+        PRESETS[name], batch=8, length=8192, attention=kernel, accumulate=8, adapters=adapters
+    )
     x = estimate.training(setting, where, sizes=meshes.parse(None))
     assert x.fits and x.program.memory.needed < 80e9
 

@@ -195,7 +195,7 @@ def test_a_decode_step_gathers_no_logits() -> None:
     """They change hands once, columns for rows; what is gathered is smaller than a row of each."""
     config = tiny_config(num_layers=1, vocab_size=4096)
     batch, mesh = 8, meshes.make({"data": 2, "tp": 4})
-    setting = programs.Setting(config, batch, 256, "xla")
+    setting = programs.Setting(config, batch=batch, length=256, attention="xla")
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: programs.decode_state(setting, jnp.float32))
         decoder, (rules, state) = (

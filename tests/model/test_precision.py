@@ -155,7 +155,7 @@ def adapted(base: str) -> recipes.Recipe:
 
 def decoding(kernel: str) -> Iterator[Any]:
     config = dataclasses.replace(TINY, head_dim=32)  # the least that kernels take
-    setting = programs.Setting(config, 2, 32, kernel)
+    setting = programs.Setting(config, batch=2, length=32, attention=kernel)
     attend = attention.get(kernel)
     with on_mesh(tp=2):
         decoder = model.abstract(config, jnp.float32)

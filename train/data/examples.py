@@ -17,7 +17,8 @@ from train.data.batch import IGNORED
 LOSS_ON = ("qwen", "assistant")
 _ROLES = ("user", "assistant")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_SHARES = ("weight", "train", "trainable", "loss")  # of a turn in the loss, as others write it
+# Fields in which other trainers' data say how much a turn counts in the loss.
+_SHARES = ("weight", "train", "trainable", "loss")
 
 
 def text_example(
@@ -62,12 +63,11 @@ def chat_example(
         return sft_example(tokenizer, record["conversations"], system, max_len, loss_on)
     if not isinstance(record.get("messages"), list):
         raise ValueError("there are neither 'conversations' nor 'messages'")
-    said, turns = tools.turns(record["messages"], record["tools"] or record["functions"])
-    if said is not None and record.get("system") and said != system:
+    in_messages, turns = tools.turns(record["messages"], record["tools"] or record["functions"])
+    if in_messages is not None and record.get("system") and in_messages != system:
         raise ValueError("'system' and a message of the system differ: leave one of them out")
-    return _encoded(
-        tokenizer, system if said is None else said, turns=turns, max_len=max_len, loss_on=loss_on
-    )
+    system = system if in_messages is None else in_messages
+    return _encoded(tokenizer, system, turns=turns, max_len=max_len, loss_on=loss_on)
 
 
 def _check_whole(record: Mapping[str, Any]) -> None:
@@ -151,6 +151,7 @@ def sft_example(
 def _encoded(
     tokenizer: Tokenizer, system: str, *, turns: Sequence[Turn], max_len: int | None, loss_on: str
 ) -> tuple[list[int], list[int]]:
+    """Encode turns after a system message; the arguments and results are those of `sft_example`."""
     values.choice("loss_on", loss_on, allowed=LOSS_ON)
     if max_len is not None:
         max_len = values.whole("max_len", max_len, least=1)

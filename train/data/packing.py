@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 
 from qwen_jax.runtime import paths
 from train.data.batch import Batch
@@ -34,8 +34,8 @@ _KEPT = 8  # stored packings of a cache; a run has two, for training and for hel
 _FACTS, _ORDER, _ORDER_DTYPE = "facts.json", "order", "<u4"
 # A piece is not longer than its row; a document may have any length.
 _DTYPES = {"example": "<u4", "start": "<i8", "length": "<u4", "first": "<i8"}
-Numbers = Int[np.ndarray, " examples"]
-_OfPieces = Int[np.ndarray, " pieces"]
+Numbers = Integer[np.ndarray, " examples"]
+_OfPieces = Integer[np.ndarray, " pieces"]
 # (example, start, length) of pieces that follow each other, and whether each begins a row.
 _Block = tuple[_OfPieces, _OfPieces, _OfPieces, Bool[np.ndarray, " pieces"]]
 
@@ -52,7 +52,7 @@ class Pieces:
     example: _OfPieces
     start: _OfPieces
     length: _OfPieces
-    first: Int[np.ndarray, " rows+1"]
+    first: Integer[np.ndarray, " starts"]
 
 
 def joined(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
@@ -95,7 +95,7 @@ def fitted(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
     return _collected(_whole(*_fit(lengths, row), lengths=lengths), folder)
 
 
-def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Int[np.ndarray, " rows"]]:
+def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Integer[np.ndarray, " rows"]]:
     """Return the examples sorted by row, and the number of examples in each row.
 
     The open rows are a sorted list of numbers, `room * _OPEN + place`. Its first entry that is
@@ -142,7 +142,7 @@ def alone(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
 
 def _whole(
     examples: Numbers,
-    counts: Int[np.ndarray, " rows"],
+    counts: Integer[np.ndarray, " rows"],
     *,
     lengths: Numbers,
 ) -> Iterator[_Block]:
@@ -295,7 +295,7 @@ class Rows:
 
 def split(
     count: int, share: float, *, seed: int
-) -> tuple[Int[np.ndarray, " trained"], Int[np.ndarray, " held_out"]]:
+) -> tuple[Integer[np.ndarray, " trained"], Integer[np.ndarray, " held_out"]]:
     """Split `count` examples into the numbers to train on and the held-out ones, a share of them.
 
     Raises ValueError if a share other than 0 leaves either side empty.

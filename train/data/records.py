@@ -12,23 +12,23 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwen_jax.runtime import paths, texts
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".txt.gz")
-_PIECE = 2**20  # characters of a text that are handed on at a time
-_PART = 2**26  # bytes of a file that is read in parts
+_PIECE = 2**20  # characters of a piece of a long text
+_PART = 2**26  # bytes of a part of a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A record of a file, or a piece of a long text. where: file and line, for messages. value: the
-    parsed value, of text a string.
+    """A record of a file, or a piece of a long text.
 
-    problem: why there is no value, else "". ends: whether this piece ends its document, which is
-    bad as a whole if one piece has a problem. position: bytes of the part read so far. line: the
-    line within the part, if `where` does not name one.
+    where: the file and line, for messages. value: the parsed JSON, or the text of a text file.
+    problem: why there is no value; "" if there is one. ends: whether this piece ends its document,
+    which is bad as a whole if one piece has a problem. position: the bytes of the file part that
+    have been read so far. line: the line within the part, if `where` does not name one.
     """
 
     where: str
@@ -41,9 +41,10 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class FilePart:
-    """Part `number` of the `count` parts of a file, each read on its own. size: bytes, about."""
+    """Part `number` of the `count` parts of a file, each read on its own. size: about its bytes."""
 
     path: Path
+    _: dataclasses.KW_ONLY
     number: int = 0
     count: int = 1
     size: int = 0
@@ -57,12 +58,15 @@ def parts(paths_of: Sequence[Path]) -> list[FilePart]:
     for path in paths_of:
         size = paths.size(path)
         count = max(1, -(-size // _PART)) if _suffix(path) in (".jsonl", ".parquet") else 1
-        found += [FilePart(path, number, count, size // count) for number in range(count)]
+        each = size // count
+        found += [FilePart(path, number=i, count=count, size=each) for i in range(count)]
     return found
 
 
 def place(part: FilePart, where: str, *, line: int) -> str:
-    """`where` of a record, with its line in the whole file if `line` (in the part) is not 0."""
+    """The place of a record for messages: `where`, with its line in the whole file unless `line`,
+    its line in the part, is 0.
+    """
     return f"{where} line {line + _lines_before(part)}" if line else where
 
 
@@ -78,12 +82,12 @@ def _lines_before(part: FilePart) -> int:
     return found
 
 
-def _begin(path: Path, file: Any, *, number: int, count: int) -> int:
+def _begin(path: Path, file: IO[bytes], *, number: int, count: int) -> int:
     """Seek to the first line that begins in part `number` of a file of lines; return its offset."""
     begin = paths.size(path) * number // count
     if begin:
         file.seek(begin - 1)
-        file.readline()  # what begins before is of the part before
+        file.readline()  # a line that begins before this part is in the part before
     return file.tell()
 
 
@@ -133,22 +137,25 @@ def read(path: Path, number: int = 0, *, count: int = 1) -> Iterator[Record]:
 
 
 def _suffix(path: Path) -> str | None:
+    """The one of `SUFFIXES` in which a path ends; None if there is none."""
     fitting = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
     return max(fitting, key=len, default=None)
 
 
-def _lines(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
+def _lines(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Record]:
+    """Yield the records of JSONL, or of one part of it: an object in each line."""
     at, end = 0, math.inf
     if count > 1:
         if part and texts.foreign(file.readline()):
-            return  # the first part says so
+            return  # the first part reports this problem of the file
         at = _begin(path, file, number=part, count=count)
         end = paths.size(path) * (part + 1) // count
     for number, line in enumerate(file, 1):
         if at >= end:
             return
         at += len(line)
-        where, later = (str(path), number) if part else (f"{path} line {number}", 0)
+        # Only the first part knows its lines' numbers in the whole file.
+        where, line_in_part = (str(path), number) if part else (f"{path} line {number}", 0)
         if number == 1 and not part:
             if problem := texts.foreign(line):
                 yield Record(where, None, problem)
@@ -157,12 +164,13 @@ def _lines(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield Record(where, json.loads(line), line=later)
+            yield Record(where, json.loads(line), line=line_in_part)
         except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
-            yield Record(where, None, f"no JSON: {error}", line=later)
+            yield Record(where, None, f"no JSON: {error}", line=line_in_part)
 
 
-def _list(path: Path, file: Any, *_: int) -> Iterator[Record]:
+def _list(path: Path, file: IO[bytes], *_: int) -> Iterator[Record]:
+    """Yield the records of a JSON file: the values of its list."""
     data = file.read()
     if problem := texts.foreign(data):
         yield Record(str(path), None, problem)
@@ -186,7 +194,8 @@ def _list(path: Path, file: Any, *_: int) -> Iterator[Record]:
         yield Record(f"{path} record {number}", value)
 
 
-def _parquet(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
+def _parquet(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Record]:
+    """Yield the rows of a Parquet file, or of one part of it, as objects."""
     import pyarrow
     import pyarrow.parquet
 
@@ -200,11 +209,11 @@ def _parquet(path: Path, file: Any, part: int, count: int) -> Iterator[Record]:
                 yield Record(f"{path} row {number}", value)
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
         if getattr(error, "errno", None) is not None:
-            raise  # the disk's, not pyarrow's own
+            raise  # an error of the disk, not of the format
         yield Record(str(path), None, " ".join(str(error).split()))
 
 
-def _text(path: Path, file: Any, *_: int) -> Iterator[Record]:
+def _text(path: Path, file: IO[bytes], *_: int) -> Iterator[Record]:
     """Yield a text file, which is one document. A long one comes in pieces that together encode as
     the whole: cuts are before lines that begin with no white space, where no token can span.
     """

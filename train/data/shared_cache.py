@@ -50,14 +50,14 @@ def make(
     leaders = _leaders(home)
     own_disk = len(set(leaders)) == 1 and remote is None
     store = (remote or (home if own_disk else common)) / f"{name}.parts"
-    with _alone(store) if own_disk else contextlib.nullcontext():
-        there = "whole" if token_files.is_whole(home / name) else ""
-        whole = [said == "whole" for said in processes.gather(there)]
+    with _locked(store) if own_disk else contextlib.nullcontext():
+        state = "whole" if token_files.is_whole(home / name) else ""
+        whole = [answer == "whole" for answer in processes.gather(state)]
         if not all(whole):
             _make(files, encoding, folder=home / name, store=store, whole=whole, leaders=leaders)
             if own_disk and processes.index() == 0:
                 shutil.rmtree(store, ignore_errors=True)
-            os.listdir(home)  # over NFS, that a folder was not there is remembered until then
+            os.listdir(home)  # NFS remembers that a folder did not exist until its parent is listed
     return token_cache.opened(home / name, encoding)
 
 
@@ -74,10 +74,16 @@ def _make(
     it. whole, leaders: for each process, whether it has the cache, and the first one on its disk.
     """
     parts, index = records.parts(files), processes.index()
-    lacking = [i for i, there in enumerate(whole) if not there]
+    lacking = [i for i, has_it in enumerate(whole) if not has_it]
     if index in lacking:
-        share = lacking.index(index)
-        encode_share(store, parts, encoding, share, len(lacking), folder.parent)
+        encode_share(
+            store,
+            parts,
+            encoding=encoding,
+            share=lacking.index(index),
+            shares=len(lacking),
+            home=folder.parent,
+        )
     processes.barrier()
     if leaders[index] == index:
         fill = lambda draft: join(draft, store, parts=parts)  # noqa: E731
@@ -86,7 +92,7 @@ def _make(
 
 
 @contextlib.contextmanager
-def _alone(store: Path) -> Iterator[None]:
+def _locked(store: Path) -> Iterator[None]:
     """Keep other programs off the same parts, which they would remove when they are done. Process 0
     takes the lock; the other processes wait until it has it.
     """
@@ -101,6 +107,7 @@ def _alone(store: Path) -> Iterator[None]:
 def encode_share(
     store: Path,
     parts: Sequence[records.FilePart],
+    *,
     encoding: Encoding,
     share: int,
     shares: int,
@@ -109,8 +116,8 @@ def encode_share(
     """Encode every `shares`-th part, from part `share` on, into `store`, the folder of parts; skip
     parts that exist. home: a local folder for drafts, if `store` is in `gs://`.
     """
-    there = set(paths.sizes(store))
-    mine = [n for n in range(share, len(parts), shares) if f"{n}/{_PROBLEMS}" not in there]
+    found = paths.sizes(store)
+    mine = [n for n in range(share, len(parts), shares) if f"{n}/{_PROBLEMS}" not in found]
     if not paths.is_remote(store):
         paths.make_folder(store)
         home = store
@@ -131,7 +138,7 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
     host = socket.gethostname()
     for left in home.glob(f"{name}.*@{host}.tmp"):
         number = int(left.name.removeprefix(f"{name}.").partition("@")[0])
-        if number == os.getpid() or not lock.lives(number):  # a container's numbers recur
+        if number == os.getpid() or not lock.lives(number):  # a restarted container reuses numbers
             shutil.rmtree(left, ignore_errors=True)
     folder = home / f"{name}.{os.getpid()}@{host}.tmp"
     folder.mkdir()

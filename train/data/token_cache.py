@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, UInt
 from tqdm import tqdm
 
 from qwen_jax.chat.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ _AT_A_TIME = 64  # records that a thread encodes
 NAMED = 10  # bad records that are named one by one; the rest are counted
 Encode = Callable[[records.Record], tuple[Sequence[int], Sequence[int] | None]]
 # A record, its ids, whether each of them is trained, and its problem or "".
-_Encoded = tuple[records.Record, Int[np.ndarray, " n"], Bool[np.ndarray, " n"], str]
+_Encoded = tuple[records.Record, UInt[np.ndarray, " n"], Bool[np.ndarray, " n"], str]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int, Shaped, UInt
 
 from qwen_jax.runtime import paths
 
@@ -74,7 +74,7 @@ class TokenCache:
     def lengths(self) -> Int[np.ndarray, " examples"]:
         return np.diff(self.ends, prepend=0)
 
-    def __getitem__(self, index: int) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    def __getitem__(self, index: int) -> tuple[UInt[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         part = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
         ids = np.asarray(self.ids[part])
         if self.trained is None:  # a view of one value, as a long document would take much memory
@@ -132,7 +132,7 @@ class Writer:
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._size = self._written = self.learned = 0
 
-    def add(self, ids: Int[np.ndarray, " n"], learned: Bool[np.ndarray, " n"]) -> None:
+    def add(self, ids: UInt[np.ndarray, " n"], learned: Bool[np.ndarray, " n"]) -> None:
         """Add a piece to the current example: its ids, and whether each is trained."""
         self._held.append((ids, learned))
         self._size += len(ids)

@@ -1,17 +1,21 @@
 """A setting's programs compiled and estimated, with the attention that `auto` would take there."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
 from qwen_jax import meshes
 from qwen_jax.attention import prove
+from qwen_jax.attention.workloads import Case
 from train.planning import estimate, programs, report
 from train.planning import topology as topologies
+from train.planning.estimate import Estimate
+from train.planning.programs import Setting
+from train.planning.topology import Topology
 
-_LONGEST = 300  # characters of what a kernel or a compiler says
+_LONGEST = 300  # characters of a kernel's or compiler's message that are shown
+_Task = Callable[..., Estimate]  # `estimate.training`, `decoding` or `prefill`
 
 
 class NotCompiled(ValueError):
@@ -19,10 +23,17 @@ class NotCompiled(ValueError):
 
 
 def estimates(
-    setting: Any, topology: Any, *, sizes: Mapping[str, int], decode: bool, label: str = ""
-) -> Iterator[Any]:
-    """Yield the estimates of a setting: of training, or of prefill and decoding. label: begins the
-    line that is shown while one is compiled.
+    setting: Setting,
+    topology: Topology,
+    *,
+    sizes: Mapping[str, int],
+    decode: bool,
+    label: str = "",
+) -> Iterator[Estimate]:
+    """Yield the estimates of a setting: of training, or with `decode` of prefill and decoding.
+
+    sizes: of the mesh by axis. label: the beginning of the line that is shown while a program is
+    compiled.
     """
     tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
     for task in tasks:
@@ -33,9 +44,9 @@ def estimates(
 
 
 def _compiled(
-    task: Any, setting: Any, *, topology: Any, sizes: Mapping[str, int], label: str
-) -> Any:
-    """The estimate that a task makes, which compiles a program for minutes: it is said which."""
+    task: _Task, setting: Setting, *, topology: Topology, sizes: Mapping[str, int], label: str
+) -> Estimate:
+    """The estimate of a task. It compiles a program for minutes, and shows which one meanwhile."""
     with report.waiting(
         label + report.program(task.__name__, setting, topology=topology, sizes=sizes)
     ):
@@ -43,14 +54,15 @@ def _compiled(
 
 
 def _by_auto(
-    task: Any, setting: Any, *, topology: Any, sizes: Mapping[str, int], label: str
-) -> Any:
-    """The estimate with the implementation that `auto` would take there: the first whose self-test
-    compiles, in the order of measured lines of the chip, else its own kernel first.
+    task: _Task, setting: Setting, *, topology: Topology, sizes: Mapping[str, int], label: str
+) -> Estimate:
+    """The estimate with the attention that `auto` would take on these devices: the first kernel
+    whose self-test compiles. Kernels are tried fastest first if the chip was measured, otherwise
+    the chip's own kernel first.
 
-    Raises NotCompiled where the program does not compile with that one, as it would not there.
+    Raises NotCompiled if the program does not compile with that kernel, as a run would then fail.
     """
-    names, calls = _expected(setting, topology, sizes=sizes, task=task.__name__)
+    names, calls = _candidates(setting, topology, sizes=sizes, task=task.__name__)
     passed: list[str] = []
     for name in names:
         named = dataclasses.replace(
@@ -71,8 +83,12 @@ def _by_auto(
     return _compiled(task, named, topology=topology, sizes=sizes, label=label)
 
 
-def _refusal(name: str, calls: Any, *, topology: Any, sizes: Mapping[str, int]) -> str | None:
-    """Why `auto` would not take that kernel there: what its self-test is refused with."""
+def _refusal(
+    name: str, calls: Sequence[Case], *, topology: Topology, sizes: Mapping[str, int]
+) -> str | None:
+    """The message with which a kernel's self-test is refused on these devices; None if it compiles,
+    so that `auto` would take the kernel.
+    """
     device = topologies.mesh(topology, sizes).devices.flat[:1]
     try:
         with report.waiting(f"compiling for {topology}: the self-test of attention {name}"):
@@ -83,15 +99,16 @@ def _refusal(name: str, calls: Any, *, topology: Any, sizes: Mapping[str, int]) 
 
 
 def _one_line(error: Exception) -> str:
+    """An error's message in one line, cut to `_LONGEST` characters."""
     words = " ".join(str(error).split())
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
 
 
-def _expected(
-    setting: Any, topology: Any, *, sizes: Mapping[str, int], task: str
-) -> tuple[list[str], Any]:
-    """Names of the registry that `auto` may take there, the likeliest first, and the calls with
-    which it would prove them.
+def _candidates(
+    setting: Setting, topology: Topology, *, sizes: Mapping[str, int], task: str
+) -> tuple[list[str], Sequence[Case]]:
+    """The names of attention implementations that `auto` may take, likeliest first, and the calls
+    of their self-test.
     """
     config, dtype = setting.config, "bfloat16"
     if task == "decoding":

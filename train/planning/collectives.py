@@ -10,9 +10,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Compiled
+from jaxtyping import Int
 
 from train.planning import hlo
 from train.planning.hlo import Computation, Instruction
@@ -42,6 +44,7 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]
+    _: dataclasses.KW_ONLY
     size: int
     count: int
     bytes: int
@@ -49,15 +52,15 @@ class Collective:
     where: tuple[str, ...] = ()
 
 
-def of(program: Any, mesh: Any) -> list[Collective]:
+def of(program: Compiled | str, mesh: Mesh | Mapping[str, int]) -> list[Collective]:
     """The collectives of a program, merged by kind, axes and size, the largest first.
 
-    program: a `jax.stages.Compiled` or its text.
+    program: a compiled program or its text.
     mesh: the mesh it was compiled for, or its axis sizes by name.
 
     Groups of one device are left out, as they move nothing.
     """
-    found: dict[Any, list[Collective]] = {}
+    found: dict[tuple[object, ...], list[Collective]] = {}
     for one in each(program, mesh):
         found.setdefault((one.kind, one.axes, one.size, one.looped), []).append(one)
     rows = [
@@ -72,13 +75,13 @@ def of(program: Any, mesh: Any) -> list[Collective]:
     return sorted(rows, key=lambda x: (-x.bytes, x.kind, x.axes))
 
 
-def each(program: Any, mesh: Any) -> Iterator[Collective]:
+def each(program: Compiled | str, mesh: Mesh | Mapping[str, int]) -> Iterator[Collective]:
     """The collectives of a program, as in `of`, but one entry for each place in the program.
 
-    Raises ValueError if the program has collectives in a computation that nothing is known to run:
-    the sums would leave them out.
+    Raises ValueError if the program has collectives in a computation that no known instruction
+    runs, as the sums would leave them out.
     """
-    text = program if isinstance(program, str) else program.as_text()
+    text = program if isinstance(program, str) else program.as_text() or ""
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
     parsed = hlo.parse(text)
     fused = _fused(parsed)
@@ -92,7 +95,7 @@ def each(program: Any, mesh: Any) -> Iterator[Collective]:
             )
     for computation, times, looped in runs:
         if computation.name in fused:
-            continue  # read where it is called
+            continue  # its collectives are listed with the computation that calls it
         for place, instruction in _in(parsed, computation):
             one = _collective(place, instruction, sizes=sizes, across=across)
             if one is not None:
@@ -198,7 +201,7 @@ def _collective(
         size = hlo.nbytes(sent.shape) if sent else 0
         slices = math.prod(sizes[axis] for axis in across)
         total = size * slices if kind == "all-gather" else size
-        return Collective(kind, across, slices, 1, total) if across else None
+        return Collective(kind, across, size=slices, count=1, bytes=total) if across else None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the form it takes in a TPU program
     made = [computation.by_name[x] for x in instruction.operands if x in computation.by_name]
@@ -216,10 +219,11 @@ def _collective(
     if kind == "all-gather":
         size *= devices
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return Collective(kind, axes, devices, 1, size, where=(name.group(1),) if name else ())
+    where = (name.group(1),) if name else ()
+    return Collective(kind, axes, size=devices, count=1, bytes=size, where=where)
 
 
-def _axes(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
+def _axes(groups: Int[np.ndarray, "groups devices"], sizes: dict[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the devices of any group differ.
 
     groups: int [groups, devices of a group], device numbers in the mesh's order.
@@ -231,7 +235,7 @@ def _axes(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis, moves in zip(sizes, differs, strict=True) if moves)
 
 
-def replica_groups(attributes: str, devices: int) -> np.ndarray:
+def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "groups devices"]:
     """Parse an instruction's `replica_groups=` to int [groups, devices of a group].
 
     It may be a list, `{{0,1},{2,3}}` (`{}` is all devices); an iota, `[4,2]<=[2,4]T(1,0)`; or mesh
@@ -254,7 +258,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     return np.array(rows) if rows else np.arange(devices)[None]
 
 
-def _mesh_groups(text: str) -> np.ndarray:
+def _mesh_groups(text: str) -> Int[np.ndarray, "groups devices"]:
     """Parse `replica_groups` in the form of mesh axes."""
     found = re.match(r"mesh\[(.*?)\](, device_ids=\((.*?\)?)\))? \{(.*?)\}", text)
     if not found:
@@ -265,8 +269,7 @@ def _mesh_groups(text: str) -> np.ndarray:
     ids = np.arange(count)
     if order:
         ids = _iota(order) if order.startswith("[") else np.array(_numbers(order))
-    # 'b':(2)2 is a part of axis b: a factor of 2 after a first factor of 2. So axes are split into
-    # parts.
+    # 'b':(2)2 is a part of axis b, of size 2 after a part of size 2, so axes are split into parts.
     wanted = re.findall(r"'?([\w-]+)'?(?::\((\d+)\)(\d+))?", grouped)
     cuts: dict[str, set[int]] = {name: {1, size} for name, size in axes.items()}
     for name, before, size in wanted:
@@ -275,7 +278,7 @@ def _mesh_groups(text: str) -> np.ndarray:
     parts = [  # (axis, product before the part, its size)
         (name, before, after // before)
         for name in axes
-        for before, after in _steps(sorted(cuts[name]))
+        for before, after in itertools.pairwise(sorted(cuts[name]))
     ] or [("", 1, 1)]
     members = []
     for name, before, size in wanted:
@@ -286,12 +289,7 @@ def _mesh_groups(text: str) -> np.ndarray:
     return ids.reshape(-1, int(np.prod([parts[i][2] for i in members])))
 
 
-def _steps(cuts: list[int]) -> list[tuple[int, int]]:
-    """The pairs of neighbouring cuts."""
-    return list(itertools.pairwise(cuts))
-
-
-def _iota(text: str) -> np.ndarray:
+def _iota(text: str) -> Int[np.ndarray, " devices"]:
     """Expand `[2,4]T(1,0)`: the numbers from 0 on in this shape, transposed and flattened."""
     shape, _, order = text.partition("T")
     ids = np.arange(int(np.prod(_numbers(shape)))).reshape(_numbers(shape))

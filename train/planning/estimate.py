@@ -24,7 +24,7 @@ from train.run import parameters
 CHUNK = 2048  # the most tokens of a prompt per prefill pass
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
     """The estimated memory and time of one program.
 
@@ -134,7 +134,8 @@ class Estimate:
 def training(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
     """Estimate a training step.
 
-    HBM traffic: arguments and results once, and a write and a read of what is kept or gathered.
+    HBM traffic: a read and a write of weights and moments, of what the forward pass keeps for the
+    backward, and of what is gathered.
     """
     mesh = topologies.mesh(topology, sizes)
     program = programs.training(setting, mesh)
@@ -146,15 +147,15 @@ def training(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) 
     state = sum(parts.get(name, 0) for name in ("weights", "adapters", "optimiser"))
     moved = 2 * (state + parts.get("residuals", 0)) + 2 * _gathered(program.collectives or [])
     return Estimate(
-        "training",
-        setting,
-        topology,
-        sizes,
-        program,
-        tokens,
-        tokens * needed,
-        hardware * topology.devices,
-        _bound(
+        task="training",
+        setting=setting,
+        topology=topology,
+        mesh=sizes,
+        program=program,
+        tokens=tokens,
+        model_flops=tokens * needed,
+        hardware_flops=hardware * topology.devices,
+        bound=_bound(
             program, topology, mesh=mesh, flops=hardware, moved=moved, found=program.collectives
         ),
     )
@@ -179,15 +180,15 @@ def decoding(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) 
     moved = read + 2 * _gathered(of_a_token)
     each = model_flops / topology.devices
     return Estimate(
-        "decoding",
-        setting,
-        topology,
-        sizes,
-        program,
-        setting.batch,
-        model_flops,
-        model_flops,
-        _bound(program, topology, mesh=mesh, flops=each, moved=moved, found=of_a_token),
+        task="decoding",
+        setting=setting,
+        topology=topology,
+        mesh=sizes,
+        program=program,
+        tokens=setting.batch,
+        model_flops=model_flops,
+        hardware_flops=model_flops,
+        bound=_bound(program, topology, mesh=mesh, flops=each, moved=moved, found=of_a_token),
     )
 
 
@@ -209,23 +210,17 @@ def prefill(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -
     model_flops = tokens * setting.config.flops_per_token(setting.length) / 3
     parts = program.memory.parts
     moved = chunks * (parts["weights"] + parts["cache"] / 2) + 2 * _gathered(every)
+    each = model_flops / topology.devices
     return Estimate(
-        "prefill",
-        setting,
-        topology,
-        sizes,
-        program,
-        tokens,
-        model_flops,
-        model_flops,
-        _bound(
-            program,
-            topology,
-            mesh=mesh,
-            flops=model_flops / topology.devices,
-            moved=moved,
-            found=every,
-        ),
+        task="prefill",
+        setting=setting,
+        topology=topology,
+        mesh=sizes,
+        program=program,
+        tokens=tokens,
+        model_flops=model_flops,
+        hardware_flops=model_flops,
+        bound=_bound(program, topology, mesh=mesh, flops=each, moved=moved, found=every),
     )
 
 
@@ -270,6 +265,6 @@ def _product(setting: Setting, sizes: Mapping[str, int]) -> float:
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
     length = setting.length / sizes[sharding.CONTEXT]
     seen = [config.mean_keys(setting.length, window) / setting.length for window in config.windows]
-    keys = length * sum(seen) / len(seen)  # the fraction holds on average for a ring's blocks, too
+    keys = length * sum(seen) / len(seen)  # on average this share holds for a ring's blocks, too
     heads = config.num_heads / sizes[sharding.TENSOR]
     return 2 * rows * length * heads * keys * config.head_dim

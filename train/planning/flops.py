@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
+from jaxtyping import PyTree
 
 from qwen_jax.meshes import sharding
 
@@ -39,17 +41,17 @@ class Work:
     kept: int
 
     def flops(self, product: float) -> float:
-        """All FLOPs. product: those of one product of queries and keys in a run of an attention
+        """All FLOPs. product: the FLOPs of one product of queries and keys in a run of an attention
         kernel.
         """
         return self.dots + product * sum(KERNELS[name] * n for name, n in self.kernels.items())
 
 
-def work(traced: Any, layers: int) -> Work:
+def work(traced: jax.stages.Traced, layers: int) -> Work:
     """Count the work of a program.
 
-    traced: a `jax.stages.Traced`; layers: the number of layers, by which loops over layers are
-        found. A loop of unknown length counts as one pass; all branches of a conditional count.
+    layers: the number of layers, by which loops over layers are found. A loop of unknown length
+        counts as one pass; all branches of a conditional count.
     """
     dots, kernels, kept = 0.0, Counter(), 0
     whole = traced.jaxpr.jaxpr
@@ -66,7 +68,7 @@ def work(traced: Any, layers: int) -> Work:
     return Work(dots, kernels, kept)
 
 
-def _is_forward_loop(equation: Any, layers: int) -> bool:
+def _is_forward_loop(equation: JaxprEqn, layers: int) -> bool:
     """Whether an equation is a forward scan over the layers."""
     of_layers = equation.primitive.name == "scan" and equation.params["length"] == layers
     return of_layers and not equation.params["reverse"]
@@ -82,7 +84,7 @@ def _stacked(loop: Any) -> list[Any]:
     return [x for x, one in zip(made, passed, strict=True) if len(x.shape) > len(one.shape)]
 
 
-def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
+def _equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[JaxprEqn, int]]:
     """Every equation and how often it runs, without those inside kernels."""
     for equation in jaxpr.eqns:
         yield equation, times
@@ -96,7 +98,7 @@ def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
                     yield from _equations(inner, inside)
 
 
-def _dot(equation: Any) -> float:
+def _dot(equation: JaxprEqn) -> float:
     """FLOPs of a matrix product on one device."""
     left, (out,) = equation.invars[0].aval, equation.outvars
     (summed, _), _ = equation.params["dimension_numbers"]
@@ -115,6 +117,6 @@ def local_shape(x: Any) -> tuple[int, ...]:
     return tuple(size // n for size, n in zip(x.shape, parts, strict=True))
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
     """The bytes that a tree of abstract arrays takes on a device."""
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

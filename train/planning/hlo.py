@@ -21,12 +21,15 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SAME = ("copy", "convert", "bitcast", "copy-start", "copy-done", "optimization-barrier")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
     """One instruction, a line of a computation.
 
-    shape: its type as text; arguments: the text between its parentheses; operands: the names in it;
-        rest: the text after the parentheses; root: whether it is the computation's result.
+    shape: its type as text.
+    arguments: the text between its parentheses.
+    operands: the names of instructions in `arguments`.
+    rest: the text after the parentheses.
+    root: whether it is the computation's result.
     """
 
     name: str
@@ -215,13 +218,13 @@ def _instruction(line: str) -> Instruction | None:
     end = _closing(line, opcode.end())
     arguments = line[opcode.end() : end]
     return Instruction(
-        found.group(2),
-        line[found.end() : opcode.start()],
-        opcode.group(1),
-        tuple(re.findall(r"%([\w.-]+)", arguments)),
-        arguments,
-        line[end:],
-        bool(found.group(1)),
+        name=found.group(2),
+        shape=line[found.end() : opcode.start()],
+        opcode=opcode.group(1),
+        operands=tuple(re.findall(r"%([\w.-]+)", arguments)),
+        arguments=arguments,
+        rest=line[end:],
+        root=bool(found.group(1)),
     )
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Shaped
 
 from qwen_jax import attention, meshes, model
 from qwen_jax.attention import cache as kv
@@ -24,7 +26,7 @@ from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.meshes import sharding
-from qwen_jax.model import running
+from qwen_jax.model import Decoder, running
 from qwen_jax.model.context import Context
 from train import step
 from train.planning import collectives, flops
@@ -51,6 +53,7 @@ class Setting:
     """
 
     config: Config
+    _: dataclasses.KW_ONLY
     batch: int
     length: int
     attention: str
@@ -94,14 +97,16 @@ class Memory:
 class Program:
     """A compiled program, or one that the compiler refused for lack of memory.
 
-    work: the work of one device; runs: how often the program runs (prefill: once per group of
-        layers).
-    collectives: None if the program's text cannot be read; unread: why it cannot.
+    work: the work of one device.
+    collectives: None if the program's text cannot be read.
     seconds: the time it took to compile.
+    runs: how often the program runs; a prefill runs once for each group of layers.
+    unread: the reason why the program's text cannot be read.
     """
 
     memory: Memory
     work: Work
+    _: dataclasses.KW_ONLY
     collectives: list[Collective] | None
     seconds: float
     runs: float = 1
@@ -139,7 +144,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     )
 
 
-def decoding(setting: Setting, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
+def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -> Program:
     """Compile the decode loop of `qwen_jax.decoding.decode`, with a cache of `length` slots."""
     meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
@@ -158,11 +163,11 @@ def decoding(setting: Setting, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Prog
     )
 
 
-def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.DecodeState]:
+def decode_state(setting: Setting, dtype: DTypeLike) -> tuple[decode.Rules, decode.DecodeState]:
     """The state of a batch between two tokens with a cache in use, and the rules of decoding."""
     config, batch = setting.config, setting.batch
 
-    def zeros(letters: str, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
+    def zeros(letters: str, *shape: int, dtype: DTypeLike = jnp.int32) -> Shaped[Array, "..."]:
         return jnp.zeros(shape, dtype, out_sharding=sharding.spec(letters))
 
     rules = decode.Rules(
@@ -184,7 +189,9 @@ def decode_state(setting: Setting, dtype: Any) -> tuple[decode.Rules, decode.Dec
     return rules, state
 
 
-def prefill(setting: Setting, mesh: Mesh, *, chunk: int, dtype: Any = jnp.bfloat16) -> Program:
+def prefill(
+    setting: Setting, mesh: Mesh, *, chunk: int, dtype: DTypeLike = jnp.bfloat16
+) -> Program:
     """Compile the prefill of a chunk by one group of layers, with a cache of `length` slots.
 
     chunk: tokens of the prompt per pass. Prefill runs this program for one group of layers after
@@ -214,7 +221,9 @@ def prefill(setting: Setting, mesh: Mesh, *, chunk: int, dtype: Any = jnp.bfloat
     return dataclasses.replace(one, memory=memory, runs=runs)
 
 
-def _of_a_group(setting: Setting, chunk: int, *, dtype: Any, decoder: Any) -> dict[str, Any]:
+def _of_a_group(
+    setting: Setting, chunk: int, *, dtype: DTypeLike, decoder: Decoder
+) -> dict[str, Any]:
     """The arguments of `running.run_group` for the first group of layers in the middle of a
     prompt.
     """
@@ -248,15 +257,15 @@ def compile_calls(cases: Sequence[Case], name: str, *, mesh: Mesh) -> None:
             jax.jit(run).lower(*sharding.on_devices(mesh, shapes)).compile()
 
 
-# Platforms whose programs jaxlib cannot always print: of a TPU's, some have instructions that it
-# does not take back from libtpu (an asynchronous operation with several operands), and it then
-# writes a C++ trace to stderr. libtpu itself prints them all.
+# Platforms whose programs jaxlib cannot always print. Some TPU programs have instructions that it
+# cannot read back from libtpu (an asynchronous operation with several operands); it then writes a
+# C++ trace to stderr. libtpu itself prints all programs.
 _PRINTED_BY_COMPILER = ("tpu",)
 _PRINTED = "after_optimizations.txt"  # how the name of the final program's file ends
 
 
 def _compiled(
-    trace: Callable[[], Any], mesh: Mesh, *, held: dict[str, int], layers: int
+    trace: Callable[[], jax.stages.Traced], mesh: Mesh, *, held: dict[str, int], layers: int
 ) -> Program:
     """Trace and compile a program. held: bytes of its arguments on a device, by name."""
     started = time.perf_counter()
@@ -267,27 +276,29 @@ def _compiled(
         printed = mesh.devices.flat[0].platform in _PRINTED_BY_COMPILER
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = lowered.compile(**({"compiler_options": options} if printed else {}))
+            compiled = lowered.compile(compiler_options=options if printed else None)
         except jax.errors.JaxRuntimeError as error:
             memory = _refused(str(error), held)
             if memory is None:
                 raise
             refused = "the compiler refused the program"
-            return Program(memory, work, None, time.perf_counter() - started, unread=refused)
+            seconds = time.perf_counter() - started
+            return Program(memory, work, collectives=None, seconds=seconds, unread=refused)
         found, unread = None, ""
         try:
-            text = _printed(Path(folder), lowered) if printed else compiled.as_text()
+            text = _printed(Path(folder), lowered) if printed else compiled.as_text() or ""
             found = collectives.of(text, mesh)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             unread = f"the text of the compiled program cannot be read ({_first_line(error)})"
     memory = _memory(compiled.memory_analysis(), held, kept=work.kept)
-    return Program(memory, work, found, time.perf_counter() - started, unread=unread)
+    seconds = time.perf_counter() - started
+    return Program(memory, work, collectives=found, seconds=seconds, unread=unread)
 
 
 def _printed(folder: Path, lowered: Any) -> str:
-    """The text of the final program, as the compiler has written it into its folder of dumps.
+    """The text of the final program, which the compiler has written into its folder of dumps.
 
-    Raises ValueError where it is not there.
+    Raises ValueError if the folder has no such file, or several.
     """
     name = lowered.compiler_ir().operation.attributes["sym_name"].value
     files = sorted(folder.glob(f"*.{name}.*{_PRINTED}"))
@@ -297,24 +308,26 @@ def _printed(folder: Path, lowered: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error's message, cut to 200 characters."""
     return str(error).partition("\n")[0][:200]
 
 
-def _memory(said: Any, held: dict[str, int], *, kept: int) -> Memory:
+def _memory(totals: Any, held: dict[str, int], *, kept: int) -> Memory:
     """Split the compiler's totals into the parts that are known.
 
-    said: the result of `memory_analysis()`; held: bytes of the arguments by name; kept: bytes that
-        the forward pass keeps for the backward.
+    totals: the result of `Compiled.memory_analysis()`, whose type jax does not name.
+    held: bytes of the arguments by name.
+    kept: bytes that the forward pass keeps for the backward.
     """
-    kept = min(kept, said.temp_size_in_bytes)
+    kept = min(kept, totals.temp_size_in_bytes)
     parts = {
         **held,
         # Arguments take more than their elements where the hardware pads them.
-        "padding": said.argument_size_in_bytes - sum(held.values()),
+        "padding": totals.argument_size_in_bytes - sum(held.values()),
         "residuals": kept,
-        "temporaries": said.temp_size_in_bytes - kept,
-        "outputs": said.output_size_in_bytes - said.alias_size_in_bytes,
-        "program": said.generated_code_size_in_bytes,
+        "temporaries": totals.temp_size_in_bytes - kept,
+        "outputs": totals.output_size_in_bytes - totals.alias_size_in_bytes,
+        "program": totals.generated_code_size_in_bytes,
     }
     return Memory(parts)
 

@@ -1,4 +1,4 @@
-"""Estimates as text for a terminal, and what is told while they are made."""
+"""Estimates as text for a terminal, and the line that is shown while a program is compiled."""
 
 import contextlib
 import threading
@@ -22,9 +22,9 @@ _UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "th
 
 @contextlib.contextmanager
 def waiting(what: str, every: float = 1.0) -> Iterator[None]:
-    """Show on stderr what is being waited for and how long it has taken so far.
+    """Show on stderr a line, `what` is being done, with the time that it has taken so far.
 
-    every: seconds after which the time is shown anew.
+    every: the seconds between two updates of the time.
     """
     ended = threading.Event()
     with tqdm(desc=what, bar_format="{desc}: {elapsed}") as bar:
@@ -43,7 +43,7 @@ def waiting(what: str, every: float = 1.0) -> Iterator[None]:
 
 
 def program(task: str, setting: Setting, *, topology: Topology, sizes: Mapping[str, int]) -> str:
-    """What is being compiled, in a line."""
+    """One line about the program that is being compiled."""
     remat = f", remat {setting.remat}" if task == "training" else ""
     return (
         f"compiling for {topology}: {task}, {setting.batch} rows of {setting.length} tokens"
@@ -153,7 +153,7 @@ def _sequence_parallel(x: Estimate) -> list[str]:
 
 
 def _note(term: Term) -> str:
-    """What is to be said of a term beside its time."""
+    """A remark on a term, printed after its time; "" for none."""
     if not term.seconds:
         return "  nothing goes over it"
     if term.in_step == term.seconds:

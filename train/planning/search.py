@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -156,7 +155,7 @@ def _rough_decode(
 
 def _links(topology: Topology, size: int) -> float:
     """The bytes/s of a device in collectives over `size` neighbours."""
-    chip: Any = topology.chip
+    chip = topology.chip
     if isinstance(chip, Gpu):
         return chip.link if size <= topology.lengths[1] else chip.network * topology.lengths[1]
     return 2 * chip.link

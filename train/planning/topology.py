@@ -92,12 +92,12 @@ def prepare(platform: str) -> None:
         "tpu": ("libtpu", "libtpu"),
         "cuda": ("jax_plugins.xla_cuda13", "jax-cuda13-plugin"),
     }[platform]
-    if not _there(package):
+    if not _is_installed(package):
         raise ValueError(
             f"compiling for {platform} needs the package {name}: pip install 'qwen-jax[aot]', in "
             "an environment of its own"
         )
-    # Programs of devices that are not there are written to jax's cache and cannot be read again.
+    # Programs for absent devices would be written to jax's cache, from which they cannot be read.
     jax.config.update("jax_enable_compilation_cache", False)
     if platform == "tpu":  # without these, libtpu looks for a TPU
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -111,7 +111,7 @@ def prepare(platform: str) -> None:
         os.environ["PATH"] = f"{ptxas}{os.pathsep}{os.environ['PATH']}"
 
 
-def _there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     """Whether a package is installed."""
     try:
         return importlib.util.find_spec(package) is not None

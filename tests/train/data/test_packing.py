@@ -379,7 +379,11 @@ def test_processes_share_the_encoding(tmp_path, monkeypatch, hosts):
     group = Group(homes)
     shares: list[int] = []
     share = shared_cache.encode_share
-    record = lambda *a: shares.append(len([*range(a[3], len(a[1]), a[4])])) or share(*a)  # noqa: E731
+
+    def record(store, parts, **x):
+        shares.append(len([*range(x["share"], len(parts), x["shares"])]))
+        share(store, parts, **x)
+
     for module in (shared_cache, token_cache):
         monkeypatch.setattr(module, "processes", group)
     monkeypatch.setattr(shared_cache, "encode_share", record)
@@ -423,11 +427,13 @@ def test_a_share_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shared_cache, "_put", killed)
         with pytest.raises(KeyboardInterrupt):
-            shared_cache.encode_share(store, parts, PLAIN, 0, 1, tmp_path)
+            shared_cache.encode_share(
+                store, parts, encoding=PLAIN, share=0, shares=1, home=tmp_path
+            )
     encoding = dataclasses.replace(PLAIN, encode=lambda x: calls.append(x) or encode(x))
     left = store / f"{store.name}-5.{2**22 + 1}@{shared_cache.socket.gethostname()}.tmp"
     left.mkdir()  # of a process that is no more
-    shared_cache.encode_share(store, parts, encoding, 0, 1, tmp_path)
+    shared_cache.encode_share(store, parts, encoding=encoding, share=0, shares=1, home=tmp_path)
     assert 0 < len(calls) < 40
     assert sorted(path.name for path in store.iterdir()) == sorted(map(str, range(len(parts))))
     (store / "2" / "ids.u4").write_bytes(b"")
@@ -465,7 +471,8 @@ def test_parts_that_another_program_is_at_stay(tmp_path, monkeypatch):
     with lock.alone(store, home / f"{store.name}.lock", wait=True):  # as another program has it
         other.start()
         came.wait()
-        shared_cache.encode_share(store, records.parts([file]), encoding, 0, 1, home)
+        parts = records.parts([file])
+        shared_cache.encode_share(store, parts, encoding=encoding, share=0, shares=1, home=home)
         assert len(calls) == 40 and not made
     other.join()
     assert len(calls) == 40, "parts that are there are taken"
@@ -596,7 +603,7 @@ def test_pieces_are_those_of_the_plain_definitions(tmp_path, monkeypatch, seed, 
     for make, plain in ((packing.joined, joined_at_once), (packing.fitted, fitted_one_by_one)):
         expected = plain(lengths, 16)
         assert listed(make(lengths, 16)) == expected
-        assert listed(make(lengths, 16, tmp_path)) == expected
+        assert listed(make(lengths, 16, folder=tmp_path)) == expected
 
 
 @pytest.mark.parametrize("make", [packing.joined, packing.alone])
@@ -605,7 +612,7 @@ def test_pieces_of_many_examples_are_never_all_in_memory(tmp_path, monkeypatch, 
     lengths = np.full(300_000, 5)
     tracemalloc.start()
     try:
-        pieces = make(lengths, 16, tmp_path)
+        pieces = make(lengths, 16, folder=tmp_path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -619,7 +626,7 @@ def test_rows_are_worked_out_once(tmp_path, monkeypatch):
     calls = []
     for name in ("fitted", "joined"):
         make = getattr(packing, name)
-        counted = lambda *a, make=make: calls.append(a) or make(*a)  # noqa: E731
+        counted = lambda *a, make=make, **x: calls.append(a) or make(*a, **x)  # noqa: E731
         monkeypatch.setattr(packing, name, counted)
     rows = Rows(cache, 32, pack="fitted", seed=3)
     again = Rows(cache, 32, pack="fitted", seed=3)

@@ -40,14 +40,14 @@ NETWORK = Path("InfiniBand", bandwidth=400e9, one_way=50e9, size=4)
     ],
 )
 def test_a_collective_takes(kind: str, path: Path, expected: float) -> None:
-    one = Collective(kind, ("fsdp",), path.size, 1, 8 * 10**9)
+    one = Collective(kind, ("fsdp",), size=path.size, count=1, bytes=8 * 10**9)
     name, seconds = bounds.slowest(one, [path])
     assert name == path.name
     assert seconds == pytest.approx(expected)
 
 
 def test_over_two_kinds_of_link_the_slower_counts() -> None:
-    one = Collective("all-gather", ("fsdp",), 32, 1, 32 * 10**9)
+    one = Collective("all-gather", ("fsdp",), size=32, count=1, bytes=32 * 10**9)
     # NVLink: 28 of 32 GB at 450 GB/s = 62 ms; InfiniBand: 24 of 32 GB at 400 GB/s = 60 ms.
     name, seconds = bounds.slowest(one, [SWITCH, NETWORK])
     assert name == "NVLink"
@@ -56,9 +56,9 @@ def test_over_two_kinds_of_link_the_slower_counts() -> None:
 
 def test_terms_add_up_by_link_and_axes() -> None:
     found = [
-        Collective("all-gather", ("fsdp",), 8, 4, 8 * 10**9),
-        Collective("reduce-scatter", ("fsdp",), 8, 4, 8 * 10**9),
-        Collective("all-reduce", ("fsdp", "tp"), 8, 1, 45 * 10**8),
+        Collective("all-gather", ("fsdp",), size=8, count=4, bytes=8 * 10**9),
+        Collective("reduce-scatter", ("fsdp",), size=8, count=4, bytes=8 * 10**9),
+        Collective("all-reduce", ("fsdp", "tp"), size=8, count=1, bytes=45 * 10**8),
     ]
     links = {("fsdp",): [RING], ("fsdp", "tp"): [SWITCH]}
     bound = bounds.bound(
@@ -80,8 +80,8 @@ def test_a_faster_link_of_a_collective_has_a_term_too() -> None:
     network = dataclasses.replace(NETWORK, bandwidth=430e9)
     axes = ("fsdp",)
     found = [
-        Collective("all-gather", axes, 32, 1, 32 * 10**9),
-        Collective("collective-permute", axes, 2, 1, 10**9),
+        Collective("all-gather", axes, size=32, count=1, bytes=32 * 10**9),
+        Collective("collective-permute", axes, size=2, count=1, bytes=10**9),
     ]
     bound = bounds.bound(
         0,
@@ -103,7 +103,7 @@ def test_a_faster_link_of_a_collective_has_a_term_too() -> None:
 
 
 def test_a_network_that_carries_nothing_has_a_term() -> None:
-    found = [Collective("all-gather", ("tp",), 8, 4, 8 * 10**9)]
+    found = [Collective("all-gather", ("tp",), size=8, count=4, bytes=8 * 10**9)]
     bound = bounds.bound(
         1,
         1,

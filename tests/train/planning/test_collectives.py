@@ -201,7 +201,7 @@ def test_one_device_communicates_with_nobody() -> None:
 
 
 def test_the_table_marks_open_loops() -> None:
-    row = Collective("all-gather", ("data", "fsdp"), 8, 3, 4_000_000, looped=True)
+    row = Collective("all-gather", ("data", "fsdp"), size=8, count=3, bytes=4_000_000, looped=True)
     assert collectives.table([row]).splitlines()[1].split() == [
         "all-gather",
         "data,fsdp",

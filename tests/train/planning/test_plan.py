@@ -75,7 +75,7 @@ def test_memory_of_training_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     compile_it = jax.stages.Lowered.compile
     monkeypatch.setattr(
-        jax.stages.Lowered, "compile", lambda x: seen.append(compile_it(x)) or seen[-1]
+        jax.stages.Lowered, "compile", lambda x, **_: seen.append(compile_it(x)) or seen[-1]
     )
     program = programs.training(SETTING, mesh)
     total(program, seen[-1])
@@ -91,7 +91,7 @@ def test_memory_of_training_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flops_of_training_by_hand(on_cpu: None, trained: estimate.Estimate) -> None:
-    setting = Setting(CONFIG, 4, 16, "xla", remat="none")
+    setting = Setting(CONFIG, batch=4, length=16, attention="xla", remat="none")
     x = estimate.training(setting, topology.parse("v5e:2x2"), sizes=SIZES)
     # Weights without norms and biases; the reference attends to all 16 keys where the model needs
     # half; logits are made twice.
@@ -111,7 +111,9 @@ def test_flops_of_training_by_hand(on_cpu: None, trained: estimate.Estimate) -> 
 def test_training_of_adapters_by_hand(on_cpu: None, base: str, size: int) -> None:
     """Nothing is kept or computed for weights that are not trained but their products."""
     recipe = dataclasses.replace(recipes.sft_lora(), lora_rank=4, base_dtype=base)
-    setting = Setting(CONFIG, 4, 16, "xla", remat="none", accumulate=2, adapters=recipe)
+    setting = Setting(
+        CONFIG, batch=4, length=16, attention="xla", remat="none", accumulate=2, adapters=recipe
+    )
     x = estimate.training(setting, topology.parse("v5e:1x1"), sizes=meshes.parse(None))
     parts = x.program.memory.parts
     matrices = 2 * (4 * 32 * 64 + 3 * 32 * 44)
@@ -174,7 +176,7 @@ def test_products_count_by_device_and_by_loop() -> None:
 
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_decoding(on_cpu: None, kind: str | None) -> None:
-    setting = Setting(CONFIG, 4, 8192, "xla", cache_dtype=kind)
+    setting = Setting(CONFIG, batch=4, length=8192, attention="xla", cache_dtype=kind)
     x = estimate.decoding(setting, topology.parse("v5e:2x2"), sizes=SIZES)
     parts = x.program.memory.parts
     if kind is None:  # it is not there in another dtype too
@@ -192,7 +194,11 @@ def test_decoding(on_cpu: None, kind: str | None) -> None:
 
 def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "CHUNK", 32)
-    x = estimate.prefill(Setting(CONFIG, 4, 256, "xla"), topology.parse("v5e:2x2"), sizes=SIZES)
+    x = estimate.prefill(
+        Setting(CONFIG, batch=4, length=256, attention="xla"),
+        topology.parse("v5e:2x2"),
+        sizes=SIZES,
+    )
     parts = x.program.memory.parts
     assert parts["cache"] == 4 * 256 * CONFIG.kv_bytes_per_token("float32") // 4
     assert parts["weights"] >= 2 * CONFIG.num_params() // 4
@@ -212,10 +218,14 @@ def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch
     def compiled(trace: Any, mesh: Any, *, held: Any, layers: int) -> programs.Program:
         given.update(held)
         parts = {**held, "padding": 1000, "temporaries": 10}
-        return programs.Program(Memory(parts), flops.Work(0, Counter(), 0), None, 1)
+        return programs.Program(
+            Memory(parts), flops.Work(0, Counter(), 0), collectives=None, seconds=1
+        )
 
     monkeypatch.setattr(programs, "_compiled", compiled)
-    setting = Setting(tiny_config(num_layers=6), 4, 256, "xla")  # a group of four, and half of one
+    setting = Setting(
+        tiny_config(num_layers=6), batch=4, length=256, attention="xla"
+    )  # a group of four, and half of one
     memory = programs.prefill(setting, meshes.make(SIZES), chunk=32).memory
     assert memory.parts["padding"] == 1.5 * 1000
     expected = memory.parts["weights"] + 1.5 * (given["cache"] + 1000) + given["batch"] + 10
@@ -263,7 +273,7 @@ def test_other_errors_stay_errors() -> None:
 def test_a_program_that_is_refused_is_reported(
     on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: Any) -> None:
+    def refuse(_: Any, **__: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
@@ -345,7 +355,7 @@ def test_time_between_hosts_or_slices_is_said(trained: estimate.Estimate) -> Non
 def test_a_plan_has_the_link_between_slices(on_cpu: None) -> None:
     """Also where no collective goes over it, and not where they are unknown."""
     hosts, mesh = topology.parse("v5e:2x1*2"), meshes.make(SIZES)
-    program = programs.Program(Memory({}), flops.Work(0, Counter(), 0), [], 1)
+    program = programs.Program(Memory({}), flops.Work(0, Counter(), 0), collectives=[], seconds=1)
     names = []
     for found in ([], None):
         one = dataclasses.replace(program, collectives=found)
@@ -365,7 +375,7 @@ def test_what_is_too_large_for_the_chip_does_not_fit(trained: estimate.Estimate)
 
 def test_a_search_tries_what_may_fit() -> None:
     # 72B in float32 with two moments and a gradient is 1.2 TB: 16 chips of a v5p have 1.6.
-    setting = Setting(PRESETS["qwen-72b"], 16, 2048, "pallas_tpu")
+    setting = Setting(PRESETS["qwen-72b"], batch=16, length=2048, attention="pallas_tpu")
     found = search.candidates(setting, topology.parse("v5p:2x2x4"))
     assert found and all(x.mesh["fsdp"] * x.mesh["context"] * x.mesh["tp"] == 16 for x in found)
     assert found == sorted(found, key=lambda x: x.seconds)
@@ -378,10 +388,12 @@ def test_a_search_tries_what_may_fit() -> None:
 def test_a_search_tries_copies_over_hosts() -> None:
     # 7B: 140 GB of state are too much for a GPU, and not for the eight of a host.
     hosts = topology.parse("h100:8x8*2")
-    found = search.candidates(Setting(PRESETS["qwen-7b"], 512, 2048, "xla"), hosts)
+    found = search.candidates(
+        Setting(PRESETS["qwen-7b"], batch=512, length=2048, attention="xla"), hosts
+    )
     assert {x.mesh["data"] for x in found} == {2, 16}
     # Decoding: no host waits for weights of another.
-    setting = Setting(PRESETS["qwen-72b"], 64, 2048, "xla")
+    setting = Setting(PRESETS["qwen-72b"], batch=64, length=2048, attention="xla")
     fastest = search.candidates(setting, hosts, decode=True)[0]
     assert (fastest.mesh["data"], fastest.mesh["tp"]) == (16, 8)
     # Nor does a chip, of one slice: copies of all weights where they fit.
@@ -392,7 +404,7 @@ def test_a_search_tries_copies_over_hosts() -> None:
 
 
 def test_copies_are_slower_by_their_sums() -> None:
-    setting = Setting(PRESETS["qwen-1.8b"], 16, 512, "xla")
+    setting = Setting(PRESETS["qwen-1.8b"], batch=16, length=512, attention="xla")
     hosts = topology.parse("h100:2x8")
     chip = dataclasses.replace(hosts.chip, network=hosts.chip.network / 100)
     slower, sizes = dataclasses.replace(hosts, chip=chip), meshes.parse("data=2,fsdp=8")
@@ -401,7 +413,7 @@ def test_copies_are_slower_by_their_sums() -> None:
 
 def test_where_nothing_fits_the_smallest_are_tried() -> None:
     # 16 chips of 16 GiB hold neither the state nor an activation more than they must.
-    setting = Setting(PRESETS["qwen-72b"], 16, 2048, "pallas_tpu")
+    setting = Setting(PRESETS["qwen-72b"], batch=16, length=2048, attention="pallas_tpu")
     found = search.candidates(setting, topology.parse("v5e:4x4"))
     assert [x.bytes for x in found] == sorted(x.bytes for x in found) and len(found) == 3
     least, chip = found[0], hardware.TPUS["v5e"]
@@ -466,7 +478,7 @@ def test_a_table_has_the_best_or_what_the_smallest_lacks(
 
 def test_a_search_for_decoding_knows_the_cache() -> None:
     # 8 GPUs of 80 GB hold the 145 GB of weights, and 80 GiB of cache for each row of 32k.
-    setting = Setting(PRESETS["qwen-72b"], 64, 32768, "pallas_triton")
+    setting = Setting(PRESETS["qwen-72b"], batch=64, length=32768, attention="pallas_triton")
     chips = topology.parse("h100:8")
     found = search.candidates(setting, chips, decode=True)
     assert {x.setting.batch for x in found} == {4, 2}
@@ -477,7 +489,7 @@ def test_a_search_for_decoding_knows_the_cache() -> None:
 
 
 def test_a_search_splits_tokens_only_without_rows() -> None:
-    setting = Setting(PRESETS["qwen-7b"], 4, 32768, "pallas_tpu")
+    setting = Setting(PRESETS["qwen-7b"], batch=4, length=32768, attention="pallas_tpu")
     found = search.candidates(setting, topology.parse("v5p:2x2x4"))
     assert any(x.mesh["context"] > 1 for x in found)
     assert all(x.mesh["context"] == 1 or x.setting.batch == x.mesh["fsdp"] for x in found)
@@ -548,7 +560,7 @@ def test_a_step_is_planned_with_its_residual_split(monkeypatch: pytest.MonkeyPat
             programs.training(setting, meshes.make(SIZES))
     assert asked == [True, False]
     # And a search counts with it.
-    wide = Setting(PRESETS["qwen-72b"], 512, 2048, "xla")
+    wide = Setting(PRESETS["qwen-72b"], batch=512, length=2048, attention="xla")
     whole = dataclasses.replace(wide, sequence_parallel=False)
     where, sizes = topology.parse("v5p:8x8x8"), meshes.parse("fsdp=64,tp=8")
     assert search._rough(wide, where, sizes)[0] < search._rough(whole, where, sizes)[0]
@@ -645,7 +657,7 @@ def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
     """`auto` would take the kernel there, as its self-test is small, and the run would fail."""
     error = f"RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G {where}."
 
-    def refuse(_: Any) -> None:
+    def refuse(_: Any, **__: Any) -> None:
         raise jax.errors.JaxRuntimeError(error)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
@@ -788,7 +800,7 @@ def test_a_missing_compiler_says_what_to_install(
     where: str,
     package: str,
 ) -> None:
-    monkeypatch.setattr(topology, "_there", lambda _: False)
+    monkeypatch.setattr(topology, "_is_installed", lambda _: False)
     code, _, error = run(capsys, "--model", "qwen-7b", "--topology", where)
     assert code == 1
     assert package in error and "qwen-jax[aot]" in error and len(error.splitlines()) == 1
