@@ -23,12 +23,12 @@ SETTINGS = "adapter_config.json"
 LAYER = "transformer.h.{L}."
 WHOLE = {"transformer.wte": "embedding", "lm_head": "head"}  # modules that can come along whole
 
-# Fields that change nothing here, whatever they say: what PEFT was told of the machine and of
-# training (dropout, VeLoRA's gradients, how values were found that are now in the file: the base
-# is left alone by those whose names `_ALLOWED` lists), and the names of things. PEFT heeds
-# megatron_core and qalora_group_size with megatron_config and use_qalora only, and fan_in_fan_out
-# on no torch.nn.Linear, which all modules of this model are. An embedding that is the head is one
-# leaf here, so tied weights stay tied. merge_weights is of PEFT 0.1 and 0.2.
+# Fields whose value has no effect on the result here. They describe the machine, the training
+# (dropout, VeLoRA's gradients), the initialisation (for those in `_ALLOWED`, which leave the base
+# as it is), or names. PEFT reads megatron_core and qalora_group_size only with megatron_config and
+# use_qalora, and fan_in_fan_out for no torch.nn.Linear, which all modules of this model are. An
+# embedding that is the head is one leaf here, so tied weights stay tied. merge_weights is from PEFT
+# 0.1 and 0.2.
 INERT = frozenset(
     (
         "auto_mapping",
@@ -53,18 +53,19 @@ INERT = frozenset(
     )
 )
 READ = frozenset(("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora"))
-# Fields that may narrow or change an adapter: harmless where they do neither (`_Judge`).
+# Fields that may narrow or change an adapter; they are accepted where they do neither (`_Judge`).
 JUDGED = frozenset(
     ("alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern")
 )
-# What these may be, beside empty: False, None, [] and {}. Adapters that began in another way
-# ("pissa", "olora", "corda", "loftq", "lora_ga") go on weights that PEFT has changed.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
+# The values that these fields may have, beside the empty ones: False, None, [] and {}. Adapters of
+# another initialisation ("pissa", "olora", "corda", "loftq", "lora_ga") belong on weights that PEFT
+# has changed.
+_ALLOWED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
 _BIASES = ("none", "all", "lora_only")
-# Fields of PEFT that would compute something else: other products, other modules, or none.
+# Fields with which PEFT would compute something else: other products, other modules, or none.
 REFUSED = frozenset(
     (
         *_ALLOWED,
@@ -83,7 +84,7 @@ REFUSED = frozenset(
     )
 )
 _ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
-# Of the processor, for all patterns of a file: a real one takes microseconds.
+# The processor time for matching all patterns of a file; a pattern in use takes microseconds.
 MATCHING_SECONDS = 1.0
 LONGEST_PATTERN = 50_000  # characters
 MERGED_IN_PEFT = (
@@ -94,11 +95,14 @@ MERGED_IN_PEFT = (
 
 @dataclasses.dataclass(frozen=True)
 class AdapterShape:
-    """The structure of an adapter, without values. groups: for each module of the original, the
-    leaves of a block that share its A. scale: factor of B A. whole: modules stored whole.
+    """The structure of an adapter, without values.
+
+    groups: for each module of the original with an adapter, its leaves in a block, which share the
+    adapter's A. scale: the factor of the product B A. whole: the modules that are stored whole.
     """
 
     groups: dict[str, tuple[str, ...]]
+    _: dataclasses.KW_ONLY
     rank: int
     scale: float
     whole: tuple[str, ...] = ()
@@ -115,7 +119,9 @@ class Patterns:
     def __init__(self) -> None:
         self._end = time.process_time() + MATCHING_SECONDS
 
-    def match(self, field: str, pattern: str, *, path: str, whole: bool = False) -> Any:
+    def match(
+        self, field: str, pattern: str, *, path: str, whole: bool = False
+    ) -> regex.Match[str] | None:
         """Match as `re.match` does, or if `whole` as `re.fullmatch`. field: for error messages."""
         left = max(self._end - time.process_time(), 1e-3)
         shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
@@ -179,6 +185,7 @@ def targets(
 
 
 def _paths(groups: Sequence[str], layers: int) -> list[str]:
+    """The paths of these modules in all layers, in PEFT's spelling."""
     return [f"{LAYER.replace('{L}', str(i))}{module}" for i in range(layers) for module in groups]
 
 
@@ -235,7 +242,7 @@ def read_shape(folder: Path, layers: int) -> AdapterShape:
         )
     scale = alpha / (math.sqrt(rank) if stabilised else rank)
     whole = dict.fromkeys(known[name.rpartition(".")[2]] for name in saved)
-    return AdapterShape(groups, rank, scale, tuple(whole))
+    return AdapterShape(groups, rank=rank, scale=scale, whole=tuple(whole))
 
 
 def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: bool = False) -> Any:
@@ -250,31 +257,35 @@ def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: boo
 
 @dataclasses.dataclass(frozen=True)
 class _Judge:
-    """Decides whether a field changes what an adapter computes. paths: of its modules."""
+    """Decides whether a field changes what an adapter computes.
+
+    settings: the whole of adapter_config.json. paths: those of the modules with adapters.
+    """
 
     file: Path
     settings: Mapping[str, Any]
     paths: list[str]
     patterns: Patterns
 
-    def changes(self, name: str, value: Any) -> bool:
+    def changes(self, name: str, value: object) -> bool:
+        """Whether this field changes the result, or is not known."""
         if name in INERT | READ or _empty(value) or value in _ALLOWED.get(name, ()):
             return False
         return getattr(self, f"_{name}")(value) if name in JUDGED else True
 
-    def _exclude_modules(self, value: Any) -> bool:
+    def _exclude_modules(self, _: object) -> bool:
         wanted = _list(self.file, self.settings, name="exclude_modules", or_pattern=True)
         return any(
             _named("exclude_modules", wanted, path=x, patterns=self.patterns) for x in self.paths
         )
 
-    def _rank_pattern(self, value: Any) -> bool:
+    def _rank_pattern(self, value: object) -> bool:
         return self._another("rank_pattern", value, common=self.settings["r"])
 
-    def _alpha_pattern(self, value: Any) -> bool:
+    def _alpha_pattern(self, value: object) -> bool:
         return self._another("alpha_pattern", value, common=self.settings["lora_alpha"])
 
-    def _another(self, field: str, value: Any, *, common: float) -> bool:
+    def _another(self, field: str, value: object, *, common: float) -> bool:
         """Whether some module gets a number other than the common one. Its number is that of the
         first pattern which matches the end of its path.
         """
@@ -284,10 +295,10 @@ class _Judge:
             )
         if all(number == common for number in value.values()):
             return False
-        for pattern in value:  # by itself, so that a message shows it as it is written
+        for pattern in value:  # first without the prefix below, which a message would show
             self.patterns.match(field, pattern, path="")
 
-        def own(path: str) -> Any:
+        def own(path: str) -> object:
             for pattern, number in value.items():
                 if self.patterns.match(field, rf"(.*\.)?({pattern})$", path=path):
                     return number
@@ -295,11 +306,11 @@ class _Judge:
 
         return any(own(path) != common for path in self.paths)
 
-    def _layers_pattern(self, value: Any) -> bool:
-        """It locates the layer number for layers_to_transform, and has no effect without it."""
+    def _layers_pattern(self, _: object) -> bool:
+        """As layers_to_transform: the pattern locates a path's layer number for that field only."""
         return self._layers_to_transform(self.settings.get("layers_to_transform"))
 
-    def _layers_to_transform(self, value: Any) -> bool:
+    def _layers_to_transform(self, value: object) -> bool:
         """Whether some module is in a layer that the list leaves out."""
         if value is None or value == []:
             return False
@@ -319,6 +330,6 @@ class _Judge:
         return any(number(path) not in wanted for path in self.paths)
 
 
-def _empty(value: Any) -> bool:
+def _empty(value: object) -> bool:
     """Whether a value is empty. 0 is not: layers_to_transform=0 is a layer."""
     return value is None or value is False or value in ([], {})

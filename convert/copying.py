@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped, UInt8
 from tqdm import tqdm
 
 from convert.folder import ITEM_BYTES
@@ -24,12 +25,15 @@ from qwen_jax.runtime import paths, processes
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor
 Target = int | paths.Upload
-Change = Callable[[int, np.ndarray], np.ndarray]  # (number of the first row, rows) -> rows
+Rows = Shaped[np.ndarray, "rows ..."]
+Change = Callable[[int, Rows], Rows]  # (number of the first row, rows) -> changed rows
+Job = tuple[int, Callable[[], None]]  # the bytes that a job copies, and the job
 _stop = threading.Event()
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of a name such as "bfloat16"."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
@@ -54,9 +58,7 @@ def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str
                     write(target, cast(part, band.leaf.dtype, name=band.leaf.path))
 
 
-def _columns(
-    source: Source, offset: int, *, rows: int, band: Band, dtype: str
-) -> Iterator[np.ndarray]:
+def _columns(source: Source, offset: int, *, rows: int, band: Band, dtype: str) -> Iterator[Rows]:
     """Yield, for each piece of the band, its columns of `rows` rows. If other processes have the
     other columns, only ours are read, except from object storage, where each run is a request.
     """
@@ -116,8 +118,8 @@ def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
         yield first, min(step, band.rows - first)
 
 
-def cast(array: np.ndarray, dtype: str, *, name: str) -> np.ndarray:
-    """Cast to `dtype`, rounding to nearest. ValueError, which has `name`, on overflow."""
+def cast(array: Shaped[np.ndarray, "..."], dtype: str, *, name: str) -> Shaped[np.ndarray, "..."]:
+    """Cast to `dtype`, rounding to nearest. Raises ValueError, with `name`, if values overflow."""
     if array.dtype == numpy_dtype(dtype):
         return array
     with np.errstate(over="ignore"):
@@ -131,7 +133,7 @@ def cast(array: np.ndarray, dtype: str, *, name: str) -> np.ndarray:
     return result
 
 
-def read(source: Source, offset: int, *, count: int) -> np.ndarray:
+def read(source: Source, offset: int, *, count: int) -> UInt8[np.ndarray, " count"]:
     """Read exactly `count` bytes, as uint8; OSError if the file ends before that."""
     data = np.empty(count, np.uint8)
     _fill(source, offset, memory=data.data)
@@ -139,6 +141,7 @@ def read(source: Source, offset: int, *, count: int) -> np.ndarray:
 
 
 def _fill(source: Source, offset: int, *, memory: memoryview) -> None:
+    """Read bytes from `offset` on until `memory` is full; OSError if the file ends before."""
     while memory:
         _check_stop()
         if isinstance(source, paths.Object):
@@ -152,7 +155,8 @@ def _fill(source: Source, offset: int, *, memory: memoryview) -> None:
         memory, offset = memory[got:], offset + got
 
 
-def write(target: Target, array: np.ndarray) -> None:
+def write(target: Target, array: Shaped[np.ndarray, "..."]) -> None:
+    """Append the bytes of an array, in C order."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while data:
         _check_stop()
@@ -171,25 +175,23 @@ def _copy(source: Source, target: Target, *, offset: int, count: int) -> None:
             except (AttributeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in _NOT_BY_KERNEL:
                     raise
-        if done == 0:  # also what some file systems answer instead of an error
+        if done == 0:  # some file systems return 0 instead of an error
             done = min(count, BLOCK_BYTES)
             write(target, read(source, offset, count=done))
         offset, count = offset + done, count - done
 
 
 def _check_stop() -> None:
+    """Raise InterruptedError if another job has failed, or the run was interrupted."""
     if _stop.is_set():
         raise InterruptedError("stopped")
 
 
-def run(
-    what: str, jobs: Iterable[tuple[int, Callable[[], None]]], *, done: int = 0, workers: int = 2
-) -> None:
-    """Run jobs, pairs (bytes, function), with a progress bar that starts at `done` bytes.
+def run(what: str, jobs: Iterable[Job], *, done: int = 0, workers: int = 2) -> None:
+    """Run jobs, with a progress bar called `what` that starts at `done` bytes.
 
-    By default two workers: one waits for the disk while the other copies. One keeps the order.
-
-    The first exception stops all other jobs within a block, and is raised.
+    workers: by default two, as one waits for the disk while the other copies; one worker runs the
+    jobs in their order. The first exception stops all other jobs within a block, and is raised.
     """
     jobs = list(jobs)
     total = done + sum(size for size, _ in jobs)

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from convert.copying import Change
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportPlan:
     """The plan of an export whose input has been checked.
 
     wanted: the tensors by name; leaves: the stored leaves that they come from, by path. shards: the
-    names of the tensors in each file, in order. facts: identify the export, to resume it. changes:
-    merge functions by leaf path (`peft.changes`). settings: the adapter's generation_config.json.
+    names of the tensors in each file, in order. facts: values by which a resumed export is
+    recognised. changes: merge functions by leaf path (`peft.changes`). settings: the adapter's
+    generation_config.json, if it has one.
     """
 
     source: Path
@@ -35,6 +36,7 @@ class ExportPlan:
 
     @property
     def params(self) -> Path:
+        """The folder of the source's arrays."""
         return self.source / directory.PARAMS
 
 
@@ -70,6 +72,7 @@ def write_config(plan: ExportPlan) -> None:
 
 
 def write_index(plan: ExportPlan) -> None:
+    """Write the index, which names the file of each tensor."""
     sizes = [math.prod(tensor.shape) for tensor in plan.wanted.values()]
     index = {
         "metadata": {"total_size": sum(sizes) * folder.ITEM_BYTES[plan.dtype]},

@@ -33,6 +33,7 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
+        """The dtype's name, such as "bfloat16"."""
         return _DTYPES[self.code]
 
 
@@ -82,6 +83,7 @@ def dtype_of(tensors: Mapping[str, Tensor], asked: str | None) -> str:
 
 
 def _index(folder: Path) -> dict[str, str]:
+    """Read the file of each tensor from a folder's index; empty if it has none."""
     path = folder / INDEX
     if not path.exists():
         return {}
@@ -101,6 +103,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
+    """The safetensors files of a folder: those in the index, or without one all there are."""
     if index:
         files = [folder / name for name in dict.fromkeys(index.values())]
         if missing := [file.name for file in files if not file.is_file()]:
@@ -162,7 +165,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _offsets(name: str, entry: Any) -> tuple[int, int]:
+def _offsets(name: str, entry: object) -> tuple[int, int]:
     """Return where the bytes of a header's entry begin and end, counted from the header's end."""
     found = entry.get("data_offsets") if isinstance(entry, dict) else entry
     if not _sizes(found) or len(found) != 2 or found[0] > found[1]:
@@ -180,7 +183,7 @@ def _tensor(file: Path, base: int, *, name: str, entry: Mapping[str, Any]) -> Te
     return Tensor(file, base + begin, code, tuple(shape))
 
 
-def _sizes(value: Any) -> TypeGuard[list[int]]:
+def _sizes(value: object) -> TypeGuard[list[int]]:
     """Whether a value is a list of integers from 0 to 2**63 - 1."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 

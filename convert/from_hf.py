@@ -12,9 +12,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convert.copying import Job
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -37,12 +39,16 @@ DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 """
 # A model in the cache of the Hugging Face hub's library.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
-Job = tuple[int, Callable[[], None]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportPlan:
-    """A checked conversion: source tensors, the leaves they become, and how a mesh cuts them."""
+    """The plan of a conversion whose input has been checked.
+
+    tensors: the source's tensors by name; wanted: their shapes, and the leaves in them. leaves: the
+    leaves to store, by path; partitions: the mesh axes that cut each. facts: values by which a
+    resumed conversion is recognised.
+    """
 
     source: Path
     target: Path
@@ -54,6 +60,7 @@ class ImportPlan:
 
     @property
     def params(self) -> Path:
+        """The folder of the target's arrays."""
         return self.target / directory.PARAMS
 
 
@@ -93,7 +100,7 @@ def convert(args: argparse.Namespace) -> None:
     if (plan.target / directory.MANIFEST).exists() and args.verify:
         verify(_as_stored(plan, args.dtype, cut=args.mesh is not None))
         return
-    with target.alone(plan.target) as check:
+    with target.locked(plan.target) as check:
         copy(plan)
         if args.verify:
             verify(plan)
@@ -147,7 +154,15 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
         for path, leaf in abstract.items()
     }
     leaves = _leaves(shapes_of, partitions, dtype=dtype, sizes=mesh)
-    return ImportPlan(source, dst, tensors, wanted, leaves, partitions, facts)
+    return ImportPlan(
+        source=source,
+        target=dst,
+        tensors=tensors,
+        wanted=wanted,
+        leaves=leaves,
+        partitions=partitions,
+        facts=facts,
+    )
 
 
 def locate(src: str) -> Path:
@@ -239,7 +254,7 @@ def copy(plan: ImportPlan) -> None:
     if processes.index() == 0:
         resumed = target.check_usable(plan.target, plan.facts)
         done, needed, jobs = _jobs(plan, resumed)
-        target.begin(
+        target.begin_or_resume(
             plan.source, plan.target, facts=plan.facts, resumed=resumed, done=done, needed=needed
         )
         with target.explained(plan.target, needed):
@@ -254,7 +269,7 @@ def copy(plan: ImportPlan) -> None:
     processes.barrier()
 
 
-def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, list[Job]]:
+def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, "list[Job]"]:
     """Return bytes already written and bytes to write, over all processes; and this one's jobs."""
     from convert import copying
 
@@ -305,6 +320,7 @@ def _as_stored(plan: ImportPlan, dtype: str | None, *, cut: bool) -> ImportPlan:
 
 
 def verify(plan: ImportPlan) -> None:
+    """Compare every tensor of the target with the source; ValueError if any differs."""
     from convert.verify import verify as compare
 
     compare(plan.params, plan.leaves, tensors=plan.tensors, wanted=plan.wanted, exported=False)

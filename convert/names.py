@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-# tensor: the leaves stacked on its rows. In the order in which the original has its modules. {L} is
-# the number of the layer.
+# For each tensor, the leaves that are stacked along its rows, in the order of the original's
+# modules. {L} is the number of the layer.
 TABLE: dict[str, tuple[str, ...]] = {
     "transformer.wte.weight": ("embedding",),
     "transformer.h.{L}.ln_1.weight": ("layers.{L}.attn_norm",),
@@ -92,6 +92,7 @@ def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> Expected:
+    """The tensor that holds these leaves, one behind the other."""
     parts, start = [], 0
     for path in paths:
         parts.append(TensorPart(path, leaves[path], start))
@@ -140,4 +141,5 @@ def check(
 
 
 def _count(names: list[str]) -> str:
+    """The number of these names in words for a message: "1 tensor", "2 tensors"."""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"

@@ -6,12 +6,13 @@ those of the original PyTorch model (`names.py`), so PEFT can load our adapters 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -24,6 +25,7 @@ from convert.adapter_config import (
     read_shape,
     targets,
 )
+from convert.copying import Change
 from convert.folder import Tensor, read_header
 from qwen_jax.checkpoint import directory
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
@@ -54,7 +56,8 @@ _EMBEDDING, _HEAD = WHOLE
 def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
     """Write adapters in PEFT's format. Every process must call this; process 0 writes the files.
 
-    settings: more fields of adapter_config.json, such as base_model_name_or_path."""
+    settings: more fields of adapter_config.json, such as base_model_name_or_path.
+    """
     shape = _shape(adapters)
     fetched = {name: moves.fetch(leaf[...]) for name, leaf in named_leaves(adapters).items()}
     layers = next(iter(adapters.a.values())).shape[0]
@@ -88,9 +91,10 @@ def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
 
 
 def _shape(adapters: Adapters) -> AdapterShape:
+    """The structure of adapters in memory."""
     whole = tuple(m for m, name in WHOLE.items() if getattr(adapters, name) is not None)
     rank = next(iter(adapters.a.values())).shape[1]
-    return AdapterShape(dict(adapters.groups), rank, adapters.scale, whole)
+    return AdapterShape(dict(adapters.groups), rank=rank, scale=adapters.scale, whole=whole)
 
 
 def read(folder: Path, decoder: Decoder) -> Adapters:
@@ -140,9 +144,7 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
     return map_leaves(put, like.replace(**absent))
 
 
-def changes(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
+def changes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
     """Return functions that merge an adapter into the leaves of a model directory, by leaf path.
 
     Each takes the index of a first row, and n rows [n, in] of the leaf from there, and returns the
@@ -154,11 +156,11 @@ def changes(
     sizes = {path.removeprefix("layers.0."): size for path, size in shapes.items()}
     shape, tensors = _read(folder, read_shape(folder, layers), layers=layers, sizes=sizes)
 
-    def replaced(name: str) -> Any:
+    def replaced(name: str) -> Change:
         whole = tensors["whole", 0, name]
         return lambda at, rows: whole[at : at + len(rows)].astype(np.float32)
 
-    def added(tensor: str, a: np.ndarray, b: np.ndarray) -> Any:
+    def added(tensor: str, a: np.ndarray, b: np.ndarray) -> Change:
         b = shape.scale * b.astype(np.float32)
 
         def change(at: int, rows: np.ndarray) -> np.ndarray:
@@ -265,7 +267,9 @@ def _narrow(tensor: np.ndarray) -> np.ndarray:
         return tensor.astype(np.float32)
 
 
-def _most_added(scale: float, a: np.ndarray, *, b: np.ndarray) -> float:
+def _most_added(
+    scale: float, a: Float[np.ndarray, "R in"], *, b: Float[np.ndarray, "out R"]
+) -> float:
     """Return an upper bound of |scale b a| and of its intermediate results, in any order."""
     largest = [np.abs(x.astype(np.float64)).max(axis) for x, axis in ((a, 1), (b, 0))]
     return float(np.maximum(largest[0], 1) @ largest[1]) * max(scale, 1)
@@ -286,6 +290,7 @@ def _check_entries(file: Path, entries: Mapping[str, Tensor]) -> None:
 
 
 def _without_tensors(folder: Path) -> str:
+    """The message for a folder that has no adapter_model.safetensors."""
     if (folder / _PICKLED).is_file():
         return (
             f"{folder} has its tensors in PyTorch's own format ({_PICKLED}), which runs code when "
@@ -308,9 +313,9 @@ def _with_embeddings(
 
     Raises ValueError if their number of rows differs from this model's.
     """
-    there = {f"{_PREFIX}{module}.weight": module for module in WHOLE}
-    there = {name: module for name, module in there.items() if name in found}
-    for name, module in there.items():
+    stored = {f"{_PREFIX}{module}.weight": module for module in WHOLE}
+    stored = {name: module for name, module in stored.items() if name in found}
+    for name, module in stored.items():
         rows, size = found[name].shape[0], sizes.get(WHOLE[module], sizes["embedding"])
         if found[name].shape != size and found[name].shape[1:] == size[1:]:
             raise ValueError(
@@ -319,7 +324,7 @@ def _with_embeddings(
                 "base and save_pretrained(FOLDER, safe_serialization=True), convert FOLDER with "
                 "`python convert/from_hf.py`, and put the adapter on that"
             )
-    whole = {*shape.whole, *there.values()}
+    whole = {*shape.whole, *stored.values()}
     if _HEAD in whole and "head" not in sizes:
         head, embedding = (found.get(f"{_PREFIX}{m}.weight") for m in (_HEAD, _EMBEDDING))
         if head is None or embedding is None or not np.array_equal(head, embedding):
@@ -328,13 +333,14 @@ def _with_embeddings(
                 "one: train with ensure_weight_tying, or on a base whose head is its own"
             )
         whole.discard(_HEAD)
-        found = {name: x for name, x in found.items() if there.get(name) != _HEAD}
+        found = {name: x for name, x in found.items() if stored.get(name) != _HEAD}
     return dataclasses.replace(shape, whole=tuple(m for m in WHOLE if m in whole)), found
 
 
 def _size(
     shape: AdapterShape, sizes: Mapping[str, tuple[int, ...]], *, kind: str, module: str
 ) -> tuple[int, ...]:
+    """The shape of a tensor in an adapter file: of an "a", a "b" or a "whole" module."""
     if kind == "whole":
         return sizes[WHOLE[module]]
     leaves = [sizes[leaf] for leaf in shape.groups[module]]

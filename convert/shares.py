@@ -29,14 +29,14 @@ class Shares:
         """partitions: mesh axes per leaf axis, by leaf path. sizes: length of each mesh axis."""
         devices = math.prod(sizes.values())
         self._axes = tuple(sizes)
-        # jax numbers devices process by process, and a mesh takes them in this order, but on some
-        # TPU slices, where the way of the wires decides; then another process writes a chunk.
+        # jax numbers devices process by process, and a mesh takes them in this order. On some TPU
+        # slices it follows the links instead, and there another process writes a chunk.
         self._process = (np.arange(devices) * count // devices).reshape(tuple(sizes.values()))
         self._partitions, self._count = partitions, count
         self._writer: dict[tuple[str, str], int] = {}
         held = [0] * count
         bands = [band for leaf in leaves.values() for band in leaf.bands()]
-        # The largest first, so that the small ones fill up what is uneven.
+        # The largest chunks first, so that small ones even out the sums.
         for band in sorted(bands, key=lambda band: -band.chunk_elements):
             for name in band.pieces:
                 writer = min(self._holders(band, name), key=held.__getitem__)

@@ -2,7 +2,7 @@
 
 An incomplete target holds `unfinished.json`, which identifies source and settings. The same command
 finds it and continues; a different one is refused. It is removed when the target is complete. While
-a command works in the target, every other one is refused, even the same (`alone`).
+a command works in the target, every other one is refused, even the same (`locked`).
 """
 
 import errno
@@ -35,15 +35,17 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def is_unfinished(target: Path) -> bool:
+    """Whether a folder is the target of a conversion that has not ended."""
     return (target / UNFINISHED).exists()
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[Callable[[], None]]:
+def locked(target: Path) -> Iterator[Callable[[], None]]:
     """Hold the lock of `target`, so that no other program writes there. Process 0 locks for all.
 
-    Yields the check of `lock.alone`. Raises ValueError if `target` is not a folder or is a finished
-    model directory, and `lock.Busy` if another program holds the lock.
+    Yields a function that raises if another program has taken the lock (`lock.alone`). Raises
+    ValueError if `target` is not a folder or is a finished model directory, and `lock.Busy` if
+    another program holds the lock.
     """
     if processes.index():
         yield lambda: None
@@ -58,6 +60,7 @@ def alone(target: Path) -> Iterator[Callable[[], None]]:
 
 
 def _check_unfinished(target: Path) -> None:
+    """Raise ValueError if `target` is a file or a finished model directory."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} exists and is not a folder: choose another place")
     if (target / MANIFEST).exists():
@@ -82,10 +85,10 @@ def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
         return False
     begun = read_json(target / UNFINISHED)
     if different := [key for key, value in facts.items() if begun.get(key) != value]:
-        told = [f"{key} was {begun.get(key)!r}" for key in different if key != "source"]
-        told += ["the source was another or has changed"] if "source" in different else []
+        changes = [f"{key} was {begun.get(key)!r}" for key in different if key != "source"]
+        changes += ["the source was another or has changed"] if "source" in different else []
         raise ValueError(
-            f"{target} is the unfinished work of another command ({', '.join(told)}): give that "
+            f"{target} is the unfinished work of another command ({', '.join(changes)}): give that "
             "one again, or remove the folder"
         )
     return True
@@ -113,7 +116,7 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def begin(
+def begin_or_resume(
     source: Path, target: Path, *, facts: Mapping[str, Any], resumed: bool, done: int, needed: int
 ) -> None:
     """Begin or resume a target: write `facts` and the files that are copied as they are.
@@ -130,7 +133,8 @@ def begin(
         carry(source, target)
 
 
-def end(target: Path) -> None:
+def complete(target: Path) -> None:
+    """Mark a target as complete."""
     (target / UNFINISHED).unlink()
 
 

@@ -12,14 +12,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from convert.copying import Change
+    from convert.copying import Change, Job
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -94,14 +93,14 @@ def convert(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
     plan = make_plan(args)
-    with target.alone(plan.target) as check:
+    with target.locked(plan.target) as check:
         copy(plan)
         if args.verify:
             verify(plan)
         check()
         if processes.index() == 0:
             check_sizes(plan)
-            target.end(plan.target)
+            target.complete(plan.target)
         processes.barrier()
     command.say(f"{plan.target} is complete")
 
@@ -141,7 +140,17 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
         command.say(f"warning: {line}")
     leaves = store.read_leaves(src / directory.PARAMS, manifest["dtype"])
     shards = export.split(sizes, args.max_shard_size)
-    return ExportPlan(src, dst, wanted, leaves, shards, dtype, facts, changes, settings)
+    return ExportPlan(
+        source=src,
+        target=dst,
+        wanted=wanted,
+        leaves=leaves,
+        shards=shards,
+        dtype=dtype,
+        facts=facts,
+        changes=changes,
+        settings=settings,
+    )
 
 
 def copy(plan: ExportPlan) -> None:
@@ -151,7 +160,7 @@ def copy(plan: ExportPlan) -> None:
     if processes.index() == 0:
         resumed = target.check_usable(plan.target, plan.facts)
         done, needed, _ = _all_jobs(plan, list(plan.shards), resumed=resumed)
-        target.begin(
+        target.begin_or_resume(
             plan.source, plan.target, facts=plan.facts, resumed=resumed, done=done, needed=needed
         )
         with target.explained(plan.target, needed):
@@ -181,30 +190,29 @@ def _all_jobs(plan: ExportPlan, files: list[str], *, resumed: bool) -> tuple[int
     return done, sum(size for size, _ in pending), pending
 
 
-Job = tuple[int, Callable[[], None]]
-
-
-def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, list[Job]]:
+def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, "list[Job]"]:
     """Return the bytes of a file already written, and the jobs left, in order."""
     whole = plan.target / file
-    # Not a draft of this process's own: what a stopped export left is gone on with. Nobody ever
-    # shortens it, so that two exports, where no lock could keep them apart, write the same bytes.
+    # The name is the same in every process, so that a stopped export can be continued. The file is
+    # never shortened, so two exports that no lock keeps apart write the same bytes.
     draft = whole.with_name(f"{file}.tmp")
     head, bands, sizes = _layout(plan, file)
     if whole.exists() and paths.size(whole) == len(head) + sum(sizes):
         return sum(sizes), []
-    if paths.is_remote(whole):  # cannot be appended to: a file is one piece of work
-        return 0, [(sum(sizes), functools.partial(_upload, plan, whole, head, bands))]
+    if paths.is_remote(whole):  # an object cannot be appended to: a file is one job
+        return 0, [(sum(sizes), functools.partial(_upload, plan, whole, head=head, bands=bands))]
     written = draft.stat().st_size if resumed and draft.exists() else 0
     jobs: list[Job] = []
     if written < len(head):
-        jobs.append((0, functools.partial(_begin, draft, head)))
+        jobs.append((0, functools.partial(_write_head, draft, head)))
     done, position = 0, len(head)
     for band, size in zip(bands, sizes, strict=True):
         if position + size <= written:
             done += size
         else:
-            jobs.append((size, functools.partial(_append, plan, draft, position, band)))
+            jobs.append(
+                (size, functools.partial(_append, plan, draft, position=position, band=band))
+            )
         position += size
     jobs.append((0, functools.partial(_rename, draft, whole)))
     return done, jobs
@@ -237,17 +245,20 @@ def check_sizes(plan: ExportPlan) -> None:
         )
 
 
-def _begin(file: Path, content: bytes) -> None:
+def _write_head(file: Path, content: bytes) -> None:
+    """Write the first bytes of a file, which need not exist."""
     file.touch()
     with open(file, "r+b") as stream:
         stream.write(content)
 
 
 def _rename(draft: Path, whole: Path) -> None:
+    """Give a complete draft its name."""
     draft.replace(whole)
 
 
-def _upload(plan: ExportPlan, file: Path, head: bytes, bands: list[store.Band]) -> None:
+def _upload(plan: ExportPlan, file: Path, *, head: bytes, bands: list[store.Band]) -> None:
+    """Write a whole file to object storage."""
     from convert import copying
 
     with paths.writer(file) as stream:
@@ -258,13 +269,14 @@ def _upload(plan: ExportPlan, file: Path, head: bytes, bands: list[store.Band]) 
             )
 
 
-def _append(plan: ExportPlan, draft: Path, position: int, band: store.Band) -> None:
+def _append(plan: ExportPlan, draft: Path, *, position: int, band: store.Band) -> None:
+    """Write a band to a draft at `position`, which is the draft's end or before it."""
     from convert import copying
 
     with open(draft, "r+b", buffering=0) as stream:
         if stream.seek(0, os.SEEK_END) < position:
             raise ValueError(f"{draft} has been changed by someone else: remove it")
-        stream.seek(position)  # what is there of a band that was cut short is written again
+        stream.seek(position)  # a band that was cut short is written again from its beginning
         change = _change(plan, band)
         copying.export_band(
             band, plan.params, target=stream.fileno(), dtype=plan.dtype, change=change
@@ -272,10 +284,12 @@ def _append(plan: ExportPlan, draft: Path, position: int, band: store.Band) -> N
 
 
 def _change(plan: ExportPlan, band: store.Band) -> "Change | None":
+    """The function that merges the adapter into a band; None if the band does not change."""
     return plan.changes.get(band.leaf.path)
 
 
 def verify(plan: ExportPlan) -> None:
+    """Compare every tensor of the target with the source; ValueError if any differs."""
     from convert.verify import verify as compare
 
     tensors = folder.read(plan.target)

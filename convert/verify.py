@@ -5,6 +5,7 @@ it. If the dtypes differ, the copy must equal the original after a cast. If an a
 it must equal the cast result of merging again, over the same blocks of rows.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convert import copying
-from convert.copying import Change
+from convert.copying import Change, Job
 from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, TensorPart
 from qwen_jax.checkpoint import store
@@ -64,28 +65,32 @@ def _jobs(
     exported: bool,
     changes: Mapping[str, Change],
     different: set[str],
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[Job]:
+    """A job for each band of each tensor, which adds the tensor to `different` if it differs. The
+    other arguments are those of `verify`.
+    """
     for name, expected in wanted.items():
         for part in expected.parts:
             array, change = _open(params, part), changes.get(part.path)
             for band in leaves[part.path].bands():
-
-                def work(
-                    name: str = name,
-                    part: TensorPart = part,
-                    array: Any = array,
-                    band: Band = band,
-                    change: Change | None = change,
-                ) -> None:
-                    if not _equal(
-                        array, tensors[name], part=part, band=band, exported=exported, change=change
-                    ):
-                        different.add(name)
-
-                yield band.rows * band.row_elements * ITEM_BYTES[band.leaf.dtype], work
+                job = functools.partial(
+                    _compare,
+                    name,
+                    different,
+                    array=array,
+                    tensor=tensors[name],
+                    part=part,
+                    band=band,
+                    exported=exported,
+                    change=change,
+                )
+                yield band.rows * band.row_elements * ITEM_BYTES[band.leaf.dtype], job
 
 
 def _open(params: Path, part: TensorPart) -> Any:
+    """Open a leaf with TensorStore, whose types are not known to type checkers. Raises ValueError
+    if the stored shape is not the part's.
+    """
     array = store.open_leaf(params, part.path)
     if tuple(array.shape) != part.shape:
         raise ValueError(
@@ -95,15 +100,20 @@ def _open(params: Path, part: TensorPart) -> Any:
     return array
 
 
-def _equal(
+def _compare(
+    name: str,
+    different: set[str],
+    *,
     array: Any,
     tensor: Tensor,
-    *,
     part: TensorPart,
     band: Band,
     exported: bool,
     change: Change | None,
-) -> bool:
+) -> None:
+    """Compare a band of a leaf (`array`) with its bytes in a tensor's file, and add the tensor's
+    name to `different` if they are not equal.
+    """
     row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
     offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes
     with paths.reader(tensor.file) as file:
@@ -120,5 +130,5 @@ def _equal(
             else:
                 outer = copying.cast(outer, band.leaf.dtype, name=part.path)
             if not np.array_equal(outer.view(np.uint8), inner.view(np.uint8)):
-                return False
-    return True
+                different.add(name)
+                return

@@ -305,7 +305,7 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
         if record.problem:
             raise ValueError(f"{record.where}: {record.problem}")
         try:
-            document += data.text_example(tokenizer, record.value, args.field, ends=False)
+            document += data.text_example(tokenizer, record.value, field=args.field, ends=False)
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from None
         # A document that is longer than all that is wanted is not read to its end.

@@ -416,7 +416,7 @@ def test_each_writer_has_a_draft_of_its_own(tmp_path):
 def test_an_export_takes_nothing_away_from_another(tmp_path):
     """Where no lock could keep them apart, and the second found no file when it looked."""
     (tmp_path / "draft").write_bytes(b"headtensors")
-    to_hf._begin(tmp_path / "draft", b"head")
+    to_hf._write_head(tmp_path / "draft", b"head")
     assert (tmp_path / "draft").read_bytes() == b"headtensors"
 
 

@@ -17,7 +17,7 @@ from qwen_jax.generate import __main__ as generate
 from qwen_jax.runtime import caches, paths
 from tests.support.conversion import GOLDEN, last_line
 from train import perplexity, pretrain, sft, tokenizer
-from train.run.run_folder import alone
+from train.run.run_folder import locked
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_names_that_tensorstore_cannot_open(tmp_path, golden_dir, capfd, name):
     for main, source in ((from_hf.main, GOLDEN), (to_hf.main, golden_dir)):
         assert main([str(source), out]) == 1
         assert told in last_line(capfd)
-    for work in (save, paths.kvstore, lambda path: ExitStack().enter_context(alone(path))):
+    for work in (save, paths.kvstore, lambda path: ExitStack().enter_context(locked(path))):
         with pytest.raises(ValueError, match=told):
             work(Path(out))
     assert not list(tmp_path.iterdir())

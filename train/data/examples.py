@@ -22,7 +22,7 @@ _SHARES = ("weight", "train", "trainable", "loss")
 
 
 def text_example(
-    tokenizer: Tokenizer, record: Any, field: str = "text", ends: bool = True
+    tokenizer: Tokenizer, record: Any, *, field: str = "text", ends: bool = True
 ) -> list[int]:
     """Encode a document: the ids of its text, then the end-of-document id if `ends`.
 
@@ -43,7 +43,12 @@ def text_of(record: Any, field: str) -> str:
 
 
 def chat_example(
-    tokenizer: Tokenizer, record: Any, system: str, max_len: int | None, loss_on: str = "qwen"
+    tokenizer: Tokenizer,
+    record: object,
+    *,
+    system: str,
+    max_len: int | None,
+    loss_on: str = "qwen",
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation as `sft_example` does, from a record in either of two formats.
 

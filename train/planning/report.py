@@ -54,22 +54,10 @@ def program(task: str, setting: Setting, *, topology: Topology, sizes: Mapping[s
 def text(x: Estimate, model: str) -> str:
     """One estimate in about 30 lines. model: its name."""
     memory, setting = x.program.memory, x.setting
-    options = []
-    if x.task == "training":
-        options.append(f"remat {setting.remat}")
-        if (adapters := setting.adapters) is not None:
-            options.append(f"adapters of rank {adapters.lora_rank}")
-            options += ["int8 base"] if adapters.base_dtype == "int8" else []
-            options += ["embeddings trained"] if adapters.train_embeddings else []
-        options += [f"{setting.accumulate} parts"] if setting.accumulate > 1 else []
-        options += [f"gradients summed in {setting.gradient_dtype}"]
-    elif setting.cache_dtype:
-        options.append(f"{setting.cache_dtype} cache")
     lines = [
         f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
         f"mesh {meshes.describe(x.mesh)}",
-        f"{', '.join([f'{setting.batch} rows of {setting.length} tokens', *options])}; compiled in "
-        f"{x.program.seconds:.0f} s",
+        f"{', '.join(_options(x))}; compiled in {x.program.seconds:.0f} s",
         f"attention: {_attention(x)}",
         *[f"  not {line}" for line in setting.passed_over],
         *_sequence_parallel(x),
@@ -82,30 +70,55 @@ def text(x: Estimate, model: str) -> str:
     )
     done = x.hardware_flops / x.model_flops
     lines += ["", f"FLOPs of {_UNIT[x.task]}: {x.model_flops:.4g}; done {done:.3f} times that"]
-    if x.bound is None:
-        return "\n".join(lines)
-    unknown = "" if x.links_known else "; links not known"
+    return "\n".join([*lines, *_collectives(x), *_times(x)])
+
+
+def _options(x: Estimate) -> list[str]:
+    """The batch of a setting, and the options that matter for its task."""
+    setting = x.setting
+    options = [f"{setting.batch} rows of {setting.length} tokens"]
+    if x.task != "training":
+        return [*options, f"{setting.cache_dtype} cache"] if setting.cache_dtype else options
+    options.append(f"remat {setting.remat}")
+    if (adapters := setting.adapters) is not None:
+        options.append(f"adapters of rank {adapters.lora_rank}")
+        options += ["int8 base"] if adapters.base_dtype == "int8" else []
+        options += ["embeddings trained"] if adapters.train_embeddings else []
+    options += [f"{setting.accumulate} parts"] if setting.accumulate > 1 else []
+    return [*options, f"gradients summed in {setting.gradient_dtype}"]
+
+
+def _collectives(x: Estimate) -> list[str]:
+    """The lines of a program's collectives; none if the compiler refused it."""
     found = x.program.collectives
+    if x.bound is None:
+        return []
     if found is None:
-        lines += ["", f"collectives: not known: {x.program.unread}", _WITHOUT_LINKS]
-    else:
-        lines += ["", collectives.table(found)]
-        if any(row.looped for row in found):
-            lines.append("  * in the decode loop: for one token")
-    lines += ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
+        return ["", f"collectives: not known: {x.program.unread}", _WITHOUT_LINKS]
+    looped = any(row.looped for row in found)
+    note = ["  * in the decode loop: for one token"] if looped else []
+    return ["", collectives.table(found), *note]
+
+
+def _times(x: Estimate) -> list[str]:
+    """The lines of a program's times; none if the compiler refused it."""
+    if x.bound is None:
+        return []
+    unknown = "" if x.links_known else "; links not known"
+    lines = ["", f"time of {_UNIT[x.task]}, from published rates, ms"]
     lines += [
         f"  {term.name:<22} {1e3 * term.seconds:12.3f}{_note(term)}" for term in x.bound.terms
     ]
     if not x.links_known and x.topology.network:
         lines.append(f"  {x.topology.network:<22} {'not known':>12}")
-    lines += [
+    return [
+        *lines,
         f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once{unknown}",
         f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other{unknown}",
         f"at most {x.tokens_per_second:.4g} tokens/s, "
         f"{x.tokens_per_second / x.topology.devices:.4g} a device, MFU {100 * x.mfu:.1f} % "
         f"({100 * x.mfu * x.bound.seconds / x.bound.serial:.1f} % where nothing overlaps)",
     ]
-    return "\n".join(lines)
 
 
 def ranking(found: Sequence[Estimate]) -> str:

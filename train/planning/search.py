@@ -61,7 +61,7 @@ def candidates(setting: Setting, topology: Topology, *, decode: bool = False) ->
             one = dataclasses.replace(setting, batch=batch, remat=remat)
             if len(fitting) < 2 and _divides(one, sizes, decode=decode):
                 rough = _rough_decode if decode else _rough
-                candidate = Candidate(one, sizes, *rough(one, topology, sizes))
+                candidate = Candidate(one, sizes, *rough(one, topology, sizes=sizes))
                 if candidate.bytes <= topology.chip.usable:
                     fitting.append(candidate)
                 else:
@@ -105,7 +105,9 @@ def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
             yield sizes
 
 
-def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tuple[float, float]:
+def _rough(
+    setting: Setting, topology: Topology, *, sizes: Mapping[str, int]
+) -> tuple[float, float]:
     """The bytes per device and the seconds per token of a training step, roughly."""
     config, chip = setting.config, topology.chip
     tp, context = sizes[sharding.TENSOR], sizes[sharding.CONTEXT]
@@ -137,7 +139,7 @@ def _rough(setting: Setting, topology: Topology, sizes: Mapping[str, int]) -> tu
 
 
 def _rough_decode(
-    setting: Setting, topology: Topology, sizes: Mapping[str, int]
+    setting: Setting, topology: Topology, *, sizes: Mapping[str, int]
 ) -> tuple[float, float]:
     """The bytes per device and the seconds per token of decoding, roughly."""
     config, chip = setting.config, topology.chip

@@ -229,7 +229,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def pretrain(model: str = "", length: int = 2048, source: str = "report") -> Recipe:
+def pretrain(model: str = "", *, length: int = 2048, source: str = "report") -> Recipe:
     """Next-token prediction over documents, in batches of 4 M tokens (sections 2.3 and 2.4).
 
     Only the memo states warm-up, weight decay and clipping, and its epsilon differs. steps: as many
@@ -296,7 +296,7 @@ def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
     constant rate, published for 7B and 14B. No source states the batch size: it is pretraining's.
     """
     return dataclasses.replace(
-        pretrain(model, 8192, source),
+        pretrain(model, length=8192, source=source),
         name="code",
         learning_rate=_of_size(model, _CODE_RATES),
         steps=round(90e9 / _TOKENS),

@@ -277,7 +277,8 @@ def _encoding(task: Task) -> token_cache.Encoding:
     if recipe.data == "text":
 
         def text(record: records.Record) -> tuple[list[int], None]:
-            return data.text_example(tokenizer, record.value, recipe.field, record.ends), None
+            ids = data.text_example(tokenizer, record.value, field=recipe.field, ends=record.ends)
+            return ids, None
 
         name = {"data": "text", "field": recipe.field}
         longest = recipe.length if recipe.pack != "joined" else None

@@ -408,7 +408,10 @@ def test_copies_are_slower_by_their_sums() -> None:
     hosts = topology.parse("h100:2x8")
     chip = dataclasses.replace(hosts.chip, network=hosts.chip.network / 100)
     slower, sizes = dataclasses.replace(hosts, chip=chip), meshes.parse("data=2,fsdp=8")
-    assert search._rough(setting, slower, sizes)[1] > search._rough(setting, hosts, sizes)[1]
+    assert (
+        search._rough(setting, slower, sizes=sizes)[1]
+        > search._rough(setting, hosts, sizes=sizes)[1]
+    )
 
 
 def test_where_nothing_fits_the_smallest_are_tried() -> None:
@@ -563,7 +566,7 @@ def test_a_step_is_planned_with_its_residual_split(monkeypatch: pytest.MonkeyPat
     wide = Setting(PRESETS["qwen-72b"], batch=512, length=2048, attention="xla")
     whole = dataclasses.replace(wide, sequence_parallel=False)
     where, sizes = topology.parse("v5p:8x8x8"), meshes.parse("fsdp=64,tp=8")
-    assert search._rough(wide, where, sizes)[0] < search._rough(whole, where, sizes)[0]
+    assert search._rough(wide, where, sizes=sizes)[0] < search._rough(whole, where, sizes=sizes)[0]
 
 
 def test_time_is_shown_while_a_program_is_compiled(

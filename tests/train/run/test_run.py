@@ -592,7 +592,7 @@ def test_recipes_have_the_published_values():
         0.1,
         1,
     )
-    assert made.steps == 572_205 and recipes.pretrain("qwen-7b", 8192).rows == 512
+    assert made.steps == 572_205 and recipes.pretrain("qwen-7b", length=8192).rows == 512
     assert recipes.pretrain(source="memo").eps == 1e-6
     made = recipes.sft()
     assert (made.learning_rate, made.warmup, made.steps, made.rows) == (2e-6, 1430, 4000, 128)
@@ -671,7 +671,7 @@ def test_what_follows_from_a_length(capsys):
     assert pretrain.main(["--model", "qwen-7b", "--length", "8192", "--dry-run"]) == 0
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert (shown["length"], shown["rows"], shown["steps"]) == ("8192", "512", "572205")
-    assert recipes.pretrain("qwen-7b", 8192).steps == 572_205
+    assert recipes.pretrain("qwen-7b", length=8192).steps == 572_205
     for name in ("math", "code_chat"):
         assert "source 'script'" in fail(capsys, ["--recipe", name, "--source", "script"])
 
