@@ -21,7 +21,7 @@ from qwen_jax.runtime.texts import read_json
 
 SETTINGS = "adapter_config.json"
 LAYER = "transformer.h.{L}."
-WHOLE = {"transformer.wte": "embedding", "lm_head": "head"}  # modules that can come along whole
+WHOLE = {"transformer.wte": "embedding", "lm_head": "head"}  # modules that may be stored whole
 
 # Fields whose value has no effect on the result here. They describe the machine, the training
 # (dropout, VeLoRA's gradients), the initialisation (for those in `_ALLOWED`, which leave the base
@@ -125,7 +125,7 @@ class Patterns:
         """Match as `re.match` does, or if `whole` as `re.fullmatch`. field: for error messages."""
         left = max(self._end - time.process_time(), 1e-3)
         shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
-        if len(pattern) > LONGEST_PATTERN:  # compiling has no limit of time
+        if len(pattern) > LONGEST_PATTERN:  # compiling a pattern cannot be given a time limit
             raise ValueError(
                 f"{field} {shown}: {len(pattern):,} characters, {LONGEST_PATTERN:,} at most: name "
                 "the modules in a list instead"

@@ -69,7 +69,7 @@ def _columns(source: Source, offset: int, *, rows: int, band: Band, dtype: str) 
         yield from (array[(slice(None), *at)] for at in band.pieces.values())
         return
     for at in band.pieces.values():
-        # Bytes lie together from the last axis that is cut on.
+        # Bytes are contiguous from the last axis that is cut on.
         cut = max(i for i, (s, n) in enumerate(zip(at, columns, strict=True)) if s != slice(0, n))
         starts = np.arange(rows) * band.row_elements
         for axis, (s, stride) in enumerate(zip(at, _strides(columns), strict=True)):

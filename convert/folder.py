@@ -63,8 +63,8 @@ def read(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def dtype_of(tensors: Mapping[str, Tensor], asked: str | None) -> str:
-    """Return the dtype to convert to: `asked`, or the tensors' own; ValueError if they differ."""
+def dtype_of(tensors: Mapping[str, Tensor], wanted: str | None) -> str:
+    """Return the dtype to convert to: `wanted`, or the tensors' own; ValueError if they differ."""
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         found.setdefault(tensor.code, []).append(name)
@@ -76,10 +76,10 @@ def dtype_of(tensors: Mapping[str, Tensor], asked: str | None) -> str:
             f"tensors of dtype {some}: only {', '.join(CODES)} can be converted; quantised "
             "checkpoints are not supported yet, take the one they were made from"
         )
-    if asked is None and len(found) > 1:
+    if wanted is None and len(found) > 1:
         counts = ", ".join(f"{len(names)} {_DTYPES[code]}" for code, names in found.items())
         raise ValueError(f"tensors of different dtypes ({counts}): choose one with --dtype")
-    return asked or _DTYPES[next(iter(found))]
+    return wanted or _DTYPES[next(iter(found))]
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -122,7 +122,7 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
     source = processes.first(lambda: locate(args.src))
     target.check_apart(source, dst)
     config = read_config(source)
-    directory.carried(source)  # what a load would refuse of these files is refused now
+    directory.carried(source)  # refuses now what a load of these files would refuse
     checkpoint.load_generation_config(source)
     tokenizer = checkpoint.load_tokenizer(source)
     vocabulary = (dst if tokenizer is None else source) / directory.TOKENIZER
@@ -189,7 +189,7 @@ def locate(src: str) -> Path:
         found = snapshot_download(
             src, allow_patterns=patterns, ignore_patterns="*/*", endpoint=endpoint
         )
-    except Exception as error:  # of the hub's library, of the network, of its own cache
+    except Exception as error:  # an error of the hub's library, the network, or its cache
         reason = " ".join(str(error).split())
         raise ValueError(f"{src} is no folder here, and the hub says: {reason}") from error
     return Path(found)

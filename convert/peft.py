@@ -46,7 +46,7 @@ __all__ = [
     "write",
 ]
 TENSORS = "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.7
+_PICKLED = "adapter_model.bin"  # the file that PEFT wrote before 0.7
 _PREFIX = "base_model.model."
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _INNER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$|\.(modules_to_save\.[^.]+|original_module)\.")

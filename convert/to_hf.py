@@ -110,7 +110,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     src, dst = paths.parse(args.src), paths.parse(args.dst)
     target.check_apart(src, dst)
     if args.verify:
-        paths.check_name(src)  # which TensorStore reads then
+        paths.check_name(src)  # verification reads it by TensorStore, which needs such a name
     manifest = checkpoint.verify_whole(src)
     config = Config.read(src / directory.CONFIG)
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]

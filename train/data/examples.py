@@ -44,7 +44,7 @@ def text_of(record: Any, field: str) -> str:
 
 def chat_example(
     tokenizer: Tokenizer,
-    record: object,
+    record: Any,
     *,
     system: str,
     max_len: int | None,

@@ -29,7 +29,7 @@ from train.data.token_files import TokenCache, mapped
 
 _OPEN = 256  # rows that an example may still join
 _AT_A_TIME = 2**18  # examples that are processed together
-_VERSION = 1  # of stored packings; a new number where `joined`, `fitted` or the files change
+_VERSION = 1  # of stored packings; to be raised when `joined`, `fitted` or the files change
 _KEPT = 8  # stored packings of a cache; a run has two, for training and for held-out examples
 _FACTS, _ORDER, _ORDER_DTYPE = "facts.json", "order", "<u4"
 # A piece is not longer than its row; a document may have any length.
@@ -69,7 +69,7 @@ def _joined(lengths: Numbers, row: int) -> Iterator[_Block]:
     """Yield the pieces of `joined` in blocks, `_AT_A_TIME` examples each."""
     total = int(lengths.sum(dtype=np.int64))
     total = min(total, max(1, total // row) * row)
-    begin = 0  # of the examples of a block, in all tokens
+    begin = 0  # the number of tokens before the block
     for at in range(0, len(lengths), _AT_A_TIME):
         ends = begin + np.cumsum(lengths[at : at + _AT_A_TIME], dtype=np.int64)
         end = min(int(ends[-1]), total)
@@ -101,7 +101,7 @@ def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Integer[np.ndarray, " row
     The open rows are a sorted list of numbers, `room * _OPEN + place`. Its first entry that is
     large enough is the row with the least sufficient room; of equal ones, the first.
     """
-    members = np.empty(len(lengths), np.uint32)  # which row each example is in, as rows were opened
+    members = np.empty(len(lengths), np.uint32)  # each example's row, in order of opening
     row_at = list(range(_OPEN))
     rooms = [row * _OPEN + place for place in range(_OPEN)]
     closed = array.array("I")
@@ -124,7 +124,7 @@ def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Integer[np.ndarray, " row
     order = order[counts[order] > 0]
     number = np.empty(opened, np.uint64)
     number[order] = np.arange(len(order))
-    # Sorted by row, and within a row as they came, without a second array of their size.
+    # Sort examples by row, and within a row by number, without a second array of their size.
     keys = number[members]
     for at in range(0, len(keys), _AT_A_TIME):
         block = keys[at : at + _AT_A_TIME]
@@ -196,7 +196,7 @@ def _is_whole(folder: Path) -> bool:
 def _used_now(folder: Path) -> None:
     """Set the folder's time of last use, by which `_tidy` decides which packings to keep."""
     now = time.time_ns()
-    with contextlib.suppress(OSError):  # not there yet, or another user's
+    with contextlib.suppress(OSError):  # it does not exist yet, or is another user's
         os.utime(folder, ns=(now, now))
 
 

@@ -74,7 +74,7 @@ def _lines_before(part: FilePart) -> int:
     """Count the lines of a file that begin before the given part."""
     found = 0
     with paths.open_binary(part.path) as file:
-        left = _begin(part.path, file, number=part.number, count=part.count)
+        left = _seek_part(part.path, file, number=part.number, count=part.count)
         file.seek(0)
         while left and (block := file.read(min(left, 2**20))):
             found += block.count(b"\n")
@@ -82,7 +82,7 @@ def _lines_before(part: FilePart) -> int:
     return found
 
 
-def _begin(path: Path, file: IO[bytes], *, number: int, count: int) -> int:
+def _seek_part(path: Path, file: IO[bytes], *, number: int, count: int) -> int:
     """Seek to the first line that begins in part `number` of a file of lines; return its offset."""
     begin = paths.size(path) * number // count
     if begin:
@@ -148,7 +148,7 @@ def _lines(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Recor
     if count > 1:
         if part and texts.foreign(file.readline()):
             return  # the first part reports this problem of the file
-        at = _begin(path, file, number=part, count=count)
+        at = _seek_part(path, file, number=part, count=count)
         end = paths.size(path) * (part + 1) // count
     for number, line in enumerate(file, 1):
         if at >= end:
@@ -165,7 +165,7 @@ def _lines(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Recor
             continue
         try:
             yield Record(where, json.loads(line), line=line_in_part)
-        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
             yield Record(where, None, f"no JSON: {error}", line=line_in_part)
 
 
@@ -183,7 +183,7 @@ def _list(path: Path, file: IO[bytes], *_: int) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         yield Record(str(path), None, f"no UTF-8 at byte {error.start}")
         return
-    except (ValueError, RecursionError) as error:  # a number too long, or too deep
+    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         yield Record(str(path), None, f"no JSON: {error}")
         return
     if not isinstance(values, list):

@@ -117,7 +117,10 @@ def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path]
 
 def publish(draft: Path, folder: Path) -> None:
     """Flush a draft to disk and rename it to `folder`, unless another host's is there already."""
-    for path in (*draft.iterdir(), draft):  # a crash must not leave the name without the content
+    for path in (
+        *draft.iterdir(),
+        draft,
+    ):  # so that a crash cannot leave a folder with its name but without its content
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -155,7 +155,7 @@ class Writer:
                 for piece in part:
                     self.digest.update(piece.data)
             self._write()
-        else:  # it is too long to be in memory: read it again
+        else:  # the example was too long for memory: read it again
             self._write()
             for file, dtype in ((self._ids, ID), (self._flags, FLAG)):
                 file.flush()

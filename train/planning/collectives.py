@@ -203,7 +203,7 @@ def _collective(
         total = size * slices if kind == "all-gather" else size
         return Collective(kind, across, size=slices, count=1, bytes=total) if across else None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # the form it takes in a TPU program
+        kind = "reduce-scatter"  # TPU programs have it in this form
     made = [computation.by_name[x] for x in instruction.operands if x in computation.by_name]
     size = sum(hlo.nbytes(x.shape) for x in made)
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest):

@@ -100,8 +100,8 @@ def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
         most = min(chip.node, topology.lengths[1])
         copies = [*copies, slices * topology.lengths[0]]
     for sizes in meshes.of_size(topology.devices):
-        asked = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
-        if asked and sizes[sharding.TENSOR] <= most:
+        suits = sizes[sharding.COPIES] in copies and sizes[_SPLIT_OFF] == 1
+        if suits and sizes[sharding.TENSOR] <= most:
             yield sizes
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from qwen_jax import meshes
 from qwen_jax.meshes.hardware import CHIPS, Gpu, Tpu
 
-_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # other names, and the one that libtpu knows
+_SPELLINGS = {"7x": "tpu7x", "v7x": "tpu7x"}  # other spellings -> the one that libtpu knows
 _LONGEST = 16  # the most chips along a side of a two-dimensional slice
 
 
@@ -103,7 +103,7 @@ def prepare(platform: str) -> None:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any type: without one it complains
         os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # otherwise it locks the whole machine
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # otherwise libtpu locks the whole machine
         return
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     ptxas = f"{site.getsitepackages()[0]}/nvidia/cu13/bin"
@@ -186,7 +186,7 @@ def paths(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Path]:
         if hosts > 1:
             found.append(Path(topology.network, here * chip.network, chip.network, hosts))
         return found
-    of_slice = [getattr(device, "slice_index", 0) for device in group]  # missing for one slice
+    of_slice = [getattr(device, "slice_index", 0) for device in group]  # none in a single slice
     slices = len(set(of_slice))
     first = [x for x, number in zip(group, of_slice, strict=True) if number == of_slice[0]]
     found = _torus(topology, chip, group=first) if len(first) > 1 else []

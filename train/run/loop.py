@@ -33,7 +33,7 @@ from train.run.run_folder import CHECKPOINTS
 from train.step import Report, State
 
 _IN_FLIGHT = 2  # steps that are under way while the next is prepared
-_SKIPPED = 10  # batches in a row with a NaN loss or gradient, after which it is not the batches
+_SKIPPED = 10  # batches in a row with a NaN or infinite value: then the batches are not the cause
 _NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every process learns of it
 
 
@@ -250,7 +250,7 @@ def signals() -> Iterator[dict[str, int]]:
     def handle(number: int, _: object) -> None:
         if stop.get("signal") == number == signal.SIGINT:
             if processes.count() > 1:
-                raise KeyboardInterrupt  # the others learn of it
+                raise KeyboardInterrupt  # the other processes learn of this error
             command.say("interrupted; what was not saved is lost")
             sys.stdout.flush()
             os._exit(130)  # a compiler that is at work would end the process with a crash

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from train.step import Optimizer
 
 BASE_DTYPES = ("same", "int8")
-_TOKENS = 2048 * 2048  # of a batch of pretraining
+_TOKENS = 2048 * 2048  # tokens of a batch of pretraining
 # Learning rate and tokens seen: table 1 of the report. For 72B no rate is published.
 _PRETRAINED = {"qwen-1.8b": 2.2e12, "qwen-7b": 2.4e12, "qwen-14b": 3e12, "qwen-72b": 3e12}
 _CODE_RATES = {"qwen-7b": 3e-5, "qwen-14b": 6e-5}
@@ -150,7 +150,7 @@ class Recipe:
 
         warm = self.warmup_steps(steps)
         peak = self.learning_rate
-        begin = 0.0 if warm else peak  # optax stays where a warm-up of no steps begins
+        begin = 0.0 if warm else peak  # optax stays at the first value of a warm-up of 0 steps
         if self.schedule == "constant":
             return optax.schedules.warmup_constant_schedule(begin, peak, warm)
         return optax.schedules.warmup_cosine_decay_schedule(
@@ -204,8 +204,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "gradient_dtype": _FLOATS,
     "remat": ("full", "projections", "none"),
 }
-_MOST, _LEAST = float("inf"), 1e-30  # the least is more than nothing
-_INT32 = 2**31  # of what is counted
+_MOST, _LEAST = float("inf"), 1e-30  # bounds of a number; the second is the smallest above 0
+_INT32 = 2**31  # the bound of counts
 _RANGES: dict[str, tuple[float, float]] = {
     "length": (2, _INT32),
     "rows": (1, _INT32),

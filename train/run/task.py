@@ -128,7 +128,7 @@ def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None
     if state is not None:
         check()
         weights, loop.base = state.weights, None
-        del state  # its moments, and the base: a merged model may need their room
+        del state  # frees its moments, as is the base: a merged model may need their memory
         command.say(f"done: {trained.save(weights, out, files=files, merge=settings.merge)}")
 
 
@@ -151,7 +151,7 @@ def _programs(
     rows = recipe.rows // recipe.accumulate
     calls = prove.passes(task.config, dtype, rows=rows, length=recipe.length, backward=True)
     attend = prove.resolve(recipe.attention, calls)
-    parallel = bool(recipe.sequence_parallel)  # which `_settled` has decided
+    parallel = bool(recipe.sequence_parallel)  # `_settled` has decided it if the recipe has not
     run = step.make_step(
         optimizer,
         attend,
@@ -310,7 +310,7 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
     for name in run_folder.ROUNDINGS:
         del recipe[name]
     if not (recipe["dropout"] or (recipe["lora_rank"] and recipe["lora_dropout"])):
-        del recipe["accumulate"]  # as this does, where no part of a batch has a mask of its own
+        del recipe["accumulate"]  # without dropout, parts of a batch change roundings alone
     manifest = task.ckpt and (task.ckpt / directory.MANIFEST).read_bytes()
     identity = {
         "recipe": recipe,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from qwen_jax.leaves.weights import Weight
 
-FLOATS = ("float32", "bfloat16")  # of moments, and of gradients
+FLOATS = ("float32", "bfloat16")  # the dtypes that moments and summed gradients may have
 
 
 @dataclasses.dataclass(frozen=True)

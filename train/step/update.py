@@ -45,7 +45,8 @@ def _projections(primitive: object, *operands: object, **parameters: Any) -> boo
     return either(primitive, *operands, **parameters)
 
 
-# What the backward pass finds stored, beside the residual between blocks; the rest it recomputes.
+# The policies that say which results the forward pass stores for the backward pass, beside the
+# residual between blocks; all others are recomputed.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "projections": _projections,
@@ -156,7 +157,7 @@ def make_step(
         def objective(
             weights: PyTree, part: Batch, total: jax.Array | None, key: jax.Array
         ) -> tuple[jax.Array, Metrics]:
-            # Gradients are summed in the dtype of the leaves that they are of (`moves.unshard`).
+            # The mesh sums gradients in the dtype of their leaves (`moves.unshard`).
             weights = jax.tree.map(lambda x: x.astype(gradient_dtype), weights)
             decoder = attach(weights, base, jax.random.fold_in(key, 1)) if attach else weights
             drop = Dropout(jax.random.fold_in(key, 0), dropout) if dropout else None
