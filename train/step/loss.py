@@ -5,7 +5,6 @@ Knows no optimiser and no data format. The full logits are never in memory (`voc
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen_jax import meshes
+from qwen_jax.attention import Attend
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import Decoder, rope, vocabulary
@@ -38,7 +38,7 @@ def scores(
     batch: Batch,
     *,
     frequencies: Float[Array | np.ndarray, "*B pairs"],
-    attend: Callable[..., Any],
+    attend: Attend,
     dtype: DTypeLike,
     remat: Callable[..., bool] | None = None,
     sequence_parallel: bool = False,
@@ -80,7 +80,7 @@ def loss(
     decoder: Decoder,
     batch: Batch,
     *,
-    attend: Callable[..., Any],
+    attend: Attend,
     dtype: DTypeLike,
     remat: Callable[..., bool] | None = None,
     sequence_parallel: bool = False,

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from qwen_jax import model
+from qwen_jax.attention import Attend
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import SUMMED
 from qwen_jax.meshes import sharding
@@ -122,7 +123,7 @@ class Report:
 
 def make_step(
     optimizer: Optimizer,
-    attend: Callable[..., Any],
+    attend: Attend,
     *,
     dtype: DTypeLike = jnp.bfloat16,
     remat: str = "full",
@@ -244,7 +245,7 @@ def _updated(
 
 
 def make_evaluation(
-    attend: Callable[..., Any],
+    attend: Attend,
     *,
     dtype: DTypeLike = jnp.bfloat16,
     sequence_parallel: bool = False,
