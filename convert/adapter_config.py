@@ -1,8 +1,8 @@
-"""Reading PEFT's adapter_config.json: the modules with adapters, their rank and scale.
+"""Reads PEFT's adapter_config.json: which modules have adapters, and their rank and scale.
 
-The lists below sort its fields: some are read; some are ignored, as they do not change what the
-adapter computes; some are refused only if they change this adapter; the rest are refused unless
-empty, as is any field that no list names.
+The constants below sort the file's fields. Some are read. Some are ignored, as they do not change
+what the adapter computes. Some are refused only if they change what this adapter computes. All
+others, unknown fields included, are refused unless they are empty.
 """
 
 import dataclasses
@@ -95,10 +95,12 @@ MERGED_IN_PEFT = (
 
 @dataclasses.dataclass(frozen=True)
 class AdapterShape:
-    """The structure of an adapter, without values.
+    """The structure of an adapter without its values.
 
-    groups: for each module of the original with an adapter, its leaves in a block, which share the
-    adapter's A. scale: the factor of the product B A. whole: the modules that are stored whole.
+    groups: for each adapted module of the original PyTorch model, such as "attn.c_attn", the leaves
+        of a decoder block that share its matrix A.
+    rank, scale: the rank of the products B A, and the factor on them.
+    whole: the modules, such as "lm_head", that the adapter stores whole instead of as A and B.
     """
 
     groups: dict[str, tuple[str, ...]]
@@ -109,11 +111,11 @@ class AdapterShape:
 
 
 class Patterns:
-    """Matching with a time limit, for regular expressions from untrusted files.
+    """Matches regular expressions from untrusted adapter files, with a limit on the total time.
 
-    Uses the library regex, which supports the syntax of PEFT's `re` (negative look-ahead, by which
-    frameworks exclude the head) and, unlike `re`, a timeout. Raises ValueError naming the field for
-    an invalid pattern, and when all matching has taken `MATCHING_SECONDS`.
+    Uses the library regex, which supports the syntax of the `re` that PEFT uses (also negative
+    look-ahead, by which frameworks exclude the head) and, unlike `re`, a timeout. Raises ValueError
+    naming the field for an invalid pattern, and once all matching has taken `MATCHING_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -122,7 +124,10 @@ class Patterns:
     def match(
         self, field: str, pattern: str, *, path: str, whole: bool = False
     ) -> regex.Match[str] | None:
-        """Match as `re.match` does, or if `whole` as `re.fullmatch`. field: for error messages."""
+        """Match a pattern with a module's path from its start, or with all of it if `whole`.
+
+        field: the field that holds the pattern, for errors. Returns the match, or None.
+        """
         left = max(self._end - time.process_time(), 1e-3)
         shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
         if len(pattern) > LONGEST_PATTERN:  # compiling a pattern cannot be given a time limit
@@ -156,9 +161,11 @@ def modules() -> dict[str, tuple[str, ...]]:
 def targets(
     wanted: Sequence[str] | str, layers: int, *, patterns: Patterns | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """Choose modules for adapters as PEFT does: by names that their paths end in, or by a pattern
-    that matches the whole path. Returns their leaves. Raises ValueError for a name that no module
-    has, a module chosen in some layers only, and a pattern that `Patterns` refuses.
+    """Choose the modules that get adapters, as PEFT does; return each with its leaves in a block.
+
+    wanted: names, which choose the modules whose paths end in them; or a pattern for whole paths;
+    or "all-linear" for every module. layers: the number of layers. Raises ValueError for a name
+    that no module has, a module chosen in some layers only, and a pattern that `Patterns` refuses.
     """
     if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
         return modules()
@@ -190,15 +197,20 @@ def _paths(groups: Sequence[str], layers: int) -> list[str]:
 
 
 def _named(field: str, wanted: Sequence[str] | str, *, path: str, patterns: Patterns) -> set[str]:
-    """Return the names that a path equals or ends in, or a pattern that matches all of it."""
+    """Return the names that a path equals or ends in, or the pattern that matches all of it.
+
+    wanted: the names, or a pattern. field: the field that holds them, for error messages.
+    """
     if isinstance(wanted, str):
         return {wanted} if patterns.match(field, wanted, path=path, whole=True) else set()
     return {name for name in wanted if path == name or path.endswith(f".{name}")}
 
 
 def read_shape(folder: Path, layers: int) -> AdapterShape:
-    """Read an adapter's structure from adapter_config.json. Raises ValueError for bad values, and
-    one that names every field which would change the result and is not supported.
+    """Read an adapter's structure from its adapter_config.json, for a model of `layers` layers.
+
+    Raises ValueError for bad values, and one that names every field which would change the result
+    and is not supported.
     """
     file = folder / SETTINGS
     if not file.is_file():
@@ -246,7 +258,10 @@ def read_shape(folder: Path, layers: int) -> AdapterShape:
 
 
 def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: bool = False) -> Any:
-    """Return a field that is a list of names, or a pattern if `or_pattern`; [] for null."""
+    """Return a field that holds names, or a pattern if `or_pattern`; [] if missing or null.
+
+    Raises ValueError for any other value.
+    """
     value = settings.get(name) or []
     pattern = isinstance(value, str) and or_pattern
     if not pattern and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
@@ -257,9 +272,9 @@ def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: boo
 
 @dataclasses.dataclass(frozen=True)
 class _Judge:
-    """Decides whether a field changes what an adapter computes.
+    """Decides whether a field of adapter_config.json changes what the adapter computes.
 
-    settings: the whole of adapter_config.json. paths: those of the modules with adapters.
+    settings: the contents of `file`. paths: the paths of the modules with adapters, in all layers.
     """
 
     file: Path
@@ -286,8 +301,10 @@ class _Judge:
         return self._another("alpha_pattern", value, common=self.settings["lora_alpha"])
 
     def _another(self, field: str, value: object, *, common: float) -> bool:
-        """Whether some module gets a number other than the common one. Its number is that of the
-        first pattern which matches the end of its path.
+        """Return whether a pattern gives some module another rank or alpha than `common`.
+
+        value: the field's numbers by pattern. A module gets the number of the first pattern that
+        matches the end of its path.
         """
         if not isinstance(value, dict):
             raise ValueError(
@@ -307,11 +324,11 @@ class _Judge:
         return any(own(path) != common for path in self.paths)
 
     def _layers_pattern(self, _: object) -> bool:
-        """As layers_to_transform: the pattern locates a path's layer number for that field only."""
+        """Judge the field layers_to_transform, for which this one locates a layer's index."""
         return self._layers_to_transform(self.settings.get("layers_to_transform"))
 
     def _layers_to_transform(self, value: object) -> bool:
-        """Whether some module is in a layer that the list leaves out."""
+        """Return whether `value`, a layer's index or a list, omits the layer of some module."""
         if value is None or value == []:
             return False
         wanted = value if isinstance(value, list) else [value]
@@ -331,5 +348,5 @@ class _Judge:
 
 
 def _empty(value: object) -> bool:
-    """Whether a value is empty. 0 is not: layers_to_transform=0 is a layer."""
+    """Return whether a value is null, false, [] or {}. 0 is not: it may be a layer's index."""
     return value is None or value is False or value in ([], {})

@@ -1,7 +1,7 @@
-"""Copying between the bytes of tensors and the chunks of leaves, in parallel jobs with progress.
+"""Copies values between safetensors files and the chunk files of a model directory, in parallel.
 
 Memory use stays within a few blocks of `BLOCK_BYTES`, whatever the size of a tensor. This module
-does not know tensor names, or when a folder is complete.
+knows neither the tensors' names nor when a folder is complete.
 """
 
 import contextlib
@@ -38,9 +38,14 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str) -> None:
-    """Write a band's files from a tensor of `dtype`, whose leaf begins at byte `offset` of `file`.
+    """Write the chunk files of a band from a safetensors file, cast to the leaf's dtype.
 
-    A file gets its final name once complete, so files left by an interrupted run can be trusted.
+    params: the params/ folder of the model directory.
+    file, offset: the safetensors file, and the byte in it at which the band's leaf begins.
+    dtype: the dtype of the tensor in `file`.
+
+    A chunk file gets its final name once it is complete, so the chunk files that an interrupted run
+    has left can be trusted.
     """
     row_bytes = band.row_elements * ITEM_BYTES[dtype]
     offset += band.start * row_bytes
@@ -59,8 +64,12 @@ def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str
 
 
 def _columns(source: Source, offset: int, *, rows: int, band: Band, dtype: str) -> Iterator[Rows]:
-    """Yield, for each piece of the band, its columns of `rows` rows. If other processes have the
-    other columns, only ours are read, except from object storage, where each run is a request.
+    """Yield the values of each of the band's chunk files, as an array of `rows` matrix rows.
+
+    source, offset: the open safetensors file, and the byte at which the first of these rows begins.
+    dtype: the dtype of its tensor. If other processes write some of the columns, these columns are
+    not read, except from object storage, where each contiguous range would need a request of its
+    own.
     """
     kind, columns = numpy_dtype(dtype), band.leaf.shape[1:]
     if band.whole or isinstance(source, paths.Object):
@@ -90,7 +99,13 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 def export_band(
     band: Band, params: Path, *, target: Target, dtype: str, change: Change | None = None
 ) -> None:
-    """Append a band to the open file `target`, as `dtype`, after applying `change` to its rows."""
+    """Append the values of a band to an open safetensors file, cast to `dtype`.
+
+    params: the params/ folder with the band's chunk files.
+    target: the open safetensors file.
+    change: a function that merges an adapter into the rows before the cast (`peft.changes`), or
+        None.
+    """
     with contextlib.ExitStack() as stack:
         files = band.files(params)
         sources = {stack.enter_context(paths.reader(f)): at for f, at in files.items()}
@@ -111,7 +126,10 @@ def export_band(
 
 
 def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
-    """Cut a band into blocks of about `BLOCK_BYTES`; yields (first row, number of rows)."""
+    """Divide a band into blocks of about `BLOCK_BYTES`; yield (first row, number of rows) of each.
+
+    dtype: the tensor's dtype in the safetensors file; the wider of it and the leaf's dtype counts.
+    """
     item = max(ITEM_BYTES[dtype], ITEM_BYTES[band.leaf.dtype])
     step = max(1, BLOCK_BYTES // (band.row_elements * item))
     for first in range(0, band.rows, step):
@@ -119,7 +137,10 @@ def blocks(band: Band, dtype: str) -> Iterator[tuple[int, int]]:
 
 
 def cast(array: Shaped[np.ndarray, "..."], dtype: str, *, name: str) -> Shaped[np.ndarray, "..."]:
-    """Cast to `dtype`, rounding to nearest. Raises ValueError, with `name`, if values overflow."""
+    """Cast an array to `dtype`, rounding to nearest. name: the leaf's path, for the error message.
+
+    Raises ValueError if a finite value overflows.
+    """
     if array.dtype == numpy_dtype(dtype):
         return array
     with np.errstate(over="ignore"):
@@ -134,7 +155,10 @@ def cast(array: Shaped[np.ndarray, "..."], dtype: str, *, name: str) -> Shaped[n
 
 
 def read(source: Source, offset: int, *, count: int) -> UInt8[np.ndarray, " count"]:
-    """Read exactly `count` bytes, as uint8; OSError if the file ends before that."""
+    """Read `count` bytes of an open file from byte `offset` on, as uint8.
+
+    Raises OSError if the file ends before that.
+    """
     data = np.empty(count, np.uint8)
     _fill(source, offset, memory=data.data)
     return data
@@ -165,7 +189,10 @@ def write(target: Target, array: Shaped[np.ndarray, "..."]) -> None:
 
 
 def _copy(source: Source, target: Target, *, offset: int, count: int) -> None:
-    """Copy bytes inside the kernel if it supports that, otherwise through a buffer."""
+    """Append `count` bytes of `source`, from byte `offset` on, to the open file `target`.
+
+    The kernel copies them if it supports that; otherwise they go through a buffer.
+    """
     while count:
         _check_stop()
         done = 0
@@ -188,10 +215,15 @@ def _check_stop() -> None:
 
 
 def run(what: str, jobs: Iterable[Job], *, done: int = 0, workers: int = 2) -> None:
-    """Run jobs, with a progress bar called `what` that starts at `done` bytes.
+    """Run copying jobs in threads, with a progress bar of the bytes copied.
 
-    workers: by default two, as one waits for the disk while the other copies; one worker runs the
-    jobs in their order. The first exception stops all other jobs within a block, and is raised.
+    what: the label of the progress bar.
+    jobs: pairs of a job's bytes and its function.
+    done: the bytes that an earlier run has copied, at which the bar starts.
+    workers: the number of threads. With two, one waits for the disk while the other copies; with
+        one, the jobs run in order.
+
+    The first exception of a job is raised, and stops all other jobs within a block.
     """
     jobs = list(jobs)
     total = done + sum(size for size, _ in jobs)

@@ -1,4 +1,4 @@
-"""The plan of an export to Hugging Face format, and the files it writes besides tensors."""
+"""The plan of an export to a Hugging Face checkpoint folder, and the JSON files that it writes."""
 
 import dataclasses
 import math
@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """The plan of an export whose input has been checked.
+    """The plan of an export to a Hugging Face checkpoint folder, whose input has been checked.
 
-    wanted: the tensors by name; leaves: the stored leaves that they come from, by path. shards: the
-    names of the tensors in each file, in order. facts: values by which a resumed export is
-    recognised. changes: merge functions by leaf path (`peft.changes`). settings: the adapter's
-    generation_config.json, if it has one.
+    source, target: the model directory to read, and the folder to write.
+    wanted: the tensors to write, by name.
+    leaves: the stored leaves that hold their values, by path.
+    shards: for each safetensors file, the names of its tensors in order.
+    dtype: the dtype of all tensors.
+    facts: values that identify the export, so that only the same command resumes it.
+    changes: functions that merge an adapter into leaves, by leaf path (`peft.changes`).
+    settings: the adapter's generation_config.json, or None.
     """
 
     source: Path
@@ -41,7 +45,10 @@ class ExportPlan:
 
 
 def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """Distribute tensors, in order, over files of at most `limit` bytes or one larger tensor."""
+    """Distribute tensors, in order, over files of at most `limit` bytes, or of one larger tensor.
+
+    sizes: the bytes of each tensor, by name. Returns the tensors' names by file name.
+    """
     groups: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -57,8 +64,10 @@ def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def write_config(plan: ExportPlan) -> None:
-    """Write config.json, corrected if it names another dtype; and the adapter's
-    generation_config.json, because an adapter can turn a base model into a chat model.
+    """Write config.json, in which the dtype is corrected if the tensors have another one.
+
+    Also writes the adapter's generation_config.json, if there is one, because an adapter can turn a
+    base model into a chat model.
     """
     if plan.settings is not None:
         paths.copy(plan.settings, plan.target / directory.GENERATION_CONFIG)

@@ -1,8 +1,8 @@
-"""Reading and writing safetensors headers: the location of each tensor's bytes in a folder.
+"""Reads and writes the headers of safetensors files, which locate the bytes of each tensor.
 
-The safetensors library maps whole files, and mapped pages count as resident memory; its writer
-takes whole files as arrays. Here only headers are read or written; callers copy the tensors' bytes.
-Every defect of a folder is found here, before anything is written.
+The safetensors library maps whole files into memory, where mapped pages count as resident; its
+writer takes whole files as arrays. This module handles headers only, and its callers copy the
+tensors' bytes. Reading finds every defect of a checkpoint folder before anything is written.
 """
 
 import dataclasses
@@ -24,7 +24,13 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """The location of a tensor's bytes: `file`, `offset` in bytes; `code` is safetensors' dtype."""
+    """The location of a tensor in a safetensors file.
+
+    file: the path of the safetensors file.
+    offset: the byte in it at which the tensor's values begin.
+    code: the dtype as safetensors names it, such as "BF16".
+    shape: the tensor's shape.
+    """
 
     file: Path
     offset: int
@@ -38,7 +44,10 @@ class Tensor:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a folder. ValueError for missing, damaged or conflicting files."""
+    """Read the location of every tensor in a checkpoint folder, by name.
+
+    Raises ValueError for missing or damaged files, and if index and files contradict each other.
+    """
     tensors: dict[str, Tensor] = {}
     index = _index(folder)
     for file in _files(folder, index):
@@ -64,7 +73,11 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def dtype_of(tensors: Mapping[str, Tensor], wanted: str | None) -> str:
-    """Return the dtype to convert to: `wanted`, or the tensors' own; ValueError if they differ."""
+    """Return the dtype to convert a checkpoint to: `asked`, or the dtype of all its tensors.
+
+    Raises ValueError if a tensor's dtype is not supported, or if the dtypes differ and `asked` is
+    None.
+    """
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         found.setdefault(tensor.code, []).append(name)
@@ -129,7 +142,10 @@ def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of one file, in byte order; ValueError if it is damaged."""
+    """Read the location of every tensor in one safetensors file, in byte order, by name.
+
+    Raises ValueError if the file is damaged.
+    """
     size = paths.size(file)
     length = int.from_bytes(paths.read(file, 0, count=8), "little") if size >= 8 else 0
     if size < 8 or length > _LARGEST_HEADER:
@@ -166,7 +182,11 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _offsets(name: str, entry: object) -> tuple[int, int]:
-    """Return where the bytes of a header's entry begin and end, counted from the header's end."""
+    """Return where a tensor's bytes begin and end, counted from the end of the safetensors header.
+
+    name, entry: the tensor's name and its entry in the header. Raises ValueError for a damaged
+    entry.
+    """
     found = entry.get("data_offsets") if isinstance(entry, dict) else entry
     if not _sizes(found) or len(found) != 2 or found[0] > found[1]:
         raise ValueError(f"{name!r} has data_offsets {texts.shown(found)}, not [begin, end]")
@@ -174,7 +194,11 @@ def _offsets(name: str, entry: object) -> tuple[int, int]:
 
 
 def _tensor(file: Path, base: int, *, name: str, entry: Mapping[str, Any]) -> Tensor:
-    """Make the tensor of an entry with valid offsets. base: the byte at which the header ends."""
+    """Make the `Tensor` of a header entry whose offsets are valid.
+
+    base: the byte of `file` at which the header ends. Raises ValueError if the entry's shape and
+    dtype are damaged or do not fit its number of bytes.
+    """
     shape, code, (begin, end) = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
     if not _sizes(shape) or not isinstance(code, str):
         raise ValueError(f"{name!r} has shape {texts.shown(shape)}, dtype {texts.shown(code)}")
@@ -184,12 +208,16 @@ def _tensor(file: Path, base: int, *, name: str, entry: Mapping[str, Any]) -> Te
 
 
 def _sizes(value: object) -> TypeGuard[list[int]]:
-    """Whether a value is a list of integers from 0 to 2**63 - 1."""
+    """Return whether a value from a header is a list of integers from 0 to 2**63 - 1."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """Make the header, with its length, of a file that holds these tensors in this order."""
+    """Make the header of a safetensors file, preceded by its length in 8 bytes.
+
+    shapes: the shape of each tensor in the file, by name, in the order of their bytes. dtype: the
+    dtype of all of them.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():

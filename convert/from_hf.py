@@ -1,8 +1,8 @@
 """Convert a Hugging Face Qwen checkpoint into a model directory of qwen_jax.
 
 SRC is a folder with safetensors files, or the id of a model on the Hugging Face hub. DST is the
-directory to make. Stopped in the middle, the same command continues where it was. Several processes
-share the work when each is given the same command; DST must then be where all of them see it.
+directory to make. After an interruption, the same command continues where it stopped. Several
+processes share the work if each runs the same command; all of them must then see DST.
 """
 
 import argparse
@@ -43,11 +43,14 @@ _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportPlan:
-    """The plan of a conversion whose input has been checked.
+    """The plan of a conversion into a model directory, whose input has been checked.
 
-    tensors: the source's tensors by name; wanted: their shapes, and the leaves in them. leaves: the
-    leaves to store, by path; partitions: the mesh axes that cut each. facts: values by which a
-    resumed conversion is recognised.
+    source, target: the checkpoint folder to read, and the model directory to write.
+    tensors: the location of each tensor in the checkpoint, by name.
+    wanted: the leaves that each of these tensors holds, by the tensor's name.
+    leaves: the layout of each leaf in the model directory, by path.
+    partitions: for each leaf, the mesh axes that divide each of its axes.
+    facts: values that identify the conversion, so that only the same command resumes it.
     """
 
     source: Path
@@ -166,7 +169,10 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
 
 
 def locate(src: str) -> Path:
-    """Return the folder of SRC, after downloading the missing files of a model on the hub."""
+    """Return the folder of SRC, after downloading the missing files of a model on the hub.
+
+    Raises ValueError if SRC is neither a folder nor a model that the hub provides.
+    """
     path = paths.parse(src)
     if path.is_dir():
         return path
@@ -196,8 +202,8 @@ def locate(src: str) -> Path:
 
 
 def origin(source: Path) -> dict[str, str]:
-    """Return the origin of a checkpoint, for the manifest: `name` on the hub and `revision` if the
-    folder is in the hub's cache, otherwise the folder's path as `name`.
+    """Return the origin of a checkpoint folder, for manifest.json: for a folder in the hub's cache,
+    the model's id as `name` and its commit as `revision`; otherwise the folder's path as `name`.
     """
     found = None if paths.is_remote(source) else _SNAPSHOT.search(source.resolve().as_posix())
     if found:
@@ -206,7 +212,11 @@ def origin(source: Path) -> dict[str, str]:
 
 
 def read_config(source: Path) -> Config:
-    """Read the architecture of a checkpoint folder; ValueError for any other kind of folder."""
+    """Read the model's architecture from a checkpoint folder.
+
+    Raises ValueError if the folder is a model directory, an unfinished export or a quantised
+    checkpoint, or has no config.json.
+    """
     if (source / directory.MANIFEST).exists() or (source / directory.PARAMS).is_dir():
         raise ValueError(
             f"{source} is a model directory already: `python convert/to_hf.py` is the way back"
@@ -237,7 +247,11 @@ def _leaves(
     dtype: str,
     sizes: dict[str, int],
 ) -> dict[str, store.StoredLeaf]:
-    """Return the layout of every leaf, in chunks that divide the shards of a mesh of `sizes`."""
+    """Return the layout of every leaf, in chunks that divide the shards of a mesh.
+
+    shapes: the shape of each leaf, by path. partitions: for each leaf, the mesh axes that divide
+    each of its axes. sizes: the number of devices along each mesh axis.
+    """
     leaves = {}
     for path, shape in shapes.items():
         cuts = [math.prod(sizes[axis] for axis in axes) for axes in partitions[path]]
@@ -248,7 +262,7 @@ def _leaves(
 
 
 def copy(plan: ImportPlan) -> None:
-    """Write the target without its manifest. Each process writes its share of the chunks."""
+    """Write the model directory without its manifest. Each process writes its share."""
     from convert import copying
 
     if processes.index() == 0:
@@ -270,7 +284,9 @@ def copy(plan: ImportPlan) -> None:
 
 
 def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, "list[Job]"]:
-    """Return bytes already written and bytes to write, over all processes; and this one's jobs."""
+    """Return the bytes written already and the bytes left to write, both over all processes, and
+    this process's jobs. resumed: whether chunk files that exist count as written.
+    """
     from convert import copying
 
     done = needed = 0
@@ -299,8 +315,10 @@ def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, "list[Job]"]:
 
 
 def _as_stored(plan: ImportPlan, dtype: str | None, *, cut: bool) -> ImportPlan:
-    """Return the plan with the dtype and chunks of a finished directory. Raises ValueError if they
-    contradict --dtype (`dtype`) or, where --mesh was given (`cut`), the plan's mesh.
+    """Return the plan with the dtype and chunks of the finished model directory, to verify it.
+
+    dtype: the value of --dtype, or None. cut: whether --mesh was given. Raises ValueError if the
+    directory has another dtype than --dtype, or was made for another mesh than --mesh.
     """
     manifest = checkpoint.verify_whole(plan.target)
     shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}

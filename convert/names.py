@@ -1,7 +1,7 @@
-"""The table between tensor names of a Hugging Face checkpoint and leaves of the decoder.
+"""Maps tensor names of a Hugging Face checkpoint to leaves of the decoder.
 
-A leaf has its output axes first, as in PyTorch, so every leaf is a contiguous range of one tensor's
-bytes and nothing is ever transposed. This module knows names and shapes, but no file format.
+A leaf has its output axes first, as weights in PyTorch do, so every leaf is a contiguous range of
+one tensor's bytes and nothing is ever transposed. This module knows no file format.
 """
 
 import dataclasses
@@ -43,7 +43,12 @@ _LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 
 @dataclasses.dataclass(frozen=True)
 class TensorPart:
-    """A leaf stored in a tensor, beginning at element (not byte) `start` of it."""
+    """The part of a tensor that holds one leaf.
+
+    path: the leaf's path in the decoder.
+    shape: the leaf's shape.
+    start: the index of the leaf's first element (not byte) in the flattened tensor.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -52,17 +57,19 @@ class TensorPart:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """The shape that a tensor must have, and the leaves in it, by the table."""
+    """A tensor that a checkpoint must contain: its shape, and `parts`, the leaves in it."""
 
     shape: tuple[int, ...]
     parts: tuple[TensorPart, ...]
 
 
 def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
-    """Return the tensors of a decoder with these leaves (path -> shape), in the original's order.
+    """Return the tensors that a checkpoint of a decoder must contain, by name.
 
-    Tensors without leaves are left out: a tied decoder has no head, so no `lm_head.weight`.
-    Raises ValueError for leaves that no tensor of the table holds.
+    leaves: the shape of each leaf of the decoder, by path. The order is that of the original
+    PyTorch model. Tensors without leaves are left out: a decoder that ties its head to the
+    embedding has no head, so its checkpoint needs no `lm_head.weight`. Raises ValueError for leaves
+    that `TABLE` lacks.
     """
     depth = 1 + max((int(p.split(".")[1]) for p in leaves if p.startswith("layers.")), default=-1)
     tensors = {}
@@ -79,7 +86,7 @@ def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
 
 
 def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the table's rows with {L} replaced, repeated for each of `depth` layers."""
+    """Return the entries of `TABLE` with {L} replaced by the index of each of `depth` layers."""
     rows = list(TABLE.items())
     inside = [i for i, (name, _) in enumerate(rows) if "{L}" in name]
     first, last = inside[0], inside[-1] + 1
@@ -102,8 +109,10 @@ def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> E
 
 
 def check_depth(found: Iterable[str], depth: int) -> None:
-    """Raise ValueError if the tensors' number of layers is not `depth`, config.json's. Without any
-    layer it does nothing, as `check` then lists the missing tensors.
+    """Raise ValueError if the tensors are of more or fewer layers than config.json says.
+
+    found: the names of the tensors. depth: the number of layers in config.json. If no tensor is of
+    a layer, nothing is raised, because `check` then lists the missing tensors.
     """
     numbers = [int(match[1]) for name in found if (match := _LAYER.match(name))]
     if numbers and max(numbers) + 1 != depth:
@@ -119,7 +128,9 @@ def check(
 ) -> None:
     """Raise ValueError that lists every tensor that is missing, unknown or of the wrong shape.
 
-    found: the shape of every tensor of the checkpoint. inert: names to ignore.
+    found: the shape of every tensor in the checkpoint, by name.
+    wanted: the tensors that the checkpoint must contain, by name (`expected`).
+    inert: the names of tensors to ignore.
     """
     problems = []
     if missing := [name for name in wanted if name not in found]:

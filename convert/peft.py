@@ -1,4 +1,4 @@
-"""Reading, writing and merging LoRA adapters in PEFT's format.
+"""Reads, writes and merges LoRA adapters in PEFT's format.
 
 An adapter is a folder with adapter_config.json and adapter_model.safetensors. Module names are
 those of the original PyTorch model (`names.py`), so PEFT can load our adapters and we can load its.
@@ -100,7 +100,7 @@ def _shape(adapters: Adapters) -> AdapterShape:
 def read(folder: Path, decoder: Decoder) -> Adapters:
     """Read adapters in PEFT's format for a stacked decoder, as float32 on the current mesh.
 
-    Raises ValueError if they belong to another model or are not supported.
+    Raises ValueError if the adapters belong to another model or are not supported.
     """
     layers = range(decoder.config.num_layers)
     sizes = {name: tuple(leaf.shape[1:]) for name, leaf in named_leaves(decoder.layers).items()}
@@ -147,10 +147,10 @@ def read(folder: Path, decoder: Decoder) -> Adapters:
 def changes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
     """Return functions that merge an adapter into the leaves of a model directory, by leaf path.
 
-    Each takes the index of a first row, and n rows [n, in] of the leaf from there, and returns the
-    merged rows, float32. Leaves without a change are left out. shapes: of every leaf, by path.
-
-    Raises ValueError as `read` does.
+    Each function takes the index of a matrix row of its leaf, and n rows [n, in] from that row on,
+    and returns the merged rows, float32. Leaves that the adapter does not change are left out.
+    shapes: the shape of every leaf, by path. Raises ValueError if the adapter belongs to another
+    model or is not supported.
     """
     layers = len({path.split(".")[1] for path in shapes if path.startswith("layers.")})
     sizes = {path.removeprefix("layers.0."): size for path, size in shapes.items()}
@@ -187,8 +187,8 @@ def changes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ch
 
 
 def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]]:
-    """Map the name of each tensor in an adapter file to its place: ("a", layer, module),
-    ("b", layer, module), or ("whole", 0, module) for a module saved whole.
+    """Map the name of each tensor in an adapter file to its key: ("a", layer, module) for the A of
+    a module, ("b", layer, module) for its B, and ("whole", 0, module) for a module saved whole.
     """
     found = {}
     for layer in range(layers):
@@ -203,8 +203,9 @@ def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]
 def _read(
     folder: Path, shape: AdapterShape, *, layers: int, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[AdapterShape, dict[tuple[str, int, str], np.ndarray]]:
-    """Read and check an adapter's tensors, by place (`_tensors`). The shape returned includes the
-    modules that PEFT added (`_with_embeddings`). sizes: leaf shapes; no "head" if tied.
+    """Read and check an adapter's tensors. Returns them by key (see `_tensors`), and the structure
+    with the embedding and head that PEFT added unrequested. sizes: the shape of each leaf of a
+    block, of "embedding" and, unless it is tied, of "head".
     """
     file = folder / TENSORS
     if not file.is_file():
@@ -241,7 +242,10 @@ def _check_numbers(
     wanted: Mapping[str, tuple[str, int, str]],
     found: Mapping[tuple[str, int, str], np.ndarray],
 ) -> None:
-    """Raise ValueError for NaN or infinite values, and for products that overflow float32."""
+    """Raise ValueError if values of an adapter, or products scale B A, are not finite in float32.
+
+    wanted: the key in `found` of each tensor, by its name in the adapter file.
+    """
     if spoiled := [name for name, x in wanted.items() if not np.isfinite(found[x]).all()]:
         raise ValueError(
             f"{file}: not all are numbers: {directory.some(spoiled)}; use an earlier checkpoint of "
@@ -260,7 +264,7 @@ def _check_numbers(
 
 
 def _narrow(tensor: np.ndarray) -> np.ndarray:
-    """Cast dtypes wider than float32 to float32; values out of its range become infinite."""
+    """Cast arrays wider than float32 to float32; values out of its range become infinite."""
     if tensor.dtype.itemsize <= 4:
         return tensor
     with np.errstate(over="ignore"):
@@ -270,13 +274,13 @@ def _narrow(tensor: np.ndarray) -> np.ndarray:
 def _most_added(
     scale: float, a: Float[np.ndarray, "R in"], *, b: Float[np.ndarray, "out R"]
 ) -> float:
-    """Return an upper bound of |scale b a| and of its intermediate results, in any order."""
+    """Return an upper bound of |scale b a|, at any step of it; a is [R, in], b [out, R]."""
     largest = [np.abs(x.astype(np.float64)).max(axis) for x, axis in ((a, 1), (b, 0))]
     return float(np.maximum(largest[0], 1) @ largest[1]) * max(scale, 1)
 
 
 def _check_entries(file: Path, entries: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for tensors that are not floats, and for the names of a state_dict()."""
+    """Raise ValueError for tensors that are not floats, or that are named as in a state_dict()."""
     if strange := [f"{name} is {x.code}" for name, x in entries.items() if x.code not in _FLOATS]:
         raise ValueError(
             f"{file}: adapters are of {', '.join(_FLOATS)}: {directory.some(strange)}; save the "
@@ -308,10 +312,12 @@ def _with_embeddings(
     found: dict[str, np.ndarray],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> tuple[AdapterShape, dict[str, np.ndarray]]:
-    """Add to the shape an embedding and a head that PEFT saved unrequested, as it does when the
-    vocabulary of its base was resized. Drops the head's tensor if this model ties it.
+    """Add an embedding and a head that PEFT saved unrequested to the structure of an adapter. PEFT
+    does so when the vocabulary of the base model was resized.
 
-    Raises ValueError if their number of rows differs from this model's.
+    found: the adapter's tensors by name; the head's is dropped if this model ties it. sizes: the
+    shape of "embedding" and, if not tied, "head". Raises ValueError if the vocabulary has another
+    size than this model's, or if a tied head differs from its embedding.
     """
     stored = {f"{_PREFIX}{module}.weight": module for module in WHOLE}
     stored = {name: module for name, module in stored.items() if name in found}

@@ -1,8 +1,9 @@
-"""Assignment of a model directory's files to the processes that write them.
+"""Divides the chunk files of a model directory among the processes that write them.
 
-A chunk goes to a process that holds its shard when the directory is loaded on the mesh it is cut
-for; if several do, to the one with fewest bytes so far. Without a mesh any process may take any
-chunk, so the bytes come out even. Every process computes the same result, without communication.
+A chunk goes to a process that holds its shard when the directory is loaded on the mesh it is made
+for; among several such processes, to the one with fewest bytes so far. Without a mesh any process
+may take any chunk, so the bytes come out even. Every process computes the same result, without
+communication.
 """
 
 import math
@@ -16,7 +17,7 @@ Partition = tuple[tuple[str, ...], ...]  # for each axis of a leaf, the mesh axe
 
 
 class Shares:
-    """The assignment of a tree's chunks to `count` processes."""
+    """Divides a model directory's chunk files among processes, so that each writes its own."""
 
     def __init__(
         self,
@@ -26,7 +27,13 @@ class Shares:
         sizes: Mapping[str, int],
         count: int,
     ):
-        """partitions: mesh axes per leaf axis, by leaf path. sizes: length of each mesh axis."""
+        """Choose the process that writes each chunk.
+
+        leaves: the stored leaves, by path.
+        partitions: for each leaf, the mesh axes that divide each of its axes.
+        sizes: the number of devices along each mesh axis.
+        count: the number of processes.
+        """
         devices = math.prod(sizes.values())
         self._axes = tuple(sizes)
         # jax numbers devices process by process, and a mesh takes them in this order. On some TPU
@@ -44,12 +51,15 @@ class Shares:
                 self._writer[band.leaf.path, name] = writer
 
     def of(self, process: int, band: Band) -> dict[str, tuple[slice, ...]]:
-        """Return the pieces of a band that a process writes."""
+        """Return the chunk files of a band that a process writes, with each file's columns."""
         path = band.leaf.path
         return {n: at for n, at in band.pieces.items() if self._writer[path, n] == process}
 
     def _holders(self, band: Band, name: str) -> list[int]:
-        """Return the processes with a device that holds the chunk `name` of a band."""
+        """Return the indices of the processes with a device that holds a chunk of a band.
+
+        name: the chunk's file name, such as "0.1": its index along each axis of the leaf.
+        """
         if self._process.size == 1:
             return list(range(self._count))
         sizes = dict(zip(self._axes, self._process.shape, strict=True))

@@ -1,8 +1,8 @@
-"""The target folder of both converters: checks, locking, resuming and completion.
+"""Checks, locks, resumes and completes the folder that a converter writes.
 
-An incomplete target holds `unfinished.json`, which identifies source and settings. The same command
-finds it and continues; a different one is refused. It is removed when the target is complete. While
-a command works in the target, every other one is refused, even the same (`locked`).
+An incomplete folder holds `unfinished.json`, which identifies source and settings. The same command
+finds this file and continues; a different command is refused. The file is removed when the folder
+is complete. While one command works in the folder, every other command is refused, even the same.
 """
 
 import errno
@@ -25,8 +25,9 @@ from qwen_jax.runtime.texts import read_json
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raise UsageError if the target is the source or inside it, and ValueError for a target name
-    that `paths.check_name` rejects.
+    """Raise UsageError if the target folder is the source folder or inside it.
+
+    Raises ValueError if TensorStore could not open the target folder because of its name.
     """
     paths.check_name(target)
     source, target = (p if paths.is_remote(p) else p.resolve() for p in (source, target))
@@ -71,9 +72,11 @@ def _check_unfinished(target: Path) -> None:
 
 
 def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
-    """Return whether `target` holds unfinished work of the same command. Writes nothing.
+    """Check that a conversion may write to the folder `target`. Writes nothing.
 
-    Raises ValueError if it holds anything else.
+    Returns True if the folder holds an unfinished conversion by the same command, which can be
+    resumed, and False if it is empty or missing. facts: the values that identify the command.
+    Raises ValueError if the folder holds other files, or another command's unfinished work.
     """
     _check_unfinished(target)
     if not is_unfinished(target):
@@ -95,7 +98,10 @@ def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError unless this process sees the folder that process 0 has begun."""
+    """Raise ValueError unless this process sees the folder that process 0 has begun to write.
+
+    facts: the values that identify the conversion.
+    """
     if not is_unfinished(target):
         raise ValueError(
             f"{target} is not the folder that process 0 writes to: all hosts need one disk, or gs://"
@@ -140,7 +146,10 @@ def complete(target: Path) -> None:
 
 @contextmanager
 def explained(target: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk or an exceeded quota into a ValueError that says what to do."""
+    """Turn the OSError of a full disk or an exceeded quota into a ValueError that says what to do.
+
+    needed: the number of bytes to be written within the context, for the message.
+    """
     try:
         yield
     except OSError as error:
@@ -153,5 +162,5 @@ def explained(target: Path, needed: int) -> Iterator[None]:
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Return names, sizes and times of the source's files, which reveal whether it has changed."""
+    """Return each file's size and time of change by name, by which a changed source is noticed."""
     return {name: paths.stamp(file) for name, file in sorted((f.name, f) for f in files)}

@@ -1,9 +1,9 @@
 """Convert a model directory of qwen_jax back into a Hugging Face checkpoint folder.
 
 SRC is a directory that `python convert/from_hf.py` made. DST gets safetensors files with an index,
-and the configuration and tokenizer that SRC carries. Stopped in the middle, the same command
-continues where it was. Several processes share the files when each is given the same command; DST
-must then be where all of them see it.
+and the configuration and tokenizer that SRC carries. After an interruption, the same command
+continues where it stopped. Several processes share the files if each runs the same command; all of
+them must then see DST.
 """
 
 import argparse
@@ -154,7 +154,10 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
 
 
 def copy(plan: ExportPlan) -> None:
-    """Write every file of the target, the index last. Each process writes every n-th file."""
+    """Write every file of the checkpoint folder, the index last.
+
+    With n processes, each writes every n-th safetensors file.
+    """
     from convert import copying
 
     if processes.index() == 0:
@@ -181,7 +184,11 @@ def copy(plan: ExportPlan) -> None:
 
 
 def _all_jobs(plan: ExportPlan, files: list[str], *, resumed: bool) -> tuple[int, int, "list[Job]"]:
-    """Return the bytes of these files already written, the bytes to write, and their jobs."""
+    """Return the bytes of these files already written, the bytes left to write, and the jobs.
+
+    files: names of safetensors files. resumed: whether the drafts of an earlier start are
+    continued.
+    """
     done, pending = 0, []
     for file in files:
         there, jobs = _jobs(plan, file, resumed=resumed)
@@ -191,7 +198,10 @@ def _all_jobs(plan: ExportPlan, files: list[str], *, resumed: bool) -> tuple[int
 
 
 def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, "list[Job]"]:
-    """Return the bytes of a file already written, and the jobs left, in order."""
+    """Return the bytes of a safetensors file already written, and the jobs left, in order.
+
+    file: the file's name. resumed: whether the draft of an earlier start is continued.
+    """
     whole = plan.target / file
     # The name is the same in every process, so that a stopped export can be continued. The file is
     # never shortened, so two exports that no lock keeps apart write the same bytes.
@@ -219,7 +229,9 @@ def _jobs(plan: ExportPlan, file: str, *, resumed: bool) -> tuple[int, "list[Job
 
 
 def _layout(plan: ExportPlan, file: str) -> tuple[bytes, list[store.Band], list[int]]:
-    """Return the layout of a file: its header, the bands after it, and their sizes in bytes."""
+    """Return the layout of a safetensors file: its header, then the bands of leaves that follow it
+    in order, and the size in bytes of each band.
+    """
     shapes = {name: plan.wanted[name].shape for name in plan.shards[file]}
     bands = [
         band

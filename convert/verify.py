@@ -1,8 +1,8 @@
-"""Verification that a model directory and a safetensors folder hold the same values, bit for bit.
+"""Verifies that a model directory and a checkpoint folder hold the same values, bit for bit.
 
 The model directory is read through TensorStore, as Orbax reads it, not through the code that wrote
-it. If the dtypes differ, the copy must equal the original after a cast. If an adapter was merged,
-it must equal the cast result of merging again, over the same blocks of rows.
+it. If the dtypes differ, the copy must equal the source after a cast. If an adapter was merged, the
+copy must equal a second merge, over the same blocks of matrix rows, after a cast.
 """
 
 import functools
@@ -31,10 +31,17 @@ def verify(
     exported: bool,
     changes: Mapping[str, Change] | None = None,
 ) -> None:
-    """Raise ValueError that lists the tensors which differ.
+    """Compare a model directory with a checkpoint folder, and name the tensors that differ.
 
-    exported: whether the folder is the copy. changes: merge functions of an export, by leaf path
-    (`peft.changes`). Each process compares its share, and raises for that alone."""
+    params: the params/ folder of the model directory.
+    leaves: its stored leaves, by path.
+    tensors: the location of each tensor in the checkpoint folder, by name.
+    wanted: the leaves that each tensor holds, by the tensor's name.
+    exported: whether the checkpoint folder is the copy, and the model directory its source.
+    changes: functions that merge an adapter into leaves, by leaf path (`peft.changes`).
+
+    Raises ValueError if tensors differ. Each process compares its share, and raises for that alone.
+    """
     different: set[str] = set()
     jobs = _jobs(
         params,
