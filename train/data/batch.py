@@ -10,12 +10,13 @@ IGNORED = -100  # a label that is not trained on
 
 @struct.dataclass
 class Batch:
-    """The input of a training step, [B, T] each (or one row of it, [T]), in which tokens attend
-    only within their own segment. Arrays of numpy, of jax, or shapes alone.
+    """The input of a training step, [B, T] each; tokens attend only within their own segment.
 
-    tokens, targets: int32, the ids, and the next id after each. positions: int32, the places within
-    the segment, from 0. segments: int32, the number of the segment; 0 is padding. weights: float32,
-    the weight of each target in the loss.
+    tokens: int32, the token ids.
+    targets: int32, the id that follows each token.
+    positions: int32, the position of each token within its segment, from 0.
+    segments: int32, the number of each token's segment in its row, from 1; 0 is padding.
+    weights: float32, the weight of each target in the loss.
     """
 
     tokens: Int[Any, "*B T"]

@@ -1,7 +1,8 @@
-"""Batches in an order that depends on the seed alone; each process reads its own rows ahead.
+"""Serves packed rows as training batches, in an order that depends on the seed alone.
 
-grain shuffles, repeats, reads ahead and keeps the position. The position is a number of batches, so
-a run can resume from it on any mesh and with any number of processes.
+grain shuffles, repeats, reads ahead and keeps the position; each process reads its own rows. The
+position is a number of batches, so a run can resume from it on any mesh and with any number of
+processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,18 +45,25 @@ def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
 
 
 def place(batch: Batch) -> Batch:
-    """Put a host batch on the current mesh. Raises ValueError if the mesh does not divide it."""
+    """Move a batch from host memory to the current mesh.
+
+    Raises ValueError if the mesh does not divide it.
+    """
     rows, tokens = batch.tokens.shape
     meshes.check({"B": rows, "T": tokens}, jax.sharding.get_mesh())
     return jax.tree.map(lambda x: moves.place(x, "BT"), batch)
 
 
 class Batches:
-    """An endless iterator over batches of `size` rows on the current mesh, starting after the first
-    `position` batches.
+    """An endless iterator over training batches on the current mesh.
 
-    Each epoch has every row once, in its own order. Raises ValueError if the mesh does not divide
-    the batches.
+    rows: the packed rows; each epoch has every row once, in an order of its own.
+    length: the number of tokens in a row.
+    size: the number of rows in a batch, over all processes.
+    seed: the seed of the order.
+    position: the number of batches to skip, such as those before a checkpoint.
+
+    Raises ValueError if the mesh does not divide the batches.
     """
 
     def __init__(self, rows: Rows, length: int, *, size: int, seed: int, position: int = 0):
@@ -76,7 +84,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next global batch, of which this process supplies its own rows."""
+        """Return the next batch of the whole mesh, of which this process supplies its own rows."""
         part = next(self._parts)
         held = {row: i for i, row in enumerate(self._mine)}
 
@@ -91,7 +99,7 @@ class Batches:
 
 
 def once(rows: Rows, size: int) -> Iterator[Batch]:
-    """Yield every row once, in order; the last batch is filled up with padding rows."""
+    """Yield batches of `size` rows with every row once, in order; padding fills up the last one."""
     nothing = jax.tree.map(np.zeros_like, rows[0])
     for first in range(0, len(rows), size):
         found = [rows[i] if i < len(rows) else nothing for i in range(first, first + size)]
@@ -99,7 +107,11 @@ def once(rows: Rows, size: int) -> Iterator[Batch]:
 
 
 class _Parts:
-    """A grain source of batches by number, each with only this process's rows (`mine`)."""
+    """A grain source whose item i is batch i, with only the rows that this process supplies.
+
+    rows: all rows in training order, as a grain dataset. size: the number of rows in a batch. mine:
+    the indices of this process's rows within a batch.
+    """
 
     def __init__(self, rows: grain.MapDataset[Batch], size: int, *, mine: Sequence[int]):
         self._rows, self._size, self._mine = rows, size, mine

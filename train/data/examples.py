@@ -1,4 +1,4 @@
-"""Encode records as ids and labels: documents, and conversations in ChatML.
+"""Encodes records as token ids and labels: documents, and conversations in ChatML.
 
 Control tokens are added here only; text from a record is encoded as ordinary text, even if it
 spells a control token. Knows no files and no batches.
@@ -33,8 +33,9 @@ def text_example(
 
 
 def text_of(record: Any, field: str) -> str:
-    """The text of a record: the record itself, or its value in `field`. Raises ValueError if there
-    is no text, or an unpaired surrogate in it.
+    """Return the text of a record: the record itself, or its value in `field`.
+
+    Raises ValueError if there is no text, or an unpaired surrogate in it.
     """
     text = record.get(field) if isinstance(record, Mapping) else record
     if not isinstance(text, str) or not text:
@@ -50,12 +51,17 @@ def chat_example(
     max_len: int | None,
     loss_on: str = "qwen",
 ) -> tuple[list[int], list[int]]:
-    """Encode a conversation as `sft_example` does, from a record in either of two formats.
+    """Encode a conversation as ids and labels in ChatML, from a record in either of two formats.
 
-    record: {"conversations": [{"from", "value"}]}, the original's, or {"messages": [{"role",
-    "content"}]}, optionally with `tools` (or `functions`), a list or its JSON (`tools.turns`). A
-    "system" in the record replaces `system`. Raises ValueError for any other record, and for fields
-    that other trainers use and this one would ignore.
+    record: {"conversations": [{"from", "value"}]}, the format of Qwen's own fine-tuning script; or
+        {"messages": [{"role", "content"}]}, optionally with `tools` (or `functions`), a list or its
+        JSON (`tools.turns`). A "system" in the record replaces `system`.
+    system: the text of the system message.
+    max_len: the most ids, after which the rest is cut; None for any number.
+    loss_on: the tokens to train, "assistant" or "qwen" (`sft_example`).
+
+    Raises ValueError for any other record, and for fields that other trainers use and this one
+    would ignore.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
@@ -76,7 +82,7 @@ def chat_example(
 
 
 def _check_whole(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for fields that other trainers use and this one would ignore."""
+    """Raise ValueError for fields of a conversation that training would ignore, such as images."""
     for one, other in (
         ("conversations", "messages"),
         ("conversations", "tools"),
@@ -99,7 +105,11 @@ def _check_whole(record: Mapping[str, Any]) -> None:
 
 
 def _offered(record: Mapping[str, Any], field: str) -> list[Any]:
-    """The tools of a record: a list, or its JSON, as a column of a data set has one type."""
+    """Return the tools that a record describes in `field`; [] if there are none.
+
+    The field holds a list, or the list as JSON text, because a column of a dataset has one type.
+    Raises ValueError for any other value.
+    """
     offered = record.get(field)
     if isinstance(offered, str) and offered:
         try:
@@ -120,13 +130,16 @@ def sft_example(
     max_len: int | None,
     loss_on: str = "qwen",
 ) -> tuple[list[int], list[int]]:
-    """Encode a conversation in ChatML: ids and labels, cut to `max_len`; labels are not shifted.
+    """Encode a conversation as ids and labels in ChatML, cut to `max_len`; labels are not shifted.
 
     conversations: turns {"from": "user" or "assistant", "value": text}; turns before the first user
-    turn are left out. max_len: None for any length. loss_on: "assistant" trains replies and the
-    `<|im_end|>` of each, except tool results within replies; "qwen" trains, as the original's
-    script, whole replies and every turn's control tokens with the newline after it (unlike there,
-    text cannot inject control tokens). All other labels are `IGNORED`.
+        turn are left out.
+    system: the text of the system message.
+    max_len: the most ids; None for any number.
+    loss_on: the tokens to train. "assistant" trains replies and the `<|im_end|>` after each, except
+        tool results within replies. "qwen" trains, as Qwen's own fine-tuning script does, whole
+        replies and every turn's control tokens with the newline after it (but unlike in that
+        script, text cannot inject control tokens). The labels of all other tokens are `IGNORED`.
 
     Raises ValueError for an unknown role, a turn without text, a key that would be ignored, or a
     conversation without a reply to a user.

@@ -1,4 +1,4 @@
-"""Pack examples into rows of a fixed length, and serve the rows as a training step takes them.
+"""Packs examples into rows of a fixed length, and serves the rows as a training step takes them.
 
 Rows depend on the examples, the length and the seed alone, not on the mesh or the number of
 processes. A packing is computed once, stored beside the tokens, and memory-mapped afterwards.
@@ -42,11 +42,14 @@ _Block = tuple[_OfPieces, _OfPieces, _OfPieces, Bool[np.ndarray, " pieces"]]
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The contents of packed rows: arrays of pieces of examples, one row after the other.
+    """The contents of packed rows: which part of which example is where in each row.
 
-    example, start, length: uint32, int64 and uint32 [pieces]: the number of a piece's example, and
-    the piece's first token in it and number of tokens. first: int64 [rows + 1], the first piece of
-    each row, then the number of pieces.
+    A row is filled with pieces of examples. The arrays list the pieces of all rows, row after row.
+
+    example: uint32 [pieces], the index of the piece's example.
+    start: int64 [pieces], the index of the piece's first token in its example.
+    length: uint32 [pieces], the number of its tokens.
+    first: int64 [rows + 1], the index of each row's first piece, then the number of pieces.
     """
 
     example: _OfPieces
@@ -56,11 +59,11 @@ class Pieces:
 
 
 def joined(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
-    """Join all examples end to end and cut every `row` tokens; an incomplete last row is dropped,
-    unless it is the only one.
+    """Join all examples end to end, and cut them into rows of `row` tokens.
 
-    lengths: the number of tokens of each example. folder: where the pieces are written and
-    memory-mapped; None keeps them in memory.
+    An incomplete last row is dropped, unless it is the only one. lengths: int [examples], the
+    tokens of each example. folder: where the pieces are written and memory-mapped; None keeps them
+    in memory.
     """
     return _collected(_joined(lengths, row), folder)
 
@@ -88,18 +91,21 @@ def _joined(lengths: Numbers, row: int) -> Iterator[_Block]:
 
 
 def fitted(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
-    """Pack whole examples, none longer than `row`, each into the fullest open row with room for it.
+    """Pack whole examples into rows of `row` tokens, each into the fullest open row that has room.
 
-    lengths, folder: as in `joined`.
+    lengths: int [examples], the tokens of each example, at most `row`. folder: where the pieces are
+    written and memory-mapped; None keeps them in memory.
     """
     return _collected(_whole(*_fit(lengths, row), lengths=lengths), folder)
 
 
 def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Integer[np.ndarray, " rows"]]:
-    """Return the examples sorted by row, and the number of examples in each row.
+    """Return the indices of the examples sorted by row, and the number of examples in each row.
 
-    The open rows are a sorted list of numbers, `room * _OPEN + place`. Its first entry that is
-    large enough is the row with the least sufficient room; of equal ones, the first.
+    lengths: int [examples], the tokens of each example. row: the tokens of a row. The open rows are
+    a sorted list of integers `room * _OPEN + place`, where room is a row's number of free tokens.
+    The first integer that is large enough is the row with the least sufficient room; of rows with
+    equal room it is the one of lowest place.
     """
     members = np.empty(len(lengths), np.uint32)  # each example's row, in order of opening
     row_at = list(range(_OPEN))
@@ -135,7 +141,11 @@ def _fit(lengths: Numbers, row: int) -> tuple[Numbers, Integer[np.ndarray, " row
 
 
 def alone(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
-    """Give each example a row of its own. lengths, folder: as in `joined`."""
+    """Give each example a row of its own.
+
+    lengths: int [examples], the tokens of each example. folder: where the pieces are written and
+    memory-mapped; None keeps them in memory.
+    """
     counts = np.broadcast_to(1, len(lengths))
     return _collected(_whole(np.arange(len(lengths)), counts, lengths=lengths), folder)
 
@@ -146,7 +156,11 @@ def _whole(
     *,
     lengths: Numbers,
 ) -> Iterator[_Block]:
-    """Yield blocks of whole examples, sorted by row; `counts` gives the number in each row."""
+    """Yield blocks of pieces for rows that hold whole examples.
+
+    examples: the indices of the examples, sorted by row. counts: the number of examples in each
+    row. lengths: int [examples], the tokens of each example.
+    """
     first = np.zeros(len(examples), bool)
     first[np.cumsum(counts) - counts] = True
     for at in range(0, len(examples), _AT_A_TIME):
@@ -156,7 +170,7 @@ def _whole(
 
 
 def _collected(blocks: Iterable[_Block], folder: Path | None) -> Pieces:
-    """Concatenate blocks into Pieces, in memory or in files of a folder."""
+    """Concatenate blocks of pieces into `Pieces`, in files of `folder` or (None) in memory."""
     count = 0
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {
@@ -181,7 +195,7 @@ def _mapped(folder: Path) -> Pieces:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The sizes in bytes of the files of a stored packing."""
+    """Return the size in bytes of each file of a stored packing, by name."""
     return {name: (folder / name).stat().st_size for name in (_ORDER, *_DTYPES)}
 
 
@@ -194,14 +208,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _used_now(folder: Path) -> None:
-    """Set the folder's time of last use, by which `_tidy` decides which packings to keep."""
+    """Set the time of last use of a packing's folder, by which `_tidy` chooses packings to keep."""
     now = time.time_ns()
     with contextlib.suppress(OSError):  # it does not exist yet, or is another user's
         os.utime(folder, ns=(now, now))
 
 
 def _tidy(cache: Path) -> None:
-    """Remove a cache's packings but for the last used; open mappings of them stay valid."""
+    """Remove a token cache's packings except the last used; open mappings of them stay valid."""
     kept = [path for path in cache.glob("rows-*") if path.is_dir() and not path.suffix]
     with contextlib.suppress(FileNotFoundError):  # another process is doing the same
         kept.sort(key=lambda path: path.stat().st_mtime_ns)
@@ -210,13 +224,18 @@ def _tidy(cache: Path) -> None:
 
 
 class Rows:
-    """Rows by number: `rows[i]` is a Batch of [length] arrays.
+    """A random-access sequence of packed training rows: `rows[i]` is a Batch of [length] arrays.
 
-    pack: "joined" documents, "fitted" examples, or "alone". examples: the numbers of the examples
-    to use, None for all; they are shuffled by `seed` before packing. The packing is stored in the
-    cache's folder under a hash of all that it depends on, and built again if a file's size is
-    wrong; only the last used ones are kept. fingerprint: identifies the examples that are in the
-    rows; how they are packed follows from the recipe.
+    cache: the token cache that holds the examples.
+    length: the number of tokens in a row.
+    pack: "joined" (examples end to end, cut at row ends), "fitted" (as many whole examples in a row
+        as fit), or "alone" (one example in each row).
+    seed: the seed of the shuffle before packing.
+    examples: the indices of the examples to use; None for all.
+    fingerprint: identifies the set of examples in the rows, whatever their packing.
+
+    The packing is stored in the cache's folder under a hash of all that it depends on. It is built
+    again if a file's size is wrong; only the packings used last are kept.
     """
 
     def __init__(
@@ -269,7 +288,7 @@ class Rows:
 
     @property
     def efficiency(self) -> float:
-        """The share of all places in rows that hold a token rather than padding."""
+        """The share of all token positions in rows that hold a token rather than padding."""
         return self.tokens / (len(self) * self._length)
 
     def __getitem__(self, index: int) -> Batch:
@@ -312,7 +331,10 @@ def split(
 
 
 def _checksum(examples: Numbers | None, count: int) -> int:
-    """CRC-32 of the sorted numbers of the examples, as int64; None stands for all of them."""
+    """Return the CRC-32 of the sorted indices of the examples, as int64.
+
+    examples: the indices; None stands for all `count` examples.
+    """
     found = None if examples is None else np.sort(examples)
     checksum = 0
     for at in range(0, count if found is None else len(found), _AT_A_TIME):

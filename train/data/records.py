@@ -1,4 +1,4 @@
-"""Read records from files: JSONL, JSON, Parquet and plain text, local or remote, one by one.
+"""Reads records one by one from files: JSONL, JSON, Parquet and plain text, local or remote.
 
 A record that cannot be read is yielded with its problem, and the caller decides whether to go on
 without it. Knows nothing of what records mean.
@@ -23,12 +23,14 @@ _PART = 2**26  # bytes of a part of a file
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A record of a file, or a piece of a long text.
+    """A record of a data file, or a piece of a long text file.
 
-    where: the file and line, for messages. value: the parsed JSON, or the text of a text file.
-    problem: why there is no value; "" if there is one. ends: whether this piece ends its document,
-    which is bad as a whole if one piece has a problem. position: the bytes of the file part that
-    have been read so far. line: the line within the part, if `where` does not name one.
+    where: the file, and the line or record in it, for messages.
+    value: the parsed value; a string if the file is text; None if the record cannot be read.
+    problem: why the record cannot be read, else "".
+    ends: whether this piece ends its document. A problem in one piece makes the whole document bad.
+    position: the bytes read so far of the file, or of the part of it that is read.
+    line: the line within that part, if `where` does not name one; else 0.
     """
 
     where: str
@@ -41,7 +43,13 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class FilePart:
-    """Part `number` of the `count` parts of a file, each read on its own. size: about its bytes."""
+    """A part of a data file that can be read without the others.
+
+    path: the file.
+    number: the index of the part, from 0.
+    count: the number of the file's parts.
+    size: the approximate number of bytes in the part.
+    """
 
     path: Path
     _: dataclasses.KW_ONLY
@@ -51,8 +59,10 @@ class FilePart:
 
 
 def parts(paths_of: Sequence[Path]) -> list[FilePart]:
-    """Split files into parts of about `_PART` bytes if they can be read from the middle: JSONL by
-    lines, Parquet by row groups. The split depends on the files alone.
+    """Split data files into parts of about 64 MiB, where they can be read from the middle.
+
+    JSONL is split by lines and Parquet by row groups; other files are one part each. The split
+    depends on the files alone.
     """
     found = []
     for path in paths_of:
@@ -64,8 +74,11 @@ def parts(paths_of: Sequence[Path]) -> list[FilePart]:
 
 
 def place(part: FilePart, where: str, *, line: int) -> str:
-    """The place of a record for messages: `where`, with its line in the whole file unless `line`,
-    its line in the part, is 0.
+    """Return where a record is, for messages.
+
+    part, where, line: the part of a file that has the record, and the record's `where` and `line`.
+    A `line` other than 0 is converted to the line number in the whole file, and appended to
+    `where`.
     """
     return f"{where} line {line + _lines_before(part)}" if line else where
 
@@ -92,9 +105,9 @@ def _seek_part(path: Path, file: IO[bytes], *, number: int, count: int) -> int:
 
 
 def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
-    """List the files that `sources` name; a folder stands for its files of known kinds, by name.
+    """List the data files that `sources` name; a folder stands for all data files in it, by name.
 
-    Raises ValueError for a file that is missing, empty or of another kind.
+    Raises ValueError for a file that is missing, empty or of an unknown kind.
     """
     if isinstance(sources, str | bytes):
         raise ValueError(f"sources must be a list of paths, got {texts.described(sources)}")
@@ -119,8 +132,9 @@ def files(sources: Sequence["str | os.PathLike[str]"]) -> list[Path]:
 
 
 def read(path: Path, number: int = 0, *, count: int = 1) -> Iterator[Record]:
-    """Yield the records of one file, or of one of its `parts`. If the rest of the file cannot be
-    read, the last record has the problem.
+    """Yield the records of one data file, or of part `number` of its `count` parts.
+
+    If the rest of the file cannot be read, the last record says why in `problem`.
     """
     suffix = _suffix(path)
     assert suffix
@@ -214,8 +228,10 @@ def _parquet(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Rec
 
 
 def _text(path: Path, file: IO[bytes], *_: int) -> Iterator[Record]:
-    """Yield a text file, which is one document. A long one comes in pieces that together encode as
-    the whole: cuts are before lines that begin with no white space, where no token can span.
+    """Yield a text file, which is one document; a long document comes in pieces.
+
+    Pieces begin at lines that do not begin with white space, which no token can cross, so that they
+    together encode as the whole document does.
     """
     held: list[str] = []
     first, size = 1, 0

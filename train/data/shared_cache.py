@@ -1,8 +1,8 @@
-"""Build one token cache with several processes: each encodes a share of the files.
+"""Builds one token cache with several processes, each of which encodes a share of the files.
 
 Files are cut into parts that depend on the files alone. Each part is encoded by one process into a
 folder that all processes see, and the parts are joined in order, so the cache has the same bytes
-for any number of processes. Which processes share a disk is found out by trying.
+for any number of processes. Processes find out which of them share a disk by creating files on it.
 """
 
 import contextlib
@@ -31,12 +31,15 @@ def make(
     folder: Path | None,
     common: Path,
 ) -> TokenCache:
-    """Open the token cache of these files; if it is missing, all processes build it together.
+    """Open the token cache of these data files; if it is missing, all processes build it together.
 
-    folder: where caches are kept; None is each host's default place. In `gs://` only the parts are
-    kept, and each host joins them on its own disk. common: a folder that all processes see, for the
-    parts if the hosts do not share a cache folder. If the hosts' files differ in path or date, each
-    host encodes all of them. Raises the errors of `token_cache.make`.
+    encoding: how records become examples.
+    folder: the folder of token caches; None is each host's default folder. If it is in `gs://`,
+        only encoded parts are stored there, and each host joins them on its own disk.
+    common: a folder that all processes see, for the parts if the hosts do not share a cache folder.
+
+    If the hosts' files differ in path or date, each host encodes all of them. Raises ValueError if
+    the files hold no example, or for a bad record if `encoding.strict`.
     """
     remote = folder if folder is not None and paths.is_remote(folder) else None
     home = token_cache.default_home() if folder is None or remote else folder
@@ -70,8 +73,13 @@ def _make(
     whole: Sequence[bool],
     leaders: Sequence[int],
 ) -> None:
-    """Encode the parts into `store` and join them into `folder`, the cache, on each disk that lacks
-    it. whole, leaders: for each process, whether it has the cache, and the first one on its disk.
+    """Encode the parts of the data files, and join them into a token cache on each disk without it.
+
+    folder: the folder of the token cache.
+    store: the folder of the encoded parts.
+    whole: for each process, whether its disk has the token cache already.
+    leaders: for each process, the index of the first process on the same disk, which joins the
+        parts.
     """
     parts, index = records.parts(files), processes.index()
     lacking = [i for i, has_it in enumerate(whole) if not has_it]
@@ -113,8 +121,10 @@ def encode_share(
     shares: int,
     home: Path,
 ) -> None:
-    """Encode every `shares`-th part, from part `share` on, into `store`, the folder of parts; skip
-    parts that exist. home: a local folder for drafts, if `store` is in `gs://`.
+    """Encode one share of the parts of data files: every `shares`-th part, from part `share` on.
+
+    store: the folder that the encoded parts go to; parts that it has already are skipped. home: a
+    local folder for drafts, used if `store` is in `gs://`.
     """
     found = paths.sizes(store)
     mine = [n for n in range(share, len(parts), shares) if f"{n}/{_PROBLEMS}" not in found]
@@ -134,7 +144,10 @@ def encode_share(
 
 @contextlib.contextmanager
 def _draft(home: Path, name: str) -> Iterator[Path]:
-    """Make an empty folder and remove it at the end; first remove drafts of killed processes."""
+    """Make an empty draft folder in `home`, and remove it on leaving the context.
+
+    First removes drafts of the same `name` that killed processes on this host have left.
+    """
     host = socket.gethostname()
     for left in home.glob(f"{name}.*@{host}.tmp"):
         number = int(left.name.removeprefix(f"{name}.").partition("@")[0])
@@ -149,7 +162,10 @@ def _draft(home: Path, name: str) -> Iterator[Path]:
 
 
 def _put(draft: Path, folder: Path) -> None:
-    """Move a part to its place; in `gs://`, `_PROBLEMS` is uploaded last and makes it whole."""
+    """Move an encoded part from its draft to `folder`.
+
+    In `gs://`, problems.json is uploaded last: a part without this file counts as missing.
+    """
     if not paths.is_remote(folder):
         token_cache.publish(draft, folder)
         return
@@ -158,8 +174,10 @@ def _put(draft: Path, folder: Path) -> None:
 
 
 def join(draft: Path, store: Path, *, parts: Sequence[records.FilePart]) -> None:
-    """Write the cache into a draft folder from the parts that `encode_share` wrote. Raises
-    ValueError if the parts hold no example or one of them is damaged.
+    """Join the encoded parts in `store` into a token cache, in the folder `draft`.
+
+    parts: all parts of the data files, in order. Raises ValueError if they hold no example, or if
+    an encoded part is damaged.
     """
     problems: list[str] = []
 
@@ -190,7 +208,10 @@ def join(draft: Path, store: Path, *, parts: Sequence[records.FilePart]) -> None
 
 
 def _leaders(home: Path) -> list[int]:
-    """For each process, the first process whose `home` is the same folder on the same disk."""
+    """Return, for each process, the index of the first process that sees the same folder.
+
+    home: the folder's path. Hosts may have different folders under this path.
+    """
     sign = f"{processes.gather(uuid.uuid4().hex)[0]}.process"
     own = home / f"{sign}{processes.index()}"
     own.touch()

@@ -1,4 +1,4 @@
-"""A token cache: examples encoded once, kept on disk, and read at random by later runs.
+"""Builds token caches: examples encoded once, kept on disk, and read at random by later runs.
 
 A cache is a folder named by a hash of all that it depends on: files, tokenizer and encoding. The
 folder appears only when it is complete. Knows no batches.
@@ -47,12 +47,14 @@ _Encoded = tuple[records.Record, UInt[np.ndarray, " n"], Bool[np.ndarray, " n"],
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """The way in which records become examples.
+    """How records of data files become examples of a token cache.
 
-    encode: record -> (ids, labels), where labels None trains all ids. It raises ValueError for a
-    bad record. name: values that distinguish this encoding from others, part of the cache's
-    fingerprint. longest: the largest number of ids of an example, None for any; a longer one is
-    cut, or with `drop` left out. strict: stop at the first bad record instead of leaving it out.
+    encode: a function from a record to (ids, labels); labels None trains all ids. It raises
+        ValueError for a bad record.
+    name: values that distinguish this encoding from others, part of the cache's fingerprint.
+    longest: the most ids of an example; None for any number.
+    drop: whether longer examples are left out instead of cut.
+    strict: whether to stop at the first bad record instead of leaving it out.
     """
 
     encode: Encode
@@ -66,11 +68,12 @@ class Encoding:
 def make(
     files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encoding, home: Path | None = None
 ) -> TokenCache:
-    """Open the token cache of these files; if it is missing or incomplete, this process builds it.
+    """Open the token cache of these data files; if it is missing or incomplete, build it.
 
-    home: the folder of all caches. Processes of one host wait for the one that builds it; hosts
-    that share the folder may each build it, and all use the first to finish. Raises ValueError if
-    the files hold no example, or for a bad record if strict.
+    home: the folder of all caches; None for the default. Processes of one host wait for the one
+    that builds the cache; hosts that share the folder may each build it, and all use the first to
+    finish. Raises ValueError if the files hold no example, or for a bad record if
+    `encoding.strict`.
     """
     home = home or default_home()
     folder = home / fingerprint(files, tokenizer, encoding=encoding)
@@ -80,8 +83,9 @@ def make(
 
 
 def opened(folder: Path, encoding: Encoding) -> TokenCache:
-    """Open a complete cache and log what became of its records. Raises ValueError for a bad record
-    if strict.
+    """Open a complete token cache, and log how many of its records were kept, cut or left out.
+
+    Raises ValueError for a bad record if `encoding.strict`.
     """
     cache = TokenCache(folder)
     if encoding.strict and cache.counts.bad:
@@ -91,8 +95,11 @@ def opened(folder: Path, encoding: Encoding) -> TokenCache:
 
 
 def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path], object]) -> None:
-    """Build a folder atomically, unless it exists and is `whole`. `fill` writes a draft folder,
-    which is then renamed. Processes of one host wait for the one that builds it.
+    """Build a folder so that it appears only when it is complete, unless a complete one exists.
+
+    whole: tells whether an existing folder is complete; if not, the folder is removed first. fill:
+    writes the contents into a draft folder, which is then renamed. Processes of one host wait for
+    the one that builds the folder.
     """
     home = folder.parent
     with lock.alone(folder, home / f"{folder.name}.lock", wait=True):
@@ -116,7 +123,10 @@ def appear(folder: Path, whole: Callable[[Path], bool], *, fill: Callable[[Path]
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Flush a draft to disk and rename it to `folder`, unless another host's is there already."""
+    """Flush a draft folder to disk, and rename it to `folder`.
+
+    Nothing is renamed if another host has built `folder` meanwhile.
+    """
     for path in (
         *draft.iterdir(),
         draft,
@@ -132,12 +142,12 @@ def publish(draft: Path, folder: Path) -> None:
 
 
 def default_home() -> Path:
-    """The folder of token caches if no other is given."""
+    """Return the folder of token caches to use if the user gives none."""
     return caches.own_cache("tokens")
 
 
 def fingerprint(files: Sequence[Path], tokenizer: Tokenizer, *, encoding: Encoding) -> str:
-    """The folder name of a cache: a hash of the files, the vocabulary and the encoding."""
+    """Return a token cache's folder name: a hash of the files, the vocabulary and the encoding."""
     vocabulary = hashlib.sha256()
     for i, token in sorted(tokenizer.id_to_bytes.items()):
         vocabulary.update(b"%d %d " % (i, len(token)) + token)
@@ -156,7 +166,7 @@ Problem = tuple[str, int, str]
 
 
 def _fill(folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding) -> None:
-    """Encode whole files into an empty folder, as a cache."""
+    """Encode whole data files into an empty folder, which becomes a token cache."""
     with progress(parts) as bar:
         counts, problems = encode(folder, parts, encoding=encoding, bar=bar)
     finish(
@@ -170,7 +180,11 @@ def _fill(folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding
 def finish(
     folder: Path, counts: Counts, *, problems: Sequence[str], parts: Sequence[records.FilePart]
 ) -> None:
-    """Write the counts that make encoded files a cache. Raises ValueError if no example is left."""
+    """Complete a token cache by writing its counts.
+
+    problems: descriptions of the bad records, of which the first ones are stored too. parts: the
+    encoded parts of files, for the error message. Raises ValueError if no example is left.
+    """
     if not counts.examples:
         reason = f"; the first: {problems[0]}" if problems else ""
         files = dict.fromkeys(str(part.path) for part in parts)
@@ -181,8 +195,10 @@ def finish(
 def encode(
     folder: Path, parts: Sequence[records.FilePart], *, encoding: Encoding, bar: tqdm
 ) -> tuple[Counts, list[Problem]]:
-    """Encode files, or one part of a file, into a folder; return the counts of records and tokens
-    and the first problems. Raises ValueError for a bad record if strict.
+    """Encode data files, or one part of a file, into the files of a token cache in `folder`.
+
+    Returns the counts of records and tokens, and the first problems. bar: shows the progress.
+    Raises ValueError for a bad record if `encoding.strict`.
     """
     found: collections.Counter[str] = collections.Counter()
     problems: list[Problem] = []
@@ -219,7 +235,7 @@ def encode(
 
 
 def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
-    """A progress bar of the bytes read, their rate and the time left; only process 0 shows it."""
+    """Make a progress bar of the bytes read, which only process 0 shows. what: its label."""
     return tqdm(
         desc=what,
         total=sum(part.size for part in parts),
@@ -233,7 +249,11 @@ def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
 def _encoded(
     parts: Sequence[records.FilePart], encoding: Encoding, *, bar: tqdm
 ) -> Iterator[_Encoded]:
-    """Encode every record, in order; threads do the encoding."""
+    """Encode all records in threads; yield (record, ids, learned, problem) for each, in order.
+
+    ids, learned: uint32 [n] and bool [n], the ids and whether each is trained. problem: why the
+    record is bad, else "".
+    """
     nothing = np.zeros(0, ID), np.zeros(0, FLAG)
 
     def work(batch: Sequence[records.Record]) -> list[_Encoded]:

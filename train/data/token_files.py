@@ -31,13 +31,16 @@ _HELD = 2**22  # tokens of an example that are in memory before it ends
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """The counts of a token cache: what became of the records that it was made from.
+    """What became of the records that a token cache was made from, in numbers.
 
-    records: the number of records read; a long text is one record, and is cut, dropped or bad as a
-    whole. examples, tokens: the numbers stored in the cache. trained: the number of these tokens
-    that are trained. cut, dropped: the numbers of records that were too long. bad: the number of
-    records that could not be used. problems: the problems of the first of these. digest: a hash of
-    the examples, independent of where the files are.
+    records: the number of records read. A long text is one record, and is cut, dropped or bad as a
+        whole.
+    examples, tokens: the numbers of examples kept, and of their tokens.
+    trained: the number of these tokens that are trained.
+    cut, dropped: the numbers of records that were too long, and were cut or left out.
+    bad: the number of records that could not be used.
+    problems: descriptions of the first bad records.
+    digest: a hash of the examples, independent of where the data files are.
     """
 
     records: int = 0
@@ -52,11 +55,13 @@ class Counts:
 
 
 class TokenCache:
-    """The examples of a cache by number: `cache[i]` is (ids, whether each is trained), both [n].
+    """A random-access sequence of examples: `cache[i]` is (ids, whether each is trained), both [n].
 
-    All arrays are memory-mapped: ids uint32 [tokens], one example behind the other; trained bool
-    [tokens], None if all are trained; ends int64 [examples], where each example ends in `ids`.
-    lengths int64 [examples] is computed on access. counts: what became of the records.
+    counts: what became of the records that the cache was made from.
+    ids: uint32 [tokens], memory-mapped: all examples, one behind the other.
+    trained: bool [tokens], memory-mapped: whether each id is trained; None if all are.
+    ends: int64 [examples], memory-mapped: where each example ends in `ids`.
+    lengths: int64 [examples], computed on access: the number of ids in each example.
     """
 
     def __init__(self, folder: Path):
@@ -83,7 +88,7 @@ class TokenCache:
 
 
 def mapped(path: Path, dtype: npt.DTypeLike) -> Shaped[np.ndarray, " n"]:
-    """A file as a memory-mapped array, which is read from disk on access."""
+    """Open a file as a memory-mapped array, whose values are read from disk on access."""
     if path.stat().st_size == 0:  # no system maps an empty file
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
@@ -95,7 +100,7 @@ def _counts(folder: Path) -> Counts:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a cache whose files have the sizes that its counts imply."""
+    """Return whether a folder holds a token cache with files of the sizes that its counts imply."""
     try:
         counts = _counts(folder)
         sizes = {_IDS: counts.tokens * ID.itemsize, _ENDS: counts.examples * _END.itemsize}
@@ -107,15 +112,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_counts(folder: Path, counts: Counts) -> None:
-    """Write the counts, which mark the files of a cache as complete."""
+    """Write counts.json, which marks the files of a token cache as complete."""
     paths.write(folder / _COUNTS, json.dumps(dataclasses.asdict(counts)).encode())
 
 
 class Writer:
-    """Writes the files of a cache, one example after the other; a long example comes in pieces.
+    """Writes the files of a token cache, example after example; a long example comes in pieces.
 
-    tokens, trained, examples: the numbers kept so far. learned: the number of trained tokens in the
-    current example.
+    tokens, trained, examples: the numbers of tokens, trained tokens and examples kept so far.
+    digest: the hash of the examples kept so far.
+    learned: the number of trained tokens in the current example.
     """
 
     def __init__(self, folder: Path):
@@ -133,7 +139,7 @@ class Writer:
         self._size = self._written = self.learned = 0
 
     def add(self, ids: UInt[np.ndarray, " n"], learned: Bool[np.ndarray, " n"]) -> None:
-        """Add a piece to the current example: its ids, and whether each is trained."""
+        """Add a piece to the current example: ids [n], and whether each of them is trained."""
         self._held.append((ids, learned))
         self._size += len(ids)
         self.learned += int(np.count_nonzero(learned))
@@ -211,8 +217,9 @@ class Writer:
 
 
 def closed(folder: Path, writer: Writer, *, found: Mapping[str, Any]) -> Counts:
-    """Close the files of a writer and return their counts. found: the counts of records, by their
-    names in `Counts`.
+    """Close the files of a writer, and return the counts of the token cache that they make up.
+
+    found: the numbers of records that were read, cut, dropped or bad, by their names in `Counts`.
     """
     writer.close()
     if writer.trained == writer.tokens:
@@ -227,8 +234,9 @@ def closed(folder: Path, writer: Writer, *, found: Mapping[str, Any]) -> Counts:
 
 
 def merge(folder: Path, caches: Iterable[TokenCache]) -> Counts:
-    """Write the examples of several caches into a folder, one cache behind the other: the same
-    files and digest as if all records had been encoded at once.
+    """Write the examples of several token caches into a folder, one cache behind the other.
+
+    Files and digest are the same as if all records had been encoded at once. Returns the counts.
     """
     found: collections.Counter[str] = collections.Counter()
     with contextlib.closing(Writer(folder)) as writer:
