@@ -77,7 +77,7 @@ _OF_TRAINING += ("base_dtype", "train_embeddings")
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Raise UsageError for an option that has no effect beside the others."""
+    """Raise UsageError for an option that has no effect together with the other options given."""
     if args.decode:
         command.refuse(args, _OF_TRAINING, why="is of training: drop it, or --decode")
     else:
@@ -151,8 +151,10 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _found(tried: Sequence[Any], topology: Any, *, decode: bool) -> list[Any]:
-    """Compile a search's candidates and return their estimates. A candidate that does not compile
-    is reported and left out; if none compiles, the last error is raised.
+    """Compile the settings that a search proposes, and return their estimates.
+
+    tried: the candidates of `search.candidates`. A candidate that does not compile is reported and
+    left out; if none compiles, the last error is raised.
     """
     from qwen_jax import meshes
     from train.planning import attempts
@@ -173,8 +175,10 @@ def _found(tried: Sequence[Any], topology: Any, *, decode: bool) -> list[Any]:
 
 
 def rank(x: Any) -> tuple[Any, ...]:
-    """The sort key of estimates: first the ones that fit, then by missing memory; then by tokens/s
-    and, if these are equal within 1 %, by tokens/s if nothing overlaps.
+    """Return the key by which a search sorts its estimates, best first.
+
+    Programs that fit come first, then those that lack the least memory. Equal ones are sorted by
+    tokens/s and, if these are within 1 % of each other, by tokens/s if nothing overlaps.
     """
     serial = x.tokens / x.bound.serial if x.bound else 0.0
     percents = round(100 * math.log(x.tokens_per_second)) if x.bound else 0
@@ -182,7 +186,10 @@ def rank(x: Any) -> tuple[Any, ...]:
 
 
 def _mesh(args: argparse.Namespace) -> dict[str, int]:
-    """The mesh sizes that --mesh asks for, by axis; all 1 without --mesh."""
+    """Return the number of devices along each mesh axis that --mesh names; 1 along all other axes.
+
+    Raises UsageError for an axis that decoding cannot use.
+    """
     from qwen_jax.meshes import options, sharding
 
     sizes = options.mesh_sizes(args.mesh)

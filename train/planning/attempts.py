@@ -1,4 +1,7 @@
-"""A setting's programs compiled and estimated, with the attention that `auto` would take there."""
+"""Compiles and estimates a plan's programs, with the attention that `auto` would choose.
+
+`auto` is decided as on the planned devices: by whether a kernel's self-test compiles for them.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +22,7 @@ _Task = Callable[..., Estimate]  # `estimate.training`, `decoding` or `prefill`
 
 
 class NotCompiled(ValueError):
-    """A program that does not compile with the implementation that `auto` would take."""
+    """A program does not compile with the attention implementation that `auto` would choose."""
 
 
 def estimates(
@@ -30,10 +33,13 @@ def estimates(
     decode: bool,
     label: str = "",
 ) -> Iterator[Estimate]:
-    """Yield the estimates of a setting: of training, or with `decode` of prefill and decoding.
+    """Yield the estimates of a setting: of a training step, or of prefill and decoding.
 
-    sizes: of the mesh by axis. label: the beginning of the line that is shown while a program is
-    compiled.
+    setting: the model, batch and options (`programs.Setting`).
+    topology: the planned devices (`topology.Topology`).
+    sizes: the number of devices along each mesh axis.
+    decode: whether to estimate prefill and decoding instead of training.
+    label: the beginning of the line that is shown while a program is compiled.
     """
     tasks = (estimate.prefill, estimate.decoding) if decode else (estimate.training,)
     for task in tasks:
@@ -46,7 +52,11 @@ def estimates(
 def _compiled(
     task: _Task, setting: Setting, *, topology: Topology, sizes: Mapping[str, int], label: str
 ) -> Estimate:
-    """The estimate of a task. It compiles a program for minutes, and shows which one meanwhile."""
+    """Compile one program and return its estimate; show which program it is, as this takes minutes.
+
+    task: `estimate.training`, `estimate.prefill` or `estimate.decoding`. label: the beginning of
+    the line that is shown.
+    """
     with report.waiting(
         label + report.program(task.__name__, setting, topology=topology, sizes=sizes)
     ):
@@ -56,11 +66,13 @@ def _compiled(
 def _by_auto(
     task: _Task, setting: Setting, *, topology: Topology, sizes: Mapping[str, int], label: str
 ) -> Estimate:
-    """The estimate with the attention that `auto` would take on these devices: the first kernel
-    whose self-test compiles. Kernels are tried fastest first if the chip was measured, otherwise
-    the chip's own kernel first.
+    """Return an estimate with the attention implementation that `auto` would choose.
 
-    Raises NotCompiled if the program does not compile with that kernel, as a run would then fail.
+    This is the first implementation whose self-test compiles for the planned devices, in the order
+    of the times measured on the chip or, without such times, with the chip's own kernel first;
+    "xla" if there is none. task: `estimate.training`, `prefill` or `decoding`. Raises NotCompiled
+    if the program does not compile with this implementation, because it would not compile on the
+    devices either.
     """
     names, calls = _candidates(setting, topology, sizes=sizes, task=task.__name__)
     passed: list[str] = []
@@ -86,8 +98,10 @@ def _by_auto(
 def _refusal(
     name: str, calls: Sequence[Case], *, topology: Topology, sizes: Mapping[str, int]
 ) -> str | None:
-    """The message with which a kernel's self-test is refused on these devices; None if it compiles,
-    so that `auto` would take the kernel.
+    """Return why `auto` would not choose a kernel, or None if the kernel's self-test compiles.
+
+    name: the kernel's name in the registry. calls: the attention calls of the self-test. The reason
+    is the error of the self-test, in one line.
     """
     device = topologies.mesh(topology, sizes).devices.flat[:1]
     try:

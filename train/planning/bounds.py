@@ -1,4 +1,4 @@
-"""A lower bound on a program's time: its work divided by the published rates, term by term.
+"""Computes a lower bound on a program's time: its work divided by published rates, term by term.
 
 Each term runs on its own hardware (matrix units, HBM, each kind of link). In the best case all
 terms overlap and the longest is the bound; their sum is the time if nothing overlaps. Latency is
@@ -14,11 +14,12 @@ from train.planning.topology import Path
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """The time in seconds that a program spends on one kind of hardware.
+    """The time that a program spends on one kind of hardware.
 
     name: "compute", "HBM", or a kind of link with the mesh axes, such as "ICI fsdp".
-    in_step: how many of these seconds a link works in step with a slower one, for collectives that
-        go over both piece by piece; they do not come on top of that one's.
+    seconds: the time in seconds.
+    in_step: the part of these seconds in which a link works at the same time as a slower link, for
+        collectives that go over both piece by piece. The sum of all terms leaves it out.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Bound:
 
     @property
     def serial(self) -> float:
-        """The time in seconds if no two terms overlap; of links that work in step, the slowest."""
+        """The time in seconds if no terms overlap, except links that share a collective."""
         return sum(term.seconds - term.in_step for term in self.terms)
 
     @property
@@ -58,14 +59,16 @@ def bound(
     links: Mapping[tuple[str, ...], Sequence[Path]],
     network: str = "",
 ) -> Bound:
-    """The bound of the work of one device.
+    """Return the lower bound of a program's time, from the work of one device.
 
-    flops: its FLOPs; peak: FLOP/s.
-    moved: bytes to and from HBM; bandwidth: bytes/s.
-    collectives: the collectives it takes part in.
+    flops: the FLOPs of the device.
+    peak: the FLOP/s of the device.
+    moved: the bytes that move to and from its HBM.
+    bandwidth: the bytes/s of its HBM.
+    collectives: the collectives in which the device takes part.
     links: for each combination of mesh axes, the links that carry its collectives.
-    network: the kind of link between hosts or slices, if there are several; it has a term of zero
-        seconds if nothing goes over it.
+    network: the kind of link between hosts or slices, or "" if there is one of them. It has a term
+        of zero seconds if nothing goes over it.
     """
     over: dict[str, Term] = {}
     for one in collectives:
@@ -83,20 +86,21 @@ def bound(
 
 
 def slowest(one: Collective, paths: Sequence[Path]) -> tuple[str, float]:
-    """The name of the kind of link that limits a collective, and the time in seconds on it.
+    """Return the name of the link that limits a collective, and the time in seconds on this link.
 
-    A collective over several kinds of link works piece by piece, so the slowest kind sets the time.
+    paths: the kinds of link that the collective goes over. It does so piece by piece, so the
+    slowest kind sets the time.
     """
     return max(((path.name, _seconds(one, path)) for path in paths), key=lambda found: found[1])
 
 
 def _seconds(one: Collective, path: Path) -> float:
-    """The time of a collective on one kind of link, in seconds.
+    """Return the time of a collective on one kind of link, in seconds.
 
     On a ring of n devices, an all-gather or reduce-scatter takes n - 1 steps of 1/n of the array
     each, and an all-reduce is one of each. An all-to-all is limited by the middle of a ring or
-    line, which carries a quarter of the ring's length times the bytes of a device (half of each
-    array goes to either side).
+    line, which carries a quarter of the ring's length times the bytes of a device, because half of
+    each array goes to either side.
     """
     share = (path.size - 1) / path.size
     if one.kind in ("all-gather", "reduce-scatter"):

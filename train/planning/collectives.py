@@ -1,8 +1,8 @@
 """Lists the collectives of a compiled program: their kind, mesh axes, number and bytes.
 
 They are read from the program's text, for CPU, GPU and TPU alike. Plain, asynchronous and fused
-collectives count, in loops as often as the loop runs. Knows no hardware and no model; `bounds.py`
-computes times.
+collectives count, and those in a loop as often as the loop runs. Knows no hardware and no model;
+`bounds.py` computes times.
 """
 
 import dataclasses
@@ -33,13 +33,16 @@ KINDS = (
 class Collective:
     """The collectives of one kind over the same mesh axes.
 
+    kind: one of `KINDS`.
     axes: the mesh axes along which the members of a group differ, in the mesh's order.
     size: the number of devices in a group.
     count: how often each device takes part per run of the program.
-    bytes: on a device, over all of them: of the whole array that an all-gather produces or a
-        reduce-scatter takes (a ring moves (size - 1) / size of it), of the operand for other kinds.
-    looped: inside a loop whose trip count the compiler does not know; one pass is counted.
-    where: the op_names of the source.
+    bytes: the bytes on a device, added over all `count`: of the whole array that an all-gather
+        makes or a reduce-scatter takes (a ring moves (size - 1) / size of it), of the operand for
+        other kinds.
+    looped: whether they are in a loop whose trip count the compiler does not know. Then only one
+        pass of the loop is counted.
+    where: the `op_name`s of the instructions, which name the places in the source.
     """
 
     kind: str
@@ -53,12 +56,10 @@ class Collective:
 
 
 def of(program: Compiled | str, mesh: Mesh | Mapping[str, int]) -> list[Collective]:
-    """The collectives of a program, merged by kind, axes and size, the largest first.
+    """Return the collectives of a program, merged by kind, axes and size, the largest first.
 
-    program: a compiled program or its text.
-    mesh: the mesh it was compiled for, or its axis sizes by name.
-
-    Groups of one device are left out, as they move nothing.
+    program: a `jax.stages.Compiled` or its text. mesh: the mesh it was compiled for, or its axis
+    sizes by name. Groups of one device are left out, as they move nothing.
     """
     found: dict[tuple[object, ...], list[Collective]] = {}
     for one in each(program, mesh):
@@ -76,10 +77,11 @@ def of(program: Compiled | str, mesh: Mesh | Mapping[str, int]) -> list[Collecti
 
 
 def each(program: Compiled | str, mesh: Mesh | Mapping[str, int]) -> Iterator[Collective]:
-    """The collectives of a program, as in `of`, but one entry for each place in the program.
+    """Yield the collectives of a program, one for each place in the program's text.
 
-    Raises ValueError if the program has collectives in a computation that no known instruction
-    runs, as the sums would leave them out.
+    program: a `jax.stages.Compiled` or its text. mesh: the mesh it was compiled for, or its axis
+    sizes by name. Raises ValueError if it is not known how often a computation with collectives
+    runs, because sums would leave them out.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
@@ -103,7 +105,7 @@ def each(program: Compiled | str, mesh: Mesh | Mapping[str, int]) -> Iterator[Co
 
 
 def table(rows: list[Collective]) -> str:
-    """The collectives as a table for the terminal."""
+    """Format collectives as a table for the terminal."""
     lines = [f"{'collective':<20} {'axes':<14} {'devices':>7} {'count':>6} {'MB a device':>12}"]
     for x in rows:
         count = f"{x.count}{'*' if x.looped else ''}"
@@ -113,7 +115,7 @@ def table(rows: list[Collective]) -> str:
 
 
 def _fused(program: hlo.HloProgram) -> set[str]:
-    """The names of computations that a fusion calls."""
+    """Return the names of the computations that fusions call."""
     return {
         name
         for computation in program.computations.values()
@@ -126,10 +128,11 @@ def _fused(program: hlo.HloProgram) -> set[str]:
 def _in(
     program: hlo.HloProgram, computation: Computation
 ) -> Iterator[tuple[Computation, Instruction]]:
-    """A computation's own collectives and those in its fusions, each once.
+    """Yield (computation, instruction) once for each collective of a computation and its fusions.
 
     A TPU program overlaps an asynchronous collective with several fusions: one starts it, others
-    continue it, and one ends it. Each of them contains the whole collective, with the same channel.
+    continue it, and one ends it. Each of these fusions contains the whole collective, with the same
+    channel.
     """
     overlapped: dict[tuple[str, str], tuple[Computation, Instruction]] = {}
     for place, instruction in _through_fusions(program, computation):
@@ -144,7 +147,10 @@ def _in(
 def _through_fusions(
     program: hlo.HloProgram, computation: Computation
 ) -> Iterator[tuple[Computation, Instruction]]:
-    """All collectives of a computation and of its fusions, with the computation that holds them."""
+    """Yield (computation, instruction) for each collective of a computation and of its fusions.
+
+    A collective that overlaps with several fusions is in each of them.
+    """
     for instruction in computation.instructions:
         if _kind(instruction):
             yield computation, instruction
@@ -154,9 +160,10 @@ def _through_fusions(
 
 
 def _across_slices(text: str, sizes: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes that extend over slices.
+    """Return the mesh axes that extend over several TPU slices.
 
-    A TPU program is written for the devices of one slice, on which the other axes lie.
+    text: the text of the program, which is written for the devices of one slice. sizes: the number
+    of devices along each mesh axis; the first axes are the ones over slices.
     """
     partitions = re.search(r"\bnum_partitions=(\d+)", text)
     slices = math.prod(sizes.values()) // int(partitions.group(1)) if partitions else 1
@@ -173,7 +180,7 @@ _HANDED_OVER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 def _kind(instruction: Instruction) -> str | None:
-    """The kind of collective that an instruction starts; None for other instructions."""
+    """Return the kind of collective that an instruction starts, or None for other instructions."""
     kind = instruction.opcode.removesuffix("-start")
     if kind == "send" and (handed := _HANDED_OVER.search(instruction.rest)):
         kind = handed.group(1).lower().replace("_", "-")
@@ -188,11 +195,11 @@ def _collective(
     sizes: dict[str, int],
     across: tuple[str, ...],
 ) -> Collective | None:
-    """One execution of a collective instruction; None if it moves nothing.
+    """Return one execution of a collective instruction, or None if it moves nothing.
 
-    computation: the one with the instruction.
-    sizes: of the mesh's axes.
-    across: the axes that extend over slices.
+    computation: the computation that contains the instruction.
+    sizes: the number of devices along each mesh axis.
+    across: the mesh axes that extend over slices.
     """
     kind = _kind(instruction)
     assert kind
@@ -224,9 +231,10 @@ def _collective(
 
 
 def _axes(groups: Int[np.ndarray, "groups devices"], sizes: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of any group differ.
+    """Return the mesh axes along which the devices of any group differ.
 
-    groups: int [groups, devices of a group], device numbers in the mesh's order.
+    groups: int [groups, devices of a group], indices of devices in the mesh's order. sizes: the
+    number of devices along each mesh axis.
     """
     if not groups.size:
         return ()
@@ -239,8 +247,9 @@ def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "groups dev
     """Parse an instruction's `replica_groups=` to int [groups, devices of a group].
 
     It may be a list, `{{0,1},{2,3}}` (`{}` is all devices); an iota, `[4,2]<=[2,4]T(1,0)`; or mesh
-    axes, `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`. devices: the number of all
-    devices.
+    axes, `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`. attributes: the instruction's
+    text after its arguments. devices: the number of all devices. Raises ValueError for any other
+    form.
     """
     found = re.search(r"replica_groups=(\S.*)", attributes)
     if not found:
@@ -259,7 +268,7 @@ def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "groups dev
 
 
 def _mesh_groups(text: str) -> Int[np.ndarray, "groups devices"]:
-    """Parse `replica_groups` in the form of mesh axes."""
+    """Parse `replica_groups` in the form of mesh axes to int [groups, devices of a group]."""
     found = re.match(r"mesh\[(.*?)\](, device_ids=\((.*?\)?)\))? \{(.*?)\}", text)
     if not found:
         raise ValueError(f"replica_groups {text[:80]!r}: this way to write them is not known")
@@ -290,12 +299,12 @@ def _mesh_groups(text: str) -> Int[np.ndarray, "groups devices"]:
 
 
 def _iota(text: str) -> Int[np.ndarray, " devices"]:
-    """Expand `[2,4]T(1,0)`: the numbers from 0 on in this shape, transposed and flattened."""
+    """Expand `[2,4]T(1,0)`: 0, 1, 2 and so on in this shape, then transposed and flattened."""
     shape, _, order = text.partition("T")
     ids = np.arange(int(np.prod(_numbers(shape)))).reshape(_numbers(shape))
     return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
 
 
 def _numbers(text: str) -> list[int]:
-    """The numbers in a text."""
+    """Return the integers in a text, in order."""
     return [int(x) for x in re.findall(r"\d+", text)]

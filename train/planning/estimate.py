@@ -29,11 +29,16 @@ class Estimate:
     """The estimated memory and time of one program.
 
     task: "training", "decoding" or "prefill".
-    tokens: the tokens of all rows that the time covers: of a step, one per row when decoding, or of
-        the whole prompts in prefill.
+    setting: the model, batch and options of the program.
+    topology: the devices that it is compiled for.
+    mesh: the number of devices along each mesh axis.
+    program: the compiled program.
+    tokens: the number of tokens that the time covers: all tokens of a training step, one token per
+        row when decoding, or all tokens of the prompts in prefill.
     model_flops: the FLOPs that the model needs, over all devices.
     hardware_flops: the FLOPs that are executed, over all devices.
-    bound: None if the compiler refused the program; without links if its collectives are unknown.
+    bound: the lower bound of the time, without links if the program's collectives are unknown; None
+        if the compiler refused the program.
     """
 
     task: str
@@ -48,12 +53,12 @@ class Estimate:
 
     @property
     def available(self) -> float:
-        """The bytes that the program may use on a device."""
+        """The bytes of memory that the program may use on a device."""
         return self.program.memory.available or self.topology.chip.usable
 
     @property
     def over(self) -> float:
-        """The bytes that are lacking on a device; 0 if the program fits."""
+        """The bytes of memory that the program lacks on a device; 0 if it fits."""
         return max(0.0, self.program.memory.needed - self.available)
 
     @property
@@ -68,8 +73,10 @@ class Estimate:
 
     @property
     def mfu(self) -> float:
-        """The highest possible MFU: the model's FLOPs, without recomputation, over the FLOPs that
-        all devices can do at peak in the time of `bound`; 0 without a bound.
+        """The highest possible model FLOPs utilisation (MFU); 0 without a bound.
+
+        It is the model's FLOPs, without recomputation, over the FLOPs that all devices can do at
+        peak in the time of `bound`.
         """
         if self.bound is None:
             return 0.0
@@ -82,7 +89,7 @@ class Estimate:
         return 0.0 if self.bound is None else self.tokens / self.bound.seconds
 
     def to_json(self) -> dict[str, Any]:
-        """The estimate as a JSON object."""
+        """Return the estimate as an object for JSON."""
         setting, memory, chip = self.setting, self.program.memory, self.topology.chip
         bound = self.bound
         return {
@@ -132,10 +139,10 @@ class Estimate:
 
 
 def training(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
-    """Estimate a training step.
+    """Estimate a training step. sizes: the number of devices along each mesh axis.
 
-    HBM traffic: a read and a write of weights and moments, of what the forward pass keeps for the
-    backward, and of what is gathered.
+    HBM traffic: weights, adapters, optimiser state, residuals and gathered weights are written and
+    read once each.
     """
     mesh = topologies.mesh(topology, sizes)
     program = programs.training(setting, mesh)
@@ -164,7 +171,8 @@ def training(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) 
 def decoding(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
     """Estimate one decode step, which makes a token for each row.
 
-    HBM traffic: one read of every weight except the embedding table, and of the whole cache.
+    sizes: the number of devices along each mesh axis. HBM traffic: every weight except the
+    embedding table and the whole cache are read once; gathered weights are written and read.
     """
     mesh = topologies.mesh(topology, sizes)
     program = programs.decoding(setting, mesh)
@@ -193,9 +201,10 @@ def decoding(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) 
 
 
 def prefill(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) -> Estimate:
-    """Estimate the prefill of prompts of `length` tokens, in chunks.
+    """Estimate the prefill of prompts of `setting.length` tokens, in chunks.
 
-    HBM traffic per chunk: one read of all weights, and of half the cache.
+    sizes: the number of devices along each mesh axis. HBM traffic per chunk: all weights and half
+    of the cache are read once; gathered weights are written and read.
     """
     mesh = topologies.mesh(topology, sizes)
     chunk = min(CHUNK, setting.length)
@@ -233,10 +242,11 @@ def _bound(
     moved: float,
     found: list[Collective] | None,
 ) -> Bound | None:
-    """The bound of a program; None if the compiler refused it.
+    """Return the lower bound of a program's time, or None if the compiler refused the program.
 
-    flops, moved: FLOPs and bytes of HBM traffic per device; found: its collectives, None if
-        unknown.
+    flops: the FLOPs of a device.
+    moved: the bytes of a device's HBM traffic.
+    found: the program's collectives, or None if they are unknown.
     """
     if program.refused:
         return None
@@ -255,12 +265,16 @@ def _bound(
 
 
 def _gathered(found: list[collectives.Collective]) -> int:
-    """The bytes that all-gathers write to HBM, from where they are then read."""
+    """Return the bytes that all-gathers write to HBM, from which later operations read them."""
     return sum(x.bytes for x in found if x.kind == "all-gather")
 
 
 def _product(setting: Setting, sizes: Mapping[str, int]) -> float:
-    """FLOPs of one product of queries and keys in one run of an attention kernel, on a device."""
+    """Return the FLOPs of one product of queries and keys in a run of an attention kernel.
+
+    They are the FLOPs of one device, averaged over the layers. sizes: the number of devices along
+    each mesh axis.
+    """
     config = setting.config
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
     length = setting.length / sizes[sharding.CONTEXT]

@@ -1,6 +1,6 @@
 """Counts the work of a traced program per device: matrix products, attention kernels, residuals.
 
-It is read from a jaxpr, whose types say how arrays are sharded, so nothing needs compiling. Loops
+It is counted in a jaxpr, whose types say how arrays are sharded, so nothing needs compiling. Loops
 count as often as they run. Unlike `Config.flops_per_token`, this includes recomputation.
 """
 
@@ -29,11 +29,11 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of one device.
+    """The work of one device in a run of a program.
 
-    dots: FLOPs of XLA's matrix products.
+    dots: the FLOPs of XLA's matrix products.
     kernels: the number of runs of each attention kernel, by name.
-    kept: bytes that forward loops over the layers keep for the backward pass.
+    kept: the bytes that forward loops over the layers keep for the backward pass.
     """
 
     dots: float
@@ -41,17 +41,19 @@ class Work:
     kept: int
 
     def flops(self, product: float) -> float:
-        """All FLOPs. product: the FLOPs of one product of queries and keys in a run of an attention
-        kernel.
+        """Return all FLOPs of the device, attention kernels included.
+
+        product: the FLOPs of one product of queries and keys in a run of an attention kernel.
         """
         return self.dots + product * sum(KERNELS[name] * n for name, n in self.kernels.items())
 
 
 def work(traced: jax.stages.Traced, layers: int) -> Work:
-    """Count the work of a program.
+    """Count the work of a traced program on one device.
 
-    layers: the number of layers, by which loops over layers are found. A loop of unknown length
-        counts as one pass; all branches of a conditional count.
+    traced: a `jax.stages.Traced`. layers: the number of layers; a loop with so many passes is a
+    loop over the layers. A loop of unknown length counts as one pass; all branches of a conditional
+    count.
     """
     dots, kernels, kept = 0.0, Counter(), 0
     whole = traced.jaxpr.jaxpr
@@ -69,15 +71,13 @@ def work(traced: jax.stages.Traced, layers: int) -> Work:
 
 
 def _is_forward_loop(equation: JaxprEqn, layers: int) -> bool:
-    """Whether an equation is a forward scan over the layers."""
+    """Return whether an equation of a jaxpr is a forward scan over the layers."""
     of_layers = equation.primitive.name == "scan" and equation.params["length"] == layers
     return of_layers and not equation.params["reverse"]
 
 
 def _stacked(loop: Any) -> list[Any]:
-    """The types of the outputs that a scan stacks: they have one axis more than one pass
-    returns.
-    """
+    """Return the types of a scan's stacked outputs, which have one axis more than in one pass."""
     inner = loop.params["jaxpr"]
     passed = [x.aval for x in getattr(inner, "jaxpr", inner).outvars]
     made = [x.aval for x in loop.outvars]
@@ -85,7 +85,10 @@ def _stacked(loop: Any) -> list[Any]:
 
 
 def _equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[JaxprEqn, int]]:
-    """Every equation and how often it runs, without those inside kernels."""
+    """Yield every equation of a jaxpr and how often it runs, without equations inside kernels.
+
+    times: how often the jaxpr itself runs.
+    """
     for equation in jaxpr.eqns:
         yield equation, times
         if equation.params.get("name") in KERNELS or equation.primitive.name == "pallas_call":
@@ -99,7 +102,7 @@ def _equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[JaxprEqn, int]]:
 
 
 def _dot(equation: JaxprEqn) -> float:
-    """FLOPs of a matrix product on one device."""
+    """Return the FLOPs of a `dot_general` equation, a matrix product, on one device."""
     left, (out,) = equation.invars[0].aval, equation.outvars
     (summed, _), _ = equation.params["dimension_numbers"]
     shape = local_shape(left)
@@ -107,7 +110,7 @@ def _dot(equation: JaxprEqn) -> float:
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
-    """The shape of one device's part of an array, from its type (or ShapeDtypeStruct)."""
+    """Return the shape of one device's part of an array, from its type or ShapeDtypeStruct."""
     place = getattr(x, "sharding", None)
     if place is None:
         return tuple(x.shape)
@@ -118,5 +121,5 @@ def local_shape(x: Any) -> tuple[int, ...]:
 
 
 def nbytes(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
-    """The bytes that a tree of abstract arrays takes on a device."""
+    """Return the bytes that a tree of abstract arrays takes on one device."""
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

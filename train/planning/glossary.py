@@ -1,4 +1,4 @@
-"""The words of a plan, for `train.plan --glossary` and docs/scaling.md. Knows no program."""
+"""Explains the words of a plan, for `train.plan --glossary` and docs/scaling.md."""
 
 import textwrap
 
@@ -63,7 +63,7 @@ WORDS = {
 
 
 def text() -> str:
-    """The words for a terminal, in the order in which a plan has them."""
+    """Format all words and their meanings for a terminal, in the order of a plan."""
     wrapper = textwrap.TextWrapper(
         96, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
     )

@@ -1,7 +1,7 @@
 """Parses the text of a compiled program into computations and instructions, with run counts.
 
-It reads only what cost estimates need: names, opcodes, shapes, operands, attributes, called
-computations, and the trip counts of loops. Knows nothing of collectives, meshes or hardware.
+Only the parts that cost estimates need are parsed: names, opcodes, shapes, operands, attributes,
+called computations, and the trip counts of loops. Knows no collectives, meshes or hardware.
 """
 
 import dataclasses
@@ -23,13 +23,15 @@ _SAME = ("copy", "convert", "bitcast", "copy-start", "copy-done", "optimization-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One instruction, a line of a computation.
+    """One instruction of a compiled program: a line of a computation.
 
-    shape: its type as text.
-    arguments: the text between its parentheses.
-    operands: the names of instructions in `arguments`.
-    rest: the text after the parentheses.
-    root: whether it is the computation's result.
+    name: the name of the instruction and of its result.
+    shape: the type of the result as text, such as "f32[8,128]{1,0}".
+    opcode: the operation, such as "all-gather".
+    operands: the names of the instructions whose results it takes.
+    arguments: the text between the parentheses.
+    rest: the text after the parentheses, which holds the attributes.
+    root: whether its result is that of the computation.
     """
 
     name: str
@@ -41,13 +43,13 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The name of the computation in an attribute, such as `body=%region_0`."""
+        """Return the computation that an attribute such as `body=%region_0` names, or None."""
         found = re.search(rf"\b{name}=%([\w.-]+)", self.rest)
         return found.group(1) if found else None
 
     @property
     def called(self) -> list[str]:
-        """The names of the computations that it runs; for a loop, the body and the condition."""
+        """The names of the computations that the instruction runs, such as a loop's body."""
         if self.opcode.endswith(("-done", "-update")):
             return []  # repeats the names that its start instruction has run
         names = []
@@ -58,14 +60,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A named sequence of instructions."""
+    """A named sequence of instructions, such as the body of a loop."""
 
     name: str
     instructions: tuple[Instruction, ...]
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """The instructions by name."""
+        """The computation's instructions, by name."""
         return {x.name: x for x in self.instructions}
 
     @property
@@ -74,24 +76,24 @@ class Computation:
         return next(x for x in self.instructions if x.root)
 
     def parameter(self, index: int) -> Instruction | None:
-        """The parameter instruction of this number, or None."""
+        """Return the instruction that stands for the parameter of this index, or None."""
         found = (x for x in self.instructions if x.opcode == "parameter")
         return next((x for x in found if x.arguments == str(index)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """A parsed program. entry: the name of the computation that runs first."""
+    """A parsed program: its computations by name, and the name of the `entry`, which runs first."""
 
     computations: dict[str, Computation]
     entry: str
 
     def runs(self) -> Iterator[tuple[Computation, int, bool]]:
-        """Yield (computation, how often it runs, looped) for each place that calls it.
+        """Yield (computation, times, looped) for each place that calls a computation.
 
-        looped: whether the number is for one pass of a loop whose trip count is unknown.
-
-        All branches of a conditional count. A loop's condition runs once more than its body.
+        times: how often the computation runs from this place. looped: whether `times` is for one
+        pass of a loop whose trip count is unknown. All branches of a conditional count. A loop's
+        condition runs once more than its body.
         """
         stack = [(self.entry, 1, False)]
         while stack:
@@ -108,10 +110,11 @@ class HloProgram:
                         stack.append((called, times * runs, open_ended))
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a loop's body runs: 1 for any other instruction, None if it is unknown.
+        """Return how often a loop's body runs; 1 for any other instruction, None if unknown.
 
-        computation: the one with the loop. On CPU and GPU the compiler states the number; on TPU it
-            follows from a counter that is compared with a constant.
+        computation: the computation that contains the instruction `loop`. On CPU and GPU the
+        compiler states the number; on TPU it follows from a counter that is compared with a
+        constant.
         """
         if loop.opcode != "while":
             return 1
@@ -139,8 +142,10 @@ class HloProgram:
         return max(0, -(-(stop - start) // step))
 
     def _element(self, computation: Computation, name: str, *, index: int) -> int | None:
-        """The integer at one index of the tuple that a loop starts from, or None if it is not
-        constant.
+        """Return an integer in the tuple that a loop starts from, or None if it is not constant.
+
+        computation, name: the computation that makes the tuple, and the tuple's name. index: the
+        integer's place in the tuple.
         """
         made = computation.by_name.get(name)
         if made is None or made.opcode != "tuple":
@@ -151,8 +156,9 @@ class HloProgram:
         return None if value is None else _constant(value)
 
     def _step(self, body: Computation, index: int) -> int | None:
-        """The constant that each pass adds to the counter, or None. index: the counter's in the
-        tuple.
+        """Return the constant that each pass of a loop adds to its counter, or None.
+
+        body: the loop's body. index: the counter's place in the tuple that the loop carries.
         """
         if body.root.opcode != "tuple":
             return None
@@ -172,7 +178,7 @@ class HloProgram:
 
 
 def parse(text: str) -> HloProgram:
-    """Parse the text of a program, as `compiled.as_text()` returns it.
+    """Parse the text of a program, as `jax.stages.Compiled.as_text` returns it.
 
     Raises ValueError if the text has no entry computation.
     """
@@ -195,7 +201,7 @@ def parse(text: str) -> HloProgram:
 
 
 def nbytes(shape: str) -> int:
-    """The bytes of an array type, or of all arrays in a tuple type: "(bf16[8,128]{1,0}, f32[])"."""
+    """Return the bytes of an array type or a tuple type, such as "(bf16[8,128]{1,0}, f32[])"."""
     total = 0
     for dtype, dims in _SHAPE.findall(shape):
         size = 1
@@ -208,7 +214,7 @@ def nbytes(shape: str) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
-    """Parse one line of a computation; None if it is not an instruction."""
+    """Parse one line of a computation; return None if it is not an instruction."""
     found = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
     if not found:
         return None
@@ -229,7 +235,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """The position of the parenthesis that closes the one opened before `start`."""
+    """Return the index of the parenthesis that closes the one just before `start`."""
     depth = 1
     for i in range(start, len(line)):
         depth += (line[i] == "(") - (line[i] == ")")
@@ -239,7 +245,7 @@ def _closing(line: str, start: int) -> int:
 
 
 def _index(value: Instruction | None) -> int | None:
-    """The tuple index that a get-tuple-element reads; None for other instructions."""
+    """Return the tuple index that a get-tuple-element reads, or None for other instructions."""
     if value is None or value.opcode != "get-tuple-element":
         return None
     found = re.search(r"index=(\d+)", value.rest)
@@ -247,7 +253,7 @@ def _index(value: Instruction | None) -> int | None:
 
 
 def _constant(value: Instruction) -> int | None:
-    """The value of an integer constant; None for other instructions."""
+    """Return the value of an integer constant, or None for other instructions."""
     number = value.arguments.strip()
     is_integer = value.opcode == "constant" and re.fullmatch(r"-?\d+", number)
     return int(number) if is_integer else None

@@ -1,8 +1,8 @@
-"""The programs of a plan, compiled for devices that need not exist.
+"""Compiles the programs of a plan, for devices that need not exist.
 
 A training step, a decode step, and the prefill of a chunk are lowered from shapes alone, just as
-the library runs them. The memory of their arguments is known by name; the rest is reported by the
-compiler. This module knows no hardware rates and prints nothing.
+the library runs them. The memory of their arguments is known by name; the compiler reports the
+rest. This module knows no hardware rates and prints nothing.
 """
 
 import dataclasses
@@ -40,16 +40,19 @@ from train.run.recipes import Recipe
 class Setting:
     """The model, batch and options that a program is compiled for.
 
-    batch: rows.
-    length: tokens per row; for decoding, the tokens in the cache.
-    attention: a registered name, or "auto" if the plan is to choose.
-    remat, gradient_dtype: of training, as in `step.make_step`.
-    sequence_parallel: of training; None splits the residual where the tokens divide.
+    config: the model's architecture.
+    batch: the number of rows, over all devices.
+    length: the number of tokens in a row; for decoding, of the tokens in the cache.
+    attention: a registered implementation, or "auto" if the plan is to choose.
+    remat: what the backward pass recomputes, a name in `step.REMAT`.
+    sequence_parallel: whether training splits the residual stream by tokens over `tp`; None splits
+        it where the tokens divide.
+    cache_dtype: the dtype of the KV cache when decoding; None is the weights' dtype.
     accumulate: the number of parts that a training batch is split into.
     adapters: the recipe of a LoRA training; None trains all weights.
-    cache_dtype: of the KV cache when decoding; None is the weights' dtype.
     by_auto: whether the plan has chosen `attention`.
     passed_over: the kernels that `auto` cannot use here, each with the reason.
+    gradient_dtype: the dtype in which training sums gradients over devices.
     """
 
     config: Config
@@ -67,12 +70,12 @@ class Setting:
     gradient_dtype: str = "float32"
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raise ValueError if model, batch or length does not divide over mesh axes of `sizes`."""
+        """Raise ValueError if model, batch or length does not divide over axes of these sizes."""
         lengths = {**self.config.sizes, "B": self.batch // self.accumulate, "T": self.length}
         meshes.check(lengths, sizes, sequence_parallel=self.splits_tokens(sizes)[0])
 
     def splits_tokens(self, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """Whether a step keeps its residual split by tokens over `tp`, and why."""
+        """Return whether training splits the residual stream by tokens over `tp`, and why."""
         return meshes.splits_tokens(self.sequence_parallel, self.length, mesh=sizes)
 
 
@@ -80,7 +83,7 @@ class Setting:
 class Memory:
     """The memory of a program on each device, in bytes.
 
-    parts: by name; they add up to the compiler's total.
+    parts: the bytes by name, such as "weights"; they add up to the compiler's total.
     available: the memory that was too small, if the compiler refused the program; otherwise None.
     """
 
@@ -89,7 +92,7 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """The total in bytes."""
+        """The bytes of all parts together."""
         return sum(self.parts.values())
 
 
@@ -97,11 +100,12 @@ class Memory:
 class Program:
     """A compiled program, or one that the compiler refused for lack of memory.
 
-    work: the work of one device.
-    collectives: None if the program's text cannot be read.
+    memory: the memory of the program on each device.
+    work: the work of one device in one run.
+    collectives: the collectives of one run; None if the program's text cannot be read.
     seconds: the time it took to compile.
-    runs: how often the program runs; a prefill runs once for each group of layers.
-    unread: the reason why the program's text cannot be read.
+    runs: how often the program runs; in prefill, once per group of layers.
+    unread: why the program's text cannot be read, else "".
     """
 
     memory: Memory
@@ -119,7 +123,7 @@ class Program:
 
 
 def training(setting: Setting, mesh: Mesh) -> Program:
-    """Compile the training step of `train.step`. Raises ValueError as `Setting.check` does."""
+    """Compile a training step. Raises ValueError if the setting does not divide over the mesh."""
     setting.check(mesh.shape)
     optimizer = step.Optimizer()
     trained = parameters.abstract(setting.config, setting.adapters)
@@ -145,7 +149,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
 
 
 def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -> Program:
-    """Compile the decode loop of `qwen_jax.decoding.decode`, with a cache of `length` slots."""
+    """Compile the loop that decodes tokens, with a KV cache of `setting.length` tokens per row."""
     meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
     with jax.set_mesh(mesh):
@@ -164,7 +168,7 @@ def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -
 
 
 def decode_state(setting: Setting, dtype: DTypeLike) -> tuple[decode.Rules, decode.DecodeState]:
-    """The state of a batch between two tokens with a cache in use, and the rules of decoding."""
+    """Return decoding's rules and its state between two tokens, as placeholders of zeros."""
     config, batch = setting.config, setting.batch
 
     def zeros(letters: str, *shape: int, dtype: DTypeLike = jnp.int32) -> Shaped[Array, "..."]:
@@ -192,11 +196,11 @@ def decode_state(setting: Setting, dtype: DTypeLike) -> tuple[decode.Rules, deco
 def prefill(
     setting: Setting, mesh: Mesh, *, chunk: int, dtype: DTypeLike = jnp.bfloat16
 ) -> Program:
-    """Compile the prefill of a chunk by one group of layers, with a cache of `length` slots.
+    """Compile the prefill of a chunk by one group of layers, with a KV cache of `length` tokens.
 
-    chunk: tokens of the prompt per pass. Prefill runs this program for one group of layers after
-        the other. The returned memory is that of all layers, and a smaller last group counts as a
-        fraction of a run.
+    chunk: the tokens of the prompt per pass. Prefill runs this program for one group of layers
+    after the other. The returned memory is that of all layers, and a smaller last group counts as a
+    fraction of a run.
     """
     config = setting.config
     meshes.check({**config.sizes, "B": setting.batch}, mesh)
@@ -224,8 +228,9 @@ def prefill(
 def _of_a_group(
     setting: Setting, chunk: int, *, dtype: DTypeLike, decoder: Decoder
 ) -> dict[str, Any]:
-    """The arguments of `running.run_group` for the first group of layers in the middle of a
-    prompt.
+    """Return arguments of `running.run_group` for the first layers, in the middle of a prompt.
+
+    chunk: the tokens of the prompt per pass. dtype: the dtype of the weights.
     """
     _, state = decode_state(setting, dtype)
     cache = state.cache
@@ -246,10 +251,10 @@ def _of_a_group(
 
 
 def compile_calls(cases: Sequence[Case], name: str, *, mesh: Mesh) -> None:
-    """Compile the calls by which `auto` verifies a kernel, for a device of the mesh.
+    """Compile the attention calls by which `auto` verifies a kernel, for a device of the mesh.
 
-    Raises NotImplementedError if the kernel does not support a call, and jax's JaxRuntimeError if
-    the compiler refuses it.
+    name: the kernel's name in the registry. Raises NotImplementedError if the kernel does not
+    support a call, and jax's JaxRuntimeError if the compiler refuses it.
     """
     for case in cases:
         run, shapes = workloads.call(case, name)
@@ -267,7 +272,9 @@ _PRINTED = "after_optimizations.txt"  # how the name of the final program's file
 def _compiled(
     trace: Callable[[], jax.stages.Traced], mesh: Mesh, *, held: dict[str, int], layers: int
 ) -> Program:
-    """Trace and compile a program. held: bytes of its arguments on a device, by name."""
+    """Trace and compile a program. held: the bytes of its arguments on a device, by name. layers:
+    the number of layers, by which `flops.work` finds loops over the layers.
+    """
     started = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         traced = trace()
@@ -296,9 +303,9 @@ def _compiled(
 
 
 def _printed(folder: Path, lowered: Any) -> str:
-    """The text of the final program, which the compiler has written into its folder of dumps.
+    """Read the text of the final program, which the compiler has dumped into `folder`.
 
-    Raises ValueError if the folder has no such file, or several.
+    Raises ValueError if the compiler did not write exactly one such file.
     """
     name = lowered.compiler_ir().operation.attributes["sym_name"].value
     files = sorted(folder.glob(f"*.{name}.*{_PRINTED}"))
@@ -313,11 +320,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _memory(totals: Any, held: dict[str, int], *, kept: int) -> Memory:
-    """Split the compiler's totals into the parts that are known.
+    """Split the compiler's totals of memory into parts with names.
 
-    totals: the result of `Compiled.memory_analysis()`, whose type jax does not name.
-    held: bytes of the arguments by name.
-    kept: bytes that the forward pass keeps for the backward.
+    said: the result of `memory_analysis()`.
+    held: the bytes of the program's arguments on a device, by name.
+    kept: the bytes that the forward pass keeps for the backward pass.
     """
     kept = min(kept, totals.temp_size_in_bytes)
     parts = {
@@ -340,7 +347,9 @@ _NEEDED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds availabl
 
 
 def _refused(message: str, held: dict[str, int]) -> Memory | None:
-    """The memory in the message of a compiler that ran out of it; None for another error."""
+    """Read the memory from the message of a compiler that ran out of it; None for another error.
+    held: the bytes of the program's arguments on a device, by name.
+    """
     found = _NEEDED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None

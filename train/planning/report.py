@@ -1,4 +1,4 @@
-"""Estimates as text for a terminal, and the line that is shown while a program is compiled."""
+"""Formats estimates as text for a terminal, and shows what is compiled while they are made."""
 
 import contextlib
 import threading
@@ -22,9 +22,9 @@ _UNIT = {"training": "a step", "decoding": "a token of each row", "prefill": "th
 
 @contextlib.contextmanager
 def waiting(what: str, every: float = 1.0) -> Iterator[None]:
-    """Show on stderr a line, `what` is being done, with the time that it has taken so far.
+    """Show on stderr what the program is doing, and for how long, until the context is left.
 
-    every: the seconds between two updates of the time.
+    what: the line to show. every: the seconds after which the time is shown anew.
     """
     ended = threading.Event()
     with tqdm(desc=what, bar_format="{desc}: {elapsed}") as bar:
@@ -43,7 +43,10 @@ def waiting(what: str, every: float = 1.0) -> Iterator[None]:
 
 
 def program(task: str, setting: Setting, *, topology: Topology, sizes: Mapping[str, int]) -> str:
-    """One line about the program that is being compiled."""
+    """Describe the program that is being compiled, in one line.
+
+    task: "training", "prefill" or "decoding". sizes: the number of devices along each mesh axis.
+    """
     remat = f", remat {setting.remat}" if task == "training" else ""
     return (
         f"compiling for {topology}: {task}, {setting.batch} rows of {setting.length} tokens"
@@ -52,7 +55,7 @@ def program(task: str, setting: Setting, *, topology: Topology, sizes: Mapping[s
 
 
 def text(x: Estimate, model: str) -> str:
-    """One estimate in about 30 lines. model: its name."""
+    """Format one estimate in about 30 lines. model: the name of the model."""
     memory, setting = x.program.memory, x.setting
     lines = [
         f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
@@ -122,7 +125,7 @@ def _times(x: Estimate) -> list[str]:
 
 
 def ranking(found: Sequence[Estimate]) -> str:
-    """Several estimates as a table, one per line."""
+    """Format several estimates as a table, one per line."""
     head = (
         f"{'task':<9} {'mesh':<26} {'batch':>6} {'remat':<11} {'GB':>7} {'of':>6} "
         f"{'tokens/s':>10} {'MFU':>6} {'serial':>6}  limit"
@@ -147,7 +150,7 @@ def ranking(found: Sequence[Estimate]) -> str:
 
 
 def _attention(x: Estimate) -> str:
-    """The attention implementation; if `auto` chooses it, on which device and condition."""
+    """Name the attention implementation; if `auto` chooses it, say where and on which condition."""
     name, chip = x.setting.attention, x.topology.chip
     if not x.setting.by_auto:
         return name
@@ -158,7 +161,10 @@ def _attention(x: Estimate) -> str:
 
 
 def _sequence_parallel(x: Estimate) -> list[str]:
-    """A line of training: whether the residual is split by tokens over `tp`, and why."""
+    """Say in a line whether training splits the residual stream by tokens over `tp`, and why.
+
+    Returns a list of this line; [] for other programs than training.
+    """
     if x.task != "training":
         return []
     parallel, why = x.setting.splits_tokens(x.mesh)
@@ -166,7 +172,7 @@ def _sequence_parallel(x: Estimate) -> list[str]:
 
 
 def _note(term: Term) -> str:
-    """A remark on a term, printed after its time; "" for none."""
+    """Return the note beside a term's time: that a link is unused, or works in step; else ""."""
     if not term.seconds:
         return "  nothing goes over it"
     if term.in_step == term.seconds:
@@ -176,7 +182,7 @@ def _note(term: Term) -> str:
 
 
 def _fits(x: Estimate) -> str:
-    """Whether the program fits, and how many GB are left or lacking."""
+    """Say whether the program fits, and how many GB are left or lacking."""
     if not x.fits:
         refused = " (the compiler refused it)" if x.bound is None else ""
         return f"does not fit, {x.over / 1e9:.3f} GB over{refused}"

@@ -35,7 +35,10 @@ _MOST_TENSOR = 16  # the most devices on `tp`: beyond it the products per device
 class Candidate:
     """A setting worth compiling, with a rough estimate of its cost.
 
-    bytes: memory per device; seconds: time per token over all devices.
+    setting: the model, batch and options.
+    mesh: the number of devices along each mesh axis.
+    bytes: the memory per device.
+    seconds: the time per token over all devices.
     """
 
     setting: Setting
@@ -45,11 +48,12 @@ class Candidate:
 
 
 def candidates(setting: Setting, topology: Topology, *, decode: bool = False) -> list[Candidate]:
-    """Settings worth compiling, fastest first.
+    """Return settings worth compiling, fastest first.
 
-    Tries every mesh over all devices (see `_meshes`) and, for training, every remat policy, each
-    with the requested batch and its halves until two fit. If nothing fits, returns the three
-    settings that need least memory, each with the smallest batch of its mesh and policy.
+    decode: whether to plan prefill and decoding instead of training. Tries every mesh over all
+    devices (see `_meshes`) and, for training, every remat policy, each with the requested batch and
+    its halves until two fit. If nothing fits, returns the three settings that need least memory,
+    each with the smallest batch of its mesh and policy.
     """
     batches = [setting.batch // 2**i for i in range(_HALVINGS) if setting.batch % 2**i == 0]
     policies = ["full"] if decode else list(_KEPT)
@@ -74,8 +78,10 @@ def candidates(setting: Setting, topology: Topology, *, decode: bool = False) ->
 
 
 def _divides(setting: Setting, sizes: Mapping[str, int], *, decode: bool) -> bool:
-    """Whether a setting can run on a mesh, and splits tokens over devices only if rows are
-    used up.
+    """Return whether a setting divides over a mesh of these axis sizes.
+
+    A mesh that splits the tokens of a row (`context`) counts only for training, and only if every
+    device that rows are split over has a single row.
     """
     alone = setting.batch == math.prod(sizes[axis] for axis in sharding.BATCH)
     if sizes[sharding.CONTEXT] > 1 and (decode or not alone):
@@ -88,11 +94,11 @@ def _divides(setting: Setting, sizes: Mapping[str, int], *, decode: bool) -> boo
 
 
 def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
-    """The meshes over all devices that are worth trying, as axis sizes.
+    """Yield the meshes over all devices that are worth trying, as axis sizes.
 
-    Every slice is a copy of the model, and every GPU host may be one. For decoding any part may be
-    a copy, which then gathers no weights for a token. `tp` stays within a host. An axis that only
-    speeds up FSDP on a torus is left out here (`meshes.in_planes` chooses it).
+    Every slice is a copy of the model, and every GPU host may be one. For decoding any group of
+    devices may be a copy, which then gathers no weights for a token. `tp` stays within a host. An
+    axis that only speeds up FSDP on a torus is left out here (`meshes.in_planes` chooses it).
     """
     chip, most, slices = topology.chip, _MOST_TENSOR, topology.slices
     copies = range(slices, topology.devices + 1, slices) if decode else [slices]
@@ -108,7 +114,10 @@ def _meshes(topology: Topology, decode: bool) -> Iterator[dict[str, int]]:
 def _rough(
     setting: Setting, topology: Topology, *, sizes: Mapping[str, int]
 ) -> tuple[float, float]:
-    """The bytes per device and the seconds per token of a training step, roughly."""
+    """Estimate roughly the bytes per device and the seconds per token of a training step.
+
+    sizes: the number of devices along each mesh axis.
+    """
     config, chip = setting.config, topology.chip
     tp, context = sizes[sharding.TENSOR], sizes[sharding.CONTEXT]
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
@@ -141,7 +150,10 @@ def _rough(
 def _rough_decode(
     setting: Setting, topology: Topology, *, sizes: Mapping[str, int]
 ) -> tuple[float, float]:
-    """The bytes per device and the seconds per token of decoding, roughly."""
+    """Estimate roughly the bytes per device and the seconds per token of decoding.
+
+    sizes: the number of devices along each mesh axis.
+    """
     config, chip = setting.config, topology.chip
     tp = sizes[sharding.TENSOR]
     rows = setting.batch / math.prod(sizes[axis] for axis in sharding.BATCH)
@@ -156,7 +168,7 @@ def _rough_decode(
 
 
 def _links(topology: Topology, size: int) -> float:
-    """The bytes/s of a device in collectives over `size` neighbours."""
+    """Return the bytes/s of one device in collectives over `size` neighbouring devices."""
     chip = topology.chip
     if isinstance(chip, Gpu):
         return chip.link if size <= topology.lengths[1] else chip.network * topology.lengths[1]

@@ -1,7 +1,7 @@
 """Describes devices that are not attached: their topology, meshes of them, the links of each axis.
 
-The compilers for TPUs and GPUs run on any machine; `prepare` sets the environment they need. Needs
-the packages of the `aot` extra. Knows no model and no program.
+The compilers for TPUs and GPUs run on any machine; `prepare` sets the environment variables that
+they need. Needs the packages of the `aot` extra. Knows no model and no program.
 """
 
 import dataclasses
@@ -28,10 +28,11 @@ _LONGEST = 16  # the most chips along a side of a two-dimensional slice
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Accelerators and how they are connected.
+    """The planned accelerators and how they are connected.
 
+    chip: the kind of TPU chip or GPU.
     lengths: the sides of a TPU slice's torus in chips, or (hosts, GPUs per host).
-    slices: the number of such slices, connected by the slower network.
+    slices: the number of such slices, which the slower network connects.
     """
 
     chip: Tpu | Gpu
@@ -46,7 +47,7 @@ class Topology:
 
     @property
     def network(self) -> str:
-        """The kind of link between slices, or hosts of GPUs; empty where there is one of them."""
+        """The kind of link between TPU slices or GPU hosts; "" if there is only one of them."""
         if isinstance(self.chip, Gpu):
             return "InfiniBand" if self.slices * self.lengths[0] > 1 else ""
         return "DCN" if self.slices > 1 else ""
@@ -57,8 +58,7 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """Parse a topology: `v5p:8x8x8`, two slices `v5e:16x16*2`, 8 hosts of 8 GPUs `h100:8x8`,
-    `h100:8`.
+    """Parse a topology: `v5p:8x8x8`, `v5e:16x16*2` (two slices), `h100:8x8` (8 hosts), `h100:8`.
 
     Raises ValueError that says what is allowed.
     """
@@ -84,7 +84,7 @@ def parse(text: str) -> Topology:
 
 
 def prepare(platform: str) -> None:
-    """Set the environment that a platform's compiler reads when it starts; call it before that.
+    """Set the environment variables that a platform's compiler reads when it starts.
 
     platform: "tpu" or "cuda". Raises ValueError if the compiler's package is not installed.
     """
@@ -121,7 +121,7 @@ def _is_installed(package: str) -> bool:
 
 @functools.cache
 def devices(topology: Topology) -> tuple[Any, ...]:
-    """Describe the devices of a topology to jax, slice by slice, and for GPUs host by host.
+    """Return jax's descriptions of a topology's devices, slice by slice; GPUs also host by host.
 
     Raises ValueError if the compiler does not know the topology.
     """
@@ -144,7 +144,10 @@ def devices(topology: Topology) -> tuple[Any, ...]:
 
 
 def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices of a topology. Raises ValueError if `sizes` has another number."""
+    """Make a mesh over all devices of a topology. sizes: the number of devices along each axis.
+
+    Raises ValueError if the sizes do not make up the number of devices.
+    """
     count = math.prod(sizes.values())
     if count != topology.devices:
         raise ValueError(
@@ -155,12 +158,12 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """The kind of link that a collective goes through, with its rates.
+    """A kind of link that a collective goes over, with its rates.
 
-    name: of the kind of link.
-    bandwidth: bytes/s that each device receives in a ring (or through a switch).
-    one_way: bytes/s from a device to one other.
-    size: the number of parties in the ring.
+    name: the kind of link, such as "ICI" or "NVLink".
+    bandwidth: the bytes/s that each device receives in a ring (or through a switch).
+    one_way: the bytes/s from a device to one other device.
+    size: the number of members of the ring: devices, hosts or slices.
     crossing: on a torus, the largest over its dimensions of the ring length (in hops) times the
         ratio of `bandwidth` to that dimension's rate: the middle of that dimension limits an
         all-to-all. 0 behind a switch.
@@ -174,7 +177,7 @@ class Path:
 
 
 def paths(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Path]:
-    """The links under collectives over these mesh axes; a collective goes through each of them."""
+    """Return all kinds of link that a collective over these mesh axes goes over."""
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = mesh.devices[index].reshape(-1)
     chip = topology.chip
@@ -196,7 +199,10 @@ def paths(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Path]:
 
 
 def _torus(topology: Topology, chip: Tpu, *, group: Sequence[Any]) -> list[Path]:
-    """The links of a torus that a group of its devices uses."""
+    """Return the kinds of link in a TPU slice that a group of its devices uses.
+
+    chip: the kind of TPU. group: the jax devices of the group, all in one slice.
+    """
     places = np.array([device.coords for device in group])[:, : chip.torus]
     lengths = np.array(topology.lengths)
     cores = len({device.core_on_chip for device in group})
