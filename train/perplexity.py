@@ -1,9 +1,9 @@
-"""Measure a model's perplexity on long text, by length and context extension, as table 3 of Qwen's
-report does; prints a table and writes a plot. `python train/perplexity.py`.
+"""Measures a model's perplexity on long text, by row length and context extension, as table 3 of
+Qwen's report does; prints a table and writes a plot. `python train/perplexity.py`.
 
 Every length uses the same tokens, cut into rows of that length, so that figures differ only by the
-context before each token. Each figure is reported as soon as it is measured, and an interruption or
-error still prints those measured before.
+context before each token. Each figure is reported as soon as it is measured; after an interruption
+or error, the table and plot show the figures measured so far.
 """
 
 import argparse
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qwen_jax.model import Decoder
 
 MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
-OWN = "own"  # what config.json says: the one mode with rope_scaling, such as YaRN
+OWN = "own"  # as config.json says: the only mode with rope_scaling, such as YaRN
 _AT_A_TIME = 4096  # tokens that are measured together, where no row is longer
 _EXAMPLES = """examples:
   python train/perplexity.py --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
@@ -169,7 +169,7 @@ def _told(
     """Yield a function to report each figure: mode, length, perplexity and seconds. On leaving the
     context, even by an error, the figures so far are printed as a table or JSON, and plotted.
 
-    tokens: the number of tokens measured at each length.
+    tokens: the number of tokens measured at each length. picture: the plot's file, or None.
     """
     found, whole = dict[str, dict[int, float]](), False
 
@@ -197,9 +197,9 @@ def _told(
 
 
 def setting_of(config: "Config", mode: str, *, windows: Sequence[int | None] | None) -> "Config":
-    """The config in which a mode computes; all modes use the same weights. windows: a width per
-    layer, for modes with "window"; None: the lower half of the layers see `seq_length` tokens.
-    Raises ValueError unless there is one width per layer.
+    """Return the config with which a mode computes; all modes use the same weights. windows: the
+    window of each layer in a mode with "window"; None: `seq_length` tokens in the lower half of the
+    layers. Raises ValueError unless there is one window per layer.
     """
     if mode == OWN:
         return config
@@ -225,11 +225,11 @@ def perplexity(
     dtype: Any,
     length: int,
 ) -> float:
-    """Measure the perplexity of ids [N] in rows of `length`: exp of the mean cross-entropy of all
-    tokens but the first of each row.
+    """Return the perplexity of ids, int32 [N], in rows of `length` tokens: exp of the mean
+    cross-entropy of all tokens but the first of each row.
 
-    decoder: stacked; it computes with `config`, on the current mesh, in batches of `rows_at_once`;
-    the last batch is padded with rows that do not count.
+    decoder: stacked; it computes with `config` on the current mesh, in batches of `rows_at_once`,
+    of which the last is padded with rows that do not count.
     """
     from qwen_jax.model import rope
     from train.data import batches
@@ -255,8 +255,8 @@ def perplexity(
 
 
 def rows_at_once(length: int, count: int) -> int:
-    """How many of `count` rows to measure together on the current mesh, or on one device: up to
-    `_AT_A_TIME` tokens, but at least one row per shard, and a multiple of the shards of rows.
+    """Return how many of `count` rows to measure together, on the current mesh or on one device:
+    about 4096 tokens, in equally many rows (at least one) on each device that rows are split over.
     """
     from qwen_jax.meshes import sharding
 
@@ -271,8 +271,8 @@ def _perplexity(entropy: float) -> float:
 
 @functools.cache
 def _total(config: "Config", attend: Callable[..., Any], *, dtype: Any) -> Callable[..., Any]:
-    """Build a jitted function that sums the cross-entropies of a batch. Its arguments: decoder,
-    batch and RoPE's frequencies, float32 [1, H/2].
+    """Build a jitted function that sums the cross-entropies of a batch's targets. Its arguments are
+    decoder, batch and RoPE frequencies, float32 [1, H/2].
     """
     import jax
     import jax.numpy as jnp
@@ -292,7 +292,7 @@ def _total(config: "Config", attend: Callable[..., Any], *, dtype: Any) -> Calla
 
 
 def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
-    """Ids of documents at least as long as the longest row, each cut to a multiple of it."""
+    """Return ids, int32 [N], of documents of at least `longest` tokens, cut to multiples of it."""
     from qwen_jax import checkpoint
     from train import data
     from train.data import records

@@ -1,4 +1,4 @@
-"""Print perplexities by mode and length as a text table, or draw them as a plot."""
+"""Formats perplexities by mode and length as a text table, and draws them as a plot."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,7 +8,10 @@ from qwen_jax.runtime import command, paths
 
 
 def table(found: Mapping[str, Mapping[int, float]]) -> str:
-    """A text table of perplexities: a line per mode, a column per length, blank if not measured."""
+    """Format perplexities as a text table, a line per mode and a column per row length.
+
+    found: the perplexity by length, by mode. A cell is blank if it was not measured.
+    """
     lengths = sorted({length for values in found.values() for length in values})
     lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
     for mode, values in found.items():
@@ -23,7 +26,10 @@ def _cell(value: float | None) -> str:
 def plot(
     found: Mapping[str, Mapping[int, float]], path: Path, *, title: str = "Perplexity"
 ) -> None:
-    """Draw perplexity over length into a picture file, with a line for each mode."""
+    """Draw perplexity over row length into the picture file `path`, with a line for each mode.
+
+    found: the perplexity by length, by mode.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -49,18 +55,18 @@ def plot(
 
 
 def title_of(ckpt: str, tokens: int) -> str:
-    """The title of the plot: the end of the model's path, and the number of tokens measured."""
+    """Return the plot's title: the end of the model's path, and the number of tokens measured."""
     name = "/".join(paths.absolute(ckpt).parts[-2:])
     return f"Perplexity of {name} over {tokens:,} tokens"
 
 
 def _format(path: Path) -> str:
-    """The picture format that the file's suffix names; png without a suffix."""
+    """Return the picture format that the file's suffix names; "png" without a suffix."""
     return path.suffix[1:].lower() or "png"
 
 
 def check_picture(path: Path) -> None:
-    """Raise UsageError if the plot cannot be written; called before anything is measured."""
+    """Raise UsageError if the plot cannot be written. Called before anything is measured."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.is_dir() or not paths.is_place(path):

@@ -1,4 +1,4 @@
-"""Train a Qwen model to continue text, fresh or from a model: `python train/pretrain.py`."""
+"""Trains a Qwen model to continue text, fresh or from a model: `python train/pretrain.py`."""
 
 import argparse
 import sys

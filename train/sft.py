@@ -1,4 +1,4 @@
-"""Fine-tune a Qwen model on conversations: `python train/sft.py`."""
+"""Fine-tunes a Qwen model on conversations: `python train/sft.py`."""
 
 import argparse
 import sys

@@ -1,7 +1,7 @@
-"""Learn a vocabulary from text and write it as a qwen.tiktoken: `python train/tokenizer.py`.
+"""Learns a vocabulary from text and writes it as a qwen.tiktoken: `python train/tokenizer.py`.
 
 Byte-pair encoding (arXiv 1508.07909) by Hugging Face's `tokenizers`, on the pieces into which
-Qwen's tokenizer cuts text: a model of any size needs no vocabulary of 151 643 tokens.
+Qwen's tokenizer cuts text. A small model then needs no vocabulary of 151 643 tokens.
 """
 
 import argparse
@@ -99,9 +99,10 @@ def _learn(args: argparse.Namespace) -> None:
 
 
 def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """Learn `size` tokens; return their ranks: the bytes, then merges in the order learned.
+    """Learn a vocabulary of `size` tokens; return the rank of each token.
 
-    Raises ValueError if the texts have too few different pairs, or are not strings.
+    The bytes come first, then merged tokens in the order learned. Raises ValueError if the texts
+    have too few different pairs, or are not strings.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be a list of texts, got {described(texts)}")
@@ -135,8 +136,9 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 
 def _letters() -> dict[int, str]:
-    """The letter by which `tokenizers` represents each byte: the byte's own character if it is
-    printable, else one from U+0100 on.
+    """Return the letter by which `tokenizers` represents each byte.
+
+    It is the byte's own character if that is printable, else a character from U+0100 on.
     """
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(_BYTES) if byte not in printed)

@@ -1,5 +1,7 @@
-"""Advice printed at the start of a run: options that would waste less work on its examples, and the
-effect of rows whose length is not the model's `seq_length`.
+"""Makes the advice printed at the start of a run.
+
+It suggests options that would waste less work on the run's examples, and says what follows if rows
+are not as long as the model's `seq_length`.
 """
 
 import math
@@ -10,16 +12,19 @@ from qwen_jax.meshes import sharding
 from train.data.packing import Rows
 from train.run.recipes import Recipe
 
-_LITTLE = 0.5  # of the places used: there is something to gain
+_LITTLE = 0.5  # the share of used token positions below which advice is given
 _FINE, _COARSE = 16, 64  # lengths are multiples of the first, and above the second of that
 
 
 def less_waste(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int], platform: str) -> list[str]:
-    """Suggest options that need less work per step for the same examples, with the gain of each,
-    largest first.
+    """Suggest options that need less work per step for the same examples, with the gain of each.
 
-    rows: the training rows; sizes: of the mesh, by axis; platform: jax's name of the backend. A
-    suggested `--length` cuts no example, and every value divides over the mesh.
+    rows: the packed training rows.
+    recipe: the recipe of the run.
+    sizes: the number of devices along each mesh axis.
+    platform: jax's name of the backend.
+
+    A suggested `--length` cuts no example, and every value divides over the mesh.
     """
     found = []
     if rows.efficiency < _LITTLE:
@@ -37,7 +42,10 @@ def less_waste(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int], platform
 
 
 def _shorter(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[str]:
-    """Suggest rows as long as the longest example, or as all need if one row holds them all."""
+    """Return a suggestion of shorter rows, in a list; [] if they would save nothing.
+
+    They are as long as the longest example, or as all examples together if one row holds them.
+    """
     if recipe.pack != "alone" and len(rows) > 1:
         return []
     need = rows.longest if recipe.pack == "alone" else rows.tokens
@@ -53,7 +61,10 @@ def _shorter(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[st
 
 
 def _together(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[str]:
-    """Suggest several examples in a row, at about as many examples in a batch as now."""
+    """Return a suggestion to pack several examples into a row, in a list; [] if that saves nothing.
+
+    The batch of the suggestion has about as many examples as the recipe's batch.
+    """
     if recipe.pack != "alone":
         return []
     per_row = recipe.length * len(rows) // rows.tokens
@@ -67,12 +78,12 @@ def _together(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int]) -> list[s
 
 
 def _unit(recipe: Recipe, sizes: Mapping[str, int]) -> int:
-    """The number of which a batch's rows must be a multiple."""
+    """Return the number of which a batch's number of rows must be a multiple."""
     return recipe.accumulate * math.prod(sizes[axis] for axis in sharding.BATCH)
 
 
 def other_length(recipe: Recipe, config: Config, *, fresh: bool) -> str | None:
-    """Say what follows if rows are not as long as the config's `seq_length`; None if they are.
+    """Say what follows if rows are not as long as the model's `seq_length`; None if they are.
 
     fresh: whether the run starts from fresh weights.
     """

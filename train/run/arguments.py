@@ -1,4 +1,4 @@
-"""The command line of a training run: the recipe, changes to it, model, data and folder."""
+"""Defines the command line of a training run: the recipe, changes to it, model, data and folder."""
 
 import argparse
 import dataclasses
@@ -19,11 +19,12 @@ _KINDS = {"text": "text", "chat": "conversations"}
 
 
 def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.ArgumentParser:
-    """Build the parser of a training command. Each field of a recipe is an option, whose default is
-    the recipe's value.
+    """Build the parser of a training command, with an option for each field of a recipe.
 
-    default: the recipe if --recipe is not given; also the command's name. kind: the data of the
-    recipes that the command accepts, "text" or "chat". about: what the command does.
+    default: the name of the command, and of its recipe if --recipe is not given.
+    kind: the data of the recipes that the command accepts, "text" or "chat".
+    about: what the command does, for --help.
+    examples: the text below the options in --help.
     """
     recipes = [name for name, make in RECIPES.items() if make().data == kind]
     result = argparse.ArgumentParser(
@@ -172,7 +173,11 @@ def _add_field(group: Any, field: Any) -> None:
 
 
 def recipe(args: argparse.Namespace) -> Recipe:
-    """The chosen recipe with the command line's changes. UsageError if that is not valid."""
+    """Return the chosen recipe with the changes of the command line.
+
+    Raises UsageError for a value that is not allowed, or an option that has no effect in the
+    recipe.
+    """
     options: dict[str, Any] = {"model": args.model or ""} | (
         {"source": args.source} if args.source else {}
     )
@@ -210,13 +215,20 @@ def recipe(args: argparse.Namespace) -> Recipe:
 
 
 def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+    """Run a training command and return its exit code.
+
+    make_parser: builds the command's parser. argv: the command line; None for that of the process.
+    """
     given = sys.argv[1:] if argv is None else list(argv)
     return command.run(make_parser(), lambda args: work(args, given), argv=given)
 
 
 def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Start what a command line asks for. argv: the command line itself, which the run stores."""
+    """Start the training run that the arguments describe, or print its recipe with --dry-run.
+
+    argv: the command line, which the run stores. Raises UsageError for arguments that are missing
+    or do not go together.
+    """
     from train.run import resuming
 
     resuming.complete(args)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax: written in the background; the latest and the best are kept.
+"""Saves and restores a run's checkpoints with Orbax, and keeps the latest and the best.
 
 A step's folder gets its name only when it is complete. A state is saved leaf by leaf under each
 leaf's path, so it can be restored on any mesh. Knows no model and no loop.
@@ -18,10 +18,10 @@ STATE, FACTS = "state", "facts"
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder that all its processes see.
+    """Saves the checkpoints of one run in the background, in a folder that all its processes see.
 
-    last: the number of latest checkpoints to keep; best: the number with the lowest loss to keep
-    besides.
+    last: how many of the latest checkpoints to keep. best: how many of those with the lowest
+    held-out loss to keep besides.
     """
 
     def __init__(self, folder: Path, last: int = 2, *, best: int = 0):
@@ -43,16 +43,19 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest complete checkpoint."""
+        """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(
         self, step: int, state: PyTree, *, facts: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Copy the state after `step` steps now, and write it while the caller goes on.
+        """Copy the training state at once, and write it to disk while the caller goes on.
 
-        facts: a JSON object stored with it. A step is saved once. A step whose loss is None or not
-        finite is not among the best.
+        step: the number of updates so far; nothing is done if the latest checkpoint is of this
+            step.
+        state: the training state.
+        facts: other values to store with it, as JSON.
+        loss: the held-out loss. If it is None or not finite, the checkpoint is not among the best.
         """
         if self.latest == step:
             return
@@ -64,10 +67,10 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """Read the state and facts of the latest checkpoint. like: the state as shapes with
-        shardings.
+        """Read the training state and the other stored values of the latest checkpoint.
 
-        Raises ValueError if the checkpoint is damaged or holds another kind of state.
+        like: the state as shapes with shardings. Raises ValueError if the checkpoint is damaged or
+        holds another kind of state.
         """
         step, wanted = self.latest, _by_path(like)
         items = {STATE: ocp.args.StandardRestore(wanted), FACTS: ocp.args.JsonRestore()}
@@ -95,8 +98,10 @@ class Checkpoints:
 
 
 def ignore_late_callbacks() -> None:
-    """Silence errors of callbacks that arrive after Orbax has given up a read or write: TensorStore
-    goes on and calls a closed event loop, and Python would print a traceback for each array.
+    """Silence errors of callbacks that arrive after Orbax has given up a read or write.
+
+    TensorStore goes on then and calls a closed event loop, for which Python would print a traceback
+    for each array.
     """
     global _earlier_hook
     if sys.unraisablehook is not _pass_on:
@@ -117,6 +122,6 @@ def _pass_on(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by path, in the tree's order."""
+    """Return the leaves of a tree by path, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,8 +1,8 @@
-"""The outputs of a run while it trains: progress bar, metrics.jsonl and TensorBoard events.
+"""Writes the outputs of a run while it trains: progress bar, metrics.jsonl and TensorBoard events.
 
 Only process 0 writes. `metrics.jsonl` has a line for each step and evaluation; a resumed run
-removes the lines after its checkpoint, so that no step is there twice. Objects in `gs://` cannot be
-appended to, so such a run's files are local and are copied there whole from time to time.
+removes the lines after its checkpoint, so that no step appears twice. Objects in `gs://` cannot be
+appended to, so a run in `gs://` writes local files, and uploads them whole from time to time.
 """
 
 import json
@@ -25,8 +25,12 @@ _EVERY, _SHARE = 60, 100
 
 
 class Log:
-    """The log of one run. folder: the run's folder. step: the number of updates so far, of `steps`.
-    evaluation_due: whether the evaluation after step `step` is still to be done.
+    """The log of one run.
+
+    folder: the folder of the run.
+    step: the number of updates taken before.
+    steps: the number of updates in the whole run.
+    owed: whether the evaluation after step `step` was cut off and is still to be done.
     """
 
     def __init__(self, folder: Path, step: int, *, steps: int, evaluation_due: bool = False):
@@ -76,7 +80,7 @@ class Log:
         self._took = self._uploaded - begin
 
     def show(self, step: int, **figures: str) -> None:
-        """Move the progress bar to `step`, with these figures behind it."""
+        """Move the progress bar to `step`, and show these figures beside it."""
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(step - self._bar.n)
 
@@ -99,8 +103,9 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _place(line: bytes) -> tuple[int, bool]:
-    """The step of a line, and whether the line is of an evaluation. An incomplete line gets a step
-    so large that the line is never kept.
+    """Return the step of a line of metrics.jsonl, and whether the line is of an evaluation.
+
+    An incomplete line gets a step so large that the line is never kept.
     """
     try:
         figures = json.loads(line)

@@ -1,4 +1,4 @@
-"""The training loop: runs steps, logs and evaluates them, saves checkpoints, and stops on a signal.
+"""Runs the training loop: takes, logs and evaluates steps, saves checkpoints, stops on a signal.
 
 A step's report is read only when later steps are under way, so that the device never waits for the
 host. Knows no recipe and no model.
@@ -41,11 +41,17 @@ _NOTICE = 2 * _IN_FLIGHT + 2  # steps from a signal to the end, so that every pr
 class Settings:
     """Settings of a run besides its recipe: its folder, and when to evaluate, save and stop.
 
-    Only on_nan changes what is computed: "stop", or "skip" the batch. evaluate, save: the interval
-    in steps; both also happen at the end, and with 0 only then. keep_last, keep_best: the number of
-    checkpoints to keep; keep_best evaluates before every save. profile: the first and last step to
-    profile. merge: write the model with its adapters merged at the end. token_cache: the folder of
-    encoded data, None for the default.
+    out: the folder of the run.
+    evaluate, save: the steps between two evaluations, and between two checkpoints. Both also happen
+        at the end, and with 0 only then.
+    keep_last: the number of latest checkpoints to keep.
+    keep_best: the number of best checkpoints to keep besides; if not 0, every save evaluates first.
+    resume: whether to continue the run in `out`.
+    on_nan: "stop" at a NaN or infinite loss or gradient, or "skip" the batch. No other setting
+        changes what is computed.
+    profile: the first and the last step to profile, or None.
+    merge: whether to write the model with its adapters merged at the end.
+    token_cache: the folder of token caches; None for the default.
     """
 
     out: Path
@@ -61,19 +67,25 @@ class Settings:
 
 
 class NotANumber(ValueError):
-    """A loss or gradient was NaN or infinite; its batch and the last good state have been saved."""
+    """A loss or gradient was NaN or infinite; the batch and the last good state have been saved."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Loop:
     """The training loop with all that it uses: log, evaluation, checkpoints and signals.
 
-    run, evaluate: the results of `step.make_step` and `make_evaluation`. base: the frozen weights
-    that both take. held_out_rows: the number of rows evaluated at a time. check: raises if another
-    run has taken the folder (`run_folder.locked`). steps: the number of steps of the whole run;
-    position: the number of steps taken so far. tokens: the tokens in a batch, without padding;
-    flops: the FLOPs that the model needs for a token. evaluation_due: whether a signal cut off the
-    evaluation at `position`, so that it is still to do.
+    settings: the settings of the run.
+    run, evaluate: the functions that `step.make_step` and `step.make_evaluation` build.
+    base: the frozen weights that both functions take, or None.
+    batches: the training batches, from `position` on.
+    held_out, held_out_rows: the rows to evaluate on, or None, and how many to evaluate together.
+    checkpoints, log: the checkpoints and the log of the run.
+    check: raises `lock.Busy` if another program has taken the run's lock; called before each save.
+    steps: the number of steps in the whole run.
+    position: the number of steps taken so far.
+    tokens: the number of tokens in a batch, without padding.
+    flops: the FLOPs of training per token.
+    owed: whether a signal cut off the evaluation at `position`, which is still to be done.
     """
 
     settings: Settings
@@ -100,7 +112,7 @@ class Loop:
     def go(self, state: State, stop: dict[str, int]) -> State:
         """Run steps to the end, or until all processes know of a signal; return the last state.
 
-        stop: as `signals` yields it; its "at" becomes the step at which this run ends early.
+        state: the training state after `position` steps. asked: the dict that `signals` yields.
         """
         settings, end = self.settings, self.steps
         so_far = moves.place(np.array(True), "")
@@ -141,7 +153,10 @@ class Loop:
         self.checkpoints.save(position, state, facts=facts, loss=loss)
 
     def stopped(self, stop: dict[str, int]) -> bool:
-        """Whether any process got a signal, even after its last step. All processes call this."""
+        """Return whether any process got a signal, even after its last step; all processes call it.
+
+        asked: the dict that `signals` yields.
+        """
         signalled = "signal" in stop
         if signalled:
             processes.propose(self.position)
@@ -209,16 +224,20 @@ class Loop:
         )
 
     def _save_good(self, position: int, state: State) -> str:
-        """Save a state that no NaN or infinite step has changed; return where, for a message."""
+        """Save a state that no NaN or infinite step has changed; return where, for a message.
+
+        position: the number of steps that the state has taken.
+        """
         if position == 0:
             return "no step was taken before it"
         self._save(position, state)
         return f"the state after step {position} is in {self.settings.out / CHECKPOINTS}"
 
     def _evaluated(self, state: State, stop: dict[str, int]) -> float | None:
-        """Return the mean held-out loss, and log it. With one process, a signal cuts the evaluation
-        off: the result is None, and `evaluation_due` is set. Several processes evaluate together to
-        the end.
+        """Measure the mean held-out loss, log and return it; None without held-out rows.
+
+        With one process, a signal cuts the evaluation off: the result is None, and `owed` is set.
+        Several processes evaluate together to the end. asked: the dict that `signals` yields.
         """
         if self.held_out is None:
             return None
@@ -242,8 +261,9 @@ class Loop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[dict[str, int]]:
-    """Catch SIGTERM and Ctrl-C: yields a dict that gets the signal's number as "signal", upon which
-    the loop saves and stops. A second Ctrl-C ends the process at once, whatever it does.
+    """Catch SIGTERM and Ctrl-C, and yield a dict whose "signal" becomes the number of the signal.
+
+    The loop then saves and stops. A second Ctrl-C ends the process at once, whatever it does.
     """
     stop: dict[str, int] = {}
 
@@ -267,8 +287,10 @@ def signals() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def _profile(settings: Settings) -> Iterator[Callable[[int, Callable[[], None]], None]]:
-    """Yield a function that records the settings' steps in OUT/profile. It is called before each
-    step, with the number of steps taken and a function that waits for the steps in flight.
+    """Yield a function that records the steps to be profiled in OUT/profile.
+
+    The function is called before each step, with the number of steps taken and a function that
+    waits for the steps in flight.
     """
     on, remote = False, paths.is_remote(settings.out)
     folder = Path(tempfile.mkdtemp()) if remote else settings.out / "profile"
@@ -303,7 +325,7 @@ def _due(position: int, every: int) -> bool:
 
 
 def _peak() -> float | None:
-    """The peak FLOP/s of all devices together; None if unknown."""
+    """Return the peak FLOP/s of all devices together; None if the chip is unknown."""
     chip = hardware.of_kind(jax.devices()[0].device_kind)
     return chip and chip.flops * jax.sharding.get_mesh().size
 

@@ -1,4 +1,4 @@
-"""The trained parameters of a run: all weights of a decoder, or adapters on a frozen one.
+"""The trained parameters of a run: all weights of a decoder, or adapters on a frozen decoder.
 
 Both classes create the initial state, give a step its decoder, and save the result.
 """
@@ -31,7 +31,12 @@ from train.step import Optimizer, State
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """All weights of a decoder. ckpt: the model directory to start from; None for fresh weights."""
+    """All weights of a decoder, as the trained parameters of a run.
+
+    config: the architecture of the decoder.
+    ckpt: the model directory to start from; None for fresh weights.
+    recipe: the recipe of the run.
+    """
 
     config: Config
     ckpt: Path | None
@@ -41,7 +46,7 @@ class Whole:
     attach: ClassVar[None] = None
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of a training step per token, in rows of `length` tokens."""
+        """Return the FLOPs of a training step per token, in rows of `length` tokens."""
         return self.config.flops_per_token(length)
 
     def abstract_base(self) -> None:
@@ -61,7 +66,10 @@ class Whole:
         return step.abstract_state(self.config, optimizer, mesh=jax.sharding.get_mesh())
 
     def save(self, weights: Decoder, out: Path, *, files: Path, merge: bool) -> Path:
-        """Write the model directory OUT/model. files: the folder with its other files."""
+        """Write the trained model into OUT/model, unless it is complete; return its folder.
+
+        files: the folder with the model's configuration and tokenizer.
+        """
         path = out / MODEL
         if not (path / directory.MANIFEST).exists():
             weights = _cast(weights, self.recipe.dtype)
@@ -76,15 +84,22 @@ def _cast(weights: Decoder, dtype: str) -> Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """LoRA adapters on the frozen decoder of a model directory."""
+    """LoRA adapters on the frozen decoder of a model directory, as the trained parameters of a run.
+
+    config: the architecture of the decoder.
+    ckpt: the model directory.
+    recipe: the recipe of the run.
+    """
 
     config: Config
     ckpt: Path
     recipe: Recipe
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of a training step per token: as for all weights, less 2 of every 6 for frozen
-        weights, which need no gradient. The adapters' own FLOPs are left out.
+        """Return the FLOPs of a training step per token, in rows of `length` tokens.
+
+        Frozen weights need no gradient, which saves 2 of their 6 FLOPs. The adapters' own FLOPs are
+        left out.
         """
         config = self.config
         head = config.vocab_size * config.hidden_size if self.recipe.train_embeddings else 0
@@ -97,7 +112,7 @@ class Adapted:
         return model.stack(decoder, consume=True)
 
     def abstract_base(self) -> Decoder:
-        """`base` as shapes, with shardings on the current mesh."""
+        """Return the frozen decoder as shapes, with shardings on the current mesh."""
 
         def made(decoder: Decoder) -> Decoder:
             return map_leaves(self._kept, model.stack(decoder))
@@ -110,7 +125,10 @@ class Adapted:
         return int8.of_layers(path, leaf) if self.recipe.base_dtype == "int8" else leaf
 
     def attach(self, weights: lora.Adapters, base: Decoder, key: jax.Array | None) -> Decoder:
-        """Put the adapters on `base`. key: of the adapters' dropout; None for no dropout."""
+        """Put the adapters `weights` on the frozen decoder `base`.
+
+        key: the PRNG key of the adapters' dropout; None for no dropout.
+        """
         return lora.attach(base, weights, key=key, dropout=self.recipe.lora_dropout)
 
     def create_state(self, optimizer: Optimizer) -> State:
@@ -136,10 +154,12 @@ class Adapted:
         )
 
     def save(self, weights: lora.Adapters, out: Path, *, files: Path, merge: bool) -> Path:
-        """Write the adapter in PEFT's format with its generation settings and, with `merge`, also a
-        merged model directory. Merging loads the base from `ckpt` again, so no other copy may be
-        left on the devices (`convert/to_hf.py --adapter` merges a few rows at a time and needs less
-        memory).
+        """Write the adapter into OUT/adapter in PEFT's format, and return the last folder written.
+
+        files: the folder with the model's generation_config.json, which is copied. merge: also
+        write OUT/model with the adapter merged. Merging loads the base from `ckpt` again, so no
+        other copy may be left on the devices (`convert/to_hf.py --adapter` merges a few matrix rows
+        at a time and needs less memory).
         """
         dropout = self.recipe.lora_dropout
         peft.write(out / ADAPTER, weights, **self._base_named(), lora_dropout=dropout)
@@ -158,8 +178,10 @@ class Adapted:
         return out / MODEL
 
     def _base_named(self) -> dict[str, str | None]:
-        """The fields of adapter_config.json that name the base for PEFT: the Hugging Face model
-        from which `ckpt` was converted. None if unknown: a path of ours means nothing elsewhere.
+        """Return the fields of adapter_config.json that name the adapter's base model for PEFT.
+
+        This is the Hugging Face model from which `ckpt` was converted. The fields are None if it is
+        unknown, because the path of `ckpt` means nothing on another machine.
         """
         found = directory.origin(self.ckpt)
         if "name" not in found:
@@ -175,7 +197,10 @@ class Adapted:
 
 
 def _check_numbers(merged: Decoder, adapter: Path) -> None:
-    """Raise ValueError if a merged weight is NaN or infinite."""
+    """Raise ValueError if a merged weight is NaN or infinite.
+
+    adapter: the adapter's folder, for the error message.
+    """
     finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
     leaves = named_leaves(merged)
     found = finite([leaf[...] for leaf in leaves.values()])
@@ -188,13 +213,21 @@ def _check_numbers(merged: Decoder, adapter: Path) -> None:
 
 
 def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
-    """Resolve module names, or one pattern, which PEFT recognises because it is not in a list."""
+    """Return the modules that get adapters, each with its leaves, from a recipe's `lora_targets`.
+
+    A single name with the characters of a regular expression is passed on as a string, which PEFT
+    takes for a pattern; names are passed on as a list. layers: the number of layers of the model.
+    """
     pattern = len(wanted) == 1 and re.search(r"[*+?|()\[\]^$\\]", wanted[0])
     return peft.targets(wanted[0] if pattern else wanted, layers)
 
 
 def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:
-    """The parameters that a recipe trains. Raises ValueError for adapters on no model or module."""
+    """Return the parameters that a recipe trains.
+
+    ckpt: the model directory to start from, or None. Raises ValueError for adapters without a model
+    directory, or on a module that does not exist.
+    """
     if not recipe.lora_rank:
         return Whole(config, ckpt, recipe)
     if ckpt is None:
@@ -204,7 +237,10 @@ def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:
 
 
 def abstract(config: Config, adapters: Recipe | None) -> Whole | Adapted:
-    """The trained parameters, for shapes only: a recipe's adapters, or all weights for None."""
+    """Return the parameters that a plan trains, of which only shapes are needed.
+
+    adapters: the recipe of a LoRA training; None trains all weights.
+    """
     if adapters is None:
         return Whole(config, None, recipes.pretrain())
     return Adapted(config, Path(), adapters)

@@ -1,8 +1,8 @@
 """Recipes: all values that decide what a run trains, for how long and how.
 
-Values are from Qwen's technical report (arXiv 2309.16609, "report"); where the repository's memo
-differs, its values on request ("memo"); or from its fine-tuning scripts ("script"). Each recipe
-says which values no source states. Knows no files, devices or programs.
+Values are from Qwen's technical report (arXiv 2309.16609, "report"); where the memo in its
+repository differs, from it on request ("memo"); or from its fine-tuning scripts ("script"). Each
+recipe says which values no source states. Knows no files, devices or programs.
 """
 
 import dataclasses
@@ -141,11 +141,11 @@ class Recipe:
             )
 
     def warmup_steps(self, steps: int) -> int:
-        """The number of warm-up steps in a run of `steps`."""
+        """Return the number of warm-up steps in a run of `steps` steps."""
         return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
 
     def schedule_of(self, steps: int) -> "optax.Schedule":
-        """The learning rate as a function of the step, for a run of `steps`."""
+        """Return the learning rate as a function of the step, for a run of `steps` steps."""
         import optax
 
         warm = self.warmup_steps(steps)
@@ -158,7 +158,7 @@ class Recipe:
         )
 
     def optimizer(self, steps: int) -> "Optimizer":
-        """AdamW with this recipe's values, for a run of `steps`."""
+        """Make AdamW with this recipe's values, for a run of `steps` steps."""
         from train.step import Optimizer
 
         return Optimizer(
@@ -173,7 +173,7 @@ class Recipe:
 
 
 def kind_of(field: "dataclasses.Field[Any]") -> tuple[type, bool]:
-    """The type of a recipe's field (`tuple` for tuples), and whether the field may be None."""
+    """Return the type of a recipe's field (`tuple` for tuples), and whether it may be None."""
     kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else ()
     (kind,) = [k for k in kinds if k is not types.NoneType] or [field.type]
     return typing.get_origin(kind) or kind, types.NoneType in kinds
@@ -230,10 +230,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def pretrain(model: str = "", *, length: int = 2048, source: str = "report") -> Recipe:
-    """Next-token prediction over documents, in batches of 4 M tokens (sections 2.3 and 2.4).
+    """Make the recipe of pretraining on documents (sections 2.3 and 2.4 of Qwen's report).
 
-    Only the memo states warm-up, weight decay and clipping, and its epsilon differs. steps: as many
-    as make up the published number of tokens for the model's size.
+    Batches have 4 M tokens. Only the memo states warm-up, weight decay and clipping, and its
+    epsilon differs. The steps make up the published number of tokens for the model's size.
     """
     length = values.whole("length", length, least=2)
     return Recipe(
@@ -250,11 +250,11 @@ def pretrain(model: str = "", *, length: int = 2048, source: str = "report") -> 
 
 
 def sft(model: str = "", source: str = "report") -> Recipe:
-    """Supervised fine-tuning on chats (section 3.1). No source states the schedule after warm-up:
-    it is that of pretraining.
+    """Make the recipe of fine-tuning on chats (section 3.1 of Qwen's report).
 
-    The memo has a higher learning rate. "script": all weights are trained as in the repository's
-    `finetune_ds.sh` on one device: unpacked rows of 512, five epochs.
+    No source states the schedule after warm-up: it is that of pretraining. The memo has a higher
+    learning rate. With source "script", all weights are trained as in Qwen's `finetune_ds.sh` on
+    one device: unpacked rows of 512, five epochs.
     """
     if source == "script":
         return dataclasses.replace(sft_lora(), name="sft", learning_rate=1e-5, lora_rank=0)
@@ -272,8 +272,8 @@ def sft(model: str = "", source: str = "report") -> Recipe:
 
 
 def sft_lora(model: str = "", source: str = "script") -> Recipe:
-    """Train adapters on chats as the repository's `finetune_lora_single_gpu.sh` does: batches of 2
-    x 8 unpacked rows, and the loss on the tokens that the original trains.
+    """Make the recipe of training adapters on chats as Qwen's `finetune_lora_single_gpu.sh` does:
+    batches of 2 x 8 unpacked rows, and the loss on the tokens that this script trains.
     """
     _of(source, script=None)
     return Recipe(
@@ -292,8 +292,8 @@ def sft_lora(model: str = "", source: str = "script") -> Recipe:
 
 
 def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
-    """Pretraining continued on 90 B tokens of text and code (section 4): 3 % warm-up, then a
-    constant rate, published for 7B and 14B. No source states the batch size: it is pretraining's.
+    """Make the recipe of pretraining on 90 B tokens of text and code (report, section 4): 3 %
+    warm-up, then constant, published for 7B and 14B. The batch size, in no source, is `pretrain`'s.
     """
     return dataclasses.replace(
         pretrain(model, length=8192, source=source),
@@ -306,8 +306,8 @@ def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
 
 
 def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
-    """Fine-tuning after `code` (section 4): its own learning rate, 3 % warm-up, then constant. All
-    values that the section does not state are those of `sft`.
+    """Make the recipe of fine-tuning after `code` (report, section 4): its own learning rate, 3 %
+    warm-up, then constant. All values that this section does not state are those of `sft`.
     """
     _eps(source)
     return dataclasses.replace(
@@ -320,7 +320,7 @@ def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
 
 
 def math(model: str = "", source: str = "report") -> Recipe:
-    """Fine-tuning on mathematics (section 5): rows of 1024, 50 000 steps; otherwise as `sft`."""
+    """Make the recipe of `sft` on mathematics (report, section 5): rows of 1024, 50 000 steps."""
     _eps(source)
     return dataclasses.replace(
         sft(model, source), name="math", length=1024, learning_rate=2e-5, steps=50_000
@@ -338,12 +338,12 @@ def _eps(source: str) -> float:
 
 
 def _of(source: str, **stated: float | None) -> Any:
-    """The value in `stated` that belongs to the named source; ValueError if none does."""
+    """Return the value that `source` states. Raises ValueError if `stated` has none of it."""
     if not isinstance(source, str) or source not in stated:
         raise ValueError(f"source {texts.shown(source)}: allowed here are {', '.join(stated)}")
     return stated[source]
 
 
 def _of_size(model: str, published: Mapping[str, float]) -> float:
-    """The published value for a model's size; for an unknown size, that of the 7B."""
+    """Return the published value for a model's size; for an unknown size, the 7B's value."""
     return published.get(texts.check("model", model), published["qwen-7b"])

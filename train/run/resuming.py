@@ -1,6 +1,4 @@
-"""The command-line arguments that run.json stores, so that `--out RUN --resume` alone resumes a
-run.
-"""
+"""Stores a run's command-line arguments in run.json, so that `--out RUN --resume` resumes it."""
 
 import argparse
 import platform
@@ -25,10 +23,11 @@ _PASSING += ("processes", "process", "start_timeout", "heartbeat_timeout")
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Fill in arguments that the command line leaves out from those stored in the run in --out;
-    `args.kept` gets all stored ones. UsageError if another command began the run.
+    """Fill in arguments that the command line leaves out from those stored in the run in --out.
 
-    config.json and vocabulary are read from the run's own copies, wherever they came from.
+    `args.kept` becomes a dict of the stored arguments that the command line does not exclude; it is
+    empty without --resume. config.json and vocabulary are read from the run's own copies, wherever
+    they came from. Raises UsageError if another command began the run.
     """
     args.kept = {}
     if not args.resume or not args.out:
@@ -56,8 +55,10 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """The facts of this start for run.json: command line, arguments with absolute paths, and
-    versions. args: after `complete`; argv: without the program's name.
+    """Return the facts about this start that run.json stores.
+
+    They are the command line, the arguments with absolute paths, and versions. args: the arguments,
+    completed by `complete`. argv: the command line without the program's name.
     """
     given = {name: getattr(args, name) for name in args.given if name not in _PASSING}
     return {

@@ -1,4 +1,4 @@
-"""The folder of a run: records which run it holds, and lets one run at a time use it."""
+"""Manages the folder of a run: records which run it holds, and lets one run at a time use it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +39,9 @@ def locked(out: Path) -> Iterator[Callable[[], None]]:
 
 
 def check(out: Path, resume: bool) -> None:
-    """Raise ValueError if the folder holds a run and `resume` is false, or holds anything else.
-    Process 0 also calls this early, before there is work to lose.
+    """Raise ValueError if the folder holds a run and `resume` is false, or holds other files.
+
+    Process 0 also calls this before data is encoded, so that no work is lost.
     """
     if (out / _RUN).exists():
         if not resume:
@@ -50,21 +51,24 @@ def check(out: Path, resume: bool) -> None:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """The contents of the folder's run.json; empty if there is none."""
+    """Return the contents of run.json in the run's folder; {} if the file is missing."""
     return directory.read_json(out / _RUN) if (out / _RUN).exists() else {}
 
 
 def claim(
     out: Path, identity: dict[str, Any], *, steps: int, resume: bool, start: Mapping[str, Any]
 ) -> None:
-    """Register a run of `steps` steps in its folder, or check that the folder already holds it.
+    """Register a run in its folder's run.json, or check that this file describes the same run.
 
-    identity: facts that must be equal for a run to resume. start: other facts of this start
-    (`resuming.record`, and "rows", the number of training rows). run.json keeps the first start's,
-    with the last start's arguments, and its command and versions as "resumed".
+    identity: facts that must be equal for a run to resume.
+    steps: the number of steps of the run.
+    resume: whether the run may continue the one in the folder, or replace one that saved nothing.
+    start: other facts about this start (`resuming.record`, and "rows", the number of training
+        rows).
 
-    With `resume`, a run may replace one that was never saved. Raises ValueError if the folder holds
-    another run or anything else.
+    run.json keeps the command and versions of the first start, and has those of the last as
+    "resumed"; arguments and rows are the last start's. Raises ValueError if the folder holds
+    another run or other files.
     """
     file, now = out / _RUN, {**identity, **start}
     if processes.index() and not file.exists():
@@ -108,14 +112,16 @@ def _another_run(out: Path, before: Mapping[str, Any], *, changed: Sequence[str]
 
 
 def remove_results(out: Path) -> None:
-    """Remove the results of an earlier end of this run, which now trains further."""
+    """Remove the model and adapter of an earlier end of this run, which now trains further."""
     for name in RESULTS:
         paths.remove_tree(out / name)
 
 
 def _steps_saved(folder: Path) -> list[int]:
-    """The steps of complete checkpoints. On a disk, a checkpoint gets its name when it is complete;
-    in gs:// Orbax writes a marker file last.
+    """Return the steps of the complete checkpoints in a folder.
+
+    On a disk, a checkpoint gets its name when it is complete; in gs:// Orbax writes a marker file
+    last.
     """
     found = [x for x in folder.iterdir() if x.name.isdecimal()] if folder.exists() else []
     last = "commit_success.txt"
@@ -123,8 +129,10 @@ def _steps_saved(folder: Path) -> list[int]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe what makes this another run, likeliest cause first, with old and new values; the
-    number of steps may differ. before, now: run.json's contents; old ones lack "arguments".
+    """Describe what makes this another run than before, likeliest cause first; [] if nothing does.
+
+    before, now: the contents of run.json, stored and new; old runs lack "arguments". The number of
+    steps may differ.
     """
     return [*_of_model(before, now), *_of_recipe(before, now), *_of_data(before, now)]
 
@@ -150,7 +158,10 @@ def _of_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Describe a change of the examples, unless a change of the recipe explains it."""
+    """Describe a change of the training examples, unless a change of the recipe explains it.
+
+    before, now: the contents of run.json, stored and new.
+    """
     if before.get("data") == now["data"]:
         return
     names = ("data", "tokenizer", "eval_share")
@@ -180,7 +191,10 @@ def _argument_change(name: str, before: Mapping[str, Any], *, now: Mapping[str, 
 def _changed(
     before: Mapping[str, Any], now: Mapping[str, Any], *, name: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, old value, new value) for each difference, in the order of `now`."""
+    """Yield (name, old value, new value) for each difference of two objects, in the order of `now`.
+
+    name: the prefix of the names, for objects within objects.
+    """
     for key in dict.fromkeys([*now, *before]):
         inner, old, new = f"{name}{key}", before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

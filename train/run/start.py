@@ -1,4 +1,4 @@
-"""The start of a run: reads and checks what the command line names, and begins the training."""
+"""Starts a run: reads and checks what the command line names, and begins training."""
 
 import argparse
 import math

@@ -48,10 +48,13 @@ from train.step import Optimizer, State
 class Task:
     """A model, its data and the recipe to train it by.
 
-    ckpt: the model directory to start from; None for fresh weights. files: the training data.
-    held_out: files to evaluate on; or share: the share of the examples that is held out for
-    evaluation. strict: stop at a bad record. start: the facts of this start for run.json
-    (`resuming.record`).
+    recipe, config: the recipe, and the architecture of the model.
+    ckpt: the model directory to start from; None for fresh weights.
+    tokenizer, tokenizer_file: the tokenizer, and the file that it was read from.
+    files: the data files to train on.
+    held_out, share: the files to evaluate on, or else the share of examples to hold out for this.
+    strict: whether to stop at a bad record.
+    start: the facts about this start for run.json (`resuming.record`).
     """
 
     recipe: Recipe
@@ -69,7 +72,7 @@ class Task:
 def train(task: Task, settings: Settings) -> None:
     """Train by the recipe on the current mesh, until the last step or a signal.
 
-    Raises ValueError for unusable data, an unusable model or folder; KeyboardInterrupt after
+    Raises ValueError for data, a model or a folder that cannot be used, and KeyboardInterrupt after
     Ctrl-C, once the state is saved.
     """
     with run_folder.locked(settings.out) as check:
@@ -215,8 +218,10 @@ def _run(loop: Loop, state: State) -> State | None:
 
 
 def _settled(task: Task) -> Task:
-    """Return the task with the recipe's open fields decided for its model and the current mesh:
-    whether the residual stream is split by tokens, and whether adapters also train the embeddings.
+    """Return the task with the recipe's open fields decided for its model and the current mesh.
+
+    These are whether the residual stream is split by tokens, and whether adapters also train the
+    embeddings.
     """
     recipe = task.recipe
     parallel, why = meshes.splits_tokens(recipe.sequence_parallel, recipe.length)
@@ -241,7 +246,7 @@ def _settled(task: Task) -> Task:
 
 
 def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
-    """The rows to train on, and the held-out rows or None."""
+    """Encode and pack the data; return the rows to train on, and the held-out rows or None."""
     recipe = task.recipe
     encoding, common = _encoding(task), settings.out / run_folder.TOKENS
 
@@ -305,7 +310,7 @@ def _steps(recipe: Recipe, rows: int) -> int:
 
 
 def _identity(task: Task, rows: Rows) -> dict[str, Any]:
-    """The facts that must be equal for a run to resume: all that changes what is computed."""
+    """Return all that changes what a run computes, and must be equal for the run to resume."""
     recipe = dataclasses.asdict(task.recipe)
     for name in run_folder.ROUNDINGS:
         del recipe[name]
@@ -322,7 +327,10 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
 
 
 def _write_files(folder: Path, task: Task) -> Path:
-    """Write the configuration, tokenizer and generation settings of the model to be trained."""
+    """Write configuration, tokenizer and generation settings of the trained model into a folder.
+
+    Nothing is written if config.json is in the folder already. Returns the folder.
+    """
     if (folder / directory.CONFIG).exists():
         return folder
     paths.make_folder(folder)

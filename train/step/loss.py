@@ -1,4 +1,4 @@
-"""The training loss of a batch: next-token cross-entropy in float32, over the whole mesh.
+"""Computes the training loss of a batch: next-token cross-entropy in float32, over the whole mesh.
 
 Knows no optimiser and no data format. The full logits are never in memory (`vocabulary.py`).
 """
@@ -24,8 +24,11 @@ from train.data.batch import Batch
 
 @struct.dataclass
 class Metrics:
-    """The loss of a batch, its accuracy (the weighted share of targets that are the most likely
-    token) and the sum of its targets' weights: float32 []. Metrics of a batch's parts add up.
+    """The loss and accuracy of a batch, float32 []. Metrics of a batch's parts add up.
+
+    loss: the mean cross-entropy of the targets.
+    accuracy: the weighted share of targets that are the most likely token.
+    targets: the sum of the targets' weights.
     """
 
     loss: Float[Array, ""]
@@ -44,12 +47,17 @@ def scores(
     sequence_parallel: bool = False,
     dropout: Dropout | None = None,
 ) -> tuple[TokenScores, Float[Array, "B T"]]:
-    """Score each target by a decoder, float32 [B, T]. Returns the scores and the targets' weights,
-    both in the token order of `moves.zigzag`.
+    """Score the targets of a batch by a decoder; return the scores and the targets' weights.
 
-    decoder: stacked or not, stored in any dtype; it computes in `dtype`. frequencies: RoPE's, [H/2]
-    or [B, H/2]. remat: as in `Decoder.__call__`. sequence_parallel: split the tokens of the
-    residual stream over `tp`. A token or target outside the vocabulary makes its weight NaN.
+    decoder: with stacked or separate layers, stored in any dtype; it computes in `dtype`.
+    frequencies: the RoPE frequencies, [H/2] or [B, H/2].
+    attend: the implementation of attention.
+    remat: a policy of `jax.checkpoint_policies` for each layer; None recomputes nothing.
+    sequence_parallel: whether to split the tokens of the residual stream over `tp`.
+    dropout: dropout in training, or None.
+
+    Scores and weights are float32 [B, T], in the token order of `moves.zigzag`. A token or target
+    outside the vocabulary makes its weight NaN.
     """
     rows, tokens = batch.tokens.shape
     lengths = {**decoder.config.sizes, "B": rows, "T": tokens}
@@ -90,11 +98,17 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the mean cross-entropy of a batch, with the z-loss added, and the batch's metrics.
 
-    As in the original's training, RoPE scaling by length and LogN are off. total: the sum of the
-    weights of the whole batch, if this is one part of it. z_loss: the factor of the mean of
-    log(Z)^2 in the loss, where Z is the softmax denominator (PaLM, arXiv 2204.02311, section 5).
-    Ids outside the vocabulary make the loss and every gradient NaN. The other arguments are those
-    of `scores`.
+    attend: the implementation of attention.
+    dtype: the dtype to compute in.
+    remat: a policy of `jax.checkpoint_policies` for each layer; None recomputes nothing.
+    sequence_parallel: whether to split the tokens of the residual stream over `tp`.
+    total: the sum of the weights of the whole batch, if this is one part of it.
+    z_loss: the factor of the mean of log(Z)^2 in the loss, where Z is the softmax denominator
+        (PaLM, arXiv 2204.02311, section 5).
+    dropout: dropout in training, or None.
+
+    RoPE scaling by length and LogN are off, as in Qwen's own training. Ids outside the vocabulary
+    make the loss and every gradient NaN.
     """
     decoder = decoder.replace(config=decoder.config.in_training)
     rates = rope.from_config(decoder.config).frequencies()

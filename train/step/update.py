@@ -1,4 +1,4 @@
-"""The jitted training step: gradients of the loss, clipping and AdamW, on the current mesh.
+"""Builds the jitted training step: gradients of the loss, clipping and AdamW, on the current mesh.
 
 Knows no files and no loop. Weights are float32, sharded as `sharding.spec` says; a step computes in
 `dtype`. Layers are stacked and scanned, so a program's size does not depend on their number.
@@ -34,7 +34,7 @@ Attach = Callable[[PyTree, PyTree, jax.Array | None], Decoder]
 
 def _projections(primitive: object, *operands: object, **parameters: Any) -> bool:
     """A `jax.checkpoint` policy that stores the results of products with weights. Row-parallel
-    products are stored once summed: partial sums are not needed, and a scan cannot store them.
+    products are stored after summation: partial sums are not needed, and a scan cannot store them.
     """
     result = parameters.get("out_sharding")
     if result is not None and result.spec.unreduced:
@@ -59,8 +59,8 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 class State:
     """The state of a training run between steps.
 
-    weights: the trained parameters, float32: a stacked decoder, or parameters attached to one.
-    moments: the optimizer's state. step: int32 [], the number of updates so far.
+    weights: the trained parameters, float32: a stacked decoder, or adapters. moments: the
+    optimizer's state. step: int32 [], the number of updates so far.
     """
 
     weights: PyTree
@@ -76,7 +76,7 @@ def create_state(decoder: Decoder, optimizer: Optimizer) -> State:
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="weights")
 def state_of(weights: PyTree, optimizer: Optimizer) -> State:
-    """Create the state before the first step from any tree of weights, which are donated."""
+    """Create the state before the first step from any tree of weights, whose memory is reused."""
     return _before_training(weights, optimizer)
 
 
@@ -87,12 +87,12 @@ def _before_training(weights: PyTree, optimizer: Optimizer) -> State:
 
 
 def stacked(decoder: Decoder) -> Decoder:
-    """The decoder with its layers stacked along a leading axis, as a step takes it."""
+    """Return a decoder with its layers stacked along a leading axis, as a step takes it."""
     return decoder if isinstance(decoder.layers, model.Block) else model.stack(decoder)
 
 
 def abstract_state(config: Config, optimizer: Optimizer, *, mesh: Mesh) -> State:
-    """The training state as shapes and shardings on `mesh`, whose devices may be absent."""
+    """Return the training state as shapes and shardings on `mesh`, whose devices may be absent."""
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, jnp.float32)
         state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), decoder)
@@ -100,7 +100,7 @@ def abstract_state(config: Config, optimizer: Optimizer, *, mesh: Mesh) -> State
 
 
 def abstract_batch(batch: int, length: int, *, mesh: Mesh) -> Batch:
-    """A batch of `batch` rows of `length` tokens, as shapes and shardings on `mesh`."""
+    """Return a batch of `batch` rows of `length` tokens, as shapes and shardings on `mesh`."""
     rows = sharding.named("BT", mesh)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct((batch, length), jnp.float32, sharding=rows)
@@ -109,9 +109,9 @@ def abstract_batch(batch: int, length: int, *, mesh: Mesh) -> Batch:
 
 @struct.dataclass
 class Report:
-    """The metrics of a step, with scalars for the log.
+    """The metrics of a step, with further scalars for the log.
 
-    gradient_norm: the global norm of all gradients, before clipping. finite: whether that norm and
+    gradient_norm: the global norm of all gradients, before clipping. finite: whether this norm and
     the loss are finite and the step's `so_far` was true; if not, the state is unchanged.
     """
 
@@ -137,15 +137,15 @@ def make_step(
 ) -> jax.stages.Wrapped:
     """Build the jitted training step: (State, Batch, base, so_far) -> (State, Report).
 
-    The input state is donated. so_far: bool, True by default; if it is False, the step changes
-    nothing. Pass the previous step's `Report.finite`, and no step changes the state after a NaN or
-    infinite loss or gradient. base: the frozen weights; None without adapters.
+    The step donates its State. base: the frozen weights below adapters, else None. so_far: bool [],
+    by default True; if it is False, the step changes nothing. Pass the previous step's
+    `Report.finite`, and no step changes the state after a NaN or infinite loss or gradient.
 
-    remat: a name in `REMAT`. accumulate: the number of parts into which a batch's rows are split,
-    computed one after the other; their gradients add up to the batch's. dropout: the rate; masks
-    follow from `seed` and the step. attach: (weights, base, key) -> decoder, if the trained weights
-    are adapters instead of a decoder. gradient_dtype: the dtype in which the mesh sums gradients:
-    "float32", or "bfloat16" if `dtype` is that. The other arguments are those of `loss.loss`.
+    remat: a name in `REMAT`. accumulate: the number of parts of a batch that are computed in turn,
+    to add their gradients. dropout: the rate; masks depend on `seed` and the step. attach:
+    (weights, base, key) -> decoder, if the weights are adapters. gradient_dtype: the dtype in which
+    the mesh sums gradients, "float32" or, if `dtype` is that, "bfloat16". Other arguments:
+    `loss.loss`.
     """
     _check(remat, gradient_dtype, dtype=dtype)
     options: dict[str, Any] = {"attend": attend, "dtype": dtype, "remat": REMAT[remat]}
@@ -221,7 +221,7 @@ def _gradients(
 def _updated(
     state: State, gradients: PyTree, *, norm: jax.Array, finite: jax.Array, optimizer: Optimizer
 ) -> State:
-    """Return the state after AdamW's update; if not `finite`, the same state. Each array depends on
+    """Return the state after AdamW's update; if not `finite`, the old state. Each array depends on
     its own old values alone, so XLA updates it in place; choosing between states would hold two.
     """
     clip_norm = optimizer.clip_norm
@@ -251,9 +251,8 @@ def make_evaluation(
     sequence_parallel: bool = False,
     attach: Attach | None = None,
 ) -> jax.stages.Wrapped:
-    """Build the jitted evaluation of a batch, without dropout: (weights, Batch, base) -> Metrics.
-
-    The arguments are those of `make_step`.
+    """Build the jitted evaluation (weights, Batch, base) -> Metrics, without dropout. The arguments
+    are those of a training step (`make_step`): attention, the dtype to compute in, and so on.
     """
 
     @jax.jit
@@ -267,7 +266,7 @@ def make_evaluation(
 
 
 def _parts(x: Shaped[Array, "B T"], count: int) -> Shaped[Array, "parts rows T"]:
-    """Split the rows of a batch, [B, T] -> [count, B/count, T]; every row stays on its device."""
+    """Split a batch's rows, [B, T] -> [count, B/count, T]; every row stays on its device."""
     rows, tokens = jax.typeof(x).sharding.spec
     batch, length = x.shape
     shape = (batch // count, count, length)
