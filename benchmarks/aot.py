@@ -33,7 +33,6 @@ Not included: copies between HBM and VMEM that arrive late, bank conflicts, inst
 everything outside the kernel. A predicated instruction counts whether it executes or not.
 """
 
-import argparse
 import atexit
 import dataclasses
 import functools
@@ -60,6 +59,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.meshes.hardware import GPUS
+from qwen_jax.runtime import command
 from train.planning import topology
 
 SLOTS: tuple[str, ...] = (
@@ -550,7 +550,7 @@ def _show(program: Program, region: Region, depth: int = 0) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="What the TPU kernels of a function cost.")
+    parser = command.Parser(description="What the TPU kernels of a function cost.")
     parser.add_argument("file", help="python file that defines fn and args, or build(target)")
     parser.add_argument("--target", nargs="+", choices=[*TPUS, *GPUS], default=["v5e", "v6e"])
     parser.add_argument("--pairs", type=int, help="(query, key) pairs of a computing step")

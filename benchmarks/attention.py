@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
-from tqdm import tqdm
 
 from benchmarks import section
 from qwen_jax import attention
 from qwen_jax.attention import agreement, timing, workloads
 from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels import choice, others
-from qwen_jax.runtime import caches, command
+from qwen_jax.runtime import caches, command, progress
 
 HEADS = {"1.8b": 16, "7b": 32, "14b": 40, "72b": 64}
 LENGTHS = {512: 64, 2048: 16, 8192: 4, 32768: 1}  # tokens per row -> rows
@@ -151,9 +150,7 @@ def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = command.Parser(description=summary, epilog=detail)
     add = result.add_argument
     add("--shapes", nargs="+", metavar="PATTERN", help="default: all but tiny; --list shows them")
     add("--list", action="store_true", help="print the names of shapes and implementations")
@@ -182,7 +179,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Time the selected shapes, and print a table."""
     if args.list:
         others = [name for name in args.given if name != "list"]
-        command.refuse(args, others, why="means nothing beside --list, which times nothing")
+        command.refuse(args, others, why="has no effect with --list, which times nothing")
     on_cpu = choice.device().platform == "cpu"
     if not on_cpu:
         command.refuse(args, ("interpreted",), why="applies to a CPU: here kernels are compiled")
@@ -201,7 +198,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     caches.use_compilation_cache()
     started, lines = time.monotonic(), []
     print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)
-    for shape, case in tqdm(cases.items(), unit="shape", smoothing=0):
+    for shape, case in progress.bar(cases.items(), unit="shape", smoothing=0):
         if time.monotonic() - started > limit:
             command.say(f"{shape}: left out, {limit // 60} minutes are over")
             continue

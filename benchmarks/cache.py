@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen_jax import PRESETS, meshes
 from qwen_jax.model import running
+from qwen_jax.runtime import command
 from train.planning import programs, topology
 from train.planning.programs import Program, Setting
 
@@ -61,7 +62,7 @@ def by_group(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Memory beside the cache, from the compilers.")
+    parser = command.Parser(description="Memory beside the cache, from the compilers.")
     parser.add_argument("--target", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "h100:1"])
     parser.add_argument("--length", nargs="+", type=int, default=[4096])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks import section
 from qwen_jax import meshes, model
@@ -39,7 +38,7 @@ from qwen_jax.generate.backend import attention_for
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
 from qwen_jax.model import Decoder
-from qwen_jax.runtime import caches, command
+from qwen_jax.runtime import caches, command, progress
 
 COLUMNS = (
     "model", "cache", "rows", "attention", "prefill tokens/s", "of product",
@@ -161,9 +160,7 @@ def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namesp
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = command.Parser(description=summary, epilog=detail)
     add, count = result.add_argument, {"type": command.positive, "metavar": "N"}
     models = ["qwen-1.8b", "qwen-7b"]
     add("--model", nargs="+", choices=list(PRESETS), default=models, help="default: 1.8B and 7B")
@@ -188,7 +185,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     dtype = "float32" if choice.device().platform == "cpu" else "bfloat16"
     print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)
     cells = [(c, b, a) for c in args.cache for b in args.batch for a in args.attention]
-    bar = tqdm(total=len(args.model) * len(cells), unit="line", smoothing=0)
+    bar = progress.bar(total=len(args.model) * len(cells), unit="line", smoothing=0)
     with meshes.entered(meshes.make()), bar:
         for size in args.model:
             decoder = _decoder(shape(size, args.layers, args.vocab), dtype)

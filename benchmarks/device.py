@@ -265,11 +265,10 @@ def write(out: Path, found: list[dict[str, Any]]) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python benchmarks/device.py",
         description=summary,
         epilog=detail,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add("--part", nargs="+", type=int, choices=PARTS, default=list(PARTS), help="default: all")
@@ -285,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace) -> None:
     """Run the selected tasks that are not measured yet. Raises ValueError if one fails."""
     if args.list:
-        command.refuse(args, ("again",), why="means nothing beside --list, which runs nothing")
+        command.refuse(args, ("again",), why="has no effect with --list, which runs nothing")
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         given = environment(args.rehearse, temporary / "site")

@@ -7,7 +7,6 @@ other, PyTorch with DeepSpeed ZeRO-2; its Q-LoRA is on Int4 weights. Ours are th
 for a device and the same batch. Rows are kept in `--cache`. Needs the `aot` extra.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ if not __package__:  # started as a file: this folder has a `train`, too
 
 from benchmarks import scaling
 from qwen_jax.meshes import hardware
+from qwen_jax.runtime import command
 
 LENGTHS = (256, 8192)
 LORA, EMBEDDINGS, INT8, WHOLE = "LoRA", "LoRA, embeddings trained", "LoRA on int8", "all weights"
@@ -46,7 +46,7 @@ MODELS = tuple(dict.fromkeys(model for model, _ in THEIRS))
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="What fine-tuning takes of one GPU.")
+    parser = command.Parser(description="What fine-tuning takes of one GPU.")
     parser.add_argument(
         "--only", nargs="*", default=[], choices=MODELS, metavar="MODEL", help=", ".join(MODELS)
     )

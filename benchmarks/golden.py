@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import qwen_jax
 from benchmarks import section
@@ -32,7 +31,7 @@ from qwen_jax import attention
 from qwen_jax.attention import agreement, workloads
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
-from qwen_jax.runtime import caches, command
+from qwen_jax.runtime import caches, command, progress
 from tests.support.golden_figures import GOLDEN, arrays, overrides, scalars, worst
 
 COLUMNS = ("what", "attention", "difference", "bound", "")
@@ -119,9 +118,7 @@ def measured(check: Check) -> Row | None:
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = command.Parser(description=summary, epilog=detail)
     add = result.add_argument
     add("--attention", nargs="+", metavar="NAME", help="default: all that run on this device")
     add("--length", type=command.positive, default=1024, help="of kernels (default: %(default)s)")
@@ -152,7 +149,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
             ]
         checks = [check for check in checks if fnmatch.fnmatch(check[0], args.only)]
         print(f"{choice.device().device_kind}, jax {jax.__version__}", flush=True)
-        for check in tqdm(checks, unit="check", smoothing=0):
+        for check in progress.bar(checks, unit="check", smoothing=0):
             row = measured(check)
             if row is not None:
                 rows.append(row)

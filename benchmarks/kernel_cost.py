@@ -22,7 +22,6 @@ are in bf16 with head dim 128 and as many key/value heads as query heads, on one
 `BEST` (for this project's kernels: `flash_tpu.CHIPS`); otherwise only those are compiled.
 """
 
-import argparse
 import dataclasses
 import datetime
 import functools
@@ -54,6 +53,7 @@ from qwen_jax.kernels import (
 )
 from qwen_jax.kernels.flash_tpu import TpuBlocks
 from qwen_jax.leaves.int8 import Int8
+from qwen_jax.runtime import command
 
 HEADS, DIM = 4, 128
 FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs per pair: 2 and 5 products
@@ -621,7 +621,7 @@ def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Cycles of attention kernels.")
+    parser = command.Parser(description="Cycles of attention kernels.")
     tables = ("flash", "masks", "decode", "gpu")
     parser.add_argument("table", nargs="*", help=", ".join(tables))
     parser.add_argument("--target", nargs="+", choices=aot.TPUS, help="default: v5e v5p v6e")

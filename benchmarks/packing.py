@@ -30,7 +30,7 @@ _ROW = 2048
 
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
-    result = argparse.ArgumentParser(description=(__doc__ or "").partition(": ")[2])
+    result = command.Parser(description=(__doc__ or "").partition(": ")[2])
     add = result.add_argument
     add("--millions", type=float, nargs="+", default=[2, 5, 20, 50], metavar="N", help="examples")
     add("--pack", nargs="+", choices=list(_MEAN), default=["joined", "fitted"])

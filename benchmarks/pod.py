@@ -20,6 +20,7 @@ from pathlib import Path
 if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from qwen_jax.runtime import command
 from train.planning import topology as topologies
 
 GB = 1e9
@@ -153,7 +154,7 @@ def table(cases: list[Case]) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command.Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("peer", "depth", "width"), default="peer")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -6,7 +6,6 @@ Compiles what a decode step does with its logits, for devices that need not be a
 `aot` extra.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,12 +18,13 @@ import jax.numpy as jnp
 from qwen_jax import PRESETS, meshes
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.meshes import sharding
+from qwen_jax.runtime import command
 from train.planning import collectives, programs, topology
 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Collectives and temporaries of sampling.")
+    parser = command.Parser(description="Collectives and temporaries of sampling.")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--mesh", default="data=2,tp=4")
     parser.add_argument("--batch", type=int, default=64, help="rows B")

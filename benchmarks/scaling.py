@@ -10,7 +10,6 @@ smallest one lacks. Each compilation has a process of its own, so one that dies 
 Rows are kept in `--cache` and not compiled again. Needs the `aot` extra.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -24,7 +23,7 @@ from typing import Any
 if not __package__:  # started as a file: this folder has a `train`, too
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from qwen_jax.runtime import paths
+from qwen_jax.runtime import command, paths
 
 MODELS = ("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b")
 TOPOLOGIES = (
@@ -62,7 +61,7 @@ TASKS = (
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Tables of models and machines.")
+    parser = command.Parser(description="Tables of models and machines.")
     parser.add_argument("--only", nargs="*", default=[], help="models and topologies to make")
     parser.add_argument("--cache", type=Path, default=Path(".cache/scaling.jsonl"))
     parser.add_argument("--tries", type=int, default=3, help="programs compiled for a row")

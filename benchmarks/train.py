@@ -47,7 +47,6 @@ if not __package__:  # started as a file: this folder has a `train`, too
 import jax
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import trange
 
 from benchmarks import section
 from benchmarks.generate import processor
@@ -60,7 +59,7 @@ from qwen_jax.kernels import choice
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes import hardware
 from qwen_jax.model import lora
-from qwen_jax.runtime import caches, command
+from qwen_jax.runtime import caches, command, progress
 from train import step
 from train.data.batch import Batch
 from train.data.batches import batch_of, place
@@ -319,7 +318,9 @@ def measure(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     each does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in trange(rounds + 1, unit="round", disable=len(programs) < 2, leave=False):
+    for turn in progress.bar(
+        range(rounds + 1), unit="round", disable=len(programs) < 2, leave=False
+    ):
         for name, program in programs.items():
             started = time.perf_counter()
             jax.block_until_ready(program())
@@ -520,9 +521,7 @@ def head(argv: list[str]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     summary, _, detail = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = command.Parser(description=summary, epilog=detail)
     add, count = result.add_argument, {"type": command.positive, "metavar": "N"}
     names = [SMALL, *PRESETS]
     add("--model", nargs="+", choices=names, help="default: small on a CPU, else 1.8B and 7B")

@@ -16,11 +16,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt8
-from tqdm import tqdm
 
 from convert.folder import ITEM_BYTES
 from qwen_jax.checkpoint.store import Band
-from qwen_jax.runtime import paths, processes
+from qwen_jax.runtime import paths, processes, progress
 
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor
@@ -243,13 +242,12 @@ def run(what: str, jobs: Iterable[Job], *, done: int = 0, workers: int = 2) -> N
     executor = ThreadPoolExecutor(workers)
     if processes.count() > 1:
         what = f"{what} (share of process 0)"
-    bar = tqdm(
+    bar = progress.bar(
         desc=what,
         total=total,
         initial=done,
         unit="B",
         unit_scale=True,
-        mininterval=0.5,
         disable=processes.index() > 0,
     )
     try:

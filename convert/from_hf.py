@@ -25,7 +25,7 @@ from convert import folder, names, shares, target
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store, token_ids
 from qwen_jax.config import Config
-from qwen_jax.runtime import command, paths, processes
+from qwen_jax.runtime import command, paths, process_options, processes
 from qwen_jax.runtime.texts import read_json
 
 EXAMPLES = """examples:
@@ -68,24 +68,23 @@ class ImportPlan:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python convert/from_hf.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add("src", metavar="SRC", help="a folder, or a model on the hub such as Qwen/Qwen-7B")
     add("dst", metavar="DST", help="the model directory to make")
-    add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's)")
+    add("--dtype", choices=folder.CODES, help="dtype to store (default: that of the checkpoint)")
     add(
         "--mesh",
-        metavar="AXES",
+        metavar="SPEC",
         help="cut the files into the shards of this mesh: axes data, fsdp, context and tp, such as "
         "fsdp=4,tp=2 (default: whole arrays, as for one device)",
     )
     add("--verify", action="store_true", help="compare every tensor with the source at the end")
-    command.add_processes(result)
+    process_options.add(result)
     command.add_debug(result)
     return result
 
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    command.join(args)
+    process_options.join(args)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
@@ -326,13 +325,13 @@ def _as_stored(plan: ImportPlan, dtype: str | None, *, cut: bool) -> ImportPlan:
     stored = manifest["dtype"]
     if dtype not in (None, stored):
         raise ValueError(
-            f"{plan.target} holds {stored}, not {dtype}: drop --dtype, or convert to another place"
+            f"{plan.target} holds {stored}, not {dtype}: leave out --dtype, or give another DST"
         )
     mesh = {axis: n for axis, n in manifest.get("mesh", {}).items() if n > 1}
     if cut and mesh != {axis: n for axis, n in plan.facts["mesh"].items() if n > 1}:
         raise ValueError(
-            f"{plan.target} is in the pieces of another mesh: drop --mesh, or convert to another "
-            "place"
+            f"{plan.target} is cut for another mesh than --mesh: leave out --mesh, or give "
+            "another DST"
         )
     return dataclasses.replace(plan, leaves=store.read_leaves(plan.params, stored))
 

@@ -28,7 +28,7 @@ from convert.export import ExportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, inspection, store, token_ids
 from qwen_jax.config import Config
-from qwen_jax.runtime import command, paths, processes
+from qwen_jax.runtime import command, paths, process_options, processes
 
 EXAMPLES = """examples:
   python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB
@@ -42,11 +42,10 @@ and DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python convert/to_hf.py",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add("src", metavar="SRC", help="a model directory")
@@ -69,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare every tensor with SRC (and --adapter) at the end",
     )
-    command.add_processes(result)
+    process_options.add(result)
     command.add_debug(result)
     return result
 
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    command.join(args)
+    process_options.join(args)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it

@@ -24,6 +24,14 @@ import tiktoken
 from qwen_jax.chat.tokenizer import PATTERN, Tokenizer
 from qwen_jax.runtime import command, lock, paths, texts, values
 
+_EXAMPLES = """example:
+  python -m qwen_jax.expand_vocab qwen.tiktoken words.txt extra.tiktoken
+
+Words already in the vocabulary are skipped; words that the pre-tokenizer splits (with a space or a
+digit inside, for example) are refused with a warning. The model needs a row of its embedding for
+every new id: checkpoints have some to spare (see vocab_size in config.json).
+"""
+
 
 def read_words(path: str | Path) -> dict[str, int]:
     """Read a file of lines "word<TAB>frequency"; return the frequency of each NFC-normalised word.
@@ -173,7 +181,9 @@ def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int 
     tokenizer = Tokenizer.from_file(vocab_file)
     first = len(tokenizer) if start_id is None else start_id
     if first < len(tokenizer):
-        raise ValueError(f"--start-id {first}: ids below {len(tokenizer)} are taken")
+        raise ValueError(
+            f"--start-id {first}: must be at least {len(tokenizer)}, as smaller ids are taken"
+        )
     words = read_words(words_file)
     for word in splittable(words):
         print(f"warning: {word!r} refused: the pre-tokenizer splits it", file=sys.stderr)
@@ -188,42 +198,46 @@ def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int 
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m qwen_jax.expand_vocab`, and return its exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    result = command.Parser(
         prog="python -m qwen_jax.expand_vocab",
         description="Learn tokens for the words of WORDS_FILE and write them to OUT_FILE, an "
-        "expansion that is loaded beside the vocabulary.",
-        epilog="Words already in the vocabulary are skipped; words that the pre-tokenizer splits "
-        "(with a space or a digit inside, for example) are refused with a warning. The model "
-        "needs a row of its embedding for every new id: checkpoints have some to spare (see "
-        "vocab_size in config.json).",
+        "expansion that is\nloaded beside the vocabulary: "
+        "Tokenizer.from_file(VOCAB_FILE, extra_vocab_file=OUT_FILE).",
+        epilog=_EXAMPLES,
     )
-    parser.add_argument(
-        "vocab_file", metavar="VOCAB_FILE", type=command.path, help="the vocabulary, qwen.tiktoken"
-    )
-    parser.add_argument(
+    add = result.add_argument
+    add("vocab_file", metavar="VOCAB_FILE", type=command.path, help="the vocabulary, qwen.tiktoken")
+    add(
         "words_file",
         metavar="WORDS_FILE",
         type=command.path,
         help="UTF-8 lines 'word<TAB>frequency'; without a frequency it is 1",
     )
-    parser.add_argument(
-        "out_file", metavar="OUT_FILE", type=command.path, help="expansion; must not exist"
+    add(
+        "out_file",
+        metavar="OUT_FILE",
+        type=command.path,
+        help="the expansion to write; must not exist yet",
     )
-    parser.add_argument(
+    add(
         "--start-id",
         type=int,
-        metavar="ID",
+        metavar="N",
         help="id of the first new token (default: the first after the special tokens, "
         "151851 for qwen.tiktoken)",
     )
-    command.add_debug(parser)
+    command.add_debug(result)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m qwen_jax.expand_vocab`, and return its exit code."""
 
     def work(args: argparse.Namespace) -> None:
         expand(args.vocab_file, args.words_file, out_file=args.out_file, start_id=args.start_id)
 
-    return command.run(parser, work, argv=None if argv is None else list(argv))
+    return command.run(parser(), work, argv=None if argv is None else list(argv))
 
 
 if __name__ == "__main__":

@@ -132,6 +132,39 @@ def test_every_option_says_its_default_and_its_names(module: str) -> None:
     assert not found, "the help lacks these"
 
 
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_option_says_what_it_takes(module: str) -> None:
+    """Not argparse's own `--accumulate ACCUMULATE`."""
+    found = [
+        action.dest
+        for _, action in options(module)
+        if action.nargs != 0 and action.metavar is None and action.choices is None
+    ]
+    assert not found, "these need a metavar such as N, DIR, FILE, NAME or SPEC"
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_ends_with_the_usual_use(module: str) -> None:
+    for parser in parsers(module):
+        assert f"  {parser.prog}" in (parser.epilog or "")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize("wrong", [["--no-such-option"], ["--debug=1"], []])
+def test_a_usage_error_is_one_line(
+    module: str, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a list of all options, which its help has: the line says how it is called."""
+    for parser in parsers(module):
+        if not wrong and not any(action.required for action in parser._actions):
+            continue
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(wrong)
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and err.endswith(f" (see {parser.prog} --help)\n")
+        assert err.count("\n") == 1 and not out
+
+
 def test_an_option_without_them_is_found() -> None:
     parser = argparse.ArgumentParser()
     for name, settings in {

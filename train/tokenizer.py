@@ -24,11 +24,11 @@ _BYTES, _MOST = 256, 10**7
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python train/tokenizer.py",
-        description="Learn a vocabulary from text and write it as a qwen.tiktoken.",
+        description="Learn a vocabulary from text and write it as a qwen.tiktoken: for a model of "
+        "one's own,\nwhich `python train/pretrain.py --tokenizer FILE` trains.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add(
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="JSONL, JSON, Parquet or text (a text file is one document)",
+        help="text to learn from (required): JSONL, JSON, Parquet, or text, which is one document",
     )
     add(
         "--field",
@@ -50,14 +50,15 @@ def parser() -> argparse.ArgumentParser:
         type=command.positive,
         default=4096,
         metavar="N",
-        help="tokens, with the 256 bytes, without the control tokens (default: %(default)s)",
+        help="tokens to learn; this counts the 256 bytes, and not the control tokens that come "
+        "after them (default: %(default)s)",
     )
     add(
         "--out",
         type=command.path,
         required=True,
         metavar="FILE",
-        help="the qwen.tiktoken to write; must not exist yet (its folder need not)",
+        help="the qwen.tiktoken to write (required); must not exist yet (its folder need not)",
     )
     command.add_debug(result)
     return result
@@ -65,9 +66,11 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> None:
     if args.size <= _BYTES:
-        raise command.UsageError(f"--size {args.size}: the {_BYTES} bytes alone are tokens")
+        raise command.UsageError(
+            f"--size {args.size}: must be more than {_BYTES}, as every byte is a token"
+        )
     if args.size > _MOST:
-        raise command.UsageError(f"--size {args.size}: {_MOST:,} at most")
+        raise command.UsageError(f"--size {args.size}: must be at most {_MOST}")
     with lock.alone(args.out, args.out.with_name(f"{args.out.name}.lock")):
         if args.out.exists():
             raise ValueError(f"{args.out} exists: give another --out, or remove it")
@@ -129,7 +132,7 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
     tokens = [bytes(of_letter[letter] for letter in token) for token, _ in learned]
     if len(tokens) < size:
         raise ValueError(
-            f"the texts give {len(tokens)} tokens, not {size}: give more, or less --size"
+            f"the texts give {len(tokens)} tokens, not {size}: give more text, or a smaller --size"
         )
     ordered = [*sorted(t for t in tokens if len(t) == 1), *(t for t in tokens if len(t) > 1)]
     return {token: rank for rank, token in enumerate(ordered)}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.attention import agreement, block_grids, workloads
-from qwen_jax.runtime import caches, command, lock, paths
+from qwen_jax.runtime import caches, command, lock, paths, progress
 
 _EXAMPLES = """\
 On a machine with the device that is to be measured, and with nothing else running on it:
@@ -44,74 +44,18 @@ _FINALISTS = 3  # how many block sizes of a kernel take part in the last run
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python -m qwen_jax.kernels.tune",
         description="Time attention on this device, for the table that `auto` chooses by.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = result.add_argument
-    add(
-        "--kernel",
-        nargs="+",
-        metavar="NAME",
-        help=f"time only these: {command.ATTENTION.removeprefix('auto, ')}; default: all",
-    )
-    tasks = ("forward", "backward", "decode")
-    add(
-        "--task",
-        nargs="+",
-        choices=tasks,
-        default=list(tasks),
-        help="passes to time (default: forward backward decode)",
-    )
-    add(
-        "--head-dim",
-        type=command.positive,
-        default=128,
-        metavar="N",
-        help="width of a head (default: 128)",
-    )
-    dtypes = ("bfloat16", "float16", "float32")
-    add(
-        "--dtype",
-        choices=dtypes,
-        default="bfloat16",
-        help="dtype of queries, keys and values (default: bfloat16)",
-    )
-    add(
-        "--length",
-        nargs="+",
-        type=command.positive,
-        default=[2048, 8192, 32768],
-        metavar="N",
-        help="tokens per row; of decode, slots of the cache (default: 2048 8192 32768)",
-    )
-    add(
-        "--heads",
-        type=command.positive,
-        default=32,
-        metavar="N",
-        help="query heads, and as many key heads (default: 32)",
-    )
-    add(
-        "--batch",
-        type=command.positive,
-        metavar="N",
-        help="rows (default: as many as make 16384 tokens; 8 for decode)",
-    )
-    add(
-        "--rounds",
-        type=command.positive,
-        default=9,
-        metavar="N",
-        help="times that each finalist is timed, in turns, at the end (default: 9)",
-    )
-    add(
+    _case_options(result.add_argument_group("what is timed"))
+    result.add_argument(
         "--out",
         type=command.path,
         metavar="FILE",
-        help="JSON file for the results (default: the package's own table)",
+        help="JSON file for the results, which are added to its lines (default: the package's own "
+        "table)",
     )
     kept = result.add_mutually_exclusive_group()
     kept.add_argument(
@@ -124,6 +68,51 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _case_options(group: Any) -> None:
+    add, tasks = group.add_argument, ("forward", "backward", "decode")
+    add(
+        "--kernel",
+        nargs="+",
+        metavar="NAME",
+        help=f"time only these: {command.ATTENTION.removeprefix('auto, ')}; default: all",
+    )
+    add(
+        "--task",
+        nargs="+",
+        choices=tasks,
+        default=list(tasks),
+        metavar="NAME",
+        help="passes to time: forward, backward, decode (default: forward backward decode)",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="dtype of queries, keys and values (default: bfloat16)",
+    )
+    add(
+        "--length",
+        nargs="+",
+        type=command.positive,
+        default=[2048, 8192, 32768],
+        metavar="N",
+        help="tokens per row; of decode, slots of the cache (default: 2048 8192 32768)",
+    )
+    for name, default, what in (
+        ("--head-dim", 128, "width of a head"),
+        ("--heads", 32, "query heads, and as many key heads"),
+        ("--rounds", 9, "times that each finalist is timed, in turns, at the end"),
+    ):
+        told = f"{what} (default: %(default)s)"
+        add(name, type=command.positive, default=default, metavar="N", help=told)
+    add(
+        "--batch",
+        type=command.positive,
+        metavar="N",
+        help="rows (default: as many as make 16384 tokens; 8 for decode)",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     return command.run(parser(), _work, argv=argv)
 
@@ -132,7 +121,9 @@ def _work(args: argparse.Namespace) -> None:
     for alone in ("show", "forget"):
         if getattr(args, alone):
             others = [name for name in args.given if name not in (alone, "debug")]
-            command.refuse(args, others, why=f"means nothing beside --{alone}, which times nothing")
+            command.refuse(
+                args, others, why=f"has no effect with --{alone}, which times nothing: leave it out"
+            )
     if args.show:
         print(shown())
         return
@@ -162,9 +153,8 @@ def _work(args: argparse.Namespace) -> None:
     names = args.kernel or workloads.available(registry.IMPLEMENTATIONS)
     cases = [case for task in args.task for case in _cases(args, task)]
     total = sum(block_grids.steps(name, case.task) for name in names for case in cases)
-    from tqdm import tqdm
 
-    with tqdm(total=total, unit="program", smoothing=0) as bar:
+    with progress.bar(total=total, unit="program", smoothing=0) as bar:
         for case in cases:
             bar.set_description(f"{case.task} {case.stored} {case.length}")
             lines = _tuned(case, names, rounds=args.rounds, bar=bar)

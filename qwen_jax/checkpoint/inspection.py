@@ -44,9 +44,10 @@ _SIZES = {
 
 def parser() -> argparse.ArgumentParser:
     """Build the argument parser of `python -m qwen_jax.checkpoint`."""
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python -m qwen_jax.checkpoint",
         description="Look at model directories. `inspect --help` says more.",
+        epilog="example:\n  python -m qwen_jax.checkpoint inspect models/qwen-7b",
     )
     command.add_version(result)
     commands = result.add_subparsers(required=True, metavar="COMMAND")
@@ -55,10 +56,15 @@ def parser() -> argparse.ArgumentParser:
         help="what a directory holds, and whether it is whole",
         description="Print what a model directory holds, and whether it is whole.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("dir", metavar="DIR", help="a model directory")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.add_argument(
+        "dir",
+        metavar="DIR",
+        help="a model directory, as `python convert/from_hf.py` and training write them",
+    )
+    inspect.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of text"
+    )
     command.add_debug(inspect)
     return result
 

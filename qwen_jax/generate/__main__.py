@@ -10,10 +10,11 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qwen_jax.generate import prompts
-from qwen_jax.runtime import caches, command
+from qwen_jax.generate import generate_options
+from qwen_jax.generate.generate_options import parser
+from qwen_jax.runtime import caches, command, process_options
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -22,198 +23,6 @@ if TYPE_CHECKING:
     from qwen_jax.generate.language_model import LanguageModel
     from qwen_jax.generate.results import TextTask
 
-_EXAMPLES = """examples:
-  python -m qwen_jax.generate --ckpt DIR --prompt "The capital of France is"
-  python -m qwen_jax.generate --ckpt DIR --chat "Who are you?" --temperature 0
-  python -m qwen_jax.generate --ckpt DIR --prompt-file story.txt --max-new-tokens 200 --json
-  python -m qwen_jax.generate --ckpt DIR --prompt "Names for a whale:" --samples 5 --stop .
-  python -m qwen_jax.generate --ckpt DIR --prompts questions.jsonl --json > answers.jsonl
-  python -m qwen_jax.generate --ckpt DIR --bench --dtype bfloat16
-  python -m qwen_jax.generate --ckpt DIR --prompt-file long.txt --set seq_length=2048
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="python -m qwen_jax.generate",
-        description="Generate text from a directory written by `python convert/from_hf.py`.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = result.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="model directory")
-    source = result.add_argument_group("prompts (one is required, but not with --bench)")
-    source = source.add_mutually_exclusive_group()
-    source.add_argument("--prompt", type=command.text, metavar="TEXT", help="continue this text")
-    source.add_argument("--prompt-file", metavar="FILE", help="continue this file's text (UTF-8)")
-    source.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help='continue each line of this file; of FILE.jsonl each JSON text, or {"prompt": TEXT}',
-    )
-    source.add_argument(
-        "--chat", type=command.text, metavar="TEXT", help="answer this, as a chat model does"
-    )
-    source.add_argument(
-        "--chats",
-        metavar="FILE",
-        help="answer each line of this file, which is in the form of --prompts",
-    )
-    result.add_argument(
-        "--bench",
-        action="store_true",
-        help="print no text, but the speed of prefill and decoding and the share of memory "
-        "bandwidth, for the prompt or 128 random tokens",
-    )
-    sampling = result.add_argument_group("sampling (defaults: the checkpoint's generation_config)")
-    add = sampling.add_argument
-    add("--max-new-tokens", type=command.positive, metavar="N", help="make at most N tokens")
-    add("--temperature", type=float, metavar="T", help="0: take the likeliest token")
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw from the most likely tokens that together have probability P",
-    )
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: from all")
-    add("--repetition-penalty", type=float, metavar="R", help="1: none; above: fewer repeats")
-    add("--seed", type=int, default=0, metavar="S", help="same seed, same text (default: 0)")
-    add(
-        "--samples",
-        type=command.positive,
-        default=1,
-        metavar="N",
-        help="draw N texts for each prompt, with seeds S, S+1, ... (default: 1)",
-    )
-    add(
-        "--stop",
-        type=command.text,
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before TEXT, as well as at the checkpoint's stops; repeatable (default: none)",
-    )
-    add(
-        "--batch-size",
-        type=command.positive,
-        metavar="N",
-        help="generate N texts at once, which does not change any of them (default: 8)",
-    )
-    add(
-        "--system",
-        type=command.text,
-        metavar="TEXT",
-        help="system prompt of --chat and --chats (default: You are a helpful assistant.)",
-    )
-    model = result.add_argument_group("model")
-    add = model.add_argument
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
-    add(
-        "--cache-dtype",
-        choices=("int8", "int8_asymmetric"),
-        help="8 bits for the KV cache, symmetric or with zero points (default: as --dtype)",
-    )
-    add(
-        "--attention",
-        default="auto",
-        metavar="NAME",
-        help="implementation of attention: auto tests this device's kernels once, and takes the "
-        "fastest that is right; any other is taken without a test. "
-        f"{command.ATTENTION}; default: auto",
-    )
-    add(
-        "--max-length",
-        type=command.positive,
-        metavar="N",
-        help="most tokens of a row, prompt and new ones (default: what config.json allows)",
-    )
-    add(
-        "--mesh",
-        metavar="SPEC",
-        help="axes data, fsdp and tp, such as fsdp=2,tp=4 (default: as many devices as divide "
-        "the model, on tp first)",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config value by its Hugging Face name, VALUE in JSON; repeatable "
-        "(default: as config.json has them)",
-    )
-    add(
-        "--ntk",
-        choices=("prompt", "total"),
-        default="prompt",
-        help="length that sets dynamic NTK's alpha: the prompt's, or the total with new tokens "
-        "(default: %(default)s)",
-    )
-    result.add_argument("--json", action="store_true", help="print a JSON object for each text")
-    command.add_processes(result)
-    caches.add_compilation_cache(result)
-    command.add_debug(result)
-    return result
-
-
-def sampler(args: argparse.Namespace, default: Any) -> Any:
-    """Make a sampler from the command line's settings, or else those of the sampler `default`."""
-    from qwen_jax.checkpoint.generation_config import make_sampler
-
-    names = ("temperature", "top_k", "top_p", "repetition_penalty")
-    off = (1.0, 0, 1.0, 1.0)
-    given = [getattr(args, name) for name in names]
-    settings: dict[str, Any] = {
-        name: getattr(default, name, none) if value is None else value
-        for name, value, none in zip(names, given, off, strict=True)
-    }
-    draw = hasattr(default, "temperature") or any(value is not None for value in given[:3])
-    try:
-        return make_sampler(draw, **settings)
-    except ValueError as error:
-        raise command.UsageError(str(error)) from None
-
-
-_DRAWS = ("top_k", "top_p", "seed", "samples")
-
-
-def _refuse_idle(args: argparse.Namespace) -> None:
-    """Raise UsageError for an option that has no effect in combination with the others."""
-    if args.bench:
-        names = ("temperature", *_DRAWS, "repetition_penalty", "stop", "ntk")
-        how = "means nothing beside --bench, which draws no text: drop it"
-        command.refuse(args, names, why=how)
-        how = "is of several prompts: --bench takes one, with --prompt, --prompt-file or --chat"
-        command.refuse(args, ("prompts", "chats"), why=how)
-        if args.max_new_tokens == 1:
-            raise command.UsageError("--max-new-tokens 1: --bench times the tokens after the first")
-    if args.temperature == 0:
-        how = "means nothing beside --temperature 0, which draws nothing: drop one of them"
-        command.refuse(args, _DRAWS, why=how)
-    if args.samples == 1 and args.prompts is None and args.chats is None:
-        how = "is of several texts: give --prompts, --chats or --samples"
-        command.refuse(args, ("batch_size",), why=how)
-    if args.system is not None and args.chat is None and args.chats is None:
-        raise command.UsageError("--system goes with --chat or --chats")
-
-
-def prompt_texts(args: argparse.Namespace) -> list[str]:
-    """Return the prompts to continue or answer; an empty list with --bench and no prompt."""
-    if (file := args.prompts or args.chats) is not None:
-        found = prompts.read(file)
-    else:
-        one = args.prompt if args.chat is None else args.chat
-        if args.prompt_file is not None:
-            one = prompts.whole(args.prompt_file)
-        found = [] if one is None else [one]
-    if not found and not args.bench:
-        raise command.UsageError(
-            "give one of --prompt, --prompt-file, --prompts, --chat, --chats or --bench"
-        )
-    answers = args.chat is not None or args.chats is not None
-    if not all(text.strip() if answers else text for text in found):
-        raise command.UsageError("empty prompt: give some text")
-    return found
-
 
 def describe(args: argparse.Namespace) -> "Description":
     """Read the model directory without its weights, with --set and --max-length applied."""
@@ -221,8 +30,10 @@ def describe(args: argparse.Namespace) -> "Description":
 
     about = description.read(args.ckpt, command.overrides(args.set), max_length=args.max_length)
     if not about.config.dynamic_ntk:
-        how = "is of dynamic NTK, which this model has not: add --set use_dynamic_ntk=true"
-        command.refuse(args, ("ntk",), why=how)
+        how = (
+            "applies only to dynamic NTK, which this model's config.json turns off: leave it out, "
+        )
+        command.refuse(args, ("ntk",), why=f"{how}or add --set use_dynamic_ntk=true")
     return about
 
 
@@ -272,8 +83,8 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
     used = {device.process_index for device in made.devices.flat}
     if idle := [str(i) for i in range(processes.count()) if i not in used]:
         raise command.UsageError(
-            f"mesh {meshes.describe(sizes)} has no device of process {', '.join(idle)}: take "
-            f"one of {jax.device_count()} devices"
+            f"mesh {meshes.describe(sizes)} uses no device of process {', '.join(idle)}: give a "
+            f"--mesh of {jax.device_count()} devices"
         )
     return made
 
@@ -298,10 +109,10 @@ def tasks(
 
 
 def work(args: argparse.Namespace) -> None:
-    command.join(args)
-    _refuse_idle(args)
-    given = prompt_texts(args)
-    sampler(args, None)
+    process_options.join(args)
+    generate_options.refuse_idle(args)
+    given = generate_options.prompt_texts(args)
+    generate_options.sampler(args, None)
     # Invalid arguments are found before the weights are read.
     from qwen_jax import chat
     from qwen_jax.generate import backend, bench, completion, description, results
@@ -322,7 +133,7 @@ def work(args: argparse.Namespace) -> None:
         result = bench.run(load(args, about, sizes), new, ids=ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
-    choose = sampler(args, about.generation_config.sampler)
+    choose = generate_options.sampler(args, about.generation_config.sampler)
     if args.samples > 1 and not hasattr(choose, "temperature"):
         raise command.UsageError(
             f"--samples {args.samples}: this checkpoint takes the most likely token, so all would "

@@ -33,9 +33,10 @@ def read(path: str | Path) -> list[str]:
             passed |= dict.fromkeys(others)
         found.append(line)
     if not found:
-        raise ValueError(f"{path} has no prompts: give one a line")
+        raise ValueError(f"{path} has no prompts: write one on each line")
     if passed:
-        command.say(f"note: {path}: of each record its prompt is read, not {', '.join(passed)}")
+        others = ", ".join(passed)
+        command.say(f'note: {path}: only the "{_KEY}" of each record is used, not {others}')
     digest = hashlib.sha256("\0".join(found).encode()).hexdigest()
     processes.agree("prompts", f"{len(found)} of digest {digest[:16]}")
     return found
@@ -49,11 +50,14 @@ def _record(line: str, where: str) -> tuple[str, list[str]]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError(f"{where}: not valid JSON: a file named .jsonl has JSON lines") from None
+        raise ValueError(
+            f"{where}: not valid JSON: each line of a .jsonl file must be a JSON text or object"
+        ) from None
     others = []
     if isinstance(value, dict):
         if _KEY not in value:
-            raise ValueError(f'{where}: has no "{_KEY}", but {", ".join(map(repr, value))}')
+            keys = ", ".join(map(repr, value)) or "no key at all"
+            raise ValueError(f'{where}: has no "{_KEY}", but {keys}: name the prompt "{_KEY}"')
         others = [key for key in value if key != _KEY]
         value = value[_KEY]
     prompt = texts.check_whole(f"{where}: the prompt", value)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from qwen_jax.generate import completion
 from qwen_jax.generate.completion import Request, Row, TextRules
 from qwen_jax.generate.language_model import LanguageModel
-from qwen_jax.runtime import command, processes
+from qwen_jax.runtime import command, processes, progress
 
 _SHOWN = 60  # characters of a prompt in a heading
 
@@ -98,7 +98,7 @@ def write_many(
         model, [task.request for task in wanted], rules=rules, batch_size=width
     )
     hidden = processes.index() > 0
-    with tqdm(total=len(wanted), unit="text", leave=False, disable=hidden) as bar:
+    with progress.bar(total=len(wanted), unit="text", leave=False, disable=hidden) as bar:
         for rows in batches:
             done = [(next(waiting), row) for row in rows]
             texts = [

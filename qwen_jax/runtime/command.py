@@ -15,9 +15,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from qwen_jax.runtime import errors, paths, processes, rendezvous
+from qwen_jax.runtime import errors, paths, processes, texts
 
 # The names of `attention.IMPLEMENTATIONS`, for --help texts, which do not import jax.
 ATTENTION = (
@@ -30,6 +30,24 @@ _RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may r
 
 class UsageError(ValueError):
     """Raised for invalid or contradictory arguments; the command exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a usage error in one line, without the list of all options,
+    and whose help keeps the line breaks of its description and examples.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {_with_help(self, message)}\n")
+
+
+def _with_help(parser: argparse.ArgumentParser, message: str) -> str:
+    """A usage error in one line, with the command that prints the help."""
+    return f"{texts.printable(' '.join(message.split()))} (see {parser.prog} --help)"
 
 
 def run(
@@ -66,7 +84,9 @@ def run(
             _flush()
         processes.await_verdict(error)
         detail = errors.explain(error, vars(args))
-        code = 2 if isinstance(error, UsageError) else 1
+        code = 1
+        if isinstance(error, UsageError):
+            code, detail = 2, _with_help(parser, detail)
         if processes.count() > 1:
             processes.failed(detail, code)
         say(f"error: {detail}")
@@ -101,6 +121,18 @@ def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
     for name in names:
         if name in args.given:
             raise UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+def check_new(option: str, path: Path) -> None:
+    """Raise UsageError unless the file that an option names can be made: its folder exists, and
+    nothing is at its place that would be replaced.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: is a folder; name a file")
+    if path.exists():
+        raise UsageError(f"{option} {path}: exists already; name another file, or remove it")
+    if not paths.is_place(path):
+        raise UsageError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
@@ -195,97 +227,6 @@ class _Version(argparse.Action):
         jax, python = metadata.version("jax"), sys.version.split()[0]
         print(f"qwen_jax {VERSION} (jax {jax}, Python {python})")
         parser.exit()
-
-
-def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a run in several processes, such as `--coordinator`; `join` reads them."""
-    group = parser.add_argument_group("several processes, on one host or many (docs/hosts.md)")
-    add = group.add_argument
-    add(
-        "--distributed",
-        action="store_true",
-        help="join the processes of this TPU pod, Slurm job or other cluster that jax recognises",
-    )
-    add(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="address of process 0 with a free port; goes with --processes and --process "
-        "(default: one process, or as found by --distributed)",
-    )
-    add(
-        "--processes",
-        type=positive,
-        metavar="N",
-        help="how many processes there are (default: one, or as found by --distributed)",
-    )
-    add(
-        "--process",
-        type=int,
-        metavar="I",
-        help="the number of this process, from 0 (default: as found by --distributed)",
-    )
-    add(
-        "--start-timeout",
-        type=positive,
-        default=300,
-        metavar="SECONDS",
-        help="how long to wait for all processes to start (default: %(default)s)",
-    )
-    add(
-        "--heartbeat-timeout",
-        type=positive,
-        default=30,
-        metavar="SECONDS",
-        help="a process that is silent for this long counts as dead (default: %(default)s)",
-    )
-
-
-def join(args: argparse.Namespace) -> None:
-    """Join the processes of a run, if the options of `add_processes` describe several.
-
-    Must be called before jax is used. Raises UsageError for options that contradict each other, and
-    ValueError if the processes were started with different arguments.
-    """
-    named = (args.coordinator, args.processes, args.process)
-    if not args.distributed and named == (None, None, None):
-        how = "applies to several processes: add --distributed, or --coordinator and its like"
-        refuse(args, ("start_timeout", "heartbeat_timeout"), why=how)
-        return
-    if not args.distributed and None in named:
-        raise UsageError(
-            "give all of --coordinator, --processes and --process, or --distributed to have them "
-            "found"
-        )
-    try:
-        if args.coordinator is not None:
-            rendezvous.address(args.coordinator)
-        if None not in named and not 0 <= args.process < args.processes:
-            last = args.processes - 1
-            raise ValueError(f"process {args.process} of {args.processes}: numbers are 0 to {last}")
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
-    processes.initialize(*named, args.start_timeout, args.heartbeat_timeout)
-    if processes.count() > 1:
-        _keep_stdout(processes.index() == 0)
-        own = ("coordinator", "processes", "process", "distributed", "given")
-        options = {name: str(x) for name, x in vars(args).items() if name not in own}
-        processes.agree("arguments", json.dumps(options))
-
-
-def _keep_stdout(shown: bool) -> None:
-    """Reserve stdout for what Python prints; native libraries would print messages to it as well.
-
-    shown: whether this process prints to stdout at all; otherwise its output is discarded.
-
-    Native output is discarded, or sent to stderr if NCCL_DEBUG is set, because NVIDIA's NCCL then
-    writes its report to stdout.
-    """
-    sys.stdout.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    kept = os.dup(1) if shown else nowhere
-    os.dup2(2 if "NCCL_DEBUG" in os.environ else nowhere, 1)
-    encoding, errors = sys.stdout.encoding, sys.stdout.errors
-    sys.stdout = os.fdopen(kept, "w", encoding=encoding, errors=errors)
 
 
 def positive(text: str) -> int:

@@ -144,7 +144,8 @@ def meet(me: Joined) -> bool:
 
 def say(me: Joined, line: str) -> None:
     """Write an error line to stderr's file descriptor, past Python's buffers."""
-    start = "\n" if "tqdm" in sys.modules and me.index == 0 else ""  # below a progress bar
+    moves = "tqdm" in sys.modules and me.index == 0 and os.isatty(2)  # there is a progress bar
+    start = "\n" if moves else ""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     line = f"{start}error: {' '.join(line.split())}\n"
     os.write(2, line.encode(encoding, "backslashreplace"))

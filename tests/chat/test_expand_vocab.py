@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         (lambda f: [f[1], *f[1:]], "expected 'base64 id'"),
         (lambda f: [f[0], f[0] + "/..", f[2]], "directory"),
         (lambda f: [f[0], f[1], f[2] + "/no/out"], "no such folder"),
-        (lambda f: [*f, "--start-id", "468"], "ids below 469 are taken"),
+        (lambda f: [*f, "--start-id", "468"], "--start-id 468: must be at least 469"),
     ],
 )
 def test_errors_are_one_line(files, capsys, change, message):

@@ -386,7 +386,7 @@ def test_bad_places(tmp_path, source, model, capfd):
     )
     assert "holds float32, not float16" in last_line(capfd)
     assert from_hf.main([*map(str, (source, tmp_path / "done")), "--verify", "--mesh=tp=2"]) == 1
-    assert "is in the pieces of another mesh: drop --mesh" in last_line(capfd)
+    assert "is cut for another mesh than --mesh: leave out --mesh" in last_line(capfd)
     assert from_hf.main([*map(str, (source, tmp_path / "done")), "--verify", "--mesh=tp=1"]) == 0
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -112,7 +112,7 @@ def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     code, out, err = run(capsys, *settings, "--prompts", str(records))
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [x["index"] for x in found] == [0, 1]
-    assert f"note: {records}: of each record its prompt is read, not id\n" in err
+    assert f'note: {records}: only the "prompt" of each record is used, not id\n' in err
     alone = json.loads(run(capsys, *settings, "--prompt", found[1]["prompt"])[1])
     assert found[1]["tokens"] == alone["tokens"] and found[1]["text"] == alone["text"]
 
@@ -160,8 +160,8 @@ def test_a_text_ends_before_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", " \n\n", "p.txt has no prompts: give one a line"),
-        ("p.jsonl", '"a"\n{"a"', "p.jsonl:2: not valid JSON: a file named .jsonl has JSON lines"),
+        ("p.txt", " \n\n", "p.txt has no prompts: write one on each line"),
+        ("p.jsonl", '"a"\n{"a"', "p.jsonl:2: not valid JSON: each line of a .jsonl file must be"),
         ("p.jsonl", '{"text": "a", "id": 1}', "p.jsonl:1: has no \"prompt\", but 'text', 'id'"),
         ("p.jsonl", "7", "p.jsonl:1: the prompt must be text (str), got int 7"),
         ("p.jsonl", '{"prompt": ["a"]}', "p.jsonl:1: the prompt must be text (str), got list"),
@@ -287,7 +287,7 @@ def test_bench_of_a_prompt(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -
                 "use_dynamic_ntk=false",
             ],
             2,
-            "--ntk is of dynamic NTK",
+            "--ntk applies only to dynamic NTK",
         ),
         (["--ckpt", "/no/such/dir", "--prompt", "a"], 1, "/no/such/dir"),
     ],

@@ -9,12 +9,12 @@ import argparse
 import sys
 import time
 
-from qwen_jax.runtime import command, processes
+from qwen_jax.runtime import command, process_options, processes
 
 
 def work(args: argparse.Namespace) -> None:
     """Compute sums over all processes."""
-    command.join(args)
+    process_options.join(args)
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser()
     result.add_argument("--steps", type=int, default=10**9)
     result.add_argument("--fail", type=int)
-    command.add_processes(result)
+    process_options.add(result)
     command.add_debug(result)
     return result
 

@@ -9,12 +9,12 @@ import hashlib
 import json
 import sys
 
-from qwen_jax.runtime import command
+from qwen_jax.runtime import command, process_options
 
 
 def work(args: argparse.Namespace) -> None:
     """Restore the model, and print the result."""
-    command.join(args)
+    process_options.join(args)
     import jax
 
     import qwen_jax
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mesh")
     parser.add_argument("--dtype")
     parser.add_argument("--generate", action="store_true")
-    command.add_processes(parser)
+    process_options.add(parser)
     command.add_debug(parser)
     return command.run(parser, work, argv=argv)
 

@@ -8,12 +8,12 @@ import argparse
 import json
 import sys
 
-from qwen_jax.runtime import command, processes
+from qwen_jax.runtime import command, process_options, processes
 
 
 def work(args: argparse.Namespace) -> None:
     """Take the steps."""
-    command.join(args)
+    process_options.join(args)
     import numpy as np
 
     from qwen_jax import checkpoint, meshes
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file")
     parser.add_argument("--mesh")
     parser.add_argument("--steps", type=int, default=1)
-    command.add_processes(parser)
+    process_options.add(parser)
     command.add_debug(parser)
     return command.run(parser, work, argv=argv)
 

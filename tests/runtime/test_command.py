@@ -37,7 +37,7 @@ NOT_UTF8 = os.fsdecode("鲸鱼".encode("gbk"))
 
 
 def run(work: Callable[..., Any], options: tuple[str, ...] = ()) -> int:
-    parser = argparse.ArgumentParser()
+    parser = command.Parser(prog="pytest")
     command.add_debug(parser)
     for option in options:
         parser.add_argument(option)
@@ -142,7 +142,7 @@ def test_jax_without_its_devices(asked, message, line, monkeypatch):
 def test_interrupted_and_usage(capsys):
     assert run(raising(KeyboardInterrupt())) == 130
     assert run(raising(command.UsageError("no"))) == 2
-    assert capsys.readouterr().err == "interrupted\nerror: no\n"
+    assert capsys.readouterr().err == "interrupted\nerror: no (see pytest --help)\n"
 
 
 @pytest.mark.parametrize("errors_", ["strict", "surrogateescape", "backslashreplace"])
@@ -228,12 +228,20 @@ DATA = ["--data", "a.txt", "--out", "b"]
         (
             from_hf,
             ["a", "b", "--coordinator", "x:1", "--processes", "2", "--process", "2"],
-            "--process 2 of 2: numbers are 0 to 1",
+            "--process 2: must be 0 to 1, as --processes is 2",
         ),
-        (sft, ["--field", "text"], "--field is of text: recipe sft learns conversations"),
-        (pretrain, ["--system", "x"], "--system is of conversations: recipe pretrain learns text"),
-        (pretrain, ["--loss-on", "assistant"], "--loss-on is of conversations: recipe pretrain"),
-        (pretrain, [*CKPT, *DATA, "--keep-best", "2"], "--keep-best 2 goes with --eval-data or"),
+        (
+            sft,
+            ["--field", "text"],
+            "--field applies only to documents, and recipe sft learns from conversations: lea",
+        ),
+        (pretrain, ["--system", "x"], "--system applies only to conversations, and recipe"),
+        (pretrain, ["--loss-on", "assistant"], "--loss-on applies only to conversations, and re"),
+        (
+            pretrain,
+            [*CKPT, *DATA, "--keep-best", "2"],
+            "--keep-best needs held-out data: add --eval-d",
+        ),
         (plan, ["--model", "qwen-7b", "--topology", "v5e:4x4", "--mesh", "q"], "--mesh 'q': write"),
     ],
 )
@@ -252,35 +260,39 @@ READS = [*CKPT, "--data", "a", "--modes", "plain,own"]
 @pytest.mark.parametrize(
     ("program", "argv", "message"),
     [
-        (generate, [*BENCH, "--seed", "0"], "--seed means nothing beside --bench, which draws no"),
-        (generate, [*BENCH, "--temperature", "1"], "--temperature means nothing beside --bench"),
-        (generate, [*BENCH, "--ntk", "prompt"], "--ntk means nothing beside --bench"),
-        (generate, [*BENCH, "--max-new-tokens", "1"], "--max-new-tokens 1: --bench times"),
-        (generate, [*CKPT, "--temperature", "0", "--top-p", "1"], "--top-p means nothing beside"),
-        (generate, [*CKPT, "--temperature", "0", "--samples", "2"], "--samples means nothing bes"),
-        (generate, [*BENCH, "--stop", "a"], "--stop means nothing beside --bench"),
-        (generate, [*BENCH, "--prompts", "a"], "--prompts is of several prompts: --bench takes"),
-        (generate, [*CKPT, "--prompt", "a", "--batch-size", "2"], "--batch-size is of several te"),
-        (generate, [*BENCH, "--start-timeout", "9"], "--start-timeout applies to several"),
-        (from_hf, ["a", "b", "--heartbeat-timeout", "30"], "--heartbeat-timeout applies to"),
-        (tuning, ["--show", "--dtype", "bfloat16"], "--dtype means nothing beside --show"),
-        (tuning, ["--forget", "--out", "a"], "--out means nothing beside --forget"),
-        (pretrain, ["--final", "0.1", "--schedule", "constant"], "--final is where a cosine ends"),
-        (sft, ["--recipe", "code_chat", "--final", "0"], "--final is where a cosine ends"),
-        (pretrain, ["--too-long", "cut"], "--too-long is of examples that stay whole"),
-        (pretrain, [*CKPT, *DATA, "--eval-every", "9"], "--eval-every goes with --eval-data or"),
-        (perplexity, [*READS, "--windows", "[64]"], "--windows is of a mode with window"),
-        (plan, [*PLAN, "--cache-dtype", "int8"], "--cache-dtype is of decoding: add --decode"),
-        (plan, [*PLAN, "--decode", "--remat", "full"], "--remat is of training"),
-        (plan, [*PLAN, "--decode", "--lora-rank", "8"], "--lora-rank is of training"),
-        (plan, [*PLAN, "--tries", "6"], "--tries is of a search: add --search"),
-        (plan, [*PLAN, "--search", "--mesh", "tp=4"], "--mesh is what --search tries all of"),
-        (plan, [*PLAN, "--base-dtype", "same"], "--base-dtype is of adapters: give --lora-rank"),
+        (generate, [*BENCH, "--seed", "0"], "--seed has no effect with --bench, which prints no"),
+        (generate, [*BENCH, "--temperature", "1"], "--temperature has no effect with --bench"),
+        (generate, [*BENCH, "--ntk", "prompt"], "--ntk has no effect with --bench"),
+        (
+            generate,
+            [*BENCH, "--max-new-tokens", "1"],
+            "--max-new-tokens 1: must be at least 2 with",
+        ),
+        (generate, [*CKPT, "--temperature", "0", "--top-p", "1"], "--top-p has no effect with"),
+        (generate, [*CKPT, "--temperature", "0", "--samples", "2"], "--samples has no effect wi"),
+        (generate, [*BENCH, "--stop", "a"], "--stop has no effect with --bench"),
+        (generate, [*BENCH, "--prompts", "a"], "--prompts cannot be combined with --bench, whi"),
+        (generate, [*CKPT, "--prompt", "a", "--batch-size", "2"], "--batch-size applies only to s"),
+        (generate, [*BENCH, "--start-timeout", "9"], "--start-timeout applies only to seve"),
+        (from_hf, ["a", "b", "--heartbeat-timeout", "30"], "--heartbeat-timeout applies onl"),
+        (tuning, ["--show", "--dtype", "bfloat16"], "--dtype has no effect with --show"),
+        (tuning, ["--forget", "--out", "a"], "--out has no effect with --forget"),
+        (pretrain, ["--final", "0.1", "--schedule", "constant"], "--final applies only to --sched"),
+        (sft, ["--recipe", "code_chat", "--final", "0"], "--final applies only to --sched"),
+        (pretrain, ["--too-long", "cut"], "--too-long applies only where examples st"),
+        (pretrain, [*CKPT, *DATA, "--eval-every", "9"], "--eval-every needs held-out data: add"),
+        (perplexity, [*READS, "--windows", "[64]"], "--windows applies only to mode ntk"),
+        (plan, [*PLAN, "--cache-dtype", "int8"], "--cache-dtype applies only to decoding: le"),
+        (plan, [*PLAN, "--decode", "--remat", "full"], "--remat applies only to"),
+        (plan, [*PLAN, "--decode", "--lora-rank", "8"], "--lora-rank applies only to"),
+        (plan, [*PLAN, "--tries", "6"], "--tries applies only to a search: leav"),
+        (plan, [*PLAN, "--search", "--mesh", "tp=4"], "--mesh cannot be combined with --sea"),
+        (plan, [*PLAN, "--base-dtype", "same"], "--base-dtype applies only to adapters: leave"),
         (plan, [*PLAN, "--sequence-parallel", "--mesh", "fsdp=4"], "mesh fsdp=4 has none"),
-        (attend, ["--list", "--quick"], "--quick means nothing beside --list"),
+        (attend, ["--list", "--quick"], "--quick has no effect with --list"),
         (golden, ["--no-kernels", "--length", "64"], "--length applies to kernels"),
         (steps, ["--model", "qwen-1.8b", "--hidden", "64"], "--hidden applies to the small model"),
-        (device, ["--list", "--again"], "--again means nothing beside --list"),
+        (device, ["--list", "--again"], "--again has no effect with --list"),
     ],
 )
 def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monkeypatch):
@@ -337,7 +349,7 @@ def test_the_arguments_that_a_command_line_names():
 @pytest.mark.parametrize(
     ("program", "does"),
     [
-        (generate, "Generate text from a directory"),
+        (generate, "Generate text with a model"),
         (pretrain, "Train a Qwen model to continue text"),
         (sft, "Fine-tune a Qwen model on conversations"),
         (perplexity, "Measure how well a model predicts long text"),
@@ -448,8 +460,8 @@ JOINS = {
 def test_nothing_loads_jax_before_processes_are_joined():
     """jax's runtime reads how it is to report the loss of a process when it is loaded."""
     code = (
-        "import importlib, sys; from qwen_jax.runtime import command\n"
-        "command.join = lambda _: sys.exit(3 if 'jax' in sys.modules else 4)\n"
+        "import importlib, sys; from qwen_jax.runtime import process_options\n"
+        "process_options.join = lambda _: sys.exit(3 if 'jax' in sys.modules else 4)\n"
         "importlib.import_module(sys.argv[1]).main(sys.argv[2:])"
     )
     for module, arguments in JOINS.items():

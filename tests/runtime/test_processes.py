@@ -123,7 +123,7 @@ def test_a_mesh_without_a_process_is_refused(chat_dir):
     with launch.group(command, 2) as group:
         results = group.wait()
     assert [results[i].code for i in range(2)] == [2, 2]
-    assert "mesh fsdp=1 has no device of process 1: take one of 2 devices" in results[0].err
+    assert "mesh fsdp=1 uses no device of process 1: give a --mesh of 2 devices" in results[0].err
 
 
 def test_export_and_verification(tmp_path, model):

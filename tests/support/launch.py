@@ -3,7 +3,7 @@
     with launch.group(["convert/from_hf.py", src, dst], 4) as group:
         results = group.wait()
 
-Every process gets the arguments of `command.add_processes` after its own, and has one CPU device
+Every process gets the arguments of `process_options.add` after its own, and has one CPU device
 unless it requests more.
 """
 

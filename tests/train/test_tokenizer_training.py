@@ -54,9 +54,9 @@ def test_what_is_frequent_is_merged_first(tmp_path):
 @pytest.mark.parametrize(
     ("text", "size", "problem"),
     [
-        ("ab", 256, "--size 256: the 256 bytes alone are tokens"),
-        ("ab", 10**20, "--size 100000000000000000000: 10,000,000 at most"),
-        ("ab", 300, "the texts give 257 tokens, not 300: give more, or less --size"),
+        ("ab", 256, "--size 256: must be more than 256, as every byte is a token"),
+        ("ab", 10**20, "--size 100000000000000000000: must be at most 10000000"),
+        ("ab", 300, "the texts give 257 tokens, not 300: give more text, or a smaller --size"),
         (None, 300, "text.jsonl line 1: there is no text in 'text'"),
     ],
 )

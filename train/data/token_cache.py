@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.runtime import caches, lock, paths, processes
+from qwen_jax.runtime import progress as bars
 from train.data import records
 from train.data.batch import IGNORED
 from train.data.token_files import (
@@ -236,12 +237,11 @@ def encode(
 
 def progress(parts: Sequence[records.FilePart], what: str = "encode") -> tqdm:
     """Make a progress bar of the bytes read, which only process 0 shows. what: its label."""
-    return tqdm(
+    return bars.bar(
         desc=what,
         total=sum(part.size for part in parts),
         unit="B",
         unit_scale=True,
-        mininterval=0.5,
         disable=processes.index() > 0,
     )
 

@@ -4,9 +4,8 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from tqdm import tqdm
-
 from qwen_jax import meshes
+from qwen_jax.runtime import progress
 from train.planning import collectives
 from train.planning.bounds import Term
 from train.planning.estimate import Estimate
@@ -27,7 +26,7 @@ def waiting(what: str, every: float = 1.0) -> Iterator[None]:
     what: the line to show. every: the seconds after which the time is shown anew.
     """
     ended = threading.Event()
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}") as bar:
+    with progress.bar(desc=what, bar_format="{desc}: {elapsed}") as bar:
 
         def show() -> None:
             while not ended.wait(every):

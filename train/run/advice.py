@@ -91,11 +91,13 @@ def other_length(recipe: Recipe, config: Config, *, fresh: bool) -> str | None:
     if length == known:
         return None
     if fresh:
-        follows = f"write {length} there, if that is the length that the model learns"
+        follows = f"set it to {length} if the model is to learn that length"
     elif length < known:
-        follows = f"what is more than {length} tokens apart is not trained"
+        follows = f"attention over more than {length} tokens is not trained"
     elif config.dynamic_ntk or config.logn:
-        follows = "training does without the dynamic NTK and LogN that generation uses beyond it"
+        follows = (
+            "generation extends the context beyond it by dynamic NTK or LogN, training does not"
+        )
     else:
-        follows = "places beyond it are new to the model"
+        follows = "positions beyond it are new to the model"
     return f"--length {length}: the model's config.json has seq_length {known}; {follows}"

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax.config.presets import PRESETS
-from qwen_jax.runtime import caches, command
+from qwen_jax.runtime import caches, command, process_options
 from train.run.recipes import RECIPES, Recipe, kind_of
 
 _FIXED = ("name", "data")  # of a recipe
 _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "base_dtype", "merge")
 _OF_ADAPTERS += ("train_embeddings",)
 _OF_KIND = {"field": "text", "system": "chat", "loss_on": "chat"}
-_KINDS = {"text": "text", "chat": "conversations"}
+_KINDS = {"text": "documents", "chat": "conversations"}
+_REQUIRED = {"data": "FILE", "out": "DIR"}
+_METAVARS = {"system": "TEXT"}  # where it is not NAME
 
 
 def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.ArgumentParser:
@@ -26,17 +28,11 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
     about: what the command does, for --help.
     examples: the text below the options in --help.
     """
-    recipes = [name for name, make in RECIPES.items() if make().data == kind]
-    result = argparse.ArgumentParser(
-        prog=f"python train/{default}.py",
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command.Parser(prog=f"python train/{default}.py", description=about, epilog=examples)
     add = result.add_argument
     add(
         "--recipe",
-        choices=recipes,
+        choices=[name for name, make in RECIPES.items() if make().data == kind],
         default=default,
         help="Take the values of this published recipe (default: %(default)s).",
     )
@@ -47,24 +43,42 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         "differ: report, memo or script (default: the recipe's).",
     )
     add("--dry-run", action="store_true", help="Print the recipe, with the changes, and exit.")
-    add = result.add_argument_group("model").add_argument
-    add(
+    _model_options(result.add_argument_group("model"))
+    _data_options(result.add_argument_group("data"))
+    _run_options(result.add_argument_group("run"))
+    _checkpoint_options(result.add_argument_group("checkpoints"))
+    group = result.add_argument_group("recipe (default: what --recipe has; --dry-run prints it)")
+    for field in dataclasses.fields(Recipe):
+        if field.name not in _FIXED:
+            _add_field(group, field)
+    process_options.add(result)
+    caches.add_compilation_cache(result)
+    command.add_debug(result)
+    result.set_defaults(kind=kind)
+    return result
+
+
+def _model_options(group: Any) -> None:
+    group.add_argument(
         "--ckpt",
         metavar="DIR",
         help="Start from the weights of this model directory (this or --model is required).",
     )
-    add(
+    group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"Start from random weights, of size {', '.join(PRESETS)}, or of a config.json "
-        "(this or --ckpt is required).",
+        help=f"Start from random weights, of size {', '.join(PRESETS)}, or of a config.json or the "
+        "folder that holds it (this or --ckpt is required).",
     )
-    add(
+    group.add_argument(
         "--tokenizer",
         metavar="FILE",
         help="Encode with this qwen.tiktoken (default: the one of --ckpt).",
     )
-    add = result.add_argument_group("data").add_argument
+
+
+def _data_options(group: Any) -> None:
+    add = group.add_argument
     add(
         "--data",
         nargs="+",
@@ -83,8 +97,9 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         "--eval-share",
         type=float,
         default=0.0,
-        metavar="S",
-        help="Measure the held-out loss on this share of --data (default: %(default)s).",
+        metavar="X",
+        help="Hold out this share of --data, from 0 to below 1, and measure the loss on it "
+        "(default: %(default)s).",
     )
     add(
         "--token-cache",
@@ -92,7 +107,10 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         help="Keep tokenized data in this folder, or in gs:// (default: in the user's cache).",
     )
     add("--strict", action="store_true", help="Stop at a bad record instead of leaving it out.")
-    add = result.add_argument_group("run").add_argument
+
+
+def _run_options(group: Any) -> None:
+    add = group.add_argument
     add(
         "--out",
         metavar="DIR",
@@ -110,6 +128,28 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         metavar="N",
         help="Measure the held-out loss every N steps; 0: only at the end (default: %(default)s).",
     )
+    add(
+        "--on-nan",
+        choices=("stop", "skip"),
+        default="stop",
+        help="Stop at a NaN or infinite loss, or skip its batch (default: %(default)s).",
+    )
+    add(
+        "--profile-steps",
+        metavar="A-B",
+        help="Profile steps A to B, such as 10-12, for TensorBoard (default: none).",
+    )
+    add("--merge", action="store_true", help="Also write a model with the adapters merged.")
+    add(
+        "--mesh",
+        metavar="SPEC",
+        help="Train on this mesh, of axes data, fsdp, context and tp, such as fsdp=4,tp=2 "
+        "(default: as many devices as model and batch divide over).",
+    )
+
+
+def _checkpoint_options(group: Any) -> None:
+    add = group.add_argument
     add(
         "--save-every",
         type=int,
@@ -130,36 +170,10 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         metavar="N",
         help="Also keep the N checkpoints of lowest held-out loss (default: 1).",
     )
-    add(
-        "--on-nan",
-        choices=("stop", "skip"),
-        default="stop",
-        help="Stop at a NaN or infinite loss, or skip its batch (default: %(default)s).",
-    )
-    add(
-        "--profile-steps",
-        metavar="A-B",
-        help="Profile steps A to B, such as 10-12, for TensorBoard (default: none).",
-    )
-    add("--merge", action="store_true", help="Also write a model with the adapters merged.")
-    add(
-        "--mesh",
-        metavar="SPEC",
-        help="Train on this mesh, of axes data, fsdp, context and tp, such as fsdp=4,tp=2 "
-        "(default: as many devices as model and batch divide over).",
-    )
-    group = result.add_argument_group("recipe (default: what --recipe has; --dry-run prints it)")
-    for field in dataclasses.fields(Recipe):
-        if field.name not in _FIXED:
-            _add_field(group, field)
-    command.add_processes(result)
-    caches.add_compilation_cache(result)
-    command.add_debug(result)
-    result.set_defaults(kind=kind)
-    return result
 
 
 def _add_field(group: Any, field: Any) -> None:
+    """Add the option of a recipe's field."""
     kind, _ = kind_of(field)
     options: dict[str, Any] = {"help": field.metadata["help"], "default": None}
     if kind is bool:
@@ -167,7 +181,7 @@ def _add_field(group: Any, field: Any) -> None:
     elif kind is tuple:
         options |= {"type": command.text, "nargs": "+", "metavar": "NAME"}
     else:
-        name = {int: "N", float: "X", str: "NAME"}[kind]
+        name = {int: "N", float: "X", str: _METAVARS.get(field.name, "NAME")}[kind]
         options |= {"type": command.text if kind is str else kind, "metavar": name}
     group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
@@ -190,7 +204,7 @@ def recipe(args: argparse.Namespace) -> Recipe:
     if args.length and "length" in inspect.signature(make).parameters:
         options["length"] = args.length  # on which other values depend
     if {"epochs", "steps"} <= changes.keys():
-        raise command.UsageError("give --epochs or --steps, not both")
+        raise command.UsageError("--epochs and --steps both set the run's length: give one of them")
     try:
         made = make(**options)
         if "epochs" in changes:
@@ -198,20 +212,26 @@ def recipe(args: argparse.Namespace) -> Recipe:
         made = dataclasses.replace(made, **changes)
     except ValueError as error:
         raise command.UsageError(str(error)) from None
+    _refuse_idle(args, made)
+    return made
+
+
+def _refuse_idle(args: argparse.Namespace, made: Recipe) -> None:
+    """Raise UsageError for an option that has no effect in a run of the recipe `made`."""
     if not made.lora_rank:
-        how = "is of adapters: take --recipe sft_lora of `python train/sft.py`"
+        how = "applies only to adapters, and this run trains all weights: leave it out, or train "
+        how += "adapters with --recipe sft_lora of `python train/sft.py`"
         command.refuse(args, _OF_ADAPTERS, why=how)
     for name, kind in _OF_KIND.items():
         if kind != made.data:
-            how = f"is of {_KINDS[kind]}: recipe {args.recipe} learns {_KINDS[made.data]}"
-            command.refuse(args, (name,), why=how)
+            how = f"applies only to {_KINDS[kind]}, and recipe {args.recipe} learns from "
+            command.refuse(args, (name,), why=f"{how}{_KINDS[made.data]}: leave it out")
     if made.schedule == "constant":
-        how = "is where a cosine ends: drop it, or take --schedule cosine"
-        command.refuse(args, ("final",), why=how)
+        how = "applies only to --schedule cosine, and the schedule of this run is constant: leave "
+        command.refuse(args, ("final",), why=f"{how}it out, or add --schedule cosine")
     if made.data == "text" and made.pack == "joined":
-        how = "is of examples that stay whole: drop it, or take --pack fitted or alone"
-        command.refuse(args, ("too_long",), why=how)
-    return made
+        how = "applies only where examples stay whole, and --pack joined cuts them: leave it out, "
+        command.refuse(args, ("too_long",), why=f"{how}or add --pack fitted or --pack alone")
 
 
 def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
@@ -239,31 +259,9 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 continue  # the steps hold
             print(f"{name:<18} {value}")
         return
-    missing = [f"--{name}" for name in ("data", "out") if not getattr(args, name)]
-    if (args.ckpt is None) == (args.model is None):
-        missing.append("one of --ckpt and --model")
-    if missing:
-        where = ""
-        if args.resume and args.out:
-            where = f": {args.out} is not there, or no run that keeps its arguments"
-        raise command.UsageError(f"give {', '.join(missing)}{where}")
-    if args.eval_data and args.eval_share:
-        raise command.UsageError("--eval-data and --eval-share: one of them")
-    if args.keep_best is None:
-        args.keep_best = 1
-    elif args.keep_best > 0 and not (args.eval_data or args.eval_share):
-        raise command.UsageError(
-            f"--keep-best {args.keep_best} goes with --eval-data or --eval-share, whose loss tells "
-            "the best"
-        )
-    if args.eval_every > 0 and not (args.eval_data or args.eval_share):
-        command.refuse(args, ("eval_every",), why="goes with --eval-data or --eval-share")
-    for name in ("eval_every", "save_every", "keep_best"):
-        if getattr(args, name) < 0:
-            raise command.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: 0 or more")
-    if not 0 <= args.eval_share < 1:
-        raise command.UsageError(f"--eval-share {args.eval_share:g}: at least 0, and below 1")
-    command.join(args)
+    _check_required(args)
+    _check_evaluation(args)
+    process_options.join(args)
     caches.use_compilation_cache(args.compilation_cache)
     from qwen_jax.meshes import options
     from train.run import start
@@ -272,3 +270,47 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if sizes is not None:
         options.virtual_cpu_devices(sizes)
     start.begin(args, wanted, sizes=sizes, start=resuming.record(args, argv))
+
+
+def _check_required(args: argparse.Namespace) -> None:
+    """Raise UsageError unless data, folder and what to start from are given."""
+    if args.ckpt is not None and args.model is not None:
+        raise command.UsageError(
+            "--ckpt starts from a model's weights and --model from random ones: give one of them"
+        )
+    missing = [
+        f"--{name} {what}" for name, what in _REQUIRED.items() if getattr(args, name) is None
+    ]
+    if args.ckpt is None and args.model is None:
+        missing.append("--ckpt DIR or --model NAME")
+    if missing:
+        where = ""
+        if args.resume and args.out:
+            where = f" ({args.out} does not exist, or is no run that recorded its options)"
+        raise command.UsageError(f"a run also needs {', '.join(missing)}{where}")
+
+
+def _check_evaluation(args: argparse.Namespace) -> None:
+    """Raise UsageError for options of evaluation and saving that contradict each other. Sets the
+    default of --keep-best.
+    """
+    if args.eval_data and args.eval_share:
+        raise command.UsageError(
+            "--eval-data and --eval-share both choose the held-out data: give one of them"
+        )
+    held_out = args.eval_data or args.eval_share
+    needs = "needs held-out data: add --eval-data FILE or --eval-share X"
+    if args.keep_best is None:
+        args.keep_best = 1
+    elif args.keep_best > 0 and not held_out:
+        command.refuse(args, ("keep_best",), why=needs)
+    if args.eval_every > 0 and not held_out:
+        command.refuse(args, ("eval_every",), why=needs)
+    for name in ("eval_every", "save_every", "keep_best"):
+        if getattr(args, name) < 0:
+            option = f"--{name.replace('_', '-')}"
+            raise command.UsageError(f"{option} {getattr(args, name)}: must be 0 or more")
+    if not 0 <= args.eval_share < 1:
+        raise command.UsageError(
+            f"--eval-share {args.eval_share:g}: must be at least 0 and less than 1"
+        )

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
-from qwen_jax.runtime import paths, processes
+from qwen_jax.runtime import paths, processes, progress
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 TRAIN, HELD_OUT = "train", "held_out"
@@ -35,12 +34,11 @@ class Log:
 
     def __init__(self, folder: Path, step: int, *, steps: int, evaluation_due: bool = False):
         self._on = processes.index() == 0
-        self._bar = tqdm(
+        self._bar = progress.bar(
             desc="train",
             total=steps,
             initial=step,
             unit="step",
-            mininterval=0.5,
             smoothing=0.05,
             disable=not self._on,
         )

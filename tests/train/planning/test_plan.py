@@ -21,6 +21,7 @@ from qwen_jax import PRESETS, attention, meshes
 from qwen_jax.attention import cache, prove
 from qwen_jax.kernels import choice
 from qwen_jax.meshes import hardware
+from qwen_jax.runtime import progress
 from tests.support.tiny import tiny_config
 from train import plan, step
 from train.planning import attempts, estimate, flops, glossary, programs, report, search, topology
@@ -573,13 +574,13 @@ def test_time_is_shown_while_a_program_is_compiled(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on although nothing else happens, and ends with what was waited for."""
-    again, refresh = threading.Semaphore(0), report.tqdm.refresh
+    again, refresh = threading.Semaphore(0), progress.tqdm.refresh
 
     def counted(bar: Any, *args: Any, **options: Any) -> Any:
         again.release()
         return refresh(bar, *args, **options)
 
-    monkeypatch.setattr(report.tqdm, "refresh", counted)
+    monkeypatch.setattr(progress.tqdm, "refresh", counted)
     with pytest.raises(ValueError), report.waiting("compiling", every=0.001):
         assert all(again.acquire(timeout=60) for _ in range(3))
         raise ValueError
@@ -730,8 +731,8 @@ def test_a_plan_is_compiled_with_what_auto_takes(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mesh", "fsdp=4"], "give --model and --topology"),
-        (["--model", "qwen-7b"], "give --topology"),
+        (["--mesh", "fsdp=4"], "a plan also needs --model and --topology"),
+        (["--model", "qwen-7b"], "a plan also needs --topology"),
         (["--model", "qwen-1b", "--topology", "v5e:2x2"], "qwen-1.8b, qwen-7b"),
         (["--model", "qwen-7b", "--topology", "v5e"], "CHIP:SIZE"),
         (["--model", "qwen-7b", "--topology", "v5e:2x2", "--remat", "some"], "full, projections"),
@@ -747,7 +748,7 @@ def test_a_plan_is_compiled_with_what_auto_takes(
         ),
         (
             ["--model", "qwen-7b", "--topology", "v5e:2x2", "--base-dtype", "int8"],
-            "--base-dtype is of adapters: give --lora-rank",
+            "--base-dtype applies only to adapters: leave it out, or add --lora-rank N",
         ),
     ],
 )

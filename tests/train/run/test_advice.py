@@ -67,10 +67,10 @@ def test_a_cpu_computes_float32(short):
     ("length", "fresh", "changes", "said"),
     [
         (16, True, {}, None),
-        (8, True, {}, "--length 8: the model's config.json has seq_length 16; write 8 there, if"),
-        (8, False, {}, "--length 8: .* 16; what is more than 8 tokens apart is not trained"),
-        (32, False, {"logn": True}, "--length 32: .* 16; training does without the dynamic NTK"),
-        (32, False, {}, "--length 32: .* 16; places beyond it are new to the model"),
+        (8, True, {}, "--length 8: the model's config.json has seq_length 16; set it to 8 if"),
+        (8, False, {}, "--length 8: .* 16; attention over more than 8 tokens is not trained"),
+        (32, False, {"logn": True}, "--length 32: .* 16; generation extends the context beyond it"),
+        (32, False, {}, "--length 32: .* 16; positions beyond it are new to the model"),
     ],
 )
 def test_a_length_that_is_not_the_models(length, fresh, changes, said):

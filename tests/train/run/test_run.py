@@ -322,7 +322,7 @@ def test_steps_are_profiled_on_request(given, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "less work for the same examples: --length 1; --rows 1\n" in said
     assert f"curves: tensorboard --logdir '{out}/events'\n" in said
-    assert "--length 32: the model's config.json has seq_length 64; write 32 there, if" in said
+    assert "--length 32: the model's config.json has seq_length 64; set it to 32 if" in said
 
 
 def small_model() -> tuple[str, str]:
@@ -367,7 +367,7 @@ def test_the_small_model_of_the_docs_trains(given, tmp_path):
         (["--learning-rate", "inf"], "learning_rate inf: a number, at least 0"),
         (["--seed", "-1"], "seed -1: a number, at least 0"),
         (["--warmup", "1e30"], "warmup 1e+30: a number, at least 0, and below"),
-        (["--eval-share", "nan"], "--eval-share nan: at least 0, and below 1"),
+        (["--eval-share", "nan"], "--eval-share nan: must be at least 0 and less than 1"),
         (["--b2", "0.99999999"], "b2 0.99999999: a number, at least 0, and below 1 in float32"),
         (
             ["--gradient-dtype", "float16"],
@@ -375,18 +375,24 @@ def test_the_small_model_of_the_docs_trains(given, tmp_path):
         ),
         (["--gradient-dtype", "bfloat16"], "gradient_dtype 'bfloat16' with dtype 'float32': what"),
         (["--dropout", "1"], "dropout 1.0: a number, at least 0, and below 1"),
-        (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share: one"),
+        (["--eval-data", "x.txt", "--eval-share", "0.1"], "--eval-data and --eval-share both"),
         (["--profile-steps", "7"], "--profile-steps 7: write it as 10-12"),
         (["--profile-steps", "13-14"], "--profile-steps 13-14: the run has 12 steps"),
         (["--sequence-parallel", "--mesh", "fsdp=2"], "--sequence-parallel splits over tp, and"),
         (["--out", "s3://bucket/run"], "s3://bucket/run: only local paths and gs://BUCKET/..."),
         (["--token-cache", "s3://b/t"], "s3://b/t: only local paths and gs://BUCKET/..."),
         (["--compilation-cache", "s3://b/c"], "s3://b/c: only local paths and gs://BUCKET/..."),
-        (["--steps", "4", "--epochs", "1"], "give --epochs or --steps, not both"),
-        (["--keep-best", "-1"], "--keep-best -1: 0 or more"),
+        (
+            ["--steps", "4", "--epochs", "1"],
+            "--epochs and --steps both set the run's length: give one of them",
+        ),
+        (["--keep-best", "-1"], "--keep-best -1: must be 0 or more"),
         (["--lora-rank", "8", "--lora-targets", "c_atn"], "adapters go on a trained model"),
-        (["--merge"], "--merge is of adapters: take --recipe sft_lora"),
-        (["--base-dtype", "int8"], "--base-dtype is of adapters: take --recipe sft_lora"),
+        (
+            ["--merge"],
+            "--merge applies only to adapters, and this run trains all weights: leave it out",
+        ),
+        (["--base-dtype", "int8"], "--base-dtype applies only to adapters, and this run"),
         (["--lora-rank", "4"], "adapters go on a trained model: give --ckpt"),
     ],
 )

@@ -1,0 +1,170 @@
+"""The options of `python train/plan.py`, and the check that none is without effect."""
+
+import argparse
+from typing import Any
+
+from qwen_jax.config.presets import PRESETS
+from qwen_jax.runtime import command
+
+_EXAMPLES = r"""examples:
+  python train/plan.py --model qwen-7b --topology v5e:4x4 --batch 64
+  python train/plan.py --model qwen-72b --topology v5p:8x8x8 --mesh fsdp=64,tp=8 \
+      --length 4096 --batch 512
+  python train/plan.py --model qwen-7b --topology h100:1x8 --lora-rank 64 --batch 16
+  python train/plan.py --model qwen-72b --topology v5p:4x4x4 --decode --batch 64
+  python train/plan.py --model DIR --topology v5e:16x16 --search
+
+Every word of a plan is explained by --glossary, and in docs/scaling.md.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = command.Parser(
+        prog="python train/plan.py",
+        description="Plan a run on accelerators that are not there: compile its programs here, and "
+        "print the\nmemory, work and time that they need. Training, or with --decode prefill and "
+        "decoding.",
+        epilog=_EXAMPLES,
+    )
+    add = result.add_argument
+    add("--glossary", action="store_true", help="explain the words of a plan, and exit")
+    _run_options(result.add_argument_group("model and machine"))
+    _training_options(result.add_argument_group("training"))
+    _adapter_options(
+        result.add_argument_group("training of adapters, as `python train/sft.py` does")
+    )
+    group = result.add_argument_group("decoding").add_argument
+    group("--decode", action="store_true", help="plan prefill and decoding, not training")
+    group(
+        "--cache-dtype",
+        metavar="NAME",
+        help="dtype of the KV cache: int8 or int8_asymmetric (default: bfloat16)",
+    )
+    group = result.add_argument_group("search").add_argument
+    group(
+        "--search",
+        action="store_true",
+        help="try meshes, remat policies and --batch with its halves, and print the plans ranked",
+    )
+    group(
+        "--tries",
+        type=command.positive,
+        default=6,
+        metavar="N",
+        help="compile at most N settings of --search (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    command.add_debug(result)
+    return result
+
+
+def _run_options(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}, or a config.json or the folder that holds it (required)",
+    )
+    add(
+        "--topology",
+        metavar="SPEC",
+        help="TPUs as CHIP:SIDES, or CHIP:SIDES*SLICES for several slices, with CHIP v4, v5e, v5p, "
+        "v6e or tpu7x, such as v5e:16x16 or v5e:16x16*2; GPUs as CHIP:HOSTSxGPUS with CHIP a100, "
+        "h100 or h200, such as h100:8x8 (required)",
+    )
+    add(
+        "--mesh",
+        metavar="SPEC",
+        help="axes data, fsdp, context and tp, such as fsdp=64,tp=8 (default: one of all devices "
+        "that divides the model and --batch)",
+    )
+    add(
+        "--length",
+        type=command.positive,
+        default=2048,
+        metavar="N",
+        help="tokens per row (default: %(default)s)",
+    )
+    add(
+        "--batch",
+        type=command.positive,
+        default=256,
+        metavar="N",
+        help="rows on all devices together (default: %(default)s)",
+    )
+    add(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help=f"implementation of attention: {command.ATTENTION}; default: auto (the chip's kernel, "
+        "which a run tests first)",
+    )
+
+
+def _training_options(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--remat",
+        default="full",
+        metavar="NAME",
+        help="recompute in the backward pass: full (all of a block), projections (all but the "
+        "outputs of its projections) or none (default: %(default)s)",
+    )
+    add(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="split the residual stream by tokens over tp (default: where the tokens divide)",
+    )
+    add(
+        "--accumulate",
+        type=command.positive,
+        default=1,
+        metavar="N",
+        help="accumulate the gradient over N parts of a batch (default: %(default)s)",
+    )
+    add(
+        "--gradient-dtype",
+        default="float32",
+        metavar="NAME",
+        help="sum gradients over devices in float32 or bfloat16 (default: %(default)s)",
+    )
+
+
+def _adapter_options(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--lora-rank",
+        type=command.positive,
+        metavar="N",
+        help="train adapters of rank N, such as 64 (default: none, all weights are trained)",
+    )
+    add(
+        "--base-dtype",
+        default="same",
+        metavar="NAME",
+        help="keep the frozen weights in bfloat16 (same) or in int8 (default: %(default)s)",
+    )
+    add("--train-embeddings", action="store_true", help="also train embedding and head as a whole")
+
+
+_OF_TRAINING = ("remat", "sequence_parallel", "accumulate", "gradient_dtype", "lora_rank")
+_OF_TRAINING += ("base_dtype", "train_embeddings")
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Raise UsageError for an option that has no effect beside the others."""
+    out = "leave it out, or"
+    if args.decode:
+        how = f"applies only to training: {out} leave out --decode"
+        command.refuse(args, _OF_TRAINING, why=how)
+    else:
+        how = f"applies only to decoding: {out} add --decode"
+        command.refuse(args, ("cache_dtype",), why=how)
+    if args.search:
+        how = "cannot be combined with --search, which tries them all: leave out one of them"
+        command.refuse(args, ("mesh", "remat"), why=how)
+    else:
+        command.refuse(args, ("tries",), why=f"applies only to a search: {out} add --search")
+    if args.lora_rank is None:
+        how = f"applies only to adapters: {out} add --lora-rank N"
+        command.refuse(args, ("base_dtype", "train_embeddings"), why=how)
