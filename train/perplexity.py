@@ -7,24 +7,22 @@ or error, the table and plot show the figures measured so far.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from qwen_jax.runtime import caches, command, paths
+from qwen_jax.runtime import caches, command, progress
 from train import perplexity_figures
 
 if TYPE_CHECKING:
@@ -41,23 +39,51 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = command.Parser(
         prog="python train/perplexity.py",
         description="Measure how well a model predicts long text (its perplexity), by row length "
         "and by what extends\nits context. Prints a table, and writes a plot; if interrupted, of "
         "what was measured until then.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = result.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="model directory")
+    _data_options(result)
+    _measure_options(result)
+    _output_options(result)
+    caches.add_compilation_cache(result)
+    command.add_debug(result)
+    return result
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="DIR", help="model directory (required)")
     add(
         "--data",
         required=True,
         nargs="+",
         metavar="FILE",
-        help="JSONL, JSON, Parquet, text (one document); unused if shorter than the longest row",
+        help="text to predict (required): JSONL, JSON, Parquet, or text, which is one document; a "
+        "document shorter than the longest row is left out",
     )
+    add(
+        "--field",
+        type=command.text,
+        default="text",
+        metavar="NAME",
+        help="field of a record that holds its text (default: %(default)s)",
+    )
+    add(
+        "--tokens",
+        type=command.positive,
+        default=2**18,
+        metavar="N",
+        help="measure at most N tokens, the same at each length; at least the longest of --lengths "
+        "(default: %(default)s)",
+    )
+
+
+def _measure_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--lengths",
         default="1024,2048,4096,8192,16384,32768",
@@ -74,22 +100,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--windows",
         metavar="LIST",
-        help="window of each layer in ntk+logn+window, such as [1024, null]; null: all tokens "
-        "(default: seq_length in the lower half of the layers; none are published)",
-    )
-    add(
-        "--tokens",
-        type=command.positive,
-        default=2**18,
-        metavar="N",
-        help="measure at most N tokens, the same at each length (default: %(default)s)",
-    )
-    add(
-        "--field",
-        type=command.text,
-        default="text",
-        metavar="NAME",
-        help="field of a record that holds its text (default: %(default)s)",
+        help="in ntk+logn+window, how many tokens back each layer sees, as a JSON list such as "
+        "[1024, null]; null: all (default: seq_length in the lower half of the layers; no source "
+        "publishes any)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
@@ -103,31 +116,37 @@ def parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="axes data, fsdp, context and tp, such as context=8 (default: one device)",
     )
-    add("--plot", metavar="FILE", help="plot file (default: perplexity.png, none with --json)")
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--plot",
+        metavar="FILE",
+        help="plot to write; must not exist yet (default: perplexity.png, or perplexity-2.png and "
+        "so on if that exists; none with --json)",
+    )
     add("--json", action="store_true", help="print JSON in place of a table")
-    out = "also write the figures to FILE as JSON, after each measurement (default: none)"
-    add("--out", type=command.path, metavar="FILE", help=out)
-    caches.add_compilation_cache(result)
-    command.add_debug(result)
-    return result
+    add(
+        "--out",
+        type=command.path,
+        metavar="FILE",
+        help="also write the figures to FILE as JSON, after each measurement; must not exist yet "
+        "(default: none)",
+    )
 
 
 def work(args: argparse.Namespace) -> None:
     from qwen_jax.meshes import options
 
-    lengths = _numbers(args.lengths)
-    modes = args.modes.split(",")
-    if unknown := [mode for mode in modes if mode not in (*MODES, OWN)]:
-        raise command.UsageError(f"mode {unknown[0]!r}: allowed are {', '.join((*MODES, OWN))}")
-    if not any("window" in mode.split("+") for mode in modes):
-        how = "is of a mode with window: add ntk+logn+window to --modes, or drop it"
-        command.refuse(args, ("windows",), why=how)
-    given = "perplexity.png" if args.plot is None and not args.json else args.plot
-    picture = None if given is None else paths.parse(given)
-    if picture:
-        perplexity_figures.check_picture(picture)
-    if args.out is not None and (args.out.is_dir() or not paths.is_place(args.out)):
-        raise command.UsageError(f"--out {args.out}: a file in a folder that is there")
+    lengths, modes, windows = _numbers(args.lengths), _modes(args), _windows(args.windows)
+    if args.tokens < max(lengths):
+        raise command.UsageError(
+            f"--tokens {args.tokens}: must be at least {max(lengths)}, the longest of --lengths"
+        )
+    picture = perplexity_figures.picture(args)
+    if args.out is not None:
+        command.check_new("--out", args.out)
     from qwen_jax import attention, checkpoint, meshes
 
     attention.get(args.attention)
@@ -142,13 +161,13 @@ def work(args: argparse.Namespace) -> None:
     from train import step
 
     config = checkpoint.load_config(args.ckpt)
-    windows = _windows(args.windows)
     settings = {mode: setting_of(config, mode, windows=windows) for mode in modes}
     for length in lengths:
         meshes.check({**config.sizes, "T": length}, sizes)
     ids = _ids(args, max(lengths))
     dtype = args.dtype or backend.default_dtype()
-    with _told(args, len(ids), picture=picture) as tell, meshes.entered(meshes.make(sizes)):
+    report = perplexity_figures.reported(args, len(ids), picture=picture)
+    with report as tell, meshes.entered(meshes.make(sizes)):
         decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
         rows = rows_at_once(max(lengths), len(ids) // max(lengths))
         calls = prove.passes(config, dtype, rows=rows, length=max(lengths))
@@ -160,40 +179,6 @@ def work(args: argparse.Namespace) -> None:
                     decoder, setting, ids=ids, attend=attend, dtype=dtype, length=length
                 )
                 tell(mode, length, value, time.perf_counter() - begin)
-
-
-@contextlib.contextmanager
-def _told(
-    args: argparse.Namespace, tokens: int, *, picture: Path | None
-) -> Iterator[Callable[[str, int, float, float], None]]:
-    """Yield a function to report each figure: mode, length, perplexity and seconds. On leaving the
-    context, even by an error, the figures so far are printed as a table or JSON, and plotted.
-
-    tokens: the number of tokens measured at each length. picture: the plot's file, or None.
-    """
-    found, whole = dict[str, dict[int, float]](), False
-
-    def facts() -> str:
-        return json.dumps({"tokens": tokens, "perplexity": found, "complete": whole})
-
-    def tell(mode: str, length: int, value: float, seconds: float) -> None:
-        found.setdefault(mode, {})[length] = value
-        command.say(f"{mode}, {length:,} tokens: perplexity {value:.4g} ({seconds:.1f} s)")
-        if args.out is not None:
-            paths.write(args.out, facts().encode())
-
-    try:
-        yield tell
-        whole = True
-    finally:
-        if found:
-            print(facts() if args.json else perplexity_figures.table(found), flush=True)
-            if args.out is not None:
-                paths.write(args.out, facts().encode())
-            if picture:
-                title = perplexity_figures.title_of(args.ckpt, tokens)
-                perplexity_figures.plot(found, picture, title=title)
-                command.say(f"plot: {picture}")
 
 
 def setting_of(config: "Config", mode: str, *, windows: Sequence[int | None] | None) -> "Config":
@@ -240,9 +225,7 @@ def perplexity(
     total = _total(config, attend, dtype=dtype)
     rows = ids[: len(ids) // length * length].reshape(-1, length)
     size, entropy, done = rows_at_once(length, len(rows)), 0.0, 0
-    with tqdm(
-        desc=f"{length} tokens", total=len(rows), unit="row", mininterval=0.5, leave=False
-    ) as bar:
+    with progress.bar(desc=f"{length} tokens", total=len(rows), unit="row", leave=False) as bar:
         for part in (rows[at : at + size] for at in range(0, len(rows), size)):
             filling = ((0, size - len(part)), (0, 0))
             labels = np.pad(part, filling, constant_values=IGNORED)
@@ -299,7 +282,7 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
 
     tokenizer = checkpoint.load_tokenizer(args.ckpt)
     if tokenizer is None:
-        raise ValueError(f"{args.ckpt} has no tokenizer")
+        raise ValueError(f"{args.ckpt} has no tokenizer: put its qwen.tiktoken there")
     kept, document = list[int](), list[int]()
     for record in (record for file in records.files(args.data) for record in records.read(file)):
         if record.problem:
@@ -317,8 +300,22 @@ def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
             break
     kept += document[: len(document) // longest * longest]
     if not kept:
-        raise ValueError(f"no document has {longest} tokens: give longer ones or less --lengths")
-    return np.array(kept[: max(1, args.tokens // longest) * longest], np.int32)
+        raise ValueError(
+            f"no document has {longest} tokens: give longer ones, or shorter --lengths"
+        )
+    return np.array(kept[: args.tokens // longest * longest], np.int32)
+
+
+def _modes(args: argparse.Namespace) -> list[str]:
+    """The modes to measure. Raises UsageError for an unknown one, and for --windows without use."""
+    modes = args.modes.split(",")
+    if unknown := [mode for mode in modes if mode not in (*MODES, OWN)]:
+        known = ", ".join((*MODES, OWN))
+        raise command.UsageError(f"--modes {unknown[0]}: must be one or more of {known}")
+    if not any("window" in mode.split("+") for mode in modes):
+        how = "applies only to mode ntk+logn+window: leave it out, or add that to --modes"
+        command.refuse(args, ("windows",), why=how)
+    return modes
 
 
 def _windows(text: str | None) -> list[int | None] | None:
@@ -328,7 +325,8 @@ def _windows(text: str | None) -> list[int | None] | None:
         found = text
     if found is None or isinstance(found, list):
         return found
-    raise command.UsageError(f"--windows {text}: a list of widths, as [1024, null]")
+    how = "must be a JSON list of a number or null for each layer, such as [1024, null]"
+    raise command.UsageError(f"--windows {text}: {how}")
 
 
 def _numbers(text: str) -> list[int]:
@@ -338,7 +336,8 @@ def _numbers(text: str) -> list[int]:
         found = []
     longest = max(found, default=0)
     if not found or any(length < 2 or longest % length for length in found):
-        raise command.UsageError(f"--lengths {text}: whole numbers that divide the longest")
+        how = "must be whole numbers from 2 on that divide the longest, such as 1024,2048"
+        raise command.UsageError(f"--lengths {text}: {how}")
     return sorted(set(found))
 
 

@@ -1,7 +1,11 @@
 """Formats perplexities by mode and length as a text table, and draws them as a plot."""
 
+import argparse
+import contextlib
+import itertools
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from qwen_jax.runtime import command, paths
@@ -65,11 +69,59 @@ def _format(path: Path) -> str:
     return path.suffix[1:].lower() or "png"
 
 
-def check_picture(path: Path) -> None:
-    """Raise UsageError if the plot cannot be written. Called before anything is measured."""
+def picture(args: argparse.Namespace) -> Path | None:
+    """Where the plot is to be written, None for no plot. Raises UsageError if it cannot be; called
+    before anything is measured.
+
+    args: `plot` and `json` of the command line. A plot with the default name never replaces
+    another: it gets the next free number.
+    """
     from matplotlib.backend_bases import FigureCanvasBase
 
-    if path.is_dir() or not paths.is_place(path):
-        raise command.UsageError(f"--plot {path}: a file in a folder that is there")
+    if args.plot is None:
+        return None if args.json else _free(Path("perplexity.png"))
+    path = paths.parse(args.plot)
+    command.check_new("--plot", path)
     if _format(path) not in (known := FigureCanvasBase.filetypes):
         raise command.UsageError(f"--plot {path}: its suffix must be one of {', '.join(known)}")
+    return path
+
+
+def _free(path: Path) -> Path:
+    """The path, or if it is taken the first free one of perplexity-2.png, perplexity-3.png, ..."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+
+
+@contextlib.contextmanager
+def reported(
+    args: argparse.Namespace, tokens: int, *, picture: Path | None
+) -> Iterator[Callable[[str, int, float, float], None]]:
+    """Yield a function to report each figure: mode, length, perplexity and seconds. On leaving the
+    context, even by an error, the figures so far are printed as a table or JSON, and plotted.
+
+    args: `ckpt`, `json` and `out` of the command line. tokens: the number of tokens measured at
+    each length. picture: the plot's file, or None.
+    """
+    found, whole = dict[str, dict[int, float]](), False
+
+    def facts() -> str:
+        return json.dumps({"tokens": tokens, "perplexity": found, "complete": whole})
+
+    def tell(mode: str, length: int, value: float, seconds: float) -> None:
+        found.setdefault(mode, {})[length] = value
+        command.say(f"{mode}, {length:,} tokens: perplexity {value:.4g} ({seconds:.1f} s)")
+        if args.out is not None:
+            paths.write(args.out, facts().encode())
+
+    try:
+        yield tell
+        whole = True
+    finally:
+        if found:
+            print(facts() if args.json else table(found), flush=True)
+            if args.out is not None:
+                paths.write(args.out, facts().encode())
+            if picture:
+                plot(found, picture, title=title_of(args.ckpt, tokens))
+                command.say(f"plot: {picture}")

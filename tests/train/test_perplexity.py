@@ -85,6 +85,7 @@ def test_what_was_measured_before_an_interruption(given, tmp_path, capsys, monke
         assert found["perplexity"] == {"plain": {"64": 9, "128": 8, "256": 7}, "ntk": {"64": 6}}
         assert found["complete"] is False and picture.exists()
         picture.unlink()
+        out.unlink()
         printed = capsys.readouterr().out
         if "--json" in options:
             assert json.loads(printed) == found
@@ -149,11 +150,15 @@ def test_the_table_is_that_of_the_logits(given, tmp_path, capsys):
 
 
 def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
+    """A plot with the default name gets a number rather than replace another."""
     monkeypatch.chdir(tmp_path)
+    for name in ("perplexity.png", "perplexity-2.png"):
+        (tmp_path / name).touch()
     assert perplexity.main(command(given, "--modes", "plain", "--tokens", 256)) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
-    assert (tmp_path / "perplexity.png").exists()
+    sizes = [x.stat().st_size for x in sorted(tmp_path.glob("*.png"))]
+    assert sizes[:1] == [0] and sizes[1] > 0 and sizes[2] == 0, "perplexity-2, -3, and without"
 
 
 def test_rope_scaling_is_of_the_directorys_own_mode():
@@ -167,17 +172,27 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (["--lengths", "64,100"], "--lengths 64,100: whole numbers that divide the longest"),
-        (["--lengths", "64,x"], "--lengths 64,x: whole numbers"),
-        (["--windows", "[64"], "--windows [64: a list of widths, as [1024, null]"),
+        (
+            ["--lengths", "64,100"],
+            "--lengths 64,100: must be whole numbers from 2 on that divide the longest",
+        ),
+        (["--lengths", "64,x"], "--lengths 64,x: must be whole numbers"),
+        (
+            ["--windows", "[64"],
+            "--windows [64: must be a JSON list of a number or null for each layer",
+        ),
         (["--windows", "[64]"], "layer_windows"),
-        (["--out", "none/x.json"], "--out none/x.json: a file in a folder that is there"),
-        (["--plot", "."], "--plot .: a file in a folder that is there"),
-        (["--plot", "none/x.png"], "--plot none/x.png: a file in a folder that is there"),
+        (["--out", "none/x.json"], "--out none/x.json: the folder none does not exist"),
+        (["--plot", "."], "--plot .: is a folder; name a file"),
+        (["--plot", "none/x.png"], "--plot none/x.png: the folder none does not exist"),
         (["--plot", "x.jpq"], "--plot x.jpq: its suffix must be one of "),
         (["--attention", "xxla"], "attention 'xxla' is not known: choose one of auto"),
-        (["--modes", "yarn"], "mode 'yarn': allowed are plain, ntk"),
+        (["--modes", "yarn"], "--modes yarn: must be one or more of plain, ntk"),
         (["--lengths", "65536"], "no document has 65536 tokens"),
+        (["--tokens", "100"], "--tokens 100: must be at least 256, the longest of --lengths"),
+        (["--lengths", "300", "--tokens", "100"], "--tokens 100: must be at least 300, the lon"),
+        (["--plot", __file__], f"--plot {__file__}: exists already; name another file, or"),
+        (["--out", __file__], f"--out {__file__}: exists already; name another file, or"),
     ],
 )
 def test_what_cannot_be(given, capsys, monkeypatch, change, problem):
