@@ -46,7 +46,8 @@ _FINALISTS = 3  # how many block sizes of a kernel take part in the last run
 def parser() -> argparse.ArgumentParser:
     result = command.Parser(
         prog="python -m qwen_jax.kernels.tune",
-        description="Time attention on this device, for the table that `auto` chooses by.",
+        description="Time the implementations of attention on this device, and write the results "
+        "into the table\nby which `--attention auto` chooses among them.",
         epilog=_EXAMPLES,
     )
     _case_options(result.add_argument_group("what is timed"))
@@ -59,10 +60,14 @@ def parser() -> argparse.ArgumentParser:
     )
     kept = result.add_mutually_exclusive_group()
     kept.add_argument(
-        "--show", action="store_true", help="time nothing; print test results and times here"
+        "--show",
+        action="store_true",
+        help="time nothing; print what auto's tests found here, and the lines of this device",
     )
     kept.add_argument(
-        "--forget", action="store_true", help="time nothing; delete `auto`'s test results"
+        "--forget",
+        action="store_true",
+        help="time nothing; delete what auto's tests found here, so that they are repeated",
     )
     command.add_debug(result)
     return result

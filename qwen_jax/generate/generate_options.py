@@ -54,13 +54,14 @@ def _prompt_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompts",
         metavar="FILE",
-        help='continue each line of this file; of FILE.jsonl each JSON text, or {"prompt": TEXT}',
+        help="continue each line of this file as a prompt of its own; in FILE.jsonl a line is a "
+        'JSON text or {"prompt": TEXT}',
     )
     add("--chat", type=command.text, metavar="TEXT", help="answer this, as a chat model does")
     add(
         "--chats",
         metavar="FILE",
-        help="answer each line of this file, which is in the form of --prompts",
+        help="answer each line of this file, which has the same form as that of --prompts",
     )
     group.add_argument(
         "--system",
@@ -71,7 +72,7 @@ def _prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling_options(group: Any) -> None:
-    add, own = group.add_argument, "(default: as generation_config.json in DIR says"
+    add, own = group.add_argument, "(default: DIR's generation_config.json"
     add(
         "--max-new-tokens",
         type=command.positive,
@@ -133,7 +134,7 @@ def _model_options(group: Any) -> None:
     add(
         "--cache-dtype",
         choices=("int8", "int8_asymmetric"),
-        help="keep the KV cache in 8 bits, symmetric or with zero points (default: in --dtype)",
+        help="keep the KV cache in 8 bits, symmetric or with zero points (default: as --dtype)",
     )
     add(
         "--attention",

@@ -6,6 +6,7 @@ only process 0 prints, except for errors.
 
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import logging
@@ -40,9 +41,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **settings)
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line. The error for an unknown option names the option it may mean."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown: {' '.join(unknown)}{hint}")
+        return found
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {_with_help(self, message)}\n")
+        self.exit(2, f"error: {_with_help(self, message.removeprefix('argument '))}\n")
 
 
 def _with_help(parser: argparse.ArgumentParser, message: str) -> str:
@@ -227,6 +240,22 @@ class _Version(argparse.Action):
         jax, python = metadata.version("jax"), sys.version.split()[0]
         print(f"qwen_jax {VERSION} (jax {jax}, Python {python})")
         parser.exit()
+
+
+def _whole(text: str) -> int:
+    """An argparse type in place of `int`, whose error says what is allowed."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    """An argparse type in place of `float`, whose error says what is allowed."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.5") from None
 
 
 def positive(text: str) -> int:

@@ -145,6 +145,26 @@ def test_interrupted_and_usage(capsys):
     assert capsys.readouterr().err == "interrupted\nerror: no (see pytest --help)\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--learning_rate", "1"], "unknown: --learning_rate 1; did you mean --learning-rate?"),
+        (["--bogus=1"], "unknown: --bogus=1"),
+        (["--rows", "x\ny"], r"--rows: 'x\ny' is not a whole number"),
+        (["--final", "a"], "--final: 'a' is not a number such as 0.5"),
+        (["--keep-last", "0"], "--keep-last: '0' is not a positive whole number"),
+        (["--recipe", "qwen"], "--recipe: invalid choice: 'qwen' (choose from "),
+        (["--rows"], "--rows: expected one argument"),
+    ],
+)
+def test_a_line_that_cannot_be_parsed(argv, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(argv)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}") and said.count("\n") == 1
+    assert said.endswith(" (see python train/pretrain.py --help)\n")
+
+
 @pytest.mark.parametrize("errors_", ["strict", "surrogateescape", "backslashreplace"])
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252", "utf-8"])
 def test_what_stdout_cannot_say_is_replaced(encoding, errors_, monkeypatch):

@@ -113,7 +113,7 @@ def _training_options(group: Any) -> None:
     add(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
-        help="split the residual stream by tokens over tp (default: where the tokens divide)",
+        help="split the residual stream by tokens over tp (default: yes, if tp divides --length)",
     )
     add(
         "--accumulate",

@@ -47,10 +47,12 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
     _data_options(result.add_argument_group("data"))
     _run_options(result.add_argument_group("run"))
     _checkpoint_options(result.add_argument_group("checkpoints"))
-    group = result.add_argument_group("recipe (default: what --recipe has; --dry-run prints it)")
+    shown = f"[in brackets] what {default} has for a 7B; --dry-run prints all"
+    group = result.add_argument_group(f"recipe (default: what --recipe has; {shown})")
+    values = RECIPES[default]()
     for field in dataclasses.fields(Recipe):
         if field.name not in _FIXED:
-            _add_field(group, field)
+            _add_field(group, field, getattr(values, field.name))
     process_options.add(result)
     caches.add_compilation_cache(result)
     command.add_debug(result)
@@ -172,10 +174,12 @@ def _checkpoint_options(group: Any) -> None:
     )
 
 
-def _add_field(group: Any, field: Any) -> None:
-    """Add the option of a recipe's field."""
+def _add_field(group: Any, field: Any, value: Any) -> None:
+    """Add the option of a recipe's field. value: the field's in the default recipe."""
     kind, _ = kind_of(field)
-    options: dict[str, Any] = {"help": field.metadata["help"], "default": None}
+    told = " ".join(value) if kind is tuple else value
+    about = field.metadata["help"] + ("" if value is None else f" [{told}]")
+    options: dict[str, Any] = {"help": about, "default": None}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is tuple:
