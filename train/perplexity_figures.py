@@ -114,6 +114,7 @@ def reported(
         if args.out is not None:
             paths.write(args.out, facts().encode())
 
+    command.say(f"measuring {tokens:,} tokens at each length")
     try:
         yield tell
         whole = True

@@ -146,7 +146,7 @@ def _work(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--kernel {unknown[0]}: choose from {known}")
     out = choice.TABLE if args.out is None else args.out
     if paths.is_remote(out):
-        raise command.UsageError(f"--out {out}: a table is a file on a disk")
+        raise command.UsageError(f"--out {out}: must be a file on a disk")
     if choice.device().platform == "cpu":
         if out.resolve() == choice.TABLE.resolve():
             raise command.UsageError(
