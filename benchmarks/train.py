@@ -50,7 +50,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import section
 from benchmarks.generate import processor
-from convert import peft
+from convert import adapter_config
 from qwen_jax import meshes, model
 from qwen_jax.attention import prove, timing
 from qwen_jax.config import Config
@@ -252,7 +252,7 @@ def _decoder(config: Config, dtype: str) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _adapters(config: Config, rank: int, base: Any) -> Any:
     """Random adapters of this rank for all projections of the base."""
-    groups = peft.targets(("c_attn", "c_proj", "w1", "w2"), config.num_layers)
+    groups = adapter_config.targets(("c_attn", "c_proj", "w1", "w2"), config.num_layers)
     return lora.create(base, groups, rank=rank, alpha=16, key=jax.random.key(1))
 
 

@@ -23,12 +23,11 @@ SETTINGS = "adapter_config.json"
 LAYER = "transformer.h.{L}."
 WHOLE = {"transformer.wte": "embedding", "lm_head": "head"}  # modules that may be stored whole
 
-# Fields whose value has no effect on the result here. They describe the machine, the training
-# (dropout, VeLoRA's gradients), the initialisation (for those in `_ALLOWED`, which leave the base
-# as it is), or names. PEFT reads megatron_core and qalora_group_size only with megatron_config and
-# use_qalora, and fan_in_fan_out for no torch.nn.Linear, which all modules of this model are. An
-# embedding that is the head is one leaf here, so tied weights stay tied. merge_weights is from PEFT
-# 0.1 and 0.2.
+# Fields whose value has no effect on the result here. They describe the machine, the training, the
+# initialisation (by methods in `_ALLOWED`, which leave the base as it is), or names. PEFT reads
+# megatron_core and qalora_group_size only with megatron_config and use_qalora, and fan_in_fan_out
+# for no torch.nn.Linear, which all modules of this model are. An embedding that is the head is one
+# leaf here, so tied weights stay tied. merge_weights is a field of PEFT 0.1 and 0.2.
 INERT = frozenset(
     (
         "auto_mapping",
@@ -137,8 +136,7 @@ class Patterns:
             )
         try:
             compiled = regex.compile(pattern)
-            find = compiled.fullmatch if whole else compiled.match
-            return find(path, timeout=left)
+            return (compiled.fullmatch if whole else compiled.match)(path, timeout=left)
         except (regex.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{field} {shown}: no pattern: {error}") from None
         except TimeoutError:

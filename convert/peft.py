@@ -21,9 +21,7 @@ from convert.adapter_config import (
     SETTINGS,
     WHOLE,
     AdapterShape,
-    modules,
     read_shape,
-    targets,
 )
 from convert.copying import Change
 from convert.folder import Tensor, read_header
@@ -34,17 +32,6 @@ from qwen_jax.model import Decoder, lora
 from qwen_jax.model.lora import Adapters
 from qwen_jax.runtime import lock, paths, processes, values
 
-__all__ = [
-    "SETTINGS",
-    "TENSORS",
-    "AdapterShape",
-    "changes",
-    "modules",
-    "read",
-    "read_shape",
-    "targets",
-    "write",
-]
 TENSORS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"  # the file that PEFT wrote before 0.7
 _PREFIX = "base_model.model."

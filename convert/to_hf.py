@@ -126,11 +126,11 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     }
     changes, settings = {}, None
     if args.adapter is not None:
-        from convert import peft
+        from convert import adapter_config, peft
 
         adapter = paths.parse(args.adapter)
         changes = peft.changes(adapter, shapes)
-        files = [adapter / name for name in (peft.SETTINGS, peft.TENSORS)]
+        files = [adapter / name for name in (adapter_config.SETTINGS, peft.TENSORS)]
         facts["adapter"] = target.fingerprint(files)
         if (adapter / directory.GENERATION_CONFIG).exists():
             settings = adapter / directory.GENERATION_CONFIG

@@ -164,7 +164,7 @@ def _rounded_product(
     out, preferred: the partitioning and the dtype of the result, or None, as in `jnp.einsum`.
 
     The weight's gradient has the weight's own dtype: products of rounded operands are summed
-    unrounded over tokens here, and over the mesh in `moves.unshard`.
+    unrounded over tokens here, and over the mesh in `gathering.unshard`.
     """
     return _einsum(equation, x, y=w.astype(x.dtype), out=out, preferred=preferred)
 

@@ -41,7 +41,7 @@ from qwen_jax import attention
 from qwen_jax.attention import Attend
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import Maker, Weight, contract
-from qwen_jax.meshes import moves
+from qwen_jax.meshes import gathering, moves
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import running, vocabulary
 from qwen_jax.model.context import Context, KVCache, KVCacheLayer
@@ -256,11 +256,11 @@ class Decoder(nnx.Module):
 
 @functools.partial(jax.jit, static_argnames="eps")
 def _final_norm(x: jax.Array, weight: Weight, *, eps: float) -> jax.Array:
-    return rms_norm(x, moves.unshard(weight, x.dtype), eps=eps)
+    return rms_norm(x, gathering.unshard(weight, x.dtype), eps=eps)
 
 
 @jax.jit
 def logits(x: Float[Array, "B T D"], head: Weight) -> jax.Array:
     """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
-    head = moves.unshard(head, x.dtype)
+    head = gathering.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)

@@ -21,7 +21,7 @@ from qwen_jax.leaves.weights import (
     named_leaves,
     precision,
 )
-from qwen_jax.meshes import moves
+from qwen_jax.meshes import gathering
 from qwen_jax.model import Decoder
 
 
@@ -122,7 +122,7 @@ def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
         if path not in group_of:
             return leaf
         a, b = adapters.a[group_of[path]], adapters.b[path]
-        a, b = (moves.unshard(w) for w in (a, b))
+        a, b = (gathering.unshard(w) for w in (a, b))
         spec = jax.typeof(leaf[...]).sharding.spec
         added = jnp.einsum(
             "LOR,LRI->LOI",

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import FEW
-from qwen_jax.meshes import moves
+from qwen_jax.meshes import gathering
 from qwen_jax.model.context import Context, KVCache, KVCacheLayer
 
 # Layers in one compiled program outside `jit`. More take longer to compile, fewer need more calls.
@@ -81,7 +81,7 @@ def _scan(
     hidden_states: bool,
 ) -> list[jax.Array]:
     """Run stacked blocks in one scan. Arguments and result as for `run`, without a cache."""
-    first = jax.tree.map(moves.leading_axis, blocks)
+    first = jax.tree.map(gathering.leading_axis, blocks)
 
     def run(x: jax.Array, block: Any, window: jax.Array, number: jax.Array) -> jax.Array:
         block = jax.tree.map(lambda w, axis: jnp.moveaxis(w, 0, axis - 1), block, first)
@@ -187,5 +187,5 @@ def _run_block(
     context: Context,
 ) -> tuple[jax.Array, KVCacheLayer | None]:
     """Run one layer. It is traced once for all layers of the same shapes."""
-    block = moves.unshard(block, x.dtype)
+    block = gathering.unshard(block, x.dtype)
     return block(x, context.in_layer(number, window), cache=layer)

@@ -19,7 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import copying, folder, from_hf, names, peft, to_hf
+from convert import adapter_config, copying, folder, from_hf, names, peft, to_hf
 from convert.export import ExportPlan
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
@@ -363,7 +363,7 @@ BUSY = (
 
 def small_adapters(decoder: Any) -> Any:
     with meshes.entered(meshes.make()):
-        stacked, groups = model_.stack(decoder), peft.targets(["c_attn"], 3)
+        stacked, groups = model_.stack(decoder), adapter_config.targets(["c_attn"], 3)
         return lora.create(stacked, groups, rank=2, alpha=4.0, key=jax.random.key(0))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import copying, folder, from_hf, peft, target, to_hf
+from convert import adapter_config, copying, folder, from_hf, peft, target, to_hf
 from qwen_jax.checkpoint import directory
 from tests.support.conversion import (
     GOLDEN,
@@ -172,7 +172,7 @@ def test_headers_that_are_none(tmp_path, header, told):
     file.write_bytes(bytes(8))
     with_header(file, header)
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["w1"]}
-    (tmp_path / peft.SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / adapter_config.SETTINGS).write_text(json.dumps(settings))
     for work in (folder.read, lambda path: peft.changes(path, {"layers.0.ffn.up": (4, 4)})):
         with pytest.raises(ValueError) as caught:
             work(tmp_path)

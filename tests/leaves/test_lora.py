@@ -37,7 +37,7 @@ from train.data import batches
 from train.run import parameters, recipes
 from train.step import loss as losses
 
-GROUPS = peft.targets(("c_attn", "c_proj", "w1", "w2"), CONFIG.num_layers)
+GROUPS = adapter_config.targets(("c_attn", "c_proj", "w1", "w2"), CONFIG.num_layers)
 MESHES = [
     pytest.param({"tp": 2}, False, marks=pytest.mark.slow),
     ({"tp": 8}, True),  # more than key/value heads
@@ -162,16 +162,16 @@ def test_dropout_of_what_goes_into_adapters():
 def test_targets_are_chosen_as_peft_does():
     assert list(GROUPS) == ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
     assert GROUPS["attn.c_attn"] == ("attn.q", "attn.k", "attn.v")
-    assert list(peft.targets(["attn.c_proj"], 2)) == ["attn.c_proj"]
-    assert list(peft.targets(r".*\.mlp\.w\d", 2)) == ["mlp.w1", "mlp.w2"]
+    assert list(adapter_config.targets(["attn.c_proj"], 2)) == ["attn.c_proj"]
+    assert list(adapter_config.targets(r".*\.mlp\.w\d", 2)) == ["mlp.w1", "mlp.w2"]
     with pytest.raises(ValueError, match="no module is called q_proj: there are c_attn, c_proj"):
-        peft.targets(["c_attn", "q_proj"], 2)
-    assert list(peft.targets(r".*\.h\.[01]\.mlp\.w1", 2)) == ["mlp.w1"]
+        adapter_config.targets(["c_attn", "q_proj"], 2)
+    assert list(adapter_config.targets(r".*\.h\.[01]\.mlp\.w1", 2)) == ["mlp.w1"]
     for some in (["transformer.h.1.mlp.w1"], r".*\.h\.0\..*w1"):
         with pytest.raises(ValueError, match=r"chooses mlp\.w1 in some layers only"):
-            peft.targets(some, 2)
+            adapter_config.targets(some, 2)
     with pytest.raises(ValueError, match=r"target_modules '\*w1': no pattern: nothing to repeat"):
-        peft.targets("*w1", 2)
+        adapter_config.targets("*w1", 2)
 
 
 def written(folder: Path, **settings: Any) -> None:
@@ -205,7 +205,7 @@ def test_everybody_may_read_an_adapter(tmp_path):
     finally:
         os.umask(before)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
-    assert modes == {peft.SETTINGS: 0o640, peft.TENSORS: 0o640}
+    assert modes == {adapter_config.SETTINGS: 0o640, peft.TENSORS: 0o640}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_everybody_may_read_an_adapter(tmp_path):
 )
 def test_what_is_not_supported_is_named(tmp_path, settings, problem):
     written(tmp_path)
-    file = tmp_path / peft.SETTINGS
+    file = tmp_path / adapter_config.SETTINGS
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     with on_mesh(), pytest.raises(ValueError, match=problem):
         peft.read(tmp_path, step.stacked(tiny_decoder(CONFIG)))
@@ -291,7 +291,7 @@ def test_a_merge_that_is_not_finite_is_refused(tmp_path):
 
 
 def base_named(adapter: Path) -> tuple[str | None, str | None]:
-    said = json.loads((adapter / peft.SETTINGS).read_text())
+    said = json.loads((adapter / adapter_config.SETTINGS).read_text())
     return said["base_model_name_or_path"], said["revision"]
 
 
@@ -335,7 +335,7 @@ def test_names_within_peft_are_told_of(tmp_path, end):
 def test_what_peft_writes_always_is_no_obstacle(tmp_path):
     inert = {"megatron_core": "megatron.core", "qalora_group_size": 16, "init_lora_weights": True}
     written(tmp_path, **inert, loftq_config={}, layers_to_transform=None, use_dora=False)
-    assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2
+    assert adapter_config.read_shape(tmp_path, CONFIG.num_layers).scale == 2
 
 
 def test_a_head_for_a_model_without_one_is_refused(tmp_path):
@@ -347,15 +347,15 @@ def test_a_head_for_a_model_without_one_is_refused(tmp_path):
 
 def test_rank_stabilised_scale(tmp_path):
     written(tmp_path, use_rslora=True)
-    assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2 * 4 / 2
+    assert adapter_config.read_shape(tmp_path, CONFIG.num_layers).scale == 2 * 4 / 2
 
 
 BASE = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "w1"]}
 
 
 def shape_of(folder: Path, **settings: Any) -> Any:
-    (folder / peft.SETTINGS).write_text(json.dumps(BASE | settings))
-    return peft.read_shape(folder, 2)
+    (folder / adapter_config.SETTINGS).write_text(json.dumps(BASE | settings))
+    return adapter_config.read_shape(folder, 2)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_fields_that_change_nothing_are_accepted(tmp_path, settings):
 
 
 def test_all_linear_is_every_module(tmp_path):
-    assert shape_of(tmp_path, target_modules="all-linear").groups == peft.modules()
+    assert shape_of(tmp_path, target_modules="all-linear").groups == adapter_config.modules()
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_what_is_no_pattern_is_refused(tmp_path, pattern):
 
 def adapter_of(folder: Path, **more: np.ndarray) -> None:
     """An adapter of one layer's up projection, and what came along."""
-    (folder / peft.SETTINGS).write_text(json.dumps(BASE | {"target_modules": ["w1"]}))
+    (folder / adapter_config.SETTINGS).write_text(json.dumps(BASE | {"target_modules": ["w1"]}))
     module = "base_model.model.transformer.h.0.mlp.w1"
     pair = {"lora_A": np.ones((4, 8)), "lora_B": np.ones((16, 4))}
     tensors = {f"{module}.{name}.weight": x.astype(np.float32) for name, x in pair.items()}

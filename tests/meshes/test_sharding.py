@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import meshes
-from qwen_jax.meshes import moves, sharding
+from qwen_jax.meshes import gathering, moves, sharding
 from tests.support import compilations
 from tests.support.tiny import QUICK, cached_logits, full_logits, on_mesh, tiny_config, tiny_decoder
 from tests.support.tiny import tiny_tokens as tokens_of
@@ -122,7 +122,7 @@ def test_unshard_gathers_weights_and_scatters_gradients(sizes):
     x = rng.standard_normal((8, 8, 16), np.float32)
 
     def whole(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        w = moves.unshard(w)
+        w = gathering.unshard(w)
         for name, leaf in w.items():
             partition = jax.typeof(leaf).sharding.spec.partitions
             axes = {axis for entry in partition for axis in sharding.entries(entry)}
@@ -149,10 +149,10 @@ def test_unshard_gathers_weights_and_scatters_gradients(sizes):
 def test_unshard_casts_before_it_gathers():
     with on_mesh(fsdp=4):
         w = moves.place(np.ones((8, 16), np.float32), "FD")
-        assert moves.unshard(w).dtype == jnp.float32
-        made = jax.make_jaxpr(lambda w: moves.unshard(w, jnp.bfloat16))(w)
-    (gathering,) = made.eqns
-    names = [equation.primitive.name for equation in gathering.params["call_jaxpr"].eqns]
+        assert gathering.unshard(w).dtype == jnp.float32
+        made = jax.make_jaxpr(lambda w: gathering.unshard(w, jnp.bfloat16))(w)
+    (gathered,) = made.eqns
+    names = [equation.primitive.name for equation in gathered.params["call_jaxpr"].eqns]
     assert names.index("convert_element_type") < names.index("reshard")
     assert made.out_avals[0].dtype == jnp.float32, "in which the gradient comes back"
 
@@ -173,7 +173,7 @@ def test_narrow_parts_come_first(letters, shape, axis):
     with on_mesh(fsdp=2, context=2):
         leaf = moves.place(np.zeros(shape, np.float32), letters)
         found = []
-        jax.jit(lambda x: found.append(moves.leading_axis(x)))(leaf)
+        jax.jit(lambda x: found.append(gathering.leading_axis(x)))(leaf)
     assert found == [axis]
 
 

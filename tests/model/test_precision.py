@@ -16,7 +16,7 @@ import qwen_jax
 from qwen_jax import attention, meshes, model
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.leaves.weights import Weight, contract
-from qwen_jax.meshes import moves, sharding
+from qwen_jax.meshes import gathering, moves, sharding
 from qwen_jax.model import decoder, lora, rope, running, vocabulary
 from tests.support.tiny import QUICK, on_mesh, tiny_config
 from train import step
@@ -67,7 +67,7 @@ def in_bfloat16(seed: int, *shape: int) -> np.ndarray:
 def of_every_kind(w: dict[str, Weight], wide: Any, narrow: Any, targets: Any, shares: Any) -> Any:
     """Linear in every kind of leaf but the head; products of dtype bfloat16."""
     x, y = (a.astype(jnp.bfloat16) for a in (narrow, wide))
-    whole = moves.unshard(w, x.dtype)
+    whole = gathering.unshard(w, x.dtype)
     columns = contract("BTD,FD->BTF", moves.to_columns(x), weight=whole["FD"])
     rows = contract("BTF,DF->BTD", y, weight=whole["DF"], out=sharding.spec("BTD"))
     normed = decoder._in_float32(jnp.multiply, x, weight=whole["D"])

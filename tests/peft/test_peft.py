@@ -84,7 +84,7 @@ def drawn(wanted: Any, whole: list[str]) -> Adapters:
     """That change much: b is not 0."""
     fresh = lora.create(
         base(),
-        peft.targets(wanted, CONFIG.num_layers),
+        adapter_config.targets(wanted, CONFIG.num_layers),
         rank=4,
         alpha=8.0,
         key=jax.random.key(0),
@@ -217,8 +217,8 @@ def test_what_peft_can_and_we_cannot_is_named(tmp_path: Path, settings: Any, pro
 def test_how_adapters_began_does_not_matter(tmp_path: Path, how: Any) -> None:
     config = original.LoraConfig(r=4, target_modules=["w1"], init_lora_weights=how)
     original.get_peft_model(torch_base(), config).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / peft.SETTINGS).read_text())["init_lora_weights"] == how
-    assert peft.read_shape(tmp_path, CONFIG.num_layers).scale == 2
+    assert json.loads((tmp_path / adapter_config.SETTINGS).read_text())["init_lora_weights"] == how
+    assert adapter_config.read_shape(tmp_path, CONFIG.num_layers).scale == 2
 
 
 def test_every_field_of_peft_is_decided() -> None:
@@ -244,7 +244,7 @@ def test_fields_that_change_nothing_in_peft_either(tmp_path: Path, settings: Any
     config = original.LoraConfig(r=4, lora_alpha=8, target_modules=["w1"], **settings)
     model = trained(config)
     model.save_pretrained(tmp_path)
-    file = tmp_path / peft.SETTINGS
+    file = tmp_path / adapter_config.SETTINGS
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     with on_mesh():
         ours = our_logits(peft.read(tmp_path, base()))

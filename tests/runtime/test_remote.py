@@ -24,7 +24,7 @@ from jax._src import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
 import qwen_jax
-from convert import from_hf, peft
+from convert import adapter_config, from_hf, peft
 from qwen_jax import checkpoint, expand_vocab, model
 from qwen_jax.checkpoint import CheckpointError, directory, inspection, store
 from qwen_jax.generate import __main__ as generate
@@ -238,7 +238,7 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
     """Adapters, the batch of a step that has no number, and a profile."""
     with jax.set_mesh(mesh_of(1, 1)):
         decoder = model.stack(model.create(tiny_config(), jax.random.key(0), "float32"))
-        chosen = peft.targets(["c_attn"], decoder.config.num_layers)
+        chosen = adapter_config.targets(["c_attn"], decoder.config.num_layers)
         adapters = lora.create(
             decoder, chosen, rank=4, alpha=8, key=jax.random.key(1), embeddings=False
         )

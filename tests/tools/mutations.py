@@ -167,7 +167,7 @@ FAULTS = [
         "tests/train/data/test_packing.py -k share_the",
     ),
     Fault(
-        "qwen_jax/meshes/moves.py",
+        "qwen_jax/meshes/gathering.py",
         "places.append(P(joined(first), *others, reduced=summed))\n    for name",
         "places.append(P(joined(first), *others))\n    for name",
         "tests/meshes/test_sharding.py tests/train/step/test_step_collectives.py",

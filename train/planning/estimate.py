@@ -17,7 +17,8 @@ from train.planning import bounds, collectives, programs
 from train.planning import topology as topologies
 from train.planning.bounds import Bound
 from train.planning.collectives import Collective
-from train.planning.programs import Program, Setting
+from train.planning.compilation import Program
+from train.planning.programs import Setting
 from train.planning.topology import Topology
 from train.run import parameters
 

@@ -29,7 +29,7 @@ class Log:
     folder: the folder of the run.
     step: the number of updates taken before.
     steps: the number of updates in the whole run.
-    owed: whether the evaluation after step `step` was cut off and is still to be done.
+    evaluation_due: whether the evaluation after step `step` was cut off and is still to be done.
     """
 
     def __init__(self, folder: Path, step: int, *, steps: int, evaluation_due: bool = False):

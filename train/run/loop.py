@@ -85,7 +85,7 @@ class Loop:
     position: the number of steps taken so far.
     tokens: the number of tokens in a batch, without padding.
     flops: the FLOPs of training per token.
-    owed: whether a signal cut off the evaluation at `position`, which is still to be done.
+    evaluation_due: whether a signal cut off the evaluation at `position`, which is still due.
     """
 
     settings: Settings
@@ -112,7 +112,7 @@ class Loop:
     def go(self, state: State, stop: dict[str, int]) -> State:
         """Run steps to the end, or until all processes know of a signal; return the last state.
 
-        state: the training state after `position` steps. asked: the dict that `signals` yields.
+        state: the training state after `position` steps. stop: the dict that `signals` yields.
         """
         settings, end = self.settings, self.steps
         so_far = moves.place(np.array(True), "")
@@ -155,7 +155,7 @@ class Loop:
     def stopped(self, stop: dict[str, int]) -> bool:
         """Return whether any process got a signal, even after its last step; all processes call it.
 
-        asked: the dict that `signals` yields.
+        stop: the dict that `signals` yields.
         """
         signalled = "signal" in stop
         if signalled:
@@ -236,8 +236,9 @@ class Loop:
     def _evaluated(self, state: State, stop: dict[str, int]) -> float | None:
         """Measure the mean held-out loss, log and return it; None without held-out rows.
 
-        With one process, a signal cuts the evaluation off: the result is None, and `owed` is set.
-        Several processes evaluate together to the end. asked: the dict that `signals` yields.
+        With one process, a signal cuts the evaluation off: the result is None, and `evaluation_due`
+        is set. Several processes evaluate together to the end. stop: the dict that `signals`
+        yields.
         """
         if self.held_out is None:
             return None

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from convert import peft
+from convert import adapter_config, peft
 from qwen_jax import checkpoint, model
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
@@ -219,7 +219,7 @@ def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
     takes for a pattern; names are passed on as a list. layers: the number of layers of the model.
     """
     pattern = len(wanted) == 1 and re.search(r"[*+?|()\[\]^$\\]", wanted[0])
-    return peft.targets(wanted[0] if pattern else wanted, layers)
+    return adapter_config.targets(wanted[0] if pattern else wanted, layers)
 
 
 def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.checkpoint import directory
+from qwen_jax.config import Config
 from qwen_jax.runtime import command, lock, paths, processes, texts
 
 FILES, CHECKPOINTS, TOKENS = "files", "checkpoints", "tokens"
@@ -201,3 +202,49 @@ def _changed(
             yield from _changed(old, new, name=f"{inner}.")
         elif old != new:
             yield inner, old, new
+
+
+def write_files(
+    out: Path,
+    *,
+    ckpt: Path | None,
+    config: Config,
+    tokenizer_file: Path,
+    end: int,
+    chat_format: str,
+) -> Path:
+    """Write configuration, tokenizer and generation settings of the trained model into OUT/files.
+
+    ckpt: the model directory that training starts from, whose other files are copied; None for
+        fresh weights.
+    config: the architecture of a model of fresh weights.
+    end: the id of the token that ends a text.
+    chat_format: the format that the model is trained on, "chatml" or "raw". If the generation
+        settings in `ckpt` have another, they are replaced by the original's defaults.
+
+    Nothing is written if config.json is there already. Returns the folder.
+    """
+    folder = out / FILES
+    if (folder / directory.CONFIG).exists():
+        return folder
+    paths.make_folder(folder)
+    if ckpt is not None:
+        directory.carry(directory.existing(ckpt), folder)
+    paths.copy(tokenizer_file, folder / directory.TOKENIZER)
+    given = folder / directory.GENERATION_CONFIG
+    settings = directory.read_json(given) if given.exists() else {}
+    if settings.get("chat_format") != chat_format:
+        settings = {
+            "chat_format": chat_format,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "max_window_size": min(6144, config.max_position_embeddings),
+            "max_new_tokens": 512,
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 0.8,
+        }
+        directory.write_json(given, settings)
+    like = ckpt and directory.read_json(ckpt / directory.CONFIG)
+    directory.write_json(folder / directory.CONFIG, like or config.to_hf())
+    return folder

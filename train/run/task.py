@@ -30,7 +30,7 @@ from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
 from qwen_jax.meshes import sharding
-from qwen_jax.runtime import command, paths, processes
+from qwen_jax.runtime import command, processes
 from train import data, step
 from train.data import packing, records, shared_cache, token_cache
 from train.data.batches import Batches
@@ -182,7 +182,16 @@ def _claim(task: Task, settings: Settings, *, rows: Rows, steps: int) -> Path:
     processes.first(
         lambda: run_folder.claim(out, identity, steps=steps, resume=resume, start=start)
     )
-    return processes.first(lambda: _write_files(out / run_folder.FILES, task))
+    return processes.first(
+        lambda: run_folder.write_files(
+            out,
+            ckpt=task.ckpt,
+            config=task.config,
+            tokenizer_file=task.tokenizer_file,
+            end=task.tokenizer.eod_id,
+            chat_format="chatml" if task.recipe.data == "chat" else "raw",
+        )
+    )
 
 
 def _advise_at_step_0(task: Task, settings: Settings, *, rows: Rows) -> None:
@@ -324,35 +333,3 @@ def _identity(task: Task, rows: Rows) -> dict[str, Any]:
         "data": rows.fingerprint,
     }
     return json.loads(json.dumps(identity))
-
-
-def _write_files(folder: Path, task: Task) -> Path:
-    """Write configuration, tokenizer and generation settings of the trained model into a folder.
-
-    Nothing is written if config.json is in the folder already. Returns the folder.
-    """
-    if (folder / directory.CONFIG).exists():
-        return folder
-    paths.make_folder(folder)
-    if task.ckpt is not None:
-        directory.carry(directory.existing(task.ckpt), folder)
-    paths.copy(task.tokenizer_file, folder / directory.TOKENIZER)
-    given = folder / directory.GENERATION_CONFIG
-    settings = directory.read_json(given) if given.exists() else {}
-    wanted = "chatml" if task.recipe.data == "chat" else "raw"
-    if settings.get("chat_format") != wanted:
-        end = task.tokenizer.eod_id
-        settings = {
-            "chat_format": wanted,
-            "eos_token_id": end,
-            "pad_token_id": end,
-            "max_window_size": min(6144, task.config.max_position_embeddings),
-            "max_new_tokens": 512,
-            "do_sample": True,
-            "top_k": 0,
-            "top_p": 0.8,
-        }
-        directory.write_json(given, settings)
-    like = task.ckpt and directory.read_json(task.ckpt / directory.CONFIG)
-    directory.write_json(folder / directory.CONFIG, like or task.config.to_hf())
-    return folder

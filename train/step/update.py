@@ -158,7 +158,7 @@ def make_step(
         def objective(
             weights: PyTree, part: Batch, total: jax.Array | None, key: jax.Array
         ) -> tuple[jax.Array, Metrics]:
-            # The mesh sums gradients in the dtype of their leaves (`moves.unshard`).
+            # The mesh sums gradients in the dtype of their leaves (`gathering.unshard`).
             weights = jax.tree.map(lambda x: x.astype(gradient_dtype), weights)
             decoder = attach(weights, base, jax.random.fold_in(key, 1)) if attach else weights
             drop = Dropout(jax.random.fold_in(key, 0), dropout) if dropout else None

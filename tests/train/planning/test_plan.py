@@ -24,9 +24,20 @@ from qwen_jax.meshes import hardware
 from qwen_jax.runtime import progress
 from tests.support.tiny import tiny_config
 from train import plan, step
-from train.planning import attempts, estimate, flops, glossary, programs, report, search, topology
+from train.planning import (
+    attempts,
+    compilation,
+    estimate,
+    flops,
+    glossary,
+    programs,
+    report,
+    search,
+    topology,
+)
 from train.planning.bounds import Bound, Term
-from train.planning.programs import Memory, Setting
+from train.planning.compilation import Memory, Program, compile_program
+from train.planning.programs import Setting
 from train.planning.topology import Path
 from train.run import recipes
 
@@ -62,7 +73,7 @@ def uncompiled(on_cpu: None, trained: estimate.Estimate, monkeypatch: pytest.Mon
     monkeypatch.setattr(estimate, "training", training)
 
 
-def total(program: programs.Program, compiled: Any) -> None:
+def total(program: Program, compiled: Any) -> None:
     """The parts are what the compiler says, within 1 %."""
     said = compiled.memory_analysis()
     expected = said.argument_size_in_bytes + said.temp_size_in_bytes
@@ -216,14 +227,12 @@ def test_prefill_holds_all_layers(on_cpu: None, monkeypatch: pytest.MonkeyPatch)
 def test_prefill_needs_the_padding_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {}
 
-    def compiled(trace: Any, mesh: Any, *, held: Any, layers: int) -> programs.Program:
+    def compiled(trace: Any, mesh: Any, *, held: Any, layers: int) -> Program:
         given.update(held)
         parts = {**held, "padding": 1000, "temporaries": 10}
-        return programs.Program(
-            Memory(parts), flops.Work(0, Counter(), 0), collectives=None, seconds=1
-        )
+        return Program(Memory(parts), flops.Work(0, Counter(), 0), collectives=None, seconds=1)
 
-    monkeypatch.setattr(programs, "_compiled", compiled)
+    monkeypatch.setattr(programs, "compile_program", compiled)
     setting = Setting(
         tiny_config(num_layers=6), batch=4, length=256, attention="xla"
     )  # a group of four, and half of one
@@ -260,7 +269,7 @@ HELD = {"weights": 2 * 2**30, "batch": 2**20}
     ],
 )
 def test_what_a_compiler_refuses_is_read(message: str, needed: float, available: float) -> None:
-    memory = programs._refused(message, HELD)
+    memory = compilation._refused(message, HELD)
     assert memory is not None
     assert memory.needed == pytest.approx(needed * 2**30)
     assert memory.available == available * 2**30
@@ -268,7 +277,7 @@ def test_what_a_compiler_refuses_is_read(message: str, needed: float, available:
 
 
 def test_other_errors_stay_errors() -> None:
-    assert programs._refused("INTERNAL: Mosaic failed to compile", HELD) is None
+    assert compilation._refused("INTERNAL: Mosaic failed to compile", HELD) is None
 
 
 def test_a_program_that_is_refused_is_reported(
@@ -292,10 +301,10 @@ def test_a_program_that_jaxlib_cannot_print_is_read_from_the_compiler(
     mesh = meshes.make(SIZES)
     x = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", "tp")))
 
-    def compiled() -> programs.Program:
+    def compiled() -> Program:
         with jax.set_mesh(mesh):
             summed = jax.jit(lambda x: jnp.sum(x, 0))  # over fsdp
-        return programs._compiled(lambda: summed.trace(x), mesh, held={}, layers=0)
+        return compile_program(lambda: summed.trace(x), mesh, held={}, layers=0)
 
     def fail(_: Any) -> str:
         raise jax.errors.JaxRuntimeError(
@@ -308,10 +317,10 @@ def test_a_program_that_jaxlib_cannot_print_is_read_from_the_compiler(
     unread = compiled()
     reason = "cannot be read (INTERNAL: RET_CHECK failure (hlo.cc:390) async)"
     assert unread.collectives is None and unread.unread.endswith(reason)
-    monkeypatch.setattr(programs, "_PRINTED_BY_COMPILER", ("cpu",))
+    monkeypatch.setattr(compilation, "_PRINTED_BY_COMPILER", ("cpu",))
     assert compiled().collectives == expected.collectives
     # jaxlib, which would write a trace, is not asked either where the compiler writes nothing.
-    monkeypatch.setattr(programs, "_PRINTED", "no such file")
+    monkeypatch.setattr(compilation, "_PRINTED", "no such file")
     unread = compiled()
     assert unread.collectives is None and "the compiler wrote 0 files" in unread.unread
     told = report.text(dataclasses.replace(trained, program=unread), "tiny")
@@ -356,7 +365,7 @@ def test_time_between_hosts_or_slices_is_said(trained: estimate.Estimate) -> Non
 def test_a_plan_has_the_link_between_slices(on_cpu: None) -> None:
     """Also where no collective goes over it, and not where they are unknown."""
     hosts, mesh = topology.parse("v5e:2x1*2"), meshes.make(SIZES)
-    program = programs.Program(Memory({}), flops.Work(0, Counter(), 0), collectives=[], seconds=1)
+    program = Program(Memory({}), flops.Work(0, Counter(), 0), collectives=[], seconds=1)
     names = []
     for found in ([], None):
         one = dataclasses.replace(program, collectives=found)

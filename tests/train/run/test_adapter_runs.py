@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import from_hf, peft, to_hf
+from convert import adapter_config, from_hf, peft, to_hf
 from qwen_jax import checkpoint
 from tests.support.conversion import contents
 from tests.support.training import curve, fail, fine_tuning, prepared, pretraining, succeed, weights
@@ -44,7 +44,7 @@ def test_what_a_run_of_adapters_leaves(merged, given):
     assert {"base_model.model.transformer.wte.weight", "base_model.model.lm_head.weight"} < {
         *tensors
     }
-    settings = json.loads((merged / "adapter" / peft.SETTINGS).read_text())
+    settings = json.loads((merged / "adapter" / adapter_config.SETTINGS).read_text())
     assert settings["r"] == 4 and settings["modules_to_save"] == ["wte", "lm_head"]
     assert settings["base_model_name_or_path"] is None, "nobody else has what was trained here"
     assert checkpoint.load_generation_config(merged / "model").chat_format == "chatml"
@@ -92,7 +92,7 @@ def test_a_chat_model_keeps_its_embeddings(merged, given, tmp_path, capsys):
     options = (*RANK, "--steps", 1, "--no-train-embeddings", "--lora-targets", r".*\.mlp\.w\d")
     succeed(fine_tuning(given, given / "model", tmp_path / "b", *options), sft)
     assert "warning: the model has not seen ChatML" in capsys.readouterr().err
-    settings = json.loads((tmp_path / "b" / "adapter" / peft.SETTINGS).read_text())
+    settings = json.loads((tmp_path / "b" / "adapter" / adapter_config.SETTINGS).read_text())
     assert settings["target_modules"] == ["mlp.w1", "mlp.w2"]
 
 
@@ -140,10 +140,10 @@ def test_adapters_that_cannot_be(given, tmp_path, capsys, change, problem):
 
 
 def test_an_adapter_of_another_model(merged, given, tmp_path, capsys):
-    for file in (peft.SETTINGS, peft.TENSORS):
+    for file in (adapter_config.SETTINGS, peft.TENSORS):
         (tmp_path / file).write_bytes((merged / "adapter" / file).read_bytes())
-    settings = json.loads((tmp_path / peft.SETTINGS).read_text())
-    (tmp_path / peft.SETTINGS).write_text(json.dumps(settings | {"r": 8}))
+    settings = json.loads((tmp_path / adapter_config.SETTINGS).read_text())
+    (tmp_path / adapter_config.SETTINGS).write_text(json.dumps(settings | {"r": 8}))
     arguments = [str(given / "model"), str(tmp_path / "hf"), "--adapter", str(tmp_path)]
     assert "lora_A.weight is [4, 64] instead of [8, 64]" in fail(capsys, arguments, to_hf)
     assert not (tmp_path / "hf").exists()
