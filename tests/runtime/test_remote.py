@@ -109,7 +109,7 @@ def test_a_plan_of_a_remote_model(bucket, monkeypatch, capsys):
     monkeypatch.setattr(attempts, "estimates", lambda one, *_, **__: settings.append(one) or [])
     options = ["--model", f"{bucket}/m", "--topology", "v5e:2x2", "--attention", "xla"]
     assert plan.main(options) == 2
-    assert "no config.json, nor a folder with one" in capsys.readouterr().err
+    assert "or a config.json, or a folder that holds one" in capsys.readouterr().err
     config = tiny_config()
     paths.write(paths.parse(f"{bucket}/m/config.json"), json.dumps(config.to_hf()).encode())
     assert plan.main(options) == 0
