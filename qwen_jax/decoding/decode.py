@@ -156,7 +156,7 @@ def prefill(
     assert last is not None  # a plan has at least one chunk
     # Without the cache, whose leaves would only pass through.
     state = dataclasses.replace(state, cache=None, seen=seen)  # type: ignore[arg-type]
-    state = _first(decoder.output, last, state=state, rules=rules, sampler=sampler)
+    state = _first(decoder.unembedding, last, state=state, rules=rules, sampler=sampler)
     return dataclasses.replace(state, cache=cache)
 
 

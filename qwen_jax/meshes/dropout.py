@@ -32,11 +32,11 @@ class Dropout:
         """Drop elements of the embeddings."""
         return self._drop(x, 0)
 
-    def of_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def after_attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Drop elements of an attention's output, before the residual sum."""
         return self._drop(x, 1)
 
-    def of_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def after_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Drop elements of a feed-forward network's output, before the residual sum."""
         return self._drop(x, 2)
 

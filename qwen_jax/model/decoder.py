@@ -4,23 +4,27 @@ These axis letters name the axes of arrays throughout the project:
 
     B batch   T query tokens   S key tokens   D model width   L layers   V vocabulary
     N query heads   K key/value heads   G queries per KV head   H head dim   F feed-forward width
-    Q = N H and U = K H, the widths of queries and of keys; `Config.sizes` holds the lengths
+    Q = N x H and U = K x H, the widths of queries and of keys; `Config.sizes` holds the lengths
 
-A `Decoder` is an immutable pytree of named weights. A forward pass computes
+A `Decoder` is a pytree of named weights, and never changes. Its three functions compute in turn
 
-    token ids -> embed -> L blocks {norm, attention, norm, feed-forward} -> norm -> logits
+    embed:     token ids -> x
+    __call__:  x -> L blocks {norm, attention, norm, feed-forward} -> norm -> last
+    logits:    last -> logits
 
-A block is given its weights gathered, and cast to the dtype of x. The rest lies elsewhere:
+`running.py` gives each block its weights gathered over the FSDP axes and cast to x's dtype; they
+are still split over `tp`. The calls of `moves` change how an array is split, and no values. Other
+parts of the model lie elsewhere:
 
     rope.py               rotary position embedding: angles and query scales for each scheme
-    vocabulary.py         embedding look-up and log-probabilities, over a sharded vocabulary
+    vocabulary.py         embedding look-up, logits and log-probabilities, over a split vocabulary
     context.py            what the blocks of a pass share; the interface of a KV cache
     running.py            runs the blocks, as one scan or in groups, and rematerialises them
     build.py              makes decoders, and stacks and unstacks their layers
     lora.py               puts adapters on a decoder's weights
     leaves/               the kinds of weights (float, int8, LoRA), and how each is multiplied by
     attention/            attention functions, masks, and the KV cache of `generate` (cache.py)
-    meshes/               partitioning of arrays by axis letter, moves of arrays, dropout
+    meshes/               how arrays are split, by axis letter; how they are moved; dropout
 
 To add a RoPE scheme, a kind of weight, a KV cache or experts, follow the steps in docs/design.md.
 """
@@ -56,13 +60,16 @@ def rms_norm(x: Float[Array, "... D"], weight: Weight, *, eps: float) -> jax.Arr
 
 
 def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Weight) -> jax.Array:
-    """Compute x * weight or x + weight in float32, in which the weight's gradient is summed too."""
+    """Compute x * weight or x + weight, and sum the weight's gradient over tokens, in float32."""
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Softmax attention over grouped heads: o(attend(rotate(q(x)), rotate(k(x)), v(x)))."""
+    """Softmax attention over grouped heads: o(attend(rotate(q(x)), rotate(k(x)), v(x))).
+
+    Products for q, k and v may have biases; q and k may be normed by head before their rotation.
+    """
 
     def __init__(self, config: Config, make: Maker):
         self.config = config
@@ -83,7 +90,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, *, cache: KVCacheLayer | None
     ) -> tuple[jax.Array, KVCacheLayer | None]:
         """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache."""
-        partitioning = jax.typeof(x).sharding.spec
+        partitioning = jax.typeof(x).sharding.spec  # of the residual stream
+        # They differ in their gradients alone, and only where `tp` does not divide K.
         x, x_kv = moves.to_heads(x, self.config.num_kv_heads)
         q = contract("BTD,QD->BTQ", x, weight=self.q)
         k = contract("BTD,UD->BTU", x_kv, weight=self.k)
@@ -97,10 +105,11 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm, eps=self.config.norm_eps)
             k = rms_norm(k, self.k_norm, eps=self.config.norm_eps)
         q, k = context.rotary.rotate(q), context.rotary.rotate(k)
-        k, v = moves.spread_heads(k), moves.spread_heads(v)
+        k, v = moves.spread_heads(k), moves.spread_heads(v)  # repeated where `tp` does not divide K
         scale = context.rotary.query_scale * self.config.head_dim**-0.5
         o, cache = context.attend(q, k, v=v, scale=scale, cache=cache)
-        return contract("BTQ,DQ->BTD", moves.merge_heads(o), weight=self.o, out=partitioning), cache
+        o = contract("BTQ,DQ->BTD", moves.merge_heads(o), weight=self.o, out=partitioning)
+        return o, cache
 
 
 class FeedForward(nnx.Module):
@@ -134,16 +143,17 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, *, cache: KVCacheLayer | None
     ) -> tuple[jax.Array, KVCacheLayer | None]:
-        """Run the layer on the residual stream x [B, T, D]. Returns it and the new cache."""
+        """Run the layer. Returns the residual stream x [B, T, D] after it, and the new cache."""
         dropout = context.dropout
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attn_norm, eps=self.norm_eps)
             o, cache = self.attn(normed, context, cache=cache)
-            x = x + (o if dropout is None else dropout.of_attention(o))
+            x = x + (o if dropout is None else dropout.after_attention(o))
         with jax.named_scope("feed_forward"):
-            x, ffn = moves.settled((x, self.ffn))  # backward: finish this half before the other
+            # The backward pass ends with this half, weight gradients too, before attention's.
+            x, ffn = moves.settled((x, self.ffn))
             o = ffn(rms_norm(x, self.ffn_norm, eps=self.norm_eps))
-            x = x + (o if dropout is None else dropout.of_feed_forward(o))
+            x = x + (o if dropout is None else dropout.after_feed_forward(o))
         return x, cache
 
 
@@ -152,12 +162,13 @@ class Output:
     """The result of a forward pass.
 
     last: [B, T, D] after the final norm, as `Decoder.logits` takes it.
-    cache: the KV cache, of the type that was given, with this pass's keys and values; or None.
-    hidden_states: the embeddings and each block's output, the last one normed; or (), by default.
+    cache: the KV cache, with this pass's keys and values; None if none was given.
+    hidden_states: the embeddings and each block's output, the last one after the final norm; ()
+        unless they were asked for.
     """
 
     last: jax.Array
-    cache: Any
+    cache: Any  # of the type that was given
     hidden_states: tuple[jax.Array, ...]
 
 
@@ -165,8 +176,8 @@ class Decoder(nnx.Module):
     """A Qwen model: its weights, and the forward pass through them.
 
     embedding: [V, D].
-    layers: L separate blocks, as a list or `Groups`, for decoding and conversion; or, for training,
-        one Block whose leaves are stacked on a first axis L.
+    layers: L separate blocks, as a list or in the groups that are compiled together, for decoding
+        and conversion; or, for training, one Block whose weights are stacked on a first axis L.
     final_norm: [D].
     head: [V, D], or None where the embedding is also the head.
     """
@@ -187,27 +198,33 @@ class Decoder(nnx.Module):
         self.head = head
 
     def replace(self, **changes: Any) -> "Decoder":
-        """Return this decoder with other parts, named as the constructor's arguments."""
+        """Return a copy of this decoder with some of the constructor's arguments replaced."""
         names = ("config", "embedding", "layers", "final_norm", "head")
         parts = {name: getattr(self, name) for name in names}
         return Decoder(**(parts | changes))
 
     def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike | None = None) -> jax.Array:
-        """Look up tokens, int [B, T]: [B, T, D] in the compute dtype (None: the weights')."""
+        """Look up the embeddings [B, T, D] of tokens, int [B, T].
+
+        dtype: the dtype in which the pass computes; None is that of the embedding.
+        """
         return vocabulary.look_up(self.embedding[...], tokens, dtype or self.embedding.dtype)
 
     def logits(self, x: Float[Array, "B T D"]) -> jax.Array:
         """Compute float32 logits [B, T, V] from x [B, T, D], the `last` of an `Output`."""
-        return logits(x, self.output)
+        return vocabulary.logits(x, self.unembedding)
 
     @property
-    def output(self) -> Weight:
+    def unembedding(self) -> Weight:
         """The weight [V, D] that makes logits: the head, or the embedding where they are tied."""
         return self.embedding if self.head is None else self.head
 
     @property
     def windows(self) -> np.ndarray:
-        """The number of tokens that each layer attends to, int32 [L]."""
+        """The most tokens that a token attends to, itself included, by layer: int32 [L].
+
+        It is `attention.FULL` for layers without a window.
+        """
         widths = self.config.layer_windows or [None] * self.config.num_layers
         return np.array([width or attention.FULL for width in widths], np.int32)
 
@@ -224,11 +241,14 @@ class Decoder(nnx.Module):
         hidden_states: bool = False,
         dropout: Dropout | None = None,
     ) -> Output:
-        """Run one forward pass over x [B, T, D], embeddings of tokens at `positions`, int32 [B, T].
+        """Run all blocks and the final norm on x [B, T, D], the embeddings of tokens.
 
-        segments: int32 [B, T]. Tokens attend within their own segment only; 0 is padding.
-        frequencies: float32 [B, H/2], from `rope.Rope.frequencies`: alpha may differ by row.
-        cache: earlier keys and values, for separate blocks only; outside `jit` it is donated.
+        positions: int32 [B, T], of the tokens in their sequences.
+        segments: int32 [B, T]. Tokens attend to earlier tokens of their own segment; 0 is padding.
+        frequencies: float32 [B, H/2], from `rope.Rope.frequencies`; dynamic NTK scales a row's by
+            the length of its sequence.
+        cache: earlier keys and values, for separate blocks only. Outside `jit` it is donated: use
+            the result's cache instead of it.
         attend: a function of `attention.IMPLEMENTATIONS`.
         remat: a policy of `jax.checkpoint_policies`, applied to each block.
         """
@@ -257,10 +277,3 @@ class Decoder(nnx.Module):
 @functools.partial(jax.jit, static_argnames="eps")
 def _final_norm(x: jax.Array, weight: Weight, *, eps: float) -> jax.Array:
     return rms_norm(x, gathering.unshard(weight, x.dtype), eps=eps)
-
-
-@jax.jit
-def logits(x: Float[Array, "B T D"], head: Weight) -> jax.Array:
-    """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
-    head = gathering.unshard(head, x.dtype)
-    return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)

@@ -1,8 +1,8 @@
-"""Operations over a sharded vocabulary: the embedding look-up, and log-probabilities of tokens.
+"""Operations over a sharded vocabulary: the embedding look-up, logits, and log-probabilities.
 
-Neither operation holds the whole table or the logits of all tokens at once. Rows of the table are
-gathered a chunk at a time, used for all tokens and dropped; so are logits, forward and backward.
-Collectives are written by hand because their order matters.
+The look-up and the log-probabilities never hold the whole table or the logits of all tokens at
+once. Rows of the table are gathered a chunk at a time, used for all tokens and dropped; so are
+logits, forward and backward. Collectives are written by hand because their order matters.
 """
 
 import functools
@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qwen_jax.leaves.weights import precision
-from qwen_jax.meshes import sharding
+from qwen_jax.leaves.weights import Weight, contract, precision
+from qwen_jax.meshes import gathering, sharding
 
 LOGITS_BYTES = 2**28  # the most bytes of float32 logits that a device holds at once
 _ROW_MULTIPLE = 128
@@ -122,6 +122,13 @@ def _own_rows(table: jax.Array, ids: jax.Array, *, over: tuple[str, ...]) -> tup
 def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
     """Return the mesh axes that split an axis of x."""
     return sharding.entries(jax.typeof(x).sharding.spec[axis])
+
+
+@jax.jit
+def logits(x: Float[Array, "B T D"], head: Weight) -> jax.Array:
+    """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
+    head = gathering.unshard(head, x.dtype)
+    return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)
 
 
 class TokenScores(NamedTuple):

@@ -171,7 +171,7 @@ def decoding(kernel: str) -> Iterator[Any]:
         )
         _, _, tree = running.grouped(decoder.layers).parts[0]
         yield running.run_group.trace(**given, tree=tree).jaxpr
-        yield jax.make_jaxpr(model.logits)(given["x"], decoder.output)
+        yield jax.make_jaxpr(model.logits)(given["x"], decoder.unembedding)
 
 
 def merging() -> Any:

@@ -81,7 +81,9 @@ def scores(
         dropout=dropout,
     ).last
     with jax.named_scope("vocabulary"):
-        return vocabulary.token_scores(x, decoder.output[...], targets=batch.targets), batch.weights
+        return vocabulary.token_scores(
+            x, decoder.unembedding[...], targets=batch.targets
+        ), batch.weights
 
 
 def loss(

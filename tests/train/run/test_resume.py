@@ -68,7 +68,7 @@ def test_killed_again_and_again(given, whole, tmp_path, count):
             where, calls = NAMED, 5  # of the second checkpoint: a checkpoint has three names
         else:
             where, calls = (
-                "train.run.logs:Log.tell",
+                "train.run.logs:Log.show",
                 int(rng.integers(1, max(2, STEPS // (KILLS + 1)))),
             )
         killed = [STOPPED, where, calls, 0, int(signal.SIGKILL), "train.pretrain"]
@@ -120,7 +120,7 @@ def test_an_error_while_encoding_ends_all_by_name(given, tmp_path):
 def test_a_signal_saves_first(given, tmp_path, number, code):
     """SIGTERM and Ctrl-C; on two processes one of them alone may hear it, at its fifth step."""
     out = tmp_path / "run"
-    stopped = [STOPPED, "train.run.loop:Loop._hear", 5, 1 if number == 15 else 0, number]
+    stopped = [STOPPED, "train.run.loop:Loop._log_oldest", 5, 1 if number == 15 else 0, number]
     with launch.group([*stopped, "train.pretrain", *command(given, out)[1:]], 2) as group:
         results = group.wait()
     assert results[0].code == code, results[0].err[-2000:]

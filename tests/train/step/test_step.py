@@ -246,11 +246,11 @@ def test_dropout():
     with on_mesh(fsdp=2):
         x = moves.place(np.ones((64, 64, 8), np.float32), "BTD")
         drop = dropout.Dropout(jax.random.key(0), 0.25)
-        layers = [np.asarray(drop.in_layer(i).of_attention(x)) for i in range(2)]
-        other = np.asarray(drop.in_layer(0).of_feed_forward(x))
+        layers = [np.asarray(drop.in_layer(i).after_attention(x)) for i in range(2)]
+        other = np.asarray(drop.in_layer(0).after_feed_forward(x))
         again, seed = (dropout.Dropout(jax.random.key(i), 0.25).in_layer(0) for i in (0, 1))
-        np.testing.assert_array_equal(again.of_attention(x), layers[0])
-        assert (seed.of_attention(x) != layers[0]).any()
+        np.testing.assert_array_equal(again.after_attention(x), layers[0])
+        assert (seed.after_attention(x) != layers[0]).any()
     assert np.unique(layers[0]).tolist() == [0, pytest.approx(4 / 3)]
     for one, two in ((layers[0], layers[1]), (layers[0], other)):
         assert np.mean(one == two) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
