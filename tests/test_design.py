@@ -1,5 +1,7 @@
 """docs/design.md names every room with its arrows, and no file outgrows its reader."""
 
+import functools
+import importlib
 import re
 import tomllib
 
@@ -38,3 +40,12 @@ def test_files_are_no_longer_than_a_sitting() -> None:
             if lines > LONGEST:
                 long[str(file.relative_to(rooms.ROOT))] = lines
     assert not long
+
+
+def test_functions_that_tests_name_in_texts_exist() -> None:
+    """As "module:name", where a run in another process is to be stopped."""
+    texts = [file.read_text(encoding="utf-8") for file in (rooms.ROOT / "tests").rglob("*.py")]
+    named = set(re.findall(r'"((?:convert|qwen_jax|train)[\w.]*:[\w.]+)"', "".join(texts)))
+    assert named
+    for module, _, name in (text.partition(":") for text in named):
+        functools.reduce(getattr, name.split("."), importlib.import_module(module))

@@ -3,9 +3,11 @@
 import fnmatch
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 
@@ -29,6 +31,24 @@ def test_qwen_jax_alone_is_installed():
     lost = [x for x in files if not any(fnmatch.fnmatch(x.name, p) for p in patterns)]
     assert files and not lost
     assert all((x.parent / "__init__.py").exists() for x in files)
+
+
+def test_a_wheel_holds_qwen_jax_alone(tmp_path):
+    """As built from the checkout, with the files that the package reads."""
+    source = tmp_path / "source"
+    for folder in ("qwen_jax", "train", "convert"):
+        shutil.copytree(
+            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"qwen_jax"}
+    files = {x.relative_to(source) for x in (source / "qwen_jax").rglob("*") if x.is_file()}
+    assert {str(x) for x in files} <= names
 
 
 def test_the_demo_installs_the_package_alone(tmp_path):
