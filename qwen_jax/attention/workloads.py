@@ -61,7 +61,7 @@ class Case:
 
     @property
     def stored(self) -> str:
-        """The dtype of the keys in the lines of `measured.json` that fit this call."""
+        """The dtype of attention keys in the lines of `measured.json` that are for such calls."""
         return "int8" if self.cache else self.dtype
 
     def flops(self) -> float:
@@ -267,7 +267,7 @@ def decode(
 
 
 def _n(case: Case) -> range:
-    """Return the indices of the layers that a case's program runs, from 0."""
+    """Return the indices, from 0, of the attention layers in the program that times a case."""
     return range(case.layers())
 
 
@@ -302,7 +302,10 @@ def drawn(case: Case, heads: int, seed: int) -> jax.Array:
 
 @functools.cache
 def leaves(case: Case, layer: int) -> tuple[Any, Any]:
-    """Draw the cached keys and values of a layer, [B, K, S, H] each, once for all programs."""
+    """Return random cached keys and values of a layer, [B, K, S, H] each.
+
+    They are kept in memory, so that all implementations are timed on the same arrays.
+    """
     return leaf(case, 2 * layer), leaf(case, 2 * layer + 1)
 
 

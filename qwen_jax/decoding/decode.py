@@ -54,8 +54,8 @@ class DecodeState:
     cache: the KV cache.
     frequencies: float32 [B, H/2], the RoPE frequencies of each sequence.
     token: int32 [B], the last chosen tokens, not yet fed to the decoder.
-    seen: bool [B', V], the ids that each sequence contains; B' is B rounded up (`unseen`).
-    recent: int32 [B, M], the last new tokens of each sequence, to be compared with stops.
+    seen: bool [B', V], the ids that each sequence contains; B' >= B, as `unseen` says.
+    recent: int32 [B, M], the last M new tokens of each sequence, as many as the longest stop has.
     done: bool [B], whether a sequence has ended.
     fault: int32 [B], 0, or the code in `sampling.FAULTS` that ended the sequence.
     seeds: uint32 [B], the sampling seed of each sequence.

@@ -29,7 +29,7 @@ class Int8(Leaf):
     zero: float32 [...], or None for symmetric rounding.
 
     In a decoder, values and scale are `Weight`s, which name their axes; in the KV cache they are
-    arrays. None has an axis of length 1, which a TPU would pad to 128 lanes.
+    arrays. scale and zero keep no axis of length 1 for H, which a TPU would pad to 128 lanes.
     """
 
     values: Any

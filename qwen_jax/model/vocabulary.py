@@ -147,11 +147,12 @@ class TokenScores(NamedTuple):
 def token_scores(
     x: Float[Array, "B T D"], head: Float[Array, "V D"], *, targets: Int[Array, "B T"]
 ) -> TokenScores:
-    """Compute the scores of target tokens, int [B, T], without ever holding all logits at once.
+    """Compute logit and log-sum-exp of target tokens without ever holding all logits at once.
 
-    x: [B, T, D] after the final norm. Its tokens may be split over `tp`; targets and results are
-        not.
+    x: [B, T, D] after the final norm. Its tokens may be split over the mesh axis `tp`; targets and
+        results are not.
     head: [V, D], of any dtype; the logits are x head^T.
+    targets: int [B, T].
 
     Products are computed in the dtype of x and summed in float32; the softmax is in float32.
     """
@@ -242,14 +243,14 @@ _token_scores.defvjp(_forward, _backward)
 
 
 class _Layout(NamedTuple):
-    """The plan of a pass over all logits: chunks of the head, and mesh axes that split arrays.
+    """How a pass over all logits is split into chunks of the head [V, D] and over mesh axes.
 
-    size: rows of the head in one chunk.
-    tensor: mesh axes that split V.
+    size: the number of ids, rows of the head, in one chunk.
+    tensor: mesh axes that split V of the head.
     split: mesh axes that split D of the head.
-    copies: mesh axes that split tokens but hold equal heads.
-    rows: the partitioning of [B, T].
-    parted: whether the tokens of x are also split over `tensor`.
+    copies: mesh axes that split the tokens, and along which devices hold the same part of the head.
+    rows: the partitioning of targets and results, [B, T].
+    parted: whether the tokens of the decoder's output x [B, T, D] are also split over `tensor`.
     """
 
     size: int

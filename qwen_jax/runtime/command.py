@@ -114,10 +114,11 @@ class _Absent(list[Any]):
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse a command line, and list the names of the arguments that it contains in `args.given`.
+    """Parse a command line, and list the arguments that it contains in `args.given`.
 
-    An argument counts as given even if its value equals the default. argparse can tell this only
-    when the namespace holds other values beforehand, so the command line is parsed twice.
+    They are named as attributes are, such as "top_k", and count even if their value equals the
+    default. To find them, the command line is parsed a second time into a namespace of
+    placeholders, as argparse does not replace a value that is there by a default.
     """
     args, absent = parser.parse_args(argv), _Absent()
     named = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
@@ -128,8 +129,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
     """Raise UsageError if the command line contains one of the arguments `names`.
 
-    Used for options that have no effect together with other options. `why` follows the option's
-    name in the message, and says what to do.
+    For options that have no effect together with others. names: as in `args.given`, such as
+    "top_k". why: follows the option's name in the message, and says what to do.
     """
     for name in names:
         if name in args.given:

@@ -218,7 +218,7 @@ class _Lease:
             )
 
     def end(self) -> None:
-        """Remove the lock's object, if it is still this program's."""
+        """Release the lock: delete its object in the bucket, unless another program has it now."""
         with contextlib.suppress(FileNotFoundError):
             if self._file_content() == self._content:
                 self._file.unlink()

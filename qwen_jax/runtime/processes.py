@@ -214,7 +214,10 @@ def gather(text: str) -> list[str]:
 
 
 def propose(number: int) -> int:
-    """Propose a number, such as a run's last step; return the first that any process proposed."""
+    """Propose a number, such as a run's last step; return the first that any process proposed.
+
+    There is one number for as long as the processes run.
+    """
     if (me := _joined) is None:
         return number
     import jax

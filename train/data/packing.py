@@ -69,7 +69,11 @@ def joined(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
 
 
 def _joined(lengths: Numbers, row: int) -> Iterator[_Block]:
-    """Yield the pieces of `joined` in blocks, `_AT_A_TIME` examples each."""
+    """Yield the pieces of which `joined` makes its rows, in a block for each `_AT_A_TIME` examples.
+
+    lengths: int [examples], the tokens of each example. row: the tokens of a row. Blocks bound the
+    memory that this takes.
+    """
     total = int(lengths.sum(dtype=np.int64))
     total = min(total, max(1, total // row) * row)
     begin = 0  # the number of tokens before the block
@@ -315,9 +319,12 @@ class Rows:
 def split(
     count: int, share: float, *, seed: int
 ) -> tuple[Integer[np.ndarray, " trained"], Integer[np.ndarray, " held_out"]]:
-    """Split `count` examples into the numbers to train on and the held-out ones, a share of them.
+    """Split range(count) at random into indices of training examples and of held-out examples.
 
-    Raises ValueError if a share other than 0 leaves either side empty.
+    share: the part of all examples that is held out.
+
+    Both results are in ascending order. Raises ValueError if a share other than 0 leaves either
+    side empty.
     """
     out = round(share * count)
     if share and not 0 < out < count:

@@ -22,7 +22,7 @@ _Task = Callable[..., Estimate]  # `estimate.training`, `decoding` or `prefill`
 
 
 class NotCompiled(ValueError):
-    """A program does not compile with the attention implementation that `auto` would choose."""
+    """Raised if a program does not compile with the attention that `auto` would choose."""
 
 
 def estimates(

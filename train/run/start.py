@@ -106,8 +106,10 @@ def _tokenizer(
 def _mesh_sizes(
     args: argparse.Namespace, wanted: Recipe, *, config: Config, sizes: Mapping[str, int] | None
 ) -> Mapping[str, int]:
-    """The mesh of the run by axis, which divides the recipe's batches; by default one that suits
-    the model and the devices here. sizes: of --mesh, or of the mesh stored in the run.
+    """Return the size of each mesh axis of the run, over which the recipe's batches divide.
+
+    sizes: those of --mesh, or of the mesh stored in the run; None takes a mesh that suits the model
+        and the devices here.
     """
     lengths = {**config.sizes, "B": wanted.rows // wanted.accumulate, "T": wanted.length}
     devices = jax.devices()
