@@ -74,16 +74,16 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add = result.add_argument
-    add("src", metavar="SRC", help="a folder, or a model on the hub such as Qwen/Qwen-7B")
-    add("dst", metavar="DST", help="the model directory to make")
-    add("--dtype", choices=folder.CODES, help="dtype to store (default: that of the checkpoint)")
+    add("src", metavar="SRC", help="folder, or model on the hub such as Qwen/Qwen-7B")
+    add("dst", metavar="DST", help="model directory to make")
+    add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's own)")
     add(
         "--mesh",
         metavar="SPEC",
-        help="cut the files into the shards of this mesh: axes data, fsdp, context and tp, such as "
-        "fsdp=4,tp=2 (default: whole arrays, as for one device)",
+        help="mesh whose shards get a file each: axes data, fsdp, context and tp, such as "
+        "fsdp=4,tp=2 (default: one device)",
     )
-    add("--verify", action="store_true", help="compare every tensor with the source at the end")
+    add("--verify", action="store_true", help="at the end, compare every tensor with SRC")
     process_options.add(result)
     command.add_debug(result)
     return result

@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add = result.add_argument
-    add("src", metavar="SRC", help="a model directory")
-    add("dst", metavar="DST", help="the folder to make; it may exist if empty")
+    add("src", metavar="SRC", help="model directory")
+    add("dst", metavar="DST", help="folder to make; may exist if empty")
     add("--dtype", choices=folder.CODES, help="dtype to write (default: the directory's own)")
     add(
         "--max-shard-size",
@@ -61,12 +61,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--adapter",
         metavar="DIR",
-        help="merge this adapter in PEFT's format into the weights (default: none)",
+        help="adapter in PEFT's format to merge into the weights (default: none)",
     )
     add(
         "--verify",
         action="store_true",
-        help="compare every tensor with SRC (and --adapter) at the end",
+        help="at the end, compare every tensor with SRC (and --adapter)",
     )
     process_options.add(result)
     command.add_debug(result)

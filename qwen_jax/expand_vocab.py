@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     add = result.add_argument
-    add("vocab_file", metavar="VOCAB_FILE", type=command.path, help="the vocabulary, qwen.tiktoken")
+    add("vocab_file", metavar="VOCAB_FILE", type=command.path, help="vocabulary, a qwen.tiktoken")
     add(
         "words_file",
         metavar="WORDS_FILE",
@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
         "out_file",
         metavar="OUT_FILE",
         type=command.path,
-        help="the expansion to write; must not exist yet",
+        help="expansion to write; must not exist yet",
     )
     add(
         "--start-id",

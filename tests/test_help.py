@@ -133,6 +133,18 @@ def test_every_option_says_its_default_and_its_names(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", COMMANDS)
+def test_help_of_an_option_is_in_one_style(module: str) -> None:
+    """A noun phrase or an imperative in lower case, without a full stop, the default at its end."""
+    style = r"(?![A-Z][a-z]+\b(?!\'))(?!(?:the|a|an) )(?:(?!default:).)+(?: \(default: .+\))?"
+    found = [
+        (action.dest, said(action))
+        for _, action in options(module)
+        if not re.fullmatch(style, said(action)) or said(action).endswith(".")
+    ]
+    assert not found, "these are not in the style of the others"
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 def test_every_option_says_what_it_takes(module: str) -> None:
     """Not argparse's own `--accumulate ACCUMULATE`."""
     found = [

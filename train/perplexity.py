@@ -62,8 +62,8 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="text to predict (required): JSONL, JSON, Parquet, or text, which is one document; a "
-        "document shorter than the longest row is left out",
+        help="files of text to predict (required): JSONL, JSON, Parquet, or text, which is one "
+        "document; documents shorter than the longest row are left out",
     )
     add(
         "--field",
@@ -94,22 +94,22 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
         "--modes",
         default=",".join(MODES),
         metavar="NAME,...",
-        help="what extends the context: plain (nothing), ntk, ntk+logn, ntk+logn+window, or own "
-        "(what config.json sets) (default: %(default)s)",
+        help="context extensions to compare: plain (none), ntk, ntk+logn, ntk+logn+window, or own "
+        "(as config.json says) (default: %(default)s)",
     )
     add(
         "--windows",
         metavar="LIST",
-        help="in ntk+logn+window, how many tokens back each layer sees, as a JSON list such as "
-        "[1024, null]; null: all (default: seq_length in the lower half of the layers; no source "
-        "publishes any)",
+        help="attention window of each layer in ntk+logn+window, in tokens, as a JSON list such as "
+        "[1024, null]; null: no window (default: seq_length in the lower half of the layers, as no "
+        "source publishes any)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
         "--attention",
         default="auto",
         metavar="NAME",
-        help=f"implementation of attention: {command.ATTENTION}; default: auto",
+        help=f"implementation of attention: {command.ATTENTION} (default: %(default)s)",
     )
     add(
         "--mesh",
@@ -123,15 +123,15 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--plot",
         metavar="FILE",
-        help="plot to write; must not exist yet (default: perplexity.png, or perplexity-2.png and "
-        "so on if that exists; none with --json)",
+        help="picture file to write the plot to; must not exist yet (default: perplexity.png, or "
+        "perplexity-2.png and so on if that exists; none with --json)",
     )
-    add("--json", action="store_true", help="print JSON in place of a table")
+    add("--json", action="store_true", help="print a JSON object in place of the table")
     add(
         "--out",
         type=command.path,
         metavar="FILE",
-        help="also write the figures to FILE as JSON, after each measurement; must not exist yet "
+        help="JSON file to write the figures to, after each measurement; must not exist yet "
         "(default: none)",
     )
 

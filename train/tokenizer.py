@@ -26,8 +26,8 @@ _BYTES, _MOST = 256, 10**7
 def parser() -> argparse.ArgumentParser:
     result = command.Parser(
         prog="python train/tokenizer.py",
-        description="Learn a vocabulary from text and write it as a qwen.tiktoken: for a model of "
-        "one's own,\nwhich `python train/pretrain.py --tokenizer FILE` trains.",
+        description="Learn a vocabulary from text and write it as a qwen.tiktoken, for a model of "
+        "your own, which\n`python train/pretrain.py --tokenizer FILE` trains.",
         epilog=_EXAMPLES,
     )
     add = result.add_argument
@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="text to learn from (required): JSONL, JSON, Parquet, or text, which is one document",
+        help="files of text to learn from (required): JSONL, JSON, Parquet, or text, which is one "
+        "document",
     )
     add(
         "--field",
@@ -50,15 +51,15 @@ def parser() -> argparse.ArgumentParser:
         type=command.positive,
         default=4096,
         metavar="N",
-        help="tokens to learn; this counts the 256 bytes, and not the control tokens that come "
-        "after them (default: %(default)s)",
+        help="number of tokens to learn, with the 256 bytes and without the control tokens that "
+        "come after them (default: %(default)s)",
     )
     add(
         "--out",
         type=command.path,
         required=True,
         metavar="FILE",
-        help="the qwen.tiktoken to write (required); must not exist yet (its folder need not)",
+        help="qwen.tiktoken to write (required); must not exist yet, its folder is made",
     )
     command.add_debug(result)
     return result

@@ -79,7 +79,7 @@ def _case_options(group: Any) -> None:
         "--kernel",
         nargs="+",
         metavar="NAME",
-        help=f"time only these: {command.ATTENTION.removeprefix('auto, ')}; default: all",
+        help=f"time only these: {command.ATTENTION.removeprefix('auto, ')} (default: all)",
     )
     add(
         "--task",

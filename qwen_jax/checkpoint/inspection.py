@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "dir",
         metavar="DIR",
-        help="a model directory, as `python convert/from_hf.py` and training write them",
+        help="model directory, as `python convert/from_hf.py` and training write them",
     )
     inspect.add_argument(
         "--json", action="store_true", help="print one JSON object instead of text"

@@ -142,7 +142,7 @@ def _model_options(group: Any) -> None:
         metavar="NAME",
         help="implementation of attention: auto tests this device's kernels once, and takes the "
         "fastest correct one; any other is taken without a test. "
-        f"{command.ATTENTION}; default: auto",
+        f"{command.ATTENTION} (default: auto)",
     )
     add(
         "--max-length",

@@ -224,7 +224,7 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add the option `--version`, which prints the versions of qwen_jax, jax and Python."""
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
 
 
 class _Version(argparse.Action):

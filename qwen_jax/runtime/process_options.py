@@ -27,13 +27,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=command.positive,
         metavar="N",
-        help="how many processes there are (default: one, or as found by --distributed)",
+        help="number of processes (default: one, or as found by --distributed)",
     )
     option(
         "--process",
         type=int,
         metavar="I",
-        help="the number of this process, from 0 (default: as found by --distributed)",
+        help="number of this process, from 0 (default: as found by --distributed)",
     )
     option(
         "--start-timeout",
@@ -47,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=command.positive,
         default=30,
         metavar="SECONDS",
-        help="a process that is silent for this long counts as dead (default: %(default)s)",
+        help="how long a process may be silent before it counts as dead (default: %(default)s)",
     )
 
 

@@ -21,20 +21,18 @@ Every word of a plan is explained by --glossary, and in docs/scaling.md.
 def parser() -> argparse.ArgumentParser:
     result = command.Parser(
         prog="python train/plan.py",
-        description="Plan a run on accelerators that are not there: compile its programs here, and "
-        "print the\nmemory, work and time that they need. Training, or with --decode prefill and "
-        "decoding.",
+        description="Plan a run on accelerators that this machine lacks: compile a training step "
+        "or, with --decode,\nprefill and decoding, and print the memory, FLOPs, collectives and "
+        "lower bound of time.",
         epilog=_EXAMPLES,
     )
     add = result.add_argument
-    add("--glossary", action="store_true", help="explain the words of a plan, and exit")
+    add("--glossary", action="store_true", help="explain the words of a plan and exit")
     _run_options(result.add_argument_group("model and machine"))
     _training_options(result.add_argument_group("training"))
-    _adapter_options(
-        result.add_argument_group("training of adapters, as `python train/sft.py` does")
-    )
+    _adapter_options(result.add_argument_group("training of adapters, as by `python train/sft.py`"))
     group = result.add_argument_group("decoding").add_argument
-    group("--decode", action="store_true", help="plan prefill and decoding, not training")
+    group("--decode", action="store_true", help="plan prefill and decoding instead of training")
     group(
         "--cache-dtype",
         metavar="NAME",
@@ -44,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     group(
         "--search",
         action="store_true",
-        help="try meshes, remat policies and --batch with its halves, and print the plans ranked",
+        help="compare meshes, remat policies, and --batch with its halves; print a ranking",
     )
     group(
         "--tries",
@@ -63,7 +61,7 @@ def _run_options(group: Any) -> None:
     add(
         "--model",
         metavar="NAME",
-        help=f"{', '.join(PRESETS)}, or a config.json or the folder that holds it (required)",
+        help=f"model (required): {', '.join(PRESETS)}, or a config.json or the folder with one",
     )
     add(
         "--topology",
@@ -75,8 +73,8 @@ def _run_options(group: Any) -> None:
     add(
         "--mesh",
         metavar="SPEC",
-        help="axes data, fsdp, context and tp, such as fsdp=64,tp=8 (default: one of all devices "
-        "that divides the model and --batch)",
+        help="axes data, fsdp, context and tp, such as fsdp=64,tp=8 (default: all devices, on axes "
+        "over which the model and --batch divide)",
     )
     add(
         "--length",
@@ -90,13 +88,13 @@ def _run_options(group: Any) -> None:
         type=command.positive,
         default=256,
         metavar="N",
-        help="rows on all devices together (default: %(default)s)",
+        help="rows per batch, over all devices together (default: %(default)s)",
     )
     add(
         "--attention",
         default="auto",
         metavar="NAME",
-        help=f"implementation of attention: {command.ATTENTION}; default: auto (the chip's kernel, "
+        help=f"implementation of attention: {command.ATTENTION} (default: auto, the chip's kernel, "
         "which a run tests first)",
     )
 
@@ -113,7 +111,7 @@ def _training_options(group: Any) -> None:
     add(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
-        help="split the residual stream by tokens over tp (default: yes, if tp divides --length)",
+        help="split the residual stream by tokens over tp (default: where tp divides --length)",
     )
     add(
         "--accumulate",
@@ -136,15 +134,15 @@ def _adapter_options(group: Any) -> None:
         "--lora-rank",
         type=command.positive,
         metavar="N",
-        help="train adapters of rank N, such as 64 (default: none, all weights are trained)",
+        help="train adapters of rank N, such as 64 (default: none, train all weights)",
     )
     add(
         "--base-dtype",
         default="same",
         metavar="NAME",
-        help="keep the frozen weights in bfloat16 (same) or in int8 (default: %(default)s)",
+        help="store the frozen weights in int8, or in bfloat16 (same) (default: %(default)s)",
     )
-    add("--train-embeddings", action="store_true", help="also train embedding and head as a whole")
+    add("--train-embeddings", action="store_true", help="also train the whole embedding and head")
 
 
 _OF_TRAINING = ("remat", "sequence_parallel", "accumulate", "gradient_dtype", "lora_rank")

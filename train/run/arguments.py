@@ -34,21 +34,22 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
         "--recipe",
         choices=[name for name, make in RECIPES.items() if make().data == kind],
         default=default,
-        help="Take the values of this published recipe (default: %(default)s).",
+        help="published recipe whose values to take (default: %(default)s)",
     )
     add(
         "--source",
         metavar="NAME",
-        help="Follow Qwen's technical report, the memo or the script in its repository, where they "
-        "differ: report, memo or script (default: the recipe's).",
+        help="source to follow where they differ: report (Qwen's technical report), memo or script "
+        "(both in its repository) (default: the recipe's)",
     )
-    add("--dry-run", action="store_true", help="Print the recipe, with the changes, and exit.")
+    add("--dry-run", action="store_true", help="print the recipe with all changes and exit")
     _model_options(result.add_argument_group("model"))
     _data_options(result.add_argument_group("data"))
     _run_options(result.add_argument_group("run"))
     _checkpoint_options(result.add_argument_group("checkpoints"))
-    shown = f"[in brackets] what {default} has for a 7B; --dry-run prints all"
-    group = result.add_argument_group(f"recipe (default: what --recipe has; {shown})")
+    group = result.add_argument_group(
+        f"recipe (defaults: {default}'s for a 7B; --dry-run prints those of others)"
+    )
     values = RECIPES[default]()
     for field in dataclasses.fields(Recipe):
         if field.name not in _FIXED:
@@ -64,18 +65,18 @@ def _model_options(group: Any) -> None:
     group.add_argument(
         "--ckpt",
         metavar="DIR",
-        help="Start from the weights of this model directory (this or --model is required).",
+        help="model directory whose weights to start from (required, or --model)",
     )
     group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"Start from random weights, of size {', '.join(PRESETS)}, or of a config.json or the "
-        "folder that holds it (this or --ckpt is required).",
+        help="model to start from random weights: "
+        f"{', '.join(PRESETS)}, or a config.json or the folder that holds it (required, or --ckpt)",
     )
     group.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="Encode with this qwen.tiktoken (default: the one of --ckpt).",
+        help="qwen.tiktoken that encodes the data (default: the one of --ckpt)",
     )
 
 
@@ -85,30 +86,30 @@ def _data_options(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="Train on these files (JSONL, JSON, Parquet, text) or folders, also in gs:// "
-        "(required). Records: docs/training.md; a text file is one document.",
+        help="files or folders to train on, also in gs:// (required): JSONL, JSON, Parquet, with "
+        "records as in docs/training.md, or text, which is one document",
     )
     add(
         "--eval-data",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="Measure the held-out loss on these files (default: none).",
+        help="files on which to measure the held-out loss (default: none)",
     )
     add(
         "--eval-share",
         type=float,
         default=0.0,
         metavar="X",
-        help="Hold out this share of --data, from 0 to below 1, and measure the loss on it "
-        "(default: %(default)s).",
+        help="share of --data to hold out and measure the loss on, from 0 to below 1 "
+        "(default: %(default)s)",
     )
     add(
         "--token-cache",
         metavar="DIR",
-        help="Keep tokenized data in this folder, or in gs:// (default: in the user's cache).",
+        help="folder that keeps tokenized data, or gs:// (default: in the user's cache)",
     )
-    add("--strict", action="store_true", help="Stop at a bad record instead of leaving it out.")
+    add("--strict", action="store_true", help="stop at a bad record instead of leaving it out")
 
 
 def _run_options(group: Any) -> None:
@@ -116,37 +117,41 @@ def _run_options(group: Any) -> None:
     add(
         "--out",
         metavar="DIR",
-        help="Write the run into this folder, new or empty without --resume (required).",
+        help="folder of the run, new or empty without --resume (required)",
     )
     add(
         "--resume",
         action="store_true",
-        help="Go on with the run in --out, if any; options that are not given are the run's.",
+        help="continue the run in --out, if any; options that are not given keep its values",
     )
     add(
         "--eval-every",
         type=int,
         default=500,
         metavar="N",
-        help="Measure the held-out loss every N steps; 0: only at the end (default: %(default)s).",
+        help="measure the held-out loss every N steps; 0: only at the end (default: %(default)s)",
     )
     add(
         "--on-nan",
         choices=("stop", "skip"),
         default="stop",
-        help="Stop at a NaN or infinite loss, or skip its batch (default: %(default)s).",
+        help="stop at a NaN or infinite loss, or skip its batch (default: %(default)s)",
     )
     add(
         "--profile-steps",
         metavar="A-B",
-        help="Profile steps A to B, such as 10-12, for TensorBoard (default: none).",
+        help="profile steps A to B, such as 10-12, for TensorBoard (default: none)",
     )
-    add("--merge", action="store_true", help="Also write a model with the adapters merged.")
+    add(
+        "--merge",
+        action="store_true",
+        help="after training adapters, also write a model with them merged",
+    )
     add(
         "--mesh",
         metavar="SPEC",
-        help="Train on this mesh, of axes data, fsdp, context and tp, such as fsdp=4,tp=2 "
-        "(default: as many devices as model and batch divide over).",
+        help="axes data, fsdp, context and tp, such as fsdp=4,tp=2 (default: as many devices as "
+        "model and batch divide over)",
     )
 
 
@@ -157,20 +162,20 @@ def _checkpoint_options(group: Any) -> None:
         type=int,
         default=500,
         metavar="N",
-        help="Save a checkpoint every N steps; 0: only at the end (default: %(default)s).",
+        help="save a checkpoint every N steps; 0: only at the end (default: %(default)s)",
     )
     add(
         "--keep-last",
         type=command.positive,
         default=2,
         metavar="N",
-        help="Keep the last N checkpoints (default: %(default)s).",
+        help="keep the last N checkpoints (default: %(default)s)",
     )
     add(
         "--keep-best",
         type=int,
         metavar="N",
-        help="Also keep the N checkpoints of lowest held-out loss (default: 1).",
+        help="also keep the N checkpoints of lowest held-out loss (default: 1)",
     )
 
 
@@ -178,7 +183,7 @@ def _add_field(group: Any, field: Any, value: Any) -> None:
     """Add the option of a recipe's field. value: the field's in the default recipe."""
     kind, _ = kind_of(field)
     told = " ".join(value) if kind is tuple else value
-    about = field.metadata["help"] + ("" if value is None else f" [{told}]")
+    about = field.metadata["help"] + ("" if value is None else f" (default: {told})")
     options: dict[str, Any] = {"help": about, "default": None}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -31,7 +31,7 @@ _CODE_CHAT_RATES = {"qwen-7b": 1e-5, "qwen-14b": 2e-6}
 
 
 def _about(text: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field of `Recipe`. text: the help of its option."""
+    """Make a field of `Recipe`. text: the help of its option, without the default."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -39,78 +39,76 @@ def _about(text: str, default: Any = dataclasses.MISSING) -> Any:
 class Recipe:
     """All that decides what a training run computes. Every field is an option of the commands."""
 
-    name: str = _about("The name of the recipe.")
-    data: str = _about('What a record of the data is: "text" or "chat".')
-    length: int = _about("Cut or pack the data into rows of N tokens.")
-    rows: int = _about("Train on batches of N rows, over all devices together.")
-    learning_rate: float = _about("Set the peak learning rate to X.")
-    steps: int | None = _about("Train for N updates (default: as many as --epochs takes).", None)
-    epochs: float | None = _about("Train on every row X times, in place of --steps.", None)
+    name: str = _about("name of the recipe")
+    data: str = _about('kind of the records: "text" or "chat"')
+    length: int = _about("tokens per row, into which the data is cut or packed")
+    rows: int = _about("rows per batch, over all devices together")
+    learning_rate: float = _about("peak learning rate")
+    steps: int | None = _about("number of updates, unless --epochs sets it", None)
+    epochs: float | None = _about("number of passes over all rows, in place of --steps", None)
     warmup: float = _about(
-        "Warm the learning rate up over X steps; below 1, over that share of all steps.", 0.0
+        "steps in which the learning rate rises to its peak; below 1: this share of all steps", 0.0
     )
     schedule: str = _about(
-        "Learning rate after the warm-up: cosine (it falls to --final) or constant (it stays at "
-        "its peak).",
+        "learning rate after the warm-up: cosine (falls to --final) or constant (stays at its "
+        "peak)",
         "cosine",
     )
-    final: float = _about("End the cosine at X times --learning-rate.", 0.1)
-    b1: float = _about("Set AdamW's beta 1 (of the mean of gradients) to X.", 0.9)
-    b2: float = _about("Set AdamW's beta 2 (of the mean of their squares) to X.", 0.95)
-    eps: float = _about("Set AdamW's epsilon to X.", 1e-8)
-    weight_decay: float = _about("Set AdamW's weight decay to X; only matrices decay.", 0.1)
-    clip_norm: float = _about("Clip gradients to a global norm of X.", 1.0)
-    dropout: float = _about("Drop a share X of the embeddings and of each branch's output.", 0.0)
-    z_loss: float = _about("Add X log(Z)^2 to the loss; Z: the softmax's denominator.", 0.0)
-    accumulate: int = _about("Accumulate the gradient over N parts of a batch.", 1)
+    final: float = _about("learning rate at the cosine's end, as a share of the peak", 0.1)
+    b1: float = _about("AdamW's beta 1, for the mean of gradients", 0.9)
+    b2: float = _about("AdamW's beta 2, for the mean of their squares", 0.95)
+    eps: float = _about("AdamW's epsilon", 1e-8)
+    weight_decay: float = _about("AdamW's weight decay, of matrices only", 0.1)
+    clip_norm: float = _about("global norm to which larger gradients are scaled down", 1.0)
+    dropout: float = _about("dropout rate of the embeddings and of each branch's output", 0.0)
+    z_loss: float = _about("add X log(Z)^2 to the loss, with Z the softmax's denominator", 0.0)
+    accumulate: int = _about("accumulate the gradient over N parts of a batch", 1)
     pack: str = _about(
-        "Fill rows with documents end to end, cut at row ends (joined); with as many whole "
-        "examples as fit (fitted); or with one example each (alone).",
+        "packing of examples into rows: joined (end to end, cut at row ends), fitted (as many "
+        "whole ones as fit) or alone (one per row)",
         "fitted",
     )
-    too_long: str = _about("What to do with examples longer than a row: cut or drop.", "cut")
-    field: str = _about("Documents: read the text of a record from this field.", "text")
+    too_long: str = _about("cut or drop examples that are longer than a row", "cut")
+    field: str = _about("for documents: field of a record that holds its text", "text")
     loss_on: str = _about(
-        "Chats: learn the replies alone (assistant), or like the original script also the control "
-        "tokens of all turns (qwen).",
+        "for chats: learn the replies alone (assistant), or like the original script also the "
+        "control tokens of all turns (qwen)",
         "assistant",
     )
-    system: str = _about("Chats: system message of a chat that has none.", DEFAULT_SYSTEM)
-    lora_rank: int = _about("Train adapters of rank N; 0 trains all weights.", 0)
-    lora_alpha: float = _about("Scale the adapters' product by X / rank.", 16.0)
-    lora_dropout: float = _about("Drop a share X of the adapters' input.", 0.05)
+    system: str = _about("for chats: system message of a chat that has none", DEFAULT_SYSTEM)
+    lora_rank: int = _about("train adapters of rank N; 0: train all weights", 0)
+    lora_alpha: float = _about("scale the adapters' product by X / rank", 16.0)
+    lora_dropout: float = _about("dropout rate of the adapters' input", 0.05)
     lora_targets: tuple[str, ...] = _about(
-        "Put adapters on these modules: some of c_attn, c_proj, w1 and w2, or one regular "
-        "expression, as PEFT's target_modules.",
+        "modules that get adapters: some of c_attn, c_proj, w1 and w2, or one regular expression, "
+        "as PEFT's target_modules",
         ("c_attn", "c_proj", "w1", "w2"),
     )
     train_embeddings: bool | None = _about(
-        "With adapters, also train the whole embedding and head (default: on chats, if --ckpt was "
-        "not trained on ChatML).",
+        "beside adapters, also train the whole embedding and head (default: on chats, if --ckpt "
+        "was not trained on ChatML)",
         None,
     )
-    dtype: str = _about("Compute in float32 or bfloat16.", "bfloat16")
+    dtype: str = _about("compute in float32 or bfloat16", "bfloat16")
     base_dtype: str = _about(
-        "Keep the frozen weights below adapters in int8, or as --dtype says: int8 or same.",
-        "same",
+        "store the frozen weights below adapters in int8, or in the dtype of --dtype (same)", "same"
     )
-    moments: str = _about("Keep the optimizer's moments in float32 or bfloat16.", "float32")
+    moments: str = _about("store the optimizer's moments in float32 or bfloat16", "float32")
     gradient_dtype: str = _about(
-        "Sum gradients over devices in float32, or bfloat16 (if --dtype is bfloat16).", "float32"
+        "sum gradients over devices in float32, or in bfloat16 if --dtype is that", "float32"
     )
     remat: str = _about(
-        "Recompute in the backward pass: all of a block (full), all but the outputs of its "
-        "projections (projections), or nothing (none).",
+        "recompute in the backward pass: full (all of a block), projections (all but the outputs "
+        "of its projections) or none",
         "full",
     )
     sequence_parallel: bool | None = _about(
-        "Split the residual stream by tokens over tp (default: where the tokens divide).", None
+        "split the residual stream by tokens over tp (default: where the tokens divide)", None
     )
     attention: str = _about(
-        f"Compute attention with this; auto takes the fastest correct one here: {ATTENTION}.",
-        "auto",
+        f"implementation of attention; auto takes the fastest correct one here: {ATTENTION}", "auto"
     )
-    seed: int = _about("Draw random weights, the data's order and dropout from seed N.", 0)
+    seed: int = _about("seed of random weights, of the data's order and of dropout", 0)
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the first field whose value is not allowed."""
