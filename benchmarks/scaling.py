@@ -89,7 +89,7 @@ def _best(task: Task, model: str, topology: str, tries: int, cache: Path) -> Any
 
 
 def plans(options: Sequence[str], cache: Path) -> list[Any]:
-    """The output of `train.plan` for these options, from the cache or a new process."""
+    """The output of `python train/plan.py` for these options, from the cache or a new process."""
     key = " ".join((*options, *versions().values()))
     for line in map(json.loads, _lines(cache)):
         if line["key"] == key:

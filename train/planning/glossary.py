@@ -1,64 +1,77 @@
-"""Explains the words of a plan, for `train.plan --glossary` and docs/scaling.md."""
+"""Explains the words of a plan, for `python train/plan.py --glossary` and docs/scaling.md."""
 
 import textwrap
 
 WORDS = {
-    "training, prefill, decoding": "The program that is planned: a step of training; reading "
-    "prompts of --length tokens; one token for each row, behind --length tokens in the cache.",
-    "mesh": "How many devices share what. data: rows, with a copy of the weights each; fsdp: rows "
-    "and weights, which are gathered before use; fsdp_outer: the part of fsdp that gathers after "
-    "the other, split off on a torus of three dimensions; context: the tokens of a row; tp: heads, "
-    "feed-forward width and vocabulary.",
-    "rows": "Sequences of a batch, over all devices together (--batch).",
-    "remat": "What the backward pass computes again instead of keeping it: full, all of a layer; "
-    "projections, what lies between the large products; none.",
-    "parts": "In how many parts a step computes its batch, one after the other (--accumulate).",
-    "gradients summed in": "The type of the sums of gradients over the mesh (--gradient-dtype).",
-    "sequence parallel": "Whether the residual stream is split over tp by tokens too, so that each "
-    "device of tp keeps a part of it, and not the whole.",
-    "attention": "The implementation of attention that the program was compiled with; "
-    "docs/attention.md says how auto takes one.",
-    "weights, adapters": "Bytes of a device's part of the weights, and of those that are trained "
-    "where they are adapters.",
-    "optimiser": "The two moments of each trained weight, and the count of steps.",
-    "batch": "Token ids and what goes with them; in decoding the state between two tokens.",
-    "cache": "Keys and values of the tokens so far.",
-    "padding": "What the hardware adds to arguments to lay them out.",
-    "residuals": "What the forward pass keeps of each layer for the backward pass.",
-    "temporaries": "What else exists while the program runs: gathered weights, gradients, "
-    "activations of a layer.",
-    "outputs": "Results that do not take the place of an argument.",
-    "program": "The compiled instructions.",
-    "needed, of, fits": "The sum of these, of the memory that a program may take on the device; "
-    "what is left, or over.",
-    "FLOPs, done": "Floating point operations that the model needs, of all devices; how many times "
-    "as many the program does, as recomputation comes on top.",
-    "collective": "An operation in which devices take part together. all-gather: each gets the "
-    "parts of all; reduce-scatter: each gets its part of a sum; all-reduce: each gets the whole "
-    "sum; all-to-all: each sends another part to each; collective-permute: each sends to one.",
-    "axes, devices": "The mesh axes along which those devices differ, and how many take part.",
-    "count, MB a device": "How often in a run of the program, and the size of all of the arrays "
-    "together: whole, as an all-gather makes and a reduce-scatter takes it. *: in a loop of "
-    "unknown length, for one pass.",
-    "not known": "The compiled program could not be read. The times then lack the links, and what "
-    "HBM moves of gathered weights.",
-    "compute": "The time of the FLOPs that are done, at the published peak.",
-    "HBM": "The time to move weights, state, residuals, cache and what is gathered, at the "
-    "published bandwidth of the device's memory.",
-    "ICI, on chip": "The time over the links between the chips of a TPU slice, and between the two "
-    "cores of a chip.",
-    "NVLink": "The time over the links between the GPUs of a host.",
-    "InfiniBand": "The time over the network between hosts of GPUs.",
-    "DCN": "The time over the data-centre network between TPU slices.",
-    "in step": "A collective over several kinds of link goes piece by piece, so that they work at "
-    "the same time; the slower one's time counts in serial.",
-    "bound": "The longest of these times. No run is faster, as that one cannot be hidden.",
+    "training, prefill, decoding": "The program that the plan compiles: a training step; prefill "
+    "of prompts of --length tokens; decoding of one token per row, with --length tokens in the KV "
+    "cache.",
+    "mesh": "The number of devices along each mesh axis. data: data parallelism, with a copy of "
+    "the weights on each device; fsdp: data parallelism with sharded weights, gathered before use; "
+    "fsdp_outer: the second step of FSDP's collectives, along another dimension of a 3D torus; "
+    "context: context parallelism, which splits the tokens of a row (ring attention); tp: tensor "
+    "parallelism, which splits heads, feed-forward width and vocabulary.",
+    "rows": "The sequences of a batch, summed over all devices (--batch).",
+    "remat": "Rematerialisation: recomputing activations in the backward pass instead of storing "
+    "them. full: all of a block; projections: all but the outputs of its projections; none: "
+    "nothing.",
+    "parts": "Gradient accumulation steps: the parts of a batch that a training step computes one "
+    "after the other (--accumulate).",
+    "gradients summed in": "The dtype in which gradients are reduced over the mesh "
+    "(--gradient-dtype).",
+    "sequence parallel": "Sequence parallelism: tp splits the residual stream by tokens, instead "
+    "of each device of tp storing all of it.",
+    "attention": "The implementation of attention in the compiled program; docs/attention.md says "
+    "how auto chooses it.",
+    "weights": "Memory of a device's shard of the weights; when adapters are trained, of the "
+    "frozen weights.",
+    "adapters": "Memory of a device's shard of the trained parameters, when these are adapters.",
+    "optimiser": "Memory of the optimizer's state: two moments of each trained parameter, and the "
+    "step count.",
+    "batch": "Memory of the batch: token ids, labels, positions, segments and loss weights; in "
+    "decoding, of the state between two tokens.",
+    "cache": "Memory of the KV cache.",
+    "padding": "Memory that the hardware's layout adds to the program's arguments.",
+    "residuals": "Memory of the activations that the forward pass stores for the backward pass.",
+    "temporaries": "Memory of all other intermediate results: gathered weights, gradients, and the "
+    "activations of a block.",
+    "outputs": "Memory of the results that do not reuse the memory of an argument.",
+    "program": "Memory of the compiled instructions.",
+    "needed, of, fits": "The memory that the program needs (the sum of the lines above), the "
+    "memory that a program may use on the device, and the difference: GB left, or GB over.",
+    "FLOPs, done": "The model's FLOPs, summed over all devices; and the ratio of the executed "
+    "FLOPs to them, which recomputation raises.",
+    "collective": "A communication operation among devices. all-gather: concatenates the shards of "
+    "all devices on each; reduce-scatter: sums over devices and leaves each a shard of the sum; "
+    "all-reduce: sums over devices and leaves each the whole sum; all-to-all: sends a different "
+    "part from each device to each; collective-permute: sends from each device to one other.",
+    "axes, devices": "The mesh axes that a collective communicates over, and the size of its "
+    "groups of devices.",
+    "count, MB a device": "The executions of a collective per run of the program, and the total "
+    "size of its arrays on a device. The size of an all-gather is that of its result, of a "
+    "reduce-scatter that of its operand. *: in a loop of unknown trip count, counted once.",
+    "not known": "Marks collectives that could not be read from the compiled program. The times "
+    "then omit the links, and the HBM traffic of gathered weights.",
+    "compute": "The time of the executed FLOPs at the chip's published peak.",
+    "HBM": "The time of the HBM traffic (weights, optimizer state, stored activations, KV cache "
+    "and gathered weights) at its published bandwidth.",
+    "ICI, on chip": "The time of collectives over the links between the chips of a TPU slice, and "
+    "between the two cores of a chip.",
+    "NVLink": "The time of collectives over the links between the GPUs of a host.",
+    "InfiniBand": "The time of collectives over the network between GPU hosts.",
+    "DCN": "The time of collectives over the data-centre network between TPU slices.",
+    "in step": "Marks time in which a link works in parallel with a slower one, because a "
+    "collective over both is pipelined. serial counts the slower link alone.",
+    "bound": "A lower bound of the program's time: the longest of the times above, reached only if "
+    "it hides all others.",
     "limit": "The name of the longest time.",
-    "serial": "The sum of these times: what it takes where nothing overlaps. A run lies between, "
-    "or above where it does not reach published rates; latency is left out of both.",
-    "tokens/s": "Tokens of the batch over the bound: at most so many, of all devices.",
-    "MFU": "Model FLOPs utilisation: the FLOPs that the model needs over those that all devices "
-    "could do in that time. Recomputation does not count as work.",
+    "serial": "The sum of the times above: the program's time if nothing overlaps. A run takes a "
+    "time between bound and serial, or longer if it does not reach the published rates; neither "
+    "includes latency.",
+    "tokens/s": "An upper bound of the throughput of all devices: the tokens of the batch divided "
+    "by bound.",
+    "MFU": "Model FLOPs utilisation: the model's FLOPs divided by the FLOPs that all devices could "
+    "execute in the time of bound. Recomputation does not count.",
 }
 
 
