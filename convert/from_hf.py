@@ -2,7 +2,8 @@
 
 SRC is a folder with safetensors files, or the id of a model on the Hugging Face hub. DST is the
 directory to make. After an interruption, the same command continues where it stopped. Several
-processes share the work if each runs the same command; all of them must then see DST.
+processes share the work if each runs this command with its own --process, or on a cluster with
+--distributed; all of them must then see DST.
 """
 
 import argparse
@@ -34,8 +35,8 @@ EXAMPLES = """examples:
   python convert/from_hf.py SRC DST --dtype float32 --verify     cast, then compare every tensor
   python convert/from_hf.py SRC DST --mesh fsdp=4,tp=2           one file for each shard of a mesh
 
-A directory that is cut for one mesh loads on any other, but fastest on its own. SRC and
-DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
+A directory that is cut for one mesh loads on any other, but fastest on its own. SRC and DST may be
+gs://BUCKET/PATH, which needs `pip install qwen-jax[gcs]`, as the hub needs `qwen-jax[hub]`.
 """
 # A model in the cache of the Hugging Face hub's library.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")

@@ -1,9 +1,10 @@
 """Convert a model directory of qwen_jax back into a Hugging Face checkpoint folder.
 
-SRC is a directory that `python convert/from_hf.py` made. DST gets safetensors files with an index,
-and the configuration and tokenizer that SRC carries. After an interruption, the same command
-continues where it stopped. Several processes share the files if each runs the same command; all of
-them must then see DST.
+SRC is a model directory, as `python convert/from_hf.py` and training write them. DST gets
+safetensors files with an index, and the configuration and tokenizer that SRC carries. After an
+interruption, the same command continues where it stopped. Several processes share the files if each
+runs this command with its own --process, or on a cluster with --distributed; all of them must then
+see DST.
 """
 
 import argparse
@@ -36,8 +37,8 @@ EXAMPLES = """examples:
   python convert/to_hf.py SRC DST --dtype float16                 cast on the way
   python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
 
-In the dtype of the checkpoint that SRC was made from, every tensor comes back byte for byte. SRC
-and DST may be gs://BUCKET/PATH (qwen-jax[gcs]).
+If the dtype is that of the checkpoint that SRC was made from, all tensors are equal to it byte for
+byte. SRC and DST may be gs://BUCKET/PATH (pip install qwen-jax[gcs]).
 """
 
 

@@ -27,9 +27,10 @@ from qwen_jax.runtime import command, lock, paths, texts, values
 _EXAMPLES = """example:
   python -m qwen_jax.expand_vocab qwen.tiktoken words.txt extra.tiktoken
 
-Words already in the vocabulary are skipped; words that the pre-tokenizer splits (with a space or a
-digit inside, for example) are refused with a warning. The model needs a row of its embedding for
-every new id: checkpoints have some to spare (see vocab_size in config.json).
+Every word becomes one token, and so do the pieces from which it is merged; pieces of frequent words
+are merged first. Words already in the vocabulary are skipped; words that the pre-tokenizer splits
+(with a space or a digit inside, for example) are left out with a warning. The model needs a row of
+its embedding for every new id: checkpoints have some to spare (see vocab_size in config.json).
 """
 
 

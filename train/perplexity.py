@@ -41,9 +41,9 @@ _EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     result = command.Parser(
         prog="python train/perplexity.py",
-        description="Measure how well a model predicts long text (its perplexity), by row length "
-        "and by what extends\nits context. Prints a table, and writes a plot; if interrupted, of "
-        "what was measured until then.",
+        description="Measure how well a model predicts long text (its perplexity), for several row "
+        "lengths and ways\nto extend the context. Prints a table, and writes a plot; after an "
+        "interruption, of what was\nmeasured until then.",
         epilog=_EXAMPLES,
     )
     _data_options(result)
@@ -77,8 +77,8 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         type=command.positive,
         default=2**18,
         metavar="N",
-        help="measure at most N tokens, the same at each length; at least the longest of --lengths "
-        "(default: %(default)s)",
+        help="measure N tokens, or all if there are fewer, the same ones at each length; N must be "
+        "at least the longest of --lengths (default: %(default)s)",
     )
 
 
@@ -100,9 +100,9 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--windows",
         metavar="LIST",
-        help="attention window of each layer in ntk+logn+window, in tokens, as a JSON list such as "
-        "[1024, null]; null: no window (default: seq_length in the lower half of the layers, as no "
-        "source publishes any)",
+        help="attention windows of ntk+logn+window, in tokens: a JSON list with an entry for each "
+        "layer, such as [1024, null]; null: no window (default: seq_length in the lower half of "
+        "the layers, which is our choice, as Qwen has published none)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(

@@ -19,7 +19,10 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    about = "Fine-tune a Qwen model on conversations, all of its weights or adapters on them."
+    about = (
+        "Fine-tune a Qwen model on conversations: all of its weights (recipe sft), adapters "
+        "(sft_lora), or as\nCode-Qwen-Chat and Math-Qwen-Chat were trained (code_chat, math)."
+    )
     return arguments.parser("sft", "chat", about=about, examples=_EXAMPLES)
 
 

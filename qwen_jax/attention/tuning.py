@@ -22,12 +22,15 @@ from qwen_jax.attention import agreement, block_grids, workloads
 from qwen_jax.runtime import caches, command, lock, paths, progress
 
 _EXAMPLES = """\
+`auto` chooses by two things: the table of times that comes with the package, to which this command
+adds lines, and its own tests of each kernel on a machine, whose results stay on that machine.
+
 On a machine with the device that is to be measured, and with nothing else running on it:
 
   python -m qwen_jax.kernels.tune
       every implementation, all tasks, head dim 128 in bfloat16, at three lengths
   python -m qwen_jax.kernels.tune --head-dim 64 --dtype float16
-      another shape: a call takes the lines of its own head dim and dtype, at the nearest length
+      another shape: `auto` reads the lines of a model's own head dim and dtype, nearest in length
   python -m qwen_jax.kernels.tune --task decode --kernel xla pallas_triton --out /tmp/lines.json
       some of it, into a file of one's own
   python -m qwen_jax.kernels.tune --show
@@ -36,8 +39,9 @@ On a machine with the device that is to be measured, and with nothing else runni
       delete these results, so that it tests each kernel again
 
 Lines of the same device, kernel, task, head dim, dtype and length are replaced, others are kept.
-`auto` compares the lines of a task, so measure all kernels alike. The table is part of the package:
-commit what changes in it, with the output of `python benchmarks/attention.py --markdown`.
+`auto` compares the lines of a task with each other, so time all kernels with the same options. To
+change the table of the package, commit it together with docs/benchmarks.md, whose lines
+`python benchmarks/attention.py --markdown` prints.
 """
 _TOKENS = 16384  # tokens in a batch, where the length allows more than one row
 _FINALISTS = 3  # how many block sizes of a kernel take part in the last run

@@ -24,9 +24,9 @@ _EXAMPLES = """examples:
 
 A directory is whole when its manifest.json is there, which is written last, and every file that it
 lists has its full size. Values are not compared: `python convert/from_hf.py SRC DIR --verify` does
-that. The mesh is the one the files were cut for; they load on any other. A chunk is one file of
-params/. A vocabulary that is not there or does not fit the model is warned of: the weights are
-whole all the same.
+that. The line "sharding" names the mesh that the files were cut for (they load on any other), and
+counts the files of params/. A vocabulary that is missing, or does not fit the model, is a warning
+alone, with exit code 0: the weights are whole.
 
 Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 a usage error.
 """

@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--bench",
         action="store_true",
-        help="print no text, but the speed of prefill and decoding and the share of memory "
-        "bandwidth, for the prompt or 128 random tokens",
+        help="print no text, but the speed of prefill and decoding, and the share of the device's "
+        "memory bandwidth that decoding takes; for the prompt, or for 128 random tokens",
     )
     _sampling_options(result.add_argument_group("sampling"))
     _model_options(result.add_argument_group("model"))
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _prompt_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompts (one is required, but not with --bench)")
+    group = parser.add_argument_group(
+        "prompts (one of the first five is required, but not with --bench)"
+    )
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", type=command.text, metavar="TEXT", help="continue this text")
     add("--prompt-file", metavar="FILE", help="continue the text of this file (UTF-8)")
@@ -118,7 +120,8 @@ def _sampling_options(group: Any) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before TEXT, as well as at the checkpoint's stops; repeatable (default: none)",
+        help="end before TEXT, besides the tokens at which the model ends a text; repeatable "
+        "(default: none)",
     )
     add(
         "--batch-size",
@@ -148,13 +151,14 @@ def _model_options(group: Any) -> None:
         "--max-length",
         type=command.positive,
         metavar="N",
-        help="longest row, prompt and new tokens together (default: what config.json allows)",
+        help="longest row, prompt and new tokens together (default: the larger "
+        "of max_position_embeddings and seq_length in config.json)",
     )
     add(
         "--mesh",
         metavar="SPEC",
-        help="axes data, fsdp and tp, such as fsdp=2,tp=4 (default: as many devices as divide "
-        "the model, on tp first)",
+        help="axes data, fsdp and tp, such as fsdp=2,tp=4 (default: the most devices over "
+        "which the model divides, of these as many on tp as do)",
     )
     add(
         "--set",
@@ -168,7 +172,8 @@ def _model_options(group: Any) -> None:
         "--ntk",
         choices=("prompt", "total"),
         default="prompt",
-        help="length that sets dynamic NTK's alpha: the prompt's, or the total with new tokens "
+        help="length that sets dynamic NTK's alpha: the prompt's, or that of prompt and "
+        "--max-new-tokens together "
         "(default: %(default)s)",
     )
 

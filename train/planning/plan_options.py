@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     group(
         "--search",
         action="store_true",
-        help="compare meshes, remat policies, and --batch with its halves; print a ranking",
+        help="compare meshes, remat policies and batch sizes (--batch and its halves); print a ranking",
     )
     group(
         "--tries",
@@ -81,7 +81,7 @@ def _run_options(group: Any) -> None:
         type=command.positive,
         default=2048,
         metavar="N",
-        help="tokens per row (default: %(default)s)",
+        help="tokens per row; with --decode, slots of the KV cache (default: %(default)s)",
     )
     add(
         "--batch",
@@ -94,8 +94,8 @@ def _run_options(group: Any) -> None:
         "--attention",
         default="auto",
         metavar="NAME",
-        help=f"implementation of attention: {command.ATTENTION} (default: auto, the chip's kernel, "
-        "which a run tests first)",
+        help=f"implementation of attention: {command.ATTENTION} (default: auto; the plan takes "
+        "the chip's kernel, which a run would test first)",
     )
 
 

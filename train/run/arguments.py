@@ -17,6 +17,7 @@ _OF_ADAPTERS += ("train_embeddings",)
 _OF_KIND = {"field": "text", "system": "chat", "loss_on": "chat"}
 _KINDS = {"text": "documents", "chat": "conversations"}
 _REQUIRED = {"data": "FILE", "out": "DIR"}
+_UNLESS = "nothing is required with --dry-run, or with --resume of a run that exists"
 _METAVARS = {"system": "TEXT"}  # where it is not NAME
 
 
@@ -39,12 +40,13 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
     add(
         "--source",
         metavar="NAME",
-        help="source to follow where they differ: report (Qwen's technical report), memo or script "
-        "(both in its repository) (default: the recipe's)",
+        help="source to follow where Qwen's sources state different values: report (the technical "
+        "report), memo or script (the technical memo and the fine-tuning script in Qwen's "
+        "repository) (default: the source that the recipe is from)",
     )
     add("--dry-run", action="store_true", help="print the recipe with all changes and exit")
-    _model_options(result.add_argument_group("model"))
-    _data_options(result.add_argument_group("data"))
+    _model_options(result.add_argument_group(f"model ({_UNLESS})"))
+    _data_options(result.add_argument_group(f"data ({_UNLESS})"))
     _run_options(result.add_argument_group("run"))
     _checkpoint_options(result.add_argument_group("checkpoints"))
     group = result.add_argument_group(
@@ -76,7 +78,7 @@ def _model_options(group: Any) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="qwen.tiktoken that encodes the data (default: the one of --ckpt)",
+        help="qwen.tiktoken that encodes the data (default: that of --ckpt; required with --model)",
     )
 
 
@@ -122,7 +124,7 @@ def _run_options(group: Any) -> None:
     add(
         "--resume",
         action="store_true",
-        help="continue the run in --out, if any; options that are not given keep its values",
+        help="continue the run in --out, if any; options that are left out keep the run's values",
     )
     add(
         "--eval-every",
@@ -145,13 +147,13 @@ def _run_options(group: Any) -> None:
     add(
         "--merge",
         action="store_true",
-        help="after training adapters, also write a model with them merged",
+        help="after training adapters, also write OUT/model, with the adapters merged into it",
     )
     add(
         "--mesh",
         metavar="SPEC",
-        help="axes data, fsdp, context and tp, such as fsdp=4,tp=2 (default: as many devices as "
-        "model and batch divide over)",
+        help="axes data, fsdp, context and tp, such as fsdp=4,tp=2 (default: the most devices "
+        "over which model and batch divide)",
     )
 
 

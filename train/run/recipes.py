@@ -68,7 +68,10 @@ class Recipe:
         "whole ones as fit) or alone (one per row)",
         "fitted",
     )
-    too_long: str = _about("cut or drop examples that are longer than a row", "cut")
+    too_long: str = _about(
+        "cut or drop examples that are longer than a row; not with --pack joined of documents",
+        "cut",
+    )
     field: str = _about("for documents: field of a record that holds its text", "text")
     loss_on: str = _about(
         "for chats: learn the replies alone (assistant), or like the original script also the "
@@ -85,8 +88,8 @@ class Recipe:
         ("c_attn", "c_proj", "w1", "w2"),
     )
     train_embeddings: bool | None = _about(
-        "beside adapters, also train the whole embedding and head (default: on chats, if --ckpt "
-        "was not trained on ChatML)",
+        "beside adapters, also train the whole embedding and head (default: yes for chats, if the "
+        "generation_config.json of --ckpt names another chat format than ChatML)",
         None,
     )
     dtype: str = _about("compute in float32 or bfloat16", "bfloat16")
@@ -103,7 +106,7 @@ class Recipe:
         "full",
     )
     sequence_parallel: bool | None = _about(
-        "split the residual stream by tokens over tp (default: where the tokens divide)", None
+        "split the residual stream by tokens over tp (default: where tp divides --length)", None
     )
     attention: str = _about(
         f"implementation of attention; auto takes the fastest correct one here: {ATTENTION}", "auto"
