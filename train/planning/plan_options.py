@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     group(
         "--search",
         action="store_true",
-        help="compare meshes, remat policies and batch sizes (--batch and its halves); print a ranking",
+        help="compare meshes, remat policies and batch sizes (--batch, half of it and so on); print "
+        "a ranking",
     )
     group(
         "--tries",
