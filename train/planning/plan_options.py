@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     group(
         "--search",
         action="store_true",
-        help="compare meshes, remat policies and batch sizes (--batch, half of it and so on); print "
+        help="compare meshes, remat policies and batch sizes (--batch, its half and so on); print "
         "a ranking",
     )
     group(
