@@ -1,4 +1,4 @@
-"""qwen_jax: Qwen language models in JAX, for TPU pods and CUDA GPUs.
+"""qwen_jax: Qwen language models in JAX, for TPUs, CUDA GPUs and CPUs.
 
 Public names are imported on first use, so that `import qwen_jax` starts no JAX backend.
 """

@@ -71,8 +71,7 @@ def joined(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
 def _joined(lengths: Numbers, row: int) -> Iterator[_Block]:
     """Yield the pieces of which `joined` makes its rows, in a block for each `_AT_A_TIME` examples.
 
-    lengths: int [examples], the tokens of each example. row: the tokens of a row. Blocks bound the
-    memory that this takes.
+    lengths: int [examples], the tokens of each example. row: the tokens of a row.
     """
     total = int(lengths.sum(dtype=np.int64))
     total = min(total, max(1, total // row) * row)
