@@ -15,7 +15,7 @@ from qwen_jax.attention import cache
 from qwen_jax.config import presets
 from qwen_jax.meshes import hardware
 from qwen_jax.runtime import command
-from train import perplexity
+from train.measuring import modes
 from train.run import recipes
 
 COMMANDS = (
@@ -39,7 +39,7 @@ NAMES: dict[str, Any] = {
     "kernel": attention.IMPLEMENTATIONS,
     "model": presets.PRESETS,
     "source": ("report", "memo", "script"),
-    "modes": (*perplexity.MODES, perplexity.OWN),
+    "modes": (*modes.MODES, modes.OWN),
     "cache_dtype": cache.DTYPES,
     "mesh": ("data", "fsdp", "tp"),
     "topology": hardware.CHIPS,

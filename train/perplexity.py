@@ -7,31 +7,18 @@ or error, the table and plot show the figures measured so far.
 """
 
 import argparse
-import dataclasses
-import functools
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from qwen_jax.runtime import caches, command, progress
-from train import perplexity_figures
+from qwen_jax.runtime import caches, command
+from train.measuring import figures
+from train.measuring.modes import MODES, OWN
 
-if TYPE_CHECKING:
-    from qwen_jax.config import Config
-    from qwen_jax.model import Decoder
-
-MODES = ("plain", "ntk", "ntk+logn", "ntk+logn+window")
-OWN = "own"  # as config.json says: the only mode with rope_scaling, such as YaRN
-_AT_A_TIME = 4096  # tokens that are measured together, where no row is longer
 _EXAMPLES = """examples:
   python train/perplexity.py --ckpt DIR --data book.txt --lengths 1024,2048,4096,8192
   python train/perplexity.py --ckpt DIR --data papers.jsonl --modes plain,ntk+logn --plot ppl.png
@@ -39,6 +26,7 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     result = command.Parser(
         prog="python train/perplexity.py",
         description="Measure how well a model predicts long text (its perplexity), for several row "
@@ -55,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the model and the text."""
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="model directory (required)")
     add(
@@ -83,6 +72,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is measured, and how it is computed."""
     add = parser.add_argument
     add(
         "--lengths",
@@ -119,6 +109,7 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the table, the plot and the file of figures."""
     add = parser.add_argument
     add(
         "--plot",
@@ -137,177 +128,25 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    from qwen_jax.meshes import options
-
-    lengths, modes, windows = _numbers(args.lengths), _modes(args), _windows(args.windows)
+    """Measure and report what the arguments say; raise UsageError before jax is loaded."""
+    lengths, chosen, windows = _numbers(args.lengths), _modes(args), _windows(args.windows)
     if args.tokens < max(lengths):
         raise command.UsageError(
             f"--tokens {args.tokens}: must be at least {max(lengths)}, the longest of --lengths"
         )
-    picture = perplexity_figures.picture(args)
+    picture = figures.picture(args)
     if args.out is not None:
         command.check_new("--out", args.out)
-    from qwen_jax import attention, checkpoint, meshes
+    from train.measuring import measure
 
-    attention.get(args.attention)
-
-    sizes = options.mesh_sizes(args.mesh)
-    options.virtual_cpu_devices(sizes)
-    caches.use_compilation_cache(args.compilation_cache)
-    import jax
-
-    from qwen_jax.attention import prove
-    from qwen_jax.generate import backend
-    from train import step
-
-    config = checkpoint.load_config(args.ckpt)
-    settings = {mode: setting_of(config, mode, windows=windows) for mode in modes}
-    for length in lengths:
-        meshes.check({**config.sizes, "T": length}, sizes)
-    ids = _ids(args, max(lengths))
-    dtype = args.dtype or backend.default_dtype()
-    report = perplexity_figures.reported(args, len(ids), picture=picture)
-    with report as tell, meshes.entered(meshes.make(sizes)):
-        decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
-        rows = rows_at_once(max(lengths), len(ids) // max(lengths))
-        calls = prove.passes(config, dtype, rows=rows, length=max(lengths))
-        attend = prove.resolve(args.attention, calls)
-        for mode, setting in settings.items():
-            for length in lengths:
-                begin = time.perf_counter()
-                value = perplexity(
-                    decoder, setting, ids=ids, attend=attend, dtype=dtype, length=length
-                )
-                tell(mode, length, value, time.perf_counter() - begin)
-
-
-def setting_of(config: "Config", mode: str, *, windows: Sequence[int | None] | None) -> "Config":
-    """Return the config with which a mode computes; all modes use the same weights. windows: the
-    window of each layer in a mode with "window"; None: `seq_length` tokens in the lower half of the
-    layers. Raises ValueError unless there is one window per layer.
-    """
-    if mode == OWN:
-        return config
-    parts = mode.split("+")
-    if windows is None:
-        half = config.num_layers // 2
-        windows = [config.seq_length] * half + [None] * (config.num_layers - half)
-    return dataclasses.replace(
-        config,
-        dynamic_ntk="ntk" in parts,
-        logn="logn" in parts,
-        rope_scaling=None,
-        layer_windows=tuple(windows) if "window" in parts else None,
-    )
-
-
-def perplexity(
-    decoder: "Decoder",
-    config: "Config",
-    *,
-    ids: np.ndarray,
-    attend: Callable[..., Any],
-    dtype: Any,
-    length: int,
-) -> float:
-    """Return the perplexity of ids, int32 [N], in rows of `length` tokens: exp of the mean
-    cross-entropy of all tokens but the first of each row.
-
-    decoder: stacked; it computes with `config` on the current mesh, in batches of `rows_at_once`,
-    of which the last is padded with rows that do not count.
-    """
-    from qwen_jax.model import rope
-    from train.data import batches
-    from train.data.batch import IGNORED
-
-    scheme = rope.from_config(config)
-    rates = scheme.frequencies(scheme.alpha(np.array([length])))
-    total = _total(config, attend, dtype=dtype)
-    rows = ids[: len(ids) // length * length].reshape(-1, length)
-    size, entropy, done = rows_at_once(length, len(rows)), 0.0, 0
-    with progress.bar(desc=f"{length} tokens", total=len(rows), unit="row", leave=False) as bar:
-        for part in (rows[at : at + size] for at in range(0, len(rows), size)):
-            filling = ((0, size - len(part)), (0, 0))
-            labels = np.pad(part, filling, constant_values=IGNORED)
-            batch = batches.place(batches.batch_of(np.pad(part, filling), labels))
-            entropy += float(total(decoder, batch, rates))
-            done += len(part) * (length - 1)
-            bar.set_postfix(perplexity=f"{_perplexity(entropy / done):.4g}", refresh=False)
-            bar.update(len(part))
-    return _perplexity(entropy / done)
-
-
-def rows_at_once(length: int, count: int) -> int:
-    """Return how many of `count` rows to measure together, on the current mesh or on one device:
-    about 4096 tokens, in equally many rows (at least one) on each device that rows are split over.
-    """
-    from qwen_jax.meshes import sharding
-
-    sizes = sharding.axis_sizes()
-    parts = math.prod(sizes[axis] for axis in sharding.BATCH)
-    return max(1, min(_AT_A_TIME // length // parts, -(-count // parts))) * parts
-
-
-def _perplexity(entropy: float) -> float:
-    return math.exp(min(700, entropy))
-
-
-@functools.cache
-def _total(config: "Config", attend: Callable[..., Any], *, dtype: Any) -> Callable[..., Any]:
-    """Build a jitted function that sums the cross-entropies of a batch's targets. Its arguments are
-    decoder, batch and RoPE frequencies, float32 [1, H/2].
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from train.data.batch import Batch
-    from train.step import loss
-
-    @jax.jit
-    def total(decoder: "Decoder", batch: Batch, rates: jax.Array) -> jax.Array:
-        decoder = decoder.replace(config=config)
-        found, weights = loss.scores(
-            decoder, batch, frequencies=rates, attend=attend, dtype=jnp.dtype(dtype)
-        )
-        return jnp.sum(weights * (found.lse - found.logit))
-
-    return total
-
-
-def _ids(args: argparse.Namespace, longest: int) -> np.ndarray:
-    """Return ids, int32 [N], of documents of at least `longest` tokens, cut to multiples of it."""
-    from qwen_jax import checkpoint
-    from train import data
-    from train.data import records
-
-    tokenizer = checkpoint.load_tokenizer(args.ckpt)
-    if tokenizer is None:
-        raise ValueError(f"{args.ckpt} has no tokenizer: put its qwen.tiktoken there")
-    kept, document = list[int](), list[int]()
-    for record in (record for file in records.files(args.data) for record in records.read(file)):
-        if record.problem:
-            raise ValueError(f"{record.where}: {record.problem}")
-        try:
-            document += data.text_example(tokenizer, record.value, field=args.field, ends=False)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from None
-        # A document that is longer than all that is wanted is not read to its end.
-        whole = len(document) // longest * longest
-        enough = len(kept) + whole >= args.tokens
-        if record.ends or enough:
-            kept, document = kept + document[:whole], []
-        if enough:
-            break
-    kept += document[: len(document) // longest * longest]
-    if not kept:
-        raise ValueError(
-            f"no document has {longest} tokens: give longer ones, or shorter --lengths"
-        )
-    return np.array(kept[: args.tokens // longest * longest], np.int32)
+    measure.run(args, lengths, modes=chosen, windows=windows, picture=picture)
 
 
 def _modes(args: argparse.Namespace) -> list[str]:
-    """The modes to measure. Raises UsageError for an unknown one, and for --windows without use."""
+    """Return the modes to measure.
+
+    Raises UsageError for an unknown mode, and for --windows if no mode has windows.
+    """
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in (*MODES, OWN)]:
         known = ", ".join((*MODES, OWN))
@@ -319,6 +158,7 @@ def _modes(args: argparse.Namespace) -> list[str]:
 
 
 def _windows(text: str | None) -> list[int | None] | None:
+    """Parse --windows, a JSON list; None if it is not given. Raises UsageError for other JSON."""
     try:
         found = json.loads(text) if text else None
     except (ValueError, RecursionError):
@@ -330,6 +170,10 @@ def _windows(text: str | None) -> list[int | None] | None:
 
 
 def _numbers(text: str) -> list[int]:
+    """Parse --lengths into numbers in ascending order, all divisors of the last.
+
+    Raises UsageError for any other text.
+    """
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -342,6 +186,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. argv: None for the process's command line."""
     return command.run(parser(), work, argv=None if argv is None else list(argv))
 
 

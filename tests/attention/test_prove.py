@@ -41,6 +41,7 @@ from tests.support import launch
 from tests.support.tiny import on_mesh, tiny_config
 from tests.support.training import prepared, pretraining
 from train import perplexity, pretrain
+from train.measuring import measure
 
 KIND = "TPU test"
 TINY = Case("forward", 1, 64, 4, 16, "float32", kv_heads=2)
@@ -704,7 +705,7 @@ def test_runs_resolve_before_they_trace(
         assert pretrain.main(pretraining(given, tmp_path / "out", *options)) == 1
         wanted = [("forward", 1, 256, "float32"), ("backward", 1, 256, "float32")]
     else:
-        monkeypatch.setattr(perplexity, "_ids", lambda *_, **__: np.arange(16))
+        monkeypatch.setattr(measure, "read_ids", lambda *_, **__: np.arange(16))
         text = ["--data", str(given / "text.txt"), "--lengths", "16", "--json"]
         assert perplexity.main(["--ckpt", str(golden_dir), *text, "--modes", "plain"]) == 1
         wanted = [("forward", 1, 256, "float32")]

@@ -30,6 +30,7 @@ from qwen_jax.runtime import caches, command, errors, paths
 from train import perplexity, plan, pretrain, sft
 from train import tokenizer as learning
 from train.data import token_cache
+from train.planning import planner
 
 NOT_UTF8 = os.fsdecode("鲸鱼".encode("gbk"))
 
@@ -264,7 +265,7 @@ DATA = ["--data", "a.txt", "--out", "b"]
     ],
 )
 def test_usage(program, argv, message, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "_setting", lambda *_, **__: None)
+    monkeypatch.setattr(planner, "_setting", lambda *_, **__: None)
     monkeypatch.setattr("train.planning.topology.prepare", lambda *_, **__: None)
     assert program.main(argv) == 2
     assert message in capsys.readouterr().err
@@ -480,3 +481,11 @@ def test_nothing_loads_jax_before_processes_are_joined():
     for module, arguments in JOINS.items():
         line = [sys.executable, "-c", code, module, *arguments.split()]
         assert subprocess.run(line, cwd=ROOT).returncode == 4, module
+
+
+def test_commands_load_jax_only_to_work():
+    """`--help` and usage errors come at once."""
+    modules = "perplexity plan pretrain sft tokenizer".split()
+    code = f"from train import {', '.join(modules)}; from convert import from_hf, to_hf; import sys"
+    line = [sys.executable, "-c", f"{code}; sys.exit('jax' in sys.modules)"]
+    assert subprocess.run(line, cwd=ROOT).returncode == 0

@@ -29,6 +29,7 @@ MODULES = (
     "qwen_jax.meshes",
     "qwen_jax.model",
     "train.data",
+    "train.measuring",
     "train.step",
 )
 

@@ -14,7 +14,8 @@ from qwen_jax.config import RopeScaling
 from tests.support import compilations
 from tests.support.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.support.training import TEXT, fail, prepared, pretraining, succeed
-from train import perplexity, perplexity_figures
+from train import perplexity
+from train.measuring import figures, measure, modes
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,16 @@ def test_rows_are_measured_together(monkeypatch):
     config, ids = tiny_config(), tiny_tokens(1, 80)[0]
 
     def found(at_a_time: int) -> float:
-        monkeypatch.setattr(perplexity, "_AT_A_TIME", at_a_time)
-        return perplexity.perplexity(
+        monkeypatch.setattr(measure, "_AT_A_TIME", at_a_time)
+        return measure.perplexity(
             decoder, config, ids=ids, attend=attention.xla, dtype="float32", length=16
         )
 
     with on_mesh(fsdp=4):
-        assert [perplexity.rows_at_once(16, count) for count in (1, 5, 999)] == [4, 8, 256]
+        assert [measure.rows_at_once(16, count) for count in (1, 5, 999)] == [4, 8, 256]
     with on_mesh():
         decoder = model.stack(tiny_decoder(config))
-        assert [perplexity.rows_at_once(16, count) for count in (1, 5, 999)] == [1, 5, 256]
+        assert [measure.rows_at_once(16, count) for count in (1, 5, 999)] == [1, 5, 256]
         one = found(16)
         np.testing.assert_allclose(found(32), one, rtol=1e-6)
         with compilations.counted() as programs:
@@ -73,7 +74,7 @@ def test_what_was_measured_before_an_interruption(given, tmp_path, capsys, monke
         told.append(capsys.readouterr().err)
         return values.pop(0)
 
-    monkeypatch.setattr(perplexity, "perplexity", measured)
+    monkeypatch.setattr(measure, "perplexity", measured)
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
     out, picture = tmp_path / "x.json", tmp_path / "x.png"
     for options in ((), ("--json",)):
@@ -108,8 +109,8 @@ def test_a_plot_has_numbers_on_its_axes_and_a_title(values, tmp_path, monkeypatc
 
     monkeypatch.setattr(Figure, "savefig", saved)
     found = {"plain": dict(zip((1024, 2048, 32768), values, strict=False))}
-    title = perplexity_figures.title_of("models/a$b$_鲸", 4096)
-    perplexity_figures.plot(found, tmp_path / "x.png", title=title)
+    title = figures.title_of("models/a$b$_鲸", 4096)
+    figures.plot(found, tmp_path / "x.png", title=title)
     (figure,) = drawn
     (axes,) = figure.axes
     shown = [
@@ -164,9 +165,9 @@ def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
 def test_rope_scaling_is_of_the_directorys_own_mode():
     """So that what is called plain is, and dynamic NTK can be compared with YaRN."""
     yarn = tiny_config(rope_scaling=RopeScaling("yarn", 4.0, 16))
-    assert perplexity.setting_of(yarn, "own", windows=None) == yarn
-    assert perplexity.setting_of(yarn, "plain", windows=None) == tiny_config()
-    assert perplexity.setting_of(yarn, "ntk", windows=None) == tiny_config(dynamic_ntk=True)
+    assert modes.setting_of(yarn, "own", windows=None) == yarn
+    assert modes.setting_of(yarn, "plain", windows=None) == tiny_config()
+    assert modes.setting_of(yarn, "ntk", windows=None) == tiny_config(dynamic_ntk=True)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
 )
 def test_what_cannot_be(given, capsys, monkeypatch, change, problem):
     """Said before anything is measured, and but for the data before that is encoded."""
-    monkeypatch.setattr(perplexity, "perplexity", lambda *_, **__: pytest.fail("it is measured"))
+    monkeypatch.setattr(measure, "perplexity", lambda *_, **__: pytest.fail("it is measured"))
     if "no document" not in problem:
-        monkeypatch.setattr(perplexity, "_ids", lambda *_, **__: pytest.fail("it is encoded"))
+        monkeypatch.setattr(measure, "read_ids", lambda *_, **__: pytest.fail("it is encoded"))
     assert problem in fail(capsys, command(given, *change), perplexity)

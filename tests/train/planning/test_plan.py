@@ -30,6 +30,7 @@ from train.planning import (
     estimate,
     flops,
     glossary,
+    planner,
     programs,
     report,
     search,
@@ -457,7 +458,7 @@ def test_what_lacks_least_comes_first(trained: estimate.Estimate) -> None:
         program = dataclasses.replace(trained.program, memory=Memory({"weights": size}, 1e9))
         return dataclasses.replace(trained, program=program, bound=None)
 
-    found = sorted([lacking(3 * 10**9), lacking(2 * 10**9), trained], key=plan.rank)
+    found = sorted([lacking(3 * 10**9), lacking(2 * 10**9), trained], key=planner.rank)
     assert [x.over for x in found] == [0, 1e9, 2e9]
 
 
@@ -470,7 +471,7 @@ def test_what_is_faster_comes_first(trained: estimate.Estimate, scale: float) ->
         return dataclasses.replace(trained, bound=Bound(terms))
 
     slow, fast, sure = rated(2.0, 0.1), rated(3.0, 0.9), rated(2.999, 0.5)
-    assert sorted([slow, fast, sure], key=plan.rank) == [sure, fast, slow]
+    assert sorted([slow, fast, sure], key=planner.rank) == [sure, fast, slow]
 
 
 def test_a_table_has_the_best_or_what_the_smallest_lacks(
@@ -688,7 +689,7 @@ def test_a_program_too_large_for_a_kernel_is_not_planned_with_another(
             list(planned)
         tried = [search.Candidate(setting, SIZES, 0, 0)] * 2
         with pytest.raises(attempts.NotCompiled):
-            plan._found(tried, topology.parse("v5e:2x2"), decode=False)
+            planner.compiled(tried, topology.parse("v5e:2x2"), decode=False)
 
 
 def test_the_calls_of_a_self_test_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

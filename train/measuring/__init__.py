@@ -1,0 +1,1 @@
+"""Measures a model's perplexity on long text, by row length and context extension."""
