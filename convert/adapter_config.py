@@ -255,7 +255,9 @@ def read_shape(folder: Path, layers: int) -> AdapterShape:
     return AdapterShape(groups, rank=rank, scale=scale, whole=tuple(whole))
 
 
-def _list(file: Path, settings: Mapping[str, Any], *, name: str, or_pattern: bool = False) -> Any:
+def _list(
+    file: Path, settings: Mapping[str, object], *, name: str, or_pattern: bool = False
+) -> Any:
     """Return a field that holds names, or a pattern if `or_pattern`; [] if missing or null.
 
     Raises ValueError for any other value.

@@ -24,8 +24,8 @@ from qwen_jax.runtime import paths, processes, progress
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor
 Target = int | paths.Upload
-Rows = Shaped[np.ndarray, "rows ..."]
-Change = Callable[[int, Rows], Rows]  # (number of the first row, rows) -> changed rows
+MatrixRows = Shaped[np.ndarray, "rows ..."]
+Change = Callable[[int, MatrixRows], MatrixRows]  # (number of the first row, rows) -> changed rows
 Job = tuple[int, Callable[[], None]]  # the bytes that a job copies, and the job
 _stop = threading.Event()
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
@@ -62,7 +62,9 @@ def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str
                     write(target, cast(part, band.leaf.dtype, name=band.leaf.path))
 
 
-def _columns(source: Source, offset: int, *, rows: int, band: Band, dtype: str) -> Iterator[Rows]:
+def _columns(
+    source: Source, offset: int, *, rows: int, band: Band, dtype: str
+) -> Iterator[MatrixRows]:
     """Yield the values of each of the band's chunk files, as an array of `rows` matrix rows.
 
     source, offset: the open safetensors file, and the byte at which the first of these rows begins.

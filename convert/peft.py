@@ -8,7 +8,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +39,7 @@ _INNER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$|\.(modules_to_save\.[^.]+|orig
 _EMBEDDING, _HEAD = WHOLE
 
 
-def write(folder: Path, adapters: Adapters, **settings: Any) -> None:
+def write(folder: Path, adapters: Adapters, **settings: object) -> None:
     """Write adapters in PEFT's format. Every process must call this; process 0 writes the files.
 
     settings: more fields of adapter_config.json, such as base_model_name_or_path.

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qwen_jax.checkpoint.directory import (
     MANIFEST,
@@ -71,7 +70,7 @@ def _check_unfinished(target: Path) -> None:
         )
 
 
-def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
+def check_usable(target: Path, facts: Mapping[str, object]) -> bool:
     """Check that a conversion may write to the folder `target`. Writes nothing.
 
     Returns True if the folder holds an unfinished conversion by the same command, which can be
@@ -97,7 +96,7 @@ def check_usable(target: Path, facts: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_shared(target: Path, facts: Mapping[str, Any]) -> None:
+def check_shared(target: Path, facts: Mapping[str, object]) -> None:
     """Raise ValueError unless this process sees the folder that process 0 has begun to write.
 
     facts: the values that identify the conversion.
@@ -123,7 +122,13 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def begin_or_resume(
-    source: Path, target: Path, *, facts: Mapping[str, Any], resumed: bool, done: int, needed: int
+    source: Path,
+    target: Path,
+    *,
+    facts: Mapping[str, object],
+    resumed: bool,
+    done: int,
+    needed: int,
 ) -> None:
     """Begin or resume a target: write `facts` and the files that are copied as they are.
 

@@ -485,7 +485,7 @@ def test_nothing_loads_jax_before_processes_are_joined():
 
 def test_commands_load_jax_only_to_work():
     """`--help` and usage errors come at once."""
-    modules = "perplexity plan pretrain sft tokenizer".split()
+    modules = ["perplexity", "plan", "pretrain", "sft", "tokenizer"]
     code = f"from train import {', '.join(modules)}; from convert import from_hf, to_hf; import sys"
     line = [sys.executable, "-c", f"{code}; sys.exit('jax' in sys.modules)"]
     assert subprocess.run(line, cwd=ROOT).returncode == 0

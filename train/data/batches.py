@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
 from qwen_jax import meshes
 from qwen_jax.meshes import moves, sharding
@@ -21,7 +21,7 @@ from train.data.packing import Rows
 _THREADS, _AHEAD = 4, 8  # batches
 
 
-def batch_of(tokens: np.ndarray, labels: np.ndarray) -> Batch:
+def batch_of(tokens: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B T"]) -> Batch:
     """Make a batch in host memory from int [B, T] tokens and labels, one document per row.
 
     labels are not shifted: a token's label is predicted from the tokens before it. Labels that are

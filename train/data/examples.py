@@ -22,7 +22,7 @@ _SHARES = ("weight", "train", "trainable", "loss")
 
 
 def text_example(
-    tokenizer: Tokenizer, record: Any, *, field: str = "text", ends: bool = True
+    tokenizer: Tokenizer, record: object, *, field: str = "text", ends: bool = True
 ) -> list[int]:
     """Encode a document: the ids of its text, then the end-of-document id if `ends`.
 
@@ -32,7 +32,7 @@ def text_example(
     return [*tokenizer.encode(text), *([tokenizer.eod_id] if ends else [])]
 
 
-def text_of(record: Any, field: str) -> str:
+def text_of(record: object, field: str) -> str:
     """Return the text of a record: the record itself, or its value in `field`.
 
     Raises ValueError if there is no text, or an unpaired surrogate in it.
@@ -45,7 +45,7 @@ def text_of(record: Any, field: str) -> str:
 
 def chat_example(
     tokenizer: Tokenizer,
-    record: Any,
+    record: object,
     *,
     system: str,
     max_len: int | None,
@@ -67,21 +67,22 @@ def chat_example(
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
     record = {**record, **{field: _offered(record, field) for field in ("tools", "functions")}}
     _check_whole(record)
-    system = system if record.get("system") is None else record["system"]
-    if not isinstance(system, str):
-        raise ValueError(f"'system' is no text, but {texts.described(system)}")
+    if (own := record.get("system")) is not None:
+        if not isinstance(own, str):
+            raise ValueError(f"'system' is no text, but {texts.described(own)}")
+        system = own
     if isinstance(record.get("conversations"), list):
         return sft_example(tokenizer, record["conversations"], system, max_len, loss_on)
     if not isinstance(record.get("messages"), list):
         raise ValueError("there are neither 'conversations' nor 'messages'")
     in_messages, turns = tools.turns(record["messages"], record["tools"] or record["functions"])
-    if in_messages is not None and record.get("system") and in_messages != system:
+    if in_messages is not None and own and in_messages != system:
         raise ValueError("'system' and a message of the system differ: leave one of them out")
     system = system if in_messages is None else in_messages
     return _encoded(tokenizer, system, turns=turns, max_len=max_len, loss_on=loss_on)
 
 
-def _check_whole(record: Mapping[str, Any]) -> None:
+def _check_whole(record: Mapping[str, object]) -> None:
     """Raise ValueError for fields of a conversation that training would ignore, such as images."""
     for one, other in (
         ("conversations", "messages"),
@@ -104,7 +105,7 @@ def _check_whole(record: Mapping[str, Any]) -> None:
                 )
 
 
-def _offered(record: Mapping[str, Any], field: str) -> list[Any]:
+def _offered(record: Mapping[str, object], field: str) -> list[Any]:
     """Return the tools that a record describes in `field`; [] if there are none.
 
     The field holds a list, or the list as JSON text, because a column of a dataset has one type.

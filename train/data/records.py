@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from qwen_jax.runtime import paths, texts
 
@@ -34,7 +34,7 @@ class Record:
     """
 
     where: str
-    value: Any
+    value: object
     problem: str = ""
     ends: bool = True
     position: int = 0

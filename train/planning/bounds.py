@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from train.planning.collectives import Collective
-from train.planning.topology import Path
+from train.planning.topology import Link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def bound(
     moved: float,
     bandwidth: float,
     collectives: Iterable[Collective],
-    links: Mapping[tuple[str, ...], Sequence[Path]],
+    links: Mapping[tuple[str, ...], Sequence[Link]],
     network: str = "",
 ) -> Bound:
     """Return the lower bound of a program's time, from the work of one device.
@@ -73,10 +73,10 @@ def bound(
     over: dict[str, Term] = {}
     for one in collectives:
         limiting, _ = slowest(one, links[one.axes])
-        for path in links[one.axes]:
-            seconds = _seconds(one, path)
-            in_step = 0.0 if path.name == limiting else seconds
-            name = f"{path.name} {','.join(one.axes)}"
+        for link in links[one.axes]:
+            seconds = _seconds(one, link)
+            in_step = 0.0 if link.name == limiting else seconds
+            name = f"{link.name} {','.join(one.axes)}"
             before = over.get(name, Term(name, 0.0))
             over[name] = Term(name, before.seconds + seconds, before.in_step + in_step)
     if network and not any(name.startswith(f"{network} ") for name in over):
@@ -85,16 +85,16 @@ def bound(
     return Bound((*terms, *sorted(over.values(), key=lambda term: -term.seconds)))
 
 
-def slowest(one: Collective, paths: Sequence[Path]) -> tuple[str, float]:
+def slowest(one: Collective, links: Sequence[Link]) -> tuple[str, float]:
     """Return the name of the link that limits a collective, and the time in seconds on this link.
 
-    paths: the kinds of link that the collective goes over. It does so piece by piece, so the
+    links: the kinds of link that the collective goes over. It does so piece by piece, so the
     slowest kind sets the time.
     """
-    return max(((path.name, _seconds(one, path)) for path in paths), key=lambda found: found[1])
+    return max(((link.name, _seconds(one, link)) for link in links), key=lambda found: found[1])
 
 
-def _seconds(one: Collective, path: Path) -> float:
+def _seconds(one: Collective, link: Link) -> float:
     """Return the time of a collective on one kind of link, in seconds.
 
     On a ring of n devices, an all-gather or reduce-scatter takes n - 1 steps of 1/n of the array
@@ -102,13 +102,13 @@ def _seconds(one: Collective, path: Path) -> float:
     line, which carries a quarter of the ring's length times the bytes of a device, because half of
     each array goes to either side.
     """
-    share = (path.size - 1) / path.size
+    share = (link.size - 1) / link.size
     if one.kind in ("all-gather", "reduce-scatter"):
-        return one.bytes * share / path.bandwidth
+        return one.bytes * share / link.bandwidth
     if one.kind == "all-reduce":
-        return 2 * one.bytes * share / path.bandwidth
+        return 2 * one.bytes * share / link.bandwidth
     if one.kind == "all-to-all":
-        return one.bytes * max(path.crossing / 4, share) / path.bandwidth
+        return one.bytes * max(link.crossing / 4, share) / link.bandwidth
     if one.kind == "collective-permute":
-        return one.bytes / path.one_way
-    return one.bytes / path.bandwidth
+        return one.bytes / link.one_way
+    return one.bytes / link.bandwidth

@@ -102,12 +102,13 @@ def compile_program(
     return Program(memory, work, collectives=found, seconds=seconds, unread=unread)
 
 
-def _printed(folder: Path, lowered: Any) -> str:
+def _printed(folder: Path, lowered: jax.stages.Lowered) -> str:
     """Read the text of the final program, which the compiler has dumped into `folder`.
 
     Raises ValueError if the compiler did not write exactly one such file.
     """
-    name = lowered.compiler_ir().operation.attributes["sym_name"].value
+    module: Any = lowered.compiler_ir()  # of MLIR, whose classes have no types
+    name = module.operation.attributes["sym_name"].value
     files = sorted(folder.glob(f"*.{name}.*{_PRINTED}"))
     if len(files) != 1:
         raise ValueError(f"the compiler wrote {len(files)} files *.{name}.*{_PRINTED}, not one")

@@ -253,7 +253,7 @@ def _bound(
         return None
     chip, network = topology.chip, topology.network if program.collectives is not None else ""
     found = found or []
-    links = {x.axes: topologies.paths(topology, mesh, axes=x.axes) for x in found}
+    links = {x.axes: topologies.links(topology, mesh, axes=x.axes) for x in found}
     return bounds.bound(
         flops,
         chip.flops,

@@ -1,7 +1,6 @@
 """The options of `python train/plan.py`, and the check that none is without effect."""
 
 import argparse
-from typing import Any
 
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.runtime import command
@@ -57,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _run_options(group: Any) -> None:
+def _run_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--model",
@@ -100,7 +99,7 @@ def _run_options(group: Any) -> None:
     )
 
 
-def _training_options(group: Any) -> None:
+def _training_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--remat",
@@ -129,7 +128,7 @@ def _training_options(group: Any) -> None:
     )
 
 
-def _adapter_options(group: Any) -> None:
+def _adapter_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--lora-rank",

@@ -157,7 +157,7 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class Link:
     """A kind of link that a collective goes over, with its rates.
 
     name: the kind of link, such as "ICI" or "NVLink".
@@ -176,7 +176,7 @@ class Path:
     crossing: float = 0
 
 
-def paths(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Path]:
+def links(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Link]:
     """Return all kinds of link that a collective over these mesh axes goes over."""
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = mesh.devices[index].reshape(-1)
@@ -185,20 +185,20 @@ def paths(topology: Topology, mesh: Mesh, *, axes: Sequence[str]) -> list[Path]:
         places = np.array([device.coords for device in group])  # slice, host, GPU
         hosts = len({tuple(place[:2]) for place in places})
         here = len(group) // hosts
-        found = [Path("NVLink", chip.link, chip.link, here)] if here > 1 else []
+        found = [Link("NVLink", chip.link, chip.link, here)] if here > 1 else []
         if hosts > 1:
-            found.append(Path(topology.network, here * chip.network, chip.network, hosts))
+            found.append(Link(topology.network, here * chip.network, chip.network, hosts))
         return found
     of_slice = [getattr(device, "slice_index", 0) for device in group]  # none in a single slice
     slices = len(set(of_slice))
     first = [x for x, number in zip(group, of_slice, strict=True) if number == of_slice[0]]
     found = _torus(topology, chip, group=first) if len(first) > 1 else []
     if slices > 1:
-        found.append(Path(topology.network, len(first) * chip.network, chip.network, slices))
+        found.append(Link(topology.network, len(first) * chip.network, chip.network, slices))
     return found
 
 
-def _torus(topology: Topology, chip: Tpu, *, group: Sequence[Any]) -> list[Path]:
+def _torus(topology: Topology, chip: Tpu, *, group: Sequence[Any]) -> list[Link]:
     """Return the kinds of link in a TPU slice that a group of its devices uses.
 
     chip: the kind of TPU. group: the jax devices of the group, all in one slice.
@@ -206,7 +206,7 @@ def _torus(topology: Topology, chip: Tpu, *, group: Sequence[Any]) -> list[Path]
     places = np.array([device.coords for device in group])[:, : chip.torus]
     lengths = np.array(topology.lengths)
     cores = len({device.core_on_chip for device in group})
-    found = [Path("on chip", chip.on_chip, chip.on_chip, cores)] if cores > 1 else []
+    found = [Link("on chip", chip.on_chip, chip.on_chip, cores)] if cores > 1 else []
     # If a group has one core of each chip, another group has the other cores and shares the links.
     link = chip.link * cores / chip.cores
     wrapped = lengths % chip.wraps == 0
@@ -226,5 +226,5 @@ def _torus(topology: Topology, chip: Tpu, *, group: Sequence[Any]) -> list[Path]
     if rates:
         total = sum(rate for rate, _ in rates)
         crossing = max(hops * total / rate for rate, hops in rates)
-        found.append(Path("ICI", total, one_way, len(group) // cores, crossing))
+        found.append(Link("ICI", total, one_way, len(group) // cores, crossing))
     return found

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen_jax.config.presets import PRESETS
@@ -63,7 +63,7 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
     return result
 
 
-def _model_options(group: Any) -> None:
+def _model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ckpt",
         metavar="DIR",
@@ -82,7 +82,7 @@ def _model_options(group: Any) -> None:
     )
 
 
-def _data_options(group: Any) -> None:
+def _data_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--data",
@@ -114,7 +114,7 @@ def _data_options(group: Any) -> None:
     add("--strict", action="store_true", help="stop at a bad record instead of leaving it out")
 
 
-def _run_options(group: Any) -> None:
+def _run_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--out",
@@ -157,7 +157,7 @@ def _run_options(group: Any) -> None:
     )
 
 
-def _checkpoint_options(group: Any) -> None:
+def _checkpoint_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--save-every",
@@ -181,10 +181,12 @@ def _checkpoint_options(group: Any) -> None:
     )
 
 
-def _add_field(group: Any, field: Any, value: Any) -> None:
+def _add_field(
+    group: argparse._ArgumentGroup, field: "dataclasses.Field[Any]", value: object
+) -> None:
     """Add the option of a recipe's field. value: the field's in the default recipe."""
     kind, _ = kind_of(field)
-    told = " ".join(value) if kind is tuple else value
+    told = " ".join(value) if isinstance(value, tuple) else value
     about = field.metadata["help"] + ("" if value is None else f" (default: {told})")
     options: dict[str, Any] = {"help": about, "default": None}
     if kind is bool:
@@ -245,7 +247,9 @@ def _refuse_idle(args: argparse.Namespace, made: Recipe) -> None:
         command.refuse(args, ("too_long",), why=f"{how}or add --pack fitted or --pack alone")
 
 
-def main(make_parser: Any, argv: Sequence[str] | None = None) -> int:
+def main(
+    make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None
+) -> int:
     """Run a training command and return its exit code.
 
     make_parser: builds the command's parser. argv: the command line; None for that of the process.

@@ -47,7 +47,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, state: PyTree, *, facts: Mapping[str, Any], loss: float | None = None
+        self, step: int, state: PyTree, *, facts: Mapping[str, object], loss: float | None = None
     ) -> None:
         """Copy the training state at once, and write it to disk while the caller goes on.
 

@@ -30,7 +30,7 @@ _CODE_RATES = {"qwen-7b": 3e-5, "qwen-14b": 6e-5}
 _CODE_CHAT_RATES = {"qwen-7b": 1e-5, "qwen-14b": 2e-6}
 
 
-def _about(text: str, default: Any = dataclasses.MISSING) -> Any:
+def _about(text: str, default: object = dataclasses.MISSING) -> Any:
     """Make a field of `Recipe`. text: the help of its option, without the default."""
     return dataclasses.field(default=default, metadata={"help": text})
 
@@ -180,7 +180,7 @@ def kind_of(field: "dataclasses.Field[Any]") -> tuple[type, bool]:
     return typing.get_origin(kind) or kind, types.NoneType in kinds
 
 
-def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
+def _checked(field: "dataclasses.Field[Any]", value: object) -> object:
     """Convert a field's value to the Python type of the field, or raise ValueError."""
     kind, optional = kind_of(field)
     if value is None and optional:

@@ -5,6 +5,7 @@ import platform
 import shlex
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import qwen_jax
@@ -72,12 +73,10 @@ def record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _absolute(name: str, value: Any) -> Any:
-    """The value of an argument, as an absolute path (or a list of them) if it names a place."""
+def _absolute(name: str, value: object) -> object:
+    """Return an argument's value, made an absolute path (or a list of them) if it names a place."""
     if name not in _PLACES or (name == "model" and value in PRESETS):
         return value
-    return [_absolute(name, x) for x in value] if isinstance(value, list) else _path(value)
-
-
-def _path(value: str) -> str:
-    return str(paths.absolute(value))
+    if isinstance(value, list):
+        return [_absolute(name, x) for x in value]
+    return str(paths.absolute(value)) if isinstance(value, str | Path) else value

@@ -4,7 +4,6 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -26,7 +25,7 @@ def begin(
     wanted: Recipe,
     *,
     sizes: Mapping[str, int] | None,
-    start: Mapping[str, Any],
+    start: Mapping[str, object],
 ) -> None:
     """Train by a recipe as the command line says, and return at the end of the run.
 

@@ -66,7 +66,7 @@ class Task:
     held_out: tuple[Path, ...] = ()
     share: float = 0.0
     strict: bool = False
-    start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def train(task: Task, settings: Settings) -> None:

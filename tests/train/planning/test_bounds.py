@@ -15,15 +15,15 @@ from qwen_jax.meshes import hardware, sharding
 from tests.support.tiny import tiny_config
 from train.planning import bounds, topology
 from train.planning.collectives import Collective
-from train.planning.topology import Path
+from train.planning.topology import Link
 
-RING = Path("ICI", bandwidth=200e9, one_way=100e9, size=8, crossing=8)
-SWITCH = Path("NVLink", bandwidth=450e9, one_way=450e9, size=8)
-NETWORK = Path("InfiniBand", bandwidth=400e9, one_way=50e9, size=4)
+RING = Link("ICI", bandwidth=200e9, one_way=100e9, size=8, crossing=8)
+SWITCH = Link("NVLink", bandwidth=450e9, one_way=450e9, size=8)
+NETWORK = Link("InfiniBand", bandwidth=400e9, one_way=50e9, size=4)
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "expected"),
+    ("kind", "link", "expected"),
     [
         # 8 GB gathered over 8: a device takes in 7 GB.
         ("all-gather", RING, 7 / 200),
@@ -39,10 +39,10 @@ NETWORK = Path("InfiniBand", bandwidth=400e9, one_way=50e9, size=4)
         ("collective-broadcast", SWITCH, 8 / 450),
     ],
 )
-def test_a_collective_takes(kind: str, path: Path, expected: float) -> None:
-    one = Collective(kind, ("fsdp",), size=path.size, count=1, bytes=8 * 10**9)
-    name, seconds = bounds.slowest(one, [path])
-    assert name == path.name
+def test_a_collective_takes(kind: str, link: Link, expected: float) -> None:
+    one = Collective(kind, ("fsdp",), size=link.size, count=1, bytes=8 * 10**9)
+    name, seconds = bounds.slowest(one, [link])
+    assert name == link.name
     assert seconds == pytest.approx(expected)
 
 
@@ -225,24 +225,24 @@ def torus(*lengths: int) -> list[tuple[int, ...]]:
     return [tuple(place) + (0,) * (3 - len(lengths)) for place in grid]
 
 
-def links(text: str, mesh: Any, *axes: str) -> list[Path]:
-    return topology.paths(topology.parse(text), mesh, axes=axes)
+def links(text: str, mesh: Any, *axes: str) -> list[Link]:
+    return topology.links(topology.parse(text), mesh, axes=axes)
 
 
 def test_links_of_a_torus() -> None:
     # 8 x 8 x 8 on a v5p: the last dimension is tp, the others fsdp; each link 100 GB/s.
     mesh = mesh_of(torus(8, 8, 8), (1, 64, 1, 8))
-    assert links("v5p:8x8x8", mesh, "tp") == [Path("ICI", 200e9, 100e9, 8, 8)]
-    assert links("v5p:8x8x8", mesh, "fsdp") == [Path("ICI", 400e9, 100e9, 64, 16)]
-    assert links("v5p:8x8x8", mesh, "fsdp", "tp") == [Path("ICI", 600e9, 100e9, 512, 24)]
+    assert links("v5p:8x8x8", mesh, "tp") == [Link("ICI", 200e9, 100e9, 8, 8)]
+    assert links("v5p:8x8x8", mesh, "fsdp") == [Link("ICI", 400e9, 100e9, 64, 16)]
+    assert links("v5p:8x8x8", mesh, "fsdp", "tp") == [Link("ICI", 600e9, 100e9, 512, 24)]
     assert links("v5p:8x8x8", mesh, "data") == []
 
 
 def test_without_wrap_around_a_line_has_half() -> None:
     mesh = mesh_of(torus(4, 4), (1, 4, 1, 4))
-    assert links("v5e:4x4", mesh, "tp") == [Path("ICI", 50e9, 50e9, 4, 4)]
+    assert links("v5e:4x4", mesh, "tp") == [Link("ICI", 50e9, 50e9, 4, 4)]
     half = mesh_of(torus(16, 16), (1, 32, 1, 8))  # tp: 8 of 16 in a row
-    assert links("v5e:16x16", half, "tp") == [Path("ICI", 50e9, 50e9, 8, 8)]
+    assert links("v5e:16x16", half, "tp") == [Link("ICI", 50e9, 50e9, 8, 8)]
     # fsdp: a ring of 16, and every eighth chip of the other, whose links 8 groups share.
     (path,) = links("v5e:16x16", half, "fsdp")
     assert path.bandwidth == pytest.approx(100e9 + 100e9 / 8)
@@ -250,15 +250,15 @@ def test_without_wrap_around_a_line_has_half() -> None:
 
 def test_links_between_slices_and_hosts() -> None:
     mesh = mesh_of(torus(4, 4), (2, 4, 1, 4), slices=2)
-    assert links("v5e:4x4*2", mesh, "data") == [Path("DCN", 3.125e9, 3.125e9, 2)]
+    assert links("v5e:4x4*2", mesh, "data") == [Link("DCN", 3.125e9, 3.125e9, 2)]
     over = links("v5e:4x4*2", mesh, "data", "tp")
-    assert over == [Path("ICI", 50e9, 50e9, 4, 4), Path("DCN", 12.5e9, 3.125e9, 2)]
+    assert over == [Link("ICI", 50e9, 50e9, 4, 4), Link("DCN", 12.5e9, 3.125e9, 2)]
     gpus = mesh_of([(0, host, gpu) for host in range(4) for gpu in range(8)], (1, 8, 1, 4))
-    assert links("h100:4x8", gpus, "tp") == [Path("NVLink", 450e9, 450e9, 4)]
+    assert links("h100:4x8", gpus, "tp") == [Link("NVLink", 450e9, 450e9, 4)]
     # fsdp: 2 GPUs of each host, with a port each.
     assert links("h100:4x8", gpus, "fsdp") == [
-        Path("NVLink", 450e9, 450e9, 2),
-        Path("InfiniBand", 100e9, 50e9, 4),
+        Link("NVLink", 450e9, 450e9, 2),
+        Link("InfiniBand", 100e9, 50e9, 4),
     ]
 
 
@@ -268,8 +268,8 @@ def test_two_cores_of_a_chip_share_its_links() -> None:
     for i, device in enumerate(mesh.devices.reshape(-1)):
         device.core_on_chip = i % 2
     assert links("tpu7x:4x4x4", mesh, "tp") == [
-        Path("on chip", 600e9, 600e9, 2),
-        Path("ICI", 100e9, 100e9, 2, 2),
+        Link("on chip", 600e9, 600e9, 2),
+        Link("ICI", 100e9, 100e9, 2, 2),
     ]
     apart = mesh_of(places, (1, 64, 1, 2))  # fsdp: one core of each chip
     for device in apart.devices[..., 1].reshape(-1):

@@ -39,7 +39,7 @@ from train.planning import (
 from train.planning.bounds import Bound, Term
 from train.planning.compilation import Memory, Program, compile_program
 from train.planning.programs import Setting
-from train.planning.topology import Path
+from train.planning.topology import Link
 from train.run import recipes
 
 SIZES = meshes.parse("fsdp=2,tp=2")
@@ -51,7 +51,7 @@ SETTING = Setting(CONFIG, batch=4, length=16, attention="xla")
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `v5e:2x2` whose four devices are CPUs, on links of 1 GB/s."""
     monkeypatch.setattr(topology, "mesh", lambda _, sizes: meshes.make(sizes))
-    monkeypatch.setattr(topology, "paths", lambda *_, **__: [Path("ICI", 1e9, 1e9, 2, 2)])
+    monkeypatch.setattr(topology, "links", lambda *_, **__: [Link("ICI", 1e9, 1e9, 2, 2)])
     monkeypatch.setattr(topology, "prepare", lambda _: None)
 
 
@@ -60,7 +60,7 @@ def trained() -> estimate.Estimate:
     """The plan of a step, compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topology, "mesh", lambda _, sizes: meshes.make(sizes))
-        patch.setattr(topology, "paths", lambda *_, **__: [Path("ICI", 1e9, 1e9, 2, 2)])
+        patch.setattr(topology, "links", lambda *_, **__: [Link("ICI", 1e9, 1e9, 2, 2)])
         return estimate.training(SETTING, topology.parse("v5e:2x2"), sizes=SIZES)
 
 

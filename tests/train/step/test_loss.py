@@ -1,6 +1,7 @@
 """The loss and its gradients: the original's figures, and what a batch means."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_what_is_no_batch_is_refused() -> None:
         (good, good - 6, "labels .* -100 where ignored"),
     ):
         with pytest.raises(ValueError, match=message):
-            batches.batch_of(tokens, labels)
+            inspect.unwrap(batches.batch_of)(tokens, labels)  # without the tests' check of axes
     with (
         on_mesh(fsdp=4),
         pytest.raises(ValueError, match="batch B = 2 does not divide over fsdp=4"),
