@@ -19,11 +19,13 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     about = "Train a Qwen model to continue text, from fresh weights or from those of a model."
     return arguments.parser("pretrain", "text", about=about, examples=_EXAMPLES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. argv: None for the process's command line."""
     return arguments.main(parser, argv)
 
 

@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     about = (
         "Fine-tune a Qwen model on conversations: all of its weights (recipe sft), adapters "
         "(sft_lora), or as\nCode-Qwen-Chat and Math-Qwen-Chat were trained (code_chat, math)."
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. argv: None for the process's command line."""
     return arguments.main(parser, argv)
 
 

@@ -24,6 +24,7 @@ _BYTES, _MOST = 256, 10**7
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     result = command.Parser(
         prog="python train/tokenizer.py",
         description="Learn a vocabulary from text and write it as a qwen.tiktoken, for a model of "
@@ -66,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(args: argparse.Namespace) -> None:
+    """Learn a vocabulary and write it, under a lock, as the arguments say.
+
+    Raises UsageError for a size out of range, and ValueError if the file exists.
+    """
     if args.size <= _BYTES:
         raise command.UsageError(
             f"--size {args.size}: must be more than {_BYTES}, as every byte is a token"
@@ -79,6 +84,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def _learn(args: argparse.Namespace) -> None:
+    """Learn a vocabulary from the texts of all records, and write it as a qwen.tiktoken."""
     from train import data
     from train.data import records
 
@@ -152,6 +158,7 @@ def _letters() -> dict[int, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. argv: None for the process's command line."""
     return command.run(parser(), work, argv=None if argv is None else list(argv))
 
 

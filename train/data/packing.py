@@ -96,8 +96,7 @@ def _joined(lengths: Numbers, row: int) -> Iterator[_Block]:
 def fitted(lengths: Numbers, row: int, *, folder: Path | None = None) -> Pieces:
     """Pack whole examples into rows of `row` tokens, each into the fullest open row that has room.
 
-    lengths: int [examples], the tokens of each example, at most `row`. folder: where the pieces are
-    written and memory-mapped; None keeps them in memory.
+    The arguments are those of `joined`; no example has more than `row` tokens.
     """
     return _collected(_whole(*_fit(lengths, row), lengths=lengths), folder)
 
@@ -193,7 +192,7 @@ def _collected(blocks: Iterable[_Block], folder: Path | None) -> Pieces:
 
 
 def _mapped(folder: Path) -> Pieces:
-    """The pieces in the files of a folder, memory-mapped."""
+    """Open the pieces in the files of a folder as memory-mapped arrays."""
     return Pieces(**{name: mapped(folder / name, _DTYPES[name]) for name in _DTYPES})
 
 
@@ -203,7 +202,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files of a stored packing have their sizes."""
+    """Return whether all files of a stored packing have their sizes."""
     try:
         return json.loads((folder / _FACTS).read_text(encoding="utf-8")) == _sizes(folder)
     except (FileNotFoundError, ValueError):

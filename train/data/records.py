@@ -151,7 +151,7 @@ def read(path: Path, number: int = 0, *, count: int = 1) -> Iterator[Record]:
 
 
 def _suffix(path: Path) -> str | None:
-    """The one of `SUFFIXES` in which a path ends; None if there is none."""
+    """Return the longest of `SUFFIXES` in which a path ends; None if there is none."""
     fitting = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
     return max(fitting, key=len, default=None)
 

@@ -101,8 +101,9 @@ def _make(
 
 @contextlib.contextmanager
 def _locked(store: Path) -> Iterator[None]:
-    """Keep other programs off the same parts, which they would remove when they are done. Process 0
-    takes the lock; the other processes wait until it has it.
+    """Keep other programs off the parts of a cache, which they would remove when they are done.
+
+    Process 0 takes the lock; the other processes wait until it has it.
     """
     with contextlib.ExitStack() as stack:
         if processes.index() == 0:

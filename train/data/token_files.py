@@ -77,6 +77,7 @@ class TokenCache:
 
     @property
     def lengths(self) -> Int[np.ndarray, " examples"]:
+        """The number of ids in each example, int64 [examples]."""
         return np.diff(self.ends, prepend=0)
 
     def __getitem__(self, index: int) -> tuple[UInt[np.ndarray, " n"], Bool[np.ndarray, " n"]]:

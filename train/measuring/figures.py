@@ -24,6 +24,7 @@ def table(found: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def _cell(value: float | None) -> str:
+    """Format a figure in a cell of the table; blank for None."""
     return f"{'' if value is None else f'{value:.2f}':>10}"
 
 
@@ -70,11 +71,11 @@ def _format(path: Path) -> str:
 
 
 def picture(args: argparse.Namespace) -> Path | None:
-    """Where the plot is to be written, None for no plot. Raises UsageError if it cannot be; called
-    before anything is measured.
+    """Return the file that the plot is to be written to; None for no plot.
 
     args: `plot` and `json` of the command line. A plot with the default name never replaces
-    another: it gets the next free number.
+    another: it gets the next free number. Called before anything is measured: raises UsageError if
+    the file cannot be written.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -88,7 +89,7 @@ def picture(args: argparse.Namespace) -> Path | None:
 
 
 def _free(path: Path) -> Path:
-    """The path, or if it is taken the first free one of perplexity-2.png, perplexity-3.png, ..."""
+    """Return `path`, or if it is taken the first free one of perplexity-2.png and so on."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
@@ -97,11 +98,14 @@ def _free(path: Path) -> Path:
 def reported(
     args: argparse.Namespace, tokens: int, *, picture: Path | None
 ) -> Iterator[Callable[[str, int, float, float], None]]:
-    """Yield a function to report each figure: mode, length, perplexity and seconds. On leaving the
-    context, even by an error, the figures so far are printed as a table or JSON, and plotted.
+    """Yield a function that reports a figure: its mode, row length, perplexity and seconds.
 
-    args: `ckpt`, `json` and `out` of the command line. tokens: the number of tokens measured at
-    each length. picture: the plot's file, or None.
+    When the context is left, even by an error, the figures so far are printed as a table or JSON,
+    and plotted.
+
+    args: `ckpt`, `json` and `out` of the command line.
+    tokens: the number of tokens measured at each length.
+    picture: the plot's file, or None.
     """
     found, whole = dict[str, dict[int, float]](), False
 

@@ -113,7 +113,7 @@ def _refusal(
 
 
 def _one_line(error: Exception) -> str:
-    """An error's message in one line, cut to `_LONGEST` characters."""
+    """Return an error's message in one line, cut to `_LONGEST` characters."""
     words = " ".join(str(error).split())
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
 
@@ -121,8 +121,10 @@ def _one_line(error: Exception) -> str:
 def _candidates(
     setting: Setting, topology: Topology, *, sizes: Mapping[str, int], task: str
 ) -> tuple[list[str], Sequence[Case]]:
-    """The names of attention implementations that `auto` may take, likeliest first, and the calls
-    of their self-test.
+    """Return the implementations that `auto` may take, and the attention calls of their self-test.
+
+    sizes: the number of devices along each mesh axis. task: "training", "prefill" or "decoding".
+    The names are in order, the likeliest first.
     """
     config, dtype = setting.config, "bfloat16"
     if task == "decoding":

@@ -72,8 +72,12 @@ _PRINTED = "after_optimizations.txt"  # how the name of the final program's file
 def compile_program(
     trace: Callable[[], jax.stages.Traced], mesh: Mesh, *, held: dict[str, int], layers: int
 ) -> Program:
-    """Trace and compile a program. held: the bytes of its arguments on a device, by name. layers:
-    the number of layers, by which `flops.work` finds loops over the layers.
+    """Trace and compile a program.
+
+    trace: traces the program.
+    mesh: the mesh that it is compiled for.
+    held: the bytes of its arguments on a device, by name.
+    layers: the number of layers, by which `flops.work` finds loops over the layers.
     """
     started = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
@@ -116,7 +120,7 @@ def _printed(folder: Path, lowered: jax.stages.Lowered) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's message, cut to 200 characters."""
+    """Return the first line of an error's message, cut to 200 characters."""
     return str(error).partition("\n")[0][:200]
 
 
@@ -149,6 +153,7 @@ _NEEDED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds availabl
 
 def _refused(message: str, held: dict[str, int]) -> Memory | None:
     """Read the memory from the message of a compiler that ran out of it; None for another error.
+
     held: the bytes of the program's arguments on a device, by name.
     """
     found = _NEEDED.search(message)

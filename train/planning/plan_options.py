@@ -18,6 +18,7 @@ Every word of a plan is explained by --glossary, and in docs/scaling.md.
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of `python train/plan.py`."""
     result = command.Parser(
         prog="python train/plan.py",
         description="Plan a run on accelerators that this machine lacks: compile a training step "
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the model, the devices and the batch."""
     add = group.add_argument
     add(
         "--model",
@@ -100,6 +102,7 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _training_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of a training step."""
     add = group.add_argument
     add(
         "--remat",
@@ -129,6 +132,7 @@ def _training_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _adapter_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the training of adapters."""
     add = group.add_argument
     add(
         "--lora-rank",

@@ -76,7 +76,7 @@ def text(x: Estimate, model: str) -> str:
 
 
 def _options(x: Estimate) -> list[str]:
-    """The batch of a setting, and the options that matter for its task."""
+    """Describe the batch of a setting, and the options that matter for its task."""
     setting = x.setting
     options = [f"{setting.batch} rows of {setting.length} tokens"]
     if x.task != "training":
@@ -91,7 +91,7 @@ def _options(x: Estimate) -> list[str]:
 
 
 def _collectives(x: Estimate) -> list[str]:
-    """The lines of a program's collectives; none if the compiler refused it."""
+    """Format the lines of a program's collectives; [] if the compiler refused it."""
     found = x.program.collectives
     if x.bound is None:
         return []
@@ -103,7 +103,7 @@ def _collectives(x: Estimate) -> list[str]:
 
 
 def _times(x: Estimate) -> list[str]:
-    """The lines of a program's times; none if the compiler refused it."""
+    """Format the lines of a program's times; [] if the compiler refused it."""
     if x.bound is None:
         return []
     unknown = "" if x.links_known else "; links not known"

@@ -112,7 +112,7 @@ def prepare(platform: str) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package is installed."""
+    """Return whether a package is installed."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:

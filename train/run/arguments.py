@@ -64,6 +64,7 @@ def parser(default: str, kind: str, *, about: str, examples: str) -> argparse.Ar
 
 
 def _model_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the model to train and its tokenizer."""
     group.add_argument(
         "--ckpt",
         metavar="DIR",
@@ -83,6 +84,7 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _data_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the data for training and evaluation."""
     add = group.add_argument
     add(
         "--data",
@@ -115,6 +117,7 @@ def _data_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _run_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the run's folder, evaluation and mesh."""
     add = group.add_argument
     add(
         "--out",
@@ -158,6 +161,7 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _checkpoint_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of checkpoints."""
     add = group.add_argument
     add(
         "--save-every",
@@ -306,8 +310,9 @@ def _check_required(args: argparse.Namespace) -> None:
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:
-    """Raise UsageError for options of evaluation and saving that contradict each other. Sets the
-    default of --keep-best.
+    """Check the options of evaluation and saving, and set the default of --keep-best.
+
+    Raises UsageError for options that contradict each other.
     """
     if args.eval_data and args.eval_share:
         raise command.UsageError(

@@ -94,7 +94,7 @@ class Log:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; none if it does not exist."""
+    """Yield the lines of a file; none if it does not exist."""
     if path.exists():
         with paths.open_binary(path) as file:
             yield from file

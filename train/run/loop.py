@@ -196,8 +196,10 @@ class Loop:
         self.log.show(number, **shown)
 
     def _not_a_number(self, number: int, batch: Batch, *, report: Report, state: State) -> None:
-        """Save the batch of step `number`, whose report has a NaN or infinite value. Raises
-        NotANumber, unless the settings say to skip such batches. state: after the newest step.
+        """Save the batch of a step whose loss or gradients are not finite.
+
+        number: the step. report: its metrics. state: the state after the newest step. Raises
+        NotANumber, unless the settings say to skip such batches.
         """
         path = self.settings.out / f"batch-{number}.npz"
         fields = dataclasses.fields(batch)
@@ -321,7 +323,7 @@ def _profile(settings: Settings) -> Iterator[Callable[[int, Callable[[], None]],
 
 
 def _due(position: int, every: int) -> bool:
-    """Whether `position` is a multiple of `every`, in steps; with 0 nothing is ever due."""
+    """Return whether `position` is a multiple of `every`, in steps; never if `every` is 0."""
     return every > 0 and position % every == 0
 
 
@@ -332,6 +334,6 @@ def _peak() -> float | None:
 
 
 def _memory() -> int | None:
-    """The most bytes in use so far on this process's first device; None if it does not say."""
+    """Return the peak bytes in use on this process's first device; None if it reports none."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None

@@ -62,7 +62,7 @@ class Whole:
         return step.state_of(model.stack(decoder, consume=True), optimizer)
 
     def abstract_state(self, optimizer: Optimizer) -> State:
-        """The state as shapes, with shardings on the current mesh."""
+        """Return the state as shapes, with shardings on the current mesh."""
         return step.abstract_state(self.config, optimizer, mesh=jax.sharding.get_mesh())
 
     def save(self, weights: Decoder, out: Path, *, files: Path, merge: bool) -> Path:
@@ -79,6 +79,7 @@ class Whole:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _cast(weights: Decoder, dtype: str) -> Decoder:
+    """Cast all weights of a decoder to `dtype`."""
     return jax.tree.map(lambda x: x.astype(dtype), weights)
 
 
@@ -121,7 +122,7 @@ class Adapted:
         return sharding.on_devices(jax.sharding.get_mesh(), decoder)
 
     def _kept(self, path: str, leaf: Weight) -> Weight | int8.Int8:
-        """A leaf of the base as it is kept: in int8 if the recipe says so."""
+        """Return a leaf of the base as it is stored: in int8 if the recipe says so."""
         return int8.of_layers(path, leaf) if self.recipe.base_dtype == "int8" else leaf
 
     def attach(self, weights: lora.Adapters, base: Decoder, key: jax.Array | None) -> Decoder:
@@ -136,7 +137,7 @@ class Adapted:
         return step.state_of(jax.jit(self._create)(self.base), optimizer)
 
     def abstract_state(self, optimizer: Optimizer) -> State:
-        """The state as shapes, with shardings on the current mesh."""
+        """Return the state as shapes, with shardings on the current mesh."""
         make = lambda base: step.state_of(self._create(base), optimizer)  # noqa: E731
         state = jax.eval_shape(make, self.abstract_base())
         return sharding.on_devices(jax.sharding.get_mesh(), state)

@@ -207,27 +207,16 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 }
 _MOST, _LEAST = float("inf"), 1e-30  # bounds of a number; the second is the smallest above 0
 _INT32 = 2**31  # the bound of counts
-_RANGES: dict[str, tuple[float, float]] = {
-    "length": (2, _INT32),
-    "rows": (1, _INT32),
-    "accumulate": (1, _INT32),
-    "steps": (1, _INT32),
-    "epochs": (_LEAST, _MOST),
-    "learning_rate": (0, _MOST),
-    "warmup": (0, _INT32),
-    "final": (0, _MOST),
-    "b1": (0, 1),
-    "b2": (0, 1),
-    "eps": (_LEAST, _MOST),
-    "weight_decay": (0, _MOST),
-    "clip_norm": (_LEAST, _MOST),
-    "dropout": (0, 1),
-    "z_loss": (0, _MOST),
-    "lora_rank": (0, _INT32),
-    "lora_alpha": (_LEAST, _MOST),
-    "lora_dropout": (0, 1),
-    "seed": (0, 2**32),
+_FIELDS: dict[tuple[float, float], tuple[str, ...]] = {  # (least, below) -> fields
+    (2, _INT32): ("length",),
+    (1, _INT32): ("rows", "accumulate", "steps"),
+    (0, _INT32): ("warmup", "lora_rank"),
+    (0, 2**32): ("seed",),
+    (0, 1): ("b1", "b2", "dropout", "lora_dropout"),
+    (0, _MOST): ("learning_rate", "final", "weight_decay", "z_loss"),
+    (_LEAST, _MOST): ("epochs", "eps", "clip_norm", "lora_alpha"),
 }
+_RANGES = {name: bounds for bounds, names in _FIELDS.items() for name in names}
 
 
 def pretrain(model: str = "", *, length: int = 2048, source: str = "report") -> Recipe:
@@ -273,8 +262,9 @@ def sft(model: str = "", source: str = "report") -> Recipe:
 
 
 def sft_lora(model: str = "", source: str = "script") -> Recipe:
-    """Make the recipe of training adapters on chats as Qwen's `finetune_lora_single_gpu.sh` does:
-    batches of 2 x 8 unpacked rows, and the loss on the tokens that this script trains.
+    """Make the recipe of training adapters on chats as Qwen's `finetune_lora_single_gpu.sh` does.
+
+    Batches have 2 x 8 unpacked rows, and the loss is on the tokens that this script trains.
     """
     _of(source, script=None)
     return Recipe(
@@ -293,8 +283,10 @@ def sft_lora(model: str = "", source: str = "script") -> Recipe:
 
 
 def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
-    """Make the recipe of pretraining on 90 B tokens of text and code (report, section 4): 3 %
-    warm-up, then constant, published for 7B and 14B. The batch size, in no source, is `pretrain`'s.
+    """Make the recipe of pretraining on 90 B tokens of text and code (section 4 of Qwen's report).
+
+    The rate is constant after 3 % warm-up, and published for 7B and 14B. No source states the batch
+    size: it is that of `pretrain`.
     """
     return dataclasses.replace(
         pretrain(model, length=8192, source=source),
@@ -307,8 +299,9 @@ def code(model: str = "qwen-7b", source: str = "report") -> Recipe:
 
 
 def code_chat(model: str = "qwen-7b", source: str = "report") -> Recipe:
-    """Make the recipe of fine-tuning after `code` (report, section 4): its own learning rate, 3 %
-    warm-up, then constant. All values that this section does not state are those of `sft`.
+    """Make the recipe of fine-tuning on chats after `code` (section 4 of Qwen's report).
+
+    It has its own learning rate, constant after 3 % warm-up; all other values are those of `sft`.
     """
     _eps(source)
     return dataclasses.replace(
@@ -334,7 +327,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 
 def _eps(source: str) -> float:
-    """AdamW's epsilon, as the named source states it."""
+    """Return AdamW's epsilon, as the named source states it."""
     return _of(source, report=1e-8, memo=1e-6)
 
 

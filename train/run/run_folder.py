@@ -101,7 +101,7 @@ def claim(
 
 
 def _another_run(out: Path, before: Mapping[str, Any], *, changed: Sequence[str]) -> str:
-    """The message for a folder whose run differs from this one in what `changed` describes."""
+    """Compose the message for a folder whose run differs from this one as `changed` says."""
     goes_on = f"--out {out} --resume alone takes what it began with"
     if "arguments" not in before:  # older runs stored none
         goes_on = "to go on with it, give what it was begun with"

@@ -67,7 +67,7 @@ def begin(
 
 
 def _config(args: argparse.Namespace, ckpt: Path | None) -> Config:
-    """The configuration of the model in `ckpt`, or of --model, a preset or a config.json."""
+    """Return the config of the model in `ckpt`, or of --model, a preset or a config.json."""
     if ckpt is not None:
         checkpoint.verify_whole(ckpt)
         return checkpoint.load_config(ckpt)
@@ -82,8 +82,9 @@ def _config(args: argparse.Namespace, ckpt: Path | None) -> Config:
 def _tokenizer(
     args: argparse.Namespace, ckpt: Path | None, *, config: Config
 ) -> tuple[Tokenizer, Path]:
-    """The tokenizer in `ckpt` or of --tokenizer, and its file. Raises ValueError if there is none,
-    or if it does not fit the model.
+    """Return the tokenizer in `ckpt` or of --tokenizer, and its file.
+
+    Raises ValueError if there is none, or if it does not fit the model.
     """
     own = checkpoint.load_tokenizer(ckpt) if ckpt else None
     given = None if args.tokenizer is None else paths.parse(args.tokenizer)

@@ -147,8 +147,9 @@ def _check_steps(steps: int, recipe: Recipe, *, profile: tuple[int, int] | None)
 def _programs(
     task: Task, optimizer: Optimizer, *, trained: Whole | Adapted
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
-    """Build the step and the evaluation of a task, with the attention that its recipe names or
-    that `auto` chooses.
+    """Build the step and the evaluation of a task, with its recipe's implementation of attention.
+
+    If the recipe says `auto`, the implementation is chosen here.
     """
     recipe, dtype = task.recipe, jnp.dtype(task.recipe.dtype)
     rows = recipe.rows // recipe.accumulate
@@ -205,8 +206,10 @@ def _advise_at_step_0(task: Task, settings: Settings, *, rows: Rows) -> None:
 
 
 def _run(loop: Loop, state: State) -> State | None:
-    """Run the loop from a state to its last step; returns the last state, None if any process got
-    a signal and the run stopped early. Raises KeyboardInterrupt after Ctrl-C.
+    """Run the loop from a state to its last step, and return the last state.
+
+    Returns None if any process got a signal and the run stopped early. Raises KeyboardInterrupt
+    after Ctrl-C.
     """
     with signals() as stop:
         try:
@@ -285,7 +288,7 @@ def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
 
 
 def _encoding(task: Task) -> token_cache.Encoding:
-    """How the records of a task become examples: documents or chats, as its recipe says."""
+    """Return how records become examples: as documents or chats, as the recipe says."""
     recipe, tokenizer = task.recipe, task.tokenizer
     options = {"drop": recipe.too_long == "drop", "strict": task.strict}
     if recipe.data == "text":
@@ -308,7 +311,7 @@ def _encoding(task: Task) -> token_cache.Encoding:
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
-    """The number of steps by a recipe over so many rows, given directly or as epochs."""
+    """Return the number of steps of a recipe over `rows` rows, given directly or as epochs."""
     if recipe.steps is not None:
         return recipe.steps
     assert recipe.epochs is not None  # a recipe has one of the two

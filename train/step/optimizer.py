@@ -36,6 +36,7 @@ class Optimizer:
     moments: str = "float32"
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a dtype of the moments or a beta that is not allowed."""
         if self.moments not in FLOATS:
             raise ValueError(f"moments {self.moments!r}: allowed are {', '.join(FLOATS)}")
         for name, beta in {"b1": self.b1, "b2": self.b2}.items():
@@ -43,15 +44,18 @@ class Optimizer:
                 raise ValueError(f"{name} {beta:.9g}: at least 0, and in float32 below 1")
 
     def rate(self, step: jax.Array) -> jax.Array:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         rate = self.learning_rate
         return jnp.asarray(rate(step) if callable(rate) else rate, jnp.float32)
 
     def transform(
         self, finite: jax.Array | bool = True, step: jax.Array | int = 0
     ) -> optax.GradientTransformation:
-        """Build optax's AdamW for one step of clipped gradients. If not `finite`, the betas are 1,
-        so that gradients of 0 leave the moments unchanged. step: seeds the moments' rounding.
+        """Build optax's AdamW for one step of clipped gradients.
+
+        finite: whether loss and gradients are finite; if not, the betas are 1, so that gradients of
+            0 leave the moments unchanged.
+        step: the number of the step, which seeds the moments' rounding.
         """
         b1, b2 = (b if finite is True else jnp.where(finite, b, 1.0) for b in (self.b1, self.b2))
         adamw = optax.adamw(
@@ -98,8 +102,10 @@ def _kept_in_bfloat16(
 
 
 def _stochastically_rounded(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..."]:
-    """Round float32 to bfloat16, up or down at random so that the expected value is x; a value that
-    bfloat16 holds stays. The noise depends on the key and the element's index, not on the mesh.
+    """Round float32 to bfloat16, up or down at random, so that the expected value is x.
+
+    A value that bfloat16 holds stays. The noise depends on the key and the element's index, not on
+    the mesh.
     """
     spec = jax.typeof(x).sharding.spec
     noise = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=spec) >> 16
@@ -108,7 +114,7 @@ def _stochastically_rounded(x: Float[Array, "..."], key: jax.Array) -> Float[Arr
 
 
 def _is_matrix(tree: PyTree[Weight]) -> PyTree[bool]:
-    """The weight decay mask: True for each weight with two or more axes besides the layers'."""
+    """Return the weight decay mask: True for weights with two or more axes besides the layers'."""
 
     def one(leaf: Weight) -> PyTree[bool]:
         return jax.tree.map(lambda _: len(leaf.letters.removeprefix("L")) > 1, leaf)

@@ -33,8 +33,10 @@ Attach = Callable[[PyTree, PyTree, jax.Array | None], Decoder]
 
 
 def _projections(primitive: object, *operands: object, **parameters: Any) -> bool:
-    """A `jax.checkpoint` policy that stores the results of products with weights. Row-parallel
-    products are stored after summation: partial sums are not needed, and a scan cannot store them.
+    """Say, as a `jax.checkpoint` policy, whether a result is a product with weights, to be stored.
+
+    Row-parallel products are stored after summation: partial sums are not needed, and a scan cannot
+    store them.
     """
     result = parameters.get("out_sharding")
     if result is not None and result.spec.unreduced:
@@ -81,7 +83,7 @@ def state_of(weights: PyTree, optimizer: Optimizer) -> State:
 
 
 def _before_training(weights: PyTree, optimizer: Optimizer) -> State:
-    """The state with these weights, cast to float32, and fresh moments."""
+    """Return the state with these weights, cast to float32, and fresh moments."""
     weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
     return State(weights, optimizer.transform().init(weights), jnp.int32(0))
 
@@ -221,8 +223,10 @@ def _gradients(
 def _updated(
     state: State, gradients: PyTree, *, norm: jax.Array, finite: jax.Array, optimizer: Optimizer
 ) -> State:
-    """Return the state after AdamW's update; if not `finite`, the old state. Each array depends on
-    its own old values alone, so XLA updates it in place; choosing between states would hold two.
+    """Return the state after AdamW's update; if not `finite`, the old state.
+
+    Each array depends on its own old values alone, so XLA updates it in place; choosing between two
+    states would hold both. norm: the global norm of the gradients.
     """
     clip_norm = optimizer.clip_norm
 
@@ -251,8 +255,9 @@ def make_evaluation(
     sequence_parallel: bool = False,
     attach: Attach | None = None,
 ) -> jax.stages.Wrapped:
-    """Build the jitted evaluation (weights, Batch, base) -> Metrics, without dropout. The arguments
-    are those of a training step (`make_step`): attention, the dtype to compute in, and so on.
+    """Build the jitted evaluation (weights, Batch, base) -> Metrics, without dropout.
+
+    The arguments are those of a training step (`make_step`).
     """
 
     @jax.jit
