@@ -20,7 +20,7 @@ ROOMS = (
     *(f"qwen_jax/{name}" for name in QWEN_JAX.split()),
     "qwen_jax",
     "convert",
-    *(f"train/{name}" for name in ("data", "step", "run", "planning")),
+    *(f"train/{name}" for name in ("data", "step", "run", "planning", "measuring")),
     "train",
 )
 
