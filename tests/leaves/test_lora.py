@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import adapter_config, peft
+from convert import adapter_config, patterns, peft
 from qwen_jax import checkpoint, meshes
 from qwen_jax.attention import xla
 from qwen_jax.leaves import low_rank
@@ -410,7 +410,7 @@ def test_fields_that_change_the_result_are_refused_by_name(tmp_path, settings):
 @pytest.mark.parametrize("pattern", [r"(?:\w|\w\w|.)+(?<=z)", r"(.|[a-z.0-9])+(.|\w)+(.|\w)+h"])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
 def test_a_pattern_that_does_not_end_is_refused(tmp_path, monkeypatch, field, pattern):
-    monkeypatch.setattr(adapter_config, "MATCHING_SECONDS", 0.01)
+    monkeypatch.setattr(patterns, "MATCHING_SECONDS", 0.01)
     value = {pattern: 8} if field == "rank_pattern" else pattern
     with pytest.raises(ValueError, match=f"{field} .*: name the modules in a list instead"):
         shape_of(tmp_path, **{field: value})
