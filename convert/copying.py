@@ -26,7 +26,7 @@ Source = int | paths.Object  # an int is a file's descriptor
 Target = int | paths.Upload
 MatrixRows = Shaped[np.ndarray, "rows ..."]
 Change = Callable[[int, MatrixRows], MatrixRows]  # (number of the first row, rows) -> changed rows
-Job = tuple[int, Callable[[], None]]  # the bytes that a job copies, and the job
+Job = tuple[int, Callable[[], object]]  # the bytes that a job copies, and the job
 _stop = threading.Event()
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -230,7 +230,7 @@ def run(what: str, jobs: Iterable[Job], *, done: int = 0, workers: int = 2) -> N
     total = done + sum(size for size, _ in jobs)
     failed: list[BaseException] = []
 
-    def guarded(work: Callable[[], None]) -> None:
+    def guarded(work: Callable[[], object]) -> None:
         _check_stop()
         try:
             work()

@@ -7,22 +7,17 @@ processes share the work if each runs this command with its own --process, or on
 """
 
 import argparse
-import dataclasses
-import functools
 import math
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from convert.copying import Job
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import folder, names, shares, target
+from convert import conversion, folder, names, shares, target
+from convert.import_plan import ImportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store, token_ids
 from qwen_jax.config import Config
@@ -38,37 +33,10 @@ EXAMPLES = """examples:
 A directory that is cut for one mesh loads on any other, but fastest on its own. SRC and DST may be
 gs://BUCKET/PATH, which needs `pip install qwen-jax[gcs]`, as the hub needs `qwen-jax[hub]`.
 """
-# A model in the cache of the Hugging Face hub's library.
-_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImportPlan:
-    """The plan of a conversion into a model directory, whose input has been checked.
-
-    source, target: the checkpoint folder to read, and the model directory to write.
-    tensors: the location of each tensor in the checkpoint, by name.
-    wanted: the leaves that each of these tensors holds, by the tensor's name.
-    leaves: the layout of each leaf in the model directory, by path.
-    partitions: for each leaf, the mesh axes that divide each of its axes.
-    facts: values that identify the conversion, so that only the same command resumes it.
-    """
-
-    source: Path
-    target: Path
-    tensors: dict[str, folder.Tensor]
-    wanted: dict[str, names.Expected]
-    leaves: dict[str, store.StoredLeaf]
-    partitions: dict[str, shares.Partition]
-    facts: dict[str, Any]
-
-    @property
-    def params(self) -> Path:
-        """The folder of the target's arrays."""
-        return self.target / directory.PARAMS
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command."""
     result = command.Parser(
         prog="python convert/from_hf.py",
         description=__doc__,
@@ -91,28 +59,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code. argv: None for the process's command line."""
     return command.run(parser(), convert, argv=argv)
 
 
 def convert(args: argparse.Namespace) -> None:
-    process_options.join(args)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # bytes are copied: an accelerator has no part in it
+    """Convert as the arguments say; with --verify, compare a finished target with its source."""
+    conversion.join(args)
     plan = make_plan(args)
     if (plan.target / directory.MANIFEST).exists() and args.verify:
-        verify(_as_stored(plan, args.dtype, cut=args.mesh is not None))
+        plan.as_stored(args.dtype, cut=args.mesh is not None).verify()
         return
-    with target.locked(plan.target) as check:
-        copy(plan)
-        if args.verify:
-            verify(plan)
-        check()
-        if processes.index() == 0:
-            facts = {**plan.facts, directory.ORIGIN: origin(plan.source)}
-            checkpoint.finish(plan.target, plan.leaves, facts=facts)
-        processes.barrier()
-    command.say(f"{plan.target} is complete")
+    conversion.run(plan, verify=args.verify)
 
 
 def make_plan(args: argparse.Namespace) -> ImportPlan:
@@ -201,16 +159,6 @@ def locate(src: str) -> Path:
     return Path(found)
 
 
-def origin(source: Path) -> dict[str, str]:
-    """Return the origin of a checkpoint folder, for manifest.json: for a folder in the hub's cache,
-    the model's id as `name` and its commit as `revision`; otherwise the folder's path as `name`.
-    """
-    found = None if paths.is_remote(source) else _SNAPSHOT.search(source.resolve().as_posix())
-    if found:
-        return {"name": found["id"].replace("--", "/"), "revision": found["commit"]}
-    return {"name": str(paths.absolute(source))}
-
-
 def read_config(source: Path) -> Config:
     """Read the model's architecture from a checkpoint folder.
 
@@ -259,91 +207,6 @@ def _leaves(
         chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])
         leaves[path] = store.StoredLeaf(path, shape, chunks, dtype)
     return leaves
-
-
-def copy(plan: ImportPlan) -> None:
-    """Write the model directory without its manifest. Each process writes its share."""
-    from convert import copying
-
-    if processes.index() == 0:
-        resumed = target.check_usable(plan.target, plan.facts)
-        done, needed, jobs = _jobs(plan, resumed)
-        target.begin_or_resume(
-            plan.source, plan.target, facts=plan.facts, resumed=resumed, done=done, needed=needed
-        )
-        with target.explained(plan.target, needed):
-            paths.copy(plan.source / directory.CONFIG, plan.target / directory.CONFIG)
-            store.write_metadata(plan.params, plan.leaves)
-    processes.barrier()
-    if processes.index() > 0:
-        target.check_shared(plan.target, plan.facts)
-        done, needed, jobs = _jobs(plan, True)
-    with target.explained(plan.target, needed):
-        copying.run("converting", jobs, done=done if processes.count() == 1 else 0)
-    processes.barrier()
-
-
-def _jobs(plan: ImportPlan, resumed: bool) -> tuple[int, int, "list[Job]"]:
-    """Return the bytes written already and the bytes left to write, both over all processes, and
-    this process's jobs. resumed: whether chunk files that exist count as written.
-    """
-    from convert import copying
-
-    done = needed = 0
-    jobs: list[Job] = []
-    found = directory.file_sizes(plan.target) if resumed else {}
-    share = shares.Shares(
-        plan.leaves, plan.partitions, sizes=plan.facts["mesh"], count=processes.count()
-    )
-    for tensor, expected in zip(plan.tensors.values(), plan.wanted.values(), strict=True):
-        for part in expected.parts:
-            offset = tensor.offset + part.start * folder.ITEM_BYTES[tensor.dtype]
-            for band in plan.leaves[part.path].bands():
-                mine = share.of(processes.index(), band)
-                piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
-                where = f"{directory.PARAMS}/{part.path}"
-                there = {name for name in band.pieces if found.get(f"{where}/{name}") == piece}
-                lacking = band.pieces.keys() - there
-                needed += piece * len(lacking)
-                done += piece * len(there)
-                if todo := {name: at for name, at in mine.items() if name in lacking}:
-                    rest = dataclasses.replace(band, pieces=todo)
-                    source = {"file": tensor.file, "offset": offset, "dtype": tensor.dtype}
-                    job = functools.partial(copying.import_band, rest, plan.params, **source)
-                    jobs.append((piece * len(todo), job))
-    return done, needed, jobs
-
-
-def _as_stored(plan: ImportPlan, dtype: str | None, *, cut: bool) -> ImportPlan:
-    """Return the plan with the dtype and chunks of the finished model directory, to verify it.
-
-    dtype: the value of --dtype, or None. cut: whether --mesh was given. Raises ValueError if the
-    directory has another dtype than --dtype, or was made for another mesh than --mesh.
-    """
-    manifest = checkpoint.verify_whole(plan.target)
-    shapes = {path: leaf.shape for path, leaf in plan.leaves.items()}
-    directory.check_shapes(plan.target, manifest, wanted=shapes)
-    stored = manifest["dtype"]
-    if dtype not in (None, stored):
-        raise ValueError(
-            f"{plan.target} holds {stored}, not {dtype}: leave out --dtype, or give another DST"
-        )
-    mesh = {axis: n for axis, n in manifest.get("mesh", {}).items() if n > 1}
-    if cut and mesh != {axis: n for axis, n in plan.facts["mesh"].items() if n > 1}:
-        raise ValueError(
-            f"{plan.target} is cut for another mesh than --mesh: leave out --mesh, or give "
-            "another DST"
-        )
-    return dataclasses.replace(plan, leaves=store.read_leaves(plan.params, stored))
-
-
-def verify(plan: ImportPlan) -> None:
-    """Compare every tensor of the target with the source; ValueError if any differs."""
-    from convert.verify import verify as compare
-
-    compare(plan.params, plan.leaves, tensors=plan.tensors, wanted=plan.wanted, exported=False)
-    processes.barrier()
-    command.say(f"verified: all {len(plan.wanted)} tensors are the source's")
 
 
 if __name__ == "__main__":

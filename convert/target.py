@@ -1,4 +1,4 @@
-"""Checks, locks, resumes and completes the folder that a converter writes.
+"""Checks, locks and completes the folder that a converter writes.
 
 An incomplete folder holds `unfinished.json`, which identifies source and settings. The same command
 finds this file and continues; a different command is refused. The file is removed when the folder
@@ -11,14 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_jax.checkpoint.directory import (
-    MANIFEST,
-    UNFINISHED,
-    carry,
-    names,
-    remove_drafts,
-    write_json,
-)
+from qwen_jax.checkpoint.directory import MANIFEST, UNFINISHED, names
 from qwen_jax.runtime import command, lock, paths, processes
 from qwen_jax.runtime.texts import read_json
 
@@ -35,7 +28,7 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def is_unfinished(target: Path) -> bool:
-    """Whether a folder is the target of a conversion that has not ended."""
+    """Return whether a folder is the target of a conversion that has not ended."""
     return (target / UNFINISHED).exists()
 
 
@@ -119,29 +112,6 @@ def check_space(target: Path, needed: int) -> None:
             f"{target} needs {command.size(needed)} more on a disk that has {command.size(free)} "
             "free: free some space or choose another place"
         )
-
-
-def begin_or_resume(
-    source: Path,
-    target: Path,
-    *,
-    facts: Mapping[str, object],
-    resumed: bool,
-    done: int,
-    needed: int,
-) -> None:
-    """Begin or resume a target: write `facts` and the files that are copied as they are.
-
-    done, needed: bytes already written and bytes to write. ValueError if the disk lacks space.
-    """
-    remove_drafts(target)
-    check_space(target, needed)
-    if resumed:
-        command.say(f"continuing: {command.size(done)} of {command.size(done + needed)} are there")
-    with explained(target, needed):
-        paths.make_folder(target)
-        write_json(target / UNFINISHED, facts)
-        carry(source, target)
 
 
 def complete(target: Path) -> None:

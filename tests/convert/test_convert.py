@@ -19,8 +19,19 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert import adapter_config, copying, folder, from_hf, names, peft, to_hf
-from convert.export import ExportPlan
+from convert import (
+    adapter_config,
+    conversion,
+    copying,
+    export_plan,
+    folder,
+    from_hf,
+    import_plan,
+    names,
+    peft,
+    to_hf,
+)
+from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
 from qwen_jax.checkpoint import directory, saving, store
@@ -101,8 +112,8 @@ def test_a_directory_says_where_its_checkpoint_is(tmp_path, model):
     snapshot.mkdir(parents=True)
     (tmp_path / "link").symlink_to(snapshot)
     for path in (snapshot, tmp_path / "link"):
-        assert from_hf.origin(path) == {"name": "Qwen/Qwen-7B", "revision": "0a" * 20}
-    assert from_hf.origin(Path("here")) == {"name": str(Path.cwd() / "here")}
+        assert import_plan.origin(path) == {"name": "Qwen/Qwen-7B", "revision": "0a" * 20}
+    assert import_plan.origin(Path("here")) == {"name": str(Path.cwd() / "here")}
 
 
 def test_layout_of_the_export(tmp_path, model):
@@ -226,13 +237,13 @@ def test_verify_finds_a_flipped_bit(tmp_path, source, capfd):
 
 
 def test_verify_of_an_export_finds_a_flipped_bit(tmp_path, model, monkeypatch, capfd):
-    copy = to_hf.copy
+    copy = conversion.copy
 
     def copy_and_flip(plan: ExportPlan) -> None:
         copy(plan)
         flip(plan.target / "model.safetensors", -1)
 
-    monkeypatch.setattr(to_hf, "copy", copy_and_flip)
+    monkeypatch.setattr(conversion, "copy", copy_and_flip)
     assert to_hf.main([str(model), str(tmp_path / "hf"), "--verify"]) == 1
     assert "differ in lm_head.weight" in last_line(capfd)
     assert (tmp_path / "hf/unfinished.json").exists()
@@ -259,18 +270,21 @@ def test_verify_of_a_merged_export(tmp_path, model, adapter, dtype, monkeypatch,
     name = "transformer.h.1.attn.c_attn.weight"
     changed = {n for n in plain if merged[n].tobytes() != plain[n].tobytes()}
     assert changed == {name.replace("1", str(layer)) for layer in range(3)}
-    copy = to_hf.copy
+    copy = conversion.copy
 
     def copy_and_flip(plan: ExportPlan) -> None:
         copy(plan)
         tensor = folder.read(plan.target)[name]
         flip(tensor.file, tensor.offset)
 
-    monkeypatch.setattr(to_hf, "copy", copy_and_flip)
+    def unmerged(plan: ExportPlan, band: store.Band, stream: copying.Target) -> None:
+        copying.export_band(band, plan.params, target=stream, dtype=plan.dtype)
+
+    monkeypatch.setattr(conversion, "copy", copy_and_flip)
     assert to_hf.main([str(model), str(tmp_path / "flipped"), *options]) == 1
     assert f"differ in {name}; remove" in last_line(capfd)
-    monkeypatch.setattr(to_hf, "_change", lambda *_, **__: None)
-    monkeypatch.setattr(to_hf, "copy", copy)
+    monkeypatch.setattr(ExportPlan, "_export", unmerged)
+    monkeypatch.setattr(conversion, "copy", copy)
     assert to_hf.main([str(model), str(tmp_path / "unmerged"), *options]) == 1
     assert "differ in transformer.h.0.attn.c_attn.weight" in last_line(capfd)
 
@@ -416,7 +430,7 @@ def test_each_writer_has_a_draft_of_its_own(tmp_path):
 def test_an_export_takes_nothing_away_from_another(tmp_path):
     """Where no lock could keep them apart, and the second found no file when it looked."""
     (tmp_path / "draft").write_bytes(b"headtensors")
-    to_hf._write_head(tmp_path / "draft", b"head")
+    export_plan._write_head(tmp_path / "draft", b"head")
     assert (tmp_path / "draft").read_bytes() == b"headtensors"
 
 
