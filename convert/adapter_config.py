@@ -148,7 +148,7 @@ def targets(
 
 
 def _paths(groups: Sequence[str], layers: int) -> list[str]:
-    """The paths of these modules in all layers, in PEFT's spelling."""
+    """Return the paths of these modules in all layers, in PEFT's spelling."""
     return [f"{LAYER.replace('{L}', str(i))}{module}" for i in range(layers) for module in groups]
 
 
@@ -241,21 +241,24 @@ class _Judge:
     patterns: Patterns
 
     def changes(self, name: str, value: object) -> bool:
-        """Whether this field changes the result, or is not known."""
+        """Return whether this field changes the result, or is not known."""
         if name in INERT | READ or _empty(value) or value in _ALLOWED.get(name, ()):
             return False
         return getattr(self, f"_{name}")(value) if name in JUDGED else True
 
     def _exclude_modules(self, _: object) -> bool:
+        """Return whether the field excludes some module that has an adapter."""
         wanted = _list(self.file, self.settings, name="exclude_modules", or_pattern=True)
         return any(
             _named("exclude_modules", wanted, path=x, patterns=self.patterns) for x in self.paths
         )
 
     def _rank_pattern(self, value: object) -> bool:
+        """Return whether the field gives some module another rank."""
         return self._another("rank_pattern", value, common=self.settings["r"])
 
     def _alpha_pattern(self, value: object) -> bool:
+        """Return whether the field gives some module another alpha."""
         return self._another("alpha_pattern", value, common=self.settings["lora_alpha"])
 
     def _another(self, field: str, value: object, *, common: float) -> bool:

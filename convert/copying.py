@@ -32,7 +32,7 @@ _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a name such as "bfloat16"."""
+    """Return the numpy dtype of a name such as "bfloat16"."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 

@@ -116,7 +116,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path, index: Mapping[str, str]) -> list[Path]:
-    """The safetensors files of a folder: those in the index, or without one all there are."""
+    """Return a folder's safetensors files: those in the index, or without one all there are."""
     if index:
         files = [folder / name for name in dict.fromkeys(index.values())]
         if missing := [file.name for file in files if not file.is_file()]:

@@ -99,7 +99,7 @@ def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _stacked(paths: tuple[str, ...], leaves: Mapping[str, tuple[int, ...]]) -> Expected:
-    """The tensor that holds these leaves, one behind the other."""
+    """Return the tensor that holds these leaves, one behind the other."""
     parts, start = [], 0
     for path in paths:
         parts.append(TensorPart(path, leaves[path], start))
@@ -152,5 +152,5 @@ def check(
 
 
 def _count(names: list[str]) -> str:
-    """The number of these names in words for a message: "1 tensor", "2 tensors"."""
+    """Return the number of names in words for a message: "1 tensor", "2 tensors"."""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"

@@ -77,7 +77,7 @@ def write(folder: Path, adapters: Adapters, **settings: object) -> None:
 
 
 def _shape(adapters: Adapters) -> AdapterShape:
-    """The structure of adapters in memory."""
+    """Return the structure of adapters in memory."""
     whole = tuple(m for m, name in WHOLE.items() if getattr(adapters, name) is not None)
     rank = next(iter(adapters.a.values())).shape[1]
     return AdapterShape(dict(adapters.groups), rank=rank, scale=adapters.scale, whole=whole)
@@ -173,8 +173,10 @@ def changes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ch
 
 
 def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]]:
-    """Map the name of each tensor in an adapter file to its key: ("a", layer, module) for the A of
-    a module, ("b", layer, module) for its B, and ("whole", 0, module) for a module saved whole.
+    """Map the name of each tensor in an adapter file to its key.
+
+    Keys are ("a", layer, module) for the A of a module, ("b", layer, module) for its B, and
+    ("whole", 0, module) for a module saved whole.
     """
     found = {}
     for layer in range(layers):
@@ -189,9 +191,10 @@ def _tensors(shape: AdapterShape, layers: int) -> dict[str, tuple[str, int, str]
 def _read(
     folder: Path, shape: AdapterShape, *, layers: int, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[AdapterShape, dict[tuple[str, int, str], np.ndarray]]:
-    """Read and check an adapter's tensors. Returns them by key (see `_tensors`), and the structure
-    with the embedding and head that PEFT added unrequested. sizes: the shape of each leaf of a
-    block, of "embedding" and, unless it is tied, of "head".
+    """Read and check an adapter; return its structure, and its tensors by key (`_tensors`).
+
+    The structure includes an embedding and a head that PEFT added unrequested. sizes: the shape of
+    each leaf of a block, of "embedding" and, unless it is tied, of "head".
     """
     file = folder / TENSORS
     if not file.is_file():
@@ -280,7 +283,7 @@ def _check_entries(file: Path, entries: Mapping[str, Tensor]) -> None:
 
 
 def _without_tensors(folder: Path) -> str:
-    """The message for a folder that has no adapter_model.safetensors."""
+    """Compose the message for a folder that has no adapter_model.safetensors."""
     if (folder / _PICKLED).is_file():
         return (
             f"{folder} has its tensors in PyTorch's own format ({_PICKLED}), which runs code when "
@@ -298,12 +301,12 @@ def _with_embeddings(
     found: dict[str, np.ndarray],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> tuple[AdapterShape, dict[str, np.ndarray]]:
-    """Add an embedding and a head that PEFT saved unrequested to the structure of an adapter. PEFT
-    does so when the vocabulary of the base model was resized.
+    """Add an embedding and a head that PEFT saved unrequested to the structure of an adapter.
 
-    found: the adapter's tensors by name; the head's is dropped if this model ties it. sizes: the
-    shape of "embedding" and, if not tied, "head". Raises ValueError if the vocabulary has another
-    size than this model's, or if a tied head differs from its embedding.
+    PEFT does so when the vocabulary of the base model was resized. found: the adapter's tensors by
+    name; the head's is dropped if this model ties it. sizes: the shape of "embedding" and, if not
+    tied, "head". Raises ValueError if the vocabulary has another size than this model's, or if a
+    tied head differs from its embedding.
     """
     stored = {f"{_PREFIX}{module}.weight": module for module in WHOLE}
     stored = {name: module for name, module in stored.items() if name in found}
@@ -332,7 +335,7 @@ def _with_embeddings(
 def _size(
     shape: AdapterShape, sizes: Mapping[str, tuple[int, ...]], *, kind: str, module: str
 ) -> tuple[int, ...]:
-    """The shape of a tensor in an adapter file: of an "a", a "b" or a "whole" module."""
+    """Return the shape of a tensor in an adapter file: of an "a", a "b" or a "whole" module."""
     if kind == "whole":
         return sizes[WHOLE[module]]
     leaves = [sizes[leaf] for leaf in shape.groups[module]]

@@ -73,8 +73,10 @@ def _jobs(
     changes: Mapping[str, Change],
     different: set[str],
 ) -> Iterator[Job]:
-    """A job for each band of each tensor, which adds the tensor to `different` if it differs. The
-    other arguments are those of `verify`.
+    """Yield a job for each band of each tensor, which compares it.
+
+    The jobs add the names of tensors that differ to `different`. The other arguments are those of
+    `verify`.
     """
     for name, expected in wanted.items():
         for part in expected.parts:
@@ -95,8 +97,9 @@ def _jobs(
 
 
 def _open(params: Path, part: TensorPart) -> Any:
-    """Open a leaf with TensorStore, whose types are not known to type checkers. Raises ValueError
-    if the stored shape is not the part's.
+    """Open a leaf with TensorStore, whose types are not known to type checkers.
+
+    Raises ValueError if the stored shape is not the part's.
     """
     array = store.open_leaf(params, part.path)
     if tuple(array.shape) != part.shape:
@@ -118,8 +121,10 @@ def _compare(
     exported: bool,
     change: Change | None,
 ) -> None:
-    """Compare a band of a leaf (`array`) with its bytes in a tensor's file, and add the tensor's
-    name to `different` if they are not equal.
+    """Compare a band of a leaf with its bytes in a tensor's file.
+
+    name: the tensor's name, which is added to `different` if they are not equal. array: the leaf,
+    opened by `_open`. The other arguments are those of `verify`, for one band.
     """
     row_bytes = band.row_elements * ITEM_BYTES[tensor.dtype]
     offset = tensor.offset + part.start * ITEM_BYTES[tensor.dtype] + band.start * row_bytes

@@ -1,6 +1,6 @@
-"""Measures a model's perplexity on long text, by row length and context extension, as table 3 of
-Qwen's report does; prints a table and writes a plot. `python train/perplexity.py`.
+"""Measures a model's perplexity on long text: `python train/perplexity.py`.
 
+Prints a table by row length and context extension, as table 3 of Qwen's report, and writes a plot.
 Every length uses the same tokens, cut into rows of that length, so that figures differ only by the
 context before each token. Each figure is reported as soon as it is measured; after an interruption
 or error, the table and plot show the figures measured so far.
