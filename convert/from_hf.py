@@ -155,7 +155,9 @@ def locate(src: str) -> Path:
         )
     except Exception as error:  # an error of the hub's library, the network, or its cache
         reason = " ".join(str(error).split())
-        raise ValueError(f"{src} is no folder here, and the hub says: {reason}") from error
+        raise ValueError(
+            f"{src} is no folder here, nor could it be had from the hub: {reason}"
+        ) from error
     return Path(found)
 
 

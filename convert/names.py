@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from qwen_jax.checkpoint import directory
+
 # For each tensor, the leaves that are stacked along its rows, in the order of the original's
 # modules. {L} is the number of the layer.
 TABLE: dict[str, tuple[str, ...]] = {
@@ -134,16 +136,16 @@ def check(
     """
     problems = []
     if missing := [name for name in wanted if name not in found]:
-        problems.append(f"missing {_count(missing)}: {', '.join(missing)}")
+        problems.append(f"missing {_count(missing)}: {directory.some(missing)}")
     if unknown := [name for name in found if name not in wanted and name not in inert]:
-        problems.append(f"unknown {_count(unknown)}: {', '.join(unknown)}")
+        problems.append(f"unknown {_count(unknown)}: {directory.some(unknown)}")
     wrong = [
         f"{name} is {list(found[name])}, expected {list(tensor.shape)}"
         for name, tensor in wanted.items()
         if name in found and found[name] != tensor.shape
     ]
     if wrong:
-        problems.append(f"wrong shape: {', '.join(wrong)}")
+        problems.append(f"wrong shape: {directory.some(wrong)}")
     if problems:
         raise ValueError(
             f"the tensors do not match config.json: {'; '.join(problems)}; put the config.json "

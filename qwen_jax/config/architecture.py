@@ -85,7 +85,10 @@ class Config:
             said = f"{hf_config.spelled('head_dim')} is {self.head_dim}"
             raise ValueError(f"{said}: must be even, and at least 4")
         if self.rope_scaling is not None and self.dynamic_ntk:
-            raise ValueError("rope_scaling and use_dynamic_ntk are two schemes: turn one off")
+            raise ValueError(
+                "rope_scaling and use_dynamic_ntk are two schemes: "
+                "leave out rope_scaling, or set use_dynamic_ntk to false"
+            )
         yarn = self.rope_scaling is not None and self.rope_scaling.type == "yarn"
         if yarn and self.rope_base <= 1:
             raise ValueError(

@@ -73,10 +73,14 @@ def write_one(model: LanguageModel, task: TextTask, *, rules: TextRules, as_json
         if row.stopped:
             break
     show(row.finish())
-    result = report(task, row) | {
-        "seconds_to_first_token": round(times[0][0] - started, 4),
-        "decode_tokens_per_second": rate(times),
-    }
+    result = (
+        {"prompt": task.prompt}
+        | report(task, row)
+        | {
+            "seconds_to_first_token": round(times[0][0] - started, 4),
+            "decode_tokens_per_second": rate(times),
+        }
+    )
     if as_json:
         print(json.dumps(result))  # in ASCII, which every encoding of stdout has
         return
@@ -98,7 +102,9 @@ def write_many(
         model, [task.request for task in wanted], rules=rules, batch_size=width
     )
     hidden = processes.index() > 0
-    with progress.bar(total=len(wanted), unit="text", leave=False, disable=hidden) as bar:
+    with progress.bar(
+        desc="generate", total=len(wanted), unit="text", leave=False, disable=hidden
+    ) as bar:
         for rows in batches:
             done = [(next(waiting), row) for row in rows]
             texts = [

@@ -251,7 +251,7 @@ def _problem(
             continue  # fewer heads than devices: each is held by several
         named = " x ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         twice = " (in two pieces each)" if pieces else ""
-        return f"{_NAMES[letter]} {letter} = {length} does not divide over {named}{twice}"
+        return f"{_NAMES[letter]} {letter} = {length} is not divisible by {named}{twice}"
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qwen_jax.meshes import build
 from qwen_jax.runtime import processes
-from qwen_jax.runtime.command import UsageError
+from qwen_jax.runtime.command import UsageError, say
 
 
 def mesh_sizes(option: str | None) -> dict[str, int]:
@@ -25,10 +25,13 @@ def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
 
     sizes: the size of each mesh axis.
 
-    A number of CPU devices that XLA_FLAGS sets is kept. GPUs and TPUs are not affected.
+    A number of CPU devices that XLA_FLAGS sets is kept. GPUs and TPUs are not affected. A note says
+    that virtual devices run on the same cores.
     """
     import jax
 
     own = -(-math.prod(sizes.values()) // processes.count())
     if own > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", own)
+        if jax.default_backend() == "cpu":
+            say(f"--mesh: {own} virtual devices share the cores of this CPU")

@@ -169,24 +169,24 @@ def test_devices_without_coordinates_are_left_as_they_are():
 @pytest.mark.parametrize(
     ("changes", "mesh", "problem", "nearest"),
     [
-        ({"N": 6, "K": 6}, "tp=4", "query heads N = 6 does not divide over tp=4", "fsdp=2,tp=2"),
+        ({"N": 6, "K": 6}, "tp=4", "query heads N = 6 is not divisible by tp=4", "fsdp=2,tp=2"),
         (
             {"K": 6, "N": 24},
             "tp=4",
-            "key/value heads K = 6 does not divide over tp=4",
+            "key/value heads K = 6 is not divisible by tp=4",
             "fsdp=2,tp=2",
         ),
-        ({"F": 42}, "tp=4", "feed-forward width F = 42 does not divide over tp=4", "fsdp=2,tp=2"),
-        ({"V": 66}, "fsdp=2,tp=4", "vocabulary V = 66 does not divide over tp=4", "fsdp=4,tp=2"),
-        ({"D": 36}, "fsdp=8", "model width D = 36 does not divide over fsdp=8", "fsdp=4,tp=2"),
-        ({"B": 6}, "fsdp=4", "batch B = 6 does not divide over fsdp=4", "fsdp=2,tp=2"),
+        ({"F": 42}, "tp=4", "feed-forward width F = 42 is not divisible by tp=4", "fsdp=2,tp=2"),
+        ({"V": 66}, "fsdp=2,tp=4", "vocabulary V = 66 is not divisible by tp=4", "fsdp=4,tp=2"),
+        ({"D": 36}, "fsdp=8", "model width D = 36 is not divisible by fsdp=8", "fsdp=4,tp=2"),
+        ({"B": 6}, "fsdp=4", "batch B = 6 is not divisible by fsdp=4", "fsdp=2,tp=2"),
         (
             {"B": 2},
             "data=2,fsdp=2",
-            "batch B = 2 does not divide over data=2 x fsdp=2",
+            "batch B = 2 is not divisible by data=2 x fsdp=2",
             "fsdp=2,tp=2",
         ),
-        ({"T": 20}, "context=4", "length T = 20 does not divide over context=4", "context=2,tp=2"),
+        ({"T": 20}, "context=4", "length T = 20 is not divisible by context=4", "context=2,tp=2"),
     ],
 )
 def test_what_does_not_divide_is_named_with_the_nearest_mesh(changes, mesh, problem, nearest):
@@ -217,7 +217,7 @@ def apart(one: dict[str, int], other: dict[str, int]) -> float:
 def test_a_residual_split_by_tokens_is_checked():
     meshes.check({"T": 8}, {"context": 2, "tp": 4}, sequence_parallel=True)
     meshes.check({"T": 6}, {"tp": 4})
-    with pytest.raises(ValueError, match=r"length T = 6 does not divide over tp=4; the nearest"):
+    with pytest.raises(ValueError, match=r"length T = 6 is not divisible by tp=4; the nearest"):
         meshes.check({"T": 6}, {"tp": 4}, sequence_parallel=True)
     with pytest.raises(ValueError, match=r"T = 12 .*over context=2 x tp=4 \(in two pieces each\)"):
         meshes.check({"T": 12}, {"context": 2, "tp": 4}, sequence_parallel=True)
@@ -228,8 +228,8 @@ def test_a_residual_split_by_tokens_is_checked():
     [
         (None, 6, {"tp": 2}, (True, "the default where tokens divide, as 6 do over tp=2")),
         (None, 8, {"context": 2, "tp": 4}, (True, "as 8 do over context=2 x tp=4")),
-        (None, 6, {"tp": 4}, (False, "length T = 6 does not divide over tp=4")),
-        (None, 12, {"context": 2, "tp": 4}, (False, "T = 12 does not divide over context=2 x tp")),
+        (None, 6, {"tp": 4}, (False, "length T = 6 is not divisible by tp=4")),
+        (None, 12, {"context": 2, "tp": 4}, (False, "T = 12 is not divisible by context=2 x tp")),
         (None, 6, {"fsdp": 4}, (False, "the mesh has no tp")),
         (False, 6, {"tp": 2}, (False, "as asked for")),
         (True, 6, {"tp": 4}, (True, "as asked for")),  # which `check` refuses

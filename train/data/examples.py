@@ -39,6 +39,9 @@ def text_of(record: object, field: str) -> str:
     """
     text = record.get(field) if isinstance(record, Mapping) else record
     if not isinstance(text, str) or not text:
+        if text is None and isinstance(record, dict) and field not in record:
+            keys = ", ".join(map(repr, record)) or "no keys"
+            raise ValueError(f"no key {field!r}, but {keys[:200]}: name the one with --field")
         raise ValueError(f"there is no text in {field!r}, but {texts.described(text)}")
     return texts.check_whole(f"the text in {field!r}", text)
 

@@ -179,7 +179,10 @@ def _lines(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Recor
             continue
         try:
             yield Record(where, json.loads(line), line=line_in_part)
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        except json.JSONDecodeError as error:
+            problem = f"no JSON: {error.msg} at character {error.pos + 1}"
+            yield Record(where, None, problem, line=line_in_part)
+        except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
             yield Record(where, None, f"no JSON: {error}", line=line_in_part)
 
 

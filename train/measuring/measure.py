@@ -160,7 +160,7 @@ def read_ids(args: argparse.Namespace, longest: int) -> Int[np.ndarray, " N"]:
     tokenizer = checkpoint.load_tokenizer(args.ckpt)
     if tokenizer is None:
         raise ValueError(f"{args.ckpt} has no tokenizer: put its qwen.tiktoken there")
-    kept, document = list[int](), list[int]()
+    kept, document, most = list[int](), list[int](), 0
     for record in (record for file in records.files(args.data) for record in records.read(file)):
         if record.problem:
             raise ValueError(f"{record.where}: {record.problem}")
@@ -169,7 +169,7 @@ def read_ids(args: argparse.Namespace, longest: int) -> Int[np.ndarray, " N"]:
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from None
         # A document that is longer than all that is wanted is not read to its end.
-        whole = len(document) // longest * longest
+        whole, most = len(document) // longest * longest, max(most, len(document))
         enough = len(kept) + whole >= args.tokens
         if record.ends or enough:
             kept, document = kept + document[:whole], []
@@ -178,6 +178,7 @@ def read_ids(args: argparse.Namespace, longest: int) -> Int[np.ndarray, " N"]:
     kept += document[: len(document) // longest * longest]
     if not kept:
         raise ValueError(
-            f"no document has {longest} tokens: give longer ones, or shorter --lengths"
+            f"no document has {longest} tokens, the longest has {most}: give longer ones, or "
+            "shorter --lengths"
         )
     return np.array(kept[: args.tokens // longest * longest], np.int32)

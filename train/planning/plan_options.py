@@ -69,8 +69,8 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
         "--topology",
         metavar="SPEC",
         help="TPUs as CHIP:SIDES, or CHIP:SIDES*SLICES for several slices, with CHIP v4, v5e, v5p, "
-        "v6e or tpu7x, such as v5e:16x16 or v5e:16x16*2; GPUs as CHIP:HOSTSxGPUS with CHIP a100, "
-        "h100 or h200, such as h100:8x8 (required)",
+        "v6e or tpu7x, such as v5e:16x16 or v5e:16x16*2; GPUs as CHIP:GPUS or CHIP:HOSTSxGPUS "
+        "with CHIP a100, h100 or h200, such as h100:1 or h100:8x8 (required)",
     )
     add(
         "--mesh",

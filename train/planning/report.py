@@ -53,11 +53,16 @@ def program(task: str, setting: Setting, *, topology: Topology, sizes: Mapping[s
     )
 
 
+def _devices(count: int) -> str:
+    """Return "1 device", or the number of several."""
+    return f"{count} device{'s' * (count != 1)}"
+
+
 def text(x: Estimate, model: str) -> str:
     """Format one estimate in about 30 lines. model: the name of the model."""
     memory, setting = x.program.memory, x.setting
     lines = [
-        f"{x.task}: {model} on {x.topology} ({x.topology.devices} devices), "
+        f"{x.task}: {model} on {x.topology} ({_devices(x.topology.devices)}), "
         f"mesh {meshes.describe(x.mesh)}",
         f"{', '.join(_options(x))}; compiled in {x.program.seconds:.0f} s",
         f"attention: {_attention(x)}",
@@ -117,8 +122,8 @@ def _times(x: Estimate) -> list[str]:
         *lines,
         f"  {'bound':<22} {1e3 * x.bound.seconds:12.3f}  {x.bound.limit}; all at once{unknown}",
         f"  {'serial':<22} {1e3 * x.bound.serial:12.3f}  one after the other{unknown}",
-        f"at most {x.tokens_per_second:.4g} tokens/s, "
-        f"{x.tokens_per_second / x.topology.devices:.4g} a device, MFU {100 * x.mfu:.1f} % "
+        f"at most {x.tokens_per_second:,.0f} tokens/s, "
+        f"{x.tokens_per_second / x.topology.devices:,.0f} a device, MFU {100 * x.mfu:.1f} % "
         f"({100 * x.mfu * x.bound.seconds / x.bound.serial:.1f} % where nothing overlaps)",
     ]
 

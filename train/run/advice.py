@@ -28,7 +28,8 @@ def less_waste(rows: Rows, recipe: Recipe, *, sizes: Mapping[str, int], platform
     """
     found = []
     if rows.efficiency < _LITTLE:
-        found += [*_shorter(rows, recipe, sizes=sizes), *_together(rows, recipe, sizes=sizes)]
+        either = [*_shorter(rows, recipe, sizes=sizes), *_together(rows, recipe, sizes=sizes)]
+        found += [" or ".join(either)] if either else []
     if recipe.rows > len(rows):
         unit = _unit(recipe, sizes)
         fewer = max(1, len(rows) // unit) * unit

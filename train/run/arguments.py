@@ -306,7 +306,7 @@ def _check_required(args: argparse.Namespace) -> None:
         where = ""
         if args.resume and args.out:
             where = f" ({args.out} does not exist, or is no run that recorded its options)"
-        raise command.UsageError(f"a run also needs {', '.join(missing)}{where}")
+        raise command.UsageError(f"a run also needs {' and '.join(missing)}{where}")
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:

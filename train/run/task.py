@@ -277,8 +277,10 @@ def _rows(task: Task, settings: Settings) -> tuple[Rows, Rows | None]:
         seed=recipe.seed,
         examples=kept if len(out) else None,
     )
+    held = f"; {len(out):,} examples held out" if len(out) else ""
     command.say(
         f"{len(rows):,} rows of {recipe.length} tokens, {rows.efficiency:.1%} of their places used"
+        f"{held}"
     )
     if task.held_out:
         return rows, Rows(encoded(task.held_out), recipe.length, pack=recipe.pack)
