@@ -266,13 +266,12 @@ def sft_lora(model: str = "", source: str = "script") -> Recipe:
 
     Batches have 2 x 8 unpacked rows, and the loss is on the tokens that this script trains.
     """
-    _of(source, script=None)
     return Recipe(
         name="sft_lora",
         data="chat",
         length=512,
         rows=16,
-        learning_rate=3e-4,
+        learning_rate=_of(source, script=3e-4),
         epochs=5,
         warmup=0.01,
         final=0.0,
@@ -331,7 +330,7 @@ def _eps(source: str) -> float:
     return _of(source, report=1e-8, memo=1e-6)
 
 
-def _of(source: str, **stated: float | None) -> Any:
+def _of(source: str, **stated: float) -> float:
     """Return the value that `source` states. Raises ValueError if `stated` has none of it."""
     if not isinstance(source, str) or source not in stated:
         raise ValueError(f"source {texts.shown(source)}: allowed here are {', '.join(stated)}")
