@@ -17,7 +17,7 @@ from qwen_jax.runtime import command, paths, process_options, processes
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Remaining:
     """The copying that a conversion still has to do.
 
     done, needed: the bytes already written and the bytes left to write, over all processes.
@@ -43,7 +43,7 @@ class Conversion(abc.ABC):
     workers: ClassVar[int] = 2  # threads that copy
 
     @abc.abstractmethod
-    def work(self, resumed: bool) -> Work:
+    def remaining(self, resumed: bool) -> Remaining:
         """Return what is left to copy. resumed: whether files of an earlier start are continued."""
 
     @abc.abstractmethod
@@ -90,32 +90,32 @@ def run(plan: Conversion, *, verify: bool) -> None:
 
 def copy(plan: Conversion) -> None:
     """Write all files of the target but those that mark it as complete, each process its share."""
-    work = _begun(plan) if processes.index() == 0 else None
+    left = _begun(plan) if processes.index() == 0 else None
     processes.barrier()
-    if work is None:
+    if left is None:
         target.check_shared(plan.target, plan.facts)
-        work = plan.work(resumed=True)
-    with target.explained(plan.target, work.needed):
-        done = work.done if processes.count() == 1 else 0
-        copying.run("converting", work.jobs, done=done, workers=plan.workers)
+        left = plan.remaining(resumed=True)
+    with target.explained(plan.target, left.needed):
+        done = left.done if processes.count() == 1 else 0
+        copying.run("converting", left.jobs, done=done, workers=plan.workers)
     processes.barrier()
     if processes.index() == 0:
         plan.copied()
     processes.barrier()
 
 
-def _begun(plan: Conversion) -> Work:
+def _begun(plan: Conversion) -> Remaining:
     """Begin or resume the target in process 0, and return what is left to copy."""
     resumed = target.check_usable(plan.target, plan.facts)
-    work = plan.work(resumed)
+    left = plan.remaining(resumed)
     directory.remove_drafts(plan.target)
-    target.check_space(plan.target, work.needed)
+    target.check_space(plan.target, left.needed)
     if resumed:
-        done, whole = command.size(work.done), command.size(work.done + work.needed)
+        done, whole = command.size(left.done), command.size(left.done + left.needed)
         command.say(f"continuing: {done} of {whole} are there")
-    with target.explained(plan.target, work.needed):
+    with target.explained(plan.target, left.needed):
         paths.make_folder(plan.target)
         directory.write_json(plan.target / directory.UNFINISHED, plan.facts)
         directory.carry(plan.source, plan.target)
         plan.begin()
-    return work
+    return left

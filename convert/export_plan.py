@@ -11,7 +11,7 @@ import numpy as np
 
 from convert import copying, folder, names, target
 from convert import verify as verification
-from convert.conversion import Conversion, Work
+from convert.conversion import Conversion, Remaining
 from convert.copying import Change, Job
 from qwen_jax.checkpoint import directory, store
 from qwen_jax.runtime import command, paths, processes
@@ -44,7 +44,7 @@ class ExportPlan(Conversion):
         """The folder of the source's arrays."""
         return self.source / directory.PARAMS
 
-    def work(self, resumed: bool) -> Work:
+    def remaining(self, resumed: bool) -> Remaining:
         """Return what is left to copy; of n processes, each writes every n-th safetensors file.
 
         resumed: whether the drafts of an earlier start are continued.
@@ -57,7 +57,7 @@ class ExportPlan(Conversion):
             needed += sum(size for size, _ in left)
             if number % processes.count() == processes.index():
                 jobs += left
-        return Work(done, needed, jobs)
+        return Remaining(done, needed, jobs)
 
     def _jobs(self, file: str, resumed: bool) -> tuple[int, list[Job]]:
         """Return the bytes of a safetensors file already written, and the jobs left, in order.

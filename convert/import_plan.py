@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert import copying, folder, names, shares
 from convert import verify as verification
-from convert.conversion import Conversion, Work
+from convert.conversion import Conversion, Remaining
 from convert.copying import Job
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store
@@ -37,7 +37,7 @@ class ImportPlan(Conversion):
         """The folder of the target's arrays."""
         return self.target / directory.PARAMS
 
-    def work(self, resumed: bool) -> Work:
+    def remaining(self, resumed: bool) -> Remaining:
         """Return what is left to copy. resumed: whether chunk files that exist count as written."""
         done = needed = 0
         jobs: list[Job] = []
@@ -61,7 +61,7 @@ class ImportPlan(Conversion):
                         source = {"file": tensor.file, "offset": offset, "dtype": tensor.dtype}
                         job = functools.partial(copying.import_band, rest, self.params, **source)
                         jobs.append((piece * len(todo), job))
-        return Work(done, needed, jobs)
+        return Remaining(done, needed, jobs)
 
     def begin(self) -> None:
         """Write config.json and the metadata of the arrays."""
