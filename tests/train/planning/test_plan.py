@@ -799,6 +799,7 @@ def test_the_words_of_a_plan_are_explained(
     page = (pathlib.Path(scaling.__file__).parents[1] / "docs/scaling.md").read_text()
     for word, meaning in glossary.WORDS.items():
         assert f"{word} {meaning}" in told and f"| {word} | {meaning} |" in page
+        assert meaning.split()[0] not in ("What", "Whether", "How", "In"), "a word is a noun"
     words = " ".join(glossary.WORDS)
     said = [*trained.program.memory.parts, "serial", "bound", "MFU", "collective", "count"]
     said += ["sequence parallel", "attention", "ICI", "DCN", "NVLink", "InfiniBand", "on chip"]
