@@ -323,7 +323,7 @@ def test_what_is_no_model_directory(tmp_path, converted):
         checkpoint.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"is a Hugging Face checkpoint: convert it with"):
         checkpoint.load(GOLDEN)
-    with pytest.raises(ValueError, match="does not divide over tp=4"):
+    with pytest.raises(ValueError, match="is not divisible by tp=4"):
         checkpoint.load(converted, mesh=meshes.make({"tp": 4}))
 
 

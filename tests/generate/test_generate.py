@@ -272,7 +272,7 @@ def test_bench_of_a_prompt(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -
         (
             ["--ckpt", "{dir}", "--prompt", "a", "--mesh", "tp=64"],
             1,
-            "query heads N = 2 does not divide",
+            "query heads N = 2 is not divisible",
         ),
         (["--ckpt", "{dir}", "--prompt", "a", "--attention", "nope"], 1, "nope"),
         (

@@ -219,7 +219,7 @@ def test_a_residual_split_by_tokens_is_checked():
     meshes.check({"T": 6}, {"tp": 4})
     with pytest.raises(ValueError, match=r"length T = 6 is not divisible by tp=4; the nearest"):
         meshes.check({"T": 6}, {"tp": 4}, sequence_parallel=True)
-    with pytest.raises(ValueError, match=r"T = 12 .*over context=2 x tp=4 \(in two pieces each\)"):
+    with pytest.raises(ValueError, match=r"T = 12 .*by context=2 x tp=4 \(in two pieces each\)"):
         meshes.check({"T": 12}, {"context": 2, "tp": 4}, sequence_parallel=True)
 
 

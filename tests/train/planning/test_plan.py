@@ -539,7 +539,7 @@ def test_the_command(
         ([], True, "yes (the default where tokens divide, as 16 do over tp=2)"),
         (["--sequence-parallel"], True, "yes (as asked for)"),
         (["--no-sequence-parallel"], False, "no (as asked for)"),
-        (["--length", "15"], False, "no (length T = 15 does not divide over tp=2)"),
+        (["--length", "15"], False, "no (length T = 15 is not divisible by tp=2)"),
         (["--mesh", "fsdp=4"], False, "no (the mesh has no tp)"),
         (["--mesh", "fsdp=4", "--no-sequence-parallel"], False, "no (as asked for)"),
     ],

@@ -469,7 +469,7 @@ def test_a_record_with_or_without_what_changes_roundings_alone(setting, tmp_path
         (["--mesh", "tp=2"], True, "yes (the default where tokens divide, as 32 do over tp=2)"),
         (["--mesh", "tp=2", "--sequence-parallel"], True, "yes (as asked for)"),
         (["--mesh", "tp=2", "--no-sequence-parallel"], False, "no (as asked for)"),
-        (["--mesh", "tp=2", "--length", 31], False, "no (length T = 31 does not divide over tp=2)"),
+        (["--mesh", "tp=2", "--length", 31], False, "no (length T = 31 is not divisible by tp=2)"),
         (["--mesh", "fsdp=2"], False, ""),
     ],
 )

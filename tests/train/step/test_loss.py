@@ -71,7 +71,7 @@ def test_what_is_no_batch_is_refused() -> None:
             inspect.unwrap(batches.batch_of)(tokens, labels)  # without the tests' check of axes
     with (
         on_mesh(fsdp=4),
-        pytest.raises(ValueError, match="batch B = 2 does not divide over fsdp=4"),
+        pytest.raises(ValueError, match="batch B = 2 is not divisible by fsdp=4"),
     ):
         batches.place(batches.batch_of(good, good))
 
