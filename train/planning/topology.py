@@ -151,8 +151,8 @@ def mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
     count = math.prod(sizes.values())
     if count != topology.devices:
         raise ValueError(
-            f"mesh {meshes.describe(sizes)} has {count} devices, {topology} {topology.devices}: its "
-            f"axes must multiply to {topology.devices}, as fsdp={topology.devices} does"
+            f"mesh {meshes.describe(sizes)} has {count} devices, {topology} {topology.devices}: "
+            f"its axes must multiply to {topology.devices}, as fsdp={topology.devices} does"
         )
     return meshes.make(sizes, devices(topology))
 
