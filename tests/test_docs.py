@@ -38,3 +38,13 @@ def is_defined(name: str) -> bool:
     names = {getattr(node, "name", None) for node in body}
     names |= {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
     return member in names
+
+
+@pytest.mark.slow
+def test_the_training_step_of_the_page_on_devices_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/devices.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    exec(block, {})
+    loss, norm = capsys.readouterr().out.split()
+    assert 8 < float(loss) < 9  # nearly log(4096): the weights are random
+    assert float(norm) > 0
