@@ -125,14 +125,14 @@ def _head() -> str:
 
 What the search recommends, compiled, with bounds from published rates ({compilers}, {today};
 `python benchmarks/scaling.py`). A bound is not a measurement: it is what no run exceeds. *MFU* has
-all terms overlap, *serial* none. Memory is of a device, in GB."""
+all terms overlap, *MFU, serial* none. Memory is of a device, in GB."""
 
 
 def _columns(task: Task) -> str:
     """The head of a table."""
     names = ["model", "devices", "mesh", "rows"]
     names += [] if task.decode else ["remat"]
-    names += ["needed", "available", "tokens/s", "a device", "MFU", "serial", "limit"]
+    names += ["needed", "available", "tokens/s", "a device", "MFU", "MFU, serial", "limit"]
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
