@@ -26,12 +26,12 @@ from qwen_jax.runtime.texts import read_json
 
 EXAMPLES = """examples:
   python convert/from_hf.py ~/Qwen-7B models/qwen-7b             a folder
-  python convert/from_hf.py Qwen/Qwen-1_8B-Chat models/chat      from the hub (qwen-jax[hub])
+  python convert/from_hf.py Qwen/Qwen-1_8B-Chat models/chat      from the hub
   python convert/from_hf.py SRC DST --dtype float32 --verify     cast, then compare every tensor
   python convert/from_hf.py SRC DST --mesh fsdp=4,tp=2           one file for each shard of a mesh
 
 A directory that is cut for one mesh loads on any other, but fastest on its own. SRC and DST may be
-gs://BUCKET/PATH, which needs `pip install qwen-jax[gcs]`, as the hub needs `qwen-jax[hub]`.
+gs://BUCKET/PATH, which needs `pip install -e '.[gcs]'`, as the hub needs `-e '.[hub]'`.
 """
 
 
@@ -143,7 +143,7 @@ def locate(src: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"{src} is no folder here; to take it from the hub: pip install 'qwen-jax[hub]'"
+            f"{src} is no folder here; to take it from the hub: pip install -e '.[hub]'"
         ) from None
     patterns = ["*.safetensors", *directory.CARRIED]
     command.say(f"{src}: downloading from the hub what is not here yet")

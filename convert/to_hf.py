@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
 
 If the dtype is that of the checkpoint that SRC was made from, all tensors are equal to it byte for
-byte. SRC and DST may be gs://BUCKET/PATH (pip install qwen-jax[gcs]).
+byte. SRC and DST may be gs://BUCKET/PATH (pip install -e '.[gcs]').
 """
 
 

@@ -31,9 +31,9 @@ _CLOUD = ("gcsfs", "aiohttp", "google")  # packages whose errors come from acces
 _PLATFORMS = {
     "cuda": (
         "CUDA device",
-        "pip install 'qwen-jax[cuda]', and see with nvidia-smi that there is a GPU and its driver",
+        "pip install -e '.[cuda]', and see with nvidia-smi that there is a GPU and its driver",
     ),
-    "tpu": ("TPU", "on a TPU VM pip install 'qwen-jax[tpu]', and let no other process hold it"),
+    "tpu": ("TPU", "on a TPU VM pip install -e '.[tpu]', and let no other process hold it"),
 }
 _PLATFORMS["gpu"] = _PLATFORMS["cuda"]
 # Advice against running out of memory: options to lower, and options with a value that saves.

@@ -42,7 +42,7 @@ def parse(text: "str | os.PathLike[str]") -> Path:
     if scheme[1] != "gs":
         raise ValueError(f"{name}: only local paths and gs://BUCKET/... can be used")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{name} needs gcsfs: pip install 'qwen-jax[gcs]'")
+        raise ValueError(f"{name} needs gcsfs: pip install -e '.[gcs]'")
     from etils import epath
 
     return cast(Path, epath.Path(text))

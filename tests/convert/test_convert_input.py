@@ -521,4 +521,4 @@ def test_a_model_the_hub_does_not_have(tmp_path, hub):
 def test_without_the_hub_library(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert from_hf.main(["qwen/golden", str(tmp_path / "out")]) == 1
-    assert "pip install 'qwen-jax[hub]'" in last_line(capfd)
+    assert "pip install -e '.[hub]'" in last_line(capfd)

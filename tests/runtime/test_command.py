@@ -74,10 +74,10 @@ def raising(error: BaseException) -> Callable[..., Any]:
         (RecursionError("maximum"), "something is nested too deeply, such as brackets in JSON"),
         (UnicodeEncodeError("gbk", "a\ud83d", 1, 2, "no"), "'\\ud83d' cannot be written in gbk"),
         (UnicodeDecodeError("utf-8", b"a\xe9", 1, 2, "no"), "0xe9 at byte 1 is not utf-8"),
-        (ModuleNotFoundError(name="pyarrow.parquet"), "pip install 'qwen-jax[train]'"),
+        (ModuleNotFoundError(name="pyarrow.parquet"), "pip install -e '.[train]'"),
         (ModuleNotFoundError(name="grain"), "the package grain is not installed: pip install"),
-        (ModuleNotFoundError(name="gcsfs"), "pip install 'qwen-jax[gcs]'"),
-        (ModuleNotFoundError(name="huggingface_hub"), "pip install 'qwen-jax[hub]'"),
+        (ModuleNotFoundError(name="gcsfs"), "pip install -e '.[gcs]'"),
+        (ModuleNotFoundError(name="huggingface_hub"), "pip install -e '.[hub]'"),
         (ModuleNotFoundError(name="tiktoken"), "pip install 'qwen-jax'"),
         (ModuleNotFoundError(name="train.data"), "run this from the root of a checkout"),
         (

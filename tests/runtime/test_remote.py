@@ -548,7 +548,7 @@ def test_arguments_that_cannot_be(tmp_path, capfd, monkeypatch):
         (generate.main, ["--ckpt", "gs://models/m", "--prompt", "a"]),
     ):
         assert main(arguments) == 1
-        assert last_line(capfd).endswith("gs://models/m needs gcsfs: pip install 'qwen-jax[gcs]'")
+        assert last_line(capfd).endswith("gs://models/m needs gcsfs: pip install -e '.[gcs]'")
 
 
 def test_local_paths_are_plain(tmp_path):

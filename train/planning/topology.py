@@ -94,7 +94,7 @@ def prepare(platform: str) -> None:
     }[platform]
     if not _is_installed(package):
         raise ValueError(
-            f"compiling for {platform} needs the package {name}: pip install 'qwen-jax[aot]', in "
+            f"compiling for {platform} needs the package {name}: pip install -e '.[aot]', in "
             "an environment of its own"
         )
     # Programs for absent devices would be written to jax's cache, from which they cannot be read.

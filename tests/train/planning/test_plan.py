@@ -818,4 +818,4 @@ def test_a_missing_compiler_says_what_to_install(
     monkeypatch.setattr(topology, "_is_installed", lambda _: False)
     code, _, error = run(capsys, "--model", "qwen-7b", "--topology", where)
     assert code == 1
-    assert package in error and "qwen-jax[aot]" in error and len(error.splitlines()) == 1
+    assert package in error and "'.[aot]'" in error and len(error.splitlines()) == 1
