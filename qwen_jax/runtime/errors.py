@@ -133,7 +133,7 @@ def _package(error: BaseException) -> str | None:
     if not isinstance(error, ModuleNotFoundError):
         return None
     extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
-    return f"the package {name} is not installed: pip install 'qwen-jax{extra}'"
+    return f"the package {name} is not installed: pip install -e '.{extra}' in the checkout"
 
 
 def _devices(error: BaseException, words: str) -> str | None:
