@@ -78,7 +78,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
         (ModuleNotFoundError(name="grain"), "the package grain is not installed: pip install"),
         (ModuleNotFoundError(name="gcsfs"), "pip install -e '.[gcs]'"),
         (ModuleNotFoundError(name="huggingface_hub"), "pip install -e '.[hub]'"),
-        (ModuleNotFoundError(name="tiktoken"), "pip install 'qwen-jax'"),
+        (ModuleNotFoundError(name="tiktoken"), "pip install -e '.'"),
         (ModuleNotFoundError(name="train.data"), "run this from the root of a checkout"),
         (
             ImportError("cannot import name 'peft' from 'convert'", name="convert"),
