@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax.chat.expansion import learn_tokens, main, read_words, splittable, write_tokens
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.expand_vocab import learn_tokens, main, read_words, splittable, write_tokens
 from tests.support.vocabulary import qwen_tokenizer, qwen_vocab_path, tiny_ranks
 
 # The worked example of the original's documentation, and the expansion file it prints.
