@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import PRESETS, meshes
-from qwen_jax.decoding import decode, sampling
+from qwen_jax.decoding import choosing, sampling
 from qwen_jax.meshes import sharding
 from qwen_jax.runtime import command
 from train.planning import collectives, programs, topology
@@ -39,9 +39,9 @@ def main() -> None:
     )
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: programs.decode_state(setting, jnp.bfloat16))
-        rules, state = sharding.on_devices(mesh, shapes)
-        choose = jax.jit(decode.choose, donate_argnames="state")
-        compiled = choose.lower(logits, state, rules, sampler).compile()
+        rules, state, _ = sharding.on_devices(mesh, shapes)
+        choose = jax.jit(choosing.choose, donate_argnames="state")
+        compiled = choose.lower(logits, state, rules=rules, sampler=sampler).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     print(f"B {args.batch}, V {config.vocab_size:,} on {args.topology}, {args.mesh}")

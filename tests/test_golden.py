@@ -36,7 +36,7 @@ def test_hidden_states(golden_dir: Path) -> None:
     tokens = arrays()["plain.tokens"]
     with meshes.entered(model.mesh):
         start = moves.place(np.zeros(len(tokens), np.int32), "B")
-        places, segments = decode.positions(start, 0, tokens.shape[1])
+        places, segments = decode.positions(start, 0, length=tokens.shape[1])
         frequencies = np.stack([rope.from_config(model.config).frequencies()] * 2)
         embeddings = model.decoder.embed(moves.place(tokens, "BT"))
         states = model.decoder(
@@ -165,7 +165,7 @@ def step_logits(
             model.config, start, capacity=256, dtype=np.float32, kind=model.cache_dtype
         )
         for step in steps:
-            places, segments = decode.positions(start, state.index, step.shape[1])
+            places, segments = decode.positions(start, state.index, length=step.shape[1])
             x = model.decoder.embed(moves.place(whole(step), "BT"))
             output = model.decoder(x, places, segments=segments, frequencies=rates, cache=state)
             state = output.cache

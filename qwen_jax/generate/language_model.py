@@ -21,7 +21,7 @@ from qwen_jax import chat, meshes
 from qwen_jax.attention import Attend
 from qwen_jax.chat import DEFAULT_SYSTEM, History
 from qwen_jax.chat.tokenizer import TextStream
-from qwen_jax.decoding import decode, inputs, sampling
+from qwen_jax.decoding import choosing, decode, inputs, sampling
 from qwen_jax.generate import completion, keywords
 from qwen_jax.generate.description import BASE_NOTE, Description
 from qwen_jax.meshes import moves, sharding
@@ -69,7 +69,7 @@ class LanguageModel(Description):
             batch, arrays = len(tokens), (tokens, lengths, frequencies)
             tokens, lengths, frequencies = (self._whole_shards(x) for x in arrays)
             start = moves.place((tokens.shape[1] - lengths).astype(np.int32), "B")
-            positions, segments = decode.positions(start, jnp.int32(0), tokens.shape[1])
+            positions, segments = decode.positions(start, jnp.int32(0), length=tokens.shape[1])
             x = self.decoder.embed(moves.place(tokens, "BT"))
             rates = moves.place(frequencies, "BH")
             output = self.decoder(
@@ -107,7 +107,17 @@ class LanguageModel(Description):
         logits that are NaN or infinite or leave no id to choose.
         """
         parts = list(
-            self.stream(tokens, mask, max_new_tokens, sampler, stop, seed, ntk, ntk_alpha, 32)
+            self.stream(
+                tokens,
+                mask,
+                max_new_tokens=max_new_tokens,
+                sampler=sampler,
+                stop=stop,
+                seed=seed,
+                ntk=ntk,
+                ntk_alpha=ntk_alpha,
+                at_once=decode.STRIDE,
+            )
         )
         made = np.concatenate(parts, axis=1)
         missing = int(max_new_tokens) - made.shape[1]
@@ -147,7 +157,7 @@ class LanguageModel(Description):
         counted = lengths + (max_new_tokens if ntk == "total" else 0)
         frequencies = self._frequencies(counted, ntk_alpha)
         seeds = inputs.seeds(seed, len(tokens))
-        rules = decode.make_rules(
+        rules = choosing.make_rules(
             self.known_ids(), inputs.stops(stop, self.config.vocab_size), pad=self.pad_id
         )
         return self._run(
@@ -168,7 +178,7 @@ class LanguageModel(Description):
         *,
         frequencies: np.ndarray,
         seeds: np.ndarray,
-        rules: decode.Rules,
+        rules: choosing.Rules,
         sampler: sampling.Sampler,
         new: int,
         at_once: int | None,
@@ -180,11 +190,11 @@ class LanguageModel(Description):
         how = {"rules": rules, "sampler": sampler, "attend": self.attend, "new": new}
         rows = {"lengths": lengths, "frequencies": frequencies, "seeds": seeds}
         with meshes.entered(self.mesh):
-            state = decode.prefill(
+            state, cache = decode.prefill(
                 self.decoder, tokens, **rows, **how, cache_dtype=self.cache_dtype
             )
         at_once = at_once or (1 if jax.default_backend() == "cpu" else 8)
-        steps = decode.decode(self.decoder, state, **how, at_once=at_once)
+        steps = decode.decode(self.decoder, state, cache=cache, **how, at_once=at_once)
         while True:
             # The mesh is in force while we compute, never while the caller has control.
             with meshes.entered(self.mesh):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 
 from qwen_jax import meshes
@@ -47,6 +48,7 @@ def stack(decoder: Decoder, consume: bool = False) -> Decoder:
             array.delete()
         return Weight(whole, letters=f"L{leaves[0].letters}")
 
+    assert isinstance(decoder.layers, nnx.List), "the layers are stacked already"
     blocks = jax.tree.map(stacked, *decoder.layers, is_leaf=lambda x: isinstance(x, Weight))
     return decoder.replace(layers=blocks)
 

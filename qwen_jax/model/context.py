@@ -6,12 +6,12 @@ unchanged; the one that `generate` uses is in `attention/cache.py`.
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from qwen_jax import attention
 from qwen_jax.attention import Attend, Mask
@@ -21,11 +21,7 @@ from qwen_jax.model import rope
 
 
 class KVCacheLayer(Protocol):
-    """The interface of one layer's KV cache, which `attention/cache.py` implements.
-
-    `attend` returns softmax attention of q [B, T, N, H] over this pass's k, v [B, T, K, H] and the
-    cached ones, and the cache with both. past and index are the results of `KVCache.context`.
-    """
+    """The interface of one layer's KV cache, a pytree, which `attention/cache.py` implements."""
 
     def attend(
         self,
@@ -37,25 +33,54 @@ class KVCacheLayer(Protocol):
         own: Mask,
         past: Mask | None,
         scale: Float[Array, "B T"],
-        index: Any,
-    ) -> "tuple[jax.Array, KVCacheLayer]": ...
+        index: PyTree,
+    ) -> tuple[Float[Array, "B T N H"], Self]:
+        """Attend to this pass's keys and the cached ones, and write this pass's into the cache.
+
+        Returns the attention's output o, and the cache with both keys and values. It is called once
+        in a pass, within the layer's compiled program, to which this layer's arrays are donated.
+
+        implementation: a function of `attention.IMPLEMENTATIONS`. With `return_lse=True` it also
+            returns the log-sum-exp of scores, by which `attention.ring.merge` joins two results.
+        q: the queries, after RoPE.
+        k, v: the keys, after RoPE, and values of this pass; not yet in the cache.
+        own: the mask over this pass's keys, with this layer's window.
+        past, index: the results of `KVCache.context`; the mask has this layer's window.
+        scale: float32, the factor on each query's scores.
+        """
+        ...
 
 
 class KVCache(Protocol):
-    """The interface of a whole model's KV cache.
-
-    `layers` holds a part for each layer. `context` returns the mask over cached keys and the index
-    at which layers write. `advanced` returns the cache after a pass that wrote `length` tokens.
-    """
+    """The interface of a whole model's KV cache, a pytree that is never changed in place."""
 
     @property
-    def layers(self) -> "tuple[KVCacheLayer, ...]": ...
+    def layers(self) -> tuple[KVCacheLayer, ...]:
+        """The cache of each layer, in order. A few at a time go to a compiled program."""
+        ...
 
     def context(
         self, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> tuple[Mask | None, Any]: ...
+    ) -> tuple[Mask | None, PyTree]:
+        """Return the mask of this pass's queries over cached keys, and where the layers write.
 
-    def advanced(self, layers: Any, length: int) -> "KVCache": ...
+        It is called once in a pass, before any layer runs; all layers share the results.
+
+        positions, segments: int32 [B, T], of the queries; segment 0 is padding.
+
+        The mask has the window 0, in place of which each layer puts its own; it is None while
+        nothing is cached, which must be known at compile time. What the layers need to know to
+        write, as a pytree of arrays, is theirs alone to read.
+        """
+        ...
+
+    def advanced(self, layers: tuple[PyTree, ...], length: int) -> Self:
+        """Return the cache after a pass. It is called once, after all layers have run.
+
+        layers: what `attend` of each layer returned, in order, of the type in `layers`.
+        length: T, the number of tokens that the pass wrote in each sequence, padding included.
+        """
+        ...
 
 
 @struct.dataclass
@@ -73,7 +98,7 @@ class Context:
     rotary: rope.Rotary
     own: Mask
     past: Mask | None
-    index: Any
+    index: PyTree
     dropout: Dropout | None
     implementation: Attend = struct.field(pytree_node=False)
 
@@ -92,7 +117,14 @@ class Context:
         scheme = rope.from_config(config)
         rotary, own = _rotary_and_mask(positions, segments, frequencies=frequencies, scheme=scheme)
         past, index = (None, None) if cache is None else cache.context(positions, segments)
-        return Context(rotary, own, past, index, dropout, attend)
+        return Context(
+            rotary=rotary,
+            own=own,
+            past=past,
+            index=index,
+            dropout=dropout,
+            implementation=attend,
+        )
 
     def in_layer(self, number: Int[Array, ""], window: Int[Array, ""]) -> "Context":
         """Return the context of one layer, which attends to the last `window` tokens."""
@@ -124,7 +156,11 @@ class Context:
 
 @functools.partial(jax.jit, static_argnames="scheme")
 def _rotary_and_mask(
-    positions: jax.Array, segments: jax.Array, *, frequencies: jax.Array, scheme: rope.Rope
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    *,
+    frequencies: Float[Array, "B pairs"],
+    scheme: rope.Rope,
 ) -> tuple[rope.Rotary, Mask]:
     own = Mask(positions, positions, segments, segments, jnp.int32(0))  # in_layer sets the window
     return rope.rotary(scheme, positions, frequencies=frequencies), own

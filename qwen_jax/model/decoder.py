@@ -32,7 +32,7 @@ To add a RoPE scheme, a kind of weight, a KV cache or experts, follow the steps 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,15 +51,19 @@ from qwen_jax.model import running, vocabulary
 from qwen_jax.model.context import Context, KVCache, KVCacheLayer
 from qwen_jax.model.running import Groups
 
+_Cache = TypeVar("_Cache", bound=KVCache)
 
-def rms_norm(x: Float[Array, "... D"], weight: Weight, *, eps: float) -> jax.Array:
+
+def rms_norm(x: Float[Array, "... D"], weight: Weight, *, eps: float) -> Float[Array, "... D"]:
     """Divide x by its root mean square, round to x's dtype, then multiply by the weight."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return _in_float32(jnp.multiply, wide.astype(x.dtype), weight=weight)
 
 
-def _in_float32(operation: Callable[..., jax.Array], x: jax.Array, *, weight: Weight) -> jax.Array:
+def _in_float32(
+    operation: Callable[..., jax.Array], x: Float[Array, "... D"], *, weight: Weight
+) -> Float[Array, "... D"]:
     """Compute x * weight or x + weight, and sum the weight's gradient over tokens, in float32."""
     wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
     return wide.astype(x.dtype)
@@ -88,7 +92,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, *, cache: KVCacheLayer | None
-    ) -> tuple[jax.Array, KVCacheLayer | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCacheLayer | None]:
         """Attend from x [B, T, D], already normed. Returns the same shape, and the new cache."""
         partitioning = jax.typeof(x).sharding.spec  # of the residual stream
         # They differ in their gradients alone, and only where `tp` does not divide K.
@@ -121,7 +125,7 @@ class FeedForward(nnx.Module):
         self.up = make.normal("FD", std)
         self.down = make.normal("DF", std / math.sqrt(2 * config.num_layers))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the network to x [B, T, D], already normed. Returns the same shape."""
         partitioning = jax.typeof(x).sharding.spec
         x = moves.to_columns(x)
@@ -142,7 +146,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, *, cache: KVCacheLayer | None
-    ) -> tuple[jax.Array, KVCacheLayer | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCacheLayer | None]:
         """Run the layer. Returns the residual stream x [B, T, D] after it, and the new cache."""
         dropout = context.dropout
         with jax.named_scope("attention"):
@@ -158,26 +162,27 @@ class Block(nnx.Module):
 
 
 @struct.dataclass
-class Output:
+class Output(Generic[_Cache]):
     """The result of a forward pass.
 
     last: [B, T, D] after the final norm, as `Decoder.logits` takes it.
-    cache: the KV cache, with this pass's keys and values; None if none was given.
+    cache: the KV cache, with this pass's keys and values, of the type that was given; None if none
+        was given.
     hidden_states: the embeddings and each block's output, the last one after the final norm; ()
         unless they were asked for.
     """
 
-    last: jax.Array
-    cache: Any  # of the type that was given
-    hidden_states: tuple[jax.Array, ...]
+    last: Float[Array, "B T D"]
+    cache: _Cache | None
+    hidden_states: tuple[Float[Array, "B T D"], ...]
 
 
 class Decoder(nnx.Module):
     """A Qwen model: its weights, and the forward pass through them.
 
     embedding: [V, D].
-    layers: L separate blocks, as a list or in the groups that are compiled together, for decoding
-        and conversion; or, for training, one Block whose weights are stacked on a first axis L.
+    layers: L separate blocks, for decoding and conversion; or, for training, one Block whose
+        weights are stacked on a first axis L.
     final_norm: [D].
     head: [V, D], or None where the embedding is also the head.
     """
@@ -187,13 +192,13 @@ class Decoder(nnx.Module):
         config: Config,
         embedding: Weight,
         *,
-        layers: Block | Sequence[Block] | Groups,
+        layers: Block | Sequence[Block],
         final_norm: Weight,
         head: Weight | None,
     ):
         self.config = config
         self.embedding = embedding
-        self.layers: Any = layers if isinstance(layers, Block | Groups) else nnx.List(layers)
+        self.layers = layers if isinstance(layers, Block) else nnx.List(layers)
         self.final_norm = final_norm
         self.head = head
 
@@ -203,14 +208,17 @@ class Decoder(nnx.Module):
         parts = {name: getattr(self, name) for name in names}
         return Decoder(**(parts | changes))
 
-    def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike | None = None) -> jax.Array:
+    def embed(
+        self, tokens: Int[Array, "B T"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "B T D"]:
         """Look up the embeddings [B, T, D] of tokens, int [B, T].
 
         dtype: the dtype in which the pass computes; None is that of the embedding.
         """
-        return vocabulary.look_up(self.embedding[...], tokens, dtype or self.embedding.dtype)
+        dtype = dtype or self.embedding.dtype
+        return vocabulary.look_up(self.embedding[...], tokens, dtype=dtype)
 
-    def logits(self, x: Float[Array, "B T D"]) -> jax.Array:
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Compute float32 logits [B, T, V] from x [B, T, D], the `last` of an `Output`."""
         return vocabulary.logits(x, self.unembedding)
 
@@ -220,7 +228,7 @@ class Decoder(nnx.Module):
         return self.embedding if self.head is None else self.head
 
     @property
-    def windows(self) -> np.ndarray:
+    def windows(self) -> Int[np.ndarray, " L"]:
         """The most tokens that a token attends to, itself included, by layer: int32 [L].
 
         It is `attention.FULL` for layers without a window.
@@ -235,12 +243,13 @@ class Decoder(nnx.Module):
         *,
         segments: Int[Array, "B T"],
         frequencies: Float[Array, "B pairs"],
-        cache: KVCache | None = None,
+        cache: _Cache | None = None,
         attend: Attend = attention.xla,
-        remat: Callable[..., Any] | None = None,
+        remat: Callable[..., bool] | None = None,
         hidden_states: bool = False,
         dropout: Dropout | None = None,
-    ) -> Output:
+        groups: Groups | None = None,
+    ) -> Output[_Cache]:
         """Run all blocks and the final norm on x [B, T, D], the embeddings of tokens.
 
         positions: int32 [B, T], of the tokens in their sequences.
@@ -251,6 +260,8 @@ class Decoder(nnx.Module):
             the result's cache instead of it.
         attend: a function of `attention.IMPLEMENTATIONS`.
         remat: a policy of `jax.checkpoint_policies`, applied to each block.
+        groups: the result of `running.grouped` for this decoder's separate blocks, which callers of
+            many passes make once; None makes it here.
         """
         context = Context.of_pass(
             self.config,
@@ -264,6 +275,7 @@ class Decoder(nnx.Module):
         after, cache = running.run(
             x,
             self.layers,
+            groups=groups,
             windows=self.windows,
             context=context,
             cache=cache,
@@ -275,5 +287,5 @@ class Decoder(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames="eps")
-def _final_norm(x: jax.Array, weight: Weight, *, eps: float) -> jax.Array:
+def _final_norm(x: Float[Array, "B T D"], weight: Weight, *, eps: float) -> Float[Array, "B T D"]:
     return rms_norm(x, gathering.unshard(weight, x.dtype), eps=eps)

@@ -26,9 +26,9 @@ _ROW_MULTIPLE = 128
 _SCATTERED = 4096
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnames="dtype")
 def look_up(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
     """Look up the rows of a table [V, D] for tokens int [B, T]. Returns [B, T, D] in `dtype`.
 

@@ -171,7 +171,7 @@ def test_ring_against_a_simulation(window):
                     slots[row][i % capacity] = (request[row], i - start[row])
         begun = place(start.astype(np.int32), "B")
         held = dataclasses.replace(held, start=begun, index=jnp.int32(index))
-        places, segments = positions(held.start, held.index, length)
+        places, segments = positions(held.start, held.index, length=length)
         visible = np.asarray(look(held, places, segments, jnp.int32(window)))
         for row, t, slot in np.ndindex(*visible.shape):
             query = index + t - start[row]
@@ -189,7 +189,7 @@ def test_ring_against_a_simulation(window):
 
 
 def test_positions_of_padding_are_segment_zero():
-    places, segments = positions(place(np.int32([0, 2, 5]), "B"), jnp.int32(1), 3)
+    places, segments = positions(place(np.int32([0, 2, 5]), "B"), jnp.int32(1), length=3)
     np.testing.assert_array_equal(places, [[1, 2, 3], [-1, 0, 1], [-4, -3, -2]])
     np.testing.assert_array_equal(segments, [[1, 1, 1], [0, 1, 1], [0, 0, 0]])
 
@@ -211,7 +211,7 @@ def test_a_cpu_holds_what_the_dtype_would_have_held():
     held = empty(None, [0], 8, jnp.bfloat16, num_layers=1)
     assert jax.tree.leaves(held.layers)[0].dtype == jnp.float32
     tokens = place(tiny_tokens(1, 4), "BT")
-    places, segments = positions(held.start, held.index, 4)
+    places, segments = positions(held.start, held.index, length=4)
     rates = frequencies(decoder.config, 1, 1.0)
     written = decoder(
         decoder.embed(tokens), places, segments=segments, frequencies=rates, cache=held

@@ -15,7 +15,7 @@ from jax._src import core
 
 import qwen_jax
 from qwen_jax import attention, meshes
-from qwen_jax.decoding import decode
+from qwen_jax.decoding import choosing, decode
 from qwen_jax.decoding.sampling import Greedy, Nucleus
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import abstract, rope, running
@@ -30,16 +30,16 @@ def model(golden_dir: Path) -> qwen_jax.LanguageModel:
 
 
 def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
-    """The decode program after a prompt of 10, with a cache for `new` more; and the state."""
+    """The decode program after a prompt of 10, and its cache, with slots for `new` more."""
     with meshes.entered(model.mesh):
         frequencies = rope.from_config(model.config).frequencies(np.ones(1))
-        rules = decode.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
-        state = decode.prefill(
+        rules = choosing.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
+        state, cache = decode.prefill(
             model.decoder,
             np.ones((1, 10), np.int32),
             lengths=np.array([10]),
             frequencies=frequencies,
-            seeds=np.zeros(1),
+            seeds=np.zeros(1, np.uint32),
             rules=rules,
             sampler=Greedy(),
             new=new,
@@ -47,15 +47,16 @@ def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
             cache_dtype=cache_dtype,
         )
         leaves, tree = jax.tree.flatten(model.decoder)
-        arguments = (leaves, state, Greedy(), rules, jnp.int32(8), tree, model.attend)
-        return decode.run_stride.lower(*arguments).compile(), state
+        given = {"cache": cache, "sampler": Greedy(), "rules": rules, "limit": jnp.int32(8)}
+        step = decode.run_stride.lower(leaves, state, **given, tree=tree, attend=model.attend)
+        return step.compile(), cache
 
 
 def test_the_cache_is_donated_and_not_copied(model: qwen_jax.LanguageModel) -> None:
     """Temporary memory does not grow with the cache, by even one of its leaves."""
     short, _ = compiled(model, 200, None)
-    long, state = compiled(model, 8000, None)
-    leaf = state.cache.layers[0].k.nbytes
+    long, cache = compiled(model, 8000, None)
+    leaf = cache.layers[0].k.nbytes
     grown = long.memory_analysis().temp_size_in_bytes - short.memory_analysis().temp_size_in_bytes
     assert leaf > 2e6 and grown < leaf / 4
 
@@ -64,11 +65,11 @@ def test_the_cache_is_donated_and_not_copied(model: qwen_jax.LanguageModel) -> N
 def test_the_cache_is_updated_in_place(
     model: qwen_jax.LanguageModel, cache_dtype: str | None
 ) -> None:
-    program, state = compiled(model, 4000, cache_dtype)
-    cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    program, held = compiled(model, 4000, cache_dtype)
+    cache = sum(x.nbytes for x in jax.tree.leaves(held))
     assert program.memory_analysis().alias_size_in_bytes >= cache
     if cache_dtype:
-        whole = sum(x.nbytes for x in jax.tree.leaves(compiled(model, 4000, None)[1].cache))
+        whole = sum(x.nbytes for x in jax.tree.leaves(compiled(model, 4000, None)[1]))
         assert cache < whole * {"int8": 36, "int8_asymmetric": 40}[cache_dtype] / 128 + 1024
 
 
@@ -94,17 +95,17 @@ def test_what_prefill_asks_of_the_host_grows_with_groups_of_layers_alone(
     given: dict[str, Any] = {"lengths": np.array([40]), "frequencies": np.ones((1, 8), np.float32)}
     with on_mesh():
         decoder = tiny_decoder(config, jnp.float32)
-        rules = decode.make_rules(np.ones(config.vocab_size, bool), (), pad=0)
-        given |= {"seeds": np.zeros(1), "rules": rules, "sampler": Greedy(), "new": 8}
+        rules = choosing.make_rules(np.ones(config.vocab_size, bool), (), pad=0)
+        given |= {"seeds": np.zeros(1, np.uint32), "rules": rules, "sampler": Greedy(), "new": 8}
         given["attend"] = attention.xla
         programs = run._cache_size()
         decode.prefill(decoder, prompt, **given)
         assert run._cache_size() - programs == 2
         monkeypatch.setattr(running, "run_group", counted)
         monkeypatch.setattr(core.EvalTrace, "process_primitive", seen)
-        state = decode.prefill(decoder, prompt, **given)
+        _, cache = decode.prefill(decoder, prompt, **given)
     assert groups == [4, 4, 2]
-    assert len(state.cache.layers) == 10
+    assert len(cache.layers) == 10
     assert len(eager) <= 3, eager
 
 
@@ -117,9 +118,9 @@ def test_plan() -> None:
 
 
 def test_rules_pad_stops_on_the_left() -> None:
-    rules = decode.make_rules(np.ones(9, bool), [(1,), (2, 3, 4)], pad=7)
+    rules = choosing.make_rules(np.ones(9, bool), [(1,), (2, 3, 4)], pad=7)
     assert rules.stops.tolist() == [[-1, -1, 1], [2, 3, 4]] and rules.pad == 7
-    assert decode.make_rules(np.ones(9, bool), [], pad=0).stops.shape == (0, 1)
+    assert choosing.make_rules(np.ones(9, bool), [], pad=0).stops.shape == (0, 1)
 
 
 # Sampling on a mesh
@@ -129,17 +130,16 @@ ALLOWED = np.arange(V) % 9 > 0
 DRAW = Nucleus(0.9, 30, 0.9, 1.3)
 
 
-def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.DecodeState:
+def state_of(ids: np.ndarray, seeds: np.ndarray) -> choosing.DecodeState:
     """A batch about to choose its sixth token, on the mesh in force; ids 0 in [B, T] are padding
     in front of each row.
     """
     rows = len(ids)
     places = [moves.place(x.astype(np.int32), "BT") for x in (ids, ids > 0)]
-    return decode.DecodeState(
-        cache=None,  # type: ignore[arg-type]
+    return choosing.DecodeState(
         frequencies=None,  # type: ignore[arg-type]
         token=moves.place(np.zeros(rows, np.int32), "B"),
-        seen=decode._mark(decode.unseen(rows, V), places[0], segments=places[1]),
+        seen=choosing.mark(choosing.unseen(rows, V), places[0], segments=places[1]),
         recent=moves.place(np.full((rows, 1), -1, np.int32), "BT"),
         done=moves.place(np.zeros(rows, bool), "B"),
         fault=moves.place(np.zeros(rows, np.int32), "B"),
@@ -150,10 +150,10 @@ def state_of(ids: np.ndarray, seeds: np.ndarray) -> decode.DecodeState:
 
 def chosen(
     logits: np.ndarray, ids: np.ndarray, seeds: np.ndarray, sampler: Any
-) -> decode.DecodeState:
-    rules = decode.make_rules(ALLOWED, [], pad=0)
+) -> choosing.DecodeState:
+    rules = choosing.make_rules(ALLOWED, [], pad=0)
     state = state_of(ids, seeds)
-    choose = jax.jit(decode.choose, compiler_options=QUICK)
+    choose = jax.jit(choosing.choose, compiler_options=QUICK)
     return choose(moves.place(logits, "BV"), state, rules=rules, sampler=sampler)
 
 
@@ -198,11 +198,12 @@ def test_a_decode_step_gathers_no_logits() -> None:
     setting = programs.Setting(config, batch=batch, length=256, attention="xla")
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: programs.decode_state(setting, jnp.float32))
-        decoder, (rules, state) = (
+        decoder, (rules, state, cache) = (
             sharding.on_devices(mesh, x) for x in (abstract(config, jnp.float32), shapes)
         )
         leaves, tree = jax.tree.flatten(decoder)
-        step = decode.run_stride.lower(leaves, state, DRAW, rules, np.int32(8), tree, attention.xla)
+        given = {"cache": cache, "sampler": DRAW, "rules": rules, "limit": np.int32(8)}
+        step = decode.run_stride.lower(leaves, state, **given, tree=tree, attend=attention.xla)
         sent = list(collectives.each(step.compile(compiler_options=QUICK), mesh))
     exchanged = [x for x in sent if x.kind == "all-to-all"]
     assert [(x.axes, x.bytes) for x in exchanged] == [(("tp",), batch // 2 * 4096 // 4 * 4)]
@@ -242,9 +243,9 @@ def test_a_stride_is_under_way_before_the_one_before_is_fetched(
     events: list[str] = []
     run, begin = decode.run_stride, moves.begin_fetch
 
-    def recorded(*arguments: Any) -> Any:
+    def recorded(*arguments: Any, **named: Any) -> Any:
         events.append("start")
-        return run(*arguments)
+        return run(*arguments, **named)
 
     monkeypatch.setattr(decode, "run_stride", recorded)
     monkeypatch.setattr(moves, "begin_fetch", lambda x: Recorded(begin(x), events))
@@ -268,7 +269,9 @@ def test_a_stride_takes_no_module_apart(
     given: list[Any] = []
     run = decode.run_stride
     monkeypatch.setattr(
-        decode, "run_stride", lambda *each, **named: given.append(each) or run(*each, **named)
+        decode,
+        "run_stride",
+        lambda *each, **named: given.append((each, named)) or run(*each, **named),
     )
     streamed(model)
     parts = [jax.tree.leaves(each, is_leaf=lambda x: isinstance(x, nnx.Module)) for each in given]

@@ -207,7 +207,7 @@ def test_stacked_is_looped():
     scanned = full_pass(stack(decoder), tokens, hidden_states=True)
     assert len(looped.hidden_states) == len(scanned.hidden_states) == 7
     assert_close(
-        np.asarray(full_pass(decoder.replace(layers=running.grouped(decoder.layers)), tokens).last),
+        np.asarray(full_pass(decoder, tokens, groups=running.grouped(decoder.layers)).last),
         np.asarray(looped.last),
     )
     for x, y in zip(looped.hidden_states, scanned.hidden_states, strict=True):

@@ -35,7 +35,7 @@ def wide() -> model.Decoder:
 def log_probabilities(decoder: model.Decoder, tokens: np.ndarray) -> np.ndarray:
     with jax.set_mesh(meshes.make()):
         start = moves.place(np.zeros(len(tokens), np.int32), "B")
-        places, segments = decode.positions(start, 0, tokens.shape[1])
+        places, segments = decode.positions(start, 0, length=tokens.shape[1])
         frequencies = rope.from_config(CONFIG).frequencies(np.ones(len(tokens)))
         x = decoder.embed(moves.place(tokens, "BT"))
         output = decoder(x, places, segments=segments, frequencies=moves.place(frequencies, "BH"))
@@ -159,12 +159,11 @@ def decoding(kernel: str) -> Iterator[Any]:
     attend = attention.get(kernel)
     with on_mesh(tp=2):
         decoder = model.abstract(config, jnp.float32)
-        rules, state = jax.eval_shape(lambda: programs.decode_state(setting, jnp.float32))
+        rules, state, cache = jax.eval_shape(lambda: programs.decode_state(setting, jnp.float32))
         limit = jax.ShapeDtypeStruct((), jnp.int32)
         leaves, tree = jax.tree.flatten(decoder)
-        traced = decode.run_stride.trace(
-            leaves, state, sampling.Greedy(), rules, limit, tree, attend
-        )
+        chosen = {"cache": cache, "sampler": sampling.Greedy(), "rules": rules, "limit": limit}
+        traced = decode.run_stride.trace(leaves, state, **chosen, tree=tree, attend=attend)
         yield traced.jaxpr
         given = jax.eval_shape(
             lambda x: programs._of_a_group(setting, 8, dtype=jnp.float32, decoder=x), decoder

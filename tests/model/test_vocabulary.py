@@ -173,7 +173,7 @@ def test_look_up(sizes, dtype, monkeypatch):
         rest = moves.place(tokens, "BT"), moves.place(wanted, "BTD")
 
         def loss(table: Any, tokens: Any, wanted: Any) -> Any:
-            x = vocabulary.look_up(table, tokens, dtype)
+            x = vocabulary.look_up(table, tokens, dtype=dtype)
             return jnp.sum(x.astype(jnp.float32) * wanted), x
 
         grad = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
@@ -195,7 +195,7 @@ def test_a_frequent_token_of_a_bfloat16_table(sizes):
     with on_mesh(**sizes):
         table = moves.place(np.zeros((4, 8), jnp.bfloat16), "VD")
         tokens = moves.place(np.zeros((4, 256), np.int32), "BT")
-        grad = jax.jit(jax.grad(lambda t, ids: jnp.sum(vocabulary.look_up(t, ids, t.dtype))))
+        grad = jax.jit(jax.grad(lambda t, ids: jnp.sum(vocabulary.look_up(t, ids, dtype=t.dtype))))
         gradient = grad(table, tokens)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(gradient, np.float32)[0], 1024)

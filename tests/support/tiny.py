@@ -135,7 +135,7 @@ def cached_logits(
     rates, logits, done = frequencies(decoder.config, batch, alpha), [], 0
     for length in chunks:
         part = place(tokens[:, done : done + length], "BT")
-        places, segments = positions(held.start, held.index, length)
+        places, segments = positions(held.start, held.index, length=length)
         output = decoder(
             decoder.embed(part), places, segments=segments, frequencies=rates, cache=held
         )

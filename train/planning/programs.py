@@ -20,7 +20,7 @@ from qwen_jax.attention import cache as kv
 from qwen_jax.attention import workloads
 from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
-from qwen_jax.decoding import decode, sampling
+from qwen_jax.decoding import choosing, decode, sampling
 from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder, running
 from qwen_jax.model.context import Context
@@ -106,43 +106,47 @@ def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -
     config = setting.config
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
-        rules, state = jax.eval_shape(lambda: decode_state(setting, dtype))
-    decoder, rules, state = (sharding.on_devices(mesh, tree) for tree in (decoder, rules, state))
+        shapes = jax.eval_shape(lambda: decode_state(setting, dtype))
+    decoder, (rules, state, cache) = (sharding.on_devices(mesh, x) for x in (decoder, shapes))
     limit = sharding.on_devices(mesh, jax.ShapeDtypeStruct((), jnp.int32))
-    held = {"weights": nbytes(decoder), "cache": nbytes(state.cache.layers)}
-    held["batch"] = nbytes(state) - held["cache"] + nbytes((rules, limit))
+    held = {"weights": nbytes(decoder), "cache": nbytes(cache.layers)}
+    held["batch"] = nbytes((state, cache)) - held["cache"] + nbytes((rules, limit))
     attend = attention.get(setting.attention)
     leaves, tree = jax.tree.flatten(decoder)
-    arguments = leaves, state, sampling.Greedy(), rules, limit, tree, attend
+    given = {"cache": cache, "sampler": sampling.Greedy(), "rules": rules, "limit": limit}
     return compile_program(
-        lambda: decode.run_stride.trace(*arguments), mesh, held=held, layers=config.num_layers
+        lambda: decode.run_stride.trace(leaves, state, **given, tree=tree, attend=attend),
+        mesh,
+        held=held,
+        layers=config.num_layers,
     )
 
 
-def decode_state(setting: Setting, dtype: DTypeLike) -> tuple[decode.Rules, decode.DecodeState]:
-    """Return decoding's rules and its state between two tokens, as placeholders of zeros."""
+def decode_state(
+    setting: Setting, dtype: DTypeLike
+) -> tuple[choosing.Rules, choosing.DecodeState, kv.Cache]:
+    """Return decoding's rules, its state and its cache between tokens, as placeholders of zeros."""
     config, batch = setting.config, setting.batch
 
     def zeros(letters: str, *shape: int, dtype: DTypeLike = jnp.int32) -> Shaped[Array, "..."]:
         return jnp.zeros(shape, dtype, out_sharding=sharding.spec(letters))
 
-    rules = decode.Rules(
+    rules = choosing.Rules(
         jnp.ones(config.vocab_size, bool), jnp.zeros((1, 1), jnp.int32), jnp.int32(0)
     )
     start = zeros("B", batch)
     cache = kv.empty(config, start, capacity=setting.length, dtype=dtype, kind=setting.cache_dtype)
-    state = decode.DecodeState(
-        cache=dataclasses.replace(cache, fresh=False),
+    state = choosing.DecodeState(
         frequencies=zeros("BH", batch, config.head_dim // 2, dtype=jnp.float32),
         token=zeros("B", batch),
-        seen=decode.unseen(batch, config.vocab_size),
+        seen=choosing.unseen(batch, config.vocab_size),
         recent=zeros("BT", batch, 1),
         done=zeros("B", batch, dtype=bool),
         fault=zeros("B", batch),
         seeds=zeros("B", batch, dtype=jnp.uint32),
         step=jnp.int32(0),
     )
-    return rules, state
+    return rules, state, dataclasses.replace(cache, fresh=False)
 
 
 def prefill(
@@ -186,10 +190,9 @@ def _of_a_group(
 
     chunk: the tokens of the prompt per pass. dtype: the dtype of the weights.
     """
-    _, state = decode_state(setting, dtype)
-    cache = state.cache
+    _, state, cache = decode_state(setting, dtype)
     tokens = jnp.zeros((setting.batch, chunk), jnp.int32, out_sharding=sharding.spec("BT"))
-    places, segments = decode.positions(cache.start, cache.index, chunk)
+    places, segments = decode.positions(cache.start, cache.index, length=chunk)
     x, (_, leaves, _) = decoder.embed(tokens), running.grouped(decoder.layers).parts[0]
     layers, windows = cache.layers[: running.GROUP], jnp.array(decoder.windows[: running.GROUP])
     context = Context.of_pass(
