@@ -49,7 +49,7 @@ def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> 
 
 
 def load(
-    args: argparse.Namespace, about: "Description", sizes: Mapping[str, int]
+    args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]
 ) -> "LanguageModel":
     """Load the model with the command line's dtypes and attention, on a mesh of `sizes`."""
     import jax
@@ -130,7 +130,7 @@ def work(args: argparse.Namespace) -> None:
         ids = prompt_ids(args, given[0], about=about) if given else None
         asked = args.max_new_tokens or bench.NEW
         new = about.room(bench.PROMPT if ids is None else len(ids), asked)
-        result = bench.run(load(args, about, sizes), new, ids=ids)
+        result = bench.run(load(args, about, sizes=sizes), new, ids=ids)
         print(json.dumps(result) if args.json else bench.text(result))
         return
     choose = generate_options.sampler(args, about.generation_config.sampler)
@@ -142,10 +142,12 @@ def work(args: argparse.Namespace) -> None:
     answers = args.chat is not None or args.chats is not None
     stops = about.chat_stops() if answers else about.generation_config.stops
     wanted = tasks(args, given, about=about)
-    model = load(args, about, sizes)
+    model = load(args, about, sizes=sizes)
     if answers and model.is_base:
         command.say(f"note: {description.BASE_NOTE}")
-    rules = completion.TextRules(choose, stops, stop_texts, args.ntk)
+    rules = completion.TextRules(
+        sampler=choose, stops=stops, stop_texts=stop_texts, ntk=args.ntk
+    )
     if len(wanted) == 1:
         results.write_one(model, wanted[0], rules=rules, as_json=args.json)
     else:

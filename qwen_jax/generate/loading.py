@@ -65,7 +65,7 @@ def with_weights(
     attend = backend.attention_for(
         attention, config, dtype=dtype, length=about.max_length, cache_dtype=cache_dtype, mesh=mesh
     )
-    decoder = checkpoint.load(path, config, dtype, mesh)
+    decoder = checkpoint.load(path, config, dtype=dtype, mesh=mesh)
     fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
     return LanguageModel(
         **fields, decoder=decoder, mesh=mesh, attend=attend, cache_dtype=cache_dtype

@@ -10,7 +10,7 @@ import dataclasses
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """The published figures of a device as jax sees it: a TPU chip (on a TPU7x, a core) or a GPU.
 
@@ -37,7 +37,7 @@ class Chip:
     network: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tpu(Chip):
     """A TPU, with the shape of the torus that connects chips.
 
@@ -56,7 +56,7 @@ class Tpu(Chip):
     config: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Chip):
     """A GPU, with the properties by which XLA compiles for it on a machine without one.
 
@@ -106,29 +106,39 @@ TPUS = {
     # /v4: 275 TFLOPS, 32 GiB, 1200 GB/s. Six links of 50 GB/s: arXiv 2304.01433, table 4. DCN: not
     # published for the chip; that of the v5p, whose hosts have 4 chips too.
     "v4": Tpu(
-        "v4", "tpu", "pallas_tpu", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 50e9, 6.25e9,
+        name="v4", platform="tpu", kernel="pallas_tpu",
+        flops=275e12, hbm=32 * GIB, usable=30.75 * GIB,
+        bandwidth=1200e9, link=50e9, network=6.25e9,
         torus=3, wraps=4, config="megacore",
     ),
     # /v5e: 197 TFLOPS, 16 GB, 819 GB/s, ICI 400 GB/s over 4 ports, 2 x 100 Gb/s for 8 chips.
     "v5e": Tpu(
-        "v5e", "tpu", "pallas_tpu", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 50e9, 3.125e9,
+        name="v5e", platform="tpu", kernel="pallas_tpu",
+        flops=197e12, hbm=16 * GIB, usable=15.75 * GIB,
+        bandwidth=819e9, link=50e9, network=3.125e9,
         torus=2, wraps=16,
     ),
     # /v5p: 459 TFLOPS, 95 GiB (libtpu finds more available: 95.73), 2765 GB/s, ICI 1200 GB/s
     # over 6 links, DCN 50 Gb/s for a chip.
     "v5p": Tpu(
-        "v5p", "tpu", "pallas_tpu", 459e12, 95 * GIB, 95.73 * GIB, 2765e9, 100e9, 6.25e9,
+        name="v5p", platform="tpu", kernel="pallas_tpu",
+        flops=459e12, hbm=95 * GIB, usable=95.73 * GIB,
+        bandwidth=2765e9, link=100e9, network=6.25e9,
         torus=3, wraps=4,
     ),
     # /v6e: 918 TFLOPS, 32 GB, 1640 GB/s, ICI 800 GB/s over 4 ports, 4 x 200 Gb/s for 8 chips.
     "v6e": Tpu(
-        "v6e", "tpu", "pallas_tpu", 918e12, 32 * GIB, 31.24 * GIB, 1640e9, 100e9, 12.5e9,
+        name="v6e", platform="tpu", kernel="pallas_tpu",
+        flops=918e12, hbm=32 * GIB, usable=31.24 * GIB,
+        bandwidth=1640e9, link=100e9, network=12.5e9,
         torus=2, wraps=16,
     ),
     # /tpu7x, halved, as a core is a device: 2307 TFLOPS, 192 GiB, 7380 GB/s; ICI 1200 GB/s over 6
     # links; DCN 100 Gb/s for a chip; between the cores six times a link.
     "tpu7x": Tpu(
-        "tpu7x", "tpu", "pallas_tpu", 1153.5e12, 96 * GIB, 94.74 * GIB, 3690e9, 100e9, 6.25e9,
+        name="tpu7x", platform="tpu", kernel="pallas_tpu",
+        flops=1153.5e12, hbm=96 * GIB, usable=94.74 * GIB,
+        bandwidth=3690e9, link=100e9, network=6.25e9,
         torus=3, wraps=4, cores=2, on_chip=600e9,
     ),
 }  # fmt: skip
@@ -141,19 +151,25 @@ _SHARE = 0.95
 GPUS = {
     # A100 80GB SXM: 312 TFLOPS, 2039 GB/s, NVLink 600 GB/s.
     "a100": Gpu(
-        "a100", "cuda", "pallas_triton", 312e12, 85e9, 85e9 * _SHARE, 2039e9, 300e9, 25e9,
+        name="a100", platform="cuda", kernel="pallas_triton",
+        flops=312e12, hbm=85e9, usable=85e9 * _SHARE,
+        bandwidth=2039e9, link=300e9, network=25e9,
         kind="NVIDIA A100-SXM4-80GB", capability=8, cores=108, fpus=64, shared=167936,
         l2=40 << 20, clock=1.41,
     ),
     # H100 SXM: 989 TFLOPS, 3.35 TB/s, NVLink 900 GB/s.
     "h100": Gpu(
-        "h100", "cuda", "pallas_hopper", 989e12, 85e9, 85e9 * _SHARE, 3350e9, 450e9, 50e9,
+        name="h100", platform="cuda", kernel="pallas_hopper",
+        flops=989e12, hbm=85e9, usable=85e9 * _SHARE,
+        bandwidth=3350e9, link=450e9, network=50e9,
         kind="NVIDIA H100 80GB HBM3", capability=9, cores=132, fpus=128, shared=233472,
         l2=50 << 20, clock=1.98,
     ),
     # H200 SXM: 989 TFLOPS, 4.8 TB/s, NVLink 900 GB/s.
     "h200": Gpu(
-        "h200", "cuda", "pallas_hopper", 989e12, 150e9, 150e9 * _SHARE, 4800e9, 450e9, 50e9,
+        name="h200", platform="cuda", kernel="pallas_hopper",
+        flops=989e12, hbm=150e9, usable=150e9 * _SHARE,
+        bandwidth=4800e9, link=450e9, network=50e9,
         kind="NVIDIA H200", capability=9, cores=132, fpus=128, shared=233472,
         l2=50 << 20, clock=1.98,
     ),
