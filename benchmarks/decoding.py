@@ -75,7 +75,7 @@ def shape(size: str, layers: int | None, vocab: int | None) -> Config:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decoder(config: Config, dtype: str) -> Decoder:
     """A decoder with random weights."""
-    return model.create(config, jax.random.key(0), dtype)
+    return model.create(config, jax.random.key(0), dtype=dtype)
 
 
 def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:

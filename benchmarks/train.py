@@ -246,7 +246,7 @@ def threads() -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decoder(config: Config, dtype: str) -> Any:
     """Random weights, with stacked layers."""
-    return step.stacked(model.create(config, jax.random.key(0), dtype))
+    return step.stacked(model.create(config, jax.random.key(0), dtype=dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

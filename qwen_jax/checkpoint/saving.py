@@ -9,10 +9,10 @@ The mesh determines how the files are split, and nothing else.
 
 import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,18 @@ if TYPE_CHECKING:
 _WRITERS = 4  # leaves that are written at the same time
 
 
+class _Piece(NamedTuple):
+    """A leaf to be stored: its description, and the array that holds it.
+
+    layer: the leaf's index on the first axis of an array of stacked layers, or None if the array is
+        the leaf itself.
+    """
+
+    leaf: store.StoredLeaf
+    array: "jax.Array"
+    layer: int | None
+
+
 def save(
     path: str | Path, config: Config, decoder: "Decoder", like: str | Path | None = None
 ) -> None:
@@ -73,7 +85,7 @@ def save(
     values.instance("decoder", decoder, kind=Decoder)
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
-    leaves = {name: leaf for name, (leaf, _, _) in pieces.items()}
+    leaves = {name: piece.leaf for name, piece in pieces.items()}
     held = contextlib.ExitStack()
     check: Callable[[], None]  # assigned in `begin`, in the process that holds the lock
     facts = {
@@ -87,19 +99,7 @@ def save(
         nonlocal check
         _refuse_whole(root)
         check = held.enter_context(lock.alone(root))
-        _clear(root)
-        files = [] if like is None else [file.name for file in carried(existing(like))]
-        write_json(root / UNFINISHED, {**facts, "files": [*files, CONFIG]})
-        if like is not None:
-            carry(existing(like), root)
-        write_json(root / CONFIG, settings)
-        store.write_metadata(root / PARAMS, leaves)
-
-    def write() -> None:
-        with ThreadPoolExecutor(_WRITERS) as executor:
-            jobs = [executor.submit(store.write_shards, root / PARAMS, *p) for p in pieces.values()]
-            for job in jobs:
-                job.result()
+        _begin(root, settings, leaves=leaves, facts=facts, like=like)
 
     def end() -> None:
         check()
@@ -107,8 +107,45 @@ def save(
 
     with store.one_line(root, "written"), held:
         _together(begin, alone=True)
-        _together(write)
+        _together(lambda: _write(root / PARAMS, pieces.values()))
         _together(end, alone=True)
+
+
+def _begin(
+    root: Path,
+    settings: Mapping[str, Any],
+    *,
+    leaves: Mapping[str, store.StoredLeaf],
+    facts: Mapping[str, Any],
+    like: str | Path | None,
+) -> None:
+    """Write the small files of a model directory, after removing an interrupted save's remains.
+
+    settings: the contents of config.json.
+    leaves: the descriptions of the leaves, by path.
+    facts: entries of the manifest, by which a later save knows these remains.
+    like: the folder of which the small files are copied, or None.
+    """
+    _clear(root)
+    files = [] if like is None else [file.name for file in carried(existing(like))]
+    write_json(root / UNFINISHED, {**facts, "files": [*files, CONFIG]})
+    if like is not None:
+        carry(existing(like), root)
+    write_json(root / CONFIG, settings)
+    store.write_metadata(root / PARAMS, leaves)
+
+
+def _write(params: Path, pieces: Iterable[_Piece]) -> None:
+    """Write this process's shards of all leaves, a few leaves at a time."""
+    with ThreadPoolExecutor(_WRITERS) as executor:
+        jobs = [
+            executor.submit(
+                store.write_shards, params, piece.leaf, array=piece.array, layer=piece.layer
+            )
+            for piece in pieces
+        ]
+        for job in jobs:
+            job.result()
 
 
 def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping[str, Any]) -> None:
@@ -129,18 +166,15 @@ def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping
     (root / UNFINISHED).unlink()
 
 
-def _pieces(
-    config: Config, decoder: "Decoder"
-) -> "dict[str, tuple[store.StoredLeaf, jax.Array, int | None]]":
-    """Map the path of each leaf to be stored to its description, its array and its layer.
+def _pieces(config: Config, decoder: "Decoder") -> dict[str, _Piece]:
+    """Return the leaves to be stored, by path.
 
-    The layer is the leaf's index on the first axis of an array of stacked layers, or None if the
-    array is the leaf itself. Raises CheckpointError if the decoder does not belong to this config,
-    or if its leaves have several dtypes or one that cannot be stored.
+    Raises CheckpointError if the decoder does not belong to this config, or if its leaves have
+    several dtypes or one that cannot be stored.
     """
     from qwen_jax.leaves.weights import named_leaves
 
-    pieces: dict[str, tuple[store.StoredLeaf, jax.Array, int | None]] = {}
+    pieces: dict[str, _Piece] = {}
     for path, weight in named_leaves(decoder).items():
         array = weight.get_value()
         shape, shard = array.shape, array.sharding.shard_shape(array.shape)
@@ -151,15 +185,16 @@ def _pieces(
             shape, shard = shape[1:], shard[1:]
         chunks = store.chunk_shape(shard, array.dtype.itemsize)
         for name, layer in names.items():
-            pieces[name] = (store.StoredLeaf(name, shape, chunks, str(array.dtype)), array, layer)
-    dtypes = {leaf.dtype for leaf, _, _ in pieces.values()}
+            leaf = store.StoredLeaf(name, shape, chunks, str(array.dtype))
+            pieces[name] = _Piece(leaf, array, layer)
+    dtypes = {piece.leaf.dtype for piece in pieces.values()}
     if len(dtypes) > 1 or not dtypes <= set(store.DTYPES):
         raise CheckpointError(
             f"the decoder has leaves of dtype {', '.join(sorted(dtypes))}: a directory holds one "
             f"of {', '.join(store.DTYPES)}; cast the decoder first"
         )
     wanted = {n: tuple(leaf.shape) for n, leaf in abstract_leaves(config, "float32")[1].items()}
-    if problems := mismatch({name: leaf.shape for name, (leaf, _, _) in pieces.items()}, wanted):
+    if problems := mismatch({name: piece.leaf.shape for name, piece in pieces.items()}, wanted):
         raise CheckpointError(
             f"the decoder is not one of the config given: {problems}; give its own, decoder.config"
         )

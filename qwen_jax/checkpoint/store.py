@@ -247,9 +247,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + count].view(dtype).reshape(shape)
 
 
-def write_shards(
-    params: Path, leaf: StoredLeaf, *, array: "jax.Array", layer: int | None
-) -> None:
+def write_shards(params: Path, leaf: StoredLeaf, *, array: "jax.Array", layer: int | None) -> None:
     """Write this process's shards of a leaf, one chunk at a time.
 
     leaf: the description of the leaf.

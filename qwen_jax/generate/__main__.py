@@ -145,9 +145,7 @@ def work(args: argparse.Namespace) -> None:
     model = load(args, about, sizes=sizes)
     if answers and model.is_base:
         command.say(f"note: {description.BASE_NOTE}")
-    rules = completion.TextRules(
-        sampler=choose, stops=stops, stop_texts=stop_texts, ntk=args.ntk
-    )
+    rules = completion.TextRules(sampler=choose, stops=stops, stop_texts=stop_texts, ntk=args.ntk)
     if len(wanted) == 1:
         results.write_one(model, wanted[0], rules=rules, as_json=args.json)
     else:

@@ -213,10 +213,10 @@ def generate_text(
             new = self.room(len(ids), max_new_tokens)
         requests.append(Request(ids, int(seeds[number]), new))
     rules = TextRules(
-        self.generation_config.sampler if sampler is None else sampler,
-        self.generation_config.stops,
-        stop_texts(stop),
-        ntk,
+        sampler=self.generation_config.sampler if sampler is None else sampler,
+        stops=self.generation_config.stops,
+        stop_texts=stop_texts(stop),
+        ntk=ntk,
     )
     made = [row.text for rows in run(self, requests, rules=rules, batch_size=width) for row in rows]
     return made[0] if isinstance(prompts, str) else made

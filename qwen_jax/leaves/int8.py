@@ -6,7 +6,7 @@ here knows of layers or files.
 """
 
 import functools
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,11 @@ from jaxtyping import Array, Float
 from qwen_jax.leaves.weights import Leaf, Weight, product, scaled_product
 
 _LARGEST = 127
+_Held = TypeVar("_Held", jax.Array, Weight)
 
 
 @struct.dataclass
-class Int8(Leaf):
+class Int8(Leaf, Generic[_Held]):
     """An array stored as values * scale + zero, with a scale (and zero) for each vector along H.
 
     values: int8 [..., H].
@@ -32,17 +33,18 @@ class Int8(Leaf):
     arrays. scale and zero keep no axis of length 1 for H, which a TPU would pad to 128 lanes.
     """
 
-    values: Any
-    scale: Any
-    zero: jax.Array | None = None
+    values: _Held
+    scale: _Held
+    zero: Float[Array, "..."] | None = None
 
     @property
-    def letters(self) -> str:
+    def letters(self: "Int8[Weight]") -> str:
         """The axis letters of a weight, such as "FD". An array in the KV cache has none."""
         return self.values.letters
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array, that of its values."""
         return self.values.shape
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
@@ -53,7 +55,7 @@ class Int8(Leaf):
 
 def quantize(
     x: Float[Array, "... H"], symmetric: bool = True, *, scale_dtype: DTypeLike = jnp.float32
-) -> Int8:
+) -> Int8[jax.Array]:
     """Round x [..., H] to 8-bit integers, with a scale for each vector along H.
 
     symmetric: whether the largest magnitude of a vector is scaled to 127, without a zero. Otherwise
@@ -73,7 +75,7 @@ def quantize(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def quantize_weight(weight: Weight) -> Int8:
+def quantize_weight(weight: Weight) -> Int8[Weight]:
     """Round a weight to int8 with bfloat16 scales. The weight passed in is donated."""
     rounded = quantize(weight[...], scale_dtype=jnp.bfloat16)
     return Int8(
@@ -82,7 +84,7 @@ def quantize_weight(weight: Weight) -> Int8:
     )
 
 
-def of_layers(path: str, weight: Weight) -> Weight | Int8:
+def of_layers(path: str, weight: Weight) -> Weight | Int8[Weight]:
     """Convert a weight to int8 if it is a matrix of a layer, and return any other one unchanged.
 
     Embedding, head, norms and biases keep their dtype, as they are few and matter more. It is a
@@ -94,8 +96,8 @@ def of_layers(path: str, weight: Weight) -> Weight | Int8:
     return weight if small else quantize_weight(weight)
 
 
-@product.register
-def _(weight: Int8, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
+@product.register(Int8)
+def _(weight: Int8[Weight], equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
     # Integers up to 127 are exact in every float dtype. The rows of the result are scaled, not the
     # weights.
     values = Weight(weight.values[...].astype(x.dtype), letters=weight.letters)

@@ -7,7 +7,7 @@ layers.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key, PyTree
 
 from qwen_jax.meshes import sharding
 
+_Tree = TypeVar("_Tree")
 SUMMED = "summed"  # `jax.checkpoint` policies know a row-parallel product by this name
 
 
@@ -38,7 +39,7 @@ class Maker:
     dtype: the dtype of the weights.
     """
 
-    def __init__(self, sizes: Mapping[str, int], key: jax.Array, *, dtype: DTypeLike):
+    def __init__(self, sizes: Mapping[str, int], key: Key[Array, ""], *, dtype: DTypeLike):
         self._sizes, self._key, self._dtype = sizes, key, dtype
         self._drawn = 0
 
@@ -63,7 +64,7 @@ class Maker:
         )
         return Weight(drawn.astype(self._dtype), letters=letters)
 
-    def _next(self) -> jax.Array:
+    def _next(self) -> Key[Array, ""]:
         """Return the PRNG key of the next weight to draw."""
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
@@ -100,7 +101,13 @@ def contract(
 
 
 @functools.singledispatch
-def product(weight: Any, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
+def product(
+    weight: Weight | Leaf,
+    equation: str,
+    x: Float[Array, "B T _"],
+    out: P | None,
+    **kwargs: Any,
+) -> Float[Array, "B T _"]:
     """Multiply an activation x by one kind of weight. Each kind registers its own implementation.
 
     equation: an einsum equation such as "BTD,FD->BTF".
@@ -173,22 +180,32 @@ def _einsum(
     equation: str, x: jax.Array, *, y: jax.Array, out: P | None, preferred: DTypeLike | None
 ) -> jax.Array:
     """Compute the einsum of x and y, in full float32 if x is float32."""
-    settings: Any = {"precision": precision(x), "preferred_element_type": preferred}
-    return jnp.einsum(equation, x, y, out_sharding=out, **settings)
+    return jnp.einsum(
+        equation,
+        x,
+        y,
+        out_sharding=out,
+        precision=precision(x),
+        preferred_element_type=preferred,
+    )
 
 
 def _rounded_product_forward(
     x: jax.Array, w: jax.Array, equation: str, out: P | None, preferred: DTypeLike | None
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """Compute `_rounded_product`, and what its gradients need."""
     rounded, no_weights = w.astype(x.dtype), jnp.zeros(0, w.dtype)  # empty: it carries the dtype
     return _einsum(equation, x, y=rounded, out=out, preferred=preferred), (x, rounded, no_weights)
 
 
 def _rounded_product_backward(
-    equation: str, out: P | None, preferred: DTypeLike | None, saved: Any, dy: jax.Array
+    equation: str,
+    out: P | None,
+    preferred: DTypeLike | None,
+    saved: tuple[jax.Array, jax.Array, jax.Array],
+    dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the gradients of x, in its dtype, and of the weight, in the weight\'s own."""
+    """Compute the gradients of x, in its dtype, and of the weight, in the weight's own."""
     x, w, like = saved
     given, leaf, result = equation.replace("->", ",").split(",")
     dy = dy.astype(x.dtype)
@@ -219,27 +236,27 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def named_leaves(tree: Any) -> dict[str, Weight]:
+def named_leaves(tree: PyTree) -> dict[str, Weight]:
     """Return a module's weights by path, such as `layers.0.attn.q`, in the order of the tree."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
     return {".".join(_key(step) for step in path): leaf for path, leaf in found}
 
 
-def map_leaves(leaf: Callable[[str, Weight], Any], tree: Any) -> Any:
+def map_leaves(leaf: Callable[[str, Weight], PyTree], tree: _Tree) -> _Tree:
     """Return the same module with each weight, of any kind, replaced by `leaf(path, weight)`."""
 
-    def put(path: tuple[Any, ...], x: Weight) -> Any:
+    def put(path: tuple[object, ...], x: Weight) -> PyTree:
         return leaf(".".join(_key(step) for step in path), x)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=_is_leaf)
 
 
-def _is_leaf(x: Any) -> bool:
+def _is_leaf(x: object) -> bool:
     """Return whether x is a whole leaf of a decoder, below which paths do not go."""
     return isinstance(x, Weight | Leaf)
 
 
-def _key(step: Any) -> str:
+def _key(step: object) -> str:
     """Return the name of one step of a path in a jax tree: an attribute, a key or an index."""
     for attribute in ("name", "key", "idx"):
         if hasattr(step, attribute):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Key
 
 from qwen_jax import meshes
 from qwen_jax.config import Config
@@ -11,7 +12,7 @@ from qwen_jax.leaves.weights import Maker, Weight
 from qwen_jax.model.decoder import Block, Decoder
 
 
-def create(config: Config, key: jax.Array, dtype: DTypeLike) -> Decoder:
+def create(config: Config, key: Key[Array, ""], *, dtype: DTypeLike) -> Decoder:
     """Make a decoder with freshly drawn weights, partitioned over the mesh in force.
 
     As in the original PyTorch code, weights are drawn from N(0, initializer_range^2), the two
@@ -87,7 +88,7 @@ def _assemble(config: Config, make: Maker, *, blocks: list[Block]) -> Decoder:
     )
 
 
-def _maker(config: Config, key: jax.Array, *, dtype: DTypeLike) -> Maker:
+def _maker(config: Config, key: Key[Array, ""], *, dtype: DTypeLike) -> Maker:
     """Return a maker of leaves for a config, after checking that its axes divide over the mesh."""
     meshes.check(config.sizes, jax.sharding.get_abstract_mesh())
     return Maker(config.sizes, key, dtype=dtype)

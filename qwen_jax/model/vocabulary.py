@@ -7,14 +7,14 @@ logits, forward and backward. Collectives are written by hand because their orde
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qwen_jax.leaves.weights import Weight, contract, precision
 from qwen_jax.meshes import gathering, sharding
@@ -24,6 +24,7 @@ _ROW_MULTIPLE = 128
 # Rows added to a table's gradient at once. libtpu sorts longer lists first, which takes half a
 # gigabyte and, in a pod's step, a third of the compile time.
 _SCATTERED = 4096
+_Pair = tuple[jax.Array, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -58,11 +59,13 @@ def _look_up(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array
 
 def _look_up_forward(
     table: jax.Array, tokens: jax.Array, dtype: DTypeLike
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, _Pair]:
     return _look_up(table, tokens, dtype), (table, tokens)
 
 
-def _look_up_backward(dtype: DTypeLike, saved: Any, dx: jax.Array) -> Any:
+def _look_up_backward(
+    dtype: DTypeLike, saved: _Pair, dx: jax.Array
+) -> tuple[jax.Array, np.ndarray]:
     """Compute the gradient of the table: add each token's gradient to its row.
 
     saved: the table [V, D] and the tokens [B, T].
@@ -84,7 +87,7 @@ def _look_up_backward(dtype: DTypeLike, saved: Any, dx: jax.Array) -> Any:
         columns = jnp.moveaxis(dx.reshape(tokens.size, len(ids), -1), 0, 2)
         columns = jax.lax.all_to_all(columns, split, 0, 0, tiled=True) if split else columns
 
-        def step(sums: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        def step(sums: jax.Array, chunk: _Pair) -> tuple[jax.Array, None]:
             (rows,), columns = chunk
             return sums.at[rows].add(columns.T.astype(jnp.float32), mode="drop"), None
 
@@ -108,7 +111,9 @@ def _look_up_backward(dtype: DTypeLike, saved: Any, dx: jax.Array) -> Any:
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def _own_rows(table: jax.Array, ids: jax.Array, *, over: tuple[str, ...]) -> tuple[Any, Any]:
+def _own_rows(
+    table: Float[Array, "rows D"], ids: Int[Array, "*ids"], *, over: tuple[str, ...]
+) -> tuple[Int[Array, "*ids"], Bool[Array, "*ids"]]:
     """Turn token ids into row indices of this device's part of the table.
 
     over: the mesh axes that split the rows of the table.
@@ -119,13 +124,19 @@ def _own_rows(table: jax.Array, ids: jax.Array, *, over: tuple[str, ...]) -> tup
     return rows, (rows >= 0) & (rows < table.shape[0])
 
 
+def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Compute the einsum of x and y in float32; both are in x's dtype."""
+    wide = jnp.float32
+    return jnp.einsum(equation, x, y, precision=precision(x), preferred_element_type=wide)
+
+
 def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
     """Return the mesh axes that split an axis of x."""
     return sharding.entries(jax.typeof(x).sharding.spec[axis])
 
 
 @jax.jit
-def logits(x: Float[Array, "B T D"], head: Weight) -> jax.Array:
+def logits(x: Float[Array, "B T D"], head: Weight) -> Float[Array, "B T V"]:
     """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
     head = gathering.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)
@@ -139,9 +150,9 @@ class TokenScores(NamedTuple):
     largest: the largest of all logits. Its gradient is not defined; 0 is returned.
     """
 
-    logit: Any
-    lse: Any
-    largest: Any
+    logit: Float[Array, "B T"]
+    lse: Float[Array, "B T"]
+    largest: Float[Array, "B T"]
 
 
 def token_scores(
@@ -164,12 +175,12 @@ def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenSco
     """Scan over chunks of the head with a running maximum and sum, and combine these over `tp`."""
     layout = _Layout.of(x, head)
 
-    @jax.shard_map(out_specs=TokenScores(*[layout.rows] * 3), check_vma=False)
+    @jax.shard_map(out_specs=layout.rows, check_vma=False)
     def local(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenScores:
         flat = layout.tokens(x)
         rows, found = _own_rows(head, targets.reshape(-1), over=layout.tensor)
 
-        def step(carry: TokenScores, chunk: Any) -> tuple[TokenScores, None]:
+        def step(carry: TokenScores, chunk: _Pair) -> tuple[TokenScores, None]:
             part, first = chunk
             logits = layout.logits(flat, part, first=first, rows=head.shape[0])
             largest = jnp.maximum(carry.largest, jnp.max(logits, -1))
@@ -193,12 +204,16 @@ def _token_scores(x: jax.Array, head: jax.Array, targets: jax.Array) -> TokenSco
     return local(x, head, targets)
 
 
-def _forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[TokenScores, Any]:
+def _forward(
+    x: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[TokenScores, tuple[jax.Array, ...]]:
     scores = _token_scores(x, head, targets)
     return scores, (x, head, targets, scores.lse)
 
 
-def _backward(saved: Any, cotangents: TokenScores) -> Any:
+def _backward(
+    saved: tuple[jax.Array, ...], cotangents: TokenScores
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """Compute the gradients of x and head from logits that are computed again, chunk by chunk."""
     x, head, targets, lse = saved
     layout = _Layout.of(x, head)
@@ -206,27 +221,21 @@ def _backward(saved: Any, cotangents: TokenScores) -> Any:
 
     @jax.shard_map(out_specs=specs, check_vma=False)
     def local(
-        x: jax.Array,
-        head: jax.Array,
-        targets: jax.Array,
-        lse: jax.Array,
-        dlogit: jax.Array,
-        dlse: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+        x: jax.Array, head: jax.Array, targets: jax.Array, lse: jax.Array, *dscores: jax.Array
+    ) -> _Pair:
         flat = layout.tokens(x)
         rows, _ = _own_rows(head, targets.reshape(-1), over=layout.tensor)
-        lse, dlogit, dlse = (a.reshape(-1, 1) for a in (lse, dlogit, dlse))
-        settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
+        lse, dlogit, dlse = (a.reshape(-1, 1) for a in (lse, *dscores))
 
-        def step(dx: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
+        def step(dx: jax.Array, chunk: _Pair) -> _Pair:
             part, first = chunk
             part = layout.gathered(part, x.dtype)
             logits = layout.product(flat, part, first=first, rows=head.shape[0])
             dlogits = dlse * jnp.exp(logits - lse)
             dlogits = dlogits + jnp.where(layout.is_target(rows, first), dlogit, 0)
             dlogits = dlogits.astype(x.dtype)
-            dx = dx + jnp.einsum("tv,dv->td", dlogits, part, **settings)
-            dpart = jnp.einsum("tv,td->dv", dlogits, flat, **settings)
+            dx = dx + _einsum("tv,dv->td", dlogits, part)
+            dpart = _einsum("tv,td->dv", dlogits, flat)
             # Summed over the mesh in the head's own dtype, if that is the wider one.
             dpart = dpart.astype(jnp.promote_types(x.dtype, head.dtype))
             return dx, layout.summed(dpart, head.dtype)
@@ -276,7 +285,9 @@ class _Layout(NamedTuple):
             size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         copies = tuple(axis for axis in axes if axis not in split)
         parted = jax.typeof(x).sharding.spec[1] != rows[1]
-        return _Layout(size, tensor, split, copies, rows, parted)
+        return _Layout(
+            size=size, tensor=tensor, split=split, copies=copies, rows=rows, parted=parted
+        )
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """Gather x [B, T of this device, D] over `tensor`, and flatten it to [tokens, D]."""
@@ -290,7 +301,7 @@ class _Layout(NamedTuple):
             return jax.lax.psum_scatter(dx, self.tensor, scatter_dimension=1, tiled=True)
         return jax.lax.psum(dx, self.tensor) if self.tensor else dx
 
-    def chunks(self, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def chunks(self, head: jax.Array) -> _Pair:
         """Cut the head into [chunks, size, D of this device], with zeros after its last row.
 
         Also returns the index of each chunk's first row, int32 [chunks].
@@ -318,13 +329,9 @@ class _Layout(NamedTuple):
     def product(self, x: jax.Array, part: jax.Array, *, first: jax.Array, rows: int) -> jax.Array:
         """Compute the logits of a gathered chunk, float32 [tokens, size], -inf past the head's end.
 
-        x: [tokens, D].
-        part: the chunk, [D, size].
-        first, rows: the index of the chunk's first row, and the number of rows of this device's
-            head.
+        part: the chunk, [D, size]. x, first, rows: as in `logits`.
         """
-        settings: Any = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        logits = jnp.einsum("td,dv->tv", x, part, **settings)
+        logits = _einsum("td,dv->tv", x, part)
         return jnp.where(first + jnp.arange(self.size) < rows, logits, -jnp.inf)
 
     def is_target(self, rows: jax.Array, first: jax.Array) -> jax.Array:

@@ -101,7 +101,7 @@ def test_an_array_is_never_whole_on_the_host(tmp_path, monkeypatch):
 def test_a_leaf_of_zeros_is_written(tmp_path):
     """A chunk of the fill value alone, if there were one, would be left out."""
     with meshes.entered(mesh_of(4, 2)):
-        decoder = model.create(CONFIG, jax.random.key(0), jnp.float32)
+        decoder = model.create(CONFIG, jax.random.key(0), dtype=jnp.float32)
         checkpoint.save(tmp_path / "m", CONFIG, decoder)
     assert not np.any(arrays(decoder)["layers.0.attn.q_bias"])
     assert same(arrays(checkpoint.load(tmp_path / "m")), arrays(decoder))

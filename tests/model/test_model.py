@@ -422,7 +422,7 @@ def test_fresh_weights():
     std = 0.05
     config = tiny_config(qk_norm=True, initializer_range=std)
     create = jax.jit(model.create, static_argnums=(0, 2), compiler_options=QUICK)
-    leaves = weights.named_leaves(create(config, jax.random.key(1), jnp.float32))
+    leaves = weights.named_leaves(create(config, jax.random.key(1), dtype=jnp.float32))
     into_residual = std / math.sqrt(2 * config.num_layers)
     for name, leaf in leaves.items():
         value = np.asarray(leaf[...])
@@ -456,7 +456,7 @@ def test_abstract_is_create_without_the_arrays():
 
 
 def fresh(config: Config) -> Decoder:
-    return model.create(config, jax.random.key(0), jnp.bfloat16)
+    return model.create(config, jax.random.key(0), dtype=jnp.bfloat16)
 
 
 def test_leaves_have_names_and_can_be_replaced():

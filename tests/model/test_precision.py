@@ -29,7 +29,7 @@ CONFIG = dataclasses.replace(qwen_jax.PRESETS["qwen-1.8b"], num_layers=4, vocab_
 @pytest.fixture(scope="module")
 def wide() -> model.Decoder:
     with jax.set_mesh(meshes.make()):
-        return jax.jit(lambda key: model.create(CONFIG, key, jnp.float32))(jax.random.key(0))
+        return jax.jit(lambda key: model.create(CONFIG, key, dtype=jnp.float32))(jax.random.key(0))
 
 
 def log_probabilities(decoder: model.Decoder, tokens: np.ndarray) -> np.ndarray:

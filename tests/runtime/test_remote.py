@@ -237,7 +237,7 @@ def test_a_run(bucket, tmp_path, monkeypatch, capsys):
 def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
     """Adapters, the batch of a step that has no number, and a profile."""
     with jax.set_mesh(mesh_of(1, 1)):
-        decoder = model.stack(model.create(tiny_config(), jax.random.key(0), "float32"))
+        decoder = model.stack(model.create(tiny_config(), jax.random.key(0), dtype="float32"))
         chosen = adapter_config.targets(["c_attn"], decoder.config.num_layers)
         adapters = lora.create(
             decoder, chosen, rank=4, alpha=8, key=jax.random.key(1), embeddings=False

@@ -58,7 +58,7 @@ class Whole:
             decoder = checkpoint.load(self.ckpt, self.config, "float32")
         else:
             key = jax.random.key(self.recipe.seed)
-            decoder = model.create(self.config, key, jnp.float32)
+            decoder = model.create(self.config, key, dtype=jnp.float32)
         return step.state_of(model.stack(decoder, consume=True), optimizer)
 
     def abstract_state(self, optimizer: Optimizer) -> State:
