@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from qwen_jax.meshes import build
+from qwen_jax.meshes import construction
 from qwen_jax.runtime import processes
 from qwen_jax.runtime.command import UsageError, say
 
@@ -15,7 +15,7 @@ def mesh_sizes(option: str | None) -> dict[str, int]:
     option: None, if the option is not given, makes all sizes 1. Raises UsageError for a bad value.
     """
     try:
-        return build.parse(option)
+        return construction.parse(option)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
 
