@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from qwen_jax.config import Config
     from qwen_jax.config.presets import PRESETS
     from qwen_jax.decoding.sampling import Greedy, Nucleus
+    from qwen_jax.generate.from_directory import load
     from qwen_jax.generate.language_model import LanguageModel
-    from qwen_jax.generate.loading import load
     from qwen_jax.runtime.processes import initialize
 
 __version__ = VERSION
@@ -29,7 +29,7 @@ _HOME = {
     "TextStream": "chat.tokenizer",
     "Tokenizer": "chat.tokenizer",
     "initialize": "runtime.processes",
-    "load": "generate.loading",
+    "load": "generate.from_directory",
 }
 
 __all__ = [

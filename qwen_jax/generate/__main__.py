@@ -54,13 +54,13 @@ def load(
     """Load the model with the command line's dtypes and attention, on a mesh of `sizes`."""
     import jax
 
-    from qwen_jax.generate import loading
+    from qwen_jax.generate import from_directory
 
     caches.use_compilation_cache(args.compilation_cache)
     started = time.perf_counter()
     with jax.set_mesh(mesh(args, about, sizes=sizes)):
         chosen = {name: getattr(args, name) for name in ("dtype", "attention", "cache_dtype")}
-        model = loading.with_weights(args.ckpt, about, **chosen)
+        model = from_directory.with_weights(args.ckpt, about, **chosen)
     took = f"{time.perf_counter() - started:.1f} s"
     command.say(f"loaded {model.config.num_params():,} weights in {took}")
     return model

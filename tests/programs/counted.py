@@ -19,7 +19,7 @@ def bytes_read() -> int:
 def main() -> int:
     """Run the command, and return its exit code."""
     file, module, *arguments = sys.argv[1:]
-    for name in ("tensorstore", "convert.copying", "qwen_jax.generate.loading"):
+    for name in ("tensorstore", "convert.copying", "qwen_jax.generate.from_directory"):
         importlib.import_module(name)
     command = importlib.import_module(module)
     before = bytes_read()
