@@ -132,6 +132,15 @@ def test_every_option_says_its_default_and_its_names(module: str) -> None:
     assert not found, "the help lacks these"
 
 
+def test_names_of_the_registry_that_are_written_elsewhere_are_its_own() -> None:
+    """Where --help texts and figures of chips name kernels, they import nothing that knows them."""
+    listed = re.split(r", | or ", command.ATTENTION.partition(" (")[0])
+    assert sorted(listed) == sorted(ATTENTION)
+    kernels = {name: chip.kernel for name, chip in hardware.CHIPS.items()}
+    assert set(kernels.values()) <= set(attention.IMPLEMENTATIONS), kernels
+    assert {name: chip.name for name, chip in hardware.CHIPS.items()} == {n: n for n in kernels}
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_of_an_option_is_in_one_style(module: str) -> None:
     """A noun phrase or an imperative in lower case, without a full stop, the default at its end."""

@@ -300,7 +300,7 @@ def _is_published(ranks: Mapping[bytes, int]) -> bool:
 
 
 def _begins_expansion(ranks: Mapping[bytes, int], rank: int) -> bool:
-    """Whether the line with this rank is the first of an expansion.
+    """Return whether the line with this rank is the first of an expansion.
 
     ranks: the tokens of the lines before it.
 

@@ -218,8 +218,8 @@ def check_read(what: str, message: Mapping[str, Any], *, read: Collection[str]) 
         )
 
 
-def given(value: Any) -> bool:
-    """Whether a value is more than null, NaN, false, 0, empty text, or nested containers of these.
+def given(value: object) -> bool:
+    """Return whether a value is more than null, NaN, false, 0, "", or nested containers of these.
 
     Parquet and pandas fill fields with such values where other records have more.
     """
@@ -228,8 +228,8 @@ def given(value: Any) -> bool:
         part = left.pop()
         if isinstance(part, Mapping):
             left += part.values()
-        elif hasattr(part, "tolist"):  # a numpy array or scalar
-            left.append(part.tolist())
+        elif to_list := getattr(part, "tolist", None):  # a numpy array or scalar
+            left.append(to_list())
         elif isinstance(part, Iterable) and not isinstance(part, str | bytes):
             left += part
         elif part and part == part:
@@ -294,7 +294,7 @@ def _reply(message: Mapping[str, Any], number: int, *, with_tools: bool) -> list
     return steps
 
 
-def _function(value: Any, what: str) -> Mapping[str, Any]:
+def _function(value: object, what: str) -> Mapping[str, Any]:
     """The function in a tool or call: the value of its key "function", or the object itself."""
     function = value.get("function") if isinstance(value, Mapping) else None
     function = function if given(function) else value
@@ -303,7 +303,7 @@ def _function(value: Any, what: str) -> Mapping[str, Any]:
     return function
 
 
-def _json(value: Any, what: str) -> str:
+def _json(value: object, what: str) -> str:
     """Format a value as JSON. Raises ValueError that starts with `what`, the value's name."""
     try:
         return json.dumps(value, ensure_ascii=False)
@@ -335,7 +335,7 @@ def _content(message: Mapping[str, Any], number: int, *, needed: bool = True) ->
     return texts.check_whole(f"message {number}", content)
 
 
-def _listed(name: str, values: Any) -> list[Any]:
+def _listed(name: str, values: object) -> list[Any]:
     """Return a list or other iterable of objects as a list. Raises ValueError for other values."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of objects, got {texts.described(values)}")

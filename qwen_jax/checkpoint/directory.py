@@ -245,7 +245,7 @@ def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: A
 
 
 def file_sizes(root: Path) -> dict[str, int]:
-    """The size in bytes of every file under params/, by its path relative to the directory."""
+    """Return the size in bytes of every file under params/, by its path in the directory."""
     return {f"{PARAMS}/{name}": size for name, size in paths.sizes(root / PARAMS).items()}
 
 
@@ -301,7 +301,7 @@ def carry(source: Path, target: Path) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """The names of the files in a folder, without its lock and drafts of interrupted writes."""
+    """Return the names of a folder's files, without its lock and drafts of interrupted writes."""
     found = {file.name for file in folder.iterdir()} if folder.exists() else set()
     left = {file.name for file in folder.glob(paths.DRAFTS)} | {f"{UNFINISHED}.tmp"}
     return found - left - {lock.NAME}
@@ -322,7 +322,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _version(library: str) -> str:
-    """The installed version of a library, for the manifest."""
+    """Return the installed version of a library, for the manifest."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

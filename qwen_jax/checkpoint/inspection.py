@@ -160,7 +160,7 @@ def vocabulary(root: Path, config: Config) -> dict[str, Any]:
 
 
 def model_name(config: Config) -> str | None:
-    """The name of the published model with these sizes, or None."""
+    """Return the name of the published model with these sizes, or None."""
     sizes = _SIZES.values()
     for name, preset in PRESETS.items():
         if all(getattr(preset, field) == getattr(config, field) for field in sizes):

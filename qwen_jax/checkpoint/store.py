@@ -94,7 +94,7 @@ class Band:
         return len(self.pieces) * self.chunk_elements == self.rows * self.row_elements
 
     def files(self, params: Path) -> dict[Path, tuple[slice, ...]]:
-        """The path of each chunk file under `params`, with its ranges on all axes but the first."""
+        """Return the path of each chunk file, with its ranges on all axes but the first."""
         return {params / self.leaf.path / name: at for name, at in self.pieces.items()}
 
 
@@ -113,7 +113,7 @@ def chunk_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
 
 
 def chunk_files(leaves: Mapping[str, StoredLeaf]) -> dict[str, int]:
-    """The size in bytes that every chunk must have, by its path relative to params/."""
+    """Return the size in bytes that every chunk must have, by its path relative to params/."""
     return {
         f"{leaf.path}/{name}": band.chunk_elements * ITEM_BYTES[leaf.dtype]
         for leaf in leaves.values()

@@ -28,7 +28,7 @@ _CHATML = "<|im_start|>"
 
 
 def extra_vocab_file(root: Path, values: Mapping[str, Any]) -> Path | None:
-    """The vocabulary expansion that a directory's tokenizer_config.json names, or None.
+    """Return the vocabulary expansion that a directory's tokenizer_config.json names, or None.
 
     root: the directory.
     values: the contents of its tokenizer_config.json.
@@ -96,7 +96,7 @@ def warn(root: Path, values: Mapping[str, Any], *, tokenizer: Tokenizer) -> None
 
 
 def _holds(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the vocabulary has a token with this text."""
+    """Return whether the vocabulary has a token with this text."""
     return text in tokenizer.special_tokens or text.encode("utf-8", "replace") in tokenizer.ranks
 
 

@@ -128,7 +128,7 @@ class Config:
         }
 
     def num_params(self) -> int:
-        """The number of parameters, padded vocabulary rows included."""
+        """Return the number of parameters, padded vocabulary rows included."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
@@ -137,7 +137,7 @@ class Config:
         return embeddings + self.num_layers * layer + self.hidden_size
 
     def flops_per_token(self, length: int) -> float:
-        """The FLOPs per token of a training step on sequences of `length` tokens.
+        """Return the FLOPs per token of a training step on sequences of `length` tokens.
 
         These are 6 per weight that a token is multiplied with, plus causal attention: scores and
         weighted values in the forward pass, and twice as much in the backward pass. Recomputation
@@ -147,7 +147,7 @@ class Config:
         return 6 * self.num_multiplied() + 12 * self.num_heads * self.head_dim * keys
 
     def num_multiplied(self) -> int:
-        """The number of weights that each token is multiplied with.
+        """Return the number of weights that each token is multiplied with.
 
         An untied input embedding is not counted, because it is only looked up.
         """
@@ -161,7 +161,7 @@ class Config:
 
     @staticmethod
     def mean_keys(length: int, window: int | None) -> float:
-        """The mean number of keys that a token attends to in a causal sequence of `length` tokens.
+        """Return the mean number of keys that a token attends to in `length` causal tokens.
 
         window: the attention window in tokens; None for all tokens.
 
@@ -171,7 +171,7 @@ class Config:
         return seen - seen * seen / (2 * length)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """The bytes of KV cache that one token takes over all layers.
+        """Return the bytes of KV cache that one token takes over all layers.
 
         dtype: the cache's dtype: a float dtype, "int8" or "int8_asymmetric".
         """

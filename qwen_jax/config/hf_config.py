@@ -223,7 +223,7 @@ def generation(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beyond(value: Any, rows: Any) -> bool:
-    """Whether a token id, or any id of a list, is outside a vocabulary of `rows` entries."""
+    """Return whether a token id, or any id of a list, is outside a vocabulary of `rows` entries."""
     ids = value if isinstance(value, list) else [value]
     numbers = all(isinstance(x, int) for x in (*ids, rows))
     return numbers and not all(0 <= x < rows for x in ids)
@@ -241,7 +241,7 @@ def warn(hf: Mapping[str, Any], file: Any) -> None:
 
 
 def spelled(field: str) -> str:
-    """The name of a field of `Config` for messages: its config.json key, and its own name."""
+    """Return the name of a field of `Config` for messages: its config.json key and its own."""
     key = next((key for key, name in KEYS.items() if name == field), field)
     return field if key == field else f"{key} ({field})"
 

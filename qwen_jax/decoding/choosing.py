@@ -86,8 +86,10 @@ def choose(
         allowed: jax.Array,
         sampler: Sampler,
     ) -> tuple[jax.Array, jax.Array]:
-        """Choose each sequence's token and fault, and mark the token in `seen`. Every device draws
-        for some sequences and holds all their logits, so results do not depend on the mesh.
+        """Choose each sequence's token and fault, and mark the token in `seen`.
+
+        Every device draws for some sequences and holds all their logits, so results do not depend
+        on the mesh.
         """
         count, seeds = len(seeds), moves.own_rows(seeds)
         logits = jnp.where(allowed, moves.whole_rows(logits), -jnp.inf)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, UInt32
 from numpy.typing import ArrayLike
 
 from qwen_jax.runtime import texts, values
@@ -18,7 +19,7 @@ Stops = Sequence[int] | Sequence[Sequence[int]]  # ids, or sequences of ids, tha
 
 def rows(
     tokens: Tokens, mask: ArrayLike | None, *, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int32[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Check prompts; return them as int32 [B, T], left-padded with 0, and their lengths, [B].
 
     tokens: the token ids of each prompt; prompts of unequal length are padded here.
@@ -65,7 +66,9 @@ def _array(tokens: Any) -> tuple[Any, bool]:
     return found, False
 
 
-def _padded(given: list[Any], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(
+    given: list[Any], vocab_size: int
+) -> tuple[Int32[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Pad prompts of unequal length on the left with 0; return int32 [B, T] and the lengths, [B].
 
     given: the token ids of each prompt.
@@ -98,7 +101,7 @@ def _refuse_text(tokens: object) -> None:
         )
 
 
-def _mask(given: ArrayLike) -> np.ndarray:
+def _mask(given: ArrayLike) -> Bool[np.ndarray, "..."]:
     """Return a mask as a bool array. Raises ValueError unless it holds only 0 and 1."""
     try:
         mask = np.asarray(given)
@@ -112,7 +115,7 @@ def _mask(given: ArrayLike) -> np.ndarray:
     return mask.astype(bool)
 
 
-def alphas(ntk_alpha: ArrayLike, rows: int) -> np.ndarray:
+def alphas(ntk_alpha: ArrayLike, rows: int) -> Float[np.ndarray, " {rows}"]:
     """Return each sequence's NTK alpha, float64 [rows], from one number or one per sequence."""
     try:
         found = np.asarray(ntk_alpha)
@@ -148,7 +151,7 @@ def stops(stop: Stops, vocab_size: int) -> list[tuple[int, ...]]:
     return found
 
 
-def seeds(seed: Any, batch: int) -> np.ndarray:
+def seeds(seed: Any, batch: int) -> UInt32[np.ndarray, " B"]:
     """Return each sequence's seed, uint32 [batch], modulo 2**32, from one number or one each."""
     several = isinstance(seed, Iterable) and not isinstance(seed, values.NO_SEQUENCE)
     given = list(seed) if several and getattr(seed, "ndim", 1) else [seed]

@@ -39,7 +39,9 @@ class Greedy:
         """Raise ValueError if the repetition penalty is out of range."""
         _check_penalty(self.repetition_penalty)
 
-    def scores(self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]) -> jax.Array:
+    def scores(
+        self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]
+    ) -> Float[Array, "B V"]:
         """Return the logits after the repetition penalty, float32 [B, V].
 
         seen: bool [B, V], True for ids that the sequence already contains.
@@ -53,7 +55,7 @@ class Greedy:
         *,
         seeds: UInt[Array, " B"],
         step: Int[Array, ""],
-    ) -> jax.Array:
+    ) -> Int[Array, " B"]:
         """Choose the next token of each sequence, int32 [B].
 
         seen: True for ids that the sequence already contains.
@@ -92,7 +94,9 @@ class Nucleus:
             raise ValueError(f"top_k {texts.shown(top_k)}: must be a whole number, 0 for no limit")
         values.number("top_p", self.top_p, least=0, most=1)
 
-    def scores(self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]) -> jax.Array:
+    def scores(
+        self, logits: Float[Array, "B V"], seen: Bool[Array, "#B #V"]
+    ) -> Float[Array, "B V"]:
         """Return the logits of the distribution that tokens are drawn from, float32 [B, V].
 
         seen: bool [B, V], True for ids that the sequence already contains.
@@ -122,7 +126,7 @@ class Nucleus:
         *,
         seeds: UInt[Array, " B"],
         step: Int[Array, ""],
-    ) -> jax.Array:
+    ) -> Int[Array, " B"]:
         """Draw the next token of each sequence, int32 [B].
 
         seen: True for ids that the sequence already contains.
@@ -145,7 +149,7 @@ Sampler = Greedy | Nucleus
 
 def faults(
     sampler: Sampler, logits: Float[Array, "B V"], *, seen: Bool[Array, "#B #V"]
-) -> jax.Array:
+) -> Int[Array, " B"]:
     """Return for each sequence why no token can be chosen: int32 [B], a code in `FAULTS`, else 0.
 
     seen: True for ids that the sequence already contains.

@@ -109,6 +109,7 @@ def tasks(
 
 
 def work(args: argparse.Namespace) -> None:
+    """Generate the texts that the command line names, and print them."""
     process_options.join(args)
     generate_options.refuse_idle(args)
     given = generate_options.prompt_texts(args)
@@ -154,6 +155,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `python -m qwen_jax.generate`, and return its exit code."""
     return command.run(parser(), work, argv=argv)
 
 

@@ -1,10 +1,13 @@
 """The options of `python -m qwen_jax.generate`, and the checks of them that need no model."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax.generate import prompts
 from qwen_jax.runtime import caches, command, process_options
+
+if TYPE_CHECKING:
+    from qwen_jax.decoding.sampling import Sampler
 
 _EXAMPLES = """examples:
   python -m qwen_jax.generate --ckpt DIR --prompt "The capital of France is"
@@ -18,6 +21,7 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m qwen_jax.generate`."""
     result = command.Parser(
         prog="python -m qwen_jax.generate",
         description="Generate text with a model: continue prompts, or answer as a chat model. "
@@ -73,7 +77,7 @@ def _prompt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _sampling_options(group: Any) -> None:
+def _sampling_options(group: command.Group) -> None:
     add, own = group.add_argument, "(default: DIR's generation_config.json"
     add(
         "--max-new-tokens",
@@ -131,7 +135,7 @@ def _sampling_options(group: Any) -> None:
     )
 
 
-def _model_options(group: Any) -> None:
+def _model_options(group: command.Group) -> None:
     add = group.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
@@ -178,7 +182,7 @@ def _model_options(group: Any) -> None:
     )
 
 
-def sampler(args: argparse.Namespace, default: Any) -> Any:
+def sampler(args: argparse.Namespace, default: "Sampler | None") -> "Sampler":
     """Make the checkpoint's sampler with the command line's settings; UsageError for a bad one."""
     from qwen_jax.checkpoint.generation_config import make_sampler
 

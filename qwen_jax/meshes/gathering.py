@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 
 from qwen_jax.meshes.sharding import COPIES, WEIGHTS, axis_sizes, entries, joined
 
+_Tree = TypeVar("_Tree")
 _LANES = 128  # the lanes of a TPU register
 
 
-def unshard(tree: Any, dtype: DTypeLike | None = None) -> Any:
+def unshard(tree: _Tree, dtype: DTypeLike | None = None) -> _Tree:
     """Gather the weights of a tree over the FSDP axes just before their use, rounded to `dtype`.
 
     tree: a module, or any tree of weights.
@@ -57,7 +58,7 @@ def _gathered_forward(
 def _scatter(
     dtype: DTypeLike, own: DTypeLike, spec: P, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    """The backward pass of `_gathered`: reduce-scatter by mesh axis, then sum over `data`."""
+    """Run the backward pass of `_gathered`: reduce-scatter by mesh axis, then sum over `data`."""
     axis, places = _gathering(spec)
     back = [P(*place.partitions, unreduced=place.reduced) for place in reversed([*places][:-1])]
     return (_resharded(gradient, axis, places=back).astype(own),)

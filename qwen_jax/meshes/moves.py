@@ -7,14 +7,13 @@ Workarounds for XLA's handling of such moves are here too.
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from qwen_jax.meshes.sharding import (
     CONTEXT,
@@ -215,7 +214,7 @@ def zigzag_order(length: int) -> Int[np.ndarray, " {length}"]:
 
 
 @jax.custom_vjp
-def settled(x: Any) -> Any:
+def settled(x: PyTree) -> PyTree:
     """Return a tree x unchanged; the backward pass computes all its gradients before using any.
 
     XLA otherwise defers the products that make weight gradients, and keeps their operands until the
@@ -224,8 +223,8 @@ def settled(x: Any) -> Any:
     return x
 
 
-def _settle(given: Any) -> tuple[Any, list[Any]]:
-    """The forward pass of `settled`: return the tree, and a mark for each leaf that has a gradient.
+def _settle(given: PyTree) -> tuple[PyTree, list[tuple[()] | None]]:
+    """Run the forward pass of `settled`: return the tree, and a mark for each leaf that has a gradient.
 
     The mark is () with a gradient and None without: saved values must be arrays, or hold none.
     """
@@ -233,8 +232,8 @@ def _settle(given: Any) -> tuple[Any, list[Any]]:
     return tree.unflatten([x.value for x in leaves]), [() if x.perturbed else None for x in leaves]
 
 
-def _settle_gradients(wanted: list[Any], dx: Any) -> tuple[Any]:
-    """The backward pass of `settled`: compute all gradients that exist before any is used.
+def _settle_gradients(wanted: list[tuple[()] | None], dx: PyTree) -> tuple[PyTree]:
+    """Run the backward pass of `settled`: compute all gradients that exist before any is used.
 
     wanted: the marks of the leaves, from `_settle`. No gradient is computed for a frozen weight.
     """

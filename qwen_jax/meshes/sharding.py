@@ -15,12 +15,13 @@ modules or files.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_Tree = TypeVar("_Tree")
 AXES = ("data", "fsdp_outer", "fsdp", "context", "tp")
 BATCH = ("data", "fsdp_outer", "fsdp")  # the axes that split the rows of a batch
 # The axes that split weights until just before their use. Weights are gathered from the last axis
@@ -83,7 +84,7 @@ def named(letters: str, mesh: Mesh, *, lengths: Mapping[str, int] | None = None)
     return NamedSharding(mesh, spec(letters, lengths, mesh=mesh))
 
 
-def on_devices(mesh: Mesh, tree: Any) -> Any:
+def on_devices(mesh: Mesh, tree: _Tree) -> _Tree:
     """Give the shapes in a tree shardings on the devices of a mesh, for ahead-of-time compilation.
 
     The devices may belong to hardware that this machine lacks.

@@ -98,6 +98,7 @@ class _Scaled(Rope):
     factor: float = 1.0
 
     def frequencies(self, alpha: ArrayLike = 1.0) -> np.ndarray:
+        """Return the scaled frequencies. Raises ValueError for an alpha other than 1."""
         if np.any(np.asarray(alpha) != 1):
             raise ValueError("ntk_alpha goes with plain RoPE or dynamic NTK, not with rope_scaling")
         return np.broadcast_to(self._scaled(), (*np.shape(alpha), self.head_dim // 2))

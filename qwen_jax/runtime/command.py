@@ -29,13 +29,17 @@ DTYPE = "compute in this dtype (default: float32 on a CPU, bfloat16 or else floa
 _RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may raise on output
 
 
+Group = argparse._ArgumentGroup  # options under a title of their own, in --help
+
+
 class UsageError(ValueError):
     """Raised for invalid or contradictory arguments; the command exits with code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a usage error in one line, without the list of all options,
-    and whose help keeps the line breaks of its description and examples.
+    """An argument parser whose usage errors are one line, without the list of all options.
+
+    Its help keeps the line breaks of its description and examples.
     """
 
     def __init__(self, *args: Any, **settings: Any):
@@ -55,6 +59,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
+        """Print a usage error as one line, and exit with code 2."""
         self.exit(2, f"error: {_with_help(self, message.removeprefix('argument '))}\n")
 
 
@@ -108,8 +113,9 @@ def run(
 
 
 class _Absent(list[Any]):
-    """The placeholder of an argument that the command line does not contain. It is a list because
-    argparse appends to the values of some arguments.
+    """The placeholder of an argument that the command line does not contain.
+
+    It is a list because argparse appends to the values of some arguments.
     """
 
 
@@ -138,8 +144,9 @@ def refuse(args: argparse.Namespace, names: Iterable[str], *, why: str) -> None:
 
 
 def check_new(option: str, path: Path) -> None:
-    """Raise UsageError unless the file that an option names can be made: its folder exists, and
-    nothing is at its place that would be replaced.
+    """Raise UsageError unless the file that an option names can be made.
+
+    Its folder must exist, and nothing may be at its place that would be replaced.
     """
     if path.is_dir():
         raise UsageError(f"{option} {path}: is a folder; name a file")
@@ -244,7 +251,7 @@ class _Version(argparse.Action):
 
 
 def _whole(text: str) -> int:
-    """An argparse type in place of `int`, whose error says what is allowed."""
+    """Parse a whole number: an argparse type for `int` that says what is allowed."""
     try:
         return int(text)
     except ValueError:
@@ -252,7 +259,7 @@ def _whole(text: str) -> int:
 
 
 def _number(text: str) -> float:
-    """An argparse type in place of `float`, whose error says what is allowed."""
+    """Parse a number: an argparse type for `float` that says what is allowed."""
     try:
         return float(text)
     except ValueError:
@@ -260,14 +267,14 @@ def _number(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
+    """Parse a whole number of at least 1: an argparse type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def path(given: str) -> Path:
-    """An argparse type: a local path, or a path in Google Cloud Storage (`gs://`)."""
+    """Parse a local path, or one in Google Cloud Storage (`gs://`): an argparse type."""
     try:
         return paths.parse(given)
     except ValueError as error:
@@ -275,7 +282,7 @@ def path(given: str) -> Path:
 
 
 def text(given: str) -> str:
-    """An argparse type: text that is valid UTF-8, decoded from the bytes of the command line.
+    """Parse text that is valid UTF-8, from the bytes of the command line: an argparse type.
 
     File names may hold any bytes, so paths do not use this type.
     """

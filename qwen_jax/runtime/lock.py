@@ -224,7 +224,7 @@ class _Lease:
                 self._file.unlink()
 
     def _file_content(self) -> bytes | None:
-        """The bytes of the lock's object, or None if there is none."""
+        """Return the bytes of the lock's object, or None if there is none."""
         try:
             return self._file.read_bytes()
         except FileNotFoundError:
@@ -258,7 +258,7 @@ def _expires(place: Path, file: Path, *, generation: int, holder: dict[str, Any]
 
 
 def lives(process: int) -> bool:
-    """Whether the process with this id still runs on this machine (or in this container)."""
+    """Return whether the process with this id still runs on this machine (or in this container)."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -302,7 +302,7 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _busy(place: Path, holder: dict[str, Any]) -> str:
-    """The message of `Busy`: which program works on `place` since when, and what to do."""
+    """Return the message of `Busy`: which program works on `place` since when, and what to do."""
     who = "another program is at work there"
     if holder:
         since, host = holder.get("since"), holder.get("host")

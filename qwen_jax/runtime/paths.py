@@ -64,7 +64,7 @@ def _check_links(path: Path) -> None:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether the path is in Google Cloud Storage (`gs://`)."""
+    """Return whether the path is in Google Cloud Storage (`gs://`)."""
     return not isinstance(path, Path)
 
 
@@ -75,7 +75,7 @@ def absolute(path: "str | os.PathLike[str]") -> Path:
 
 
 def is_within(folder: Path, name: str) -> bool:
-    """Whether a file name, resolved in a folder, stays inside that folder.
+    """Return whether a file name, resolved in a folder, stays inside that folder.
 
     A name does not if it is absolute, contains `..`, or leads outside through a symbolic link. In
     the cache of the Hugging Face hub every file is a link into the folder `blobs` beside
@@ -99,7 +99,7 @@ def make_folder(path: Path) -> None:
 
 
 def is_place(file: Path) -> bool:
-    """Whether the folder of a file to be created exists. In `gs://` no folder can be missing."""
+    """Return whether the folder of a file to be created exists; in `gs://` it always does."""
     return is_remote(file) or file.parent.is_dir()
 
 
@@ -113,7 +113,7 @@ def remove_tree(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """The size of a file in bytes. Raises FileNotFoundError if there is no such file."""
+    """Return the size of a file in bytes. Raises FileNotFoundError if there is no such file."""
     return _objects().info(str(path))["size"] if is_remote(path) else path.stat().st_size
 
 
@@ -130,7 +130,7 @@ def stamp(path: Path) -> list[int]:
 
 
 def sizes(root: Path) -> dict[str, int]:
-    """The size in bytes of every file under `root`, by its path relative to `root`.
+    """Return the size in bytes of every file under `root`, by its path relative to `root`.
 
     A remote folder takes one listing. Files that are moved or removed meanwhile may be missing.
     """
@@ -249,9 +249,11 @@ class Upload:
         self._file: Any = _objects().open(str(path), "wb", block_size=_PART)
 
     def write(self, data: Any) -> int:
+        """Append bytes, and return their number."""
         return self._file.write(data)
 
     def finish(self) -> None:
+        """Complete the upload, so that the file appears."""
         self._file.close()
 
     def abandon(self) -> None:

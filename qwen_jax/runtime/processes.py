@@ -32,17 +32,17 @@ _joined: watch.Joined | None = None
 
 
 def index() -> int:
-    """The index of this process, from 0; 0 if there is only one process."""
+    """Return the index of this process, from 0; 0 if there is only one process."""
     return _joined.index if _joined else 0
 
 
 def count() -> int:
-    """The number of processes of this program."""
+    """Return the number of processes of this program."""
     return len(_joined.hosts) if _joined else 1
 
 
 def name(process: int) -> str:
-    """The name of a process for messages, with its host if there are several processes.
+    """Return the name of a process for messages, with its host if there are several processes.
 
     process: the index of the process.
     """
@@ -50,7 +50,7 @@ def name(process: int) -> str:
 
 
 def count_here() -> int:
-    """The number of processes of this program on this host, this one included."""
+    """Return the number of processes of this program on this host, this one included."""
     return _joined.hosts.count(_joined.hosts[_joined.index]) if _joined else 1
 
 
@@ -228,7 +228,7 @@ def propose(number: int) -> int:
 
 
 def proposed() -> int | None:
-    """The number that some process was the first to propose (`propose`), or None so far."""
+    """Return the number that some process was the first to propose (`propose`), or None so far."""
     if (me := _joined) is None:
         return None
     found = dict(me.client.key_value_dir_get(_PROPOSED.rpartition("/")[0] + "/"))

@@ -38,6 +38,7 @@ class _Lines:
         self._state = ""  # not printed yet
 
     def write(self, text: str) -> int:
+        """Take a piece of the bar's output, and print its state when that is due."""
         ends = text == "\n"
         if not ends and text.strip("\r"):
             self._state = text.strip()

@@ -48,7 +48,7 @@ def address(coordinator: str) -> tuple[str, int]:
 
 
 def answers(coordinator: str, timeout: float = 3.0) -> bool:
-    """Whether any program listens at `coordinator`, a HOST:PORT. timeout: seconds."""
+    """Return whether any program listens at `coordinator`, a HOST:PORT. timeout: seconds."""
     try:
         socket.create_connection(address(coordinator), timeout).close()
     except OSError:
@@ -181,7 +181,7 @@ def _missing(hosts: dict[int, str], count: int, *, timeout: float) -> str:
 
 
 def _connected(line: socket.socket) -> bool:
-    """Whether the process at the other end of a connection is still connected.
+    """Return whether the process at the other end of a connection is still connected.
 
     It sends nothing after its report, so a read returns at once only if it has hung up.
     """

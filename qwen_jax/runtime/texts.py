@@ -21,7 +21,7 @@ _MARKS = {
 }
 
 
-def check(name: str, value: Any) -> str:
+def check(name: str, value: object) -> str:
     """Return an argument as a plain `str`. Raises ValueError if it is not text.
 
     name: the argument's name, for the message.
@@ -32,7 +32,7 @@ def check(name: str, value: Any) -> str:
     raise ValueError(f"{name} must be text (str), got {described(value)}{hint}")
 
 
-def check_whole(name: str, value: Any) -> str:
+def check_whole(name: str, value: object) -> str:
     """Return an argument as a plain `str` without lone surrogates, as a model needs it.
 
     name: the argument's name, for messages.
@@ -56,14 +56,14 @@ def check_whole(name: str, value: Any) -> str:
     return text
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """Format an object's type and value for a message, short and in one line."""
     if value is None:
         return "None"
     return f"{type(value).__name__} {shown(value)}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Format a value for a message, short and in one line."""
     try:
         return " ".join(reprlib.repr(value).split())

@@ -26,7 +26,7 @@ NO_SEQUENCE = (str, bytes, bytearray, memoryview, Mapping, Set)  # iterable, but
 
 
 @contextlib.contextmanager
-def named(file: Any) -> Iterator[None]:
+def named(file: object) -> Iterator[None]:
     """Context manager that puts a file's name before the message of a ValueError in its block."""
     try:
         yield
@@ -34,14 +34,14 @@ def named(file: Any) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def mapping(name: str, value: Any) -> Mapping[str, Any]:
+def mapping(name: str, value: object) -> Mapping[str, Any]:
     """Check that a value is a mapping with text keys, such as a JSON object, and return it."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must map names to values, got {texts.described(value)}")
     return value
 
 
-def whole(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+def whole(name: str, value: object, *, least: int | None = None, most: int | None = None) -> int:
     """Check that a value is a whole number from `least` to `most`, if given; return an int."""
     plain = _plain(value)
     try:
@@ -59,7 +59,7 @@ def from_file(value: Any) -> Any:
 
 
 def number(
-    name: str, value: Any, *, least: float | None = None, most: float | None = None
+    name: str, value: object, *, least: float | None = None, most: float | None = None
 ) -> int | float:
     """Check that a value is a real number, from `least` to `most` if given, and return it.
 
@@ -79,7 +79,7 @@ def number(
         raise ValueError(f"{name} {shown}: must be a number that a float holds") from None
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """Check that a value is True or False, and return it as a bool."""
     plain = _plain(value)
     if not isinstance(plain, bool):
@@ -87,7 +87,7 @@ def flag(name: str, value: Any) -> bool:
     return plain
 
 
-def choice(name: str, value: Any, *, allowed: Iterable[str], or_none: bool = False) -> None:
+def choice(name: str, value: object, *, allowed: Iterable[str], or_none: bool = False) -> None:
     """Raise ValueError unless the value is one of the allowed texts, or None if `or_none` is set.
 
     A numpy dtype counts as its name.
@@ -99,7 +99,7 @@ def choice(name: str, value: Any, *, allowed: Iterable[str], or_none: bool = Fal
         raise ValueError(f"{name} {texts.shown(value)}: allowed are {', '.join(known)}{others}")
 
 
-def instance(name: str, value: Any, *, kind: type[_T] | tuple[type[_T], ...]) -> _T:
+def instance(name: str, value: object, *, kind: type[_T] | tuple[type[_T], ...]) -> _T:
     """Check that the value is an object of one of these classes, and return it."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -46,7 +46,7 @@ class Joined:
     gatherings: int = 0
 
     def name(self, process: int) -> str:
-        """The name of a process for messages, with its host. process: its index."""
+        """Return the name of a process for messages, with its host. process: its index."""
         return f"process {process} ({self.hosts[process]})"
 
 

@@ -107,7 +107,8 @@ def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -
     with jax.set_mesh(mesh):
         decoder = model.abstract(config, dtype)
         shapes = jax.eval_shape(lambda: decode_state(setting, dtype))
-    decoder, (rules, state, cache) = (sharding.on_devices(mesh, x) for x in (decoder, shapes))
+    decoder = sharding.on_devices(mesh, decoder)
+    rules, state, cache = sharding.on_devices(mesh, shapes)
     limit = sharding.on_devices(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     held = {"weights": nbytes(decoder), "cache": nbytes(cache.layers)}
     held["batch"] = nbytes((state, cache)) - held["cache"] + nbytes((rules, limit))
