@@ -224,7 +224,7 @@ def settled(x: PyTree) -> PyTree:
 
 
 def _settle(given: PyTree) -> tuple[PyTree, list[tuple[()] | None]]:
-    """Run the forward pass of `settled`: return the tree, and a mark for each leaf that has a gradient.
+    """Return the tree, and a mark for each leaf that has a gradient: the forward pass of `settled`.
 
     The mark is () with a gradient and None without: saved values must be arrays, or hold none.
     """
