@@ -421,7 +421,7 @@ def spread(leaf: jax.Array) -> tuple[float, float]:
 def test_fresh_weights():
     std = 0.05
     config = tiny_config(qk_norm=True, initializer_range=std)
-    create = jax.jit(model.create, static_argnums=(0, 2), compiler_options=QUICK)
+    create = jax.jit(model.create, static_argnames=("config", "dtype"), compiler_options=QUICK)
     leaves = weights.named_leaves(create(config, jax.random.key(1), dtype=jnp.float32))
     into_residual = std / math.sqrt(2 * config.num_layers)
     for name, leaf in leaves.items():
