@@ -5,45 +5,20 @@ Nothing here knows of RoPE, of layers or of files.
 """
 
 from qwen_jax.attention.reference import Attend, xla
-from qwen_jax.attention.registry import (
-    DECODERS,
-    FEW,
-    IMPLEMENTATIONS,
-    RESOLVED,
-    Chosen,
-    auto,
-    cached,
-    decoder,
-    get,
-    on_shards,
-    pallas_hopper,
-    pallas_tpu,
-    pallas_triton,
-    resolved,
-    say,
-)
+from qwen_jax.attention.registry import FEW, IMPLEMENTATIONS, Implementation, auto, get, on_shards
 from qwen_jax.kernels.flash import KeysOrValues
 from qwen_jax.kernels.mask import FULL, Mask
 
 __all__ = [
-    "DECODERS",
     "FEW",
     "FULL",
     "IMPLEMENTATIONS",
-    "RESOLVED",
     "Attend",
-    "Chosen",
+    "Implementation",
     "KeysOrValues",
     "Mask",
     "auto",
-    "cached",
-    "decoder",
     "get",
     "on_shards",
-    "pallas_hopper",
-    "pallas_tpu",
-    "pallas_triton",
-    "resolved",
-    "say",
     "xla",
 ]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import registry, ring
 from qwen_jax.attention.reference import Attend
+from qwen_jax.attention.registry import Implementation
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import CacheLeaf, KeysOrValues, Quantised
@@ -80,7 +81,7 @@ class LayerCache:
         scale: float32 [B, T], the factor on each query's scores.
         index: int32 [], the write index. `Cache.context` returns `past` and `index`.
         """
-        decode = registry.decoder(implementation, q, keys=self.k)
+        decode = Implementation.of(implementation).decode_kernel(q, keys=self.k)
         rows = jax.typeof(q).sharding.spec
         leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
 
@@ -100,10 +101,10 @@ class LayerCache:
                 o = implementation(q, k, v, own, scale)
             elif decode is not None:
                 start = index - own.q_positions[:, 0]
-                held = (
+                keys, values = (
                     x if isinstance(x, Quantised) else x.astype(q.dtype) for x in (layer.k, layer.v)
                 )
-                o = decode(q, k, v, *held, start, index, own.window, scale)
+                o = decode(q, k, v, keys, values, start, index, own.window, scale)
             else:
                 found = implementation(q, k, v, own, scale, return_lse=True)
                 found = _merge_cached(

@@ -52,11 +52,11 @@ def wait_at_exit(thread: threading.Thread) -> None:
     """
     if not thread.is_alive():
         return
-    registry.say(f"attention: up to {LIMIT:g} s more for the compiler of a self-test to end")
+    registry.log_once(f"attention: up to {LIMIT:g} s more for the compiler of a self-test to end")
     thread.join(LIMIT)
     if thread.is_alive():
         line = "attention: the compiler of a self-test hangs: this process ends with exit code 1"
-        registry.say(line, logging.WARNING)
+        registry.log_once(line, logging.WARNING)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1)

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.attention import agreement, deadline, registry, timing, verdicts, workloads
 from qwen_jax.attention.reference import Attend
-from qwen_jax.attention.registry import DECODERS, IMPLEMENTATIONS, Chosen
+from qwen_jax.attention.registry import IMPLEMENTATIONS, Implementation
 from qwen_jax.attention.verdicts import Key, Verdict
 from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
@@ -123,12 +123,12 @@ def resolve(name: str, cases: Sequence[Case]) -> Attend:
     decode = REFERENCE
     for case in cases:
         decode = _settled([case]) if case.task == "decode" else decode
-    return Chosen(forward, decode)
+    return registry.inference(forward, decode)
 
 
 def _settled(cases: Sequence[Case]) -> str:
-    """Choose one implementation for these calls, log the reason, and store it in `RESOLVED`."""
-    case, kind = cases[0], choice.device().device_kind
+    """Choose one implementation for these calls, log the reason, and have `auto` take it."""
+    case = cases[0]
     if choice.device().platform == "cpu":
         name, why = REFERENCE, "what auto takes on a CPU"
     else:
@@ -139,8 +139,8 @@ def _settled(cases: Sequence[Case]) -> str:
     else:
         purpose = "gradients" if len(cases) > 1 else "forward"
         taken = f"{name} ({case.dtype}, head dim {case.head_dim})"
-    registry.say(f"attention: {taken}: {why}; --attention NAME (attention=NAME) takes another")
-    registry.RESOLVED[kind, purpose, case.dtype, case.head_dim] = name
+    registry.log_once(f"attention: {taken}: {why}; --attention NAME (attention=NAME) takes another")
+    registry.remember(purpose, case.dtype, head_dim=case.head_dim, name=name)
     return name
 
 
@@ -162,7 +162,7 @@ def _choose(cases: Sequence[Case]) -> tuple[str, str]:
     agreement.forget()
     name, notes = decide(trials, ordered)
     for line, level in notes:
-        registry.say(line, level)
+        registry.log_once(line, level)
     return name, _why(name, trials, ordered=ordered)
 
 
@@ -193,11 +193,8 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
         lines = choice.lines(case.task, case.head_dim, case.stored, case.length)
         times.append({line["kernel"]: line["milliseconds"] for line in reversed(lines)})
     decodes = cases[0].task == "decode"
-    known = {
-        name: attend
-        for name, attend in IMPLEMENTATIONS.items()
-        if name == REFERENCE or not decodes or attend in DECODERS
-    }
+    kernels = {name: Implementation.of(x).decode for name, x in IMPLEMENTATIONS.items()}
+    known = [x for x in kernels if x == REFERENCE or not decodes or kernels[x] is not None]
     measured = [name for name in known if all(name in each for each in times)]
     if measured:
         measured.sort(key=lambda name: sum(each[name] for each in times))
@@ -205,7 +202,7 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
         return faster, True
     ours = [name for name in known if name.startswith("pallas")]
     if decodes:  # two names share one decode kernel
-        ours = list({DECODERS[known[name]]: name for name in reversed(ours)}.values())[::-1]
+        ours = list({kernels[name]: name for name in reversed(ours)}.values())[::-1]
     return ours, False
 
 
@@ -329,7 +326,7 @@ def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, f
         agreement.check(case, name)
     except NotImplementedError as refusal:
         raise _Declined(*refusal.args) from None
-    registry.say(
+    registry.log_once(
         f"attention: proving {name} on {key.device}, once ({case.task}, {case.dtype}, head dim "
         f"{case.head_dim}, {case.length} tokens)"
     )

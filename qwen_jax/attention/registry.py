@@ -8,14 +8,13 @@ global arrays.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import ring
 from qwen_jax.attention.reference import Attend, xla
@@ -77,33 +76,116 @@ def on_shards(attend: Attend) -> Attend:
     return run
 
 
-pallas_tpu = on_shards(flash_tpu.tpu_attention)
-pallas_triton = on_shards(flash_triton.triton_attention)
-pallas_hopper = on_shards(flash_hopper.hopper_attention)
+class Decode(Protocol):
+    """The interface of a decode kernel: attention from a few tokens to a cache and to themselves.
 
-# name -> attend(q, k, v, mask, scale, return_lse=False)
-IMPLEMENTATIONS: dict[str, Attend] = {
-    "xla": xla,
-    flash_tpu.NAME: pallas_tpu,
-    flash_triton.NAME: pallas_triton,
-    flash_hopper.NAME: pallas_hopper,
-    "dot_product": on_shards(others.dot_product),
-    "splash": on_shards(others.splash),
-    "flash": on_shards(others.tpu_flash),
-    "tokamax": on_shards(others.tokamax),
-}
-# attend -> decode(q, k, v, cache_k, cache_v, start, index, window, scale), for a few queries
-# against a cache. Implementations without one attend to cache and new tokens apart, and merge.
-DECODERS: dict[Attend, Callable[..., Any]] = {
-    pallas_tpu: decode_tpu.tpu_decode,
-    pallas_triton: decode_triton.triton_decode,
-    pallas_hopper: decode_triton.triton_decode,
+    `workloads.decode` says what its arguments and result are.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        cache_k: CacheLeaf,
+        cache_v: CacheLeaf,
+        start: Int[Array, " B"],
+        index: Int[Array, ""],
+        window: Int[Array, ""],
+        scale: Float[Array, "B T"],
+    ) -> Float[Array, "B T N H"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """An attention function with a name, and the decode kernel that goes with it.
+
+    name: its name in `IMPLEMENTATIONS`, or a description.
+    attend: the attention function.
+    decode: the kernel for a few queries against a cache. Without one, attention to the cache and to
+        the new tokens is computed apart, and merged.
+
+    Equal implementations have equal hashes, by which `jax.jit` finds compiled programs.
+    """
+
+    name: str
+    attend: Attend
+    decode: Decode | None = None
+
+    @staticmethod
+    def of(attend: Attend) -> "Implementation":
+        """Return an attention function as an implementation; a plain one has no decode kernel."""
+        return attend if isinstance(attend, Implementation) else Implementation("", attend)
+
+    @property
+    def __wrapped__(self) -> Attend:
+        """The attention function, where `inspect.signature` finds the options that it takes."""
+        return self.attend
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: KeysOrValues,
+        v: KeysOrValues,
+        mask: Mask,
+        scale: jax.Array,
+        return_lse: bool = False,
+        **local_options: Any,
+    ) -> Any:
+        """Attend. Arguments and results are those of `attention.xla`."""
+        return self.attend(q, k, v, mask, scale, return_lse, **local_options)
+
+    def decode_kernel(self, q: Float[Array, "B T N H"], *, keys: CacheLeaf) -> Decode | None:
+        """Return the kernel that attends from these queries to a cache, or None.
+
+        q: the queries. The result is None for more than `FEW` tokens T.
+        keys: the cached keys.
+        """
+        return self.decode if q.shape[1] <= FEW else None
+
+
+pallas_tpu = Implementation(
+    flash_tpu.NAME, on_shards(flash_tpu.tpu_attention), decode_tpu.tpu_decode
+)
+pallas_triton = Implementation(
+    flash_triton.NAME, on_shards(flash_triton.triton_attention), decode_triton.triton_decode
+)
+pallas_hopper = Implementation(
+    flash_hopper.NAME, on_shards(flash_hopper.hopper_attention), decode_triton.triton_decode
+)
+
+# name -> attend(q, k, v, mask, scale, return_lse=False): an `Implementation`, or a plain function
+IMPLEMENTATIONS: dict[str, Attend] = {"xla": xla} | {
+    x.name: x
+    for x in (
+        pallas_tpu,
+        pallas_triton,
+        pallas_hopper,
+        Implementation("dot_product", on_shards(others.dot_product)),
+        Implementation("splash", on_shards(others.splash)),
+        Implementation("flash", on_shards(others.tpu_flash)),
+        Implementation("tokamax", on_shards(others.tokamax)),
+    )
 }
 
 
 # The choices of `prove.resolve` in this process: (device kind, purpose, dtype, head dim) -> name.
-# A purpose is "forward", "gradients" (forward and backward) or the result of `cached`.
-RESOLVED: dict[tuple[str, str, str, int], str] = {}
+_RESOLVED: dict[tuple[str, str, str, int], str] = {}
+
+
+def remember(purpose: str, dtype: str, *, head_dim: int, name: str) -> None:
+    """Make `auto` take the implementation `name` on this device from now on.
+
+    purpose: "forward", "gradients" (forward and backward) or "decode", with the cache's dtype after
+        it if it is quantised, such as "decode int8".
+    dtype, head_dim: of the queries.
+    """
+    _RESOLVED[choice.device().device_kind, purpose, dtype, head_dim] = name
+
+
+def _remembered(purpose: str, q: Float[Array, "B T N H"]) -> str | None:
+    """Return the name that `remember` was given for such queries on this device, or None."""
+    return _RESOLVED.get((choice.device().device_kind, purpose, q.dtype.name, q.shape[-1]))
 
 
 def get(name: str) -> Attend:
@@ -119,20 +201,23 @@ def get(name: str) -> Attend:
     return IMPLEMENTATIONS[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """An attention function for inference, with implementations for prompts and for decoding.
+def inference(forward: str, decode: str) -> Implementation:
+    """Return attention for inference, by one implementation for prompts and one for decoding.
 
-    forward: the name of the implementation for prompts.
-    decode: the name of the implementation that attends from a few tokens to a cache (see
-        `decoder`).
-
-    A kernel that was tested forward only is not differentiated: gradients come from the XLA
-    reference, and so do calls with at most `FEW` query tokens without a decode kernel.
+    forward: the name of the implementation for prompts. It was tested forward only, so gradients
+        come from the XLA reference, and so do calls with at most `FEW` query tokens.
+    decode: the name of the implementation whose decode kernel is used.
     """
+    attend = xla if forward == "xla" else _ForwardOnly(forward)
+    kernel = Implementation.of(IMPLEMENTATIONS[decode]).decode
+    return Implementation(f"{forward}, decoding {decode}", attend, kernel)
 
-    forward: str
-    decode: str
+
+@dataclasses.dataclass(frozen=True)
+class _ForwardOnly:
+    """The implementation `name` for prompts, and the XLA reference for all else."""
+
+    name: str
 
     def __call__(
         self,
@@ -143,9 +228,9 @@ class Chosen:
         scale: jax.Array,
         return_lse: bool = False,
     ) -> Any:
-        if q.shape[1] <= FEW or self.forward == "xla":
+        if q.shape[1] <= FEW:
             return xla(q, k, v, mask, scale, return_lse)
-        return _forward_alone(self.forward, return_lse, q, k, v, mask, jnp.asarray(scale))
+        return _forward_alone(self.name, return_lse, q, k, v, mask, jnp.asarray(scale))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -184,7 +269,7 @@ def _reference_gradients(name: str, return_lse: bool, pull: Any, cotangents: Any
 _forward_alone.defvjp(_with_reference, _reference_gradients)
 
 
-def auto(
+def _resolved(
     q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
@@ -195,59 +280,34 @@ def auto(
     """Attend by the choice of `prove.resolve` for this device, dtype and head dim.
 
     Without a choice it is the XLA reference, as no kernel can be tested while a program is traced.
-    Arguments and results are those of `attention.xla`.
     """
-    dtype, dim = q.dtype.name, q.shape[-1]
-    if (name := resolved("gradients", dtype, head_dim=dim)) is not None:
+    if (name := _remembered("gradients", q)) is not None:
         return IMPLEMENTATIONS[name](q, k, v, mask, scale, return_lse)
-    name = resolved("forward", dtype, head_dim=dim)
+    name = _remembered("forward", q)
     if name is None and choice.device().platform != "cpu":
-        say(
-            f"attention: xla ({dtype}, head dim {dim}): no kernel was proved in this process; "
-            "qwen_jax.attention.prove.resolve does that, before a program is traced"
+        log_once(
+            f"attention: xla ({q.dtype.name}, head dim {q.shape[-1]}): no kernel was proved in "
+            "this process; qwen_jax.attention.prove.resolve does that, before a program is traced"
         )
-    return Chosen(name or "xla", "xla")(q, k, v, mask, scale, return_lse)
+    return inference(name or "xla", "xla")(q, k, v, mask, scale, return_lse)
 
 
-def resolved(purpose: str, dtype: str, *, head_dim: int) -> str | None:
-    """Return the implementation that `prove.resolve` chose for this device, or None.
+class _Auto(Implementation):
+    """The implementation "auto", whose decode kernel is the choice of `prove.resolve`, too."""
 
-    purpose: "forward", "gradients" or a result of `cached`.
-    dtype: the dtype of the queries.
-    """
-    return RESOLVED.get((choice.device().device_kind, purpose, dtype, head_dim))
-
-
-def cached(leaf: CacheLeaf) -> str:
-    """Return the purpose in `RESOLVED` of a decode kernel, such as "decode" or "decode int8".
-
-    leaf: the cached keys, an array or `Int8`.
-    """
-    if not isinstance(leaf, Quantised):
-        return "decode"
-    return "decode int8" if leaf.zero is None else "decode int8_asymmetric"
+    def decode_kernel(self, q: Float[Array, "B T N H"], *, keys: CacheLeaf) -> Decode | None:
+        """Return the kernel that was chosen for such queries and such a cache, or None."""
+        purpose = "decode"
+        if isinstance(keys, Quantised):
+            purpose += " int8" if keys.zero is None else " int8_asymmetric"
+        found = IMPLEMENTATIONS[_remembered(purpose, q) or "xla"]
+        return Implementation.of(found).decode_kernel(q, keys=keys)
 
 
-def decoder(
-    implementation: Attend, q: Float[Array, "B T N H"], *, keys: CacheLeaf
-) -> Callable[..., Any] | None:
-    """Return the kernel by which an implementation attends from a few tokens to a cache, or None.
-
-    implementation: an attention function, from `get` or `prove.resolve`.
-    q: the queries. The result is None for more than `FEW` tokens T.
-    keys: the cached keys [B, K, S, H], an array or `Int8`.
-    """
-    if q.shape[1] > FEW:
-        return None
-    if isinstance(implementation, Chosen):
-        implementation = IMPLEMENTATIONS[implementation.decode]
-    elif implementation is auto:
-        name = resolved(cached(keys), q.dtype.name, head_dim=q.shape[-1])
-        implementation = IMPLEMENTATIONS[name or "xla"]
-    return DECODERS.get(implementation)
+auto = _Auto("auto", _resolved)
 
 
 @functools.cache
-def say(line: str, level: int = logging.INFO) -> None:
+def log_once(line: str, level: int = logging.INFO) -> None:
     """Log a line to the logger "qwen_jax", once per process."""
     logging.getLogger("qwen_jax").log(level, line)

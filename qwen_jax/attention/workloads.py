@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import cache, registry, ring, timing
 from qwen_jax.attention.reference import Attend
+from qwen_jax.attention.registry import Implementation
 from qwen_jax.attention.timing import Program
 from qwen_jax.kernels import choice, others
 from qwen_jax.kernels.flash import CacheLeaf
@@ -253,7 +254,7 @@ def decode(
 
     Returns o [B, T, N, H] in q's dtype.
     """
-    kernel = registry.decoder(attend, q, keys=cache_k)
+    kernel = Implementation.of(attend).decode_kernel(q, keys=cache_k)
     if kernel is not None:
         return kernel(q, k, v, cache_k, cache_v, start, index, window, scale)
     held = cache.Cache((cache.LayerCache(cache_k, cache_v),), start, index, fresh=False)

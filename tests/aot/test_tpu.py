@@ -42,7 +42,7 @@ def kernels(programs: list[aot.Program]) -> list[str]:
 @pytest.mark.parametrize("case", [*SIZES, *DIMS], ids=str)
 def test_forward_and_backward(case: Case) -> None:
     built = kernel_cost.both_passes(
-        attention.pallas_tpu, case.batch, case.length, case.heads, case.dim
+        attention.IMPLEMENTATIONS["pallas_tpu"], case.batch, case.length, case.heads, case.dim
     )
     compiled, programs = aot.compile_tpu(*built, case.target)
     for kernel in ("flash_forward", "flash_backward"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
@@ -22,7 +23,6 @@ import qwen_jax
 from qwen_jax import attention
 from qwen_jax.attention import (
     FULL,
-    Chosen,
     agreement,
     deadline,
     prove,
@@ -55,13 +55,13 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     here = SimpleNamespace(platform="tpu", device_kind=KIND)
     monkeypatch.setattr(choice, "device", lambda: here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(registry, "RESOLVED", {})
+    monkeypatch.setattr(registry, "_RESOLVED", {})
     monkeypatch.setattr(deadline, "LIMIT", launch.LONG)
     for name in ("pallas_triton", "pallas_hopper"):
         monkeypatch.delitem(attention.IMPLEMENTATIONS, name)
-    attention.say.cache_clear()
+    registry.log_once.cache_clear()
     yield
-    attention.say.cache_clear()
+    registry.log_once.cache_clear()
     agreement.forget()
 
 
@@ -78,9 +78,8 @@ def kernel(
     monkeypatch: pytest.MonkeyPatch, attend: Any, name: str = "pallas_tpu", decoder: Any = None
 ) -> None:
     """Put a stand-in where a kernel is, and one for the decode kernel that goes with it."""
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, name, attend)
-    if decoder is not None:
-        monkeypatch.setitem(attention.DECODERS, attend, decoder)
+    made = registry.Implementation(name, attend, decoder)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, name, made)
 
 
 def right(q: Any, k: Any, v: Any, mask: Any, scale: Any, return_lse: bool = False) -> Any:
@@ -230,7 +229,7 @@ FAST, SLOW = (1e-7, (1e-3, 2e-3)), (1e-7, (2e-3, 1e-3))
 
 def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]):
     ran = says(monkeypatch, pallas_tpu=FAST)
-    assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("pallas_tpu", "xla")
     assert ran == ["pallas_tpu forward"]
     assert said()[-1] == (
         "attention: pallas_tpu (float32, head dim 16): it is right on this TPU test, and the "
@@ -238,7 +237,7 @@ def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch, said: Callable[[],
     )
     verdicts.forget()
     says(monkeypatch, pallas_tpu=SLOW)
-    assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("xla", "xla")
     # The program that is timed runs through four layers.
     assert said()[-2] == "attention: not pallas_tpu: slower here (0.5 ms, xla 0.25 ms)"
     assert "xla (float32, head dim 16): no kernel is right and faster on this TPU te" in said()[-1]
@@ -252,7 +251,7 @@ def test_training_takes_what_is_right_and_faster_both_ways(monkeypatch: pytest.M
     says(monkeypatch, pallas_tpu_forward=FAST, pallas_tpu_backward=(0.5, None))
     assert prove.resolve("auto", both) is attention.xla
     # A prompt may still go through it.
-    assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("pallas_tpu", "xla")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_a_kernel_that_fails_is_reported_and_left(
 ):
     kernel(monkeypatch, right, "pallas_triton")
     ran = says(monkeypatch, pallas_tpu=answer, pallas_triton=FAST)
-    assert prove.resolve("auto", [TINY]) == Chosen("pallas_triton", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("pallas_triton", "xla")
     (line,) = [x for x in said() if "please send us this line" in x]
     assert f"qwen_jax {qwen_jax.__version__}; {KIND}; jax {jax.__version__}, jaxlib " in line
     assert f"; pallas_tpu forward; float32, head dim 16, 64 tokens; {found}" in line
@@ -308,7 +307,7 @@ def test_what_a_compiler_lacks_is_a_failure(
 ):
     """It says so as a kernel declines, but when it has been asked: once is enough."""
     says(monkeypatch, pallas_tpu=NotImplementedError("no lowering of sin"))
-    assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("xla", "xla")
     assert [x.found for x in verdicts.kept()] == [
         "refused: NotImplementedError: no lowering of sin"
     ]
@@ -326,7 +325,7 @@ def test_what_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(deadline, "LIMIT", 0.1)
     monkeypatch.setattr(deadline.atexit, "register", lambda *call: at_exit.append(call))
     try:
-        assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+        assert prove.resolve("auto", [TINY]) == registry.inference("xla", "xla")
         ((handler, thread),) = at_exit
         assert handler is deadline.wait_at_exit and thread.is_alive() and thread.daemon
         assert [x.outcome for x in verdicts.kept()] == ["timed out"]
@@ -430,7 +429,7 @@ def test_a_damaged_file_is_proved_anew(text: bytes, monkeypatch: pytest.MonkeyPa
     (file,) = verdicts.folder().iterdir()
     file.write_bytes(text)
     assert verdicts.kept() == []
-    assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("pallas_tpu", "xla")
     assert len(ran) == 2 and json.loads(file.read_text())["outcome"] == "agrees"
 
 
@@ -467,7 +466,7 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     says(monkeypatch, pallas_tpu=FAST)
     with pytest.warns(UserWarning, match=r"/file/qwen_jax cannot be written to: Not a directory: "):
-        assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
+        assert prove.resolve("auto", [TINY]) == registry.inference("pallas_tpu", "xla")
     assert not list((tmp_path).rglob("*.json"))
 
 
@@ -484,17 +483,17 @@ def test_measured_lines_give_the_order_and_still_need_agreement(
     lines = [line("pallas_tpu", 2), line("xla", 9), line("splash", 1), line("flash", 10)]
     monkeypatch.setattr(choice, "measured", lambda: lines)
     ran = says(monkeypatch, splash=(0.5, None), pallas_tpu=SLOW)
-    assert prove.resolve("auto", [TINY]) == Chosen("pallas_tpu", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("pallas_tpu", "xla")
     assert ran == ["splash forward, not timed", "pallas_tpu forward, not timed"]
     assert "it is right on this TPU test, and the fastest that was measured on such" in said()[-1]
     prove.resolve("auto", [TINY])
     assert len(ran) == 2
     # Without lines the order is to be found out, and a verdict without times says too little.
     monkeypatch.setattr(choice, "measured", list)
-    assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("xla", "xla")
     assert ran[2:] == ["pallas_tpu forward"]
     monkeypatch.setattr(choice, "measured", lambda: lines[1:2])
-    assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("xla", "xla")
     assert "nothing that was measured on TPU test is faster" in said()[-1]
 
 
@@ -570,7 +569,7 @@ def test_processes_that_cannot_agree_take_the_reference(
     monkeypatch.setattr(
         prove, "_self_test", lambda *_, **__: pytest.fail("each would decide alone")
     )
-    assert prove.resolve("auto", [TINY]) == Chosen("xla", "xla")
+    assert prove.resolve("auto", [TINY]) == registry.inference("xla", "xla")
     assert "processes that were not joined by qwen_jax.initialize cannot agree" in said()[-1]
 
 
@@ -586,7 +585,7 @@ def test_names_are_taken_as_they_are(
         prove.resolve("nope", [TINY])
     cpu = SimpleNamespace(platform="cpu", device_kind="cpu")
     monkeypatch.setattr(choice, "device", lambda: cpu)
-    assert prove.resolve("auto", [TINY, DECODE]) == Chosen("xla", "xla")
+    assert prove.resolve("auto", [TINY, DECODE]) == registry.inference("xla", "xla")
     why = "what auto takes on a CPU"
     assert said() == [
         f"attention: xla {what}: {why}; --attention NAME (attention=NAME) takes another"
@@ -611,7 +610,7 @@ def test_what_is_proved_forward_alone_has_the_gradient_of_the_reference(
     def gradient(attend: Any) -> Any:
         return jax.jit(jax.value_and_grad(lambda q, s: jnp.sum(attend(q, k, v, mask, s)), (0, 1)))
 
-    chosen = Chosen("pallas_tpu", "xla")
+    chosen = registry.inference("pallas_tpu", "xla")
     once, twice = (jax.jit(attend)(q, k, v, mask, scale) for attend in (right, chosen))
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-5)
     for got, wanted in zip(
@@ -627,7 +626,7 @@ def test_auto_in_a_trace_takes_what_was_resolved(
 ):
     kernel(monkeypatch, lambda *x: 2 * right(*x), decoder=right_decoder)
     q, k, v, mask, scale = call(20)
-    assert attention.decoder(attention.auto, q[:, :1], keys=jnp.swapaxes(k, 1, 2)) is None
+    assert attention.auto.decode_kernel(q[:, :1], keys=jnp.swapaxes(k, 1, 2)) is None
 
     def run() -> Any:
         return jax.jit(lambda *x: attention.get("auto")(*x))(q, k, v, mask, scale)
@@ -638,9 +637,9 @@ def test_auto_in_a_trace_takes_what_was_resolved(
     prove.resolve("auto", [TINY, DECODE])
     np.testing.assert_allclose(run(), 2 * plain, rtol=1e-5)
     keys = jnp.zeros((1, 2, 20, 16))
-    assert attention.decoder(attention.auto, q[:, :1], keys=keys) is right_decoder
+    assert attention.auto.decode_kernel(q[:, :1], keys=keys) is right_decoder
     int8 = quantize(keys)
-    assert attention.decoder(attention.auto, q[:, :1], keys=int8) is None  # proved for other leaves
+    assert attention.auto.decode_kernel(q[:, :1], keys=int8) is None  # proved for others
     # A step is differentiated, which the kernel has failed: from then on it is not taken.
     prove.resolve("auto", [TINY, BACKWARD])
     np.testing.assert_allclose(run(), plain, rtol=1e-5)
@@ -648,12 +647,30 @@ def test_auto_in_a_trace_takes_what_was_resolved(
 
 def test_decoding_takes_a_kernel_of_its_own():
     q, keys = jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 2, 20, 16))
-    pallas = attention.DECODERS[attention.pallas_tpu]
-    assert attention.decoder(Chosen("xla", "pallas_tpu"), q, keys=keys) is pallas
-    assert attention.decoder(Chosen("pallas_tpu", "xla"), q, keys=keys) is None
+    pallas = registry.pallas_tpu.decode
+    assert registry.inference("xla", "pallas_tpu").decode_kernel(q, keys=keys) is pallas
+    assert registry.inference("pallas_tpu", "xla").decode_kernel(q, keys=keys) is None
     few = call(4)  # which then go through the reference, in parts
-    chosen = jax.make_jaxpr(Chosen("pallas_tpu", "xla"))(*few)
+    chosen = jax.make_jaxpr(registry.inference("pallas_tpu", "xla"))(*few)
     assert str(chosen) == str(jax.make_jaxpr(right)(*few))
+
+
+def test_equal_choices_share_a_program():
+    run = jax.jit(lambda attend, x: attend.decode_kernel(x, keys=x) is None, static_argnums=0)
+    for _ in range(2):
+        run(registry.inference("pallas_tpu", "pallas_triton"), jnp.zeros((1, 1, 2, 16)))
+    assert run._cache_size() == 1
+
+
+def test_a_plain_function_has_no_decode_kernel():
+    q = jnp.zeros((1, 1, 2, 16))
+    assert registry.Implementation.of(right).decode_kernel(q, keys=q) is None
+    assert registry.Implementation.of(attention.auto) is attention.auto
+
+
+def test_an_implementation_has_the_options_of_its_function():
+    """Ring attention asks for them: `known` saves a kernel work."""
+    assert "known" in inspect.signature(attention.IMPLEMENTATIONS["pallas_tpu"]).parameters
 
 
 def test_a_model_is_loaded_with_what_has_proved_itself(
