@@ -42,7 +42,7 @@ class LayerCache:
     v: CacheLeaf
 
     def extend(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, ""]
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, index: Int[Array, ""]
     ) -> "LayerCache":
         """Return the cache with k, v [B, T, K, H] written into its slots from `index` mod S on.
 
@@ -114,7 +114,7 @@ class LayerCache:
             # This is 0, but the compiler cannot know, so the write waits for the read and needs no
             # copy of the leaf. Otherwise XLA keeps a copy for every layer and step.
             after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
-            return o, layer.extend(k, v, index + after_reading).laid_out()
+            return o, layer.extend(k, v, index=index + after_reading).laid_out()
 
         return local(q, k, v, own, past, scale, self, index)
 

@@ -190,7 +190,9 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
     """
     times: list[dict[str, float]] = []
     for case in cases:
-        lines = choice.lines(case.task, case.head_dim, case.stored, case.length)
+        lines = choice.lines(
+            case.task, head_dim=case.head_dim, dtype=case.stored, length=case.length
+        )
         times.append({line["kernel"]: line["milliseconds"] for line in reversed(lines)})
     decodes = cases[0].task == "decode"
     kernels = {name: Implementation.of(x).decode for name, x in IMPLEMENTATIONS.items()}
@@ -252,15 +254,15 @@ def _trial(name: str, cases: Sequence[Case], *, timed: bool) -> list[Verdict]:
     found: list[Verdict] = []
     for case in cases:
         key = Key(
-            choice.device().device_kind,
-            jax.__version__,
-            name,
-            case.task,
-            case.dtype,
-            case.cache,
-            case.head_dim,
-            case.length,
-            verdicts.code(),
+            device=choice.device().device_kind,
+            jax=jax.__version__,
+            kernel=name,
+            task=case.task,
+            dtype=case.dtype,
+            cache=case.cache,
+            head_dim=case.head_dim,
+            length=case.length,
+            code=verdicts.code(),
         )
         verdict = verdicts.find(key)
         if verdict is None or (timed and verdict.agrees and verdict.milliseconds is None):
@@ -290,7 +292,7 @@ def _proved(key: Key, case: Case, *, timed: bool) -> Verdict:
         lasting = True
         try:
             error, times = deadline.within(
-                deadline.LIMIT, functools.partial(_self_test, case, key, timed)
+                deadline.LIMIT, functools.partial(_self_test, case, key, timed=timed)
             )
         except _Declined as refusal:
             return said("declined", detail=_one_line(refusal))
@@ -315,7 +317,7 @@ class _Declined(Exception):
     """The kernel does not support the call. (A compiler's refusal is a failed test instead.)"""
 
 
-def _self_test(case: Case, key: Key, timed: bool) -> tuple[float, tuple[float, float] | None]:
+def _self_test(case: Case, key: Key, *, timed: bool) -> tuple[float, tuple[float, float] | None]:
     """Compare a kernel with the XLA reference and, if it is right and `timed`, time both programs.
 
     Returns the error, and the seconds of both or None. Raises _Declined before anything is logged,

@@ -8,12 +8,45 @@ qwen_jax.kernels.tune` writes. A kernel without a line for a device was not meas
 import functools
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NotRequired, Protocol, TypedDict
 
 import jax
 
 TABLE = Path(__file__).with_name("measured.json")
 KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # the keys of a line
+
+
+class Line(TypedDict):
+    """A line of `measured.json`: a kernel's fastest block sizes for a call, and its time.
+
+    dtype: of the keys, "int8" for a quantised cache.
+    milliseconds: per call.
+    tflops, gbytes_per_second: the rate of a forward or backward call, or of decoding.
+    date: the day, as YYYY-MM-DD.
+    """
+
+    device: str
+    kernel: str
+    task: str
+    head_dim: int
+    dtype: str
+    length: int
+    blocks: dict[str, int]
+    milliseconds: float
+    tflops: NotRequired[float]
+    gbytes_per_second: NotRequired[float]
+    batch: int
+    heads: int
+    jax: str
+    date: str
+
+
+class Call(TypedDict):
+    """The part of an attention call by which its lines are found; `lines` describes it."""
+
+    head_dim: int
+    dtype: str
+    length: int
 
 
 class Device(Protocol):
@@ -61,18 +94,19 @@ def need_gpu(name: str, newest_refused: float) -> None:
 
 
 @functools.cache
-def measured() -> list[dict[str, Any]]:
+def measured() -> list[Line]:
     """Return all lines of `measured.json`, the table of measured kernel times."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def lines(
-    task: str, head_dim: int, dtype: str, length: int, kernel: str | None = None
-) -> list[dict[str, Any]]:
+    task: str, *, head_dim: int, dtype: str, length: int, kernel: str | None = None
+) -> list[Line]:
     """Return the measured lines for this device at the length nearest to `length`, fastest first.
 
     task: "forward", "backward" or "decode".
-    dtype: the dtype of the keys, "int8" for a quantised cache.
+    head_dim, dtype: the length H of a head, and the dtype of the keys, "int8" for a quantised
+        cache.
     kernel: the name of the only kernel to return lines of; None for all.
     """
     wanted = {"device": device().device_kind, "task": task, "head_dim": head_dim, "dtype": dtype}
@@ -84,12 +118,12 @@ def lines(
     return sorted(found, key=lambda x: x["milliseconds"])
 
 
-def blocks(kernel: str, task: str, head_dim: int, dtype: str, length: int) -> dict[str, int]:
+def blocks(kernel: str, task: str, *, head_dim: int, dtype: str, length: int) -> dict[str, int]:
     """Return a kernel's fastest measured block sizes for this device, or {} if it was not measured.
 
     task: "forward", "backward" or "decode".
     dtype: the dtype of the keys, "int8" for a quantised cache.
     length: the number of keys; lines at the nearest measured length are taken.
     """
-    found = lines(task, head_dim, dtype, length, kernel)
+    found = lines(task, head_dim=head_dim, dtype=dtype, length=length, kernel=kernel)
     return found[0]["blocks"] if found else {}

@@ -103,10 +103,10 @@ def tpu_decode(
     """
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     values = cache_k.values if isinstance(cache_k, Quantised) else cache_k
-    decline(NAME, q, k, DTYPES, HEAD_DIMS)
+    decline(NAME, q, k=k, dtypes=DTYPES, head_dims=HEAD_DIMS)
     batch, tokens, num_heads, dim = q.shape
     kv_heads, slots = values.shape[1:3]
-    sizes = choice.blocks(FAMILY, "decode", dim, values.dtype.name, slots)
+    sizes = choice.blocks(FAMILY, "decode", head_dim=dim, dtype=values.dtype.name, length=slots)
     block = block or sizes.get("block")
     shape = _shape(tokens, num_heads // kv_heads, kv_heads, slots, dim, values.dtype, block)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -114,10 +114,10 @@ def tpu_decode(
 
     # [B, T, N, H] -> [B, K rows, H]: the rows of a head are its T G queries and padding.
     queries = jnp.swapaxes(q.reshape(batch, tokens, kv_heads, -1, dim), 1, 2)
-    queries = pad(queries.reshape(batch, kv_heads, -1, dim), 2, shape.rows)
+    queries = pad(queries.reshape(batch, kv_heads, -1, dim), shape.rows, axis=2)
     blocks = kv_heads // shape.heads
     block_rows = shape.packs * shape.pack_rows
-    queries = pad(queries.reshape(batch, -1, dim), 1, blocks * block_rows)
+    queries = pad(queries.reshape(batch, -1, dim), blocks * block_rows, axis=1)
 
     written = (index - start).astype(jnp.int32)
     first = start.astype(jnp.int32) % slots

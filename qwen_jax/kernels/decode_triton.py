@@ -142,11 +142,13 @@ def triton_decode(
     """
     interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
     choice.need_gpu(NAME, 7.5)
-    decline(NAME, q, k, DTYPES, HEAD_DIMS)
+    decline(NAME, q, k=k, dtypes=DTYPES, head_dims=HEAD_DIMS)
     leaves = [_arrays(leaf, q.dtype) for leaf in (cache_k, cache_v)]
     batch, tokens, heads, dim = q.shape
     cached = cache_k.values if isinstance(cache_k, Quantised) else cache_k
-    sizes = choice.blocks(FAMILY, "decode", dim, cached.dtype.name, cached.shape[2])
+    sizes = choice.blocks(
+        FAMILY, "decode", head_dim=dim, dtype=cached.dtype.name, length=cached.shape[2]
+    )
     warps, stages = warps or sizes.get("warps", 4), stages or sizes.get("stages", 3)
     shape = _shape(q, leaves[0][0], block or sizes.get("block"), splits)
     rows = tokens * heads

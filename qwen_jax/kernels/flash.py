@@ -209,7 +209,7 @@ _part.defvjp(_part_forward, _part_backward)
 
 
 def decline(
-    name: str, q: jax.Array, k: KeysOrValues, dtypes: Sequence[str], head_dims: Sequence[int]
+    name: str, q: jax.Array, *, k: KeysOrValues, dtypes: Sequence[str], head_dims: Sequence[int]
 ) -> None:
     """Raise NotImplementedError for a dtype, head dim or number of heads that is not supported.
 
@@ -256,7 +256,7 @@ class Extent(NamedTuple):
     uniform: Any
 
 
-def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
+def extent(positions: jax.Array, segments: jax.Array, *, block: int) -> Extent:
     """Compute the range of positions and segments in each block of `block` tokens.
 
     positions, segments: int32 [B, n * block]. Tokens of segment 0 are padding and do not count.
@@ -273,7 +273,7 @@ def extent(positions: jax.Array, segments: jax.Array, block: int) -> Extent:
     return Extent(first, last, low, high, uniform)
 
 
-def visible(q: Extent, k: Extent, window: jax.Array) -> jax.Array:
+def visible(q: Extent, k: Extent, *, window: jax.Array) -> jax.Array:
     """Return whether some query of one block may see some key of another.
 
     q, k: the extents of the block of queries and of the block of keys.
@@ -284,7 +284,7 @@ def visible(q: Extent, k: Extent, window: jax.Array) -> jax.Array:
     return near & (q.low <= k.high) & (k.low <= q.high)
 
 
-def full(q: Extent, k: Extent, window: jax.Array) -> jax.Array:
+def full(q: Extent, k: Extent, *, window: jax.Array) -> jax.Array:
     """Return whether every query of one block sees every key of another.
 
     q, k: the extents of the block of queries and of the block of keys.
@@ -293,7 +293,7 @@ def full(q: Extent, k: Extent, window: jax.Array) -> jax.Array:
     return near & (q.low == k.low) & (q.uniform == 1) & (k.uniform == 1)
 
 
-def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
+def pad(x: jax.Array, length: int, *, axis: int) -> jax.Array:
     """Append zeros to x along `axis`, up to `length`. In segments they mark padding."""
     if x.shape[axis] == length:
         return x
@@ -302,14 +302,14 @@ def pad(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def padded_mask(mask: Mask, queries: int, keys: int) -> Mask:
+def padded_mask(mask: Mask, *, queries: int, keys: int) -> Mask:
     """Append padding to a mask, up to `queries` query tokens and `keys` key tokens."""
     return dataclasses.replace(
         mask,
-        q_positions=pad(mask.q_positions, 1, queries),
-        q_segments=pad(mask.q_segments, 1, queries),
-        k_positions=pad(mask.k_positions, 1, keys),
-        k_segments=pad(mask.k_segments, 1, keys),
+        q_positions=pad(mask.q_positions, queries, axis=1),
+        q_segments=pad(mask.q_segments, queries, axis=1),
+        k_positions=pad(mask.k_positions, keys, axis=1),
+        k_segments=pad(mask.k_segments, keys, axis=1),
     )
 
 

@@ -73,7 +73,7 @@ class Hopper:
         batch, _, heads, dim = q.shape
         group = heads // k.shape[2]
         queries = flash.round_up(length, _TILE)
-        mask = flash.padded_mask(mask, queries, flash.round_up(k.shape[1], self.block))
+        mask = flash.padded_mask(mask, queries=queries, keys=flash.round_up(k.shape[1], self.block))
         blocks = _matrix((self.stages, self.block, dim), q.dtype)
         o, lse = self._kernel(
             functools.partial(_forward, group=group),
@@ -115,9 +115,9 @@ class Hopper:
         length, keys = q.shape[1], k.shape[1]
         q, k, v, do = (_even(x) for x in (flash.factored(q, scale), k, v, do))
         queries = flash.round_up(length, _TILE)
-        mask = flash.padded_mask(mask, queries, flash.round_up(keys, _TILE))
+        mask = flash.padded_mask(mask, queries=queries, keys=flash.round_up(keys, _TILE))
         stats = jnp.transpose(jnp.stack([lse * flash.LOG2E, delta]), (1, 3, 0, 2))  # [B, N, 2, T]
-        stats, scales = flash.pad(stats, 3, queries), flash.pad(scale, 1, queries)
+        stats, scales = flash.pad(stats, queries, axis=3), flash.pad(scale, queries, axis=1)
         operands = q, k, v, *_places(mask), do, stats
         dq = self._backward_queries(mask, *operands, scales)
         dk, dv = self._backward_keys(mask, *operands)
@@ -237,9 +237,9 @@ def hopper_attention(
     here = choice.device()
     if here.platform != "gpu" or not _is_hopper(here):
         raise NotImplementedError(f"{NAME} is for Hopper GPUs, this is {here.device_kind}")
-    flash.decline(NAME, q, k, DTYPES, HEAD_DIMS)
-    what = (q.shape[-1], q.dtype.name, k.shape[1])
-    sizes = choice.blocks(NAME, "forward", *what) | choice.blocks(NAME, "backward", *what)
+    flash.decline(NAME, q, k=k, dtypes=DTYPES, head_dims=HEAD_DIMS)
+    what: choice.Call = {"head_dim": q.shape[-1], "dtype": q.dtype.name, "length": k.shape[1]}
+    sizes = choice.blocks(NAME, "forward", **what) | choice.blocks(NAME, "backward", **what)
     return flash.attend_through(Hopper(**sizes), q, k, v, mask, scale, return_lse, known)
 
 
@@ -273,14 +273,14 @@ def _plan(mask: Mask, block: int, over_queries: bool = False) -> _Plan:
 
     block: tokens in a block.
     """
-    q = flash.extent(mask.q_positions, mask.q_segments, block if over_queries else _TILE)
-    k = flash.extent(mask.k_positions, mask.k_segments, _TILE if over_queries else block)
+    q = flash.extent(mask.q_positions, mask.q_segments, block=block if over_queries else _TILE)
+    k = flash.extent(mask.k_positions, mask.k_segments, block=_TILE if over_queries else block)
     window = jnp.maximum(jnp.asarray(mask.window, jnp.int32), 0)
     tiles, blocks = (k, q) if over_queries else (q, k)
     along = flash.Extent(*(x[:, :, None] for x in tiles))
     across = flash.Extent(*(x[:, None, :] for x in blocks))
     # XLA makes these pairs inside the two reductions and holds none of them.
-    seen = flash.visible(*((across, along) if over_queries else (along, across)), window)
+    seen = flash.visible(*((across, along) if over_queries else (along, across)), window=window)
     index = lax.broadcasted_iota(jnp.int32, seen.shape, 2)
     first = jnp.min(jnp.where(seen, index, seen.shape[2]), 2)
     beyond = jnp.max(jnp.where(seen, index + 1, 0), 2)
@@ -313,7 +313,7 @@ def _together(x: jax.Array, group: int = 1) -> int:
 
 def _even(x: jax.Array) -> jax.Array:
     """Pad x [B, T, heads, H] to a multiple of 8 tokens, the height of a shared-memory tile."""
-    return flash.pad(x, 1, flash.round_up(x.shape[1], 8))
+    return flash.pad(x, flash.round_up(x.shape[1], 8), axis=1)
 
 
 def _matrix(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -354,8 +354,8 @@ class _Walk:
             mine = self._extent(self.plan.tiles, self.tile)
             other = self._extent(self.plan.blocks, jnp.minimum(block, last))
             q, k = (other, mine) if self.over_queries else (mine, other)
-            part = jnp.where(flash.full(q, k, window), _FULL, _PARTLY)
-            return jnp.where(flash.visible(q, k, window), part, _EMPTY)
+            part = jnp.where(flash.full(q, k, window=window), _FULL, _PARTLY)
+            return jnp.where(flash.visible(q, k, window=window), part, _EMPTY)
 
         def after(block: jax.Array) -> tuple[jax.Array, jax.Array]:
             block += 1

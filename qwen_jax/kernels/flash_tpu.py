@@ -84,7 +84,7 @@ class TpuBody:
         (_, length, heads, dim), keys = q.shape, k.shape[1]
         blocks = self.forward_blocks.fitted(length, keys)
         padded = flash.round_up(length, blocks.q), flash.round_up(keys, blocks.k)
-        mask = flash.padded_mask(mask, *padded)
+        mask = flash.padded_mask(mask, queries=padded[0], keys=padded[1])
         q = _heads_first(flash.factored(q, scale), padded[0])
         k, v = _heads_first(k, padded[1]), _heads_first(v, padded[1])
         steps, count = _steps(_kinds(mask, blocks))
@@ -143,18 +143,18 @@ class TpuBody:
         parts = -(-length // self.resident)
         blocks = self.backward_blocks.fitted(-(-length // parts), keys)
         part = flash.round_up(-(-length // parts), blocks.q)
-        mask = flash.padded_mask(mask, parts * part, flash.round_up(keys, blocks.k))
+        mask = flash.padded_mask(mask, queries=parts * part, keys=flash.round_up(keys, blocks.k))
         scaled = flash.factored(q, scale)
         queries = (scaled, do, lse, delta, mask.q_positions, mask.q_segments)
 
         def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [parts, B, part, ...]
-            x = flash.pad(x, 1, parts * part)
+            x = flash.pad(x, parts * part, axis=1)
             return jnp.moveaxis(x.reshape(x.shape[0], parts, part, *x.shape[2:]), 1, 0)
 
         k, v = (_heads_first(x, mask.k_positions.shape[1]) for x in (k, v))
         one = functools.partial(self._backward_part, k=k, v=v, mask=mask, blocks=blocks)
         if parts == 1:
-            dq, dk, dv = one(tuple(flash.pad(x, 1, part) for x in queries))
+            dq, dk, dv = one(tuple(flash.pad(x, part, axis=1) for x in queries))
         else:
 
             def step(
@@ -311,7 +311,7 @@ def tpu_attention(
     Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu")
-    flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
+    flash.decline(NAME, q, k=k, dtypes=DTYPES, head_dims=flash.HEAD_DIMS)
     if q.dtype == jnp.float16 and not interpret:  # TPUs have no float16; float32 holds it exactly
         wide = q.astype(jnp.float32), _float32(k), _float32(v)
         o = tpu_attention(*wide, mask, scale, return_lse, known)
@@ -319,11 +319,11 @@ def tpu_attention(
     chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
     if chip is None:
         raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")
-    what = (q.shape[-1], q.dtype.name, k.shape[1])
+    what: choice.Call = {"head_dim": q.shape[-1], "dtype": q.dtype.name, "length": k.shape[1]}
     forward, backward = (blocks_for(x, k.shape[1]) for x in (chip.forward, chip.backward))
     body = TpuBody(
-        dataclasses.replace(forward, **choice.blocks(NAME, "forward", *what)),
-        dataclasses.replace(backward, **choice.blocks(NAME, "backward", *what)),
+        dataclasses.replace(forward, **choice.blocks(NAME, "forward", **what)),
+        dataclasses.replace(backward, **choice.blocks(NAME, "backward", **what)),
         chip.resident,
         chip.vmem,
         interpret,
@@ -492,14 +492,14 @@ def _kinds(mask: Mask, blocks: TpuBlocks) -> jax.Array:
     It is `_EMPTY` where no query sees a key, `_FULL` where every query sees every key, `_NEAR`
     where both blocks are of the same single segment, and `_MIXED` otherwise.
     """
-    q = flash.extent(mask.q_positions, mask.q_segments, blocks.q)
-    k = flash.extent(mask.k_positions, mask.k_segments, blocks.k)
+    q = flash.extent(mask.q_positions, mask.q_segments, block=blocks.q)
+    k = flash.extent(mask.k_positions, mask.k_segments, block=blocks.k)
     q = flash.Extent(*(x[:, :, None] for x in q))
     k = flash.Extent(*(x[:, None, :] for x in k))
     one_segment = (q.uniform == 1) & (k.uniform == 1) & (q.low == k.low)
     partly = jnp.where(one_segment, _NEAR, _MIXED)
-    kinds = jnp.where(flash.visible(q, k, mask.window), partly, _EMPTY)
-    return jnp.where(flash.full(q, k, mask.window), _FULL, kinds)
+    kinds = jnp.where(flash.visible(q, k, window=mask.window), partly, _EMPTY)
+    return jnp.where(flash.full(q, k, window=mask.window), _FULL, kinds)
 
 
 def _steps(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -585,7 +585,7 @@ def _key_segments(mask: Mask) -> jax.Array:
 
 def _heads_first(x: jax.Array, length: int) -> jax.Array:
     """Reorder x [B, S, K, H] to [B, K, S, H], with S padded to `length`."""
-    return flash.pad(jnp.swapaxes(x, 1, 2), 2, length)
+    return flash.pad(jnp.swapaxes(x, 1, 2), length, axis=2)
 
 
 def _even(length: int, most: int) -> int:

@@ -79,9 +79,9 @@ class TritonBody:
     ) -> tuple[jax.Array, jax.Array]:
         (batch, length, heads, dim), keys, sizes = q.shape, k.shape[1], self.forward_blocks
         queries = flash.round_up(length, sizes.tile)
-        q, scale = flash.pad(q, 1, queries), flash.pad(scale * math.sqrt(dim), 1, queries)
-        k, v = (flash.pad(x, 1, flash.round_up(keys, sizes.block)) for x in (k, v))
-        mask = flash.padded_mask(mask, queries, k.shape[1])
+        q, scale = flash.pad(q, queries, axis=1), flash.pad(scale * math.sqrt(dim), queries, axis=1)
+        k, v = (flash.pad(x, flash.round_up(keys, sizes.block), axis=1) for x in (k, v))
+        mask = flash.padded_mask(mask, queries=queries, keys=k.shape[1])
         plan, specs = _plan(mask, sizes), _QuerySpecs(q, k, sizes.tile)
         o, lse = self._call(
             functools.partial(_forward, block=sizes.block),
@@ -142,10 +142,10 @@ class TritonBody:
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.tile), (k, sizes.block))
         )
-        q, do, scale = (flash.pad(x, 1, queries) for x in (q, do, scale))
-        lse, delta = (flash.pad(x, 2, queries) for x in (lse, delta))
-        k, v = (flash.pad(x, 1, keys) for x in (k, v))
-        mask = flash.padded_mask(mask, queries, keys)
+        q, do, scale = (flash.pad(x, queries, axis=1) for x in (q, do, scale))
+        lse, delta = (flash.pad(x, queries, axis=2) for x in (lse, delta))
+        k, v = (flash.pad(x, keys, axis=1) for x in (k, v))
+        mask = flash.padded_mask(mask, queries=queries, keys=keys)
         plan, specs = _plan(mask, sizes), _QuerySpecs(q, k, sizes.tile)
         (dq,) = self._call(
             functools.partial(_backward_queries, block=sizes.block),
@@ -182,10 +182,10 @@ class TritonBody:
         queries, keys = (
             flash.round_up(x.shape[1], size) for x, size in ((q, sizes.block), (k, sizes.tile))
         )
-        q, do = (flash.pad(x, 1, queries) for x in (q, do))
-        lse, delta = (flash.pad(x, 2, queries) for x in (lse, delta))
-        k, v = (flash.pad(x, 1, keys) for x in (k, v))
-        mask = flash.padded_mask(mask, queries, keys)
+        q, do = (flash.pad(x, queries, axis=1) for x in (q, do))
+        lse, delta = (flash.pad(x, queries, axis=2) for x in (lse, delta))
+        k, v = (flash.pad(x, keys, axis=1) for x in (k, v))
+        mask = flash.padded_mask(mask, queries=queries, keys=keys)
         plan, specs = _plan(mask, sizes, of_keys=True), _KeySpecs(q, k, sizes.tile)
         dk, dv = self._call(
             functools.partial(_backward_keys, block=sizes.block),
@@ -271,11 +271,11 @@ def triton_attention(
     """
     interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
     choice.need_gpu(NAME, 7.5)
-    flash.decline(NAME, q, k, DTYPES, flash.HEAD_DIMS)
+    flash.decline(NAME, q, k=k, dtypes=DTYPES, head_dims=flash.HEAD_DIMS)
     forward, dkv, dq = _default_blocks(q.shape[-1], q.dtype)
-    what = (q.shape[-1], q.dtype.name, k.shape[1])
-    forward = dataclasses.replace(forward, **choice.blocks(NAME, "forward", *what))
-    backward = choice.blocks(NAME, "backward", *what)
+    what: choice.Call = {"head_dim": q.shape[-1], "dtype": q.dtype.name, "length": k.shape[1]}
+    forward = dataclasses.replace(forward, **choice.blocks(NAME, "forward", **what))
+    backward = choice.blocks(NAME, "backward", **what)
     dkv, dq = _replaced(dkv, "dkv_", backward), _replaced(dq, "dq_", backward)
     body = TritonBody(forward_blocks or forward, dkv_blocks or dkv, dq_blocks or dq, interpret)
     return flash.attend_through(body, q, k, v, mask, scale, return_lse, known)
@@ -365,15 +365,19 @@ def _plan(mask: Mask, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.A
     fields of the tile's extent. For each block the same fields of its extent, int32 [B, blocks, 4].
     The window, int32 [1].
     """
-    q = flash.extent(mask.q_positions, mask.q_segments, sizes.block if of_keys else sizes.tile)
-    k = flash.extent(mask.k_positions, mask.k_segments, sizes.tile if of_keys else sizes.block)
+    q = flash.extent(
+        mask.q_positions, mask.q_segments, block=sizes.block if of_keys else sizes.tile
+    )
+    k = flash.extent(
+        mask.k_positions, mask.k_segments, block=sizes.tile if of_keys else sizes.block
+    )
     window = jnp.maximum(jnp.asarray(mask.window, jnp.int32), 0)
     tiles, blocks = (k, q) if of_keys else (q, k)
     along = flash.Extent(*(x[:, :, None] for x in tiles))
     across = flash.Extent(*(x[:, None, :] for x in blocks))
     pair = (across, along) if of_keys else (along, across)
     # XLA makes these pairs inside the reductions and holds none of them.
-    seen, full = flash.visible(*pair, window), flash.full(*pair, window)
+    seen, full = flash.visible(*pair, window=window), flash.full(*pair, window=window)
     index = lax.broadcasted_iota(jnp.int32, seen.shape, 2)
 
     def least(chosen: jax.Array, otherwise: jax.Array | int) -> jax.Array:
@@ -431,7 +435,7 @@ def _walk(
         other = flash.Extent(*(blocks[block, i] for i in range(4)), uniform=None)
         pair = (other, mine) if of_keys else (mine, other)
         # A loop of zero or one step, not a branch, lets Triton load ahead with fewer registers.
-        end = block + flash.visible(*pair, window[0]).astype(jnp.int32)
+        end = block + flash.visible(*pair, window=window[0]).astype(jnp.int32)
         return lax.fori_loop(block, end, lambda i, x: visit(i, True, x), state)
 
     state = lax.fori_loop(full, full_end, lambda i, x: visit(i, False, x), state)

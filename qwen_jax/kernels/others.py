@@ -72,7 +72,7 @@ def splash(
     length, keys = q.shape[1], k.shape[1]
     q, k, v, visible = _dense(name, q, k, v, mask, scale)
     q = q * q.shape[-1] ** -0.5
-    dense = flash.pad(flash.pad(visible, 1, _padded(length)), 2, _padded(keys))
+    dense = flash.pad(flash.pad(visible, _padded(length), axis=1), _padded(keys), axis=2)
 
     def row(x: tuple[jax.Array, ...]) -> Any:
         q, k, v, visible = x
@@ -206,7 +206,7 @@ def _cached_dot_product(
 
 def _pages(x: Float[Array, "B K S H"]) -> Float[Array, "K pages page H"]:
     """Cut a cache leaf [B, K, S, H] into pages of `_PAGE` tokens, [K, pages, page, H]."""
-    x = flash.pad(x, 2, flash.round_up(x.shape[2], _PAGE))
+    x = flash.pad(x, flash.round_up(x.shape[2], _PAGE), axis=2)
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, _PAGE, x.shape[3])
 
 
@@ -276,7 +276,7 @@ def _dense(
     q is multiplied by scale without its factor H**-0.5, which the library applies. The mask is bool
     [B, T, S]. Raises NotImplementedError for an unsupported dtype or number of heads.
     """
-    flash.decline(name, q, k, ("bfloat16", "float16", "float32"), (q.shape[-1],))
+    flash.decline(name, q, k=k, dtypes=("bfloat16", "float16", "float32"), head_dims=(q.shape[-1],))
     k, v = (x.dequantize(q.dtype) if isinstance(x, flash.Quantised) else x for x in (k, v))
     scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
     return flash.factored(q, scale), k.astype(q.dtype), v.astype(q.dtype), mask.visible()
@@ -314,7 +314,7 @@ def _tpu_layout(*arrays: jax.Array) -> list[jax.Array]:
     """
     heads = arrays[0].shape[2]
     arrays_ = [jnp.repeat(x, heads // x.shape[2], 2) for x in arrays]
-    return [jnp.swapaxes(flash.pad(x, 1, _padded(x.shape[1])), 1, 2) for x in arrays_]
+    return [jnp.swapaxes(flash.pad(x, _padded(x.shape[1]), axis=1), 1, 2) for x in arrays_]
 
 
 def _even_block(most: int, *lengths: int) -> int:

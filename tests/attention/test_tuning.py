@@ -40,7 +40,7 @@ def test_writes_lines_that_are_looked_up(tmp_path: Path, monkeypatch: pytest.Mon
         assert ("gbytes_per_second" in each) == (each["task"] == "decode")
         assert {*choice.KEYS, "jax", "date"} <= set(each)
     monkeypatch.setattr(choice, "measured", lambda: lines)
-    assert choice.lines("decode", 32, "int8", 100)[0]["kernel"] == "xla"
+    assert choice.lines("decode", head_dim=32, dtype="int8", length=100)[0]["kernel"] == "xla"
 
 
 def test_a_cpu_writes_no_measured_table(capsys: pytest.CaptureFixture[str]):
