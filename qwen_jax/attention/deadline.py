@@ -1,6 +1,7 @@
 """A time limit for self-tests of kernels, which holds even if a compiler or driver hangs."""
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -58,5 +59,6 @@ def wait_at_exit(thread: threading.Thread) -> None:
         line = "attention: the compiler of a self-test hangs: this process ends with exit code 1"
         registry.log_once(line, logging.WARNING)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(1)

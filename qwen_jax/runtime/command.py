@@ -7,7 +7,6 @@ only process 0 prints, except for errors.
 import argparse
 import contextlib
 import difflib
-import io
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_jax.runtime import errors, paths, processes, texts
+from qwen_jax.runtime import errors, paths, processes, streams, texts
 
 # The names of `attention.IMPLEMENTATIONS`, for --help texts, which do not import jax.
 ATTENTION = (
@@ -26,7 +25,6 @@ ATTENTION = (
     "(docs/attention.md)"
 )
 DTYPE = "compute in this dtype (default: float32 on a CPU, bfloat16 or else float16 elsewhere)"
-_RAISING = ("strict", "surrogateescape", "surrogatepass")  # handlers that may raise on output
 
 
 Group = argparse._ArgumentGroup  # options under a title of their own, in --help
@@ -79,27 +77,27 @@ def run(
     An exception becomes one line on stderr; with `--debug` it is raised. argv: None takes
     `sys.argv`.
     """
-    _settle_streams()
+    streams.settle()
     args = parse(parser, argv)
     show_log(args.debug)
     warnings.formatwarning = _as_line
     try:
         work(args)
-        _flush()
+        streams.flush()
     except KeyboardInterrupt:
         if processes.count() > 1:
             processes.failed("interrupted", 130)
         say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
-        _discard()
+        streams.discard()
         return 1
     except Exception as error:
         if args.debug:
             raise
         _hush()
         with contextlib.suppress(OSError):  # a failing stdout may be the error being reported
-            _flush()
+            streams.flush()
         processes.await_verdict(error)
         detail = errors.explain(error, vars(args))
         code = 1
@@ -162,37 +160,13 @@ def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:
     return line if processes.index() == 0 else ""
 
 
-def _settle_streams() -> None:
-    """Set up stdout and stderr so that printing cannot end a run.
-
-    Characters that stdout's encoding lacks are replaced, and a closed stdout or stderr is replaced
-    by the null device. (stderr always escapes such characters.)
-    """
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _RAISING:
-        sys.stdout.reconfigure(errors="replace")
-
-
-def _flush() -> None:
-    """Flush stdout now, so that an error such as a full disk can still be reported."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _discard()
-        error.filename = "stdout"
-        raise
-
-
-def _discard() -> None:
-    """Redirect a broken stdout to the null device: Python's own flush at exit would fail too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def say(line: str) -> None:
-    """Print a line to stderr, from process 0 only; stdout is left to the command's results."""
-    if processes.index() == 0:
-        print(line, file=sys.stderr, flush=True)
+    """Print a line to stderr, from process 0 only; stdout is left to the command's results.
+
+    A stderr that cannot be written to, such as a pipe whose reader has gone, loses the line.
+    """
+    if processes.index() == 0 and sys.stderr is not None:
+        print(line, file=streams.lenient(sys.stderr), flush=True)
 
 
 def _hush() -> None:

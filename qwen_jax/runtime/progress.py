@@ -1,5 +1,6 @@
 """The progress of long work on stderr: a moving bar on a terminal, and a line now and then in a
-pipe or a file, where every state of a bar would be kept.
+pipe or a file, where every state of a bar would be kept. A stderr that breaks ends the display, not
+the work.
 """
 
 import sys
@@ -7,6 +8,8 @@ import time
 from typing import Any
 
 from tqdm import tqdm
+
+from qwen_jax.runtime import streams
 
 EVERY = 30.0  # seconds between two lines, but for the last
 
@@ -18,10 +21,11 @@ def bar(iterable: Any = None, **settings: Any) -> tqdm:
     that, and so on, and the last one, unless `leave` is False. Without `total`, the first is
     printed at once, since it says what is being waited for.
     """
-    if not sys.stderr.isatty():
+    stream = streams.lenient(sys.stderr)
+    if not stream.isatty():
         known = settings.get("total") is not None or hasattr(iterable, "__len__")
         settings |= {"file": _Lines(first=EVERY if known else 0.0), "position": 0}
-    return tqdm(iterable, **{"mininterval": 0.5, **settings})
+    return tqdm(iterable, **{"mininterval": 0.5, "file": stream, **settings})
 
 
 class _Lines:
@@ -43,6 +47,6 @@ class _Lines:
         if not ends and text.strip("\r"):
             self._state = text.strip()
         if self._state and (ends or time.monotonic() >= self._due):
-            print(self._state, file=sys.stderr, flush=True)
+            print(self._state, file=streams.lenient(sys.stderr), flush=True)
             self._state, self._due = "", time.monotonic() + EVERY
         return len(text)

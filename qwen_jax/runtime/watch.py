@@ -5,6 +5,7 @@ thread of jax aborts this process; a signal handler turns the abort into the sam
 `processes.py` starts the watch thread and installs the handler.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -148,7 +149,8 @@ def say(me: Joined, line: str) -> None:
     start = "\n" if moves else ""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     line = f"{start}error: {' '.join(line.split())}\n"
-    os.write(2, line.encode(encoding, "backslashreplace"))
+    with contextlib.suppress(OSError):  # a broken stderr must not keep the process from ending
+        os.write(2, line.encode(encoding, "backslashreplace"))
 
 
 def catch_abort(me: Joined) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import functools
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -26,7 +28,7 @@ from qwen_jax import expand_vocab
 from qwen_jax.attention import tuning, verdicts
 from qwen_jax.checkpoint import inspection
 from qwen_jax.generate import __main__ as generate
-from qwen_jax.runtime import caches, command, errors, paths
+from qwen_jax.runtime import caches, command, errors, paths, progress
 from train import perplexity, plan, pretrain, sft
 from train import tokenizer as learning
 from train.data import token_cache
@@ -189,6 +191,44 @@ def test_a_full_disk_behind_stdout(capsys, monkeypatch):
         assert run(lambda _: print("a")) == 1
         assert os.readlink(f"/proc/self/fd/{full.fileno()}") == os.devnull
     assert "No space left on device: stdout (free some space" in capsys.readouterr().err
+
+
+class Broken(io.StringIO):
+    """A stderr whose reader has gone, or a terminal that was closed."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.EIO, "gone") if self._terminal else BrokenPipeError(errno.EPIPE, "gone")
+
+    flush = functools.partialmethod(write, "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_work_goes_on_without_a_stderr(terminal, monkeypatch):
+    def work(_: Any) -> None:
+        command.say("a line")
+        logging.getLogger("qwen_jax").warning("a log")
+        with progress.bar(total=None, mininterval=0) as bar:
+            bar.update()
+            bar.write("a note", file=sys.stderr)
+            bar.refresh()
+        print("a warning", file=sys.stderr, flush=True)
+        done.append(True)
+
+    done: list[bool] = []
+    monkeypatch.setattr(sys, "stderr", Broken(terminal))
+    assert run(work) == 0 and done
+    assert run(raising(ValueError("a"))) == 1
+    monkeypatch.setattr(sys, "stderr", Broken(terminal))  # as outside a command
+    command.say("a line")
+    with progress.bar(total=None) as bar:
+        bar.refresh()
 
 
 def test_json_is_ascii(golden_dir, tmp_path, capsys):

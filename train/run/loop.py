@@ -275,7 +275,8 @@ def signals() -> Iterator[dict[str, int]]:
             if processes.count() > 1:
                 raise KeyboardInterrupt  # the other processes learn of this error
             command.say("interrupted; what was not saved is lost")
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             os._exit(130)  # a compiler that is at work would end the process with a crash
         stop["signal"] = number
         command.say("the step at work ends, then the state is saved; Ctrl-C again does not wait")
