@@ -1,6 +1,8 @@
 """The table of long context: figures, plot, and what it refuses."""
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 import qwen_jax
 from qwen_jax import attention, model
 from qwen_jax.config import RopeScaling
+from qwen_jax.runtime import paths
 from tests.support import compilations
 from tests.support.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.support.training import TEXT, fail, prepared, pretraining, succeed
@@ -160,6 +163,38 @@ def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
     assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
     sizes = [x.stat().st_size for x in sorted(tmp_path.glob("*.png"))]
     assert sizes[:1] == [0] and sizes[1] > 0 and sizes[2] == 0, "perplexity-2, -3, and without"
+
+
+def reported(tmp_path: Path, values: dict[int, float], **options: Any) -> argparse.Namespace:
+    """Report perplexities by length into x.json and x.png, as `measure.run` does."""
+    args = argparse.Namespace(ckpt="model", json=False, out=tmp_path / "x.json")
+    vars(args).update(options)
+    with figures.reported(args, 64, picture=tmp_path / "x.png") as tell:
+        for length, value in values.items():
+            tell("plain", length, value, 0.0)
+    return args
+
+
+def test_a_broken_output_loses_no_other(tmp_path, monkeypatch):
+    """Neither a full stdout the files, nor a file that cannot be written the plot."""
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left on device: 'stdout'"):
+            reported(tmp_path, {16: 9.0})
+    assert json.loads((tmp_path / "x.json").read_text())["complete"] is True
+    (picture := tmp_path / "x.png").unlink()
+    write, written = paths.write, []
+
+    def once(path: Path, data: bytes) -> None:
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, data)
+        written.append(path)
+
+    monkeypatch.setattr(paths, "write", once)
+    with pytest.raises(OSError, match="No space left"):
+        reported(tmp_path, {16: 9.0})
+    assert picture.exists()
 
 
 def test_rope_scaling_is_of_the_directorys_own_mode():

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from qwen_jax.runtime import command, paths
+from qwen_jax.runtime import command, paths, streams
 
 
 def table(found: Mapping[str, Mapping[int, float]]) -> str:
@@ -100,8 +100,8 @@ def reported(
 ) -> Iterator[Callable[[str, int, float, float], None]]:
     """Yield a function that reports a figure: its mode, row length, perplexity and seconds.
 
-    When the context is left, even by an error, the figures so far are printed as a table or JSON,
-    and plotted.
+    When the context is left, even by an error, the figures so far are written to `out`, plotted,
+    and printed as a table or JSON, each even if another of the three fails.
 
     args: `ckpt`, `json` and `out` of the command line.
     tokens: the number of tokens measured at each length.
@@ -112,11 +112,23 @@ def reported(
     def facts() -> str:
         return json.dumps({"tokens": tokens, "perplexity": found, "complete": whole})
 
+    def keep() -> None:
+        if args.out is not None:
+            paths.write(args.out, facts().encode())
+
+    def draw() -> None:
+        if picture:
+            plot(found, picture, title=title_of(args.ckpt, tokens))
+            command.say(f"plot: {picture}")
+
+    def show() -> None:
+        print(facts() if args.json else table(found))
+        streams.flush()
+
     def tell(mode: str, length: int, value: float, seconds: float) -> None:
         found.setdefault(mode, {})[length] = value
         command.say(f"{mode}, {length:,} tokens: perplexity {value:.4g} ({seconds:.1f} s)")
-        if args.out is not None:
-            paths.write(args.out, facts().encode())
+        keep()
 
     command.say(f"measuring {tokens:,} tokens at each length")
     try:
@@ -124,9 +136,6 @@ def reported(
         whole = True
     finally:
         if found:
-            print(facts() if args.json else table(found), flush=True)
-            if args.out is not None:
-                paths.write(args.out, facts().encode())
-            if picture:
-                plot(found, picture, title=title_of(args.ckpt, tokens))
-                command.say(f"plot: {picture}")
+            with contextlib.ExitStack() as last:  # the files first: stdout may be a broken pipe
+                for output in (show, draw, keep):  # called in reverse, all of them
+                    last.callback(output)
