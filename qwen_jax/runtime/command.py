@@ -277,6 +277,11 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
+def decimals(value: float) -> str:
+    """Format a number with two decimals, and a large one in at most 9 characters, for people."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
 def overrides(items: Iterable[str]) -> dict[str, Any]:
     """Parse all `--set KEY=VALUE` options into a dict. Raises UsageError for a repeated key."""
     found: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.support.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.support.training import TEXT, fail, prepared, pretraining, succeed
 from train import perplexity
 from train.measuring import figures, measure, modes
+from train.step import loss
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,19 @@ def test_a_broken_output_loses_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         reported(tmp_path, {16: 9.0})
     assert picture.exists()
+
+
+def test_figures_that_are_no_numbers(tmp_path, capsys):
+    """NaN and what no float holds are told as they are, in narrow cells; in JSON they are null."""
+    values = {at: loss.perplexity(x) for at, x in ((8, math.nan), (16, 9e9), (32, 700), (64, 0))}
+    reported(tmp_path, values)
+    table = capsys.readouterr().out.splitlines()[1]
+    assert table.split() == ["plain", "nan", "inf", "1.01e+304", "1.00"] and len(table) == 56
+    found = json.loads((tmp_path / "x.json").read_text())["perplexity"]["plain"]
+    assert [found[at] for at in ("8", "16", "64")] == [None, None, 1]
+    (tmp_path / "x.png").unlink()
+    reported(tmp_path, {8: math.nan}, json=True)
+    assert json.loads(capsys.readouterr().out)["perplexity"] == {"plain": {"8": None}}
 
 
 def test_rope_scaling_is_of_the_directorys_own_mode():

@@ -4,17 +4,21 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from qwen_jax.runtime import command, paths, streams
 
+_HIGHEST = 1e100  # matplotlib cannot extend an axis with margins that no float holds
+
 
 def table(found: Mapping[str, Mapping[int, float]]) -> str:
     """Format perplexities as a text table, a line per mode and a column per row length.
 
-    found: the perplexity by length, by mode. A cell is blank if it was not measured.
+    found: the perplexity by length, by mode. A cell is blank if it was not measured, "nan" if a
+        cross-entropy was NaN, and "inf" if the perplexity is beyond the largest float.
     """
     lengths = sorted({length for values in found.values() for length in values})
     lines = [f"{'':<16}" + "".join(f"{length:>10,}" for length in lengths)]
@@ -25,7 +29,7 @@ def table(found: Mapping[str, Mapping[int, float]]) -> str:
 
 def _cell(value: float | None) -> str:
     """Format a figure in a cell of the table; blank for None."""
-    return f"{'' if value is None else f'{value:.2f}':>10}"
+    return f"{'' if value is None else command.decimals(value):>10}"
 
 
 def plot(
@@ -33,7 +37,7 @@ def plot(
 ) -> None:
     """Draw perplexity over row length into the picture file `path`, with a line for each mode.
 
-    found: the perplexity by length, by mode.
+    found: the perplexity by length, by mode. NaN and what is beyond `_HIGHEST` is not drawn.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
@@ -41,12 +45,13 @@ def plot(
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for mode, values in found.items():
-        axes.plot(list(values), list(values.values()), marker="o", label=mode)
+        heights = [x if x < _HIGHEST else math.nan for x in values.values()]
+        axes.plot(list(values), heights, marker="o", label=mode)
     axes.set(xscale="log", xlabel="tokens of a row", ylabel="perplexity")
     axes.set_xticks(sorted({length for values in found.values() for length in values}))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    figures = [value for values in found.values() for value in values.values()]
-    if max(figures) > 10 * min(figures):
+    figures = [x for values in found.values() for x in values.values() if x < _HIGHEST]
+    if figures and max(figures) > 10 * min(figures):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -110,7 +115,11 @@ def reported(
     found, whole = dict[str, dict[int, float]](), False
 
     def facts() -> str:
-        return json.dumps({"tokens": tokens, "perplexity": found, "complete": whole})
+        values = {  # JSON has no NaN and no infinity
+            mode: {length: x if math.isfinite(x) else None for length, x in by_length.items()}
+            for mode, by_length in found.items()
+        }
+        return json.dumps({"tokens": tokens, "perplexity": values, "complete": whole})
 
     def keep() -> None:
         if args.out is not None:

@@ -110,9 +110,9 @@ def perplexity(
             batch = batches.place(batches.batch_of(np.pad(part, filling), labels))
             entropy += float(total(decoder, batch, rates))
             done += len(part) * (length - 1)
-            bar.set_postfix(perplexity=f"{_exp(entropy / done):.4g}", refresh=False)
+            bar.set_postfix(perplexity=f"{loss.perplexity(entropy / done):.4g}", refresh=False)
             bar.update(len(part))
-    return _exp(entropy / done)
+    return loss.perplexity(entropy / done)
 
 
 def rows_at_once(length: int, count: int) -> int:
@@ -124,11 +124,6 @@ def rows_at_once(length: int, count: int) -> int:
     sizes = sharding.axis_sizes()
     parts = math.prod(sizes[axis] for axis in sharding.BATCH)
     return max(1, min(_AT_A_TIME // length // parts, -(-count // parts))) * parts
-
-
-def _exp(entropy: float) -> float:
-    """Return the perplexity of a mean cross-entropy, without overflow."""
-    return math.exp(min(700, entropy))
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import signal
 import sys
@@ -31,6 +30,7 @@ from train.run.checkpoints import Checkpoints
 from train.run.logs import HELD_OUT, Log
 from train.run.run_folder import CHECKPOINTS
 from train.step import Report, State
+from train.step.loss import perplexity as perplexity_of
 
 _IN_FLIGHT = 2  # steps that are under way while the next is prepared
 _SKIPPED = 10  # batches in a row with a NaN or infinite value: then the batches are not the cause
@@ -253,11 +253,11 @@ class Loop:
             metrics = jax.device_get(self.evaluate(state.weights, batch, self.base))
             sums += metrics.targets * np.array([metrics.loss, metrics.accuracy, 1])
         loss, accuracy = sums[:2] / max(1.0, sums[2])
-        perplexity = math.exp(min(loss, 700))
+        perplexity = perplexity_of(float(loss))
         figures = {"loss": loss, "accuracy": accuracy, "perplexity": perplexity}
         self.log.write(self.position, figures, prefix=HELD_OUT)
         where = f"step {self.position}"
-        command.say(f"{where}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        command.say(f"{where}: held-out loss {loss:.4f}, perplexity {command.decimals(perplexity)}")
         self._logged = time.perf_counter()
         return float(loss)
 

@@ -4,6 +4,7 @@ Knows no optimiser and no data format. The full logits are never in memory (`voc
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -34,6 +35,14 @@ class Metrics:
     loss: Float[Array, ""]
     accuracy: Float[Array, ""]
     targets: Float[Array, ""]
+
+
+def perplexity(entropy: float) -> float:
+    """Return exp of a mean cross-entropy: NaN for NaN, and infinity beyond the largest float."""
+    try:
+        return math.exp(entropy)
+    except OverflowError:
+        return math.inf
 
 
 def scores(
