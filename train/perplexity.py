@@ -8,6 +8,7 @@ or error, the table and plot show the figures measured so far.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +138,8 @@ def work(args: argparse.Namespace) -> None:
     picture = figures.picture(args)
     if args.out is not None:
         command.check_new("--out", args.out)
+        if picture is not None and os.path.realpath(args.out) == os.path.realpath(picture):
+            raise command.UsageError(f"--out {args.out}: is the file of the plot: name another")
     from train.measuring import measure
 
     measure.run(args, lengths, modes=chosen, windows=windows, picture=picture)

@@ -243,6 +243,8 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
         (["--tokens", "100"], "--tokens 100: must be at least 256, the longest of --lengths"),
         (["--lengths", "300", "--tokens", "100"], "--tokens 100: must be at least 300, the lon"),
         (["--plot", __file__], f"--plot {__file__}: exists already; name another file, or"),
+        (["--plot", "a.svg", "--out", "./a.svg"], "--out a.svg: is the file of the plot: name"),
+        (["--out", "perplexity.png"], "--out perplexity.png: is the file of the plot: name"),
         (["--out", __file__], f"--out {__file__}: exists already; name another file, or"),
     ],
 )
