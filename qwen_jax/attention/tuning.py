@@ -158,6 +158,8 @@ def _work(args: argparse.Namespace) -> None:
                 "to try this command, name another file with --out"
             )
         command.say("on a CPU kernels run interpreted: these times are no measurements of them")
+    if paths.is_place(out):  # otherwise the folder is made
+        command.check_writable("--out", out)
     caches.use_compilation_cache()
     names = args.kernel or workloads.available(registry.IMPLEMENTATIONS)
     cases = [case for task in args.task for case in _cases(args, task)]

@@ -176,9 +176,10 @@ def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int 
     start_id: the id of the first new token; None for the first one after the vocabulary.
 
     Words that the pre-tokenizer splits are skipped with a warning on stderr. Raises ValueError if
-    `start_id` is taken.
+    `start_id` is taken, or if no file can be made at `out_file`.
     """
     _check_place(out_file)
+    command.check_writable("OUT_FILE", out_file)
     tokenizer = Tokenizer.from_file(vocab_file)
     first = len(tokenizer) if start_id is None else start_id
     if first < len(tokenizer):

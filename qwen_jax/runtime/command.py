@@ -152,6 +152,26 @@ def check_new(option: str, path: Path) -> None:
         raise UsageError(f"{option} {path}: exists already; name another file, or remove it")
     if not paths.is_place(path):
         raise UsageError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
+    check_writable(option, path)
+
+
+class _Probed(Exception):
+    """Raised to drop the draft that `check_writable` has made."""
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise UsageError if no file can be made at a place; what is there stays as it is.
+
+    For commands that write the file after long work. option: the option or argument that names it.
+    """
+    try:
+        with paths.draft(path):
+            raise _Probed
+    except _Probed:
+        return
+    except OSError as error:
+        what = f"{option} {path}: no file can be made there"
+        raise UsageError(f"{what}: {error.strerror or error}") from None
 
 
 def _as_line(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -171,8 +171,11 @@ def draft(path: Path) -> Iterator[Path]:
         if own.stat().st_mode != mode:
             own.chmod(stat.S_IMODE(mode))
         own.replace(path)
-    except BaseException:
-        own.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            own.unlink()
+        if isinstance(error, OSError) and error.filename in (own, str(own)):
+            error.filename, error.filename2 = str(path), None  # the name that the caller knows
         raise
 
 

@@ -80,3 +80,14 @@ def test_processes_that_live(monkeypatch):
 def test_drafts_have_names_of_their_kind(tmp_path):
     with paths.draft(tmp_path / "0.0") as draft:
         assert list(tmp_path.glob(paths.DRAFTS)) == [draft]
+
+
+def test_a_failed_draft_names_its_file(tmp_path):
+    with pytest.raises(OSError, match="x.png'") as error, paths.draft(Path("/proc/x.png")):
+        pass
+    assert error.value.filename == "/proc/x.png"
+    (place := tmp_path / "x").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        paths.write(place, b"a")
+    assert (error.value.filename, error.value.filename2) == (str(place), None)
+    assert list(tmp_path.iterdir()) == [place]

@@ -158,13 +158,13 @@ def test_the_table_is_that_of_the_logits(given, tmp_path, capsys):
 def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
     """A plot with the default name gets a number rather than replace another."""
     monkeypatch.chdir(tmp_path)
-    for name in ("perplexity.png", "perplexity-2.png"):
-        (tmp_path / name).touch()
+    (tmp_path / "perplexity.png").touch()
+    (tmp_path / "perplexity-2.png").symlink_to("/nowhere")
     assert perplexity.main(command(given, "--modes", "plain", "--tokens", 256)) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
-    sizes = [x.stat().st_size for x in sorted(tmp_path.glob("*.png"))]
-    assert sizes[:1] == [0] and sizes[1] > 0 and sizes[2] == 0, "perplexity-2, -3, and without"
+    sizes = [x.lstat().st_size for x in sorted(tmp_path.glob("*.png"))]
+    assert sizes[:1] == [8] and sizes[1] > 8 and sizes[2] == 0, "perplexity-2, -3, and without"
 
 
 def reported(tmp_path: Path, values: dict[int, float], **options: Any) -> argparse.Namespace:
@@ -236,6 +236,9 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
         (["--out", "none/x.json"], "--out none/x.json: the folder none does not exist"),
         (["--plot", "."], "--plot .: is a folder; name a file"),
         (["--plot", "none/x.png"], "--plot none/x.png: the folder none does not exist"),
+        (["--plot", "/proc/x.png"], "--plot /proc/x.png: no file can be made there: No such file"),
+        (["--out", "/proc/x.json"], "--out /proc/x.json: no file can be made there: No such file"),
+        (["--plot", "x.pgf"], "--plot x.pgf: its suffix must be one of "),
         (["--plot", "x.jpq"], "--plot x.jpq: its suffix must be one of "),
         (["--attention", "xxla"], "attention 'xxla' is not known: choose one of auto"),
         (["--modes", "yarn"], "--modes yarn: must be one or more of plain, ntk"),

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -88,7 +89,8 @@ def picture(args: argparse.Namespace) -> Path | None:
         return None if args.json else _free(Path("perplexity.png"))
     path = paths.parse(args.plot)
     command.check_new("--plot", path)
-    if _format(path) not in (known := FigureCanvasBase.filetypes):
+    known = [name for name in FigureCanvasBase.filetypes if name != "pgf"]  # pgf needs xelatex
+    if _format(path) not in known:
         raise command.UsageError(f"--plot {path}: its suffix must be one of {', '.join(known)}")
     return path
 
@@ -96,7 +98,7 @@ def picture(args: argparse.Namespace) -> Path | None:
 def _free(path: Path) -> Path:
     """Return `path`, or if it is taken the first free one of perplexity-2.png and so on."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+    return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))
 
 
 @contextlib.contextmanager
