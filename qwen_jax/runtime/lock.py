@@ -31,6 +31,7 @@ except ImportError:  # Windows
 
 NAME = "writer.lock"
 BEAT = 15.0  # seconds between two writes of a lock in gs://
+_MOST_REMOVED = 100  # folders removed in a row by others before the lock's file was created in them
 LEASE = 60.0  # seconds without a write, after which a lock in gs:// is stale
 
 
@@ -46,7 +47,7 @@ def alone(
 
     place: the folder, or the file to be written.
     file: the lock's file, removed at the end; by default `writer.lock` in the folder. Its folder is
-        created if missing, and removed again if it is left empty.
+        created if missing with its parents, and what was created is removed again if left empty.
     wait: wait for the other program instead of raising (local disks only).
 
     Yields a function that raises Busy if another program has meanwhile taken the lock (possible in
@@ -67,7 +68,7 @@ def _file(place: Path, file: Path, *, wait: bool) -> Iterator[Callable[[], None]
     file: the lock's file.
     wait: whether to wait for a program that holds the lock instead of raising Busy.
     """
-    made = not file.parent.exists()
+    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     try:
         stream = _locked(place, file, wait=wait)
         try:
@@ -77,9 +78,9 @@ def _file(place: Path, file: Path, *, wait: bool) -> Iterator[Callable[[], None]
                 file.unlink()
             stream.close()
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # not empty, as a rule
-                file.parent.rmdir()
+        with contextlib.suppress(OSError):  # not empty, as a rule
+            for folder in made:
+                folder.rmdir()
 
 
 def _locked(place: Path, file: Path, *, wait: bool) -> IO[str]:
@@ -90,14 +91,18 @@ def _locked(place: Path, file: Path, *, wait: bool) -> IO[str]:
     wait: whether to wait for a program that holds the lock.
 
     Returns the open file, which holds the lock until it is closed. Raises Busy if another program
-    holds the lock and `wait` is False.
+    holds the lock and `wait` is False, and OSError if no file can be created there.
     """
+    removed = 0
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             stream = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (the lock lives as long as it is open)
         except FileNotFoundError:  # whoever made the folder has just removed it
-            continue
+            removed += 1
+            if removed < _MOST_REMOVED:
+                continue
+            raise OSError(f"{place}: no file can be made there: choose another place") from None
         try:
             if fcntl is None:
                 raise OSError("this system has no flock")

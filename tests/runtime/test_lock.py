@@ -31,6 +31,19 @@ def test_a_lock_says_who_is_there_and_goes(tmp_path):
     assert [file.name for file in place.iterdir()] == ["file"]
 
 
+def test_a_lock_that_cannot_be_made_is_refused(tmp_path):
+    """/proc has folders in which every creation of a file says that the folder is missing."""
+    for place in (Path("/proc"), Path("/proc/x/y")):
+        with (
+            pytest.raises(OSError, match=f"^{place}: no file can be made there"),
+            lock.alone(place),
+        ):
+            pass
+    with pytest.raises(ZeroDivisionError), lock.alone(tmp_path / "a" / "b" / "c"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir()), "the folders that it made go"
+
+
 def test_a_lock_of_a_killed_program_locks_nobody_out(tmp_path):
     program = (
         "import os, signal, sys; from pathlib import Path\nfrom qwen_jax.runtime import lock\n"
@@ -83,7 +96,7 @@ def test_drafts_have_names_of_their_kind(tmp_path):
 
 
 def test_a_failed_draft_names_its_file(tmp_path):
-    with pytest.raises(OSError, match="x.png'") as error, paths.draft(Path("/proc/x.png")):
+    with pytest.raises(OSError, match=r"x\.png'") as error, paths.draft(Path("/proc/x.png")):
         pass
     assert error.value.filename == "/proc/x.png"
     (place := tmp_path / "x").mkdir()
