@@ -222,18 +222,20 @@ def write_files(
     chat_format: the format that the model is trained on, "chatml" or "raw". If the generation
         settings in `ckpt` have another, they are replaced by the original's defaults.
 
-    Nothing is written if config.json is there already. Returns the folder.
+    A resumed run writes only what is missing. Returns the folder.
     """
     folder = out / FILES
-    if (folder / directory.CONFIG).exists():
-        return folder
     paths.make_folder(folder)
+    given, kept = folder / directory.GENERATION_CONFIG, folder / directory.CONFIG
+    begun = given.exists() and kept.exists()  # config.json is written last
+    sources = {directory.TOKENIZER: tokenizer_file}
     if ckpt is not None:
-        directory.carry(directory.existing(ckpt), folder)
-    paths.copy(tokenizer_file, folder / directory.TOKENIZER)
-    given = folder / directory.GENERATION_CONFIG
+        sources = {x.name: x for x in directory.carried(directory.existing(ckpt))} | sources
+    for name, file in sources.items():
+        if not (folder / name).exists():
+            paths.copy(file, folder / name)
     settings = directory.read_json(given) if given.exists() else {}
-    if settings.get("chat_format") != chat_format:
+    if not begun and settings.get("chat_format") != chat_format:
         settings = {
             "chat_format": chat_format,
             "eos_token_id": end,
@@ -245,6 +247,7 @@ def write_files(
             "top_p": 0.8,
         }
         directory.write_json(given, settings)
-    like = ckpt and directory.read_json(ckpt / directory.CONFIG)
-    directory.write_json(folder / directory.CONFIG, like or config.to_hf())
+    if not kept.exists():
+        like = ckpt and directory.read_json(ckpt / directory.CONFIG)
+        directory.write_json(kept, like or config.to_hf())
     return folder

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from qwen_jax.runtime import command
-from tests.support.training import fail
+from tests.support.training import CONFIG, fail, prepared
 from train import pretrain, sft
 from train.run import resuming, run_folder
 
@@ -156,3 +156,28 @@ def test_more_steps_are_no_other_run(tmp_path):
     told = run_folder.read(out)
     assert told["arguments"]["steps"] == 20 and told["command"] == START["command"]
     assert told["resumed"] == {"command": "longer", "versions": {}}
+
+
+def test_files_that_a_run_has_lost_are_written_again(tmp_path):
+    """And no others: those that are there stay as they are."""
+    folder = prepared(tmp_path / "given")
+
+    def write() -> Path:
+        return run_folder.write_files(
+            tmp_path,
+            ckpt=None,
+            config=CONFIG,
+            tokenizer_file=folder / "qwen.tiktoken",
+            end=256,
+            chat_format="raw",
+        )
+
+    written = {file: file.read_bytes() for file in write().iterdir()}
+    assert {"config.json", "generation_config.json", "qwen.tiktoken"} == {x.name for x in written}
+    for lost in written:
+        own = {file: data + b" " for file, data in written.items() if file != lost}
+        for file, data in own.items():
+            file.write_bytes(data)
+        lost.unlink()
+        write()
+        assert {file: file.read_bytes() for file in written} == {**own, lost: written[lost]}
