@@ -43,7 +43,7 @@ def parse(text: str | None) -> dict[str, int]:
     for item in filter(None, (text or "").split(",")):
         name, size = (part.strip() for part in item.partition("=")[::2])
         wrong = name not in AXES or named.count(name) > 1
-        if wrong or not size.isdecimal() or int(size) < 1:
+        if wrong or not size.isdecimal() or len(size) > 9 or int(size) < 1:
             raise ValueError(f"mesh {text!r}: write it as fsdp=4,tp=2 (axes: {', '.join(AXES)})")
         sizes[name] = int(size)
     return sizes

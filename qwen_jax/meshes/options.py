@@ -8,6 +8,8 @@ from qwen_jax.meshes import construction
 from qwen_jax.runtime import processes
 from qwen_jax.runtime.command import UsageError, say
 
+_MOST = 512  # virtual CPU devices of a process
+
 
 def mesh_sizes(option: str | None) -> dict[str, int]:
     """Parse the option `--mesh`, such as `fsdp=4,tp=2`, into the size of each mesh axis.
@@ -26,12 +28,18 @@ def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
     sizes: the size of each mesh axis.
 
     A number of CPU devices that XLA_FLAGS sets is kept. GPUs and TPUs are not affected. A note says
-    that virtual devices run on the same cores.
+    that virtual devices run on the same cores. Raises UsageError for more than `_MOST` devices,
+    each of which takes memory and threads.
     """
     import jax
 
     own = -(-math.prod(sizes.values()) // processes.count())
     if own > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        if own > _MOST:
+            raise UsageError(
+                f"--mesh: {own} devices for a process, which can have at most {_MOST} virtual "
+                "ones: name a smaller mesh"
+            )
         jax.config.update("jax_num_cpu_devices", own)
         if jax.default_backend() == "cpu":
             say(f"--mesh: {own} virtual devices share the cores of this CPU")

@@ -28,6 +28,7 @@ from qwen_jax import expand_vocab
 from qwen_jax.attention import tuning, verdicts
 from qwen_jax.checkpoint import inspection
 from qwen_jax.generate import __main__ as generate
+from qwen_jax.meshes import options
 from qwen_jax.runtime import caches, command, errors, paths, progress
 from train import perplexity, plan, pretrain, sft
 from train import tokenizer as learning
@@ -309,6 +310,16 @@ def test_usage(program, argv, message, capsys, monkeypatch):
     monkeypatch.setattr("train.planning.topology.prepare", lambda *_, **__: None)
     assert program.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_mesh_that_would_take_all_memory_is_refused(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("devices are made"))
+    for text, count in (("data=513", 513), ("data=999999999,tp=9", 8999999991)):
+        with pytest.raises(command.UsageError, match=f"--mesh: {count} devices for a process"):
+            options.virtual_cpu_devices(options.mesh_sizes(text))
+    with pytest.raises(command.UsageError, match="write it as fsdp=4"):
+        options.mesh_sizes(f"data={'9' * 5000}")
 
 
 PLAN = ["--model", "qwen-7b", "--topology", "v5e:2x2"]
