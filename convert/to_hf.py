@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def parse_size(text: str) -> int:
     """Parse a size such as `5GB`, `500MB` or `2GiB` into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))

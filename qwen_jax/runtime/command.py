@@ -56,6 +56,16 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown: {' '.join(unknown)}{hint}")
         return found
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert an argument's text by its type, of which any exception is a usage error."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:
+            what = f"{arg_string!r}: {str(error) or type(error).__name__}"
+            raise argparse.ArgumentError(action, what) from None
+
     def error(self, message: str) -> NoReturn:
         """Print a usage error as one line, and exit with code 2."""
         self.exit(2, f"error: {_with_help(self, message.removeprefix('argument '))}\n")

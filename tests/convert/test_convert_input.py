@@ -347,6 +347,7 @@ def test_bad_mesh(tmp_path, options, code, told, capfd):
         (from_hf.main, ["a"]),
         (to_hf.main, ["a", "b", "--max-shard-size", "0GB"]),
         (to_hf.main, ["a", "b", "--max-shard-size", "large"]),
+        (to_hf.main, ["a", "b", "--max-shard-size", "9" * 400]),
     ],
 )
 def test_usage_errors(main, arguments, capfd):

@@ -167,6 +167,19 @@ def test_a_line_that_cannot_be_parsed(argv, line, capsys):
     assert said.endswith(" (see python train/pretrain.py --help)\n")
 
 
+def test_an_exception_of_a_type_is_a_usage_error(capsys):
+    def broken(text: str) -> Any:
+        raise OverflowError("too large") if text == "9" else AssertionError
+
+    parser = command.Parser(prog="pytest")
+    parser.add_argument("--size", type=broken)
+    for given, said in (("9", "too large"), ("8", "AssertionError")):
+        with pytest.raises(SystemExit, match="2"):
+            command.run(parser, print, argv=["--size", given])
+        line = f"error: --size: '{given}': {said} (see pytest --help)\n"
+        assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize("errors_", ["strict", "surrogateescape", "backslashreplace"])
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252", "utf-8"])
 def test_what_stdout_cannot_say_is_replaced(encoding, errors_, monkeypatch):
