@@ -66,6 +66,12 @@ class Parser(argparse.ArgumentParser):
             what = f"{arg_string!r}: {str(error) or type(error).__name__}"
             raise argparse.ArgumentError(action, what) from None
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Convert an argument's texts. `--option=--` names no value: Python 3.11 makes it []."""
+        if action.option_strings and "--" in arg_strings:
+            raise argparse.ArgumentError(action, "expected one argument")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Print a usage error as one line, and exit with code 2."""
         self.exit(2, f"error: {_with_help(self, message.removeprefix('argument '))}\n")

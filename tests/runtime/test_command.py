@@ -157,6 +157,8 @@ def test_interrupted_and_usage(capsys):
         (["--keep-last", "0"], "--keep-last: '0' is not a positive whole number"),
         (["--recipe", "qwen"], "--recipe: invalid choice: 'qwen' (choose from "),
         (["--rows"], "--rows: expected one argument"),
+        (["--rows=--"], "--rows: expected one argument"),
+        (["--data=--"], "--data: expected one argument"),
     ],
 )
 def test_a_line_that_cannot_be_parsed(argv, line, capsys):
