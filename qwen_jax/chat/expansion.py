@@ -39,7 +39,7 @@ def read_words(path: str | Path) -> dict[str, int]:
 
     White space around a word is dropped. A frequency that is missing or not a positive integer
     counts as 1; the frequencies of repeated words add up. Raises ValueError if the file is not
-    UTF-8.
+    UTF-8, or if a frequency has thousands of digits.
     """
     words: Counter[str] = Counter()
     data = paths.parse(path).read_bytes()
@@ -47,11 +47,15 @@ def read_words(path: str | Path) -> dict[str, int]:
         text = texts.decode(data)
     except ValueError as error:
         raise ValueError(f"{path}: not a UTF-8 text file: {error}") from None
-    for line in text.split("\n"):
+    for number, line in enumerate(text.split("\n"), start=1):
         word, _, frequency = line.partition("\t")
         if word := unicodedata.normalize("NFC", word.strip()):
             frequency = frequency.strip()
-            words[word] += max(int(frequency), 1) if frequency.isdecimal() else 1
+            try:
+                words[word] += max(int(frequency), 1) if frequency.isdecimal() else 1
+            except ValueError:  # Python reads no more than 4300 digits
+                what = f"a frequency of {len(frequency)} digits"
+                raise ValueError(f"{path}:{number}: {what}: give a smaller one") from None
     return dict(words)
 
 
@@ -126,14 +130,16 @@ def learn_tokens(tokenizer: Tokenizer, words: Mapping[str, int]) -> list[bytes]:
 def write_tokens(path: str | Path, tokens: Iterable[bytes], *, start_id: int) -> None:
     """Write tokens as a vocabulary expansion file of lines "base64 id".
 
-    start_id: the id of the first token; the others follow it.
+    start_id: the id of the first token; the others follow it, up to the largest int32.
 
-    Raises FileExistsError if the file exists, and FileNotFoundError if its folder does not.
+    Raises ValueError for other ids, FileExistsError if the file exists, and FileNotFoundError if
+    its folder does not.
     """
     tokens = list(tokens)
     if wrong := [token for token in tokens if not isinstance(token, bytes)]:
         raise ValueError(f"tokens must be bytes, got {texts.described(wrong[0])}")
-    start_id = values.whole("start_id", start_id, least=0)
+    most = values.INT32 + 1 - max(1, len(tokens))
+    start_id = values.whole("start_id", start_id, least=0, most=most)
     lines = [
         f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens, start_id)
     ]
@@ -186,6 +192,8 @@ def expand(vocab_file: Path, words_file: Path, *, out_file: Path, start_id: int 
         raise ValueError(
             f"--start-id {first}: must be at least {len(tokenizer)}, as smaller ids are taken"
         )
+    if first > values.INT32:
+        raise ValueError(f"--start-id {first}: must be at most {values.INT32}, as ids are int32")
     words = read_words(words_file)
     for word in splittable(words):
         print(f"warning: {word!r} refused: the pre-tokenizer splits it", file=sys.stderr)

@@ -143,6 +143,9 @@ def test_word_list(tmp_path):
     path.write_bytes(b"\xff\xfe1\x00")
     with pytest.raises(ValueError, match=r"words\.txt: not a UTF-8"):
         read_words(path)
+    path.write_text(f"one\ntwo\t{'9' * 5000}\n")
+    with pytest.raises(ValueError, match=r"words\.txt:2: a frequency of 5000 digits"):
+        read_words(path)
 
 
 def test_command(files, capsys):
@@ -165,6 +168,8 @@ def test_an_existing_file_is_never_overwritten(files, capsys):
     assert Path(files[2]).read_text() == "precious"
     with pytest.raises(FileExistsError):
         write_tokens(files[2], [b"x"], start_id=500)
+    with pytest.raises(ValueError, match="from 0 to 2147483646"):
+        write_tokens(files[2], [b"x", b"y"], start_id=2**31 - 1)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
@@ -188,6 +193,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         (lambda f: [f[0], f[0] + "/..", f[2]], "directory"),
         (lambda f: [f[0], f[1], f[2] + "/no/out"], "no such folder"),
         (lambda f: [*f, "--start-id", "468"], "--start-id 468: must be at least 469"),
+        (lambda f: [*f, "--start-id", "5000000000"], "must be at most 2147483647, as ids are i"),
     ],
 )
 def test_errors_are_one_line(files, capsys, change, message):
