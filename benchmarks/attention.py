@@ -32,6 +32,7 @@ import jax
 from benchmarks import section
 from qwen_jax import attention
 from qwen_jax.attention import agreement, timing, workloads
+from qwen_jax.attention.timing import TimedCall
 from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels import choice, others
 from qwen_jax.runtime import caches, command, progress
@@ -90,15 +91,15 @@ def right(case: Case, name: str) -> bool:
 
 def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dict[str, Any]:
     """What is timed at a shape: every implementation, kernels with LogN etc. too, and rivals."""
-    made: dict[str, timing.Program] = {}
+    made: dict[str, TimedCall] = {}
 
-    def attempt(label: str, make: Callable[[], timing.Program]) -> None:
+    def attempt(label: str, make: Callable[[], TimedCall]) -> None:
         try:
             made[label] = make()
         except Exception as error:  # compilers and allocators fail in ways of their own
             command.say(f"{shape}: not {label}: {' '.join(str(error).split())[:200]}")
 
-    def checked(case: Case, name: str) -> timing.Program:
+    def checked(case: Case, name: str) -> TimedCall:
         if not right(dataclasses.replace(case, batch=1, length=min(case.length, 1024)), name):
             raise ValueError("its results are wrong")
         return workloads.program(case, name)
@@ -110,8 +111,39 @@ def programs(shape: str, case: Case, names: list[str], interpreted: bool) -> dic
             attempt(f"{name}+", lambda name=name, full=full: workloads.program(full, name))
     own = others.CACHED if case.task == "decode" else others.CAUSAL
     for name in workloads.available(own, interpreted):
-        attempt(f"{name}*", lambda name=name: workloads.rival(case, name))
+        attempt(f"{name}*", lambda name=name: rival(case, name))
     return made
+
+
+def rival(case: Case, name: str) -> TimedCall:
+    """Compile a program that makes a call by another library in the form that suits it best.
+
+    name: a key of `others.CAUSAL` or, for decoding, of `others.CACHED`.
+
+    Raises NotImplementedError for a call with `features` or with a quantised cache.
+    """
+    if case.features:
+        raise NotImplementedError(f"{name}: LogN, windows and packing at once")
+    if case.task != "decode":
+        return workloads.whole_program(case, others.CAUSAL[name])
+    if case.cache:
+        raise NotImplementedError(f"{name}: a cache of {case.cache}")
+    layout, attend = others.CACHED[name]
+    layers = [tuple(map(layout, workloads.leaves(case, i))) for i in range(case.layers())]
+
+    def step(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        start: jax.Array,
+        index: jax.Array,
+        *_: jax.Array,
+    ) -> jax.Array:
+        return attend(q, keys, values, index - start)
+
+    return workloads.decode_program(case, step, layers=layers)
 
 
 def rows(shape: str, case: Case, made: dict[str, Any], rounds: int) -> list[Row]:

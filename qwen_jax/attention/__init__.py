@@ -6,7 +6,7 @@ Nothing here knows of RoPE, of layers or of files.
 
 from qwen_jax.attention.reference import Attend, xla
 from qwen_jax.attention.registry import FEW, IMPLEMENTATIONS, Implementation, auto, get, on_shards
-from qwen_jax.kernels.flash import KeysOrValues
+from qwen_jax.kernels.flash import KeysOrValues, Scale
 from qwen_jax.kernels.mask import FULL, Mask
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Implementation",
     "KeysOrValues",
     "Mask",
+    "Scale",
     "auto",
     "get",
     "on_shards",

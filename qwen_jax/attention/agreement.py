@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.attention import reference, registry, ring, workloads
-from qwen_jax.attention.reference import Attend
+from qwen_jax.attention.reference import Attend, as_attend
 from qwen_jax.attention.workloads import Case
 from qwen_jax.kernels.flash import CacheLeaf, Quantised
 from qwen_jax.kernels.mask import Mask
@@ -56,7 +56,7 @@ def _small(case: Case) -> Case:
     return dataclasses.replace(case, features=features, **shape)
 
 
-def _ways(case: Case, name: str, *, in_parts: bool) -> list[Attend]:
+def _ways(case: Case, name: str, *, in_parts: bool) -> list[Callable[..., jax.Array]]:
     """Return the functions to compare with the XLA reference.
 
     They are the implementation `name` itself and, with in_parts, the same one on two parts of the
@@ -99,7 +99,7 @@ def _with_all(mask: Mask) -> Mask:
     return dataclasses.replace(mask, q_segments=segments, k_segments=segments, window=window)
 
 
-def _results(case: Case, attend: Attend, *, dtype: str) -> list[jax.Array]:
+def _results(case: Case, attend: Callable[..., jax.Array], *, dtype: str) -> list[jax.Array]:
     """Make a case's call by `attend` with operands of `dtype`. Returns outputs or gradients."""
 
     def cast(x: CacheLeaf) -> CacheLeaf:
@@ -122,7 +122,7 @@ def _arguments(case: Case, normal: Callable[..., Any], *, leaf: Callable[..., An
     return [normal(case, n, i) for i, n in enumerate((case.heads, 2, 2, case.heads))]
 
 
-def _call(case: Case, attend: Attend) -> Callable[..., list[jax.Array]]:
+def _call(case: Case, attend: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
     """Return a function that makes a case's call by `attend` and returns outputs or gradients.
 
     Its arguments are q, k, v and the gradient of o or, for decoding, q, k, v, cached keys and
@@ -132,7 +132,7 @@ def _call(case: Case, attend: Attend) -> Callable[..., list[jax.Array]]:
         start = jnp.array([case.length // 3, case.length // 2], jnp.int32)
         index, window = jnp.int32(case.length + 5), jnp.int32(case.length // 2 + 7)
         scale = workloads.scale_of(dataclasses.replace(case, length=1))
-        step = jax.jit(functools.partial(workloads.decode, attend))
+        step = jax.jit(functools.partial(workloads.decode, as_attend(attend)))
         return lambda *arrays: [step(*arrays, start, index, window, scale)]
     mask, scale = _with_all(workloads.mask_of(case)), workloads.scale_of(case)
 

@@ -22,7 +22,7 @@ from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.registry import Implementation
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
-from qwen_jax.kernels.flash import CacheLeaf, KeysOrValues, Quantised
+from qwen_jax.kernels.flash import CacheLeaf, KeysOrValues, Quantised, Scale
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
@@ -67,7 +67,7 @@ class LayerCache:
         v: Float[Array, "B T K H"],
         own: Mask,
         past: Mask | None,
-        scale: Float[Array, "B T"],
+        scale: Scale,
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
         """Attend to this pass's keys and the cached ones. Returns o [B, T, N, H] and the new cache.

@@ -1,13 +1,14 @@
 """Attention in plain XLA: the reference, with which every kernel must agree."""
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol, cast, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qwen_jax.kernels.flash import KeysOrValues, Quantised
+from qwen_jax.kernels.flash import Attended, KeysOrValues, Quantised, Scale
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.weights import precision
 
@@ -17,25 +18,52 @@ _QUERY_BLOCK = 512  # the most query rows whose scores are held at once
 class Attend(Protocol):
     """The interface of an attention function. `xla` says what its arguments and results are."""
 
+    @overload
     def __call__(
         self,
         q: Float[Array, "B T N H"],
         k: KeysOrValues,
         v: KeysOrValues,
         mask: Mask,
-        scale: jax.Array,
-        return_lse: bool = False,
-    ) -> Any: ...
+        scale: Scale,
+        return_lse: Literal[False] = False,
+    ) -> Float[Array, "B T N H"]: ...
+    @overload
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: KeysOrValues,
+        v: KeysOrValues,
+        mask: Mask,
+        scale: Scale,
+        return_lse: Literal[True],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+    @overload
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: KeysOrValues,
+        v: KeysOrValues,
+        mask: Mask,
+        scale: Scale,
+        return_lse: bool,
+    ) -> Attended: ...
 
 
+def as_attend(function: Callable[..., Attended]) -> Attend:
+    """Return an attention function itself, with a type that tells its result from `return_lse`."""
+    return cast(Attend, function)
+
+
+@as_attend
 def xla(
     q: Float[Array, "B T N H"],
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Compute softmax(scale * q k^T) v over the visible keys, with scores and sums in float32.
 
     q: [B, T, N, H].

@@ -8,6 +8,7 @@ global arrays.
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import ring
-from qwen_jax.attention.reference import Attend, xla
+from qwen_jax.attention.reference import Attend, as_attend, xla
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -27,14 +28,14 @@ from qwen_jax.kernels import (
     flash_triton,
     others,
 )
-from qwen_jax.kernels.flash import CacheLeaf, KeysOrValues, Quantised
+from qwen_jax.kernels.flash import Attended, CacheLeaf, KeysOrValues, Quantised, Scale
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.meshes import sharding
 
 FEW = 16  # the most query tokens that a decode kernel takes
 
 
-def on_shards(attend: Attend) -> Attend:
+def on_shards(attend: Callable[..., Attended]) -> Attend:
     """Make an attention implementation take and return global arrays.
 
     Each device runs its own heads and sequences. Tokens that are split over `context` are attended
@@ -43,16 +44,17 @@ def on_shards(attend: Attend) -> Attend:
     elsewhere they raise TypeError.
     """
 
+    @as_attend
     @functools.wraps(attend)
     def run(
         q: Float[Array, "B T N H"],
         k: KeysOrValues,
         v: KeysOrValues,
         mask: Mask,
-        scale: jax.Array,
+        scale: Scale,
         return_lse: bool = False,
         **local_options: Any,
-    ) -> Any:
+    ) -> Attended:
         if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return attend(q, k, v, mask, scale, return_lse=return_lse, **local_options)
         if local_options:
@@ -67,7 +69,7 @@ def on_shards(attend: Attend) -> Attend:
         ) -> Any:
             if shared:
                 return ring.ring_attention(
-                    attend, q, k=k, v=v, mask=mask, scale=scale, return_lse=return_lse
+                    as_attend(attend), q, k=k, v=v, mask=mask, scale=scale, return_lse=return_lse
                 )
             return attend(q, k, v, mask, scale, return_lse=return_lse)
 
@@ -128,7 +130,7 @@ class Implementation:
         k: KeysOrValues,
         v: KeysOrValues,
         mask: Mask,
-        scale: jax.Array,
+        scale: Scale,
         return_lse: bool = False,
         **local_options: Any,
     ) -> Any:
@@ -208,7 +210,7 @@ def inference(forward: str, decode: str) -> Implementation:
         come from the XLA reference, and so do calls with at most `FEW` query tokens.
     decode: the name of the implementation whose decode kernel is used.
     """
-    attend = xla if forward == "xla" else _ForwardOnly(forward)
+    attend = xla if forward == "xla" else as_attend(_ForwardOnly(forward))
     kernel = Implementation.of(IMPLEMENTATIONS[decode]).decode
     return Implementation(f"{forward}, decoding {decode}", attend, kernel)
 
@@ -225,9 +227,9 @@ class _ForwardOnly:
         k: KeysOrValues,
         v: KeysOrValues,
         mask: Mask,
-        scale: jax.Array,
+        scale: Scale,
         return_lse: bool = False,
-    ) -> Any:
+    ) -> Attended:
         if q.shape[1] <= FEW:
             return xla(q, k, v, mask, scale, return_lse)
         return _forward_alone(self.name, return_lse, q, k, v, mask, jnp.asarray(scale))
@@ -274,9 +276,9 @@ def _resolved(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Attend by the choice of `prove.resolve` for this device, dtype and head dim.
 
     Without a choice it is the XLA reference, as no kernel can be tested while a program is traced.
@@ -304,7 +306,7 @@ class _Auto(Implementation):
         return Implementation.of(found).decode_kernel(q, keys=keys)
 
 
-auto = _Auto("auto", _resolved)
+auto = _Auto("auto", as_attend(_resolved))
 
 
 @functools.cache

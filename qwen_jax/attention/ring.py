@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qwen_jax.attention.reference import Attend
-from qwen_jax.kernels.flash import KeysOrValues
+from qwen_jax.kernels.flash import Attended, KeysOrValues, Scale
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.meshes import sharding
 
@@ -33,9 +33,9 @@ def ring_attention(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Attend from this device's queries to the keys of all devices of `context`.
 
     implementation: attends to the keys of one device, as a function of `IMPLEMENTATIONS` does.

@@ -14,11 +14,15 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from qwen_jax.attention import agreement, block_grids, workloads
+from qwen_jax.attention.timing import TimedCall
+from qwen_jax.attention.workloads import Case
+from qwen_jax.kernels.choice import Line
 from qwen_jax.runtime import caches, command, lock, paths, progress
 
 _EXAMPLES = """\
@@ -48,6 +52,7 @@ _FINALISTS = 3  # how many block sizes of a kernel take part in the last run
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     result = command.Parser(
         prog="python -m qwen_jax.kernels.tune",
         description="Time the implementations of attention on this device, and write the results "
@@ -77,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _case_options(group: Any) -> None:
+def _case_options(group: argparse._ArgumentGroup) -> None:
     add, tasks = group.add_argument, ("forward", "backward", "decode")
     add(
         "--kernel",
@@ -123,6 +128,7 @@ def _case_options(group: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
     return command.run(parser(), _work, argv=argv)
 
 
@@ -202,15 +208,13 @@ def shown() -> str:
     return "\n".join(parts)
 
 
-def _what(line: dict[str, Any]) -> str:
+def _what(line: Line) -> str:
     """Format the call that a line of `measured.json` is for."""
     return f"{line['task']:8} {line['dtype']:8} {line['head_dim']:4} {line['length']:6}"
 
 
-def _cases(args: argparse.Namespace, task: str) -> list[Any]:
+def _cases(args: argparse.Namespace, task: str) -> list[Case]:
     """Return the attention calls (`workloads.Case`) that the command times for a task."""
-    from qwen_jax.attention.workloads import Case
-
     shape = {"heads": args.heads, "head_dim": args.head_dim, "dtype": args.dtype}
     if task == "decode":
         caches = (None, "int8")
@@ -219,27 +223,27 @@ def _cases(args: argparse.Namespace, task: str) -> list[Any]:
     return [Case(task, args.batch or max(1, _TOKENS // n), n, **shape) for n in args.length]
 
 
-def _tuned(case: Any, names: list[str], *, rounds: int, bar: Any) -> list[dict[str, Any]]:
+def _tuned(case: Case, names: list[str], *, rounds: int, bar: tqdm) -> list[Line]:
     """Time a call with all implementations `names`. Returns a line for each one that is right."""
     from qwen_jax.attention import timing
 
-    entrants: dict[str, tuple[str, dict[str, int], Any]] = {}
+    entrants: dict[str, tuple[str, dict[str, int], TimedCall]] = {}
     for name in names:
         for blocks, program in _finalists(case, name, bar=bar):
             entrants[f"{name} {blocks}"] = name, blocks, program
     times = timing.medians({key: x[2] for key, x in entrants.items()}, rounds)
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[str, Line] = {}
     for key, seconds in sorted(times.items(), key=lambda x: x[1]):
         name, blocks, _ = entrants[key]
         best.setdefault(name, _line(case, name, blocks=blocks, seconds=seconds / case.layers()))
     return list(best.values())
 
 
-def _finalists(case: Any, name: str, *, bar: Any) -> list[tuple[dict[str, int], Any]]:
+def _finalists(case: Case, name: str, *, bar: tqdm) -> list[tuple[dict[str, int], TimedCall]]:
     """Return a kernel's fastest block sizes ({}: its own choice), each with its program."""
     from qwen_jax.attention import timing
 
-    tried: dict[str, tuple[float, dict[str, int], Any]] = {}
+    tried: dict[str, tuple[float, dict[str, int], TimedCall]] = {}
 
     def attempt(blocks: dict[str, int]) -> None:
         bar.update()
@@ -274,7 +278,7 @@ def _finalists(case: Any, name: str, *, bar: Any) -> list[tuple[dict[str, int], 
 
 
 @contextlib.contextmanager
-def trying(case: Any, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
+def trying(case: Case, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
     """Make a kernel use these block sizes within a `with` statement; {} lets it choose."""
     from qwen_jax.kernels import choice
 
@@ -287,17 +291,13 @@ def trying(case: Any, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
         choice.measured = measured
 
 
-def _line(case: Any, name: str, *, blocks: dict[str, int], seconds: float) -> dict[str, Any]:
+def _line(case: Case, name: str, *, blocks: dict[str, int], seconds: float) -> Line:
     """Make a line of `measured.json` from a kernel's block sizes and its seconds per call."""
     import jax
 
     from qwen_jax.kernels import choice
 
-    if case.task == "decode":
-        rate = {"gbytes_per_second": _rounded(case.bytes() / seconds / 1e9)}
-    else:
-        rate = {"tflops": _rounded(case.flops() / seconds / 1e12)}
-    return {
+    line: Line = {
         "device": choice.device().device_kind,
         "kernel": name,
         "task": case.task,
@@ -306,33 +306,37 @@ def _line(case: Any, name: str, *, blocks: dict[str, int], seconds: float) -> di
         "length": case.length,
         "blocks": blocks,
         "milliseconds": _rounded(seconds * 1e3),
-        **rate,
         "batch": case.batch,
         "heads": case.heads,
         "jax": jax.__version__,
         "date": str(datetime.date.today()),
     }
+    if case.task == "decode":
+        line["gbytes_per_second"] = _rounded(case.bytes() / seconds / 1e9)
+    else:
+        line["tflops"] = _rounded(case.flops() / seconds / 1e12)
+    return line
 
 
 def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def _text(line: dict[str, Any]) -> str:
+def _text(line: Line) -> str:
     """Format the result in a line of `measured.json`."""
     rate = line.get("tflops", line.get("gbytes_per_second"))
     unit = "TFLOP/s" if "tflops" in line else "GB/s"
     return f"{line['kernel']:14} {line['milliseconds']:10.4f} ms {rate:8} {unit} {line['blocks']}"
 
 
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
+def write(path: Path, lines: Sequence[Line]) -> None:
     """Merge lines into the sorted table in `path`. They replace lines with equal `choice.KEYS`.
 
     A lock file makes programs that write at the same time keep each other's lines.
     """
     from qwen_jax.kernels import choice
 
-    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    def key(line: Line) -> tuple[str | int, ...]:
         return tuple(line[x] for x in choice.KEYS)
 
     with lock.alone(path, path.with_name(f"{path.name}.lock"), wait=True):

@@ -89,6 +89,7 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
+        """Whether the kernel gave the results of the XLA reference."""
         return self.outcome == "agrees"
 
     @property
@@ -109,6 +110,7 @@ class Verdict:
         )
 
     def to_json(self) -> str:
+        """Return the verdict as JSON, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self))
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from qwen_jax.attention import cache, registry, ring, timing
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.registry import Implementation
-from qwen_jax.attention.timing import Program
-from qwen_jax.kernels import choice, others
+from qwen_jax.attention.timing import TimedCall
+from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import CacheLeaf
 from qwen_jax.kernels.mask import FULL, Mask
 from qwen_jax.leaves import int8
@@ -103,7 +103,7 @@ def available(names: Iterable[str], interpreted: bool = False) -> list[str]:
     return [x for x in names if interpreted or not (on_cpu and x.startswith(emulated))]
 
 
-def program(case: Case, name: str) -> Program:
+def program(case: Case, name: str) -> TimedCall:
     """Compile a program that makes a call by an implementation, and run it once.
 
     name: the implementation's name in the registry.
@@ -112,11 +112,13 @@ def program(case: Case, name: str) -> Program:
     """
     attend = registry.get(name)
     if case.task == "decode":
-        return _decode(
-            case, functools.partial(decode, attend), layers=[leaves(case, i) for i in _n(case)]
+        return decode_program(
+            case,
+            functools.partial(decode, attend),
+            layers=[leaves(case, i) for i in range(case.layers())],
         )
     mask, scale = mask_of(case), scale_of(case)
-    return _attention(case, lambda q, k, v: attend(q, k, v, mask, scale))
+    return whole_program(case, lambda q, k, v: attend(q, k, v, mask, scale))
 
 
 def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
@@ -156,38 +158,16 @@ def call(case: Case, name: str) -> tuple[Callable[..., Any], Any]:
     return run, jax.eval_shape(lambda: tuple(drawn(case, n, 0) for n in heads))
 
 
-def rival(case: Case, name: str) -> Program:
-    """Compile a program that makes a call by another library in the form that suits it best.
-
-    name: a key of `others.CAUSAL` or, for decoding, of `others.CACHED`.
-
-    Raises NotImplementedError for a call with `features` or with a quantised cache.
-    """
-    if case.features:
-        raise NotImplementedError(f"{name}: LogN, windows and packing at once")
-    if case.task != "decode":
-        return _attention(case, others.CAUSAL[name])
-    if case.cache:
-        raise NotImplementedError(f"{name}: a cache of {case.cache}")
-    layout, attend = others.CACHED[name]
-    layers = [tuple(layout(x) for x in leaves(case, i)) for i in _n(case)]
-
-    def step(
-        q: Any, k: Any, v: Any, keys: Any, values: Any, start: Any, index: Any, *_: Any
-    ) -> Any:
-        return attend(q, keys, values, index - start)
-
-    return _decode(case, step, layers=layers)
-
-
-def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
+def whole_program(case: Case, attend: Callable[..., jax.Array]) -> TimedCall:
     """Compile a program that makes a case's forward or backward calls for several layers.
 
     attend: computes o of q, k and v.
     """
     q, do = (normal(case, case.heads, i) for i in (0, 1))
     kv_heads = case.heads // case.groups
-    keys = [tuple(normal(case, kv_heads, 2 + 2 * i + j) for j in (0, 1)) for i in _n(case)]
+    keys = [
+        tuple(normal(case, kv_heads, 2 + 2 * i + j) for j in (0, 1)) for i in range(case.layers())
+    ]
 
     def forward(q: jax.Array, keys: Any) -> jax.Array:
         for k, v in keys:
@@ -209,7 +189,7 @@ def _attention(case: Case, attend: Callable[..., jax.Array]) -> Program:
     return timing.compiled(backward, jax.jit(pullbacks)(q, keys), do)
 
 
-def _decode(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> Program:
+def decode_program(case: Case, step: Callable[..., jax.Array], *, layers: Any) -> TimedCall:
     """Compile a program that makes a case's decode calls for several layers.
 
     step: computes o of q, k, v, a layer's cached keys and values, start, index, window and scale.
@@ -265,11 +245,6 @@ def decode(
     parts = [attend(q, k, v, own, scale, return_lse=True)]
     parts.append(attend(q, *held.layers[0].read(), past, scale, return_lse=True))
     return ring.merge(parts)[0].astype(q.dtype)
-
-
-def _n(case: Case) -> range:
-    """Return the indices, from 0, of the attention layers in the program that times a case."""
-    return range(case.layers())
 
 
 def mask_of(case: Case) -> Mask:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels.mask import Mask
 
@@ -30,6 +30,7 @@ LOG2E = math.log2(math.e)
 MASKED = -1e30
 LOWEST = -1e20
 _NEVER = 2**30  # beyond every position
+_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # the segment of padding keys, in `places`
 _MASKED_LSE = 1e30  # the log-sum-exp that backward bodies get for a query that sees no key
 
 # What a kernel's body reads and writes: blocks and barriers, whose classes jax keeps private.
@@ -55,6 +56,10 @@ class Quantised(Protocol):
 
 
 KeysOrValues = Float[Array, "B S K H"] | Quantised  # in the order that attention takes
+# The factor on each query's scores, float32: one for all of them, or one each.
+Scale = Float[Array, "#B #T"] | Float[Array, ""]
+# What an attention function returns: o, and with return_lse the log-sum-exp of the scores.
+Attended = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 CacheLeaf = Float[Array, "B K S H"] | Quantised  # keys or values in the order of the cache
 
 
@@ -111,10 +116,10 @@ def attend_through(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
-) -> Any:
+) -> Attended:
     """Attend by the kernels of `body`. Other arguments and results are those of `attention.xla`.
 
     Differentiable in q, k, v (arrays) and scale, log-sum-exp included.
@@ -310,6 +315,18 @@ def padded_mask(mask: Mask, *, queries: int, keys: int) -> Mask:
         q_segments=pad(mask.q_segments, queries, axis=1),
         k_positions=pad(mask.k_positions, keys, axis=1),
         k_segments=pad(mask.k_segments, keys, axis=1),
+    )
+
+
+def places(mask: Mask) -> tuple[Int[Array, "B 2 T"], Int[Array, "B 2 S"]]:
+    """Stack a mask's positions and segments, int32, of queries and of keys.
+
+    Keys that are padding have a segment that equals no query's.
+    """
+    segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
+    return (
+        jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
+        jnp.stack([mask.k_positions, segments], 1).astype(jnp.int32),
     )
 
 

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
-from qwen_jax.kernels.flash import KeysOrValues, Ref
+from qwen_jax.kernels.flash import Attended, KeysOrValues, Ref, Scale
 from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_hopper"
@@ -33,7 +33,6 @@ _ROWS = 64  # rows of a computing warpgroup: the height of a wgmma
 _TILE = 2 * _ROWS  # rows of a thread block
 _EMPTY, _PARTLY, _FULL = 0, 1, 2
 _SIGN = jnp.iinfo(jnp.int32).min
-_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # the segment of padding keys, which equals no query's
 _L2 = 2**25  # bytes to fill of the L2 cache, which is half as large again
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24
 _Sums = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -68,6 +67,7 @@ class Hopper:
         scale: jax.Array,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
+        """Compute o and the log-sum-exp by a Mosaic GPU kernel, as `flash.Body.forward` says."""
         length = q.shape[1]
         q, k, v = (_even(x) for x in (flash.factored(q, scale), k, v))
         batch, _, heads, dim = q.shape
@@ -98,7 +98,7 @@ class Hopper:
                 "v_emptied": plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
                 "turn": plgpu.Barrier(num_arrivals=2),
             },
-        )(_plan(mask, self.block), q, k, v, *_places(mask))
+        )(_plan(mask, self.block), q, k, v, *flash.places(mask))
         return o[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
 
     def backward(
@@ -112,13 +112,14 @@ class Hopper:
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Compute the gradients of q, k and v, as `flash.Body.backward` says."""
         length, keys = q.shape[1], k.shape[1]
         q, k, v, do = (_even(x) for x in (flash.factored(q, scale), k, v, do))
         queries = flash.round_up(length, _TILE)
         mask = flash.padded_mask(mask, queries=queries, keys=flash.round_up(keys, _TILE))
         stats = jnp.transpose(jnp.stack([lse * flash.LOG2E, delta]), (1, 3, 0, 2))  # [B, N, 2, T]
         stats, scales = flash.pad(stats, queries, axis=3), flash.pad(scale, queries, axis=1)
-        operands = q, k, v, *_places(mask), do, stats
+        operands = q, k, v, *flash.places(mask), do, stats
         dq = self._backward_queries(mask, *operands, scales)
         dk, dv = self._backward_keys(mask, *operands)
         return dq[:, :length], dk[:, :keys], dv[:, :keys]
@@ -126,7 +127,7 @@ class Hopper:
     def _backward_queries(self, mask: Mask, *operands: jax.Array) -> jax.Array:
         """Compute dq [B, T, N, H] by the backward kernel over tiles of queries.
 
-        operands: q (as from `flash.factored`), k, v, the arrays of `_places`, do, stats
+        operands: q (as from `flash.factored`), k, v, the arrays of `flash.places`, do, stats
             (log-sum-exp in base 2, and delta) and scale.
         """
         q, k = operands[:2]
@@ -158,7 +159,7 @@ class Hopper:
     def _backward_keys(self, mask: Mask, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Compute dk and dv [B, S, K, H] by the backward kernel over tiles of keys.
 
-        operands: q (as from `flash.factored`), k, v, the arrays of `_places`, do and stats
+        operands: q (as from `flash.factored`), k, v, the arrays of `flash.places`, do and stats
             (log-sum-exp in base 2, and delta).
         """
         q, k = operands[:2]
@@ -224,10 +225,10 @@ def hopper_attention(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
-) -> Any:
+) -> Attended:
     """Attend on a Hopper GPU. Arguments and results are those of `attention.xla`.
 
     known: o and log-sum-exp over all keys, if k and v are a part of them (`flash.attend_through`).
@@ -286,15 +287,6 @@ def _plan(mask: Mask, block: int, over_queries: bool = False) -> _Plan:
     beyond = jnp.max(jnp.where(seen, index + 1, 0), 2)
     return _Plan(
         jnp.stack(tiles, 1), jnp.stack(blocks, 1), jnp.stack([first, beyond], 1), window.reshape(1)
-    )
-
-
-def _places(mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """Stack positions and segments, int32 [B, 2, T] of queries and [B, 2, S] of keys."""
-    segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
-    return (
-        jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
-        jnp.stack([mask.k_positions, segments], 1).astype(jnp.int32),
     )
 
 

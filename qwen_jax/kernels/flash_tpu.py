@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
-from qwen_jax.kernels.flash import KeysOrValues, Ref
+from qwen_jax.kernels.flash import Attended, KeysOrValues, Ref, Scale
 from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_tpu"
@@ -81,6 +81,7 @@ class TpuBody:
         scale: jax.Array,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
+        """Compute o and the log-sum-exp by a Mosaic kernel, as `flash.Body.forward` says."""
         (_, length, heads, dim), keys = q.shape, k.shape[1]
         blocks = self.forward_blocks.fitted(length, keys)
         padded = flash.round_up(length, blocks.q), flash.round_up(keys, blocks.k)
@@ -139,6 +140,7 @@ class TpuBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Compute the gradients of q, k and v, as `flash.Body.backward` says."""
         length, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
         parts = -(-length // self.resident)
         blocks = self.backward_blocks.fitted(-(-length // parts), keys)
@@ -300,10 +302,10 @@ def tpu_attention(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
-) -> Any:
+) -> Attended:
     """Attend on a TPU. Arguments and results are those of `attention.xla`.
 
     known: o and log-sum-exp over all keys, if k and v are a part of them (`flash.attend_through`).
@@ -315,7 +317,7 @@ def tpu_attention(
     if q.dtype == jnp.float16 and not interpret:  # TPUs have no float16; float32 holds it exactly
         wide = q.astype(jnp.float32), _float32(k), _float32(v)
         o = tpu_attention(*wide, mask, scale, return_lse, known)
-        return o if return_lse else o.astype(q.dtype)
+        return o if isinstance(o, tuple) else o.astype(q.dtype)
     chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
     if chip is None:
         raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qwen_jax.kernels import choice, flash
-from qwen_jax.kernels.flash import KeysOrValues, Ref
+from qwen_jax.kernels.flash import Attended, KeysOrValues, Ref, Scale
 from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_triton"
@@ -31,7 +31,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Triton's arrays have power-of-two lengths. Other head dims are cut into such parts instead of
 # being padded: a product over the head dim is a sum of products over parts, and no lane is wasted.
 _PARTS = {80: (64, 16), 96: (64, 32)}
-_NO_SEGMENT = jnp.iinfo(jnp.int32).min  # the segment of padding keys, which equals no query's
 _ALL = slice(None)
 _NN = (((1,), (0,)), ((), ()))
 _NT = (((1,), (1,)), ((), ()))  # contracts the last axis of both operands
@@ -77,6 +76,7 @@ class TritonBody:
         scale: jax.Array,
         dtype: DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
+        """Compute o and the log-sum-exp by a Triton kernel, as `flash.Body.forward` says."""
         (batch, length, heads, dim), keys, sizes = q.shape, k.shape[1], self.forward_blocks
         queries = flash.round_up(length, sizes.tile)
         q, scale = flash.pad(q, queries, axis=1), flash.pad(scale * math.sqrt(dim), queries, axis=1)
@@ -101,7 +101,7 @@ class TritonBody:
                 jax.ShapeDtypeStruct(q.shape, dtype),
                 jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
             ],
-        )(*plan, scale, q, k, v, *_places(mask))
+        )(*plan, scale, q, k, v, *flash.places(mask))
         return o[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
 
     def backward(
@@ -115,6 +115,7 @@ class TritonBody:
         delta: jax.Array,
         do: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Compute the gradients of q, k and v, as `flash.Body.backward` says."""
         q = flash.factored(q, scale)  # as both kernels take it
         lse, delta = (jnp.swapaxes(x, 1, 2) for x in (lse * flash.LOG2E, delta))  # [B, N, T]
         dq = self._dq(q, k, v, mask, scale, lse, delta, do)
@@ -159,7 +160,7 @@ class TritonBody:
             ],
             [specs.q],
             [jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        )(*plan, scale, q, k, v, *_places(mask), do, lse, delta)
+        )(*plan, scale, q, k, v, *flash.places(mask), do, lse, delta)
         return dq[:, :length]
 
     def _dkv(
@@ -199,7 +200,7 @@ class TritonBody:
             ],
             [specs.k, specs.k],
             [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
-        )(*plan, q, k, v, *_places(mask), do, lse, delta)
+        )(*plan, q, k, v, *flash.places(mask), do, lse, delta)
         return dk[:, :length], dv[:, :length]
 
     def _call(
@@ -251,7 +252,7 @@ def triton_attention(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
     known: tuple[jax.Array, jax.Array] | None = None,
     *,
@@ -259,7 +260,7 @@ def triton_attention(
     dkv_blocks: TritonBlocks | None = None,
     dq_blocks: TritonBlocks | None = None,
     interpret: bool | None = None,
-) -> Any:
+) -> Attended:
     """Attend on an NVIDIA GPU. Other arguments and the results are those of `attention.xla`.
 
     known: o and log-sum-exp over all keys, if k and v are a part of them (`flash.attend_through`).
@@ -397,15 +398,6 @@ def _plan(mask: Mask, sizes: TritonBlocks, of_keys: bool = False) -> tuple[jax.A
     bounds = first, jnp.where(longer, head, tail), jnp.where(longer, head_end, tail_end), last
     program = jnp.concatenate([*bounds, jnp.stack(tiles[:4], 2)], 2)
     return program, jnp.stack(blocks[:4], 2), window.reshape(1)
-
-
-def _places(mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """Stack positions and segments, int32 [B, 2, T] of queries and [B, 2, S] of keys."""
-    segments = jnp.where(mask.k_segments == 0, _NO_SEGMENT, mask.k_segments)
-    return (
-        jnp.stack([mask.q_positions, mask.q_segments], 1).astype(jnp.int32),
-        jnp.stack([mask.k_positions, segments], 1).astype(jnp.int32),
-    )
 
 
 def _walk(

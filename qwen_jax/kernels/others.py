@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels import choice, flash
-from qwen_jax.kernels.flash import KeysOrValues
+from qwen_jax.kernels.flash import Attended, KeysOrValues, Scale
 from qwen_jax.kernels.mask import Mask
 
 _PAGE = 256  # tokens in a page
@@ -35,9 +35,9 @@ def dot_product(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Run `jax.nn.dot_product_attention`, through cuDNN on CUDA and through XLA elsewhere."""
     name, on_cuda = "dot_product", _on_cuda()
     q, k, v, visible = _dense(name, q, k, v, mask, scale)
@@ -60,9 +60,9 @@ def splash(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Run jax's splash attention for TPU with a dense mask that is known only at run time.
 
     With return_lse it has no derivative.
@@ -93,9 +93,9 @@ def tpu_flash(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Run jax's flash attention for TPU with a bias [B, N, T, S] as mask.
 
     Raises NotImplementedError for return_lse, as it gives no log-sum-exp.
@@ -121,9 +121,9 @@ def tokamax(
     k: KeysOrValues,
     v: KeysOrValues,
     mask: Mask,
-    scale: jax.Array,
+    scale: Scale,
     return_lse: bool = False,
-) -> Any:
+) -> Attended:
     """Run the package tokamax with its best kernel for the device.
 
     Raises NotImplementedError for return_lse, as it gives no log-sum-exp.
@@ -227,7 +227,7 @@ def _cached_paged(
     return o[:, None].astype(q.dtype)
 
 
-ATTEND: dict[str, Callable[..., Any]] = {
+ATTEND: dict[str, Callable[..., Attended]] = {
     "dot_product": dot_product,
     "splash": splash,
     "flash": tpu_flash,
@@ -269,7 +269,7 @@ def _declining(name: str, q: jax.Array) -> Iterator[None]:
 
 
 def _dense(
-    name: str, q: jax.Array, k: KeysOrValues, v: KeysOrValues, mask: Mask, scale: Any
+    name: str, q: jax.Array, k: KeysOrValues, v: KeysOrValues, mask: Mask, scale: Scale
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return a library's operands: scaled q, k and v as arrays of q's dtype, and the dense mask.
 
@@ -282,7 +282,7 @@ def _dense(
     return flash.factored(q, scale), k.astype(q.dtype), v.astype(q.dtype), mask.visible()
 
 
-def _seen(visible: jax.Array, o: jax.Array, lse: jax.Array | None = None) -> Any:
+def _seen(visible: jax.Array, o: jax.Array, lse: jax.Array | None = None) -> Attended:
     """Set o to 0 and the log-sum-exp to -inf for queries that see no key.
 
     visible: bool [B, T, S], the dense mask.

@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
 from qwen_jax import attention
-from qwen_jax.attention import Attend, Mask
+from qwen_jax.attention import Attend, Mask, Scale
 from qwen_jax.config import Config
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import rope
@@ -32,7 +32,7 @@ class KVCacheLayer(Protocol):
         v: Float[Array, "B T K H"],
         own: Mask,
         past: Mask | None,
-        scale: Float[Array, "B T"],
+        scale: Scale,
         index: PyTree,
     ) -> tuple[Float[Array, "B T N H"], Self]:
         """Attend to this pass's keys and the cached ones, and write this pass's into the cache.
@@ -139,7 +139,7 @@ class Context:
         k: Float[Array, "B T K H"],
         *,
         v: Float[Array, "B T K H"],
-        scale: Float[Array, "#B #T"],
+        scale: Scale,
         cache: KVCacheLayer | None,
     ) -> tuple[Float[Array, "B T N H"], KVCacheLayer | None]:
         """Compute softmax attention over this pass's keys and those in the cache, if there is one.

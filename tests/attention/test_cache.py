@@ -135,7 +135,7 @@ def test_written_at_the_index_modulo_the_capacity(kind):
     for length in (4, 2, 1, 1, 2, 2, 4, 1):
         new = [rng.standard_normal((2, length, 4, 16)).astype(np.float32) for _ in "kv"]
         before = held.layers[1]
-        layer = extend(held.layers[0], *(place(x, "BTKH") for x in new), held.index)
+        layer = extend(held.layers[0], *(place(x, "BTKH") for x in new), index=held.index)
         slot = int(held.index) % 8
         expected[:, slot : slot + length] = new[0]
         held = held.advanced((layer, before), length)
