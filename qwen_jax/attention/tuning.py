@@ -26,10 +26,8 @@ from qwen_jax.kernels.choice import Line
 from qwen_jax.runtime import caches, command, lock, paths, progress
 
 _EXAMPLES = """\
-`auto` chooses by two things: the table of times that comes with the package, to which this command
-adds lines, and its own tests of each kernel on a machine, whose results stay on that machine.
-
-On a machine with the device that is to be measured, and with nothing else running on it:
+`auto` chooses by the package's table of times, to which this command adds lines, and by its own
+tests of each kernel, whose results stay on the machine. With nothing else running on the device:
 
   python -m qwen_jax.kernels.tune
       every implementation, all tasks, head dim 128 in bfloat16, at three lengths
@@ -43,9 +41,7 @@ On a machine with the device that is to be measured, and with nothing else runni
       delete these results, so that it tests each kernel again
 
 Lines of the same device, kernel, task, head dim, dtype and length are replaced, others are kept.
-`auto` compares the lines of a task with each other, so time all kernels with the same options. To
-change the table of the package, commit it together with docs/benchmarks.md, whose lines
-`python benchmarks/attention.py --markdown` prints.
+`auto` compares the lines of a task with each other, so time all kernels with the same options.
 """
 _TOKENS = 16384  # tokens in a batch, where the length allows more than one row
 _FINALISTS = 3  # how many block sizes of a kernel take part in the last run
