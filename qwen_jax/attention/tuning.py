@@ -22,6 +22,7 @@ from tqdm import tqdm
 from qwen_jax.attention import agreement, block_grids, workloads
 from qwen_jax.attention.timing import TimedCall
 from qwen_jax.attention.workloads import Case
+from qwen_jax.kernels import choice
 from qwen_jax.kernels.choice import Line
 from qwen_jax.runtime import caches, command, lock, paths, progress
 
@@ -144,7 +145,6 @@ def _work(args: argparse.Namespace) -> None:
         print(f"forgot {verdicts.forget()} verdicts in {verdicts.folder()}")
         return
     from qwen_jax.attention import registry
-    from qwen_jax.kernels import choice
 
     unknown = sorted(set(args.kernel or ()) - set(registry.IMPLEMENTATIONS))
     if unknown:
@@ -181,7 +181,6 @@ def _work(args: argparse.Namespace) -> None:
 def shown() -> str:
     """Format this machine's stored verdicts, and the lines of `measured.json` for its device."""
     from qwen_jax.attention import verdicts
-    from qwen_jax.kernels import choice
 
     device = choice.device().device_kind
     if found := verdicts.kept():
@@ -276,8 +275,6 @@ def _finalists(case: Case, name: str, *, bar: tqdm) -> list[tuple[dict[str, int]
 @contextlib.contextmanager
 def trying(case: Case, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
     """Make a kernel use these block sizes within a `with` statement; {} lets it choose."""
-    from qwen_jax.kernels import choice
-
     measured = choice.measured
     lines = [_line(case, name, blocks=blocks, seconds=math.inf)] if blocks else []
     choice.measured = lambda: lines
@@ -290,8 +287,6 @@ def trying(case: Case, name: str, *, blocks: dict[str, int]) -> Iterator[None]:
 def _line(case: Case, name: str, *, blocks: dict[str, int], seconds: float) -> Line:
     """Make a line of `measured.json` from a kernel's block sizes and its seconds per call."""
     import jax
-
-    from qwen_jax.kernels import choice
 
     line: Line = {
         "device": choice.device().device_kind,
@@ -330,7 +325,6 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 
     A lock file makes programs that write at the same time keep each other's lines.
     """
-    from qwen_jax.kernels import choice
 
     def key(line: Line) -> tuple[str | int, ...]:
         return tuple(line[x] for x in choice.KEYS)
