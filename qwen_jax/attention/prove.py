@@ -129,17 +129,18 @@ def resolve(name: str, cases: Sequence[Case]) -> Attend:
 def _settled(cases: Sequence[Case]) -> str:
     """Choose one implementation for these calls, log the reason, and have `auto` take it."""
     case = cases[0]
-    if choice.device().platform == "cpu":
-        name, why = REFERENCE, "what auto takes on a CPU"
-    else:
-        name, why = _choose(cases)
     if case.task == "decode":
         purpose = "decode" + (f" {case.cache}" if case.cache else "")
-        taken = f"{name} decodes ({case.stored} cache, head dim {case.head_dim})"
+        calls = f" decodes ({case.stored} cache, head dim {case.head_dim})"
     else:
         purpose = "gradients" if len(cases) > 1 else "forward"
-        taken = f"{name} ({case.dtype}, head dim {case.head_dim})"
-    registry.log_once(f"attention: {taken}: {why}; --attention NAME (attention=NAME) takes another")
+        calls = f" ({case.dtype}, head dim {case.head_dim})"
+    if choice.device().platform == "cpu":
+        name, why = REFERENCE, ", as auto takes it on a CPU"
+    else:
+        name, reason = _choose(cases)
+        why = f"{calls}: {reason}"
+    registry.log_once(f"attention: {name}{why}; --attention NAME (attention=NAME) takes another")
     registry.remember(purpose, case.dtype, head_dim=case.head_dim, name=name)
     return name
 
