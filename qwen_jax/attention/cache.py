@@ -297,7 +297,8 @@ def _put(leaf: CacheLeaf, new: jax.Array, *, index: jax.Array) -> CacheLeaf:
     slot = index % jax.tree.leaves(leaf)[0].shape[2]
 
     def write(buffer: jax.Array, part: jax.Array) -> jax.Array:
-        where = (0, 0, slot, 0)[: buffer.ndim]
+        first = np.int32(0)  # as the slot is: with jax_enable_x64 a Python 0 would be an int64
+        where = (first, first, slot, first)[: buffer.ndim]
         return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), where)
 
     return jax.tree.map(write, leaf, written)

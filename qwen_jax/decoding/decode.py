@@ -219,7 +219,7 @@ def run_stride(
         state = choosing.choose(
             decoder.logits(output.last)[:, 0], state, rules=rules, sampler=sampler
         )
-        tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, written))
+        tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (np.int32(0), written))
         return output.cache, state, tokens, written + 1
 
     start = cache, state, tokens, jnp.int32(0)

@@ -61,6 +61,19 @@ def test_the_cache_is_donated_and_not_copied(model: qwen_jax.LanguageModel) -> N
     assert leaf > 2e6 and grown < leaf / 4
 
 
+def test_indices_have_one_dtype_with_x64(model: qwen_jax.LanguageModel) -> None:
+    """With jax_enable_x64 a Python number is an int64 beside the cache's int32 index."""
+    _, state = compiled(model, 200, None)
+    leaves, tree = jax.tree.flatten(model.decoder)
+    with meshes.entered(model.mesh):
+        rules = decode.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
+    arguments = (leaves, state, Greedy(), rules, np.int32(8), tree, model.attend)
+    with meshes.entered(model.mesh), jax.enable_x64(True):
+        wide = decode.run_stride.trace(*arguments).out_info[0]
+    same = jax.tree.map(lambda now, before: now.dtype == before.dtype, wide, state)
+    assert all(jax.tree.leaves(same))
+
+
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "int8_asymmetric"])
 def test_the_cache_is_updated_in_place(
     model: qwen_jax.LanguageModel, cache_dtype: str | None
