@@ -41,6 +41,8 @@ def parse(text: "str | os.PathLike[str]") -> Path:
         return Path(text)
     if scheme[1] != "gs":
         raise ValueError(f"{name}: only local paths and gs://BUCKET/... can be used")
+    if not re.match(r"gs://[^/]", name):
+        raise ValueError(f"{name}: no bucket: write gs://BUCKET/...")
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{name} needs gcsfs: pip install -e '.[gcs]'")
     from etils import epath

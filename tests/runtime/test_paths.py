@@ -128,3 +128,10 @@ def test_a_file_that_goes_while_sizes_are_read(tmp_path, monkeypatch):
     (tmp_path / "there").write_text("four")
     monkeypatch.setattr(os, "walk", lambda root: [(str(root), [], ["gone", "there"])])
     assert paths.sizes(tmp_path) == {"there": 4}
+
+
+@pytest.mark.parametrize("name", ["gs://", "gs:///", "gs:///a/b"])
+def test_a_bucket_has_a_name(name):
+    """Otherwise the client asks the service again and again, for minutes."""
+    with pytest.raises(ValueError, match=f"^{name}: no bucket: write gs://BUCKET/"):
+        paths.parse(name)
