@@ -163,7 +163,7 @@ def _modes(args: argparse.Namespace) -> list[str]:
 def _windows(text: str | None) -> list[int | None] | None:
     """Parse --windows, a JSON list; None if it is not given. Raises UsageError for other JSON."""
     try:
-        found = json.loads(text) if text else None
+        found = None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         found = text
     if found is None or isinstance(found, list):

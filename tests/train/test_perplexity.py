@@ -232,6 +232,7 @@ def test_rope_scaling_is_of_the_directorys_own_mode():
             ["--windows", "[64"],
             "--windows [64: must be a JSON list of a number or null for each layer",
         ),
+        (["--windows", ""], "--windows : must be a JSON list of a number or null for each layer"),
         (["--windows", "[64]"], "layer_windows"),
         (["--out", "none/x.json"], "--out none/x.json: the folder none does not exist"),
         (["--plot", "."], "--plot .: is a folder; name a file"),
