@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
 
 def _with_help(parser: argparse.ArgumentParser, message: str) -> str:
     """A usage error in one line, with the command that prints the help."""
-    return f"{texts.printable(' '.join(message.split()))} (see {parser.prog} --help)"
+    said = texts.brief(texts.printable(" ".join(message.split())))
+    return f"{said} (see {parser.prog} --help)"
 
 
 def run(

@@ -84,7 +84,7 @@ def explain(error: BaseException, options: Collection[str] = ()) -> str:
         kind = "" if known and words else f"{type(error).__name__}: "
         hint = "" if known and words else "; --debug shows where"
         line = f"{kind}{words or 'no message'}{hint}"
-    return texts.printable(line)
+    return texts.brief(texts.printable(line))
 
 
 def _short(words: str) -> str:

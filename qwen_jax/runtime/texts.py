@@ -6,6 +6,7 @@ start of a file is not part of the text. This module does not know what a text i
 
 import codecs
 import json
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """Replace characters that cannot be encoded, such as raw bytes of a file name, by escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def brief(line: str) -> str:
+    """Shorten a message: words of over 300 characters to about 200, and the whole to about 2000."""
+    line = re.sub(r"\S{301,}", lambda word: _middle_cut(word[0], 180, 20), line)
+    return line if len(line) <= 2000 else _middle_cut(line, 1400, 600)
+
+
+def _middle_cut(text: str, first: int, last: int) -> str:
+    """Keep only so many characters at the start and the end of a text."""
+    return f"{text[:first]}...{text[-last:]}"
 
 
 def foreign(data: bytes) -> str | None:

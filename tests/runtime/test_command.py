@@ -1,6 +1,7 @@
 """What every command does with arguments, streams and errors: one line, and the right exit code."""
 
 import argparse
+import contextlib
 import errno
 import functools
 import io
@@ -180,6 +181,28 @@ def test_an_exception_of_a_type_is_a_usage_error(capsys):
             command.run(parser, print, argv=["--size", given])
         line = f"error: --size: '{given}': {said} (see pytest --help)\n"
         assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--rows", "9" * 5000],
+        ["--rows", "x" * 5000],
+        ["--rows", "x " * 5000],
+        ["--learning-rate", "x" * 5000],
+        ["--recipe", "x" * 5000],
+        ["--" + "x" * 5000],
+        ["--mesh", "x" * 5000, "--ckpt", "a", "--data", "b", "--out", "c"],
+        ["--ckpt", "x" * 5000, "--data", "b", "--out", "c"],
+    ],
+)
+def test_long_values_are_cut_in_messages(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        assert pretrain.main(argv) in (1, 2)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(line) < 2200 and "..." in line
+    assert len(line) < 600 or " " in argv[1]
 
 
 @pytest.mark.parametrize("errors_", ["strict", "surrogateescape", "backslashreplace"])
