@@ -153,10 +153,9 @@ def sizes(root: Path) -> dict[str, int]:
 def draft(path: Path) -> Iterator[Path]:
     """Yield an empty local file, which becomes `path` if the block ends without an exception.
 
-    `path` may be remote. Every writer has a draft with a name of its own, and the last writer to
-    finish determines the content. A writer that is killed leaves its draft behind. If
-    `path` is local, it has the permissions of any new file in its folder in the end, even if a
-    library has replaced the draft by a file that only its owner can read.
+    `path` may be remote. Every writer has a draft of its own, and the last writer to finish
+    determines the content. A writer that is killed leaves its draft behind. A local `path` gets the
+    permissions of any new file in its folder, even if a library has restricted those of the draft.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:

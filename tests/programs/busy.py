@@ -48,7 +48,7 @@ def attention_of(wrong: int) -> list[str]:
     from qwen_jax.attention.workloads import Case
     from qwen_jax.kernels import choice
 
-    def self_test(*_: object) -> tuple[float, tuple[float, float]]:
+    def self_test(*_: object, **__: object) -> tuple[float, tuple[float, float]]:
         return (0.5 if processes.index() == wrong else 0.0), (1.0, 2.0)
 
     choice.device = lambda: SimpleNamespace(platform="tpu", device_kind="TPU test")

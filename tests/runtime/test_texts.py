@@ -274,9 +274,10 @@ def test_contents_of_records(content):
         data.chat_example(
             TINY, {"messages": [ASKED | {"content": content}, SAID]}, system="", max_len=None
         )
-    for record in ({"text": content}, {}):
-        with pytest.raises(ValueError, match=r"^there is no text in 'text', but "):
-            data.text_example(TINY, record)
+    with pytest.raises(ValueError, match=r"^there is no text in 'text', but "):
+        data.text_example(TINY, {"text": content})
+    with pytest.raises(ValueError, match=r"^no key 'text', but 'body': name the one with --field"):
+        data.text_example(TINY, {"body": content})
 
 
 READERS = {

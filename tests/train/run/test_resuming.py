@@ -84,7 +84,7 @@ def test_a_run_from_before_arguments_were_kept(tmp_path, capsys):
     (out / "run.json").write_text(json.dumps(IDENTITY))
     line = fail(capsys, ["--out", str(out), "--resume"])
     assert (
-        "a run also needs --data FILE, --ckpt DIR or --model NAME "
+        "a run also needs --data FILE and --ckpt DIR or --model NAME "
         f"({out} does not exist, or is no run" in line
     )
     run_folder.claim(out, IDENTITY, steps=9, resume=True, start=START)
