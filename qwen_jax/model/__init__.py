@@ -4,7 +4,8 @@ Begin with `decoder.py`. Nothing here knows of files, of sampling, or of how a w
 """
 
 from qwen_jax.model.build import abstract, create, stack, unstack
-from qwen_jax.model.decoder import Block, Decoder, FeedForward, Output, rms_norm
+from qwen_jax.model.decoder import Block, Decoder, FeedForward, Output
+from qwen_jax.model.norm import rms_norm
 from qwen_jax.model.vocabulary import logits
 
 __all__ = [

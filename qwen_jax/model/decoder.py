@@ -17,6 +17,7 @@ are still split over `tp`. The calls of `moves` change how an array is split, an
 parts of the model lie elsewhere:
 
     rope.py               rotary position embedding: angles and query scales for each scheme
+    norm.py               RMS norm; products with and sums of vectors of weights, in float32
     vocabulary.py         embedding look-up, logits and log-probabilities, over a split vocabulary
     context.py            what the blocks of a pass share; the interface of a KV cache
     running.py            runs the blocks, as one scan or in groups, and rematerialises them
@@ -29,7 +30,6 @@ parts of the model lie elsewhere:
 To add a RoPE scheme, a kind of weight, a KV cache or experts, follow the steps in docs/design.md.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -45,28 +45,14 @@ from qwen_jax import attention
 from qwen_jax.attention import Attend
 from qwen_jax.config import Config
 from qwen_jax.leaves.weights import Maker, Weight, contract
-from qwen_jax.meshes import gathering, moves
+from qwen_jax.meshes import moves
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import running, vocabulary
 from qwen_jax.model.context import Context, KVCache, KVCacheLayer
+from qwen_jax.model.norm import final_norm, in_float32, rms_norm
 from qwen_jax.model.running import Groups
 
 _Cache = TypeVar("_Cache", bound=KVCache)
-
-
-def rms_norm(x: Float[Array, "... D"], weight: Weight, *, eps: float) -> Float[Array, "... D"]:
-    """Divide x by its root mean square, round to x's dtype, then multiply by the weight."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return _in_float32(jnp.multiply, wide.astype(x.dtype), weight=weight)
-
-
-def _in_float32(
-    operation: Callable[..., jax.Array], x: Float[Array, "... D"], *, weight: Weight
-) -> Float[Array, "... D"]:
-    """Compute x * weight or x + weight, and sum the weight's gradient over tokens, in float32."""
-    wide = operation(x.astype(jnp.float32), weight[...].astype(jnp.float32))
-    return wide.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -101,9 +87,9 @@ class Attention(nnx.Module):
         k = contract("BTD,UD->BTU", x_kv, weight=self.k)
         v = contract("BTD,UD->BTU", x_kv, weight=self.v)
         if self.config.qkv_bias:
-            q = _in_float32(jnp.add, q, weight=self.q_bias)
-            k = _in_float32(jnp.add, k, weight=self.k_bias)
-            v = _in_float32(jnp.add, v, weight=self.v_bias)
+            q = in_float32(jnp.add, q, weight=self.q_bias)
+            k = in_float32(jnp.add, k, weight=self.k_bias)
+            v = in_float32(jnp.add, v, weight=self.v_bias)
         q, k, v = (moves.split_heads(each, self.config.head_dim) for each in (q, k, v))
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm, eps=self.config.norm_eps)
@@ -282,10 +268,5 @@ class Decoder(nnx.Module):
             remat=remat,
             hidden_states=hidden_states,
         )
-        last = _final_norm(after[-1], self.final_norm, eps=self.config.norm_eps)
+        last = final_norm(after[-1], self.final_norm, eps=self.config.norm_eps)
         return Output(last, cache, (x, *after[:-1], last) if hidden_states else ())
-
-
-@functools.partial(jax.jit, static_argnames="eps")
-def _final_norm(x: Float[Array, "B T D"], weight: Weight, *, eps: float) -> Float[Array, "B T D"]:
-    return rms_norm(x, gathering.unshard(weight, x.dtype), eps=eps)

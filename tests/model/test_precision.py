@@ -17,7 +17,7 @@ from qwen_jax import attention, meshes, model
 from qwen_jax.decoding import decode, sampling
 from qwen_jax.leaves.weights import Weight, contract
 from qwen_jax.meshes import gathering, moves, sharding
-from qwen_jax.model import decoder, lora, rope, running, vocabulary
+from qwen_jax.model import lora, norm, rope, running, vocabulary
 from tests.support.tiny import QUICK, on_mesh, tiny_config
 from train import step
 from train.planning import programs
@@ -70,8 +70,8 @@ def of_every_kind(w: dict[str, Weight], wide: Any, narrow: Any, targets: Any, sh
     whole = gathering.unshard(w, x.dtype)
     columns = contract("BTD,FD->BTF", moves.to_columns(x), weight=whole["FD"])
     rows = contract("BTF,DF->BTD", y, weight=whole["DF"], out=sharding.spec("BTD"))
-    normed = decoder._in_float32(jnp.multiply, x, weight=whole["D"])
-    shifted = decoder._in_float32(jnp.add, y, weight=whole["F"])
+    normed = norm.in_float32(jnp.multiply, x, weight=whole["D"])
+    shifted = norm.in_float32(jnp.add, y, weight=whole["F"])
     results = columns, rows, normed, shifted
     factors = wide, narrow, narrow, wide
     loss = sum(jnp.sum(a.astype(jnp.float32) * b) for a, b in zip(results, factors, strict=True))
