@@ -163,10 +163,10 @@ def _named(field: str, wanted: Sequence[str] | str, *, path: str, patterns: Patt
 
 
 def read_shape(folder: Path, layers: int) -> AdapterShape:
-    """Read an adapter's structure from its adapter_config.json, for a model of `layers` layers.
+    """Read rank, scale and modules of an adapter from PEFT's adapter_config.json.
 
-    Raises ValueError for bad values, and one that names every field which would change the result
-    and is not supported.
+    layers: the number of layers of the model. Raises ValueError for a bad value, and for fields
+    that would change the result and are not supported; it names all of these.
     """
     file = folder / SETTINGS
     if not file.is_file():

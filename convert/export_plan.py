@@ -60,9 +60,10 @@ class ExportPlan(Conversion):
         return Remaining(done, needed, jobs)
 
     def _jobs(self, file: str, resumed: bool) -> tuple[int, list[Job]]:
-        """Return the bytes of a safetensors file already written, and the jobs left, in order.
+        """Return how many bytes of a safetensors file are written, and the jobs left, in order.
 
-        file: the file's name. resumed: whether the draft of an earlier start is continued.
+        file: the file's name. resumed: whether to go on with the file as an interrupted export left
+        it.
         """
         whole = self.target / file
         # The name is the same in every process, so that a stopped export can be continued. The file

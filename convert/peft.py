@@ -263,7 +263,7 @@ def _narrow(tensor: np.ndarray) -> np.ndarray:
 def _most_added(
     scale: float, a: Float[np.ndarray, "R in"], *, b: Float[np.ndarray, "out R"]
 ) -> float:
-    """Return an upper bound of |scale b a|, at any step of it; a is [R, in], b [out, R]."""
+    """Return a number that no element of |scale b a| exceeds, nor any partial result of it."""
     largest = [np.abs(x.astype(np.float64)).max(axis) for x, axis in ((a, 1), (b, 0))]
     return float(np.maximum(largest[0], 1) @ largest[1]) * max(scale, 1)
 

@@ -129,7 +129,10 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure and report what the arguments say; raise UsageError before jax is loaded."""
+    """Measure perplexities as the command line says, and print and write them.
+
+    Raises UsageError, before jax is loaded, for options that cannot be combined.
+    """
     lengths, chosen, windows = _numbers(args.lengths), _modes(args), _windows(args.windows)
     if args.tokens < max(lengths):
         raise command.UsageError(

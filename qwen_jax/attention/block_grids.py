@@ -17,9 +17,10 @@ _TRITON = {"tile": (64, 128), "block": (32, 64, 128), "warps": (4, 8), "stages":
 
 
 def _of(part: str) -> list[dict[str, int]]:
-    """Return the block sizes to try for one of Triton's backward kernels.
+    """Return the block sizes to try for one backward kernel of `pallas_triton`.
 
-    part: the kernel, "dkv" or "dq", by which the name of each size begins.
+    part: the kernel, "dkv" (gradients of keys and values) or "dq" (of queries), with which the name
+        of each size begins.
     """
     return _grid(**{f"{part}_{key}": values for key, values in _TRITON.items()})
 

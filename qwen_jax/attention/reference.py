@@ -51,7 +51,7 @@ class Attend(Protocol):
 
 
 def as_attend(function: Callable[..., Attended]) -> Attend:
-    """Return an attention function itself, with a type that tells its result from `return_lse`."""
+    """Return a function unchanged, but typed as `Attend`, whose result depends on `return_lse`."""
     return cast(Attend, function)
 
 

@@ -162,9 +162,9 @@ def seeds(seed: Any, batch: int) -> UInt32[np.ndarray, " B"]:
 
 
 def prompts(given: Iterable[str]) -> list[Any]:
-    """Return several prompts as a list, whose items are still to be checked.
+    """Return several prompts as a list. Its caller checks that each item is a text.
 
-    Raises ValueError for token ids or messages, and names the method that takes these.
+    Raises ValueError if they are token ids or chat messages, and names the method to call instead.
     """
     if isinstance(given, bytes | bytearray | Mapping | Set) or not isinstance(given, Iterable):
         raise ValueError(f"prompts must be a text, or texts, got {texts.described(given)}")

@@ -250,12 +250,14 @@ def _steps(
 
 
 class Scratch(NamedTuple):
-    """The running softmax of a sequence's queries, float32 [packs, pack rows, lanes] each.
+    """The online softmax of a sequence's queries: float32 [packs, pack rows, lanes] but for `out`.
 
-    scale: the factor on a query's scores, in base 2.
+    A pack is the queries of some key/value heads, which one matrix product takes.
+
+    scale: the factor on a query's scores, times log2(e), as exponentials are powers of 2.
     largest: the largest score so far, equal in all lanes.
-    total: the sum of exponentials, spread over the lanes.
-    zero: the sum of exponentials times the zeros of quantised values, spread over the lanes.
+    total: the sum of exponentials, as a partial sum in each lane.
+    zero: the sum of exponentials times the zero points of 8-bit values, as `total`.
     out: the output before division by the total, [packs, pack rows, H].
     """
 

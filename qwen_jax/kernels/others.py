@@ -2,8 +2,8 @@
 
 No library takes positions and segments, so the functions of `ATTEND` pass a dense mask [B, T, S],
 or biases of that size: right for any mask, but no way to run a long sequence. `CAUSAL` and `CACHED`
-hold what each library does best without one: plain causal attention, and one token's attention to a
-cache in the library's own layout.
+hold the fastest functions of each library, which take no mask: plain causal attention, and one
+token's attention to a cache in the library's own layout.
 
 Calls that are not supported raise NotImplementedError with the implementation's name, whatever the
 underlying library raises. Libraries are imported when called.

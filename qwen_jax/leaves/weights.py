@@ -205,7 +205,11 @@ def _rounded_product_backward(
     saved: tuple[jax.Array, jax.Array, jax.Array],
     dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the gradients of x, in its dtype, and of the weight, in the weight's own."""
+    """The backward pass of `_rounded_product`: the gradients of x and of the weight.
+
+    saved: x, the rounded weight, and an empty array in the weight's own dtype. dy: the result's
+    gradient. Each gradient has the dtype of its array.
+    """
     x, w, like = saved
     given, leaf, result = equation.replace("->", ",").split(",")
     dy = dy.astype(x.dtype)

@@ -40,10 +40,12 @@ def spec(
 ) -> P:
     """Return the partitioning of an array from its axis letters, such as "BTD" or "FD".
 
-    An array with the axis B is an activation, any other one a weight.
+    The letters are listed in `model/decoder.py`. `tp` splits heads, feed-forward width and
+    vocabulary. In an activation, which has the axis B, batch axes split B and `context` T; in a
+    weight the FSDP axes split D.
 
-    lengths: the lengths of axes by letter, where known: key/value heads (K and U) stay whole if
-        `tp` does not divide K.
+    lengths: the lengths of axes by letter, where known: key/value heads (K, and their width U) stay
+        whole if `tp` does not divide K.
     mesh: a mesh, or the sizes of its axes by name; None is the mesh in force.
     """
     sizes = axis_sizes(mesh)

@@ -98,7 +98,11 @@ class _Scaled(Rope):
     factor: float = 1.0
 
     def frequencies(self, alpha: ArrayLike = 1.0) -> np.ndarray:
-        """Return the scaled frequencies. Raises ValueError for an alpha other than 1."""
+        """Return the frequencies [..., H/2] that `rope_scaling` names, in radians a token.
+
+        alpha: the factor of dynamic NTK, which cannot be combined with it. Raises ValueError unless
+        it is 1.
+        """
         if np.any(np.asarray(alpha) != 1):
             raise ValueError("ntk_alpha goes with plain RoPE or dynamic NTK, not with rope_scaling")
         return np.broadcast_to(self._scaled(), (*np.shape(alpha), self.head_dim // 2))
@@ -188,7 +192,10 @@ class Yarn(YarnPaper):
         return 1 - np.clip((np.arange(len(plain)) - first) / width, 0, 1)
 
     def _pair(self, turns: float) -> float:
-        """Return the (fractional) index of the pair that turns so many times in trained length."""
+        """Return the index, with a fraction, of the pair of elements that rotates `turns` times.
+
+        It does so within the trained length (YaRN, arXiv:2309.00071, section 3.2).
+        """
         length = self.trained_length / (2 * math.pi * turns)
         return self.head_dim * math.log(length) / (2 * math.log(self.base))
 

@@ -16,7 +16,7 @@ _LONGEST = 65536  # bytes of a line, at most
 
 
 class Missing(ValueError):
-    """Raised if processes have not started in time or disagree; the message names them."""
+    """Raised if processes have not started in time, or disagree about their number."""
 
 
 def hold(coordinator: str, processes: int, *, process: int, timeout: float) -> tuple[str, ...]:

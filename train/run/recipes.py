@@ -338,5 +338,8 @@ def _of(source: str, **stated: float) -> float:
 
 
 def _of_size(model: str, published: Mapping[str, float]) -> float:
-    """Return the published value for a model's size; for an unknown size, the 7B's value."""
+    """Return a hyperparameter for a model's size; for an unknown size, the 7B's.
+
+    model: a name in `config.PRESETS`. published: the values that Qwen's sources state, by name.
+    """
     return published.get(texts.check("model", model), published["qwen-7b"])
