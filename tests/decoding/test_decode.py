@@ -29,27 +29,32 @@ def model(golden_dir: Path) -> qwen_jax.LanguageModel:
     return qwen_jax.load(golden_dir, dtype="float32")
 
 
+def begun(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None) -> dict[str, Any]:
+    """The arguments of `run_stride` after a prompt of 10, with cache slots for `new` more."""
+    frequencies = rope.from_config(model.config).frequencies(np.ones(1))
+    rules = choosing.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
+    state, cache = decode.prefill(
+        model.decoder,
+        np.ones((1, 10), np.int32),
+        lengths=np.array([10]),
+        frequencies=frequencies,
+        seeds=np.zeros(1, np.uint32),
+        rules=rules,
+        sampler=Greedy(),
+        new=new,
+        attend=model.attend,
+        cache_dtype=cache_dtype,
+    )
+    leaves, tree = jax.tree.flatten(model.decoder)
+    given = {"leaves": leaves, "state": state, "cache": cache, "tree": tree, "rules": rules}
+    return {**given, "sampler": Greedy(), "limit": np.int32(8), "attend": model.attend}
+
+
 def compiled(model: qwen_jax.LanguageModel, new: int, cache_dtype: str | None):
-    """The decode program after a prompt of 10, and its cache, with slots for `new` more."""
+    """The decode program, and the cache that it is given."""
     with meshes.entered(model.mesh):
-        frequencies = rope.from_config(model.config).frequencies(np.ones(1))
-        rules = choosing.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
-        state, cache = decode.prefill(
-            model.decoder,
-            np.ones((1, 10), np.int32),
-            lengths=np.array([10]),
-            frequencies=frequencies,
-            seeds=np.zeros(1, np.uint32),
-            rules=rules,
-            sampler=Greedy(),
-            new=new,
-            attend=model.attend,
-            cache_dtype=cache_dtype,
-        )
-        leaves, tree = jax.tree.flatten(model.decoder)
-        given = {"cache": cache, "sampler": Greedy(), "rules": rules, "limit": jnp.int32(8)}
-        step = decode.run_stride.lower(leaves, state, **given, tree=tree, attend=model.attend)
-        return step.compile(), cache
+        given = begun(model, new, cache_dtype)
+        return decode.run_stride.lower(**given).compile(), given["cache"]
 
 
 def test_the_cache_is_donated_and_not_copied(model: qwen_jax.LanguageModel) -> None:
@@ -63,14 +68,13 @@ def test_the_cache_is_donated_and_not_copied(model: qwen_jax.LanguageModel) -> N
 
 def test_indices_have_one_dtype_with_x64(model: qwen_jax.LanguageModel) -> None:
     """With jax_enable_x64 a Python number is an int64 beside the cache's int32 index."""
-    _, state = compiled(model, 200, None)
-    leaves, tree = jax.tree.flatten(model.decoder)
     with meshes.entered(model.mesh):
-        rules = decode.make_rules(np.ones(model.config.vocab_size, bool), (), pad=0)
-    arguments = (leaves, state, Greedy(), rules, np.int32(8), tree, model.attend)
-    with meshes.entered(model.mesh), jax.enable_x64(True):
-        wide = decode.run_stride.trace(*arguments).out_info[0]
-    same = jax.tree.map(lambda now, before: now.dtype == before.dtype, wide, state)
+        given = begun(model, 200, None)
+        with jax.enable_x64(True):
+            wide = decode.run_stride.trace(**given).out_info[:2]
+    same = jax.tree.map(
+        lambda now, before: now.dtype == before.dtype, wide, (given["state"], given["cache"])
+    )
     assert all(jax.tree.leaves(same))
 
 
