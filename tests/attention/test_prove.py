@@ -363,7 +363,10 @@ except TimeoutError:
 """
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(str(launch.LONG), 3), ("0.1", 1)])
+@pytest.mark.parametrize(
+    ("seconds", "code"),
+    [pytest.param(str(launch.LONG), 3, marks=pytest.mark.slow), ("0.1", 1)],
+)
 def test_a_process_ends_beside_a_compiler(seconds: str, code: int):
     """With its own exit code when the compiler is done; with 1 and a line where it hangs."""
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}

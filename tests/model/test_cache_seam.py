@@ -95,7 +95,7 @@ def empty(decoder) -> Pages:
     return Pages(layers, place(TABLE, "BW"), place(-np.arange(len(TABLE), dtype=np.int32), "B"))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"tp": 2}, marks=pytest.mark.slow)], ids=str)
 def test_a_paged_cache_needs_nothing_of_the_model(sizes: dict[str, int]) -> None:
     """In more layers than run at a time, and for rows of which the second is a token shorter."""
     chunks, batch = [6, 1, 1], len(TABLE)

@@ -116,6 +116,7 @@ def test_a_plan_of_a_remote_model(bucket, monkeypatch, capsys):
     assert [one.config for one in settings] == [config]
 
 
+@pytest.mark.slow
 def test_text_from_a_remote_directory(bucket, tmp_path, chat_dir, capsys):
     back(chat_dir, f"{bucket}/hf")
     there(f"{bucket}/hf", f"{bucket}/chat")
