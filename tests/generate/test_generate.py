@@ -45,6 +45,7 @@ def test_json_and_stream_agree(chat_dir: Path, capsys: pytest.CaptureFixture[str
     code, out, err = run(capsys, *common, "--seed", "4", "--json")
     result = json.loads(out)
     assert code == 0 and len(result["tokens"]) == result["new_tokens"] <= 12
+    assert result["prompt"] == "Once upon a time", "as with several texts"
     assert result["prompt_tokens"] == 4 and result["finish_reason"] in ("stop", "length")
     code, out, err = run(capsys, *common, "--seed", "4")
     assert code == 0 and out == result["text"] + "\n"

@@ -350,6 +350,17 @@ def test_usage(program, argv, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_virtual_devices_are_announced(monkeypatch, capsys):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    given = []
+    monkeypatch.setattr(jax.config, "update", lambda *what: given.append(what))
+    options.virtual_cpu_devices(options.mesh_sizes("data=2,tp=2"))
+    assert given == [("jax_num_cpu_devices", 4)]
+    assert "--mesh: 4 virtual devices share the cores of this CPU\n" in capsys.readouterr().err
+    options.virtual_cpu_devices(options.mesh_sizes(None))
+    assert not capsys.readouterr().err and len(given) == 1
+
+
 def test_a_mesh_that_would_take_all_memory_is_refused(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("devices are made"))

@@ -178,7 +178,7 @@ def _lines(path: Path, file: IO[bytes], part: int, count: int) -> Iterator[Recor
         if not line.strip():
             continue
         try:
-            yield Record(where, json.loads(line), line=line_in_part)
+            yield Record(where, json.loads(line.rstrip()), line=line_in_part)
         except json.JSONDecodeError as error:
             problem = f"no JSON: {error.msg} at character {error.pos + 1}"
             yield Record(where, None, problem, line=line_in_part)

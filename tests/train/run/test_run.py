@@ -204,9 +204,10 @@ def test_a_run_resumes_on_another_mesh(whole, given, tmp_path):
         np.testing.assert_allclose(curve(out)[number]["loss"], figures["loss"], rtol=1e-5)
 
 
-def test_fine_tuning_makes_a_chat_model(whole, given, tmp_path):
+def test_fine_tuning_makes_a_chat_model(whole, given, tmp_path, capsys):
     out = tmp_path / "run"
     succeed(fine_tuning(given, whole / "model", out, "--eval-share", 0.1, "--eval-every", 3), sft)
+    assert re.search(r"of their places used; \d+ examples held out$", capsys.readouterr().err, re.M)
     assert list(curve(out)) == list(range(1, 7)) and list(curve(out, "held_out")) == [3, 6]
     settings = checkpoint.load_generation_config(out / "model")
     assert settings.chat_format == "chatml"
@@ -411,7 +412,7 @@ def test_data_that_cannot_be_learned_from(whole, given, tmp_path, capsys):
         ('{"conversations": [{"from": "user", "value": "x"}]}', "line 1: the conversation has no"),
         ('{"conversations": [{"from": "bot", "value": "x"}]}', "line 1: turn 1 is from 'bot'"),
         ('{"text": "x"}', "line 1: there are neither 'conversations' nor 'messages'"),
-        ("{", "line 1: no JSON"),
+        ("{", "line 1: no JSON: Expecting property name enclosed in double quotes at character 2"),
     ):
         file.write_text(content + "\n")
         arguments = fine_tuning(given, whole / "model", tmp_path / "run", "--data", file)
