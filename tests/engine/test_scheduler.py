@@ -1,0 +1,193 @@
+"""The scheduler with a device of Python lists, whose tokens depend on all that a row can see."""
+
+import dataclasses
+import hashlib
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax.engine.pool import Pool
+from qwen_jax.engine.scheduler import Plan, Request, Scheduler
+
+VOCABULARY = 50
+STOP = 0
+
+
+def following(tokens: list[int], identity: Any) -> int:
+    """The token that the model samples after these; one in fifty is the stop id."""
+    text = repr((identity, tokens)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") % VOCABULARY
+
+
+def alone(request: Request) -> list[int]:
+    """The new tokens of a request."""
+    tokens = list(request.prompt)
+    while len(tokens) < len(request.prompt) + request.limit:
+        tokens.append(following(tokens, request.identity))
+        if tokens[-1] == STOP:
+            break
+    return tokens[len(request.prompt) :]
+
+
+@dataclasses.dataclass
+class Device:
+    """Pages of (token, author) and the rows that are on, as the compiled programs keep them."""
+
+    scheduler: Scheduler
+    memory: list[list[list[tuple[int, str] | None]]] = dataclasses.field(init=False)
+    tables: dict[int, dict[int, int]] = dataclasses.field(default_factory=dict)
+    rows: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        s = self.scheduler
+        self.memory = [[[None] * s.size for _ in range(pool.pages)] for pool in s.pools]
+
+    def replica(self, row: int) -> list[list[tuple[int, str] | None]]:
+        return self.memory[row * len(self.scheduler.pools) // self.scheduler.rows]
+
+    def write(self, row: int, place: int, token: int, author: str) -> None:
+        number, slot = divmod(place, self.scheduler.size)
+        page = self.tables[row][number]
+        assert page, "page 0 is nobody's"
+        self.replica(row)[page][slot] = token, author
+
+    def seen(self, row: int, count: int) -> list[tuple[int, str] | None]:
+        """What a row reads of its first `count` tokens; None before its reach."""
+        found, reach = [], self.scheduler.reach
+        for place in range(count):
+            if reach is not None and place < count - reach:
+                found.append(None)
+                continue
+            number, slot = divmod(place, self.scheduler.size)
+            found.append(self.replica(row)[self.tables[row][number]][slot])
+        return found
+
+    def run(self, plan: Plan) -> tuple[dict[int, int], set[int]]:
+        tokens: dict[int, int] = {}
+        ended: set[int] = set()
+        for index in plan.off:
+            self.rows.pop(index, None)
+        for index, number, page in plan.pages:
+            if number == 0:
+                self.tables[index] = {}
+            self.tables[index][number] = page
+        running = {row.index for row in plan.decode}
+        assert set(self.rows) <= running, "every row that is on decodes"
+        for index in sorted(self.rows):  # others have ended, which the host does not know yet
+            text = self.rows[index]["text"]
+            self.write(index, len(text) - 1, text[-1], "decode")
+            self.sample(index, plan, tokens, ended)
+        for row, begin, count in plan.chunks:
+            prompt = row.request.prompt
+            assert begin % self.scheduler.chunk == 0
+            assert count == min(self.scheduler.chunk, len(prompt) - begin)
+            for place in range(begin, begin + count):
+                self.write(row.index, place, prompt[place], "prefill")
+            if begin + count == len(prompt):
+                self.rows[row.index] = {"request": row.request, "text": list(prompt)}
+                self.sample(row.index, plan, tokens, ended)
+        return tokens, ended
+
+    def sample(self, index: int, plan: Plan, tokens: dict[int, int], ended: set[int]) -> None:
+        state = self.rows[index]
+        request, text = state["request"], state["text"]
+        for place, found in enumerate(self.seen(index, len(text))):
+            if found is not None or self.scheduler.reach is None:
+                author = "prefill" if place < len(request.prompt) else "decode"
+                assert found == (text[place], author), "another row's pages"
+        new = following(text, request.identity)
+        number = len(text) - len(request.prompt)
+        known = request.tokens[number] if number < len(request.tokens) else None
+        assert plan.forced.get(index) == known, "what is known is replayed"
+        text.append(new)
+        tokens[index] = new
+        if new == STOP or len(text) == len(request.prompt) + request.limit:
+            ended.add(index)
+            del self.rows[index]
+
+
+def world_of(seed: int) -> dict[str, Any]:
+    """Draw a world in which rows and pages are short."""
+    rng = random.Random(seed)
+    size, width, replicas = rng.randint(1, 4), rng.randint(3, 8), rng.choice([1, 1, 2])
+
+    def request() -> tuple[Request, int, int | None]:
+        shared = rng.randint(1, size * width // 2)
+        own = [rng.randint(1, VOCABULARY - 1) for _ in range(rng.randint(0, 3))]
+        new = Request(
+            prompt=[*range(1, shared + 1), *own],
+            limit=rng.randint(1, size * width // 2),
+            identity=rng.choice("aab"),
+            scored=rng.choice([None, None, rng.randint(0, 9)]),
+        )
+        arrival = rng.randint(0, 12)
+        return new, arrival, rng.choice([None, None, arrival + rng.randint(0, 20)])
+
+    return {
+        "size": size,
+        "replicas": replicas,
+        "rows": replicas * rng.randint(1, 4),
+        "pages": rng.randint(width, 2 * width),
+        "chunk": size * rng.randint(1, 3),
+        "chunks": rng.randint(1, 3),
+        "width": width,
+        "reach": rng.choice([None, None, rng.randint(1, 9)]),
+        "requests": [request() for _ in range(rng.randint(3, 12))],
+    }
+
+
+def play(world: dict[str, Any]) -> tuple[Scheduler, list[Request], list[Request]]:
+    """Run a world to the end, the host one step ahead. Returns all and the cancelled requests."""
+    pools = [Pool(world["pages"]) for _ in range(world["replicas"])]
+    names = ("size", "chunk", "chunks", "width", "reach")
+    scheduler = Scheduler(pools, world["rows"], **{name: world[name] for name in names})
+    device, requests = Device(scheduler), []
+    arriving: dict[int, list[Request]] = {}
+    leaving: dict[int, list[Request]] = {}
+    for request, arrival, cancelled in world["requests"]:
+        arriving.setdefault(arrival, []).append(request)
+        if cancelled is not None:
+            leaving.setdefault(cancelled, []).append(request)
+    before: tuple[Plan, Any] | None = None
+    for step in range(2000):
+        for request in arriving.pop(step, ()):
+            if len(request.prompt) + request.limit > scheduler.longest:
+                with pytest.raises(ValueError, match="at most"):
+                    scheduler.add(request)
+            else:
+                scheduler.add(request)
+                requests.append(request)
+        for request in leaving.get(step, ()):
+            if request in requests:
+                scheduler.end(request)
+        plan = scheduler.plan()
+        results = device.run(plan)  # as the device does while the host takes the step before
+        for pool in pools:
+            pool.check()
+        if before is not None:
+            scheduler.apply(before[0], *before[1])
+        before = plan, results
+        if not plan and not arriving and not scheduler.running and not scheduler.waiting:
+            break
+    else:
+        pytest.fail("it never ends")
+    return scheduler, requests, [x for some in leaving.values() for x in some]
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2**32 - 1).map(world_of))
+def test_every_request_gets_what_it_gets_alone(world: dict[str, Any]) -> None:
+    scheduler, requests, cancelled = play(world)
+    for request in requests:
+        assert request.over
+        wanted = alone(request)
+        complete = len(request.tokens) == len(wanted)
+        assert request.tokens == wanted[: len(request.tokens)]
+        assert complete or request in cancelled
+        if request.scored is not None:
+            assert (request.cached or 0) < max(1, request.scored), "scored tokens are computed"
+    for pool in scheduler.pools:
+        assert pool.available == pool.pages - 1
