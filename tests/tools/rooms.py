@@ -15,7 +15,9 @@ PAGE = ROOT / "docs/design.md"
 DOORS = ("qwen_jax/kernels/tune.py",)  # names of commands that lie in a higher room
 BEGIN, END = "<!-- rooms: python -m tests.tools.rooms -->", "<!-- end of rooms -->"
 # From the lowest to the highest, as in pyproject.toml.
-QWEN_JAX = "runtime config meshes kernels leaves attention chat model decoding checkpoint generate"
+QWEN_JAX = (
+    "runtime config meshes kernels leaves attention chat model decoding checkpoint generate engine"
+)
 ROOMS = (
     *(f"qwen_jax/{name}" for name in QWEN_JAX.split()),
     "qwen_jax",
