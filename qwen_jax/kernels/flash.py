@@ -61,6 +61,7 @@ Scale = Float[Array, "#B #T"] | Float[Array, ""]
 # What an attention function returns: o, and with return_lse the log-sum-exp of the scores.
 Attended = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 CacheLeaf = Float[Array, "B K S H"] | Quantised  # keys or values in the order of the cache
+PoolLeaf = Float[Array, "P 2 K page H"] | Quantised  # keys and values in pages
 
 
 class Body(Protocol):
