@@ -46,7 +46,7 @@ class Greedy:
 
         seen: bool [B, V], True for ids that the sequence already contains.
         """
-        return _penalise(logits, seen, penalty=self.repetition_penalty)
+        return penalise(logits, seen, penalty=self.repetition_penalty)
 
     def __call__(
         self,
@@ -103,16 +103,14 @@ class Nucleus:
 
         Tokens that are cut off by top-k or top-p have -inf.
         """
-        logits = _divide(_penalise(logits, seen, penalty=self.repetition_penalty), self.temperature)
+        logits = divide(penalise(logits, seen, penalty=self.repetition_penalty), self.temperature)
 
         def most_likely(logits: jax.Array) -> jax.Array:
-            return _keep_largest(
-                logits, (logits >= -jnp.inf).astype(jnp.float32), target=self.top_k
-            )
+            return keep_largest(logits, (logits >= -jnp.inf).astype(jnp.float32), target=self.top_k)
 
         def nucleus(logits: jax.Array) -> jax.Array:
             mass = jnp.maximum(self.top_p, 1e-30)  # 0 keeps the most likely token
-            return _keep_largest(logits, jax.nn.softmax(logits, axis=-1), target=mass)
+            return keep_largest(logits, jax.nn.softmax(logits, axis=-1), target=mass)
 
         # At top_p = 1 nothing may be cut, though a float32 sum reaches 1 before the last token.
         return _where_on(
@@ -136,15 +134,29 @@ class Nucleus:
         A draw depends only on the sequence's own seed, the step, and the sequence's logits.
         """
 
-        def noise(seed: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
-
         scores = self.scores(logits, seen)
-        return jnp.argmax(scores + jax.vmap(noise)(seeds), axis=-1).astype(jnp.int32)
+        steps = jnp.broadcast_to(step, seeds.shape)
+        drawn = scores + noise(seeds, steps, size=logits.shape[-1])
+        return jnp.argmax(drawn, axis=-1).astype(jnp.int32)
 
 
 Sampler = Greedy | Nucleus
+
+
+def noise(
+    seeds: UInt[Array, " B"], steps: Int[Array, " B"], *, size: int
+) -> Float[Array, "B {size}"]:
+    """Draw the Gumbel noise that makes the largest score a sample of the distribution.
+
+    seeds: the seed of each sequence.
+    steps: the number of tokens chosen before for each sequence.
+    """
+
+    def of_row(seed: jax.Array, step: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.random.gumbel(key, (size,), jnp.float32)
+
+    return jax.vmap(of_row)(seeds, steps)
 
 
 def faults(
@@ -157,7 +169,7 @@ def faults(
     A logit of -inf forbids an id and is no fault. Logits that overflow through the repetition
     penalty count as infinite.
     """
-    logits = _penalise(logits, seen, penalty=sampler.repetition_penalty)
+    logits = penalise(logits, seen, penalty=sampler.repetition_penalty)
     broken = jnp.any(~(logits < jnp.inf), axis=-1)  # also True for NaN
     empty = ~jnp.any(logits > -jnp.inf, axis=-1)
     return jnp.where(broken, 1, jnp.where(empty, 2, 0)).astype(jnp.int32)
@@ -172,11 +184,22 @@ def _check_penalty(penalty: float) -> None:
         )
 
 
-def _penalise(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:
+def penalise(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "#B #V"],
+    *,
+    penalty: Float[Array, "#B 1"] | float,
+) -> Float[Array, "B V"]:
+    """Apply the repetition penalty to the logits of the ids that a sequence contains.
+
+    penalty: divides positive logits, and multiplies negative ones.
+    """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _divide(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+def divide(
+    logits: Float[Array, "B V"], temperature: Float[Array, "#B 1"] | float
+) -> Float[Array, "B V"]:
     """Divide logits by a temperature, after a shift of logits whose quotient would overflow.
 
     The shift does not change the probabilities. Temperatures below float32's smallest normal number
@@ -196,7 +219,12 @@ def _where_on(
     return jax.lax.cond(on, cut, lambda logits: logits, logits)
 
 
-def _keep_largest(logits: jax.Array, weights: jax.Array, *, target: jax.Array | float) -> jax.Array:
+def keep_largest(
+    logits: Float[Array, "B V"],
+    weights: Float[Array, "B V"],
+    *,
+    target: Float[Array, "#B 1"] | Float[Array, ""] | float,
+) -> Float[Array, "B V"]:
     """Keep the fewest largest logits whose weights sum to at least `target`; others become -inf.
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums

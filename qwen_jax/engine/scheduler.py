@@ -30,6 +30,7 @@ class Request:
     limit: the most new tokens.
     identity: what cached keys and values depend on beside the tokens (`pool.prefix_keys`).
     scored: the index of the first prompt token whose log-probability is wanted; None for none.
+    paced: whether each token must be known before the next one is chosen, as a grammar needs it.
     tokens: the new tokens that are known so far.
     cached: the number of prompt tokens that were found in the cache when it was first admitted.
     over: whether nothing more is wanted of it.
@@ -39,6 +40,7 @@ class Request:
     limit: int
     identity: Hashable = ()
     scored: int | None = None
+    paced: bool = False
     tokens: list[int] = dataclasses.field(default_factory=list)
     cached: int | None = None
     over: bool = False
@@ -52,7 +54,6 @@ class Row:
     order: the number of the admission; the row with the largest gives up its pages first.
     pages: the row's pages, in the order of its tokens; 0 for those that it no longer needs.
     keys: the keys of the prompt's full pages.
-    replay: the tokens that an earlier run of the request has generated.
     filled: the prompt tokens that planned chunks have written.
     fed: the new tokens that planned decode steps have written.
     """
@@ -62,7 +63,6 @@ class Row:
     request: Request
     pages: list[int]
     keys: list[bytes]
-    replay: list[int]
     filled: int
     fed: int = 0
 
@@ -85,28 +85,30 @@ class Plan:
     """What a step computes, in this order.
 
     off: the rows to switch off, which the host has taken from their requests.
-    pages: the pages that rows get, as (row, its number within the row, page).
-    decode: the rows that are fed a token: all that are on, but for those that have just ended.
+    admitted: the rows that requests get, with the pages of their prompts. They are off as yet.
+    pages: the further page, if any, that a row of `decode` gets, by the number of the row.
+    decode: the rows that are fed a token, if they are on: a row may have ended by itself.
     chunks: parts of prompts to prefill, at most one of a row. The last one switches its row on.
-    forced: the tokens, by row, that take the place of the sampled ones.
-    emitted: the rows that sample a token, with its number among the request's new tokens.
+    forced: the tokens, by row, that take the place of the chosen ones.
+    emitted: the rows that choose a token, with its number among the request's new tokens.
     """
 
     off: list[int] = dataclasses.field(default_factory=list)
-    pages: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    admitted: list[tuple[Row, list[int]]] = dataclasses.field(default_factory=list)
+    pages: dict[int, int] = dataclasses.field(default_factory=dict)
     decode: list[Row] = dataclasses.field(default_factory=list)
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
     forced: dict[int, int] = dataclasses.field(default_factory=dict)
     emitted: list[tuple[Row, int]] = dataclasses.field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.off or self.chunks or self.decode)
+        return bool(self.chunks or self.decode)
 
     def emit(self, row: Row, number: int) -> None:
-        """Have a row sample a token, or take the one that it is known to have sampled."""
+        """Have a row choose a token, or take the one that it is known to have chosen."""
         self.emitted.append((row, number))
-        if number < len(row.replay):
-            self.forced[row.index] = row.replay[number]
+        if number < len(row.request.tokens):
+            self.forced[row.index] = row.request.tokens[number]
 
 
 class Scheduler:
@@ -216,11 +218,13 @@ class Scheduler:
         place = len(row.request.prompt) + row.fed
         if row.fed + 1 == row.request.limit:
             return
+        if row.request.paced and row.fed == len(row.request.tokens):
+            return  # the token to be fed is still on its way
         if place // self.size == len(row.pages):
             page = self._page_for(row)
             if page is None:
                 return
-            plan.pages.append((row.index, len(row.pages), page))
+            plan.pages[row.index] = page
             row.pages.append(page)
         row.fed += 1
         plan.decode.append(row)
@@ -258,7 +262,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self.running[row.index] = row
-            plan.pages += [(row.index, number, page) for number, page in enumerate(row.pages)]
+            plan.admitted.append((row, list(row.pages)))
 
     def _row_for(self, request: Request) -> Row | None:
         """Take a row and the pages of the whole prompt, where most of it is cached; or None."""
@@ -290,7 +294,6 @@ class Scheduler:
                 request=request,
                 pages=pages + rest,
                 keys=keys,
-                replay=list(request.tokens),
                 filled=filled,
             )
         return None

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from qwen_jax.meshes.sharding import (
+    BATCH,
     CONTEXT,
     TENSOR,
     Entry,
@@ -138,6 +139,13 @@ def spread_heads(x: Float[Array, "B T K H"]) -> Float[Array, "B T held H"]:
         return x
     x = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, held // heads, dim))
     return jax.reshard(x.reshape(batch, length, held, dim), spec("BTKH"))
+
+
+def part_of_batch() -> Int[Array, ""]:
+    """Return the number of this device's part of the batch, int32 []. Runs within `shard_map`."""
+    sizes = axis_sizes()
+    axes = tuple(axis for axis in BATCH if sizes[axis] > 1)
+    return jax.lax.axis_index(axes) if axes else jnp.int32(0)
 
 
 def own_rows(x: Shaped[Array, "b ..."]) -> Shaped[Array, "share ..."]:

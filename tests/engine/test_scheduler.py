@@ -70,13 +70,15 @@ class Device:
         ended: set[int] = set()
         for index in plan.off:
             self.rows.pop(index, None)
-        for index, number, page in plan.pages:
-            if number == 0:
-                self.tables[index] = {}
-            self.tables[index][number] = page
-        running = {row.index for row in plan.decode}
-        assert set(self.rows) <= running, "every row that is on decodes"
-        for index in sorted(self.rows):  # others have ended, which the host does not know yet
+        for row, pages in plan.admitted:
+            self.rows.pop(row.index, None)
+            self.tables[row.index] = dict(enumerate(pages))
+        for index, page in plan.pages.items():
+            self.tables[index][len(self.tables[index])] = page
+        fed = {row.index for row in plan.decode}
+        resting = set(self.rows) - fed
+        assert all(self.rows[index]["request"].paced for index in resting), "all but these decode"
+        for index in sorted(fed & set(self.rows)):  # others have ended unbeknown to the host
             text = self.rows[index]["text"]
             self.write(index, len(text) - 1, text[-1], "decode")
             self.sample(index, plan, tokens, ended)
@@ -101,6 +103,7 @@ class Device:
         new = following(text, request.identity)
         number = len(text) - len(request.prompt)
         known = request.tokens[number] if number < len(request.tokens) else None
+        assert not request.paced or number <= len(request.tokens), "the one before is known"
         assert plan.forced.get(index) == known, "what is known is replayed"
         text.append(new)
         tokens[index] = new
@@ -122,6 +125,7 @@ def world_of(seed: int) -> dict[str, Any]:
             limit=rng.randint(1, size * width // 2),
             identity=rng.choice("aab"),
             scored=rng.choice([None, None, rng.randint(0, 9)]),
+            paced=rng.random() < 0.3,
         )
         arrival = rng.randint(0, 12)
         return new, arrival, rng.choice([None, None, arrival + rng.randint(0, 20)])
