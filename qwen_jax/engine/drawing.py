@@ -5,6 +5,7 @@ logits, and no row's numbers have a part in another's token: filters that some r
 all, and leave the others unchanged to the bit.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -48,7 +49,7 @@ def choose(
         count = len(forced)
         mine = jax.tree.map(moves.own_rows, rows)
         whole = moves.whole_rows(logits)
-        told = _drawn(whole, mine, moves.own_rows(forced))
+        told = _drawn(whole, mine, forced=moves.own_rows(forced))
         told = moves.all_rows(told, count)
         # Every device of `tp` has the whole history, of which it reads its own rows.
         token = told[:, 0]
@@ -63,7 +64,8 @@ def choose(
     code = jnp.where(rows.broken, BROKEN, code)
     code = jnp.where(active, code, NOTHING)
     told = jnp.concatenate([token[:, None], code[:, None], told[:, 2:]], axis=1)
-    rows = rows.replace(  # type: ignore[attr-defined]
+    rows = dataclasses.replace(
+        rows,
         token=jnp.where(active, token, rows.token),
         step=step,
         on=rows.on & ~(active & (code != GOES_ON)),
@@ -72,7 +74,7 @@ def choose(
     return rows, jax.reshard(told, P(None, None))
 
 
-def _drawn(logits: jax.Array, rows: Rows, forced: jax.Array) -> jax.Array:
+def _drawn(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array:
     """Choose the tokens of this device's rows. Returns the lines of `choose`, faults as codes."""
     scores = _penalised(logits, rows)
     broken = jnp.any(~(scores < jnp.inf), axis=-1)  # also True for NaN

@@ -5,6 +5,7 @@ row once, when a request gets it (`admit`); from then on devices move it on by t
 step brings along only the few integers of `Orders`.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -128,19 +129,16 @@ def entry(
     """Make the vector that `admit` writes into a row.
 
     pages: the pages of the prompt.
-    allowed: the mask of ids that the tokenizer has.
+    allowed: the mask of ids that may be generated.
     adapter: the number of the adapter; 0 for none.
 
     The prompt's ids are a bit each, from which devices make the row of `history`.
     """
     vocab = sizes.vocab
-    mask = allowed
-    if settings.allowed is not None:
-        mask = mask & bits(np.asarray(settings.allowed), vocab)
     fields: dict[str, object] = {
         "table": _filled(pages, sizes.width, 0),
         "history": bits(prompt, vocab),
-        "mask": mask,
+        "mask": allowed,
         "frequencies": frequencies,
         "seed": settings.seed,
         "limit": settings.max_new_tokens,
@@ -172,6 +170,11 @@ def _sent(sizes: Sizes) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return sent | {"history": ((sizes.words,), np.dtype(np.int32))}
 
 
+def length(sizes: Sizes) -> int:
+    """Return the length of the vector that `entry` makes."""
+    return sum(int(np.prod(shape)) for shape, _ in _sent(sizes).values())
+
+
 def _filled(values: object, length: int, rest: float) -> np.ndarray:
     """Fill a list of numbers up to a length."""
     x = np.asarray(values)
@@ -201,9 +204,7 @@ def specs() -> Rows:
 
 
 @functools.partial(jax.jit, static_argnames="sizes", donate_argnames="rows")
-def admit(
-    rows: Rows, row: Int32[Array, ""] | np.int32, *, vector: Int32[Array, " n"], sizes: Sizes
-) -> Rows:
+def admit(rows: Rows, row: Int32[Array, ""], *, vector: Int32[Array, " n"], sizes: Sizes) -> Rows:
     """Write a request into a row, which is off until the last chunk of its prompt has run.
 
     row: the number of the row.
@@ -246,7 +247,7 @@ def set_masks(
     def local(mask: jax.Array, which: jax.Array, masks: jax.Array) -> jax.Array:
         return mask.at[_place(which, len(mask))].set(masks, mode="drop")
 
-    return rows.replace(mask=local(rows.mask, which, masks))  # type: ignore[attr-defined]
+    return dataclasses.replace(rows, mask=local(rows.mask, jnp.asarray(which), masks))
 
 
 def _place(row: jax.Array, share: int) -> jax.Array:

@@ -32,7 +32,8 @@ class Request:
     scored: the index of the first prompt token whose log-probability is wanted; None for none.
     paced: whether each token must be known before the next one is chosen, as a grammar needs it.
     tokens: the new tokens that are known so far.
-    cached: the number of prompt tokens that were found in the cache when it was first admitted.
+    cached: the number of prompt tokens that were found in the cache when it was last admitted.
+    keys: the keys of the prompt's full pages, from `add` on.
     over: whether nothing more is wanted of it.
     """
 
@@ -43,6 +44,7 @@ class Request:
     paced: bool = False
     tokens: list[int] = dataclasses.field(default_factory=list)
     cached: int | None = None
+    keys: list[bytes] = dataclasses.field(default_factory=list)
     over: bool = False
 
 
@@ -53,7 +55,6 @@ class Row:
     index: the number of the place.
     order: the number of the admission; the row with the largest gives up its pages first.
     pages: the row's pages, in the order of its tokens; 0 for those that it no longer needs.
-    keys: the keys of the prompt's full pages.
     filled: the prompt tokens that planned chunks have written.
     fed: the new tokens that planned decode steps have written.
     """
@@ -62,7 +63,6 @@ class Row:
     order: int
     request: Request
     pages: list[int]
-    keys: list[bytes]
     filled: int
     fed: int = 0
 
@@ -162,6 +162,7 @@ class Scheduler:
                 f"{len(request.prompt)} prompt tokens and {request.limit} new ones: at most "
                 f"{self.longest} together"
             )
+        request.keys = prefix_keys(request.prompt, self.size, identity=request.identity)
         self.waiting.append(request)
 
     def end(self, request: Request) -> None:
@@ -266,8 +267,7 @@ class Scheduler:
 
     def _row_for(self, request: Request) -> Row | None:
         """Take a row and the pages of the whole prompt, where most of it is cached; or None."""
-        keys = prefix_keys(request.prompt, self.size, identity=request.identity)
-        known = [self._known(pool, request, keys) for pool in self.pools]
+        known = [self._known(pool, request) for pool in self.pools]
         share = self.rows // len(self.pools)
         order = sorted(
             range(len(self.pools)), key=lambda i: (-len(known[i]), -self.pools[i].available)
@@ -286,19 +286,17 @@ class Scheduler:
                 continue
             self._admissions += 1
             filled = len(pages) * self.size
-            if request.cached is None:
-                request.cached = filled
+            request.cached = filled
             return Row(
                 index=free[0],
                 order=self._admissions,
                 request=request,
                 pages=pages + rest,
-                keys=keys,
                 filled=filled,
             )
         return None
 
-    def _known(self, pool: Pool, request: Request, keys: Sequence[bytes]) -> list[int]:
+    def _known(self, pool: Pool, request: Request) -> list[int]:
         """Return the cached pages of a prompt, whole chunks of them.
 
         The last token is always computed, as is every one before a scored token.
@@ -306,7 +304,7 @@ class Scheduler:
         most = len(request.prompt) - 1
         if request.scored is not None:
             most = min(most, max(0, request.scored - 1))
-        found = pool.find(keys[: most // self.size])
+        found = pool.find(request.keys[: most // self.size])
         pages = self.chunk // self.size
         return found[: len(found) // pages * pages]
 
@@ -329,5 +327,5 @@ class Scheduler:
         # Rows of one program do not see each other's pages: the next step is the first that does.
         for row, begin, count in planned:
             for number in range(begin // self.size, (begin + count) // self.size):
-                self.pools[replica].publish(row.pages[number], row.keys[number])
+                self.pools[replica].publish(row.pages[number], row.request.keys[number])
             self._let_go(row, row.filled)

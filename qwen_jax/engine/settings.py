@@ -4,7 +4,6 @@ Everything here is plain Python, so that programs which only talk to an engine n
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -16,7 +15,6 @@ from qwen_jax.runtime import values
 MOST_STOPS = 16  # stop ids of a request
 MOST_BIASES = 300  # ids in its logit_bias
 MOST_LOGPROBS = 20  # alternatives for each token
-NONE: Mapping[int, float] = types.MappingProxyType({})
 
 
 class Grammar(Protocol):
@@ -77,7 +75,7 @@ class Settings:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = NONE
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     allowed: Sequence[int] | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None

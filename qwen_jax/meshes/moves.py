@@ -141,6 +141,13 @@ def spread_heads(x: Float[Array, "B T K H"]) -> Float[Array, "B T held H"]:
     return jax.reshard(x.reshape(batch, length, held, dim), spec("BTKH"))
 
 
+def spread(
+    x: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], letters: str
+) -> Shaped[Array, "..."]:
+    """Partition a whole array by its axis letters, within a program that the host gave it to."""
+    return jax.reshard(jnp.asarray(x), spec(letters))
+
+
 def part_of_batch() -> Int[Array, ""]:
     """Return the number of this device's part of the batch, int32 []. Runs within `shard_map`."""
     sizes = axis_sizes()
