@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qwen_jax.runtime import texts, values
@@ -188,19 +189,19 @@ def penalise(
     logits: Float[Array, "B V"],
     seen: Bool[Array, "#B #V"],
     *,
-    penalty: Float[Array, "#B 1"] | float,
+    penalty: ArrayLike,
 ) -> Float[Array, "B V"]:
     """Apply the repetition penalty to the logits of the ids that a sequence contains.
 
-    penalty: divides positive logits, and multiplies negative ones.
+    penalty: divides positive logits, and multiplies negative ones; one, or [B, 1].
     """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def divide(
-    logits: Float[Array, "B V"], temperature: Float[Array, "#B 1"] | float
-) -> Float[Array, "B V"]:
+def divide(logits: Float[Array, "B V"], temperature: ArrayLike) -> Float[Array, "B V"]:
     """Divide logits by a temperature, after a shift of logits whose quotient would overflow.
+
+    temperature: one, or [B, 1].
 
     The shift does not change the probabilities. Temperatures below float32's smallest normal number
     act as that number, and beyond `_HOTTEST` all probabilities are equal.
@@ -223,9 +224,11 @@ def keep_largest(
     logits: Float[Array, "B V"],
     weights: Float[Array, "B V"],
     *,
-    target: Float[Array, "#B 1"] | Float[Array, ""] | float,
+    target: ArrayLike,
 ) -> Float[Array, "B V"]:
     """Keep the fewest largest logits whose weights sum to at least `target`; others become -inf.
+
+    target: one, or [B, 1].
 
     The threshold is found by bisection over the bits of float32, which order like integers: 32 sums
     instead of a sort of the vocabulary, on any sharding of it. Equal logits are kept together.

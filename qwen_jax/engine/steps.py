@@ -9,32 +9,27 @@ same methods in the same order.
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
-from qwen_jax import meshes, model
+from qwen_jax import meshes
 from qwen_jax.attention import Attend, pages
 from qwen_jax.attention.pages import PagedLayer, Pages, Places
-from qwen_jax.engine import drawing, rows
+from qwen_jax.engine import drawing, prefilling, rows
 from qwen_jax.engine.rows import Rows, Sizes
-from qwen_jax.leaves.weights import Weight
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, running
 from qwen_jax.model.running import Structure
 
-_Tree = TypeVar("_Tree")
 SKIP, FEED, OFF = range(3)  # what a row does in a decode step, in the last column of its orders
 MASKS = 8  # the most rows whose masks one call of `masks` writes
-_SCORED = 64  # prompt tokens of a row whose logits are held at once
 
 
 class Shape(NamedTuple):
@@ -136,7 +131,7 @@ class Steps:
         the columns of `drawing.likelihoods`.
         """
         with meshes.entered(self.mesh):
-            chunk = _begin(self._rows, tokens, which=which, begin=begin, count=count)
+            chunk = prefilling.begin(self._rows, tokens, which=which, begin=begin, count=count)
             output = self.decoder(
                 self.decoder.embed(chunk.tokens),
                 chunk.positions,
@@ -151,10 +146,10 @@ class Steps:
             scores = None
             if scored is not None:
                 scores = moves.begin_fetch(
-                    _score(self.decoder.unembedding, output.last, following=scored)
+                    prefilling.score(self.decoder.unembedding, output.last, following=scored)
                 )
             head = self.decoder.unembedding if last.any() else None
-            self._rows, told = _end(
+            self._rows, told = prefilling.end(
                 head, output.last, rows=self._rows, chunk=chunk, forced=forced, last=last
             )
             return None if told is None else moves.begin_fetch(told), scores
@@ -238,148 +233,3 @@ def _with_page(
         return table.at[jnp.arange(len(page)), number].set(page, mode="drop")
 
     return local(table, number, page)
-
-
-class _Chunk(NamedTuple):
-    """The chunks of a call of `prefill` on the devices.
-
-    which: int32 [n], the row of each within its part of the batch.
-    tokens, positions, segments: int32 [n, C]; segment 0 is padding.
-    frequencies: float32 [n, H/2].
-    places: where the rows have their tokens.
-    """
-
-    which: Int[Array, " n"]
-    tokens: Int[Array, "n C"]
-    positions: Int[Array, "n C"]
-    segments: Int[Array, "n C"]
-    frequencies: Float[Array, "n pairs"]
-    places: Places
-
-
-@jax.jit
-def _begin(
-    rows: Rows,
-    tokens: Int32[np.ndarray, "n C"] | Int32[Array, "n C"],
-    *,
-    which: Int32[np.ndarray, " n"] | Int32[Array, " n"],
-    begin: Int32[np.ndarray, " n"] | Int32[Array, " n"],
-    count: Int32[np.ndarray, " n"] | Int32[Array, " n"],
-) -> _Chunk:
-    """Place chunks on the mesh, and look up what their rows know."""
-    which, begin, count = (moves.spread(x, "B") for x in (which, begin, count))
-    tokens = moves.spread(tokens, "BS")
-    each = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = begin[:, None] + each
-    segments = (each < count[:, None]).astype(jnp.int32)
-    table, frequencies = _taken((rows.table, rows.frequencies), which)
-    places = Places(table, begin, count)
-    return _Chunk(which, tokens, positions, segments, frequencies, places)
-
-
-def _taken(tree: _Tree, which: Int[Array, " n"]) -> _Tree:
-    """Take some rows of each part of the batch from arrays [R, ...]. which: int32 [n]."""
-    specs = jax.tree.map(lambda x: sharding.spec("B" + "X" * (x.ndim - 1)), tree)
-
-    @jax.shard_map(out_specs=specs, check_vma=False)
-    def local(tree: _Tree, which: jax.Array) -> _Tree:
-        return jax.tree.map(lambda x: x[which], tree)
-
-    return local(tree, which)
-
-
-def _given_back(
-    tree: _Tree, which: Int[Array, " n"], *, new: _Tree, real: Bool[Array, " n"]
-) -> _Tree:
-    """Put rows that `_taken` took back, except those that are not real."""
-    specs = jax.tree.map(lambda x: sharding.spec("B" + "X" * (x.ndim - 1)), tree)
-
-    @jax.shard_map(out_specs=specs, check_vma=False)
-    def local(tree: _Tree, which: jax.Array, new: _Tree, real: jax.Array) -> _Tree:
-        def put(x: jax.Array, y: jax.Array) -> jax.Array:
-            return x.at[jnp.where(real, which, len(x))].set(y, mode="drop")
-
-        return jax.tree.map(put, tree, new)
-
-    return local(tree, which, new, real)
-
-
-@functools.partial(jax.jit, donate_argnames="rows")
-def _end(
-    head: Weight | None,
-    hidden: Float[Array, "n C D"],
-    *,
-    rows: Rows,
-    chunk: _Chunk,
-    forced: Int32[np.ndarray, " n"] | Int32[Array, " n"],
-    last: Bool[np.ndarray, " n"] | Bool[Array, " n"],
-) -> tuple[Rows, Int32[Array, "n told"] | None]:
-    """Write the end of chunks into their rows; choose the first tokens of prompts that end.
-
-    head: the weight [V, D] that makes logits; None if no prompt ends.
-    hidden: after the final norm.
-    """
-    count = chunk.places.count
-    real = count > 0
-    some = _taken(rows, chunk.which)
-    finite = jnp.isfinite(hidden).all(-1) | (chunk.segments == 0)
-    some = dataclasses.replace(
-        some,
-        written=chunk.places.written + count,
-        broken=some.broken | ~finite.all(1),
-    )
-    if head is None:
-        return _given_back(rows, chunk.which, new=some, real=real), None
-    forced, last = moves.spread(forced, "B"), moves.spread(last, "B")
-    at = jnp.maximum(count - 1, 0)[:, None, None]
-    x = jnp.take_along_axis(hidden, at, axis=1)
-    logits = model.logits(x, head)[:, 0]
-    active = real & last
-    some = dataclasses.replace(some, on=some.on | active)
-    some, told = drawing.choose(logits, some, forced=forced, active=active)
-    return _given_back(rows, chunk.which, new=some, real=real), told
-
-
-@jax.jit
-def _score(
-    head: Weight,
-    hidden: Float[Array, "n C D"],
-    *,
-    following: Int32[np.ndarray, "n C"] | Int32[Array, "n C"],
-) -> Int32[Array, "n C columns"]:
-    """Compute the log-probability of the token after each one, as `drawing.likelihoods` does.
-
-    following: these tokens; -1 where none is asked for.
-
-    The logits of a few tokens at a time are in memory.
-    """
-    wanted = moves.spread(following, "BS")
-    n, length, _ = hidden.shape
-    block = math.gcd(length, _SCORED)
-
-    def step(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        x, tokens = block
-        return None, _scored(model.logits(x, head), tokens)
-
-    def cut(x: jax.Array) -> jax.Array:  # [n, C, ...] -> [blocks, n, block, ...]
-        return jnp.moveaxis(x.reshape(n, length // block, block, *x.shape[2:]), 1, 0)
-
-    _, found = jax.lax.scan(step, None, (cut(hidden), cut(wanted)))
-    found = jnp.moveaxis(found, 0, 1)
-    return jax.reshard(found.reshape(n, length, found.shape[-1]), P(None, None, None))
-
-
-def _scored(
-    logits: Float[Array, "n block V"], tokens: Int[Array, "n block"]
-) -> Int32[Array, "n block columns"]:
-    """Compute the log-probabilities of tokens, int32 [n, block]; -1 is no token."""
-
-    @jax.shard_map(out_specs=sharding.spec("BSX"), check_vma=False)
-    def local(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-        rows, block, vocab = logits.shape
-        whole = moves.whole_rows(logits.reshape(rows * block, vocab))
-        token = moves.own_rows(tokens.reshape(-1))
-        found = drawing.likelihoods(whole, jnp.maximum(token, 0), wanted=token)
-        return moves.all_rows(found, rows * block).reshape(rows, block, -1)
-
-    return local(logits, tokens)

@@ -1,0 +1,189 @@
+"""The engine over compiled programs: one truth, whatever else runs."""
+
+import dataclasses
+import queue
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax.checkpoint.generation_config import GenerationConfig
+from qwen_jax.engine.settings import Choice, Ended, Settings
+from qwen_jax.engine.steps import Steps
+from qwen_jax.generate.language_model import LanguageModel
+from tests.support.compilations import counted
+from tests.support.engines import (
+    CONFIG,
+    LONGEST,
+    SHAPE,
+    Asked,
+    alone,
+    engine,
+    events,
+    programs,
+    schedule,
+    tokens,
+)
+from tests.support.tiny import full_logits, on_mesh, tiny_config
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def check(steps: Steps, requests: list[Asked]) -> int:
+    """Each request of a schedule has the events that it has alone. Returns the preemptions."""
+    crowd = engine(steps)
+    for request, found in zip(requests, events(crowd, requests), strict=True):
+        wanted = alone(steps, request)
+        last = found[-1]
+        assert isinstance(last, Ended)
+        if last.reason == "cancelled":
+            assert request.cancelled is not None
+            found, wanted = found[:-1], wanted[: len(found) - 1]
+        assert found == wanted
+    load = crowd.load()
+    assert (load.running, load.waiting, load.used) == (0, 0, 0)
+    return load.preemptions
+
+
+def test_a_request_has_the_same_bits_in_a_crowd() -> None:
+    """Tokens and log-probabilities; arrivals, prefix hits, preemptions, cancellations, grammars."""
+    preempted: list[int] = []
+
+    @settings(max_examples=20)
+    @given(SEEDS.map(schedule))
+    def run(requests: list[Asked]) -> None:
+        preempted.append(check(programs(), requests))
+
+    run()
+    assert sum(preempted) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "shape": SHAPE._replace(cache_dtype="int8")},
+        {"shape": SHAPE._replace(cache_dtype="int8", chunks=2)},
+        {"config": tiny_config(layer_windows=(5, 11), num_kv_heads=2)},
+        {"shape": SHAPE._replace(rows=8), "sizes": (("data", 2), ("tp", 2))},
+    ],
+    ids=["float32", "bfloat16", "bfloat16 int8", "int8", "windows", "mesh"],
+)
+def test_300_schedules_have_the_same_bits(how: dict[str, Any]) -> None:
+    @settings(max_examples=300 if "sizes" not in how else 60)
+    @given(SEEDS.map(schedule))
+    def run(requests: list[Asked]) -> None:
+        check(programs(**how), requests)
+
+    run()
+
+
+def language_model(steps: Steps) -> LanguageModel:
+    """The model of an engine's programs, as `load` makes it."""
+    return LanguageModel(
+        config=steps.decoder.config,
+        tokenizer=None,
+        generation_config=GenerationConfig.from_hf({}),
+        max_length=LONGEST,
+        decoder=steps.decoder,
+        mesh=steps.mesh,
+        attend=steps.attend,
+        cache_dtype=None,
+    )
+
+
+def test_greedy_tokens_are_those_of_generate() -> None:
+    """Up to the first at which the two largest logits are within 1e-4 of each other."""
+    steps, rng = programs(), np.random.default_rng(0)
+    model, vocab = language_model(steps), CONFIG.vocab_size
+    for length in (1, 7, 8, 15, 16, 17, 33, 40):
+        prompt = rng.integers(0, vocab, length).tolist()
+        asked = Asked(prompt, {"max_new_tokens": 16, "allowed": list(range(vocab))}, 0, None)
+        asked.settings["allowed"] = None
+        found = tokens(alone(steps, asked))
+        wanted = model.generate([prompt], max_new_tokens=16)[0].tolist()
+        same = next((i for i in range(16) if found[i] != wanted[i]), 16)
+        if same < 16:
+            with on_mesh():
+                text = np.array([prompt + found[:same]])
+                logits = np.sort(full_logits(steps.decoder, text)[0, -1])
+            assert logits[-1] - logits[-2] < 1e-4
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    steps = programs()
+    prompt = list(range(2, 23))
+    how = {"max_new_tokens": 4, "logprobs": 5, "prompt_logprobs": 2, "scored_from": 3}
+    scores, *choices, _ = alone(steps, Asked(prompt, {**how, "temperature": 3.0}, 0, None))
+    new = [x for x in choices if isinstance(x, Choice)]
+    alpha = 3.0  # dynamic NTK of 21 tokens: 2^ceil(log2(21 / 16) + 1) - 1
+    with on_mesh():
+        text = np.array([prompt + [x.id for x in new]])
+        logits = full_logits(steps.decoder, text, alpha=alpha)[0].astype(np.float64)
+    wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    every = [*scores.choices, *new]  # type: ignore[union-attr]
+    assert [x.id for x in every] == text[0, 3:].tolist()
+    for place, choice in enumerate(every, 3):
+        line = wanted[place - 1]
+        np.testing.assert_allclose(choice.logprob, line[choice.id], atol=1e-4)
+        ids = [i for i, _ in choice.top]
+        np.testing.assert_allclose(
+            [x for _, x in choice.top], np.sort(line)[::-1][: len(ids)], atol=1e-4
+        )
+    assert len(every[0].top) == 2 and len(every[-1].top) == 5
+
+
+def test_nothing_is_compiled_after_the_start() -> None:
+    steps = programs()
+    with counted() as compiled:
+        for seed in range(20):
+            events(engine(steps), schedule(seed))
+    assert not compiled
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 99}, "at most 64 fit"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"stops": tuple(range(17))}, "stops: 17 ids"),
+        ({"logit_bias": {999: 1.0}}, "logit_bias: token id 999"),
+        ({"adapter": "other"}, "adapter 'other'"),
+        ({"allowed": []}, "allowed"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    asked = {"max_new_tokens": 1, **changes}
+    with pytest.raises(ValueError, match=message):
+        engine(programs()).submit([1], Settings(**asked), listener=print)
+
+
+def test_the_thread_serves_and_closes() -> None:
+    steps = programs()
+    running, told = engine(steps), queue.Queue()
+    running.start()
+    running.submit([1, 2, 3], Settings(max_new_tokens=5), listener=told.put)
+    found = [told.get(timeout=60)]
+    while not isinstance(found[-1], Ended):
+        found.append(told.get(timeout=60))
+    assert found[-1] == Ended("length") and len(tokens(found)) == 5
+    running.submit([1, 2, 3], Settings(max_new_tokens=60), listener=told.put)
+    running.close()
+    while not isinstance(told.get(timeout=60), Ended):
+        pass
+    with pytest.raises(RuntimeError, match="closing"):
+        running.submit([1], Settings(max_new_tokens=1), listener=told.put)
+
+
+def test_a_broken_program_ends_all_requests() -> None:
+    steps, told = programs(), []
+    running = engine(steps)
+    running.submit([1, 2, 3], Settings(max_new_tokens=5), listener=told.append)
+    running._steps = dataclasses.replace  # type: ignore[assignment]
+    running._run()
+    assert told == [Ended("failed", running.failure)] and running.failure
