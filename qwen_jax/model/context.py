@@ -69,7 +69,8 @@ class KVCache(Protocol):
         positions, segments: int32 [B, T], of the queries; segment 0 is padding.
 
         The mask has the window 0, in place of which each layer puts its own; it is None while
-        nothing is cached, which must be known at compile time. What the layers need to know to
+        nothing is cached, which must be known at compile time, and for a cache whose layers make
+        masks of their own. What the layers need to know to
         write, as a pytree of arrays, is theirs alone to read.
         """
         ...
