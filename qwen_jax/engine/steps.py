@@ -67,7 +67,11 @@ class Steps:
         parts = [sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH]
         self.replicas = int(np.prod(parts))
         self.sizes = Sizes(shape.rows, shape.width, config.vocab_size, config.head_dim // 2)
-        self._leaves, self._tree = jax.tree.flatten(decoder)
+        self._leaves, tree = jax.tree.flatten(decoder)
+        # The structure is in the program: as an argument it would be hashed at every call.
+        self._decode = jax.jit(
+            functools.partial(_decode, tree=tree, attend=attend), donate_argnums=(1, 2)
+        )
         with meshes.entered(mesh):
             self._groups = running.grouped(decoder.layers)
             self._layers = pages.empty(
@@ -96,13 +100,8 @@ class Steps:
             the chosen one (-1 for none), and SKIP, FEED or OFF.
         """
         with meshes.entered(self.mesh):
-            self._layers, self._rows, told = _decode(
-                self._leaves,
-                self._layers,
-                rows=self._rows,
-                orders=orders,
-                tree=self._tree,
-                attend=self.attend,
+            self._layers, self._rows, told = self._decode(
+                self._leaves, self._layers, self._rows, orders
             )
             return moves.begin_fetch(told)
 
@@ -184,13 +183,12 @@ class Steps:
             report(name, time.monotonic() - began)
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "attend"), donate_argnames=("layers", "rows"))
 def _decode(
     leaves: list[jax.Array],
     layers: tuple[PagedLayer, ...],
-    *,
     rows: Rows,
     orders: Int32[np.ndarray, "R 3"] | Int32[Array, "R 3"],
+    *,
     tree: Structure[Decoder],
     attend: Attend,
 ) -> tuple[tuple[PagedLayer, ...], Rows, Int32[Array, "R told"]]:
