@@ -180,6 +180,7 @@ class Engine:
             self._waker.notify()
         if self._thread is not None:
             self._thread.join()
+        self._steps.close()
 
     def _run(self) -> None:
         """Run steps until the engine is closed or fails, then end all requests."""

@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from qwen_jax.attention import cache
 from qwen_jax.config import Config
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.following import Leader, follow
 from qwen_jax.engine.steps import Shape, Steps
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.meshes import sharding
 from qwen_jax.model import rope
-from qwen_jax.runtime import values
+from qwen_jax.runtime import processes, values
 
 _SHARE = 0.9  # of the free memory of an accelerator that pages take; programs need the rest
 _CPU_SHARE = 0.25  # of a host's memory
@@ -30,8 +31,11 @@ def make(
     chunk: int | None = None,
     chunks: int = 1,
     report: Callable[[str, float], None] = lambda name, seconds: None,
-) -> Engine:
+) -> Engine | None:
     """Make an engine for a loaded model, and compile its programs. `Engine.start` starts it.
+
+    All processes call it. Process 0 gets the engine; in the others it runs the programs that the
+    engine asks for, and returns None when the engine is closed.
 
     rows: the most requests that decode at a time; None for 64 on an accelerator and 16 on a CPU,
         times the parts into which the mesh splits a batch.
@@ -68,8 +72,14 @@ def make(
             f"cache_gb: {room / 1e9:.2f} GB hold {pages} pages of {page} tokens, {each / 1e6:.1f} "
             "MB each: give more, or take a smaller --page or --cache-dtype int8"
         )
+    if processes.count() > 1:  # whose memory may differ
+        pages = min(int(each) for each in processes.gather(str(pages)))
     shape = Shape(rows, width, pages, page, chunk, chunks, model.cache_dtype)
-    steps = Steps(model.decoder, model.attend, mesh=model.mesh, shape=shape)
+    kind = Leader if processes.count() > 1 and processes.index() == 0 else Steps
+    steps = kind(model.decoder, model.attend, mesh=model.mesh, shape=shape)
+    if processes.index():
+        follow(steps)
+        return None
     steps.compile(report)
     return Engine(
         steps,

@@ -153,6 +153,9 @@ class Steps:
             )
             return None if told is None else moves.begin_fetch(told), scores
 
+    def close(self) -> None:
+        """Say that no method will be called again."""
+
     def compile(self, report: Callable[[str, float], None]) -> None:
         """Run every program once, on rows that are off, so that no later call compiles anything.
 

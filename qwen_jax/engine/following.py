@@ -1,0 +1,119 @@
+"""Runs one engine on several processes: process 0 tells the others each call of its programs.
+
+The scheduler and all requests are on process 0. Before it calls a method of `Steps`, it sends the
+method's name and arguments over TCP to the other processes, which call the same: a few kilobytes a
+step. The connections prove themselves by a secret that jax's coordination service passes on.
+"""
+
+import hmac
+import json
+import secrets
+import socket
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from qwen_jax.engine.steps import Steps
+from qwen_jax.runtime import processes
+
+_Value: TypeAlias = np.ndarray | np.generic | int | None
+_END = "end"
+_WAIT = 300.0  # seconds until all processes are connected
+
+
+class Leader(Steps):
+    """The programs as process 0 calls them, which has the other processes call them, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._lines = _accept(processes.count() - 1)
+
+    def admit(self, row: int, vector: np.ndarray) -> None:
+        """See `Steps`."""
+        self._send("admit", {"row": row, "vector": vector})
+        super().admit(row, vector)
+
+    def masks(self, which: np.ndarray, masks: np.ndarray) -> None:
+        """See `Steps`."""
+        self._send("masks", {"which": which, "masks": masks})
+        super().masks(which, masks)
+
+    def decode(self, orders: np.ndarray) -> Any:
+        """See `Steps`."""
+        self._send("decode", {"orders": orders})
+        return super().decode(orders)
+
+    def prefill(self, tokens: np.ndarray, **arrays: Any) -> Any:
+        """See `Steps`."""
+        self._send("prefill", {"tokens": tokens, **arrays})
+        return super().prefill(tokens, **arrays)
+
+    def close(self) -> None:
+        """Let the other processes return from `follow`."""
+        self._send(_END, {})
+        for line in self._lines:
+            line.close()
+
+    def _send(self, name: str, arguments: Mapping[str, _Value]) -> None:
+        message = _encoded(name, arguments)
+        for line in self._lines:
+            line.sendall(message)
+
+
+def follow(steps: Steps) -> None:
+    """Call what process 0 calls, until it closes its engine. For the other processes.
+
+    Raises ConnectionError if process 0 is gone without a word.
+    """
+    host, port, secret = json.loads(processes.gather("")[0])
+    with socket.create_connection((host, port), _WAIT) as line, line.makefile("rb") as stream:
+        line.settimeout(None)
+        line.sendall(bytes.fromhex(secret))
+        while (head := stream.readline()) != b"":
+            name, kinds = json.loads(head)
+            if name == _END:
+                return
+            arguments = {}
+            for key, (dtype, shape) in kinds.items():
+                if dtype is None:
+                    arguments[key] = None
+                    continue
+                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+                arguments[key] = np.frombuffer(stream.read(size), dtype).reshape(shape)
+            getattr(steps, name)(**arguments)
+    raise ConnectionError("process 0 has closed the connection")
+
+
+def _encoded(name: str, arguments: Mapping[str, _Value]) -> bytes:
+    """Return a call as bytes: a line of JSON with dtypes and shapes, then the arrays."""
+    arrays = {key: None if x is None else np.asarray(x) for key, x in arguments.items()}
+    kinds = {
+        key: (None, None) if x is None else (x.dtype.str, x.shape) for key, x in arrays.items()
+    }
+    parts = [json.dumps((name, kinds)).encode(), b"\n"]
+    parts += [x.tobytes() for x in arrays.values() if x is not None]
+    return b"".join(parts)
+
+
+def _accept(count: int) -> list[socket.socket]:
+    """Wait for the other processes to connect, and return their connections."""
+    secret = secrets.token_bytes(32)
+    with socket.create_server(("", 0)) as server:
+        server.settimeout(_WAIT)
+        address = socket.gethostname(), server.getsockname()[1], secret.hex()
+        processes.gather(json.dumps(address))
+        lines: list[socket.socket] = []
+        while len(lines) < count:
+            line, _ = server.accept()
+            line.settimeout(_WAIT)
+            given = b""
+            while len(given) < len(secret) and (part := line.recv(len(secret) - len(given))):
+                given += part
+            if not hmac.compare_digest(given, secret):  # no process of this program
+                line.close()
+                continue
+            line.settimeout(None)
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            lines.append(line)
+    return lines
