@@ -144,6 +144,7 @@ class Scheduler:
         self.running: dict[int, Row] = {}
         self.preemptions = self._admissions = 0
         self._off: set[int] = set()
+        self._oldest_first = [False] * len(pools)
 
     @property
     def longest(self) -> int:
@@ -309,16 +310,22 @@ class Scheduler:
         return found[: len(found) // pages * pages]
 
     def _prefill(self, replica: int, plan: Plan) -> None:
-        """Plan chunks: of the oldest prompt, then of those that have the fewest tokens left."""
+        """Plan chunks: of the oldest prompt and of the shortest in turn, then of the next shortest.
+
+        So a short prompt waits for one chunk of a long one, and a long one has half of the chunks
+        however many short ones arrive.
+        """
         here = [r for r in self.running.values() if self._replica(r) == replica and r.missing]
         if not here:
             return
-        oldest = min(here, key=lambda row: row.order)
-        others = sorted(
-            (row for row in here if row is not oldest), key=lambda row: (row.missing, row.order)
-        )
+        here.sort(key=lambda row: (row.missing, row.order))
+        self._oldest_first[replica] = not self._oldest_first[replica]
+        if self._oldest_first[replica]:
+            oldest = min(here, key=lambda row: row.order)
+            here.remove(oldest)
+            here.insert(0, oldest)
         planned = []
-        for row in [oldest, *others][: self.chunks]:
+        for row in here[: self.chunks]:
             planned.append(Chunk(row, row.filled, min(self.chunk, row.missing)))
             row.filled += planned[-1].count
             if not row.missing:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -195,3 +196,64 @@ def test_every_request_gets_what_it_gets_alone(world: dict[str, Any]) -> None:
             assert (request.cached or 0) < max(1, request.scored), "scored tokens are computed"
     for pool in scheduler.pools:
         assert pool.available == pool.pages - 1
+
+
+def idle(rows: int = 2, pages: int = 64) -> Scheduler:
+    """A scheduler whose rows hold 32 tokens, in pages and chunks of 2."""
+    return Scheduler([Pool(pages)], rows, size=2, chunk=2, chunks=1, width=16)
+
+
+def steps_until(scheduler: Scheduler, done: Callable[[Plan], bool]) -> int:
+    """The number of steps until a plan is done; devices choose token 1 all the time."""
+    before: Plan | None = None
+    for step in range(1, 500):
+        plan = scheduler.plan()
+        if done(plan):
+            return step
+        if before is not None:
+            scheduler.apply(before, {row.index: 1 for row, _ in before.emitted}, ())
+        before = plan
+    pytest.fail("it never ends")
+
+
+def test_a_short_prompt_waits_for_one_chunk_of_a_long_one() -> None:
+    scheduler = idle()
+    long = Request(prompt=[*range(1, 29)], limit=1)
+    scheduler.add(long)
+    scheduler.plan()
+    short = Request(prompt=[7], limit=1)
+    scheduler.add(short)
+    assert (
+        steps_until(scheduler, lambda plan: any(r.request is short for r, _ in plan.emitted)) <= 2
+    )
+
+
+def test_a_long_prompt_ends_however_many_short_ones_arrive() -> None:
+    scheduler = idle()
+    long = Request(prompt=[*range(1, 29)], limit=1)
+    scheduler.add(long)
+
+    def done(plan: Plan) -> bool:
+        scheduler.add(Request(prompt=[len(scheduler.waiting)], limit=1))
+        for row, _ in plan.emitted:  # a request of one token ends with it
+            scheduler.end(row.request)
+        return any(row.request is long for row, _ in plan.emitted)
+
+    assert steps_until(scheduler, done) <= 2 * 14
+
+
+def test_requests_are_admitted_in_order_and_the_youngest_gives_way() -> None:
+    """Three requests of 12 tokens and pages for two: the third begins where one of them ends."""
+    scheduler = idle(rows=3, pages=13)
+    requests = [Request(prompt=[i, 2, 3, 4], limit=8) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    before: Plan | None = None
+    over: list[Request] = []
+    while not all(request.over for request in requests):
+        plan = scheduler.plan()
+        if before is not None:
+            ended = [row.index for row, number in before.emitted if number == 7]
+            over += scheduler.apply(before, {row.index: 1 for row, _ in before.emitted}, ended)
+        before = plan
+    assert over == requests and scheduler.preemptions == 1
