@@ -35,14 +35,18 @@ from qwen_jax.meshes import sharding
 FEW = 16  # the most query tokens that a decode kernel takes
 
 
-def on_shards(attend: Callable[..., Attended]) -> Attend:
+def on_shards(attend: Callable[..., Attended], *, takes_known: bool = False) -> Attend:
     """Make an attention implementation take and return global arrays.
+
+    takes_known: whether the implementation has the option `known`, as an `Implementation` says it
+        of itself.
 
     Each device runs its own heads and sequences. Tokens that are split over `context` are attended
     to by ring attention. Where no mesh axis is explicit (no mesh in force, or inside `shard_map`),
     the implementation runs unchanged; only there it takes keyword arguments of its own, and
     elsewhere they raise TypeError.
     """
+    takes_known = takes_known or Implementation.of(as_attend(attend)).takes_known
 
     @as_attend
     @functools.wraps(attend)
@@ -69,7 +73,14 @@ def on_shards(attend: Callable[..., Attended]) -> Attend:
         ) -> Any:
             if shared:
                 return ring.ring_attention(
-                    as_attend(attend), q, k=k, v=v, mask=mask, scale=scale, return_lse=return_lse
+                    as_attend(attend),
+                    q,
+                    k=k,
+                    v=v,
+                    mask=mask,
+                    scale=scale,
+                    return_lse=return_lse,
+                    takes_known=takes_known,
                 )
             return attend(q, k, v, mask, scale, return_lse=return_lse)
 
@@ -106,6 +117,8 @@ class Implementation:
     attend: the attention function.
     decode: the kernel for a few queries against a cache. Without one, attention to the cache and to
         the new tokens is computed apart, and merged.
+    takes_known: whether the attention function has the option `known` (`flash.attend_through`),
+        with which ring attention saves it work in the backward pass.
 
     Equal implementations have equal hashes, by which `jax.jit` finds compiled programs.
     """
@@ -113,16 +126,12 @@ class Implementation:
     name: str
     attend: Attend
     decode: Decode | None = None
+    takes_known: bool = False
 
     @staticmethod
     def of(attend: Attend) -> "Implementation":
         """Return an attention function as an implementation; a plain one has no decode kernel."""
         return attend if isinstance(attend, Implementation) else Implementation("", attend)
-
-    @property
-    def __wrapped__(self) -> Attend:
-        """The attention function, where `inspect.signature` finds the options that it takes."""
-        return self.attend
 
     def __call__(
         self,
@@ -146,14 +155,17 @@ class Implementation:
         return self.decode if q.shape[1] <= FEW else None
 
 
-pallas_tpu = Implementation(
-    flash_tpu.NAME, on_shards(flash_tpu.tpu_attention), decode_tpu.tpu_decode
+def _kernel(name: str, attend: Callable[..., Attended], decode: Decode) -> Implementation:
+    """Return one of our kernels, all of which take `known`, as an implementation."""
+    return Implementation(name, on_shards(attend, takes_known=True), decode, takes_known=True)
+
+
+pallas_tpu = _kernel(flash_tpu.NAME, flash_tpu.tpu_attention, decode_tpu.tpu_decode)
+pallas_triton = _kernel(
+    flash_triton.NAME, flash_triton.triton_attention, decode_triton.triton_decode
 )
-pallas_triton = Implementation(
-    flash_triton.NAME, on_shards(flash_triton.triton_attention), decode_triton.triton_decode
-)
-pallas_hopper = Implementation(
-    flash_hopper.NAME, on_shards(flash_hopper.hopper_attention), decode_triton.triton_decode
+pallas_hopper = _kernel(
+    flash_hopper.NAME, flash_hopper.hopper_attention, decode_triton.triton_decode
 )
 
 # name -> attend(q, k, v, mask, scale, return_lse=False): an `Implementation`, or a plain function

@@ -11,7 +11,6 @@ device i of n holds pieces i and 2n - 1 - i of 2n.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,20 +34,23 @@ def ring_attention(
     mask: Mask,
     scale: Scale,
     return_lse: bool = False,
+    takes_known: bool = False,
 ) -> Attended:
     """Attend from this device's queries to the keys of all devices of `context`.
 
     implementation: attends to the keys of one device, as a function of `IMPLEMENTATIONS` does.
+    takes_known: whether it has the option `known` (`flash.attend_through`).
 
     Other arguments and the results are those of `attention.xla`, each this device's part.
     """
-    out: Any = _ring(implementation, q, k, v, mask, scale)
+    out: Any = _ring(implementation, takes_known, q, k, v, mask, scale)
     return out if return_lse else out[0].astype(q.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(
     implementation: Attend,
+    takes_known: bool,
     q: jax.Array,
     k: KeysOrValues,
     v: KeysOrValues,
@@ -72,6 +74,7 @@ def _ring(
 
 def _forward(
     implementation: Attend,
+    takes_known: bool,
     q: jax.Array,
     k: KeysOrValues,
     v: KeysOrValues,
@@ -79,18 +82,18 @@ def _forward(
     scale: jax.Array,
 ) -> tuple[Any, Any]:
     """Compute `_ring`, and what its gradients need."""
-    out: Any = _ring(implementation, q, k, v, mask, scale)
+    out: Any = _ring(implementation, takes_known, q, k, v, mask, scale)
     return out, (q, k, v, mask, scale, *out)
 
 
-def _backward(implementation: Attend, saved: Any, cotangents: Any) -> Any:
+def _backward(implementation: Attend, takes_known: bool, saved: Any, cotangents: Any) -> Any:
     """Compute the gradients, passing keys, values and their gradients around the ring."""
     q, k, v, mask, scale, o, lse = saved
     do, dlse = cotangents
     keys = (k, v, mask.k_positions, mask.k_segments)
 
     # A kernel that takes the merged o and lse need not recompute those of each part.
-    options = {"known": (o, lse)} if "known" in inspect.signature(implementation).parameters else {}
+    options = {"known": (o, lse)} if takes_known else {}
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         dq, dscale, dk, dv, keys = carry

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import json
 import logging
 import os
@@ -669,11 +668,6 @@ def test_a_plain_function_has_no_decode_kernel():
     q = jnp.zeros((1, 1, 2, 16))
     assert registry.Implementation.of(right).decode_kernel(q, keys=q) is None
     assert registry.Implementation.of(attention.auto) is attention.auto
-
-
-def test_an_implementation_has_the_options_of_its_function():
-    """Ring attention asks for them: `known` saves a kernel work."""
-    assert "known" in inspect.signature(attention.IMPLEMENTATIONS["pallas_tpu"]).parameters
 
 
 def test_a_model_is_loaded_with_what_has_proved_itself(

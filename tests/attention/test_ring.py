@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -166,6 +167,22 @@ def test_a_ring_beside_other_axes():
 def test_through_the_kernels(kernel):
     attend = IMPLEMENTATIONS[kernel]
     assert_same(ringed("all", attend, pieces(2), dim=32, context=2), whole("all", 32))
+
+
+def test_a_kernel_is_given_what_is_known():
+    """The whole ring's o and log-sum-exp, which save it work in the backward pass."""
+    for implementation in IMPLEMENTATIONS.values():
+        made = attention.Implementation.of(implementation)
+        assert made.takes_known == ("known" in inspect.signature(made.attend).parameters)
+
+    def attend(*arguments: Any, known: Any = None, **options: Any) -> Any:
+        given.append(known is not None)
+        return attention.xla(*arguments, **options)
+
+    given: list[bool] = []
+    ring = attention.Implementation("ring", attend, takes_known=True)
+    ringed("causal", ring, pieces(2), context=2)
+    assert any(given)
 
 
 def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient():
