@@ -112,6 +112,11 @@ def _another_run(out: Path, before: Mapping[str, Any], *, changed: Sequence[str]
     )
 
 
+def has_results(out: Path) -> bool:
+    """Return whether this run has come to an end before, and written a model or an adapter."""
+    return any((out / name).exists() for name in RESULTS)
+
+
 def remove_results(out: Path) -> None:
     """Remove the model and adapter of an earlier end of this run, which now trains further."""
     for name in RESULTS:

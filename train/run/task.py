@@ -99,7 +99,9 @@ def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None
     )
     if settings.resume and checkpoints.latest is not None:
         state, facts = checkpoints.restore(like)
-        command.say(f"resumed from step {checkpoints.latest}")
+        finished = checkpoints.latest == steps and run_folder.has_results(out)
+        also = ", the last: the run was already finished" if finished else ""
+        command.say(f"resumed from step {checkpoints.latest}{also}")
     else:
         _advise_at_step_0(task, settings, rows=rows)
         state, facts = trained.create_state(optimizer), {"position": 0}

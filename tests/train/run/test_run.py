@@ -102,7 +102,7 @@ def test_a_run_resumes_to_the_bit(whole, given, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("at", [6, 12])
 def test_an_evaluation_that_is_cut_off_is_made_up(
-    whole, given, tmp_path, monkeypatch, at, number, code
+    whole, given, tmp_path, capsys, monkeypatch, at, number, code
 ):
     """At the next start, whether steps follow or it was the last thing to do."""
     evaluations = iter([4, 6, 8, 12])
@@ -119,8 +119,13 @@ def test_an_evaluation_that_is_cut_off_is_made_up(
         assert pretrain.main(pretraining(given, out, *options)) == code
     assert max(curve(out)) == at and at not in curve(out, "held_out")
     assert not (out / "model").exists()
-    for _ in range(2):  # once more of a run that is done: no figure is there twice
+    # Once more of a run that is done: no figure is there twice, and a line says that it is done.
+    for said in (
+        f"resumed from step {at}\n",
+        "from step 12, the last: the run was already finished",
+    ):
         succeed(pretraining(given, out, *options, "--resume"))
+        assert said in capsys.readouterr().err
         assert curve(out) == curve(whole)
         assert curve(out, "held_out") == curve(whole, "held_out")
     assert (out / "model").exists()
