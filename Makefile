@@ -75,7 +75,7 @@ test: lint ## all checks and the quick tests, on eight virtual CPU devices; kern
 	$(MAKE) --no-print-directory aot-smoke
 
 test-slow: venv ## what `make test` leaves out: more meshes, more kills, notebooks, learning
-	$(MAKE) --no-print-directory pytest PYTEST_ARGS="-m slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(MAKE) --no-print-directory pytest PYTEST_ARGS="-m slow"
 
 test-all: test test-slow test-aot test-peft ## every test there is
 

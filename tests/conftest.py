@@ -32,6 +32,10 @@ if _JAXLIB < (0, 11) and importlib.util.find_spec("libtpu") is None:
     # tiny decoder on meshes took 24 instead of 58 CPU seconds. Later jaxlibs have no such choice,
     # and they, as libtpu, end the process over flags that they do not know.
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+if importlib.util.find_spec("libtpu") is None:  # with it, programs are compiled to be measured
+    # Nearly all programs run once, for milliseconds, and take longer to be optimised. `make
+    # test-slow` and CI's second run of tests have them optimised.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
