@@ -26,8 +26,17 @@ from train.run import parameters, recipes
 CONFIG = dataclasses.replace(qwen_jax.PRESETS["qwen-1.8b"], num_layers=4, vocab_size=8192)
 
 
-@pytest.fixture(scope="module")
-def wide() -> model.Decoder:
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs are optimised, as these run for longer than it takes to optimise them."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def wide(optimised: None) -> model.Decoder:
     with jax.set_mesh(meshes.make()):
         return jax.jit(lambda key: model.create(CONFIG, key, dtype=jnp.float32))(jax.random.key(0))
 
