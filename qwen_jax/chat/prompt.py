@@ -7,7 +7,7 @@ nothing of the model or of sampling.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, Literal
 
 from qwen_jax.chat import stops, tools
 from qwen_jax.chat.tokenizer import Tokenizer
@@ -15,6 +15,8 @@ from qwen_jax.runtime import texts, values
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 History = Sequence[Sequence[str]] | Sequence[Mapping[str, Any]]  # pairs, or messages
+Ending = Literal["reply", "open", "closed"]  # of a prompt: see `assemble`
+_ROLES = ("user", "assistant")
 _PAIRS = "history must be pairs (query, reply) of text, oldest first"
 
 
@@ -45,34 +47,72 @@ def make_context(
         return query, tokenizer.encode(query)
     system, pairs = texts.check_whole("system", system), _pairs(history)
     values.number("max_window_size", max_window_size, least=0)
+    turns = [(role, text) for pair in pairs for role, text in zip(_ROLES, pair, strict=True)]
+    turns.append(("user", query))
+    return assemble(tokenizer, system, turns, max_window_size=max_window_size)
+
+
+def assemble(
+    tokenizer: Tokenizer,
+    system: str,
+    turns: Sequence[tuple[str, str]],
+    *,
+    ending: Ending = "reply",
+    max_window_size: int | None = None,
+) -> tuple[str, list[int]]:
+    """Build a ChatML prompt from turns; returns it as text and as token ids.
+
+    system: the text of the system message.
+    turns: pairs (role, content), oldest first.
+    ending: "reply": a reply is opened after the last turn. "open": the last turn itself is left
+        open, for the model to continue. "closed": the last turn is closed, and nothing follows.
+    max_window_size: the newest questions, each with its replies, are kept while the system message
+        and they together stay below this number of tokens. The last question, and what follows it,
+        is neither counted nor cut. None keeps all turns.
+
+    Every content is encoded alone, as ordinary text.
+    """
     newline = tokenizer.encode("\n")
 
-    def message(role: str, content: str) -> tuple[str, list[int]]:
+    def message(role: str, content: str, *, closed: bool = True) -> tuple[str, list[int]]:
         # The role, the newline and the content are encoded one by one: a content that begins
         # with a newline would otherwise merge with the one before it.
-        ids = tokenizer.encode(role) + newline + tokenizer.encode(content)
-        return (
-            f"<|im_start|>{role}\n{content}<|im_end|>",
-            [tokenizer.im_start_id, *ids, tokenizer.im_end_id],
-        )
+        ids = [*tokenizer.encode(role), *newline, *tokenizer.encode(content)]
+        end, end_ids = ("<|im_end|>", [tokenizer.im_end_id]) if closed else ("", [])
+        return f"<|im_start|>{role}\n{content}{end}", [tokenizer.im_start_id, *ids, *end_ids]
 
-    head_text, head_ids = message("system", system)
-    kept_text, kept_ids = "", []
-    for past_query, past_reply in reversed(pairs):
-        user_text, user_ids = message("user", past_query)
-        reply_text, reply_ids = message("assistant", past_reply)
-        turn_ids = newline + user_ids + newline + reply_ids
-        if len(head_ids) + len(turn_ids) + len(kept_ids) >= max_window_size:
-            break
-        kept_text = f"\n{user_text}\n{reply_text}{kept_text}"
-        kept_ids = turn_ids + kept_ids
+    head = message("system", system)
+    tail: list[tuple[str, list[int]]] = []  # the kept turns, the newest first
+    kept = 0
+    for number, group in enumerate(reversed(_questions(turns))):
+        last = number == 0
+        said = [
+            message(role, content, closed=not (last and ending == "open" and i == len(group) - 1))
+            for i, (role, content) in enumerate(group)
+        ]
+        if not last and max_window_size is not None:
+            kept += sum(len(newline) + len(ids) for _, ids in said)
+            if len(head[1]) + kept >= max_window_size:
+                break
+        tail += reversed(said)
+    parts = [head, *reversed(tail)]
+    if ending == "reply":
+        parts.append(message("assistant", "", closed=False))
+    text = "\n".join(text for text, _ in parts)
+    ids = list(head[1])
+    for _, part in parts[1:]:
+        ids += newline + part
+    return text, ids
 
-    query_text, query_ids = message("user", query)
-    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *newline]
-    return (
-        f"{head_text}{kept_text}\n{query_text}\n<|im_start|>assistant\n",
-        head_ids + kept_ids + newline + query_ids + newline + opening,
-    )
+
+def _questions(turns: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Group turns: each question with the replies that follow it."""
+    groups: list[list[tuple[str, str]]] = []
+    for turn in turns:
+        if turn[0] == "user" or not groups:
+            groups.append([])
+        groups[-1].append(turn)
+    return groups
 
 
 def turns_of(history: History | None, system: str) -> tuple[str, list[tuple[str, str]]]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qwen_jax.chat import tools
+from qwen_jax.chat import messages, tools
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.chat.tools import Turn
 from qwen_jax.runtime import texts, values
@@ -93,10 +93,10 @@ def _check_whole(record: Mapping[str, object]) -> None:
         ("conversations", "functions"),
         ("tools", "functions"),
     ):
-        if tools.given(record.get(one)) and tools.given(record.get(other)):
+        if messages.given(record.get(one)) and messages.given(record.get(other)):
             raise ValueError(f"{one!r} and {other!r} do not go together: leave one of them out")
     shown = {name: record[name] for name in _MEDIA if name in record}
-    tools.check_read("the record", shown, read=())
+    messages.check_read("the record", shown, read=())
     turns = record.get("conversations") or record.get("messages")
     for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         for name in _SHARES if isinstance(turn, Mapping) else ():
@@ -120,7 +120,7 @@ def _offered(record: Mapping[str, object], field: str) -> list[Any]:
             offered = json.loads(offered)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{field!r} is a text that is no JSON: {error}") from error
-    if not tools.given(offered):
+    if not messages.given(offered):
         return []
     if not isinstance(offered, list):
         raise ValueError(f"{field!r} is no list")
@@ -163,7 +163,7 @@ def sft_example(
         if not isinstance(turn.get("value"), str):
             got = texts.described(turn.get("value"))
             raise ValueError(f"turn {number} has no text in 'value', but {got}")
-        tools.check_read(f"turn {number}", turn, read=("from", "value"))
+        messages.check_read(f"turn {number}", turn, read=("from", "value"))
         value = texts.check_whole(f"turn {number}", turn["value"])
         if turns or role == "user":
             turns.append(Turn(role, ((value, True),)))
