@@ -66,7 +66,7 @@ def instruction(tools: Sequence[Mapping[str, Any]]) -> str:
         told = function.get("description_for_model") or function.get("description") or ""
         if not name:
             raise ValueError(f"{what} has no name")
-        if not all(isinstance(text, str) for text in (name, human, told)):
+        if not (isinstance(name, str) and isinstance(human, str) and isinstance(told, str)):
             raise ValueError(f"{what} has a name or a description that is no text")
         names.append(name)
         parameters = function.get("parameters")
