@@ -117,6 +117,8 @@ class ReactParser:
 
     def _begin_call(self, name: str) -> None:
         content = self._text[self._thought or 0 : self._action]
+        if self._thought is None and not self._shows:  # a model may begin with a space
+            content = content.strip().removeprefix(THOUGHT)
         self._show(content)
         self._text, self._space, self._said, self._calls = "", "", False, True
         self._markers.begin_arguments()

@@ -158,6 +158,8 @@ def test_where_the_server_differs_from_training_data():
     assert read([{"role": "user", "content": None}], tools=()).turns == [("user", "")]
     plain = read([USER, {"role": "assistant", "content": None}, USER], tools=()).turns
     assert plain[1] == ("assistant", "")
+    spaced = {"role": "assistant", "function_call": {"name": "f", "arguments": "{} \n"}}
+    assert read([USER, call, result, spaced, USER]).turns[1][1].endswith("Action Input: {}")
     stray = {"role": "tool", "tool_call_id": "2", "content": "s"}
     assert (
         read([USER, call, result, stray])

@@ -171,9 +171,11 @@ def test_a_call_is_told_as_it_comes():
         ('Action: a\nAction Input: {} "Observation: x"', "", [("a", '{} "')]),
         ('Action: a\nAction Input: say "Observation: x"', "", [("a", 'say "')]),
         ('Action: a\nAction Input: ["\\"Observation: x"]', "", [("a", '["\\"Observation: x"]')]),
+        ('Action: a\nAction Input: ["\n```\n"]\nThought: t\n```\n', "", [("a", '["\n```\n"]')]),
         # Names, and what stands where one should be.
         ("Action: a\n\nAction Input: 1", "", [("a", "1")]),
         ("Action:\na\nAction Input: 1", "", [("a", "1")]),
+        ("Action: a\nmore\nAction Input: 1", "", [("a", "1")]),
         ("Action:\nAction Input: 1", "Action:\nAction Input: 1", []),
         ("Action:\nAction Input: 1\nFinal Answer: 2", "2", []),
         ("Action: a\nThought: t\nAction Input: 1", "Action: a\nThought: t\nAction Input: 1", []),
@@ -183,12 +185,25 @@ def test_a_call_is_told_as_it_comes():
         ("Final Answer: a\nAction: b\nAction Input: 1", "a\nAction: b\nAction Input: 1", []),
         ("Thought: k\nFinal Answer: a\nThought: l\nFinal Answer: b", "b", []),
         ("One.\n\nTwo.\nFinal Answer: b", "b", []),
+        ("Final Answer: \nFinal Answer: b", "b", []),
         ("Final Answer: Final Answer: b", "Final Answer: b", []),
+        (" Thought: t\nAction: a\nAction Input: 1", "t", [("a", "1")]),
         ("Question: q\nThought: t\nAction: a\nAction Input: 1", "t", [("a", "1")]),
     ],
 )  # fmt: skip
 def test_what_is_in_a_reply(text, content, calls):
     assert read(text) == (content, calls)
+    assert stream(text)[0] == stream([text])[0]
+
+
+def test_a_fence_that_is_not_closed_does_not_hold_a_reply_forever():
+    parser = ReactParser()
+    parser.push("Action: a\nAction Input: ```py\n1\nObservation: ")
+    assert parser.push("y" * (NEAR - 20)) == [] and not parser.over
+    assert parser.push("y" * 20) == [ReplyEnds("tool_calls")] and parser.over
+    parser = ReactParser()
+    parser.push("```\nThought: " + "y" * NEAR)
+    assert parser.push("\nFinal Answer: x") == [TextDelta("x")]
 
 
 def test_what_the_text_begins_with():

@@ -126,9 +126,21 @@ FAULTS = [
     ),
     Fault(
         "qwen_jax/chat/prompt.py",
-        "for past_query, past_reply in reversed(pairs):",
-        "for past_query, past_reply in pairs:",
+        "enumerate(reversed(_questions(turns)))",
+        "enumerate(_questions(turns))",
         "tests/chat/test_chat.py",
+    ),
+    Fault(
+        "qwen_jax/chat/conversation.py",
+        "turns[replied[-1] - 1 if replied else -1]",
+        "turns[0]",
+        "tests/chat/test_conversation.py",
+    ),
+    Fault(
+        "qwen_jax/chat/markers.py",
+        "            if marker is None and begins and not last:",
+        "            if False:",
+        "tests/chat/test_replies.py",
     ),
     Fault(
         "qwen_jax/attention/prove.py",
