@@ -8,33 +8,17 @@ several texts are generated in batches and printed in order.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qwen_jax.generate import generate_options
+from qwen_jax.generate.from_options import describe, load
 from qwen_jax.generate.generate_options import parser
-from qwen_jax.runtime import caches, command, process_options
+from qwen_jax.runtime import command, process_options
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from qwen_jax.generate.description import Description
-    from qwen_jax.generate.language_model import LanguageModel
     from qwen_jax.generate.results import TextTask
-
-
-def describe(args: argparse.Namespace) -> "Description":
-    """Read the model directory without its weights, with --set and --max-length applied."""
-    from qwen_jax.generate import description
-
-    about = description.read(args.ckpt, command.overrides(args.set), max_length=args.max_length)
-    if not about.config.dynamic_ntk:
-        how = (
-            "applies only to dynamic NTK, which this model's config.json turns off: leave it out, "
-        )
-        command.refuse(args, ("ntk",), why=f"{how}or add --set use_dynamic_ntk=true")
-    return about
 
 
 def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> list[int]:
@@ -46,47 +30,6 @@ def prompt_ids(args: argparse.Namespace, text: str, *, about: "Description") -> 
         return about.need_tokenizer().encode(text)
     system = DEFAULT_SYSTEM if args.system is None else args.system
     return chat.make_context(about.need_tokenizer(), text, (), system)[1]
-
-
-def load(
-    args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]
-) -> "LanguageModel":
-    """Load the model with the command line's dtypes and attention, on a mesh of `sizes`."""
-    import jax
-
-    from qwen_jax.generate import from_directory
-
-    caches.use_compilation_cache(args.compilation_cache)
-    started = time.perf_counter()
-    with jax.set_mesh(mesh(args, about, sizes=sizes)):
-        chosen = {name: getattr(args, name) for name in ("dtype", "attention", "cache_dtype")}
-        model = from_directory.with_weights(args.ckpt, about, **chosen)
-    took = f"{time.perf_counter() - started:.1f} s"
-    command.say(f"loaded {model.config.num_params():,} weights in {took}")
-    return model
-
-
-def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]) -> "Mesh":
-    """Make --mesh (`sizes`) or the default. Raises UsageError if a process has no device in it."""
-    import jax
-
-    from qwen_jax import meshes
-    from qwen_jax.meshes import options
-    from qwen_jax.runtime import processes
-
-    meshes.check(about.config.sizes, sizes)
-    options.virtual_cpu_devices(sizes)
-    if args.mesh is None:
-        here, lengths = jax.devices(), {**about.config.sizes, "B": 1}  # one prompt at a time
-        sizes = meshes.default(lengths, len(here), slices=meshes.count_slices(here))
-    made = meshes.make(sizes)
-    used = {device.process_index for device in made.devices.flat}
-    if idle := [str(i) for i in range(processes.count()) if i not in used]:
-        raise command.UsageError(
-            f"mesh {meshes.describe(sizes)} uses no device of process {', '.join(idle)}: give a "
-            f"--mesh of {jax.device_count()} devices"
-        )
-    return made
 
 
 def tasks(

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "memory bandwidth that decoding takes; for the prompt, or for 128 random tokens",
     )
     _sampling_options(result.add_argument_group("sampling"))
-    _model_options(result.add_argument_group("model"))
+    model_options(result.add_argument_group("model"))
     result.add_argument("--json", action="store_true", help="print a JSON object for each text")
     process_options.add(result)
     caches.add_compilation_cache(result)
@@ -135,7 +135,8 @@ def _sampling_options(group: command.Group) -> None:
     )
 
 
-def _model_options(group: command.Group) -> None:
+def model_options(group: command.Group) -> None:
+    """Add the options that say how a model is loaded, to which `from_options` turns them."""
     add = group.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
@@ -177,8 +178,7 @@ def _model_options(group: command.Group) -> None:
         choices=("prompt", "total"),
         default="prompt",
         help="length that sets dynamic NTK's alpha: the prompt's, or that of prompt and "
-        "--max-new-tokens together "
-        "(default: %(default)s)",
+        "the most new tokens together (default: %(default)s)",
     )
 
 

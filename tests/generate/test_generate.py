@@ -14,7 +14,7 @@ import pytest
 import qwen_jax
 from qwen_jax import checkpoint, meshes
 from qwen_jax.generate import __main__ as generate
-from qwen_jax.generate import bench, completion, description, prompts, results
+from qwen_jax.generate import bench, completion, description, from_options, prompts, results
 from qwen_jax.runtime import command
 from tests.programs.stopped import stopping
 
@@ -349,10 +349,10 @@ def test_a_mesh_may_split_more_rows_than_one_prompt_has(chat_dir: Path) -> None:
     """As docs/hosts.md has it for a pod: `fsdp` splits the weights, and the row is repeated."""
     args = generate.parser().parse_args(["--ckpt", str(chat_dir), "--mesh", "fsdp=2,tp=2"])
     about = description.read(chat_dir)
-    made = generate.mesh(args, about, sizes=meshes.parse(args.mesh))
+    made = from_options.mesh(args, about, sizes=meshes.parse(args.mesh))
     assert meshes.describe(made.shape) == args.mesh
     args.mesh = None
-    alone = generate.mesh(args, about, sizes=meshes.parse(None))
+    alone = from_options.mesh(args, about, sizes=meshes.parse(None))
     assert meshes.describe(alone.shape) == "tp=2"
     sizes = []
     for mesh in (made, alone):
