@@ -25,6 +25,7 @@ COMMANDS = (
     "qwen_jax.generate.__main__",
     "qwen_jax.checkpoint.inspection",
     "qwen_jax.attention.tuning",
+    "qwen_jax.terminal.program",
     "train.perplexity",
     "train.plan",
     "train.pretrain",

@@ -22,6 +22,8 @@ _EXTRAS = {
     "tensorboardX": "train",
     "tokenizers": "train",
     "huggingface_hub": "hub",
+    "prompt_toolkit": "chat",
+    "rich": "chat",
     "gcsfs": "gcs",
     "libtpu": "aot",
 }

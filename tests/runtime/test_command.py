@@ -587,5 +587,6 @@ def test_commands_load_jax_only_to_work():
     """`--help` and usage errors come at once."""
     modules = ["perplexity", "plan", "pretrain", "sft", "tokenizer"]
     code = f"from train import {', '.join(modules)}; from convert import from_hf, to_hf; import sys"
+    code += "; import qwen_jax.chat.__main__"
     line = [sys.executable, "-c", f"{code}; sys.exit('jax' in sys.modules)"]
     assert subprocess.run(line, cwd=ROOT).returncode == 0

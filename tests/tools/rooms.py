@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/design.md"
-DOORS = ("qwen_jax/kernels/tune.py",)  # names of commands that lie in a higher room
+# Names of commands that lie in a higher room.
+DOORS = ("qwen_jax/chat/__main__.py", "qwen_jax/kernels/tune.py")
 BEGIN, END = "<!-- rooms: python -m tests.tools.rooms -->", "<!-- end of rooms -->"
 # From the lowest to the highest, as in pyproject.toml.
 QWEN_JAX = (
-    "runtime config meshes kernels leaves attention chat model decoding checkpoint generate engine"
+    "runtime config meshes kernels leaves attention chat model decoding checkpoint generate engine "
+    "terminal"
 )
 ROOMS = (
     *(f"qwen_jax/{name}" for name in QWEN_JAX.split()),
