@@ -56,7 +56,8 @@ def answer(replies: Replies, screen: Screen, asked: Asked) -> Answer:
     finally:
         screen.end_reply()
     limit = asked.settings.given["max_new_tokens"] if ended == "length" else None
-    return Answer(whole.strip(), _report(times, started, limit=limit))
+    report = _report(times, started, limit=limit)
+    return Answer(whole.strip(), f"[{report}]" if whole.strip() else f"[empty reply; {report}]")
 
 
 def _all(replies: Replies, asked: Asked) -> Generator[Piece, None, None]:
@@ -64,7 +65,8 @@ def _all(replies: Replies, asked: Asked) -> Generator[Piece, None, None]:
     try:
         yield from replies.stream(asked)
     except Exception as error:
-        raise DroppedError(f"error: {errors.explain(error)}") from error
+        advice = ("max_length", "cache_dtype", "mesh")  # options that save memory
+        raise DroppedError(f"error: {errors.explain(error, advice)}") from error
 
 
 def _report(times: list[tuple[float, int]], started: float, *, limit: int | None) -> str:
@@ -75,8 +77,10 @@ def _report(times: list[tuple[float, int]], started: float, *, limit: int | None
     limit: max_new_tokens, if the reply was cut off by it or by the model's length.
     """
     if not times:
-        return "[empty reply]"
+        return "no token"
     tokens, first = sum(count for _, count in times), times[0][0] - started
-    said = f"{tokens} tokens, the first after {first:.2f} s, {results.rate(times) or '-'} tokens/s"
-    by = "max_new_tokens" if tokens == limit else "max_length"
-    return f"[{said}]" if limit is None else f"[{said}; cut off by {by}]"
+    said = f"{tokens} token{'s' if tokens > 1 else ''}, the first after {first:.2f} s"
+    said += f", {results.rate(times) or '-'} tokens/s"
+    if limit is None:
+        return said
+    return f"{said}; cut off by {'max_new_tokens' if tokens == limit else 'max_length'}"

@@ -70,7 +70,7 @@ def help_text() -> str:
     """Return the table of commands and keys, in English and Chinese."""
     rows = [(one.forms, one.english, one.chinese) for one in COMMANDS]
     lines = [
-        "Commands, with settings in force for the next reply / 命令",
+        "Commands / 命令",
         *(f"  {forms:23}{english:36}{chinese}" for forms, english, chinese in rows),
         "Keys / 按键",
         *(f"  {key:11}{english:56}{chinese}" for key, english, chinese in _KEYS),

@@ -192,11 +192,15 @@ class Session:
 
     def _load(self, rest: str) -> str:
         path = _path(":load", rest)
-        before = len(self.history)
-        self.system, self.history = messages_file.read(path, self.system)
-        self._unanswered = self._replied_with = None
-        gone = f", in place of {_turns(before)}" if before else ""
-        return f"{_turns(len(self.history))} read from {path}{gone}"
+        system, history = messages_file.read(path, self.system)
+        said = f"{_turns(len(history))} read from {path}"
+        if self.history:
+            said += f", in place of {_turns(len(self.history))}"
+        if system != self.system:
+            said += "; the system message is the file's"
+        self.system, self.history = system, history
+        self._unanswered, self._replied_with = None, self.seed
+        return said
 
     def _tokens(self, _: str) -> str:
         sent, whole = self._replies.count(self._asked("", self.history))

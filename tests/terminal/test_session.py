@@ -175,6 +175,7 @@ def test_retry_of_a_question_without_a_kept_reply() -> None:
     model._fails["a"] = KeyboardInterrupt()
     one.run()
     assert one.history[0] == ("a", "") and STOPPED in screen.notes
+    assert screen.notes[1] == "[empty reply; no token]"
     assert [x.question for x in model.asked] == ["a", "c"]
 
 
@@ -281,7 +282,9 @@ def test_save_and_load(tmp_path: Path) -> None:
         f"error: {file}: exists already: name another file, or replace it by :save!"
     )
     screen, model, _ = chat("x", f":load {file}", "c", f":save! {file}")
-    assert screen.shown[0] == f"2 turns read from {file}, in place of 1 turn"
+    assert screen.shown[0] == (
+        f"2 turns read from {file}, in place of 1 turn; the system message is the file's"
+    )
     assert model.asked[1].history == (("héllo", "reply to héllo"), ("b", "reply to b"))
     assert model.asked[1].system == "短 \x1b[1m"
     assert screen.shown[1] == f"3 turns saved to {file}, the file that was there is replaced"
@@ -318,7 +321,8 @@ def test_load_of_other_programs_files(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
     file.write_text(json.dumps({"model": "m", "messages": turns}))
-    _, model, _ = chat(":system Mine.", f":load {file}", "b")
+    _, model, _ = chat(":system Mine.", f":load {file}", "b", f":load {file}", ":retry")
+    assert model.asked[1].seed == 1235, "that of the file may be the same"
     assert model.asked[0].history == (("q", "r"),) and model.asked[0].system == "Mine."
     file.write_text('[{"role": "system", "content": "Yours."}]')
     _, model, _ = chat("a", f":load {file}", "b")
