@@ -168,15 +168,14 @@ def test_retry_of_a_question_without_a_kept_reply() -> None:
     assert [x for x in screen.notes if x.startswith("error")] == [
         "error: there is no question to ask again"
     ] * 2
-    screen, model = Lines(["a", ":retry", "c"]), Echo()
-    one = session(screen, model)
-    stream = model.stream
+    fails = {"a": KeyboardInterrupt()}
+    screen, model = Lines(["a", ":retry", ":retry"]), Echo(fails)
+    one, stream = session(screen, model), model.stream
     model.stream = lambda asked: iter(()) if asked.seed == 1234 else stream(asked)
-    model._fails["a"] = KeyboardInterrupt()
     one.run()
-    assert one.history[0] == ("a", "") and STOPPED in screen.notes
+    assert one.history == [("a", "")] and screen.notes.count(STOPPED) == 2
     assert screen.notes[1] == "[empty reply; no token]"
-    assert [x.question for x in model.asked] == ["a", "c"]
+    assert [(x.history, x.seed) for x in model.asked] == [((), 1235)] * 2
 
 
 def test_undo_drops_the_last_turn() -> None:
