@@ -35,11 +35,13 @@ class Conversion(abc.ABC):
 
     source, target: the folder to read and the folder to write.
     facts: values that identify the conversion, so that only the same command resumes it.
+    carried: patterns of the names of small files that are copied as they are.
     """
 
     source: Path
     target: Path
     facts: dict[str, Any]
+    carried: ClassVar[tuple[str, ...]] = directory.CARRIED
     workers: ClassVar[int] = 2  # threads that copy
 
     @abc.abstractmethod
@@ -116,6 +118,6 @@ def _begun(plan: Conversion) -> Remaining:
     with target.explained(plan.target, left.needed):
         paths.make_folder(plan.target)
         directory.write_json(plan.target / directory.UNFINISHED, plan.facts)
-        directory.carry(plan.source, plan.target)
+        directory.carry(plan.source, plan.target, plan.carried)
         plan.begin()
     return left

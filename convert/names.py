@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 from qwen_jax.checkpoint import directory
 
+Table = Mapping[str, tuple[str, ...]]
+
 # For each tensor, the leaves that are stacked along its rows, in the order of the original's
 # modules. {L} is the number of the layer.
 TABLE: dict[str, tuple[str, ...]] = {
@@ -32,6 +34,26 @@ TABLE: dict[str, tuple[str, ...]] = {
     "transformer.h.{L}.mlp.w2.weight": ("layers.{L}.ffn.gate",),
     "transformer.h.{L}.mlp.c_proj.weight": ("layers.{L}.ffn.down",),
     "transformer.ln_f.weight": ("final_norm",),
+    "lm_head.weight": ("head",),
+}
+
+# The same leaves under the names of Qwen2, whose tensors hold one leaf each. Qwen2 has biases where
+# Qwen has them: on q, k and v, and not on o.
+QWEN2: dict[str, tuple[str, ...]] = {
+    "model.embed_tokens.weight": ("embedding",),
+    "model.layers.{L}.input_layernorm.weight": ("layers.{L}.attn_norm",),
+    "model.layers.{L}.self_attn.q_proj.weight": ("layers.{L}.attn.q",),
+    "model.layers.{L}.self_attn.q_proj.bias": ("layers.{L}.attn.q_bias",),
+    "model.layers.{L}.self_attn.k_proj.weight": ("layers.{L}.attn.k",),
+    "model.layers.{L}.self_attn.k_proj.bias": ("layers.{L}.attn.k_bias",),
+    "model.layers.{L}.self_attn.v_proj.weight": ("layers.{L}.attn.v",),
+    "model.layers.{L}.self_attn.v_proj.bias": ("layers.{L}.attn.v_bias",),
+    "model.layers.{L}.self_attn.o_proj.weight": ("layers.{L}.attn.o",),
+    "model.layers.{L}.post_attention_layernorm.weight": ("layers.{L}.ffn_norm",),
+    "model.layers.{L}.mlp.gate_proj.weight": ("layers.{L}.ffn.gate",),
+    "model.layers.{L}.mlp.up_proj.weight": ("layers.{L}.ffn.up",),
+    "model.layers.{L}.mlp.down_proj.weight": ("layers.{L}.ffn.down",),
+    "model.norm.weight": ("final_norm",),
     "lm_head.weight": ("head",),
 }
 
@@ -65,17 +87,18 @@ class Expected:
     parts: tuple[TensorPart, ...]
 
 
-def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
+def expected(leaves: Mapping[str, tuple[int, ...]], table: Table = TABLE) -> dict[str, Expected]:
     """Return the tensors that a checkpoint of a decoder must contain, by name.
 
-    leaves: the shape of each leaf of the decoder, by path. The order is that of the original
-    PyTorch model. Tensors without leaves are left out: a decoder that ties its head to the
-    embedding has no head, so its checkpoint needs no `lm_head.weight`. Raises ValueError for leaves
-    that `TABLE` lacks.
+    leaves: the shape of each leaf of the decoder, by path.
+    table: the leaves of each tensor; `TABLE` or `QWEN2`, whose order is that of the result.
+
+    Tensors without leaves are left out: a decoder that ties its head to the embedding has no head,
+    so its checkpoint needs no `lm_head.weight`. Raises ValueError for leaves that the table lacks.
     """
     depth = 1 + max((int(p.split(".")[1]) for p in leaves if p.startswith("layers.")), default=-1)
     tensors = {}
-    for name, paths in _spelled_out(depth):
+    for name, paths in _spelled_out(table, depth):
         if all(path in leaves for path in paths):
             tensors[name] = _stacked(paths, leaves)
     named = {part.path for tensor in tensors.values() for part in tensor.parts}
@@ -87,9 +110,9 @@ def expected(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Expected]:
     return tensors
 
 
-def _spelled_out(depth: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the entries of `TABLE` with {L} replaced by the index of each of `depth` layers."""
-    rows = list(TABLE.items())
+def _spelled_out(table: Table, depth: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the entries of a table with {L} replaced by the index of each of `depth` layers."""
+    rows = list(table.items())
     inside = [i for i, (name, _) in enumerate(rows) if "{L}" in name]
     first, last = inside[0], inside[-1] + 1
     layers = [

@@ -79,7 +79,8 @@ def check_usable(target: Path, facts: Mapping[str, object]) -> bool:
             )
         return False
     begun = read_json(target / UNFINISHED)
-    if different := [key for key, value in facts.items() if begun.get(key) != value]:
+    keys = {**facts, **begun}  # an option that one of the two commands lacks is a difference, too
+    if different := [key for key in keys if begun.get(key) != facts.get(key)]:
         changes = [f"{key} was {begun.get(key)!r}" for key in different if key != "source"]
         changes += ["the source was another or has changed"] if "source" in different else []
         raise ValueError(

@@ -1,10 +1,11 @@
 """Convert a model directory of qwen_jax back into a Hugging Face checkpoint folder.
 
 SRC is a model directory, as `python convert/from_hf.py` and training write them. DST gets
-safetensors files with an index, and the configuration and tokenizer that SRC carries. After an
-interruption, the same command continues where it stopped. Several processes share the files if each
-runs this command with its own --process, or on a cluster with --distributed; all of them must then
-see DST.
+safetensors files with an index, and the configuration and tokenizer that SRC carries. With --as
+qwen2, DST is a folder of Qwen2 with the same weights and token ids, for programs that do not take
+the first generation. After an interruption, the same command continues where it stopped. Several
+processes share the files if each runs this command with its own --process, or on a cluster with
+--distributed; all of them must then see DST.
 """
 
 import argparse
@@ -16,18 +17,21 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import conversion, export_plan, folder, names, target
+from convert import conversion, export_plan, folder, names, qwen2_plan, target
+from convert.copying import Change
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, inspection, store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, process_options
 
+FORMS = {"qwen": names.TABLE, "qwen2": names.QWEN2}
 EXAMPLES = """examples:
   python convert/to_hf.py models/qwen-7b ~/exported               in files of at most 5 GB
   python convert/to_hf.py SRC DST --max-shard-size 500MB --verify smaller files, then compare
   python convert/to_hf.py SRC DST --dtype float16                 cast on the way
   python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
+  python convert/to_hf.py SRC DST --as qwen2                      for vLLM, SGLang, llama.cpp, TRL
 
 If the dtype is that of the checkpoint that SRC was made from, all tensors are equal to it byte for
 byte. SRC and DST may be gs://BUCKET/PATH (pip install -e '.[gcs]').
@@ -56,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
         "--adapter",
         metavar="DIR",
         help="adapter in PEFT's format to merge into the weights (default: none)",
+    )
+    add(
+        "--as",
+        dest="form",
+        choices=FORMS,
+        default="qwen",
+        help="generation whose names and files to write: qwen, as SRC came, or qwen2, which has no "
+        "dynamic NTK and no LogN (default: %(default)s)",
     )
     add(
         "--verify",
@@ -98,7 +110,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     directory.check_shapes(src, manifest, wanted=shapes)
-    wanted = names.expected(shapes)
+    wanted = names.expected(shapes, FORMS[args.form])
     dtype = args.dtype or manifest["dtype"]
     sizes = {name: math.prod(t.shape) * folder.ITEM_BYTES[dtype] for name, t in wanted.items()}
     facts = {
@@ -109,30 +121,38 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     }
     changes, settings = {}, None
     if args.adapter is not None:
-        from convert import adapter_config, peft
-
         adapter = paths.parse(args.adapter)
-        changes = peft.changes(adapter, shapes)
-        files = [adapter / name for name in (adapter_config.SETTINGS, peft.TENSORS)]
-        facts["adapter"] = target.fingerprint(files)
+        changes, facts["adapter"] = _merging(adapter, shapes)
         if (adapter / directory.GENERATION_CONFIG).exists():
             settings = adapter / directory.GENERATION_CONFIG
             token_ids.check_range(settings, config.vocab_size)
     for line in inspection.vocabulary(src, config)["warnings"]:
         command.say(f"warning: {line}")
-    leaves = store.read_leaves(src / directory.PARAMS, manifest["dtype"])
-    shards = export_plan.split(sizes, args.max_shard_size)
-    return ExportPlan(
+    plan = ExportPlan(
         source=src,
         target=dst,
         wanted=wanted,
-        leaves=leaves,
-        shards=shards,
+        leaves=store.read_leaves(src / directory.PARAMS, manifest["dtype"]),
+        shards=export_plan.split(sizes, args.max_shard_size),
         dtype=dtype,
         facts=facts,
         changes=changes,
         settings=settings,
     )
+    return plan if args.form == "qwen" else qwen2_plan.of(plan, config)
+
+
+def _merging(
+    adapter: Path, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Change], dict[str, list[int]]]:
+    """Return the functions that merge an adapter (`peft.changes`), and what identifies its files.
+
+    adapter: the adapter's folder. shapes: the shape of every leaf, by path.
+    """
+    from convert import adapter_config, peft
+
+    files = [adapter / name for name in (adapter_config.SETTINGS, peft.TENSORS)]
+    return peft.changes(adapter, shapes), target.fingerprint(files)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from qwen_jax.chat.tokenizer import PATTERN, SPECIAL_TOKENS
+from qwen_jax.chat.tokenizer_json import byte_letters
 from qwen_jax.runtime import command, lock, paths, values
 from qwen_jax.runtime.texts import check_whole, described
 
@@ -129,7 +130,7 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
         ]
     )
     normalised = (unicodedata.normalize("NFC", check_whole("each text", text)) for text in texts)
-    letters = _letters()
+    letters = byte_letters()
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=sorted(letters.values()), show_progress=False
     )
@@ -143,18 +144,6 @@ def learn(texts: Iterable[str], size: int) -> dict[bytes, int]:
         )
     ordered = [*sorted(t for t in tokens if len(t) == 1), *(t for t in tokens if len(t) > 1)]
     return {token: rank for rank, token in enumerate(ordered)}
-
-
-def _letters() -> dict[int, str]:
-    """Return the letter by which `tokenizers` represents each byte.
-
-    It is the byte's own character if that is printable, else a character from U+0100 on.
-    """
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(_BYTES) if byte not in printed)
-    return {byte: chr(byte) for byte in printed} | {
-        byte: chr(_BYTES + i) for i, byte in enumerate(others)
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,22 +281,22 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
     return some(problems)
 
 
-def carried(source: Path) -> list[Path]:
+def carried(source: Path, patterns: Sequence[str] = CARRIED) -> list[Path]:
     """List the files of a checkpoint to copy beside its weights: tokenizer, licence and others.
 
-    source: the checkpoint's folder; `CARRIED` has the patterns of names.
+    source: the checkpoint's folder. patterns: of the names.
 
     Raises ValueError for a dangling symbolic link, as a cache of downloads may hold.
     """
-    named = (paths.parse(file) for pattern in CARRIED for file in source.glob(pattern))
+    named = (paths.parse(file) for pattern in patterns for file in source.glob(pattern))
     found = {file for file in named if file.is_file()}
     kept = {f for f in found if not f.name.endswith(".index.json") and f.name not in _NOT_CARRIED}
     return sorted(kept)
 
 
-def carry(source: Path, target: Path) -> None:
+def carry(source: Path, target: Path, patterns: Sequence[str] = CARRIED) -> None:
     """Copy a checkpoint's tokenizer, licence and other small files (`carried`) to a folder."""
-    for file in carried(source):
+    for file in carried(source, patterns):
         paths.copy(file, target / file.name)
 
 
