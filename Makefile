@@ -82,7 +82,7 @@ test-all: test test-slow test-aot test-peft ## every test there is
 test-aot: $(AOT_STAMP) ## kernels compiled for all targets, sizes and lengths, and what they cost
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(AOT_ARGS) tests/aot
 
-test-peft: $(PEFT_STAMP) ## adapters beside PEFT's own loader, in torch
+test-peft: $(PEFT_STAMP) ## adapters in PEFT, and Qwen2 folders in transformers
 	$(PEFT_VENV)/bin/python -m pytest -n $(WORKERS) tests/peft
 
 aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target

@@ -82,9 +82,10 @@ def of(plan: ExportPlan, config: Config) -> Qwen2Plan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `inspection.vocabulary` has said them
         tokenizer = checkpoint.load_tokenizer(plan.source)
+    if plan.settings is None:
         settings = checkpoint.load_generation_config(plan.source)
-        if plan.settings is not None:
-            settings = GenerationConfig.from_hf(read_json(plan.settings), plan.settings)
+    else:
+        settings = GenerationConfig.from_hf(read_json(plan.settings), plan.settings)
     vocabulary = plan.source / directory.TOKENIZER
     token_ids.check_fits(vocabulary, tokenizer, vocab_size=config.vocab_size)
     made = documents(config, tokenizer, settings=settings, dtype=plan.dtype)

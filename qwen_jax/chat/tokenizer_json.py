@@ -34,10 +34,14 @@ def contents(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         text they are ordinary text.
     """
     letters = byte_letters()
+
+    def spelled(token: bytes) -> str:
+        return token.decode("latin-1").translate(letters)
+
     ids = dict(sorted(tokenizer.ranks.items(), key=lambda item: item[1]))
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ids}
-    halves = {token: _halves(token, ids) for token in ids if len(token) > 1}
-    vocab = {spelled[token]: i for token, i in ids.items()}
+    vocab = {spelled(token): i for token, i in ids.items()}
+    halves = (_halves(token, ids) for token in ids if len(token) > 1)
+    merges = [pair and f"{spelled(pair[0])} {spelled(pair[1])}" for pair in halves]
     controls = control_tokens(tokenizer, vocab_size)
     if len(ids) > tokenizer.eod_id:
         # The library numbers tokens that the vocabulary lacks after its end, which an expansion
@@ -72,11 +76,9 @@ def contents(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             # tiktoken gives a whole piece its own token even where no merges lead to it.
-            "ignore_merges": None in halves.values(),
+            "ignore_merges": None in merges,
             "vocab": vocab,
-            "merges": [
-                f"{spelled[pair[0]]} {spelled[pair[1]]}" for pair in halves.values() if pair
-            ],
+            "merges": [merge for merge in merges if merge is not None],
         },
     }
 

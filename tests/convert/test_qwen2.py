@@ -288,6 +288,8 @@ def test_settings_of_generation() -> None:
     assert files["generation_config.json"]["eos_token_id"] == [7, 261]
     assert files["tokenizer_config.json"]["eos_token"] == "<|endoftext|>"
     assert len(lost) == 1 and lost[0].startswith("stop_words_ids [[5, 6]] are left out")
+    with pytest.warns(UserWarning, match="entries that are ignored: num_beams=4"):
+        made(num_beams=4)
 
 
 # What identifies the command

@@ -1,4 +1,4 @@
-"""Adapters beside PEFT's own loader: `make test-peft`, in an environment of its own.
+"""Our files in PEFT and transformers: `make test-peft`, in an environment of its own.
 
 Without the packages of the `peft` extra, these tests are not collected.
 """

@@ -35,6 +35,18 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(
+        "convert/names.py",
+        '"model.layers.{L}.mlp.gate_proj.weight": ("layers.{L}.ffn.gate",)',
+        '"model.layers.{L}.mlp.gate_proj.weight": ("layers.{L}.ffn.up",)',
+        "tests/convert/test_qwen2.py",
+    ),
+    Fault(
+        "qwen_jax/chat/tokenizer_json.py",
+        "        for j in (i - 1, i):",
+        "        for j in (i,):",
+        "tests/convert/test_qwen2.py",
+    ),
+    Fault(
         "qwen_jax/model/rope.py",
         "first, last = self._pair(self.beta_fast), self._pair(self.beta_slow)",
         "last, first = self._pair(self.beta_fast), self._pair(self.beta_slow)",
