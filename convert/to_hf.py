@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import conversion, export_plan, folder, names, qwen2_plan, target
+from convert import conversion, export_plan, folder, names, target
 from convert.copying import Change
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
@@ -139,7 +139,11 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
         changes=changes,
         settings=settings,
     )
-    return plan if args.form == "qwen" else qwen2_plan.of(plan, config)
+    if args.form == "qwen":
+        return plan
+    from convert import qwen2_plan
+
+    return qwen2_plan.of(plan, config)
 
 
 def _merging(
