@@ -1,5 +1,6 @@
 """Exports under Qwen2's names: tensors, settings, refusals, and the ids of tokenizer.json."""
 
+import base64
 import dataclasses
 import json
 import random
@@ -171,6 +172,16 @@ def test_without_a_vocabulary_there_are_weights_alone(tmp_path, model):
     assert not list((tmp_path / "out").glob("token*"))
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [319]
+
+
+def test_tokens_that_no_merges_lead_to_are_told(tmp_path, model, capfd):
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    back(source, tmp_path / "one", "--as", "qwen2")
+    assert "no merges lead" not in capfd.readouterr().err
+    with (source / "qwen.tiktoken").open("a") as file:
+        file.write(f"{base64.b64encode(b'xyz').decode()} 261\n")
+    back(source, tmp_path / "two", "--as", "qwen2")
+    assert "warning: no merges lead to some tokens" in capfd.readouterr().err
 
 
 # Settings

@@ -97,7 +97,7 @@ def learnt() -> dict[bytes, int]:
 def pair(request: Any, tmp_path_factory: Any, learnt: dict[bytes, int]) -> tuple[Tokenizer, Any]:
     """Our tokenizer, and transformers' of the folder that holds it."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    extra = {b"qwen_jax": 1108, b" Qwen2": 1200}
+    extra = {b"zq": 1108, b"zqx": 1200}  # which merge, and leave gaps
     ours = Tokenizer(learnt, extra if request.param == "expanded" else None)
     config = tiny_config(**HEADS, vocab_size=1216)
     with on_mesh():
@@ -113,7 +113,7 @@ def pair(request: Any, tmp_path_factory: Any, learnt: dict[bytes, int]) -> tuple
 def test_ids_are_ours(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     golden = json.loads((ROOT / "tests" / "golden" / "tokenizer.json").read_text())["encode"]
-    texts = [case["text"] for case in golden] + ["the qwen_jax of Qwen2", "qwen_jax"]
+    texts = [case["text"] for case in golden] + ["zqx", "the zqxing of zq"]
     for text in texts:
         ids = ours.encode(text, allowed_special="all")
         assert theirs.encode(text) == ids
