@@ -125,7 +125,7 @@ def entry(
     allowed: Int32[np.ndarray, " words"],
     adapter: int,
     sizes: Sizes,
-) -> Int32[np.ndarray, " n"]:
+) -> Int32[np.ndarray, " all"]:
     """Make the vector that `admit` writes into a row.
 
     pages: the pages of the prompt.
@@ -204,7 +204,7 @@ def specs() -> Rows:
 
 
 @functools.partial(jax.jit, static_argnames="sizes", donate_argnames="rows")
-def admit(rows: Rows, row: Int32[Array, ""], *, vector: Int32[Array, " n"], sizes: Sizes) -> Rows:
+def admit(rows: Rows, row: Int32[Array, ""], *, vector: Int32[Array, " all"], sizes: Sizes) -> Rows:
     """Write a request into a row, which is off until the last chunk of its prompt has run.
 
     row: the number of the row.

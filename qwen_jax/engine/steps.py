@@ -83,7 +83,7 @@ class Steps:
             )
             self._rows = rows.off(self.sizes)
 
-    def admit(self, row: int, vector: Int32[np.ndarray, " n"]) -> None:
+    def admit(self, row: int, vector: Int32[np.ndarray, " all"]) -> None:
         """Give a row, which goes off, to a request. vector: the result of `rows.entry`."""
         with meshes.entered(self.mesh):
             self._rows = rows.admit(self._rows, np.int32(row), vector=vector, sizes=self.sizes)

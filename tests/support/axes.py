@@ -31,6 +31,7 @@ MODULES = (
     "convert.verify",
     "qwen_jax.attention",
     "qwen_jax.decoding",
+    "qwen_jax.engine",
     "qwen_jax.kernels",
     "qwen_jax.leaves",
     "qwen_jax.meshes",
