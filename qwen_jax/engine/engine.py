@@ -75,7 +75,6 @@ class Engine:
         self._inbox: collections.deque[Callable[[], None]] = collections.deque()
         self._waker = threading.Condition()
         self._flights: collections.deque[_Flight] = collections.deque()
-        self._off: set[int] = set()
         self._counts: collections.Counter[str] = collections.Counter()
         self._failure: str | None = None
         self._closing = False
@@ -210,7 +209,6 @@ class Engine:
         while self._inbox:
             self._inbox.popleft()()
         plan = self._scheduler.plan()
-        self._off.update(plan.off)
         if plan:
             self._flights.append(self._start(plan))
             self._counts["steps"] += 1
@@ -237,15 +235,13 @@ class Engine:
                 sizes=every,
             )
             self._steps.admit(row.index, vector)
-            self._off.discard(row.index)
             self._counts["queried"] += len(request.prompt)
             self._counts["hits"] += request.cached or 0
             request.tell(Started(request.cached or 0))
         self._mask(plan)
         decode = first = scores = None
         if plan.decode:
-            decode = self._steps.decode(orders.of_rows(plan, self._off, rows=shape.rows))
-            self._off.clear()
+            decode = self._steps.decode(orders.of_rows(plan, shape.rows))
         places: list[int] = []
         if plan.chunks:
             chunks, places = orders.of_chunks(plan, shape, replicas=self._steps.replicas)

@@ -1,19 +1,17 @@
 """Makes the arrays that tell a step's programs what to do, from the scheduler's plan."""
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from qwen_jax.engine.scheduler import Plan
-from qwen_jax.engine.steps import FEED, OFF, SKIP, Shape
+from qwen_jax.engine.steps import FEED, SKIP, Shape
 
 
-def of_rows(plan: Plan, off: Collection[int], *, rows: int) -> Int32[np.ndarray, "R 3"]:
-    """Return the orders of `Steps.decode`. off: the rows to switch off."""
+def of_rows(plan: Plan, rows: int) -> Int32[np.ndarray, "R 3"]:
+    """Return the orders of `Steps.decode`. rows: R."""
     orders = np.tile(np.array([0, -1, SKIP], np.int32), (rows, 1))
-    orders[list(off), 2] = OFF
     for row in plan.decode:
         i = row.index
         orders[i] = plan.pages.get(i, 0), plan.forced.get(i, -1), FEED

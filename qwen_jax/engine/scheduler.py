@@ -84,7 +84,6 @@ class Chunk(NamedTuple):
 class Plan:
     """What a step computes, in this order.
 
-    off: the rows to switch off, which the host has taken from their requests.
     admitted: the rows that requests get, with the pages of their prompts. They are off as yet.
     pages: the further page, if any, that a row of `decode` gets, by the number of the row.
     decode: the rows that are fed a token, if they are on: a row may have ended by itself.
@@ -93,7 +92,6 @@ class Plan:
     emitted: the rows that choose a token, with its number among the request's new tokens.
     """
 
-    off: list[int] = dataclasses.field(default_factory=list)
     admitted: list[tuple[Row, list[int]]] = dataclasses.field(default_factory=list)
     pages: dict[int, int] = dataclasses.field(default_factory=dict)
     decode: list[Row] = dataclasses.field(default_factory=list)
@@ -143,7 +141,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Row] = {}
         self.preemptions = self._admissions = 0
-        self._off: set[int] = set()
         self._oldest_first = [False] * len(pools)
 
     @property
@@ -173,7 +170,6 @@ class Scheduler:
             self.waiting.remove(request)
         for row in [row for row in self.running.values() if row.request is request]:
             self._leave(row)
-            self._off.add(row.index)
 
     def plan(self) -> Plan:
         """Plan the next step. A plan without work is False."""
@@ -185,7 +181,6 @@ class Scheduler:
             self._admit(plan)
         for replica in range(len(self.pools)):
             self._prefill(replica, plan)
-        plan.off, self._off = sorted(self._off), set()
         return plan
 
     def apply(self, plan: Plan, tokens: Mapping[int, int], ended: Collection[int]) -> list[Request]:
@@ -204,7 +199,6 @@ class Scheduler:
             if row.index in ended:
                 over.append(request)
                 self.end(request)
-                self._off.discard(row.index)
         return over
 
     def _replica(self, row: Row) -> int:
@@ -240,7 +234,6 @@ class Scheduler:
             here = [other for other in self.running.values() if self._replica(other) == replica]
             youngest = max(here, key=lambda other: other.order)
             self._leave(youngest)
-            self._off.add(youngest.index)
             self.waiting.appendleft(youngest.request)
             self.preemptions += 1
             if youngest is row:

@@ -28,7 +28,7 @@ from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, running
 from qwen_jax.model.running import Structure
 
-SKIP, FEED, OFF = range(3)  # what a row does in a decode step, in the last column of its orders
+SKIP, FEED = range(2)  # what a row does in a decode step, in the last column of its orders
 MASKS = 8  # the most rows whose masks one call of `masks` writes
 
 
@@ -97,7 +97,7 @@ class Steps:
         """Feed rows a token, and choose their next ones. Returns `drawing.choose`'s lines.
 
         orders: for each row the next page it gets (0 for none), the token that takes the place of
-            the chosen one (-1 for none), and SKIP, FEED or OFF.
+            the chosen one (-1 for none), and SKIP or FEED.
         """
         with meshes.entered(self.mesh):
             self._layers, self._rows, told = self._decode(
@@ -199,11 +199,10 @@ def _decode(
     decoder = tree.unflatten(leaves)
     orders = moves.spread(orders, "BS")
     page, forced, command = orders[:, 0], orders[:, 1], orders[:, 2]
-    on = rows.on & (command != OFF)
-    fed = on & (command == FEED)
+    fed = rows.on & (command == FEED)
     size = jax.tree.leaves(layers)[0].shape[3]
     table = _with_page(rows.table, rows.written // size, page=page)
-    rows = dataclasses.replace(rows, table=table, on=on)
+    rows = dataclasses.replace(rows, table=table)
     places = Places(rows.table, rows.written, fed.astype(jnp.int32))
     output = decoder(
         decoder.embed(rows.token[:, None]),

@@ -214,6 +214,54 @@ FAULTS = [
         "        if False:",
         "tests/train/run/test_run.py tests/train/step/test_step.py -k 'recipe or parts'",
     ),
+    Fault(
+        "qwen_jax/attention/pages.py",
+        "        page = jnp.where(places.count > 0, page, 0)\n",
+        "",
+        "tests/engine/test_engine.py",
+    ),
+    Fault(
+        "qwen_jax/attention/pages.py",
+        "    new = jnp.where(jnp.isfinite(new), new, 0)\n",
+        "",
+        "tests/attention/test_pages.py",
+    ),
+    Fault(
+        "qwen_jax/engine/scheduler.py",
+        "return found[: len(found) // pages * pages]",
+        "return found",
+        "tests/engine/test_engine.py tests/engine/test_scheduler.py",
+    ),
+    Fault(
+        "qwen_jax/engine/scheduler.py",
+        "            self.forced[row.index] = row.request.tokens[number]",
+        "            pass",
+        "tests/engine/test_engine.py tests/engine/test_scheduler.py",
+    ),
+    Fault(
+        "qwen_jax/engine/scheduler.py",
+        "        self._oldest_first[replica] = not self._oldest_first[replica]\n",
+        "",
+        "tests/engine/test_scheduler.py",
+    ),
+    Fault(
+        "qwen_jax/engine/engine.py",
+        "identity=(alpha, settings.salt, settings.adapter),",
+        "identity=(settings.salt, settings.adapter),",
+        "tests/engine/test_engine.py",
+    ),
+    Fault(
+        "qwen_jax/engine/drawing.py",
+        "add = jnp.where(active, 2, 0)",
+        "add = 2",
+        "tests/engine/test_engine.py",
+    ),
+    Fault(
+        "qwen_jax/engine/drawing.py",
+        "    return jax.lax.cond(jnp.any(on), some, lambda scores: scores, scores)",
+        "    return jax.lax.cond(jnp.any(on), change, lambda scores: scores, scores)",
+        "tests/engine/test_engine.py",
+    ),
 ]
 
 
