@@ -50,9 +50,9 @@ from safetensors.numpy import save_file
 
 from benchmarks import section
 from benchmarks.generate import processor
-from convert import adapter_config
 from qwen_jax import meshes, model
 from qwen_jax.attention import prove, timing
+from qwen_jax.checkpoint import adapter_config
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.kernels import choice

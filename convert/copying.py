@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-from convert.folder import ITEM_BYTES
-from qwen_jax.checkpoint.store import Band
+from qwen_jax.checkpoint.store import ITEM_BYTES, Band
 from qwen_jax.runtime import paths, processes, progress
 
 BLOCK_BYTES = 16 * 2**20

@@ -13,7 +13,7 @@ from convert import copying, folder, names, target
 from convert import verify as verification
 from convert.conversion import Conversion, Remaining
 from convert.copying import Change, Job
-from qwen_jax.checkpoint import directory, store
+from qwen_jax.checkpoint import directory, safetensors_header, store
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
 
@@ -98,8 +98,8 @@ class ExportPlan(Conversion):
             for part in self.wanted[name].parts
             for band in self.leaves[part.path].bands()
         ]
-        sizes = [band.rows * band.row_elements * folder.ITEM_BYTES[self.dtype] for band in bands]
-        return folder.header(shapes, self.dtype), bands, sizes
+        sizes = [band.rows * band.row_elements * store.ITEM_BYTES[self.dtype] for band in bands]
+        return safetensors_header.header(shapes, self.dtype), bands, sizes
 
     def _upload(self, file: Path, *, head: bytes, bands: list[store.Band]) -> None:
         """Write a whole file to object storage."""
@@ -143,7 +143,7 @@ class ExportPlan(Conversion):
             return
         sizes = [math.prod(tensor.shape) for tensor in self.wanted.values()]
         index = {
-            "metadata": {"total_size": sum(sizes) * folder.ITEM_BYTES[self.dtype]},
+            "metadata": {"total_size": sum(sizes) * store.ITEM_BYTES[self.dtype]},
             "weight_map": {name: file for file, held in self.shards.items() for name in held},
         }
         directory.write_json(self.target / folder.INDEX, index)

@@ -206,7 +206,7 @@ def _leaves(
     for path, shape in shapes.items():
         cuts = [math.prod(sizes[axis] for axis in axes) for axes in partitions[path]]
         shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
-        chunks = store.chunk_shape(shard, folder.ITEM_BYTES[dtype])
+        chunks = store.chunk_shape(shard, store.ITEM_BYTES[dtype])
         leaves[path] = store.StoredLeaf(path, shape, chunks, dtype)
     return leaves
 

@@ -5,12 +5,13 @@ import functools
 import re
 from pathlib import Path
 
-from convert import copying, folder, names, shares
+from convert import copying, names, shares
 from convert import verify as verification
 from convert.conversion import Conversion, Remaining
 from convert.copying import Job
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, store
+from qwen_jax.checkpoint.safetensors_header import Tensor
 from qwen_jax.runtime import command, paths, processes
 
 # A model in the cache of the Hugging Face hub's library.
@@ -27,7 +28,7 @@ class ImportPlan(Conversion):
     partitions: for each leaf, the mesh axes that divide each of its axes.
     """
 
-    tensors: dict[str, folder.Tensor]
+    tensors: dict[str, Tensor]
     wanted: dict[str, names.Expected]
     leaves: dict[str, store.StoredLeaf]
     partitions: dict[str, shares.Partition]
@@ -47,10 +48,10 @@ class ImportPlan(Conversion):
         )
         for tensor, expected in zip(self.tensors.values(), self.wanted.values(), strict=True):
             for part in expected.parts:
-                offset = tensor.offset + part.start * folder.ITEM_BYTES[tensor.dtype]
+                offset = tensor.offset + part.start * store.ITEM_BYTES[tensor.dtype]
                 for band in self.leaves[part.path].bands():
                     mine = share.of(processes.index(), band)
-                    piece = band.chunk_elements * folder.ITEM_BYTES[band.leaf.dtype]
+                    piece = band.chunk_elements * store.ITEM_BYTES[band.leaf.dtype]
                     where = f"{directory.PARAMS}/{part.path}"
                     there = {name for name in band.pieces if found.get(f"{where}/{name}") == piece}
                     lacking = band.pieces.keys() - there

@@ -112,7 +112,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     directory.check_shapes(src, manifest, wanted=shapes)
     wanted = names.expected(shapes, FORMS[args.form])
     dtype = args.dtype or manifest["dtype"]
-    sizes = {name: math.prod(t.shape) * folder.ITEM_BYTES[dtype] for name, t in wanted.items()}
+    sizes = {name: math.prod(t.shape) * store.ITEM_BYTES[dtype] for name, t in wanted.items()}
     facts = {
         "made_by": "convert/to_hf.py",
         "dtype": dtype,
@@ -153,7 +153,8 @@ def _merging(
 
     adapter: the adapter's folder. shapes: the shape of every leaf, by path.
     """
-    from convert import adapter_config, peft
+    from convert import peft
+    from qwen_jax.checkpoint import adapter_config
 
     files = [adapter / name for name in (adapter_config.SETTINGS, peft.TENSORS)]
     return peft.changes(adapter, shapes), target.fingerprint(files)

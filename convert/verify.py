@@ -15,10 +15,10 @@ import numpy as np
 
 from convert import copying
 from convert.copying import Change, Job
-from convert.folder import ITEM_BYTES, Tensor
 from convert.names import Expected, TensorPart
 from qwen_jax.checkpoint import store
-from qwen_jax.checkpoint.store import Band, StoredLeaf
+from qwen_jax.checkpoint.safetensors_header import Tensor
+from qwen_jax.checkpoint.store import ITEM_BYTES, Band, StoredLeaf
 from qwen_jax.runtime import paths, processes
 
 

@@ -54,7 +54,7 @@ def create(
     key: jax.Array,
     embeddings: bool = False,
 ) -> Adapters:
-    """Make adapters for a stacked decoder. They change nothing yet, as b is 0.
+    """Make adapters for a decoder. They change nothing yet, as b is 0.
 
     As in PEFT, a is drawn from U(-1/sqrt(in), 1/sqrt(in)).
 
@@ -66,14 +66,13 @@ def create(
     """
     sizes = {**decoder.config.sizes, "L": decoder.config.num_layers, "R": rank}
     make = Maker(sizes, key, dtype="float32")
-    leaves = named_leaves(decoder.layers)
+    letters = {path: named for path, (named, _) in weights_of_block(decoder).items()}
     a, b = {}, {}
     for group, members in groups.items():
-        letters = {leaves[member].letters[2] for member in members}
-        (into,) = letters
+        (into,) = {letters[member][1] for member in members}
         a[group] = make.uniform(f"LR{into}")
         for member in members:
-            b[member] = make.full(f"L{leaves[member].letters[1]}R", 0)
+            b[member] = make.full(f"L{letters[member][0]}R", 0)
     whole = [
         Weight(leaf[...].astype(jnp.float32), letters=leaf.letters)
         if embeddings and leaf is not None
@@ -82,6 +81,19 @@ def create(
     ]
     members = tuple((name, tuple(group)) for name, group in groups.items())
     return Adapters(a, b, *whole, groups=members, scale=alpha / rank)
+
+
+def weights_of_block(decoder: Decoder) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the axis letters and the shape of each weight in one block, by its path there.
+
+    decoder: with stacked or with separate layers.
+    """
+    layers = decoder.layers
+    block, outer = (layers[0], 0) if isinstance(layers, Sequence) else (layers, 1)  # outer: L
+    return {
+        path: (leaf.letters[outer:], tuple(leaf.shape[outer:]))
+        for path, leaf in named_leaves(block).items()
+    }
 
 
 def attach(

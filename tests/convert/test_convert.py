@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert import (
-    adapter_config,
     conversion,
     copying,
     export_plan,
@@ -34,7 +33,7 @@ from convert import (
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
-from qwen_jax.checkpoint import directory, saving, store
+from qwen_jax.checkpoint import adapter_config, directory, saving, store
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.model import lora
 from qwen_jax.runtime import lock, paths
@@ -395,7 +394,7 @@ def test_a_second_writer_is_refused(tmp_path, model, first, monkeypatch, capfd):
         ),
         "adapter": (
             lambda path: peft.write(path, small_adapters(decoder)),
-            "convert.peft:save_file",
+            "qwen_jax.checkpoint.adapter_files:save_file",
         ),
     }[first]
     run(alone)

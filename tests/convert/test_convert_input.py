@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import adapter_config, copying, folder, from_hf, peft, target, to_hf
-from qwen_jax.checkpoint import directory
+from convert import copying, folder, from_hf, peft, target, to_hf
+from qwen_jax.checkpoint import adapter_config, directory
 from tests.support.conversion import (
     GOLDEN,
     INDEX,
@@ -162,6 +162,7 @@ NO_HEADERS: list[tuple[Any, str]] = [
     ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "'a' has shape [-1]"),
     ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, "dtype ['F32']"),
     ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "4 bytes for shape [2]"),
+    ({"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 4]}}, "4 bytes for shape [1]"),
 ]
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import adapter_config, names, peft
+from convert import names, peft
+from qwen_jax.checkpoint import adapter_config
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.model import Decoder, lora
 from qwen_jax.model.lora import Adapters

@@ -27,9 +27,9 @@ from jaxtyping._storage import pop_shape_memo, push_shape_memo  # `jaxtyped` wit
 
 MODULES = (
     "convert.copying",
-    "convert.peft",
     "convert.verify",
     "qwen_jax.attention",
+    "qwen_jax.checkpoint.adapter_files",
     "qwen_jax.decoding",
     "qwen_jax.engine",
     "qwen_jax.kernels",

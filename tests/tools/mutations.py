@@ -179,7 +179,7 @@ FAULTS = [
         "tests/runtime/test_command.py",
     ),
     Fault(
-        "convert/adapter_config.py",
+        "qwen_jax/checkpoint/adapter_config.py",
         "return any(own(path) != common for path in self.paths)",
         "return False",
         "tests/leaves/test_lora.py -k refused_by_name",

@@ -13,9 +13,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from convert import adapter_config, peft
 from qwen_jax import checkpoint, model
-from qwen_jax.checkpoint import directory
+from qwen_jax.checkpoint import adapter_config, adapter_files, directory
 from qwen_jax.config import Config
 from qwen_jax.leaves import int8
 from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
@@ -163,7 +162,7 @@ class Adapted:
         at a time and needs less memory).
         """
         dropout = self.recipe.lora_dropout
-        peft.write(out / ADAPTER, weights, **self._base_named(), lora_dropout=dropout)
+        adapter_files.write(out / ADAPTER, weights, **self._base_named(), lora_dropout=dropout)
         if processes.index() == 0:
             settings = directory.GENERATION_CONFIG
             paths.copy(files / settings, out / ADAPTER / settings)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import adapter_config, from_hf, peft, to_hf
+from convert import from_hf, peft, to_hf
 from qwen_jax import checkpoint
+from qwen_jax.checkpoint import adapter_config
 from tests.support.conversion import contents
 from tests.support.training import curve, fail, fine_tuning, prepared, pretraining, succeed, weights
 from train import sft

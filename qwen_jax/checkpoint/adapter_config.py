@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert import names
-from convert.patterns import Patterns
+from qwen_jax.checkpoint import tensor_names
+from qwen_jax.checkpoint.patterns import Patterns
 from qwen_jax.runtime import texts, values
 from qwen_jax.runtime.texts import read_json
 
@@ -107,7 +107,7 @@ class AdapterShape:
 def modules() -> dict[str, tuple[str, ...]]:
     """Map each linear module of a layer, such as "attn.c_attn", to its leaves in a block."""
     found = {}
-    for tensor, leaves in names.TABLE.items():
+    for tensor, leaves in tensor_names.TABLE.items():
         module = tensor.removeprefix(LAYER).removesuffix(".weight")
         if tensor.startswith(LAYER) and "." in module and tensor.endswith(".weight"):
             found[module] = tuple(leaf.removeprefix("layers.{L}.") for leaf in leaves)
