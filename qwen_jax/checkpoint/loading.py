@@ -21,7 +21,7 @@ from qwen_jax.checkpoint.directory import (
     verify_whole,
 )
 from qwen_jax.config import Config, hf_config
-from qwen_jax.runtime import values
+from qwen_jax.runtime import paths, values
 from qwen_jax.runtime.texts import read_json
 
 if TYPE_CHECKING:
@@ -46,16 +46,23 @@ def load_config(path: str | Path) -> Config:
     return Config.read(existing(path) / CONFIG)
 
 
-def load_generation_config(path: str | Path) -> "GenerationConfig":
+def load_generation_config(
+    path: str | Path, adapter: str | Path | None = None
+) -> "GenerationConfig":
     """Load and check the generation settings of a model directory.
 
     They come from generation_config.json, or without one from config.json, as in transformers.
+
+    adapter: the folder of an adapter on this model; its generation_config.json, if it has one,
+        takes the place of the model's.
     """
     from qwen_jax.checkpoint import token_ids
     from qwen_jax.checkpoint.generation_config import GenerationConfig
 
     root = existing(path)
     file = root / GENERATION_CONFIG
+    if adapter is not None and (paths.parse(adapter) / GENERATION_CONFIG).exists():
+        file = paths.parse(adapter) / GENERATION_CONFIG
     if not file.exists():
         file = root / CONFIG
         return GenerationConfig.from_hf(hf_config.generation(read_json(file)), file)

@@ -172,10 +172,16 @@ def _pieces(config: Config, decoder: "Decoder") -> dict[str, _Piece]:
     Raises CheckpointError if the decoder does not belong to this config, or if its leaves have
     several dtypes or one that cannot be stored.
     """
-    from qwen_jax.leaves.weights import named_leaves
+    from qwen_jax.leaves.weights import Leaf, named_leaves
 
     pieces: dict[str, _Piece] = {}
     for path, weight in named_leaves(decoder).items():
+        if isinstance(weight, Leaf):
+            raise CheckpointError(
+                f"{path} is {type(weight).__name__}, a weight of several arrays: a directory holds "
+                "plain ones; save the decoder as it was before it got adapters or 8-bit weights, "
+                "or merge the adapters (`python convert/to_hf.py CKPT DST --adapter DIR`)"
+            )
         array = weight.get_value()
         shape, shard = array.shape, array.sharding.shard_shape(array.shape)
         names: dict[str, int | None] = {path: None}

@@ -22,20 +22,25 @@ BASE_NOTE = "this is a base checkpoint, not trained for chat: replies may not st
 
 
 def read(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, *, max_length: int | None = None
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    max_length: int | None = None,
+    adapter: str | Path | None = None,
 ) -> "Description":
     """Read everything in a model directory except its weights.
 
     overrides: config values by their Hugging Face names.
     max_length: the largest number of prompt and new tokens in a sequence; None for the larger of
         the config's max_position_embeddings and seq_length.
+    adapter: the folder of an adapter, whose generation settings take the place of the model's.
 
     Raises ValueError for an incomplete directory or an argument that is not allowed.
     """
     if max_length is not None:
         max_length = values.whole("max_length", max_length, least=2, most=values.INT32)
     directory.finished(path)  # other folders may hold files with the same names
-    generation_config = checkpoint.load_generation_config(path)
+    generation_config = checkpoint.load_generation_config(path, adapter)
     tokenizer = checkpoint.load_tokenizer(path)
     config = checkpoint.load_config(path).with_overrides({} if overrides is None else overrides)
     longest = max(config.max_position_embeddings, config.seq_length)

@@ -22,7 +22,12 @@ def describe(args: argparse.Namespace) -> "Description":
     """Read the model directory without its weights, with --set and --max-length applied."""
     from qwen_jax.generate import description
 
-    about = description.read(args.ckpt, command.overrides(args.set), max_length=args.max_length)
+    about = description.read(
+        args.ckpt,
+        command.overrides(args.set),
+        max_length=args.max_length,
+        adapter=_adapter(args),
+    )
     if not about.config.dynamic_ntk:
         how = (
             "applies only to dynamic NTK, which this model's config.json turns off: leave it out, "
@@ -43,10 +48,15 @@ def load(
     started = time.perf_counter()
     with jax.set_mesh(mesh(args, about, sizes=sizes)):
         chosen = {name: getattr(args, name) for name in ("dtype", "attention", "cache_dtype")}
-        model = from_directory.with_weights(args.ckpt, about, **chosen)
+        model = from_directory.with_weights(args.ckpt, about, **chosen, adapter=_adapter(args))
     took = f"{time.perf_counter() - started:.1f} s"
     command.say(f"loaded {model.config.num_params():,} weights in {took}")
     return model
+
+
+def _adapter(args: argparse.Namespace) -> str | None:
+    """Return the folder of `--adapter DIR`; None for commands without this option."""
+    return getattr(args, "adapter", None)
 
 
 def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, int]) -> "Mesh":

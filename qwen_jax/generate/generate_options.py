@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   python -m qwen_jax.generate --ckpt DIR --prompt-file story.txt --max-new-tokens 200 --json
   python -m qwen_jax.generate --ckpt DIR --prompt "Names for a whale:" --samples 5 --stop .
   python -m qwen_jax.generate --ckpt DIR --prompts questions.jsonl --json > answers.jsonl
+  python -m qwen_jax.generate --ckpt DIR --adapter RUN/adapter --chat "Who are you?"
   python -m qwen_jax.generate --ckpt DIR --bench --dtype bfloat16
   python -m qwen_jax.generate --ckpt DIR --prompt-file long.txt --set seq_length=2048
 """
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="model directory, as `python convert/from_hf.py` and training write them (required)",
     )
+    add_adapter(result)
     _prompt_options(result)
     result.add_argument(
         "--bench",
@@ -48,6 +50,16 @@ def parser() -> argparse.ArgumentParser:
     caches.add_compilation_cache(result)
     command.add_debug(result)
     return result
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add the option that puts an adapter on the model."""
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="folder of a LoRA adapter in PEFT's format, such as RUN/adapter of a training run, to "
+        "put on the model without merging it (default: none)",
+    )
 
 
 def _prompt_options(parser: argparse.ArgumentParser) -> None:

@@ -90,6 +90,9 @@ _HINTS = {
         "path",
         hint='a model is on the mesh in force: jax.set_mesh(meshes.make({{"tp": 2}}))',
     ),
+    **_named(
+        "lora lora_path lora_request adapter_path adapter_dir peft", "adapter", hint="give adapter="
+    ),
     **_named("trust_remote_code", "path", hint="drop it: no code of a checkpoint is run"),
 }
 

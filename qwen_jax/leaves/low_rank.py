@@ -1,5 +1,6 @@
 """A weight with a low-rank adapter (LoRA, arXiv 2106.09685), as one leaf of a decoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,19 +34,54 @@ class Lora(Leaf):
 
 @product.register
 def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -> jax.Array:
-    given, leaf, result = equation.replace("->", ",").split(",")
+    def dropped(x: jax.Array) -> jax.Array:
+        if weight.key is None:
+            return x
+        return drop(x, jax.random.wrap_key_data(weight.key), rate=weight.dropout)
+
     whole = product(weight.base, equation, x, out, **kwargs)
+    return whole + added(
+        weight.a,
+        weight.b,
+        scale=weight.scale,
+        equation=equation,
+        x=x,
+        out=out,
+        before=dropped,
+        **kwargs,
+    )
+
+
+def added(
+    a: Weight,
+    b: Weight,
+    *,
+    scale: float,
+    equation: str,
+    x: jax.Array,
+    out: P | None,
+    before: Callable[[jax.Array], jax.Array] = lambda x: x,
+    keep: Callable[[jax.Array], jax.Array] = lambda low: low,
+    **kwargs: Any,
+) -> jax.Array:
+    """Multiply an activation x by scale * b a, which adapters add to a weight.
+
+    a, b: the factors, [R, inputs] and [outputs, R].
+    equation: the einsum equation of the product with the whole weight, such as "BTD,FD->BTF".
+    out: the partitioning of the result of a row-parallel product; None for other products.
+    before, keep: what is done to x, and to the product a x [B, T, R], on the way.
+    """
+    given, leaf, result = equation.replace("->", ",").split(",")
     spec = jax.typeof(x).sharding.spec
     # Both small products stay local, and gradients are summed over devices where they have R
     # columns, not the model width.
-    low = jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
-    if weight.key is not None:
-        low = drop(low, jax.random.wrap_key_data(weight.key), rate=weight.dropout)
+    low = before(jax.reshard(x, P(*spec.partitions)) if spec.reduced else x)
     into = None if out is None else P(*out.partitions[:-1], None)
-    low = product(weight.a, f"{given},R{leaf[1]}->{given[:-1]}R", low, into, **kwargs)
+    low = product(a, f"{given},R{leaf[1]}->{given[:-1]}R", low, into, **kwargs)
+    low = keep(low)
     if spec.reduced:
         low = jax.reshard(low, P(*jax.typeof(low).sharding.spec, reduced=spec.reduced))
-    b, (_, tokens, _) = weight.b, jax.typeof(low).sharding.spec.partitions
+    _, tokens, _ = jax.typeof(low).sharding.spec.partitions
     if sharding.TENSOR in sharding.entries(tokens):
         # The residual stream is split by tokens, so each device of `tp` computes only a partial
         # gradient of b.
@@ -53,4 +89,4 @@ def _(weight: Lora, equation: str, x: jax.Array, out: P | None, **kwargs: Any) -
         held = P(*held.partitions, reduced=held.reduced | {sharding.TENSOR})
         b = Weight(jax.reshard(b[...], held), letters=b.letters)
     up = f"{given[:-1]}R,{leaf[0]}R->{result}"
-    return whole + scaled_product(b, weight.scale, equation=up, x=low, out=None, **kwargs)
+    return scaled_product(b, scale, equation=up, x=low, out=None, **kwargs)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from convert import names, peft
 from qwen_jax.checkpoint import adapter_config
 from qwen_jax.leaves.weights import named_leaves
-from qwen_jax.model import Decoder, lora
+from qwen_jax.model import Decoder, adapted, lora
+from qwen_jax.model.adapted import GroupsByRow
 from qwen_jax.model.lora import Adapters
 from tests.peft.torch_model import Model
 from tests.support.tiny import (
@@ -179,6 +180,27 @@ def test_theirs_in_bfloat16(tmp_path: Path) -> None:
     theirs = torch_logits(original.PeftModel.from_pretrained(torch_base(), tmp_path))
     with on_mesh():
         assert distance(our_logits(peft.read(tmp_path, base())), theirs) < TOLERANCE
+
+
+def test_theirs_by_row(tmp_path: Path) -> None:
+    """Two adapters on one decoder with separate layers: each row is as in PEFT with its own."""
+    cases = ({"r": 4, "target_modules": ALL}, {"r": 2, "target_modules": ["c_attn", "w1"]})
+    theirs = [torch_logits(torch_base())]
+    for number, settings in enumerate(cases):
+        model = trained(original.LoraConfig(lora_alpha=8, **settings))
+        model.save_pretrained(tmp_path / str(number))
+        theirs.append(torch_logits(model))
+    with on_mesh():
+        decoder = tiny_decoder(CONFIG)
+        found = [peft.read(tmp_path / str(i), decoder, whole=False) for i in range(len(cases))]
+        rows = np.array([1, 0, 2])
+        groups = GroupsByRow.of(adapted.attach_several(decoder, found)).select(rows)
+        ours = full_logits(decoder, TOKENS, groups=groups)
+        for place, row in enumerate(rows):
+            assert distance(ours[place], theirs[row][place]) < TOLERANCE
+            assert not row or distance(theirs[row][place], theirs[0][place]) > SEEN
+        one = full_logits(adapted.attach_one(decoder, found[0]), TOKENS)
+        assert distance(one, theirs[1]) < TOLERANCE
 
 
 # PEFT takes the bias of an adapter for a matrix that was cut.
