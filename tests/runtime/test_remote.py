@@ -248,6 +248,8 @@ def test_what_else_a_run_writes(bucket, tmp_path, monkeypatch):
             peft.write(folder, adapters, base_model_name_or_path="m", lora_dropout=0.0)
         ids = np.zeros((1, 4), np.int32)
         batch = batches.place(batches.batch_of(ids, ids))
+        found = peft.read(root / "adapter", decoder)
+        jax.tree.map(np.testing.assert_array_equal, found, adapters)
     fetched = downloaded(f"{bucket}/adapter", tmp_path / "fetched")
     assert contents(fetched) == contents(tmp_path / "adapter")
 
