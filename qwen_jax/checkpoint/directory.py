@@ -169,7 +169,7 @@ def _result_of(run: Path) -> str:
 
 
 def _merging(adapter: Path, base: str | None = None, *, name: str = "") -> str:
-    """Say how to make a model directory from an adapter, for an error.
+    """Say how to generate with an adapter, and how to make a model directory of it, for an error.
 
     adapter: the adapter's folder.
     base: the model directory that the adapter was trained on, if known.
@@ -178,7 +178,8 @@ def _merging(adapter: Path, base: str | None = None, *, name: str = "") -> str:
     unknown = "" if base else ", where CKPT is the model directory that it was trained on"
     new = f"{name or adapter.name}-merged"
     return (
-        f"`python convert/to_hf.py {base or 'CKPT'} {new}-hf --adapter {adapter}` and `python "
+        f"`--ckpt {base or 'CKPT'} --adapter {adapter}` generates with it; `python "
+        f"convert/to_hf.py {base or 'CKPT'} {new}-hf --adapter {adapter}` and `python "
         f"convert/from_hf.py {new}-hf {new}` make {new} of it{unknown}"
     )
 

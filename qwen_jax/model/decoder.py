@@ -22,7 +22,7 @@ parts of the model lie elsewhere:
     context.py            what the blocks of a pass share; the interface of a KV cache
     running.py            runs the blocks, as one scan or in groups, and rematerialises them
     build.py              makes decoders, and stacks and unstacks their layers
-    lora.py               puts adapters on a decoder's weights
+    lora.py, adapted.py   put adapters on a decoder's weights, to train and to generate
     leaves/               the kinds of weights (float, int8, LoRA), and how each is multiplied by
     attention/            attention functions, masks, and the KV cache of `generate` (cache.py)
     meshes/               how arrays are split, by axis letter; how they are moved; dropout

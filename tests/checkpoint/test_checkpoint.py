@@ -370,7 +370,8 @@ def test_what_to_give_in_place_of_a_run(tmp_path, converted):
     (run / "lora" / "adapter_config.json").write_text("{}")
     (run / "lora" / "adapter_model.safetensors").touch()
     merging = (
-        f": `python train/sft.py --out {run} --resume --merge` writes {run / 'model'}; or `python "
+        f": `python train/sft.py --out {run} --resume --merge` writes {run / 'model'}; or "
+        f"`--ckpt /models/chat --adapter {run / 'lora'}` generates with it; `python "
         "convert/to_hf.py /models/chat "
         f"run-merged-hf --adapter {run / 'lora'}` and `python convert/from_hf.py run-merged-hf "
         "run-merged` make run-merged of it"
@@ -378,7 +379,7 @@ def test_what_to_give_in_place_of_a_run(tmp_path, converted):
     for part in [*parts, run / "lora"]:
         assert refused(part).endswith(merging)
     (run / "run.json").unlink()
-    assert f"{run / 'lora'} is an adapter, not a model: `python convert/to_hf.py CKPT" in refused(
+    assert f"{run / 'lora'} is an adapter, not a model: `--ckpt CKPT --adapter" in refused(
         run / "lora"
     )
     (run / "run.json").write_text("{}")
