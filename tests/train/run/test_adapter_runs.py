@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import qwen_jax
 from convert import from_hf, peft, to_hf
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import adapter_config
@@ -49,6 +50,18 @@ def test_what_a_run_of_adapters_leaves(merged, given):
     assert settings["r"] == 4 and settings["modules_to_save"] == ["wte", "lm_head"]
     assert settings["base_model_name_or_path"] is None, "nobody else has what was trained here"
     assert checkpoint.load_generation_config(merged / "model").chat_format == "chatml"
+
+
+def test_a_run_is_loaded_without_merging(merged, given):
+    """With its embedding and head, and as the chat model that it has become."""
+    tokens = np.arange(24).reshape(2, 12)
+    alone = qwen_jax.load(given / "model", "float32", adapter=merged / "adapter")
+    expected = np.asarray(qwen_jax.load(merged / "model", "float32").logits(tokens))
+    most = np.abs(expected).max()
+    np.testing.assert_allclose(alone.logits(tokens), expected, rtol=0, atol=1e-5 * most)
+    before = qwen_jax.load(given / "model", "float32")
+    assert np.abs(before.logits(tokens) - expected).max() > 1e-3 * most
+    assert not alone.is_base and before.is_base
 
 
 def test_merged_on_the_way_to_safetensors(merged, given, tmp_path):
