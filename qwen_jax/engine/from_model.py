@@ -2,21 +2,24 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qwen_jax import meshes
 from qwen_jax.attention import cache
+from qwen_jax.checkpoint import adapter_files
 from qwen_jax.config import Config
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.following import Leader, follow
 from qwen_jax.engine.steps import Shape, Steps
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.meshes import sharding
-from qwen_jax.model import rope
-from qwen_jax.runtime import processes, values
+from qwen_jax.model import Decoder, adapted, rope
+from qwen_jax.runtime import paths, processes, values
 
 _SHARE = 0.9  # of the free memory of an accelerator that pages take; programs need the rest
 _CPU_SHARE = 0.25  # of a host's memory
@@ -25,6 +28,7 @@ _CPU_SHARE = 0.25  # of a host's memory
 def make(
     model: LanguageModel,
     *,
+    adapters: Mapping[str, str | Path] | None = None,
     rows: int | None = None,
     cache_gb: float | None = None,
     page: int | None = None,
@@ -37,6 +41,7 @@ def make(
     All processes call it. Process 0 gets the engine; in the others it runs the programs that the
     engine asks for, and returns None when the engine is closed.
 
+    adapters: folders of adapters in PEFT's format, by the names that requests call them.
     rows: the most requests that decode at a time; None for 64 on an accelerator and 16 on a CPU,
         times the parts into which the mesh splits a batch.
     cache_gb: GB of memory for pages on each device; None for what is free on an accelerator, and
@@ -47,9 +52,10 @@ def make(
     chunks: the prompts of each part of the batch of which a chunk is computed at a time.
     report: is called with the name of each program and the seconds until it was ready.
 
-    Raises ValueError for sizes that do not fit each other, or a cache that holds less than one
-    request of two pages.
+    Raises ValueError for an adapter that does not fit the model, sizes that do not fit each other,
+    or a cache that holds less than one request of two pages.
     """
+    decoder = _with_adapters(model, list((adapters or {}).values()))
     slow = jax.default_backend() == "cpu"
     sizes = sharding.axis_sizes(model.mesh)
     replicas = math.prod(sizes[axis] for axis in sharding.BATCH)
@@ -76,7 +82,7 @@ def make(
         pages = min(int(each) for each in processes.gather(str(pages)))
     shape = Shape(rows, width, pages, page, chunk, chunks, model.cache_dtype)
     kind = Leader if processes.count() > 1 and processes.index() == 0 else Steps
-    steps = kind(model.decoder, model.attend, mesh=model.mesh, shape=shape)
+    steps = kind(decoder, model.attend, mesh=model.mesh, shape=shape)
     if processes.index():
         follow(steps)
         return None
@@ -86,7 +92,18 @@ def make(
         scheme=rope.from_config(model.config),
         known=model.known_ids(),
         max_length=model.max_length,
+        adapters={name: number for number, name in enumerate(adapters or {}, 1)},
     )
+
+
+def _with_adapters(model: LanguageModel, folders: Sequence[str | Path]) -> Decoder:
+    """Return a model's decoder with the adapters of these folders, in this order."""
+    with meshes.entered(model.mesh):
+        found = [
+            adapter_files.read(paths.parse(folder), model.decoder, whole=False)
+            for folder in folders
+        ]
+        return adapted.attach_several(model.decoder, found)
 
 
 def page_bytes(config: Config, page: int, *, dtype: DTypeLike, kind: str | None, tp: int) -> int:

@@ -34,6 +34,7 @@ class Chunk(NamedTuple):
     tokens, positions, segments: int32 [n, C]; segment 0 is padding.
     frequencies: float32 [n, H/2].
     places: where the rows have their tokens.
+    adapter: int32 [n], whole on each device: the number of each row's adapter; 0 for none.
     """
 
     which: Int[Array, " n"]
@@ -42,6 +43,7 @@ class Chunk(NamedTuple):
     segments: Int[Array, "n C"]
     frequencies: Float[Array, "n pairs"]
     places: Places
+    adapter: Int[Array, " n"]
 
 
 @jax.jit
@@ -59,9 +61,10 @@ def begin(
     each = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = begin[:, None] + each
     segments = (each < count[:, None]).astype(jnp.int32)
-    table, frequencies = _taken((rows.table, rows.frequencies), which)
-    places = Places(table, begin, count)
-    return Chunk(which, tokens, positions, segments, frequencies, places)
+    known = rows.table, rows.frequencies, rows.adapter
+    table, frequencies, adapter = _taken(known, which)
+    places, adapter = Places(table, begin, count), jax.reshard(adapter, P(None))
+    return Chunk(which, tokens, positions, segments, frequencies, places, adapter)
 
 
 def _taken(tree: _Tree, which: Int[Array, " n"]) -> _Tree:

@@ -25,7 +25,8 @@ from qwen_jax.attention.pages import PagedLayer, Pages, Places
 from qwen_jax.engine import drawing, prefilling, rows
 from qwen_jax.engine.rows import Rows, Sizes
 from qwen_jax.meshes import moves, sharding
-from qwen_jax.model import Decoder, running
+from qwen_jax.model import Decoder, adapted
+from qwen_jax.model.adapted import GroupsByRow
 from qwen_jax.model.running import Structure
 
 SKIP, FEED = range(2)  # what a row does in a decode step, in the last column of its orders
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
 class Steps:
     """A model's programs for one engine, with its pages and rows on the devices.
 
-    decoder: separate blocks, on the mesh.
+    decoder: separate blocks, on the mesh, perhaps with adapters (`adapted.attach_several`).
     attend: a function of `attention.IMPLEMENTATIONS`.
     """
 
@@ -73,7 +74,7 @@ class Steps:
             functools.partial(_decode, tree=tree, attend=attend), donate_argnums=(1, 2)
         )
         with meshes.entered(mesh):
-            self._groups = running.grouped(decoder.layers)
+            self._groups = GroupsByRow.of(decoder)
             self._layers = pages.empty(
                 config,
                 shape.pages * self.replicas,
@@ -138,7 +139,7 @@ class Steps:
                 frequencies=chunk.frequencies,
                 cache=Pages(self._layers, chunk.places),
                 attend=self.attend,
-                groups=self._groups,
+                groups=self._groups.select(chunk.adapter),
             )
             assert output.cache is not None
             self._layers = output.cache.layers
@@ -196,7 +197,7 @@ def _decode(
     attend: Attend,
 ) -> tuple[tuple[PagedLayer, ...], Rows, Int32[Array, "R told"]]:
     """Run `Steps.decode` with a flattened decoder (`leaves` and `tree`)."""
-    decoder = tree.unflatten(leaves)
+    decoder = adapted.select(tree.unflatten(leaves), rows.adapter)
     orders = moves.spread(orders, "BS")
     page, forced, command = orders[:, 0], orders[:, 1], orders[:, 2]
     fed = rows.on & (command == FEED)

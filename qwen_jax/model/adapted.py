@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int32
 
 from qwen_jax.leaves.adapter_rows import AdapterRows
 from qwen_jax.leaves.low_rank import Lora
@@ -103,17 +103,16 @@ class GroupsByRow:
         places = [[i for i, x in enumerate(leaves) if x is rows] for _, leaves, _ in groups.parts]
         return cls(groups, places)
 
-    def select(self, rows: Int[np.ndarray, " B"]) -> Groups:
-        """Return the groups for a pass in which row b uses the adapter rows[b] - 1, or 0 for none.
+    def select(self, rows: Int32[Array, " B"]) -> Groups:
+        """Return the groups for a pass of these rows, without flattening anything.
 
-        Every process must call this with the same rows.
+        rows: int32 [B], whole on each device; i chooses the adapter i - 1, 0 none.
         """
-        placed = moves.place(rows.astype(np.int32), "R")
         parts = []
         for (first, leaves, tree), places in zip(self.groups.parts, self.places, strict=True):
             chosen = leaves.copy()
             for place in places:
-                chosen[place] = placed
+                chosen[place] = rows
             parts.append((first, chosen, tree))
         return Groups(parts)
 

@@ -1,6 +1,7 @@
 """The engine over compiled programs: one truth, whatever else runs."""
 
 import dataclasses
+import itertools
 import queue
 from typing import Any
 
@@ -13,8 +14,10 @@ from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.engine.settings import Choice, Ended, Settings
 from qwen_jax.engine.steps import Steps
 from qwen_jax.generate.language_model import LanguageModel
+from qwen_jax.model import adapted
 from tests.support.compilations import counted
 from tests.support.engines import (
+    ADAPTERS,
     CONFIG,
     LONGEST,
     SHAPE,
@@ -26,7 +29,13 @@ from tests.support.engines import (
     schedule,
     tokens,
 )
-from tests.support.tiny import full_logits, on_mesh, tiny_config
+from tests.support.tiny import (
+    drawn_adapters,
+    full_logits,
+    on_mesh,
+    tiny_config,
+    tiny_decoder,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -80,6 +89,59 @@ def test_300_schedules_have_the_same_bits(how: dict[str, Any]) -> None:
         check(programs(**how), requests)
 
     run()
+
+
+def by_adapter(requests: list[Asked]) -> list[Asked]:
+    """The requests of a schedule, with adapters or none in turn."""
+    names = itertools.cycle((*ADAPTERS, None))
+    return [
+        dataclasses.replace(x, settings=x.settings | {"adapter": name})
+        for x, name in zip(requests, names, strict=False)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"dtype": "bfloat16", "shape": SHAPE._replace(cache_dtype="int8")},
+        {"shape": SHAPE._replace(rows=8), "sizes": (("data", 2), ("tp", 2))},
+    ],
+    ids=["float32", "bfloat16 int8", "mesh"],
+)
+def test_schedules_with_adapters_have_the_same_bits(how: dict[str, Any]) -> None:
+    @settings(max_examples=60)
+    @given(SEEDS.map(schedule))
+    def run(requests: list[Asked]) -> None:
+        check(programs(**how, several=True), by_adapter(requests))
+
+    run()
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_the_adapter_that_was_asked_for() -> None:
+    """Beside `generate` with that adapter alone, and without one."""
+    steps, rng = programs(several=True), np.random.default_rng(0)
+    with on_mesh():
+        base = tiny_decoder(CONFIG)
+        single = [adapted.attach_one(base, drawn_adapters(base, i)) for i in range(len(ADAPTERS))]
+    made = {None: base, **dict(zip(ADAPTERS, single, strict=True))}
+    seen = set()
+    for name, decoder in made.items():
+        prompt = rng.integers(0, CONFIG.vocab_size, 12).tolist()
+        how = {"max_new_tokens": 12, "adapter": name}
+        found = tokens(alone(steps, Asked(prompt, how, 0, None)))
+        model = dataclasses.replace(language_model(steps), decoder=decoder)
+        assert found == model.generate([prompt], max_new_tokens=12)[0].tolist()
+        seen.add(tuple(tokens(alone(steps, Asked([1, 2, 3], how, 0, None)))))
+    assert len(seen) == 3
+    # A prefix that another adapter computed is not found.
+    crowd = engine(steps)
+    asked = [Asked(list(range(1, 17)), {"max_new_tokens": 1, "adapter": x}, i * 9, None)
+             for i, x in enumerate((*made, None))]  # fmt: skip
+    events(crowd, asked)
+    assert crowd.load().hits == 8
 
 
 def language_model(steps: Steps) -> LanguageModel:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from qwen_jax.attention import cache as kv
-from qwen_jax.checkpoint import adapter_config
 from qwen_jax.decoding.decode import positions
 from qwen_jax.leaves import int8
 from qwen_jax.leaves.adapter_rows import AdapterRows
@@ -17,10 +16,11 @@ from qwen_jax.leaves.low_rank import Lora
 from qwen_jax.leaves.weights import Weight, contract, map_leaves
 from qwen_jax.meshes import gathering, sharding
 from qwen_jax.meshes.moves import place
-from qwen_jax.model import Decoder, adapted, lora, running, stack
+from qwen_jax.model import Decoder, adapted, running, stack
 from qwen_jax.model.adapted import GroupsByRow
 from qwen_jax.model.lora import Adapters
 from tests.support.tiny import (
+    drawn_adapters,
     frequencies,
     on_mesh,
     replace_leaves,
@@ -31,23 +31,11 @@ from tests.support.tiny import (
 
 CONFIG = tiny_config(num_layers=1, num_kv_heads=2)
 ROWS = np.array([0, 1, 2, 1], np.int32)
-# Of two adapters: the modules, the rank, alpha. Each has a module that the other lacks.
-KINDS = ((["c_attn", "w1"], 4, 8.0), (["c_attn", "c_proj", "w1", "w2"], 3, 6.5))
 
 
-def drawn(decoder: Decoder, number: int) -> Adapters:
-    """The adapters `KINDS[number]`, which change much."""
-    wanted, rank, alpha = KINDS[number]
-    config = decoder.config
-    groups = adapter_config.targets(wanted, config.num_layers)
-    fresh = lora.create(decoder, groups, rank=rank, alpha=alpha, key=jax.random.key(number))
-
-    def draw(path: str, leaf: Weight) -> jax.Array:
-        rng = np.random.default_rng([number, *path.encode()])
-        noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)
-        return place(noise, leaf.letters, lengths=config.sizes)
-
-    return fresh.replace(a=replace_leaves(fresh.a, draw), b=replace_leaves(fresh.b, draw))
+def whole(rows: np.ndarray) -> jax.Array:
+    """The rows on each device."""
+    return place(rows, "R")
 
 
 def alone(rows: np.ndarray, row: int) -> np.ndarray:
@@ -211,23 +199,26 @@ def test_passes_through_groups_with_a_cache():
     run = Passes()
     with on_mesh():
         base = tiny_decoder(CONFIG)
-        adapters = [drawn(base, number) for number in range(len(KINDS))]
+        adapters = [drawn_adapters(base, number) for number in range(2)]
         decoder = adapted.attach_several(base, adapters)
         groups = GroupsByRow.of(decoder)
-        crowd = run(decoder, groups.select(ROWS))
+        crowd = run(decoder, groups.select(whole(ROWS)))
         made = running.run_group._cache_size()
         for row in range(4):
-            got = run(decoder, groups.select(alone(ROWS, row)))
+            got = run(decoder, groups.select(whole(alone(ROWS, row))))
             assert got[row].tobytes() == crowd[row].tobytes()
         assert running.run_group._cache_size() == made
-        ((_, before, tree),), ((_, after, same),) = groups.groups.parts, groups.select(ROWS).parts
+        ((_, before, tree),), ((_, after, same),) = (
+            groups.groups.parts,
+            groups.select(whole(ROWS)).parts,
+        )
         others = [x is y for x, y in zip(before, after, strict=True)]
         assert same is tree and others.count(False) == 7 == len(groups.places[0])
-        plain = run(decoder, groups.select(0 * ROWS))
+        plain = run(decoder, groups.select(whole(0 * ROWS)))
         assert crowd[0].tobytes() == plain[0].tobytes()
         for row in (1, 2, 3):
             merged = adapted.attach_several(by_hand(base, adapters[ROWS[row] - 1]), adapters)
-            expected = run(merged, GroupsByRow.of(merged).select(0 * ROWS))[row]
+            expected = run(merged, GroupsByRow.of(merged).select(whole(0 * ROWS)))[row]
             most = np.abs(expected).max()
             np.testing.assert_allclose(crowd[row], expected, rtol=0, atol=5e-6 * most)
             assert np.abs(crowd[row] - plain[row]).max() > 0.1 * most
@@ -263,7 +254,7 @@ def test_on_a_mesh(sizes, dtype, eight_bits):
     """A row alone and in a crowd, and beside the leaf of one adapter."""
     with on_mesh(**sizes):
         base = tiny_decoder(CONFIG, dtype)
-        adapters = [drawn(base, number) for number in range(len(KINDS))]
+        adapters = [drawn_adapters(base, number) for number in range(2)]
         if eight_bits:
             base = map_leaves(int8.of_layers, base)
         tokens = tiny_tokens(4, 3)
@@ -294,9 +285,9 @@ def test_on_a_mesh(sizes, dtype, eight_bits):
 def test_what_cannot_be_attached_is_refused():
     with on_mesh():
         base = tiny_decoder(CONFIG)
-        whole = drawn(base, 0).replace(embedding=base.embedding)
+        own = drawn_adapters(base, 0).replace(embedding=base.embedding)
         with pytest.raises(ValueError, match=r"adapters\[1\] has its own embedding"):
-            adapted.attach_several(base, [drawn(base, 1), whole])
+            adapted.attach_several(base, [drawn_adapters(base, 1), own])
         with pytest.raises(ValueError, match="unstack it first"):
-            adapted.attach_several(stack(base), [drawn(base, 0)])
+            adapted.attach_several(stack(base), [drawn_adapters(base, 0)])
         assert adapted.attach_several(base, []).layers[0].attn.q is base.layers[0].attn.q

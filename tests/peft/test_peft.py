@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from convert import names, peft
 from qwen_jax.checkpoint import adapter_config
 from qwen_jax.leaves.weights import named_leaves
+from qwen_jax.meshes.moves import place
 from qwen_jax.model import Decoder, adapted, lora
 from qwen_jax.model.adapted import GroupsByRow
 from qwen_jax.model.lora import Adapters
@@ -193,12 +194,12 @@ def test_theirs_by_row(tmp_path: Path) -> None:
     with on_mesh():
         decoder = tiny_decoder(CONFIG)
         found = [peft.read(tmp_path / str(i), decoder, whole=False) for i in range(len(cases))]
-        rows = np.array([1, 0, 2])
-        groups = GroupsByRow.of(adapted.attach_several(decoder, found)).select(rows)
+        rows = np.array([1, 0, 2], np.int32)
+        groups = GroupsByRow.of(adapted.attach_several(decoder, found)).select(place(rows, "R"))
         ours = full_logits(decoder, TOKENS, groups=groups)
-        for place, row in enumerate(rows):
-            assert distance(ours[place], theirs[row][place]) < TOLERANCE
-            assert not row or distance(theirs[row][place], theirs[0][place]) > SEEN
+        for i, row in enumerate(rows):
+            assert distance(ours[i], theirs[row][i]) < TOLERANCE
+            assert not row or distance(theirs[row][i], theirs[0][i]) > SEEN
         one = full_logits(adapted.attach_one(decoder, found[0]), TOKENS)
         assert distance(one, theirs[1]) < TOLERANCE
 

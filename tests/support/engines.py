@@ -11,11 +11,12 @@ from qwen_jax import Config, attention, meshes
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.settings import Choice, Event, Settings, Started
 from qwen_jax.engine.steps import Shape, Steps
-from qwen_jax.model import rope
-from tests.support.tiny import tiny_config, tiny_decoder
+from qwen_jax.model import adapted, rope
+from tests.support.tiny import drawn_adapters, tiny_config, tiny_decoder
 
 SHAPE = Shape(rows=4, width=16, pages=33, size=4, chunk=8, chunks=1)
 LONGEST = SHAPE.width * SHAPE.size
+ADAPTERS = ("first", "second")
 CONFIG = tiny_config(dynamic_ntk=True, logn=True)  # alpha changes at 16 and 32 tokens
 
 
@@ -25,11 +26,18 @@ def programs(
     dtype: str = "float32",
     shape: Shape = SHAPE,
     sizes: tuple[tuple[str, int], ...] = (),
+    several: bool = False,
 ) -> Steps:
-    """Compiled programs, which engines take in turn: a new engine forgets what the last one did."""
+    """Compiled programs, which engines take in turn: a new engine forgets what the last one did.
+
+    several: with the two adapters of `drawn_adapters`, ADAPTERS by name.
+    """
     mesh = meshes.make(dict(sizes))
     with meshes.entered(mesh):
         decoder = tiny_decoder(config, dtype)
+        if several:
+            adapters = [drawn_adapters(decoder, number) for number in range(len(ADAPTERS))]
+            decoder = adapted.attach_several(decoder, adapters)
     steps = Steps(decoder, attention.xla, mesh=mesh, shape=shape)
     steps.compile(lambda name, seconds: None)
     return steps
@@ -43,6 +51,7 @@ def engine(steps: Steps) -> Engine:
         scheme=rope.from_config(config),
         known=np.arange(config.vocab_size) < config.vocab_size - 1,
         max_length=steps.shape.width * steps.shape.size,
+        adapters={name: number for number, name in enumerate(ADAPTERS, 1)},
     )
 
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from qwen_jax import Config, meshes, model
 from qwen_jax.attention import cache
+from qwen_jax.checkpoint import adapter_config
 from qwen_jax.decoding.decode import positions
 from qwen_jax.leaves.weights import Weight, map_leaves
 from qwen_jax.meshes.moves import place
-from qwen_jax.model import Decoder, Output, rope
+from qwen_jax.model import Decoder, Output, lora, rope
+from qwen_jax.model.lora import Adapters
 
 KERNELS = ("pallas_tpu", "pallas_triton")  # attention kernels that a CPU can interpret
 # For `jax.jit(compiler_options=...)` of programs that run once: gradients compile twice as fast.
@@ -77,6 +79,25 @@ def small_noise(config: Config) -> Callable[[str, Weight], jax.Array]:
         return place(0.2 * noise, leaf.letters, lengths=config.sizes)
 
     return draw
+
+
+# Of two adapters: the modules, the rank, alpha. Each has modules that the other lacks.
+_ADAPTERS = ((["c_attn", "c_proj"], 4, 8.0), (["c_attn", "w1", "w2"], 3, 6.5))
+
+
+def drawn_adapters(decoder: Decoder, number: int) -> Adapters:
+    """One of two adapters for a decoder with separate layers, 0 or 1, which change much."""
+    wanted, rank, alpha = _ADAPTERS[number]
+    config = decoder.config
+    groups = adapter_config.targets(wanted, config.num_layers)
+    fresh = lora.create(decoder, groups, rank=rank, alpha=alpha, key=jax.random.key(number))
+
+    def draw(path: str, leaf: Weight) -> jax.Array:
+        rng = np.random.default_rng([number, *path.encode()])
+        noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)
+        return place(noise, leaf.letters, lengths=config.sizes)
+
+    return fresh.replace(a=replace_leaves(fresh.a, draw), b=replace_leaves(fresh.b, draw))
 
 
 def tiny_tokens(batch: int, length: int) -> np.ndarray:
