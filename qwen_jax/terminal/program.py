@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="model directory, as `python convert/from_hf.py` and training write them (required)",
     )
+    generate_options.add_adapter(result)
     result.add_argument(
         "--system",
         type=command.text,

@@ -19,6 +19,7 @@ from qwen_jax.leaves.weights import Weight, named_leaves
 from qwen_jax.meshes.moves import place
 from qwen_jax.model import Decoder, lora
 from qwen_jax.model.lora import Adapters
+from qwen_jax.terminal import program
 from tests.support.conversion import edit
 from tests.support.tiny import replace_leaves, small_noise, tiny_config
 
@@ -35,7 +36,8 @@ def adapters_of(config: qwen_jax.Config, embeddings: bool = False) -> Adapters:
         return lora.create(decoder, groups, rank=4, alpha=8.0, key=key, embeddings=embeddings)
 
     shapes = jax.eval_shape(create, model.abstract(config, "float32"))
-    return replace_leaves(shapes, small_noise(config))
+    noise = small_noise(config)
+    return replace_leaves(shapes, lambda path, leaf: noise(path, leaf) / 4)
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +149,18 @@ def test_a_model_with_an_adapter_is_not_saved(adapted, tmp_path):
         checkpoint.save(tmp_path, adapted.config, adapted.decoder)
 
 
-def test_the_command_takes_an_adapter(chat_dir, adapter, monkeypatch, capsys):
+@pytest.mark.parametrize(("main", "more"), [(generate.main, ["--prompt", "a"]), (program.main, [])])
+def test_commands_take_an_adapter(chat_dir, adapter, monkeypatch, capsys, main, more):
     def with_weights(path: str, about: Description, *, adapter: str, **_: object) -> None:
         raise ValueError(f"{adapter} is read, for {about.generation_config.max_new_tokens} tokens")
 
     monkeypatch.setattr(from_directory, "with_weights", with_weights)
-    argv = ["--ckpt", str(chat_dir), "--prompt", "the", "--adapter"]
+    argv = ["--ckpt", str(chat_dir), *more, "--adapter"]
     for folder, told in (
         (adapter, f"{adapter} is read, for 7 tokens"),
         (chat_dir, f"{chat_dir} is read, for 512 tokens"),  # without settings of its own
     ):
-        assert generate.main([*argv, str(folder)]) == 1
+        assert main([*argv, str(folder)]) == 1
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1 and told in said[0]
 
