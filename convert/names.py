@@ -14,8 +14,8 @@ from qwen_jax.checkpoint.tensor_names import TABLE
 
 Table = Mapping[str, tuple[str, ...]]
 
-# The leaves of `TABLE` under the names of Qwen2, whose tensors hold one leaf each. Qwen2 has biases where
-# Qwen has them: on q, k and v, and not on o.
+# The leaves of `TABLE` under the names of Qwen2, whose tensors hold one leaf each. Qwen2 has biases
+# where Qwen has them: on q, k and v, and not on o.
 QWEN2: dict[str, tuple[str, ...]] = {
     "model.embed_tokens.weight": ("embedding",),
     "model.layers.{L}.input_layernorm.weight": ("layers.{L}.attn_norm",),
