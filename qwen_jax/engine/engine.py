@@ -21,6 +21,7 @@ from qwen_jax.engine.running_request import Running, of_row
 from qwen_jax.engine.scheduler import Plan, Scheduler
 from qwen_jax.engine.settings import Choice, Ended, Listener, Load, PromptScores, Settings, Started
 from qwen_jax.engine.steps import Steps
+from qwen_jax.model import Decoder
 from qwen_jax.model.rope import Rope
 
 _LOG = logging.getLogger("qwen_jax")
@@ -77,6 +78,7 @@ class Engine:
         self._flights: collections.deque[_Flight] = collections.deque()
         self._counts: collections.Counter[str] = collections.Counter()
         self._failure: str | None = None
+        self._renewal: Decoder | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -128,17 +130,24 @@ class Engine:
         with contextlib.suppress(RuntimeError):  # it has ended with the engine
             self._later(lambda: self._cancel(number))
 
+    def renew(self, decoder: Decoder) -> None:
+        """Take other weights of the same shapes for all requests that have no row yet.
+
+        They wait until no request runs, and nothing that the old weights have cached is found.
+        """
+        self._later(lambda: setattr(self, "_renewal", decoder))
+
     def load(self) -> Load:
         """See `settings.Generator`."""
-        plan, counts = self._scheduler, self._counts
-        pages = sum(pool.pages - 1 for pool in plan.pools)
+        now = self._scheduler
+        pages = sum(pool.pages - 1 for pool in now.pools)
         return Load(
-            running=len(plan.running),
-            waiting=len(plan.waiting),
+            running=len(now.running),
+            waiting=len(now.waiting),
             pages=pages,
-            used=pages - sum(pool.available for pool in plan.pools),
-            preemptions=plan.preemptions,
-            **counts,
+            used=pages - sum(pool.available for pool in now.pools),
+            preemptions=now.preemptions,
+            **self._counts,
         )
 
     def _later(self, command: Callable[[], None]) -> None:
@@ -208,6 +217,8 @@ class Engine:
         """
         while self._inbox:
             self._inbox.popleft()()
+        if self._renewal is not None:
+            self._take_weights(self._renewal)
         plan = self._scheduler.plan()
         if plan:
             self._flights.append(self._start(plan))
@@ -219,6 +230,16 @@ class Engine:
             for pool in self._scheduler.pools:
                 pool.check()
         return bool(busy)
+
+    def _take_weights(self, decoder: Decoder) -> None:
+        """Exchange the weights if no request runs; until then no request gets a row."""
+        self._scheduler.paused = bool(self._scheduler.running)
+        if self._scheduler.paused:
+            return
+        self._steps.renew(decoder)
+        for pool in self._scheduler.pools:
+            pool.forget()
+        self._renewal = None
 
     def _start(self, plan: Plan) -> _Flight:
         """Start a step's programs."""
@@ -296,12 +317,7 @@ class Engine:
                 events.append((request, outcomes.choice(line, request.settings.logprobs)))
             if code != drawing.GOES_ON:
                 ended[row.index] = "stop" if code == drawing.STOP else "length"
-        over = {
-            request: reason
-            for request, reason in (
-                (of_row(row), ended[row.index]) for row, _ in plan.emitted if row.index in ended
-            )
-        }
+        over = {of_row(row): ended[row.index] for row, _ in plan.emitted if row.index in ended}
         self._scheduler.apply(plan, tokens, ended)
         for request, choice in events:
             self._counts["new_tokens"] += 1

@@ -142,6 +142,7 @@ class Scheduler:
         self.running: dict[int, Row] = {}
         self.preemptions = self._admissions = 0
         self._oldest_first = [False] * len(pools)
+        self.paused = False  # whether waiting requests keep waiting
 
     @property
     def longest(self) -> int:
@@ -251,7 +252,7 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Give rows and pages to waiting requests, in order, until one finds no room."""
-        while self.waiting:
+        while self.waiting and not self.paused:
             row = self._row_for(self.waiting[0])
             if row is None:
                 return

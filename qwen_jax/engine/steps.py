@@ -62,19 +62,18 @@ class Steps:
     """
 
     def __init__(self, decoder: Decoder, attend: Attend, *, mesh: Mesh, shape: Shape):
-        self.mesh, self.shape, self.decoder = mesh, shape, decoder
-        self.attend = attend
+        self.mesh, self.shape, self.attend = mesh, shape, attend
         config = decoder.config
         parts = [sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH]
         self.replicas = int(np.prod(parts))
         self.sizes = Sizes(shape.rows, shape.width, config.vocab_size, config.head_dim // 2)
-        self._leaves, tree = jax.tree.flatten(decoder)
+        tree = jax.tree.structure(decoder)
         # The structure is in the program: as an argument it would be hashed at every call.
         self._decode = jax.jit(
             functools.partial(_decode, tree=tree, attend=attend), donate_argnums=(1, 2)
         )
+        self.renew(decoder)
         with meshes.entered(mesh):
-            self._groups = GroupsByRow.of(decoder)
             self._layers = pages.empty(
                 config,
                 shape.pages * self.replicas,
@@ -83,6 +82,12 @@ class Steps:
                 kind=shape.cache_dtype,
             )
             self._rows = rows.off(self.sizes)
+
+    def renew(self, decoder: Decoder) -> None:
+        """Take other weights, of the same shapes and dtypes."""
+        self.decoder, self._leaves = decoder, jax.tree.leaves(decoder)
+        with meshes.entered(self.mesh):
+            self._groups = GroupsByRow.of(decoder)
 
     def admit(self, row: int, vector: Int32[np.ndarray, " all"]) -> None:
         """Give a row, which goes off, to a request. vector: the result of `rows.entry`."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.checkpoint.generation_config import GenerationConfig
-from qwen_jax.engine.settings import Choice, Ended, Settings
+from qwen_jax.engine.settings import Choice, Ended, Settings, Started
 from qwen_jax.engine.steps import Steps
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.model import adapted
@@ -249,3 +249,27 @@ def test_a_broken_program_ends_all_requests() -> None:
     running._steps = dataclasses.replace  # type: ignore[assignment]
     running._run()
     assert told == [Ended("failed", running.failure)] and running.failure
+
+
+def test_new_weights_wait_for_running_requests_and_share_no_pages_with_old_ones() -> None:
+    steps, prompt = programs(), list(range(1, 30))
+    old, asked = steps.decoder, Asked(prompt, {"max_new_tokens": 8, "logprobs": 2}, 0, None)
+    with on_mesh():
+        new = old.replace(embedding=old.head, head=old.embedding)
+    before = alone(steps, asked)
+    steps.renew(new)
+    after = alone(steps, asked)
+    steps.renew(old)
+    running, found = engine(steps), [[], [], []]
+    running.submit(prompt, asked.made(), listener=found[0].append)
+    for _ in range(6):
+        running.step()
+    running.renew(new)
+    for listener in found[1:]:
+        running.submit(prompt, asked.made(), listener=listener.append)
+        while running.step():
+            pass
+    steps.renew(old)
+    cached = [x.cached for some in found for x in some if isinstance(x, Started)]
+    assert [some[1:] for some in found] == [before, after, after] and before != after
+    assert cached == [0, 0, 24]
