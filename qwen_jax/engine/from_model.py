@@ -48,7 +48,7 @@ def make(
         on a CPU for a quarter of the machine's memory, but no more than all rows can use.
     page: the tokens in a page; None for 128 on an accelerator and 16 on a CPU.
     chunk: the prompt tokens that are computed between two decode steps, a multiple of `page`; None
-        for 512 on an accelerator and 128 on a CPU.
+        for 512 on an accelerator and 64 on a CPU.
     chunks: the prompts of each part of the batch of which a chunk is computed at a time.
     report: is called with the name of each program and the seconds until it was ready.
 
@@ -63,7 +63,7 @@ def make(
     if rows % replicas:
         raise ValueError(f"rows {rows}: must be a multiple of the mesh's {replicas} parts of it")
     page = values.whole("page", page or (16 if slow else 128), least=1, most=1024)
-    chunk = values.whole("chunk", chunk or (128 if slow else 512), least=1)
+    chunk = values.whole("chunk", chunk or (64 if slow else 512), least=1)
     if chunk % page:
         raise ValueError(f"chunk {chunk}: must be a multiple of the page, {page} tokens")
     width = -(-model.max_length // page)
