@@ -199,11 +199,14 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     assert len(every[0].top) == 2 and len(every[-1].top) == 5
 
 
-def test_nothing_is_compiled_after_the_start() -> None:
-    steps = programs()
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_nothing_is_compiled_after_the_start(count: int) -> None:
+    steps, seed, asked = programs(), 0, 0
     with counted() as compiled:
-        for seed in range(20):
-            events(engine(steps), schedule(seed))
+        while asked < count:
+            requests = schedule(seed)
+            events(engine(steps), requests)
+            seed, asked = seed + 1, asked + len(requests)
     assert not compiled
 
 
