@@ -26,6 +26,10 @@ _EXTRAS = {
     "rich": "chat",
     "gcsfs": "gcs",
     "libtpu": "aot",
+    **dict.fromkeys(
+        ("fastapi", "llguidance", "prometheus_client", "sse_starlette", "starlette", "uvicorn"),
+        "serve",
+    ),
 }
 _OWN = ("convert", "train")  # packages of the checkout, which are not installed
 _CLOUD = ("gcsfs", "aiohttp", "google")  # packages whose errors come from access to gs://

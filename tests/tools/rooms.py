@@ -18,7 +18,7 @@ BEGIN, END = "<!-- rooms: python -m tests.tools.rooms -->", "<!-- end of rooms -
 # From the lowest to the highest, as in pyproject.toml.
 QWEN_JAX = (
     "runtime config meshes kernels leaves attention chat model decoding checkpoint generate engine "
-    "terminal"
+    "terminal serve"
 )
 ROOMS = (
     *(f"qwen_jax/{name}" for name in QWEN_JAX.split()),

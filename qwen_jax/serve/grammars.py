@@ -1,0 +1,167 @@
+"""Grammars that hold replies to a JSON schema, a regular expression or a context-free grammar.
+
+llguidance compiles them in a thread beside the event loop, with limits to their size, to the work
+of compiling, and to the work of each token. What it refuses is an error that names the field.
+"""
+
+import asyncio
+import concurrent.futures
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import llguidance
+import numpy as np
+from jaxtyping import Int32
+from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.numpy import fill_next_token_bitmask
+
+from qwen_jax.chat import tokenizer
+from qwen_jax.serve.refusals import Refusal, invalid
+
+# A model may write white space without end where JSON allows it.
+_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_items_in_row=2000,
+    max_lexer_states=50_000,
+    verbose_errors=False,
+)
+
+
+def of_schema(schema: Mapping[str, Any] | str | bool) -> str:
+    """Return llguidance's grammar of all JSON texts that a schema allows."""
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    return llguidance.LLMatcher.grammar_from_json_schema(
+        text, defaults={"whitespace_pattern": _SPACE}
+    )
+
+
+def of_regex(pattern: str) -> str:
+    """Return llguidance's grammar of all texts that a regular expression matches as a whole."""
+    return llguidance.LLMatcher.grammar_from_regex(pattern)
+
+
+def of_choices(choices: Sequence[str]) -> str:
+    """Return llguidance's grammar of some texts."""
+    return of_regex("|".join(re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", x) for x in choices))
+
+
+def of_grammar(text: str) -> str:
+    """Return llguidance's grammar of one in the notation of Lark, or in GBNF of llama.cpp."""
+    return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
+
+
+class Rule:
+    """A compiled grammar with its state (`engine.settings.Grammar`), for one sequence.
+
+    words: the words of a mask.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, *, words: int, vocab_size: int):
+        self._matcher, self._words = matcher, words
+        self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
+
+    def mask(self) -> Int32[np.ndarray, " words"]:
+        """Return the ids that may come next: bit i % 32 of word i // 32 is 1 for id i."""
+        fill_next_token_bitmask(self._matcher, self._bits)
+        return self._bits[0, : self._words].copy()
+
+    def advance(self, token: int) -> None:
+        """Move on by a token that the last mask allowed."""
+        self._matcher.consume_token(token)
+
+    @property
+    def error(self) -> str:
+        """Why the grammar has given up, as it grew beyond its limits; "" if it has not."""
+        return " ".join(self._matcher.get_error().split())
+
+    def copy(self) -> "Rule":
+        """Return the same grammar in the same state, for another sequence."""
+        copied = self._matcher.deep_copy()
+        return Rule(copied, words=self._words, vocab_size=32 * self._bits.shape[1])
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer.
+
+    vocab_size: one more than the largest id of the model.
+    ends: the ids that may follow a complete text, and end it.
+    size: the most characters of a grammar.
+    seconds: the longest time to compile one.
+    """
+
+    def __init__(
+        self,
+        words: tokenizer.Tokenizer,
+        *,
+        vocab_size: int,
+        ends: Sequence[int],
+        size: int,
+        seconds: float,
+    ):
+        self._words, self._vocab_size, self.ends = words, vocab_size, tuple(ends)
+        self._size, self._seconds = size, seconds
+        self._threads = concurrent.futures.ThreadPoolExecutor(2, "grammar")
+
+    @functools.cached_property
+    def _tokens(self) -> llguidance.LLTokenizer:
+        """The vocabulary as llguidance needs it, which takes about a second to make."""
+        return llguidance.LLTokenizer.from_tiktoken(  # type: ignore[attr-defined]  # has no stub
+            encoder=self._words.ranks,
+            special_tokens=self._words.special_tokens,
+            pattern=tokenizer.PATTERN,
+            eos_token=list(self.ends),
+            n_vocab=max(self._vocab_size, len(self._words)),
+        )
+
+    def prepare(self) -> None:
+        """Begin to read the vocabulary, so that the first grammar does not wait for it."""
+        self._threads.submit(lambda: self._tokens)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def compile(self, param: str, source: Callable[[], str], *, count: int) -> list[Rule]:
+        """Compile a grammar for so many sequences.
+
+        param: the field of the request that has it, for errors.
+        source: makes llguidance's text of it, as `of_schema` does; is called in a thread.
+
+        Raises Refusal 400 for a grammar that is wrong, unsupported, too large or too slow.
+        """
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._threads, self._compile, param, source, count)
+        try:
+            return await asyncio.wait_for(work, self._seconds)
+        except TimeoutError:
+            raise invalid(param, f"takes over {self._seconds:g} s to compile") from None
+
+    def _compile(self, param: str, source: Callable[[], str], count: int) -> list[Rule]:
+        try:
+            text = source()
+        except (ValueError, RecursionError) as error:
+            raise invalid(param, str(error)) from None
+        except Exception as error:  # of the translation of GBNF
+            raise invalid(param, f"{type(error).__name__}: {error}") from None
+        if len(text) > self._size:
+            raise invalid(param, f"{len(text)} characters: at most {self._size}")
+        matcher = llguidance.LLMatcher(self._tokens, text, log_level=0, limits=_LIMITS)
+        rule = Rule(matcher, words=-(-self._vocab_size // 32), vocab_size=self._tokens.vocab_size)
+        if (not rule.error and not rule.mask().any()) or rule.error.startswith("NoExtension"):
+            raise invalid(param, "no text matches it")
+        if rule.error:
+            raise invalid(param, rule.error)
+        return [rule, *(rule.copy() for _ in range(count - 1))]
+
+
+def failed(rule: object) -> Refusal | None:
+    """Return the error of a sequence whose grammar gave up; None if it did not."""
+    if isinstance(rule, Rule) and (error := rule.error):
+        return Refusal(400, f"the grammar grew too complex while it was followed: {error}")
+    return None
