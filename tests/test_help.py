@@ -23,6 +23,7 @@ COMMANDS = (
     "convert.to_hf",
     "qwen_jax.expand_vocab",
     "qwen_jax.generate.__main__",
+    "qwen_jax.serve.__main__",
     "qwen_jax.checkpoint.inspection",
     "qwen_jax.attention.tuning",
     "qwen_jax.terminal.program",
@@ -64,6 +65,7 @@ FREE = {
         "plot",
     ),
     *("prompt", "prompt_file", "prompts", "chat", "chats", "system", "stop", "field", "set"),
+    *("host", "api_key", "api_key_file", "allow_host", "name"),
     *("token_cache", "compilation_cache", "coordinator", "lengths", "windows", "profile_steps"),
 }
 

@@ -88,14 +88,17 @@ def application(
     pages = Pages(page)
     app.router.routes += [Route(path, pages, methods=["GET"]) for path in pages.paths]
     open_paths = ("/health", *pages.paths)
-    return Gate(app, limits=limits, keys=keys, hosts=hosts, open_paths=open_paths), served
+    return Gate(app, served=served, keys=keys, hosts=hosts, open_paths=open_paths), served
 
 
 def _lifespan(served: Served) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         served.grammars.prepare()
+        app.state.desk = Desk(served, asyncio.get_running_loop())
+        watch = asyncio.create_task(app.state.desk.watch())
         yield
+        watch.cancel()
         served.grammars.close()
 
     return lifespan
@@ -148,26 +151,17 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _add_api(app: FastAPI, served: Served) -> None:
     """Add the routes that read a request's body."""
-    desks: dict[asyncio.AbstractEventLoop, Desk] = {}
-
-    def desk() -> Desk:
-        loop = asyncio.get_running_loop()
-        if loop not in desks:
-            desks.clear()
-            desks[loop] = Desk(served, loop)
-        return desks[loop]
-
     generating = _errors(400, 401, 403, 404, 408, 413, 422, 429, 500, 503)
 
     @app.post("/v1/chat/completions", responses=generating, tags=["OpenAI"])
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await chats.answer(request, body, desk())
+        return await chats.answer(request, body, app.state.desk)
 
     @app.post("/v1/completions", responses=generating, tags=["OpenAI"])
     async def complete(request: Request, body: CompletionRequest) -> Response:
         """Continue texts."""
-        return await completions.answer(request, body, desk())
+        return await completions.answer(request, body, app.state.desk)
 
     reading = _errors(400, 401, 403, 404, 408, 413, 422)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_jax.serve.refusals import Refusal
-from qwen_jax.serve.served import Limits
+from qwen_jax.serve.refusals import Refusal, busy
+from qwen_jax.serve.served import Limits, Served
 
 
 class Gate:
@@ -29,12 +29,12 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        limits: Limits,
+        served: Served,
         keys: Sequence[str] = (),
         hosts: Sequence[str] | None = None,
         open_paths: Sequence[str] = (),
     ):
-        self._app, self._limits, self._open = app, limits, frozenset(open_paths)
+        self._app, self._served, self._open = app, served, frozenset(open_paths)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
 
@@ -51,10 +51,18 @@ class Gate:
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
             return
-        await self._app(scope, _Bounded(receive, self._limits), send)
+        counts = scope["method"] == "POST"
+        self._served.answering += counts
+        try:
+            await self._app(scope, _Bounded(receive, self._served.limits), send)
+        finally:
+            self._served.answering -= counts
 
     def _check(self, scope: Scope) -> None:
-        """Raise Refusal for a wrong host or key, or a body that says that it is too long."""
+        """Raise Refusal for a wrong host or key, a body that says that it is too long, or the end.
+
+        Requests that have been taken are answered before the server ends.
+        """
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
@@ -62,9 +70,11 @@ class Gate:
             raise Refusal(403, f"this server does not answer for the host {name!r}")
         if self._keys and scope["path"] not in self._open:
             self._check_key(headers.get("authorization", ""))
+        if self._served.draining and scope["method"] == "POST":
+            raise busy(503, "the server is about to end", seconds=5)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._limits.body:
-            raise too_large(self._limits)
+        if length.isdecimal() and int(length[:20]) > self._served.limits.body:
+            raise too_large(self._served.limits)
 
     def _check_key(self, authorization: str) -> None:
         """Raise Refusal for a wrong key, after a time that tells nothing of the right ones."""

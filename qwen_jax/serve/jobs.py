@@ -15,6 +15,7 @@ from qwen_jax.engine.settings import Choice, Ended, Event, Settings, Started
 from qwen_jax.serve.refusals import Refusal, busy, invalid
 from qwen_jax.serve.served import Served
 
+_LOOKS = 0.25  # seconds between looks at whether the engine has failed
 _PARAMS = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -60,10 +61,12 @@ class Desk:
     """Hands jobs to the engine, and its events to the groups of jobs, in the event loop's thread.
 
     waiting: the jobs that have no row yet.
+    groups: those whose jobs are not all over.
     """
 
     def __init__(self, served: Served, loop: asyncio.AbstractEventLoop):
         self.served, self.waiting = served, 0
+        self.groups: set[Group] = set()
         self._loop, self._called = loop, False
         self._letters: deque[tuple[Callable[[Event, float], None], Event, float]] = deque()
 
@@ -71,8 +74,6 @@ class Desk:
         """Raise Refusal if a new request has to come back later."""
         if (failure := self.served.generator.failure) is not None:
             raise Refusal(500, f"the engine has stopped: {failure}")
-        if self.served.draining:
-            raise busy(503, "the server is about to end", seconds=5)
         if self.waiting >= self.served.limits.queue:
             raise busy(429, f"{self.waiting} sequences wait already: try later", seconds=2)
 
@@ -96,6 +97,14 @@ class Desk:
         except RuntimeError as error:
             raise Refusal(500, f"the engine has stopped: {error}") from None
 
+    async def watch(self) -> None:
+        """Wait until the engine fails, and end all requests then, even if it tells them nothing."""
+        while (failure := self.served.generator.failure) is None:
+            await asyncio.sleep(_LOOKS)
+        await asyncio.sleep(_LOOKS)  # what it still tells comes first
+        for group in list(self.groups):
+            group.fail(Refusal(500, f"the engine has stopped: {failure}"))
+
     def _deliver(self) -> None:
         self._called = False  # before letters are taken, so that none stays behind
         while self._letters:
@@ -112,7 +121,8 @@ class Group:
     def __init__(self, desk: Desk, prompts: Sequence[tuple[Sequence[int], Sequence[Settings]]]):
         self._desk, self._served = desk, desk.served
         self._wake, self._ready = asyncio.Event(), deque[Job]()
-        self._unread, self._broken = 0, False
+        self._unread = 0
+        self._refusal: Refusal | None = None
         self.jobs: list[Job] = []
         for ids, each in prompts:
             first: Job | None = None
@@ -128,6 +138,7 @@ class Group:
             what = f"{len(self.jobs)} sequences (prompts times n): at most {limits.n}"
             raise invalid("n", what)
         self._desk.check_room()
+        self._desk.groups.add(self)
         now = time.perf_counter()
         for job in self.jobs:
             job.arrived = now
@@ -161,14 +172,14 @@ class Group:
             job.last = at
         elif isinstance(event, Ended):
             self._end(job)
+            self._follow(job)
             metrics.ended(job, event.reason, at)
         if not job.events:
             self._ready.append(job)
         job.events.append(event)
         self._unread += 1
         if self._unread > self._served.limits.unread:  # the client does not read
-            self._broken = True
-            self.close()
+            self.fail(Refusal(408, "the answer was not read in time"))
         self._wake.set()
 
     def _has_row(self, job: Job) -> None:
@@ -196,7 +207,7 @@ class Group:
 
         Raises Refusal if the engine failed, or if the events were not taken in time.
         """
-        while self._ready or not all(job.over for job in self.jobs):
+        while self._ready or self._refusal or not all(job.over for job in self.jobs):
             await self._wake.wait()
             self._wake.clear()
             while self._ready:
@@ -207,8 +218,8 @@ class Group:
                 if isinstance(end, Ended) and end.reason not in ("stop", "length"):
                     raise Refusal(500, f"the engine ended the request: {end.error or end.reason}")
                 yield job, events
-            if self._broken:
-                raise Refusal(408, "the answer was not read in time")
+            if self._refusal is not None:
+                raise self._refusal
 
     def stop(self, job: Job) -> None:
         """End a job whose text is complete."""
@@ -220,8 +231,16 @@ class Group:
             self._follow(job)
             self._wake.set()
 
+    def fail(self, refusal: Refusal) -> None:
+        """End all jobs that still run, and have `batches` raise an error."""
+        if not all(job.over for job in self.jobs):
+            self._refusal = refusal
+            self.close()
+            self._wake.set()
+
     def close(self) -> None:
         """End all jobs that still run, as nobody waits for them."""
+        self._desk.groups.discard(self)
         for job in self.jobs:
             if not job.over:
                 self._end(job)

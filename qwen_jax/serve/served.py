@@ -83,6 +83,7 @@ class Served:
     names: the first one is taken by a request without `model`.
     draining: whether new requests are refused, as the server is about to end.
     live: the number of sequences that are not over.
+    answering: the number of requests that are being answered, but for those that only look.
     """
 
     generator: Generator
@@ -96,6 +97,7 @@ class Served:
     started: int
     draining: bool = False
     live: int = 0
+    answering: int = 0
 
     def named(self, name: str | None) -> Name:
         """Return the served name, or raise Refusal 404."""
