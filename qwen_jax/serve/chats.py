@@ -136,7 +136,7 @@ async def _events(exchange: Exchange, body: ChatRequest) -> AsyncIterator[bytes]
 
     async for index, piece in exchange.pieces():
         draft = exchange.drafts[index]
-        if index not in begun:
+        if index not in begun and (piece.ids or draft.reason is not None):
             begun.add(index)
             yield chunk(index, {"role": "assistant", "content": ""})
         if piece.text or piece.tokens or (body.return_token_ids and piece.ids):

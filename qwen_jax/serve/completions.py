@@ -157,7 +157,7 @@ class _Parts:
 
     def add(self, piece: Piece) -> None:
         """Add what came of the sequence."""
-        if not self._begun:
+        if not self._begun and (piece.ids or self._draft.reason is not None):
             self._begun = True
             if self._body.echo:
                 self._echo()

@@ -21,8 +21,8 @@ from llguidance.numpy import fill_next_token_bitmask
 from qwen_jax.chat import tokenizer
 from qwen_jax.serve.refusals import Refusal, invalid
 
-# A model may write white space without end where JSON allows it.
-_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# A model may write white space without end where JSON allows it: a space, or a line with indents.
+_SPACE = r"(\n {0,32}| )"
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
