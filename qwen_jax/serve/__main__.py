@@ -101,7 +101,6 @@ def defaults(about: "Description") -> "Defaults":
         chat_stops=_single(about.chat_stops()),
         text_stops=_single(ends),
         stop_texts=tuple(tokenizer.decode(ids) for ids in config.stops if len(ids) > 1),
-        window=config.max_window_size,
     )
 
 

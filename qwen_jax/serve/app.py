@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from qwen_jax.chat import ChatFormat, ChatML
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.engine.settings import Generator
 from qwen_jax.runtime.version import VERSION
@@ -41,6 +42,7 @@ def application(
     vocab_size: int,
     names: Sequence[Name],
     defaults: Defaults,
+    chat_format: ChatFormat | None = None,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
@@ -51,6 +53,7 @@ def application(
     generator: the engine.
     vocab_size: one more than the largest id that the model takes.
     names: of the model, and of its adapters.
+    chat_format: of the model; None for ChatML with tools as in ReAct.
     keys: API keys, one of which each request needs; none for a server that anybody may use.
     hosts: the names that the header Host may have; None for any.
     page: the folder of static files for `/`.
@@ -59,6 +62,7 @@ def application(
     served = Served(
         generator=generator,
         tokenizer=tokenizer,
+        chat_format=chat_format or ChatML(tokenizer),
         vocab_size=vocab_size,
         names=names,
         defaults=defaults,

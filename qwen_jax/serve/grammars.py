@@ -51,9 +51,14 @@ def of_choices(choices: Sequence[str]) -> str:
     return of_regex("|".join(re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", x) for x in choices))
 
 
+def of_lark(text: str) -> str:
+    """Return llguidance's grammar of one in its notation of Lark."""
+    return llguidance.LLMatcher.grammar_from_lark(text)
+
+
 def of_grammar(text: str) -> str:
     """Return llguidance's grammar of one in the notation of Lark, or in GBNF of llama.cpp."""
-    return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text))
+    return of_lark(any_to_lark(text))
 
 
 class Rule:

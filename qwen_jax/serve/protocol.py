@@ -94,7 +94,7 @@ class Function(Body):
 
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
+    parameters: JsonValue = None  # Qwen's own tools have a list
     strict: bool | None = None
 
 

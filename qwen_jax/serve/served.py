@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from qwen_jax.chat import ChatFormat
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.engine.settings import Generator
 from qwen_jax.serve.grammars import Grammars
@@ -50,7 +51,6 @@ class Defaults:
     max_new_tokens: the most new tokens of a chat reply, fewer where fewer fit.
     chat_stops, text_stops: the ids that end a chat reply, and a completion.
     stop_texts: texts that end a completion.
-    window: a chat prompt keeps the newest turns below this number of tokens.
     """
 
     temperature: float = 1.0
@@ -61,7 +61,6 @@ class Defaults:
     chat_stops: Sequence[int] = ()
     text_stops: Sequence[int] = ()
     stop_texts: Sequence[str] = ()
-    window: int = 6144
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +87,7 @@ class Served:
 
     generator: Generator
     tokenizer: Tokenizer
+    chat_format: ChatFormat
     vocab_size: int
     names: Sequence[Name]
     defaults: Defaults

@@ -7,6 +7,7 @@ from qwen_jax.serve.exchange import encode
 from qwen_jax.serve.protocol import DetokenizeRequest, TokenizeRequest
 from qwen_jax.serve.refusals import Refusal, invalid
 from qwen_jax.serve.served import Served
+from qwen_jax.serve.tool_choice import tools_of
 
 
 async def tokenize(body: TokenizeRequest, served: Served) -> dict[str, Any]:
@@ -17,7 +18,7 @@ async def tokenize(body: TokenizeRequest, served: Served) -> dict[str, Any]:
     if body.prompt is not None:
         ids = await encode(served, body.prompt)
     else:
-        ids = (await chats.prompt(body, served)).ids
+        ids = (await chats.prompt(body, served, tools=tools_of(body))).ids
     table = served.tokenizer.id_to_bytes
     strings = [table[i].decode("utf-8", "replace") for i in ids]
     return {
