@@ -6,7 +6,6 @@ if the engine has stopped.
 
 import argparse
 import contextlib
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -174,10 +173,7 @@ def work(args: argparse.Namespace) -> None:
         for line in greeting(args, address(taken), longest=made.longest, keyed=bool(given_keys)):
             command.say(line)
         server.serve_at(taken)
-    if made.failure is not None:
-        raise RuntimeError(f"the engine has stopped: {made.failure}")
-    if server.ended_by == signal.SIGINT:
-        raise KeyboardInterrupt
+    server.raise_end()
 
 
 def greeting(args: argparse.Namespace, url: str, *, longest: int, keyed: bool) -> list[str]:

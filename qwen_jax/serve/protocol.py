@@ -8,7 +8,6 @@ import logging
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -41,25 +40,9 @@ class Body(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-def _parts(content: object) -> object:
-    """Check the content of a message: text, null, or a list of parts that are text."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError("must be a text, or a list of parts")
-    for number, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            shown = texts.shown(kind if isinstance(part, dict) else part)
-            raise ValueError(f"part {number} is of type {shown}: this model takes 'text' only")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {number} has no text in 'text'")
-    return content
-
-
 _PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]}
-Content = Annotated[Any, AfterValidator(_parts), WithJsonSchema(_CONTENT)]
+Content = Annotated[Any, WithJsonSchema(_CONTENT)]  # the chat format checks it
 Arguments = str | dict[str, JsonValue] | None
 
 

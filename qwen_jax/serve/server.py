@@ -23,16 +23,20 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises OSError that names the address.
     """
+    taken: socket.socket | None = None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise OSError(f"{host}:{port} cannot be served: {why}; choose another --port") from None
-    taken.set_inheritable(True)
+    except (OSError, OverflowError, UnicodeError) as error:
+        if taken is not None:
+            taken.close()
+        why = getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            f"{host}:{port} cannot be served: {why}; choose another --host or --port"
+        ) from None
     return taken
 
 
@@ -90,6 +94,13 @@ class Server(uvicorn.Server):
         finally:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
+
+    def raise_end(self) -> None:
+        """Raise the exception that gives the process the exit code of how the server has ended."""
+        if (failure := self._served.generator.failure) is not None:
+            raise RuntimeError(f"the engine has stopped: {failure}")
+        if self.ended_by == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def drain(self, number: int) -> None:
         """Refuse new requests, and end when those that were taken are answered; now, if again."""

@@ -1,0 +1,169 @@
+"""Replies that a grammar holds: schemas, regular expressions, choices; and what is refused."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.serve import grammars
+from qwen_jax.serve.grammars import Grammars, Rule
+from qwen_jax.serve.refusals import Refusal
+from tests.support.served_app import HELLO, TOKENIZER, VOCAB_SIZE, Served, opened
+from tests.support.vocabulary import tiny_ranks
+
+CHAT = "/v1/chat/completions"
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Served]:
+    with opened('{"wrong": [') as found:
+        yield found
+
+
+def text(one: Served, **body: Any) -> str:
+    choice = one.chat(max_tokens=300, **body)["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["stop_reason"] is None
+    return choice["message"]["content"]
+
+
+def test_a_schema_holds_the_reply(one: Served) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+    for body in (
+        {"response_format": form},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+        {"guided_json": SCHEMA},
+    ):
+        found = json.loads(text(one, **body))
+        assert set(found) == {"a", "b"} and 0 <= found["a"] <= 99
+    one.says = "{ \n\n\n\n   }"  # a model that writes white space without end
+    assert json.loads(text(one, response_format={"type": "json_object"})) == {}
+    one.says = '{"wrong": ['
+
+
+def test_other_grammars_hold_the_reply(one: Served) -> None:
+    assert text(one, structured_outputs={"regex": "[0-9]{3}x?"})[:3].isdecimal()
+    choices = ["你好", 'a "b" \\ {c}', "😀"]
+    assert text(one, structured_outputs={"choice": choices}) in choices
+    assert text(one, guided_choice=["yes"]) == "yes"
+    assert text(one, structured_outputs={"grammar": 'root ::= "ab" | "cd"'}) in ("ab", "cd")
+    assert text(one, structured_outputs={"grammar": 'start: "ab" | "cd"'}) in ("ab", "cd")
+    assert text(one, guided_regex="q+")[0] == "q"
+
+
+def test_each_of_n_replies_has_a_grammar_of_its_own(one: Served) -> None:
+    found = one.chat(n=3, structured_outputs={"regex": "[ab]{9}"})["choices"]
+    assert len({choice["message"]["content"] for choice in found}) == 1
+    rules = [settings.grammar for _, settings in one.engine.submitted[-3:]]
+    assert len(set(map(id, rules))) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+         "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+         "response_format.json_schema.schema"),
+        ({"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}},
+         "structured_outputs.json"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"$ref": "http://localhost/x"}}},
+         "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "[^\\s\\S]"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 200_000}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"grammar": "root ::= " + "(" * 5000}},
+         "structured_outputs.grammar"),
+        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+         "structured_outputs.regex"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"guided_regex": "a", "min_tokens": 3}, "min_tokens"),
+        ({"guided_regex": "a", "allowed_token_ids": [5]}, "allowed_token_ids"),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_cannot_be_followed_is_named(
+    one: Served, body: dict[str, Any], param: str
+) -> None:
+    status, error = one.refused(CHAT, messages=HELLO, **body)
+    assert (status, error["param"]) == (400, param), error
+
+
+def doubled(depth: int, word: str) -> dict[str, Any]:
+    """A schema of a few lines that spells out 2 ** depth."""
+    names = {f"d{i}": {word: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(depth)}
+    return {"$defs": {**names, f"d{depth}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        {"json": doubled(30, "anyOf")},
+        {"json": doubled(18, "allOf")},
+        {"json": {"type": "array", "minItems": 10**6, "items": {"type": "integer"}}},
+        {"json": {"enum": list(range(20_000))}},
+        {"json": {"type": "string", "pattern": "(a+)+$"}},
+        {"regex": "((a{1,100}){1,100}){1,100}b"},
+        {"regex": "[abc]*a[abc]{500}c"},
+    ],
+)
+def test_a_bomb_is_followed_or_refused(one: Served, bomb: dict[str, Any]) -> None:
+    one.says = '"aaaa'
+    answer = one.client.post(
+        CHAT, json={"messages": HELLO, "structured_outputs": bomb, "max_tokens": 5}
+    )
+    assert answer.status_code in (200, 400), answer.text
+
+
+def test_one_that_takes_too_long_is_refused() -> None:
+    async def slow() -> None:
+        found = Grammars(TOKENIZER, vocab_size=9, ends=(0,), size=10, seconds=0.01)
+        with pytest.raises(Refusal, match=r"p: takes over 0\.01 s"):
+            await found.compile("p", lambda: time.sleep(0.05) or "", count=1)
+        found.close()
+
+    asyncio.run(slow())
+
+
+def ids(rule: Rule) -> list[int]:
+    bits = np.unpackbits(rule.mask().view(np.uint8), bitorder="little")
+    return bits.nonzero()[0].tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 512, 700])
+def test_masks_have_a_bit_for_each_id_of_the_model(vocab_size: int) -> None:
+    """Also with a tokenizer that has gaps, and rows of the model that are padding."""
+    sparse = Tokenizer(tiny_ranks(), {b"hello": 500, b"abba": 470})
+
+    async def made() -> Rule:
+        ends = (sparse.im_end_id, sparse.eod_id)
+        found = Grammars(sparse, vocab_size=vocab_size, ends=ends, size=10**5, seconds=10)
+        (rule,) = await found.compile("p", lambda: grammars.of_regex("abba|a[x-z]"), count=1)
+        found.close()
+        return rule
+
+    rule = asyncio.run(made())
+    assert rule.mask().shape == (-(-vocab_size // 32),) and rule.mask().dtype == np.int32
+    other = rule.copy()
+    assert ids(rule) == sorted([97, sparse.ranks[b"ab"], 470])
+    rule.advance(470)
+    assert ids(rule) == sorted([sparse.im_end_id, sparse.eod_id]) and not rule.error
+    assert 97 in ids(other)
