@@ -89,7 +89,13 @@ class StopText:
             _, start, self.matched = min(found)
             self._held = ""
             return held[:start]
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
+        most = len(held) + 1
+        begun = (
+            n
+            for stop in self._stops
+            for n in range(1, min(len(stop), most))
+            if held.endswith(stop[:n])
+        )
         ready = len(held) - max(begun, default=0)
         self._held = held[ready:]
         return held[:ready]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -33,6 +33,7 @@ from qwen_jax.serve.refusals import Refusal, busy
 from qwen_jax.serve.served import Defaults, Limits, Name, Served
 
 PAGE = Path(__file__).parent / "page"
+_LARGE = 2**17  # bytes of JSON that are read beside the event loop
 
 
 def application(
@@ -89,6 +90,7 @@ def application(
     refusals.install(app)
     _add_api(app, served)
     _add_state(app, served)
+    _describe(app)
     pages = Pages(page)
     app.router.routes += [Route(path, pages, methods=["GET"]) for path in pages.paths]
     open_paths = ("/health", *pages.paths)
@@ -114,7 +116,11 @@ def _route_class(depth: int) -> type[APIRoute]:
     class StrictRequest(Request):
         async def json(self) -> Any:
             if not hasattr(self, "_json"):
-                self._json = strict_json.read(await self.body(), depth=depth)
+                data = await self.body()
+                if len(data) < _LARGE:
+                    self._json = strict_json.read(data, depth=depth)
+                else:
+                    self._json = await asyncio.to_thread(strict_json.read, data, depth=depth)
             return self._json
 
     class StrictRoute(APIRoute):
@@ -127,6 +133,23 @@ def _route_class(depth: int) -> type[APIRoute]:
             return strict
 
     return StrictRoute
+
+
+def _describe(app: FastAPI) -> None:
+    """Leave the errors out of the description of the API that FastAPI has, and we do not."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            told = made()
+            for operations in told["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                told["components"]["schemas"].pop(name, None)
+        return made()
+
+    app.openapi = openapi
 
 
 _ERROR = {
@@ -155,7 +178,9 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _add_api(app: FastAPI, served: Served) -> None:
     """Add the routes that read a request's body."""
-    generating = _errors(400, 401, 403, 404, 408, 413, 422, 429, 500, 503)
+    stream: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    generating = _errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
+    generating[200] = {"description": "an answer, or a stream of events", "content": stream}
 
     @app.post("/v1/chat/completions", responses=generating, tags=["OpenAI"])
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -167,7 +192,7 @@ def _add_api(app: FastAPI, served: Served) -> None:
         """Continue texts."""
         return await completions.answer(request, body, app.state.desk)
 
-    reading = _errors(400, 401, 403, 404, 408, 413, 422)
+    reading = _errors(400, 401, 403, 404, 408, 413, 503)
 
     @app.post("/tokenize", responses=reading, tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -206,7 +231,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
         """Return one of the names that are served."""
         return model(served.named(name))
 
-    @app.get("/health", responses=_errors(403, 503), tags=["state"])
+    @app.get("/health", responses=_errors(403, 503), tags=["state"], response_class=Response)
     async def health() -> Response:
         """Return 200 with an empty body if requests are taken, else 503."""
         if (failure := served.generator.failure) is not None:
@@ -215,10 +240,17 @@ def _add_state(app: FastAPI, served: Served) -> None:
             raise busy(503, "the server is about to end", seconds=5)
         return Response()
 
-    @app.get("/metrics", responses=_errors(401, 403), tags=["state"])
+    figures = {200: {"description": "figures", "content": {CONTENT_TYPE: {}}}}
+
+    @app.get(
+        "/metrics",
+        responses={**_errors(401, 403), **figures},
+        tags=["state"],
+        response_class=Response,
+    )
     async def metrics() -> Response:
         """Return figures for Prometheus."""
-        return PlainTextResponse(served.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/version", responses=_errors(401, 403), tags=["state"])
     async def version() -> dict[str, str]:

@@ -29,13 +29,19 @@ from qwen_jax.serve.tool_choice import Tools, refused, tools_of
 
 _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
 _LONG = 4096  # characters of messages that are encoded beside the event loop
+_EACH = 40  # characters that take as long as the rest of a message
+_LEAST = 4  # tokens of an empty message
 
 
 async def prompt(body: ChatRequest | TokenizeRequest, served: Served, *, tools: Tools) -> Prompt:
     """Return the prompt of a conversation. No turn of it is left out. Raises Refusal."""
     if body.continue_final_message and body.add_generation_prompt:
         raise invalid("continue_final_message", "not with add_generation_prompt: true")
-    messages = [message.given() for message in body.messages or ()]
+    given = body.messages or []
+    if _LEAST * len(given) > served.longest:
+        what = f"{len(given)} messages are more than {served.longest} tokens, as the model takes"
+        raise invalid("messages", what, code="context_length_exceeded")
+    messages = [message.given() for message in given]
 
     def made() -> Prompt:
         return served.chat_format.prompt(
@@ -47,7 +53,8 @@ async def prompt(body: ChatRequest | TokenizeRequest, served: Served, *, tools: 
         )
 
     try:
-        if sum(len(str(message.get("content"))) for message in messages) < _LONG:
+        size = sum(_EACH + len(str(message.get("content"))) for message in messages)
+        if size < _LONG:
             return made()
         return await asyncio.to_thread(made)
     except MessageError as error:

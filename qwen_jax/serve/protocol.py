@@ -26,8 +26,7 @@ _ignored: set[str] = set()
 Whole = Annotated[int, BeforeValidator(values.from_file)]  # 5.0 counts as 5
 Number = Annotated[float, Field(ge=-values.FLOAT32, le=values.FLOAT32)]
 Count = Annotated[Whole, Field(ge=1, le=values.INT32)]
-Id = Annotated[Whole, Field(ge=0, le=values.INT32)]
-Ids = list[Id]
+Ids = list[Annotated[int, Field(ge=0, le=values.INT32)]]  # no Python for each of a million
 
 
 class Body(BaseModel):
@@ -70,6 +69,9 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: Call | None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=20_000)]
 
 
 class Function(Body):
@@ -201,7 +203,7 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
 class ChatRequest(Common):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
@@ -228,7 +230,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: list[Tool] | None = None
     tool_choice: JsonValue = None
     functions: list[Function] | None = None

@@ -25,11 +25,9 @@ def check(body: Common, served: Served) -> None:
         raise invalid("stream_options", "only with stream")
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("prompt_logprobs", "not with stream")
-    for number, stop in enumerate(stops(body)):
-        if not stop:
-            raise invalid("stop" if isinstance(body.stop, str) else f"stop[{number}]", "is empty")
-    if len(stops(body)) > served.limits.stops:
-        raise invalid("stop", f"{len(stops(body))} texts: at most {served.limits.stops}")
+    if count(body) > served.limits.n:
+        raise invalid("n", f"{body.n} sequences: at most {served.limits.n}")
+    _check_stops(body, served)
     own = [*served.defaults.chat_stops, *served.defaults.text_stops]
     if len({*own, *(body.stop_token_ids or ())}) > MOST_STOPS:
         raise invalid("stop_token_ids", f"at most {MOST_STOPS}, with the model's own")
@@ -37,6 +35,19 @@ def check(body: Common, served: Served) -> None:
         _known(name, getattr(body, name) or (), served)
     if body.allowed_token_ids == []:
         raise invalid("allowed_token_ids", "is empty: nothing could be generated")
+
+
+def _check_stops(body: Common, served: Served) -> None:
+    """Raise Refusal for stop texts that end nothing, or take long to look for in each text."""
+    limits, texts_given = served.limits, stops(body)
+    if len(texts_given) > limits.stops:
+        raise invalid("stop", f"{len(texts_given)} texts: at most {limits.stops}")
+    for number, stop in enumerate(texts_given):
+        param = "stop" if isinstance(body.stop, str) else f"stop[{number}]"
+        if not stop:
+            raise invalid(param, "is empty")
+        if len(stop) > limits.stop_size:
+            raise invalid(param, f"{len(stop)} characters: at most {limits.stop_size}")
 
 
 def _known(name: str, ids: Sequence[int], served: Served) -> None:

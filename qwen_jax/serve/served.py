@@ -22,6 +22,7 @@ class Limits:
     n: sequences of a request: its prompts times `n`.
     prompt: tokens of a prompt; None for as many as the engine takes.
     stops: stop texts of a request.
+    stop_size: characters of one of them.
     grammar: characters of a JSON schema, regular expression or grammar.
     grammar_seconds: the longest time to compile it.
     unread: new tokens that wait for a client that does not read them, before it is given up.
@@ -36,6 +37,7 @@ class Limits:
     n: int = 128
     prompt: int | None = None
     stops: int = 16
+    stop_size: int = 256
     grammar: int = 100_000
     grammar_seconds: float = 10
     unread: int = 8192

@@ -281,6 +281,8 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"stop": ["a"] * 17}, "stop", ""),
     (CHAT, {"stop": ["a", ""]}, "stop[1]", ""),
     (CHAT, {"stop": 3}, "stop", ""),
+    (CHAT, {"stop": "a" * 257}, "stop", ""),
+    (CHAT, {"messages": HELLO * 1025}, "messages", "context_length_exceeded"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", ""),
     (CHAT, {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", ""),
     (CHAT, {"top_logprobs": 2}, "top_logprobs", ""),
@@ -347,6 +349,15 @@ def test_paths_and_methods_that_are_not_there_have_openais_errors(one: Served) -
         answer = one.client.request(method, path)
         assert answer.status_code == status
         assert answer.json()["error"]["code"] == status
+
+
+def test_the_description_has_what_routes_answer(one: Served) -> None:
+    told = one.client.get("/openapi.json").json()
+    for path, operations in told["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            assert path.startswith(("/health", "/metrics")) or operation["responses"]["200"]
+    assert not [name for name in told["components"]["schemas"] if "Validation" in name]
 
 
 def test_the_page_loads_nothing_from_elsewhere(one: Served) -> None:

@@ -61,7 +61,8 @@ def test_a_prompt_and_sequences_have_limits_of_their_own() -> None:
     with opened(limits=Limits(prompt=5, n=3)) as one:
         status, error = one.refused(TEXT, prompt="x" * 6)
         assert (status, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
-        assert one.refused(TEXT, prompt="x", n=4)[1]["param"] == "prompt"
+        assert one.refused(TEXT, prompt="x", n=4)[1]["param"] == "n"
+        assert one.refused(TEXT, prompt=["x", "y"], n=2)[1]["param"] == "prompt"
         assert one.refused(CHAT, messages=HELLO)[1]["param"] == "messages"
 
 
