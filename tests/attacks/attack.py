@@ -107,12 +107,13 @@ def bodies(target: Target) -> list[tuple[str, Callable[[], str | None]]]:
 
     tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(1000)]
     rules = [*(f'r{i}: "a" r{i + 1} | "b"' for i in range(1000)), 'r1000: "c"', "start: r0"]
+    emoji = [{"role": "user", "content": "😀" * 10**6}]
     nines = b"9" * 10**6
     deep = b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
     return [
         ("a prompt of a million characters", ask(TEXT, prompt="a" * 10**6)),
         ("a million spaces", ask(TEXT, prompt=" " * 10**6)),
-        ("a message of a million emoji", ask(CHAT, messages=[{**HELLO[0], "content": "😀" * 10**6}])),
+        ("a message of a million emoji", ask(CHAT, messages=emoji)),
         ("a hundred thousand messages", ask(CHAT, messages=HELLO * 100_000)),
         ("a million ids", ask(TEXT, prompt=[1] * 10**6)),
         ("ten thousand prompts", ask(TEXT, prompt=["a"] * 10_000)),
