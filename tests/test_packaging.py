@@ -26,7 +26,9 @@ def test_qwen_jax_alone_is_installed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["packages"] == {"find": {"include": ["qwen_jax", "qwen_jax.*"]}}
     found = [x for x in (ROOT / "qwen_jax").rglob("*") if x.is_file()]
-    files = [x for x in found if "__pycache__" not in x.parts]
+    page = ROOT / "qwen_jax/serve/page"  # a folder of static files, in whole
+    assert settings["package-data"]["qwen_jax.serve"] == ["page/**"]
+    files = [x for x in found if "__pycache__" not in x.parts and page not in x.parents]
     patterns = ["*.py", *settings["package-data"]["*"]]
     lost = [x for x in files if not any(fnmatch.fnmatch(x.name, p) for p in patterns)]
     assert files and not lost

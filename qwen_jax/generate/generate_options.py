@@ -147,8 +147,11 @@ def _sampling_options(group: command.Group) -> None:
     )
 
 
-def model_options(group: command.Group) -> None:
-    """Add the options that say how a model is loaded, to which `from_options` turns them."""
+def model_options(group: command.Group, *, ntk: bool = True) -> None:
+    """Add the options that say how a model is loaded, to which `from_options` turns them.
+
+    ntk: whether the command lets its caller choose the length that sets dynamic NTK's alpha.
+    """
     add = group.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
@@ -185,13 +188,14 @@ def model_options(group: command.Group) -> None:
         help="override a config value by its Hugging Face name, VALUE in JSON; repeatable "
         "(default: as config.json has them)",
     )
-    add(
-        "--ntk",
-        choices=("prompt", "total"),
-        default="prompt",
-        help="length that sets dynamic NTK's alpha: the prompt's, or that of prompt and "
-        "the most new tokens together (default: %(default)s)",
-    )
+    if ntk:
+        add(
+            "--ntk",
+            choices=("prompt", "total"),
+            default="prompt",
+            help="length that sets dynamic NTK's alpha: the prompt's, or that of prompt and "
+            "the most new tokens together (default: %(default)s)",
+        )
 
 
 def sampler(args: argparse.Namespace, default: "Sampler | None") -> "Sampler":

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     _http_options(result.add_argument_group("HTTP"))
     _limit_options(result.add_argument_group("limits"))
     _engine_options(result.add_argument_group("engine"))
-    generate_options.model_options(result.add_argument_group("model"))
+    generate_options.model_options(result.add_argument_group("model"), ntk=False)
     process_options.add(result)
     caches.add_compilation_cache(result)
     command.add_debug(result)
