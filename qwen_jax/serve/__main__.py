@@ -1,7 +1,7 @@
 """`python -m qwen_jax.serve`: a model behind OpenAI's API, until a signal ends it.
 
 stdout stays empty; what happens is told on stderr. Exit codes: 0 after SIGTERM, 130 after Ctrl-C, 1
-if the engine has stopped.
+if the engine has stopped. Of several processes, the first has the server and plans all steps.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qwen_jax.runtime import command, process_options, texts
+from qwen_jax.runtime import command, process_options, processes, texts
 from qwen_jax.serve.serve_options import parser
 
 if TYPE_CHECKING:
@@ -108,8 +108,11 @@ def _single(stops: "list[tuple[int, ...]] | tuple[tuple[int, ...], ...]") -> tup
     return tuple(dict.fromkeys(ids[0] for ids in stops if len(ids) == 1))
 
 
-def engine(args: argparse.Namespace, model: "LanguageModel") -> "Engine":
-    """Make the engine, and compile its programs."""
+def engine(args: argparse.Namespace, model: "LanguageModel") -> "Engine | None":
+    """Make the engine, and compile its programs.
+
+    In processes other than the first it runs them until the first one ends, and returns None.
+    """
     from qwen_jax.engine import from_model
 
     started = time.perf_counter()
@@ -152,8 +155,10 @@ def work(args: argparse.Namespace) -> None:
     sizes = options.mesh_sizes(args.mesh)
     about = from_options.describe(args)
     about.need_tokenizer()
-    taken = bind(args.host, args.port)
+    taken = bind(args.host, args.port) if processes.index() == 0 else None
     made = engine(args, from_options.load(args, about, sizes=sizes))
+    if made is None or taken is None:
+        return
     app, served = application(
         made,
         about.need_tokenizer(),

@@ -11,8 +11,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
-from qwen_jax.runtime import texts
-from qwen_jax.serve.refusals import Refusal
+from qwen_jax.serve.refusals import Refusal, mistake
 from qwen_jax.serve.served import Limits
 
 _LOG = logging.getLogger(__name__)
@@ -61,8 +60,7 @@ async def _with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     except Refusal as refusal:
         yield event(refusal.body())
     except Exception as error:
-        _LOG.error("a stream failed: %s: %s", type(error).__name__, texts.brief(str(error)))
-        yield event(Refusal(500, "the server made an error, which is in its log").body())
+        yield event(mistake(error).body())
     yield DONE
 
 

@@ -4,6 +4,7 @@ FastAPI's own shape, "detail", is shown badly by OpenAI's clients, so no answer 
 """
 
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,12 @@ def busy(status: int, message: str, *, seconds: int) -> Refusal:
     return Refusal(status, message, headers={"retry-after": str(seconds)})
 
 
+def mistake(error: Exception) -> Refusal:
+    """Return the error for a mistake of the server itself, and log its traceback."""
+    _LOG.error("an answer failed:\n%s", "".join(traceback.format_exception(error)))
+    return Refusal(500, "the server made an error, which is in its log")
+
+
 def install(app: FastAPI) -> None:
     """Have an application tell all errors in OpenAI's shape."""
 
@@ -83,8 +90,7 @@ def install(app: FastAPI) -> None:
         return explained(error.errors(), error.body).response()
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        _LOG.error("an answer failed: %s: %s", type(error).__name__, texts.brief(str(error)))
-        return Refusal(500, "the server made an error, which is in its log").response()
+        return mistake(error).response()
 
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, not_valid)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import resource
 import signal
 import socket
@@ -56,11 +57,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: ASGIApp, served: Served, *, drain_seconds: float):
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # not each request that is no HTTP
         super().__init__(
             uvicorn.Config(
                 app,
                 lifespan="on",
-                log_level="warning",
+                log_config=None,  # it would close the streams of other logs
                 access_log=False,
                 server_header=False,
                 ws="none",

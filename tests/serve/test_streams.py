@@ -15,6 +15,7 @@ from qwen_jax.serve.drafts import Draft
 from tests.support.golden_figures import GOLDEN
 from tests.support.served_app import HELLO, TOKENIZER, Served, opened, payloads, until
 
+CHAT = "/v1/chat/completions"
 GOLDEN_STREAMS = json.loads((GOLDEN / "serve/streams.json").read_text("utf-8"))
 
 
@@ -154,11 +155,11 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_error_event() -> None:
 
         thread = threading.Thread(target=fail)
         thread.start()
-        answer = one.client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+        answer = one.client.post(CHAT, json={"messages": HELLO, "stream": True})
         thread.join()
         *_, last = payloads(answer.text)
         assert last["error"]["code"] == 500 and "the device is gone" in last["error"]["message"]
-        status, error = one.refused("/v1/chat/completions", messages=HELLO)
+        status, error = one.refused(CHAT, messages=HELLO)
         assert status == 500 and "the device is gone" in error["message"]
         assert one.client.get("/health").status_code == 503
         assert one.served.live == one.served.answering == 0
@@ -174,6 +175,20 @@ def test_an_engine_that_dies_without_a_word_leaves_no_request_waiting() -> None:
 
         thread = threading.Thread(target=die)
         thread.start()
-        status, error = one.refused("/v1/chat/completions", messages=HELLO)
+        status, error = one.refused(CHAT, messages=HELLO)
         thread.join()
         assert status == 500 and "it is silent" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_mistake_of_the_server_is_an_error_and_its_traceback_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    monkeypatch.setattr(Draft, "add", lambda *_: 1 / 0)
+    with opened("abc") as one:
+        answer = one.client.post(CHAT, json={"messages": HELLO, "stream": stream})
+        error = (payloads(answer.text)[-1] if stream else answer.json())["error"]
+        assert (answer.status_code, error["code"]) == (200 if stream else 500, 500)
+        assert "log" in error["message"] and "Traceback" in caplog.text
+        assert "ZeroDivisionError" in caplog.text and "ZeroDivisionError" not in answer.text
+        assert one.served.live == 0
