@@ -55,6 +55,7 @@ FREE = {
         "out_file",
         "ckpt",
         "adapter",
+        "adapters",
         "src",
         "dst",
         "dir",

@@ -51,7 +51,7 @@ def hosts(args: argparse.Namespace, *, with_keys: bool) -> list[str] | None:
 def adapters(args: argparse.Namespace) -> dict[str, str]:
     """Return the folder of each adapter, by name. Raises UsageError."""
     found: dict[str, str] = {}
-    for item in args.adapter:
+    for item in args.adapters:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
             raise command.UsageError(f"--adapter {item}: write NAME=DIR")
@@ -122,6 +122,7 @@ def engine(args: argparse.Namespace, model: "LanguageModel") -> "Engine | None":
 
     made = from_model.make(
         model,
+        adapters=adapters(args),
         rows=args.rows,
         cache_gb=args.cache_gb,
         page=args.page,

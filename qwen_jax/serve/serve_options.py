@@ -86,6 +86,7 @@ def _http_options(group: command.Group) -> None:
     )
     add(
         "--adapter",
+        dest="adapters",
         type=command.text,
         action="append",
         default=[],
