@@ -99,10 +99,10 @@ def application(
 
 def _lifespan(served: Served) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         served.grammars.prepare()
-        app.state.desk = Desk(served, asyncio.get_running_loop())
-        watch = asyncio.create_task(app.state.desk.watch())
+        served.desk = Desk(served, asyncio.get_running_loop())
+        watch = asyncio.create_task(served.desk.watch())
         yield
         watch.cancel()
         served.grammars.close()
@@ -178,6 +178,11 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _add_api(app: FastAPI, served: Served) -> None:
     """Add the routes that read a request's body."""
+
+    def desk() -> Desk:
+        assert served.desk is not None, "the application has started"
+        return served.desk
+
     stream: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
     generating = _errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
     generating[200] = {"description": "an answer, or a stream of events", "content": stream}
@@ -185,12 +190,12 @@ def _add_api(app: FastAPI, served: Served) -> None:
     @app.post("/v1/chat/completions", responses=generating, tags=["OpenAI"])
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await chats.answer(request, body, app.state.desk)
+        return await chats.answer(request, body, desk())
 
     @app.post("/v1/completions", responses=generating, tags=["OpenAI"])
     async def complete(request: Request, body: CompletionRequest) -> Response:
         """Continue texts."""
-        return await completions.answer(request, body, app.state.desk)
+        return await completions.answer(request, body, desk())
 
     reading = _errors(400, 401, 403, 404, 408, 413, 503)
 

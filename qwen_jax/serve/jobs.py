@@ -102,8 +102,12 @@ class Desk:
         while (failure := self.served.generator.failure) is None:
             await asyncio.sleep(_LOOKS)
         await asyncio.sleep(_LOOKS)  # what it still tells comes first
+        self.fail(Refusal(500, f"the engine has stopped: {failure}"))
+
+    def fail(self, refusal: Refusal) -> None:
+        """End all requests with an error."""
         for group in list(self.groups):
-            group.fail(Refusal(500, f"the engine has stopped: {failure}"))
+            group.fail(refusal)
 
     def _deliver(self) -> None:
         self._called = False  # before letters are taken, so that none stays behind

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qwen_jax.chat import ChatFormat
 from qwen_jax.chat.tokenizer import Tokenizer
@@ -9,6 +10,9 @@ from qwen_jax.engine.settings import Generator
 from qwen_jax.serve.grammars import Grammars
 from qwen_jax.serve.metrics import Metrics
 from qwen_jax.serve.refusals import Refusal
+
+if TYPE_CHECKING:
+    from qwen_jax.serve.jobs import Desk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,7 @@ class Served:
     draining: whether new requests are refused, as the server is about to end.
     live: the number of sequences that are not over.
     answering: the number of requests that are being answered, but for those that only look.
+    desk: hands requests to the engine; None before the application has started.
     """
 
     generator: Generator
@@ -100,6 +105,7 @@ class Served:
     draining: bool = False
     live: int = 0
     answering: int = 0
+    desk: "Desk | None" = None
 
     def named(self, name: str | None) -> Name:
         """Return the served name, or raise Refusal 404."""

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from qwen_jax.runtime import command
+from qwen_jax.serve.refusals import Refusal
 from qwen_jax.serve.served import Served
 
 _SHOWN = 3.0  # seconds for which a server whose engine has stopped says so before it ends
@@ -123,6 +124,8 @@ class Server(uvicorn.Server):
         if self._served.generator.failure is not None and self._until == float("inf"):
             self._until = time.monotonic() + _SHOWN
         if time.monotonic() >= self._until:
+            if self._served.desk is not None:
+                self._served.desk.fail(Refusal(503, "the server has ended"))
             self.should_exit = True
         if self._served.draining and not self._served.answering:
             self.should_exit = True

@@ -62,9 +62,11 @@ def served(argv: list[str], meanwhile: Callable[[str], object], *, said: list[st
         return lines[0].split()[2].partition("/v1/")[0] if lines else ""
 
     def act() -> None:
-        until(lambda: url() and answers(url()), 120)
-        meanwhile(url())
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            until(lambda: url() and answers(url()), 120)
+            meanwhile(url())
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with ThreadPoolExecutor(1) as thread:
         acted = thread.submit(act)

@@ -123,8 +123,8 @@ def test_the_end_comes_after_a_time_or_a_second_signal() -> None:
             until(lambda one=one: len(one.engine.submitted) == 1)
             for _ in range(signals):
                 server.drain(signal.SIGTERM)
-            until(lambda server=server: server.should_exit)
-            connection.close()
+            answer = received(connection)
+            assert answer.startswith(b"HTTP/1.1 503") and b"the server has ended" in answer
 
 
 def test_figures_have_the_names_that_dashboards_know() -> None:
@@ -168,8 +168,12 @@ def serve(one: Served, meanwhile: Callable[[str], object]) -> Server:
     server = Server(one.app, one.served, drain_seconds=20)
 
     def act() -> object:
-        until(lambda: server.started)
-        return meanwhile(address(taken))
+        try:
+            until(lambda: server.started)
+            return meanwhile(address(taken))
+        except BaseException:
+            server.should_exit = True
+            raise
 
     with ThreadPoolExecutor(1) as thread:
         acted = thread.submit(act)
