@@ -46,7 +46,7 @@ class Exchange:
     ):
         self.served, self.body = desk.served, body
         self.prompts, self.drafts = prompts, drafts
-        self.group = Group(desk, prompts)
+        self.group = Group(desk, prompts, bounded=bool(body.stream))
         short = "chatcmpl" if kind.startswith("chat") else "cmpl"
         self._head = {
             "id": f"{short}-{uuid.uuid4().hex}",

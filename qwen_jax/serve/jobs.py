@@ -120,10 +120,17 @@ class Group:
     """The jobs of one request. It must be closed, which ends all that still run.
 
     prompts: for each prompt its ids, and the settings of each of its sequences.
+    bounded: whether a client has to read in time what comes, as it is streamed.
     """
 
-    def __init__(self, desk: Desk, prompts: Sequence[tuple[Sequence[int], Sequence[Settings]]]):
-        self._desk, self._served = desk, desk.served
+    def __init__(
+        self,
+        desk: Desk,
+        prompts: Sequence[tuple[Sequence[int], Sequence[Settings]]],
+        *,
+        bounded: bool,
+    ):
+        self._desk, self._served, self._bounded = desk, desk.served, bounded
         self._wake, self._ready = asyncio.Event(), deque[Job]()
         self._unread = 0
         self._refusal: Refusal | None = None
@@ -182,7 +189,8 @@ class Group:
             self._ready.append(job)
         job.events.append(event)
         self._unread += 1
-        if self._unread > self._served.limits.unread:  # the client does not read
+        most = self._served.limits.unread * len(self.jobs)
+        if self._bounded and self._unread > most:
             self.fail(Refusal(408, "the answer was not read in time"))
         self._wake.set()
 

@@ -29,7 +29,8 @@ class Limits:
     stop_size: characters of one of them.
     grammar: characters of a JSON schema, regular expression or grammar.
     grammar_seconds: the longest time to compile it.
-    unread: new tokens that wait for a client that does not read them, before it is given up.
+    unread: new tokens of each sequence that wait for a client that does not read its stream, before
+        it is given up.
     send_seconds: the longest time that a client may take to read a piece of a stream.
     ping_seconds: the time between comments that keep a stream's connection alive.
     """

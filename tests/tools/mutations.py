@@ -262,6 +262,48 @@ FAULTS = [
         "    return jax.lax.cond(jnp.any(on), change, lambda scores: scores, scores)",
         "tests/engine/test_engine.py",
     ),
+    Fault(
+        "qwen_jax/serve/gate.py",
+        "hmac.compare_digest(given, known) for known in self._keys",
+        "True for known in self._keys",
+        "tests/serve/test_limits.py",
+    ),
+    Fault(
+        "qwen_jax/serve/connection.py",
+        "return_when=asyncio.FIRST_COMPLETED",
+        "return_when=asyncio.ALL_COMPLETED",
+        "tests/serve/test_server.py -k goes_takes",
+    ),
+    Fault(
+        "qwen_jax/serve/jobs.py",
+        "                if job.after is None:\n                    self._submit(job)",
+        "                self._submit(job)",
+        "tests/serve/test_api.py -k n_replies",
+    ),
+    Fault(
+        "qwen_jax/serve/drafts.py",
+        "        rest = self._stream.flush()",
+        '        rest = ""',
+        "tests/serve/test_streams.py",
+    ),
+    Fault(
+        "qwen_jax/serve/grammars.py",
+        "[rule, *(rule.copy() for _ in range(count - 1))]",
+        "[rule] * count",
+        "tests/serve/test_grammars.py",
+    ),
+    Fault(
+        "qwen_jax/serve/chats.py",
+        'if not calls or draft.reason == "length":',
+        "if not calls:",
+        "tests/serve/test_tool_calls.py",
+    ),
+    Fault(
+        "qwen_jax/serve/server.py",
+        "        if self._served.draining and not self._served.answering:",
+        "        if self._served.draining:",
+        "tests/serve/test_server.py",
+    ),
 ]
 
 
