@@ -229,7 +229,8 @@ def sockets(target: Target, count: int) -> list[tuple[str, Callable[[], str | No
 def by_description(target: Target, cases: int) -> str | None:
     """Requests that schemathesis makes of the server's description."""
     description = json.loads(target.send("/openapi.json", b"", method="GET")[1])
-    operations = sum(len(path) for path in description["paths"].values())
+    every = [one for path in description["paths"].values() for one in path.values()]
+    operations = sum("requestBody" in one or "parameters" in one for one in every)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{target.url}/openapi.json"]
     command += ["--phases", "coverage,fuzzing", "--max-examples", str(-(-cases // operations))]
     command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]
