@@ -1,9 +1,10 @@
 """Cycles of attention kernels on TPUs, this project's and jax's, from their compiled programs.
 
-    JAX_PLATFORMS=cpu python benchmarks/kernel_cost.py flash masks decode gpu [--target v5e ...]
+    JAX_PLATFORMS=cpu python benchmarks/kernel_cost.py TABLE ... [--target v5e ...]
 
-No accelerator is needed; `aot.py` says what is counted and what is not. Prints Markdown. All cases
-are in bf16 with head dim 128 and as many key/value heads as query heads, on one core.
+The tables are flash, masks, decode, paged and gpu. No accelerator is needed; `aot.py` says what is
+counted and what is not. Prints Markdown. All cases are in bf16 with head dim 128 and as many
+key/value heads as query heads, on one core.
 
 * flash: causal attention against jax's splash attention with its best blocks. Figures are cycles
   per 1000 (query, key) pairs. `block` is for a computing step in a block that is entirely visible,
@@ -16,6 +17,9 @@ are in bf16 with head dim 128 and as many key/value heads as query heads, on one
 * decode: one token against a cache, and jax's two kernels for it. `limit` is the time that the
   bytes of the cache take to arrive, as a share of the time of the kernel's program; above 100 % the
   kernel waits for them.
+* paged: the same where the cache lies in pages of 128 tokens, beside `decode`'s own kernel and
+  jax's ragged_paged_attention. Our kernel for pages leaves out the pass's own token, which is
+  attended to apart; `+ own` adds the cycles that the kernel of `decode` spends on that token.
 * gpu: the resources of the GPU kernels, as reported by ptxas.
 
 `--sweep` compiles all block sizes of `flash` and prints the best for each length, to be put into
@@ -55,7 +59,7 @@ from qwen_jax.kernels.flash_tpu import TpuBlocks
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.runtime import command
 
-HEADS, DIM = 4, 128
+HEADS, DIM, PAGE = 4, 128, 128
 FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs per pair: 2 and 5 products
 DECODE_HEADS = 32
 LENGTHS = (2048, 8192, 32768)
@@ -472,6 +476,29 @@ def our_decode(
     return attend, (own, own, own, cache, cache, row, one, one, scale)
 
 
+def our_paged(
+    batch: int,
+    slots: int,
+    kind: str | None,
+    *,
+    page: int = PAGE,
+    heads: int = DECODE_HEADS,
+    dim: int = DIM,
+    tokens: int = 1,
+) -> tuple[Any, ...]:
+    """The arguments of this project's kernels for pages: a pool that the rows fill. kind: None is
+    bf16.
+    """
+    width = slots // page
+    shape = (1 + batch * width, 2, heads, page)
+    pool: Any = array((*shape, dim))
+    if kind is not None:
+        pool = Int8(array((*shape, dim), jnp.int8), array(shape, jnp.float32), None)  # type: ignore[arg-type]
+    queries, table = array((batch, tokens, heads, dim)), array((batch, width), jnp.int32)
+    row, one = array((batch,), jnp.int32), array((), jnp.int32)
+    return queries, pool, table, row, one, array((batch, tokens), jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A rival of decode_tpu.
@@ -489,7 +516,7 @@ class Decoder:
 
 def paged(batch: int, slots: int, kind: str | None, size: int) -> Built:
     """jax's `paged_attention`."""
-    page, heads = 128, DECODE_HEADS
+    page, heads = PAGE, DECODE_HEADS
     assert kind is None
     run = functools.partial(paged_attention.paged_attention, pages_per_compute_block=size // page)
     pages = array((heads, batch * slots // page, page, DIM))
@@ -499,7 +526,7 @@ def paged(batch: int, slots: int, kind: str | None, size: int) -> Built:
 
 def ragged(batch: int, slots: int, kind: str | None, size: int) -> Built:
     """jax's `ragged_paged_attention`; an int8 cache has one scale, which is the cheapest case."""
-    page, heads = 128, DECODE_HEADS
+    page, heads = PAGE, DECODE_HEADS
     scale = None if kind is None else 0.1
     run = functools.partial(
         ragged_paged_attention.ragged_paged_attention,
@@ -538,6 +565,15 @@ def our_decode_cycles(cost: aot.Cost, batch: int, slots: int, kind: str | None) 
     return batch * DECODE_HEADS / shape.heads * row
 
 
+def our_paged_cycles(cost: aot.Cost, batch: int, slots: int, kind: str | None) -> float:
+    """Cycles of a whole call of the kernel for pages, whose rows begin without a product."""
+    dtype = jnp.dtype(jnp.bfloat16 if kind is None else jnp.int8)
+    shape = decode_tpu._shape(1, 1, DECODE_HEADS, slots, DIM, dtype, None)
+    full, _ = cost.steps
+    row = -(-slots // shape.block) * full.cycles + sum(cost.edges)
+    return batch * DECODE_HEADS / shape.heads * row
+
+
 def rival_cycles(rival: Decoder, cost: aot.Cost, batch: int, slots: int, kind: str | None) -> float:
     """Cycles of a whole call of a rival, without the start of each row before the loop over its
     blocks.
@@ -568,11 +604,55 @@ def decode_table(targets: list[str]) -> None:
             line(name, target, *shape, f"{value:.0f}", f"{limit / value:.0%}", ratio)
 
 
+def paged_table(targets: list[str]) -> None:
+    """Print the table `paged`."""
+    header(
+        *("kernel", "chip", "batch x slots", "cache", "cycles / 1000", "HBM limit"),
+        *("/ contiguous", "/ ragged"),
+    )
+    for target, (batch, slots), kind in itertools.product(targets, CACHES, (None, "int8")):
+        found = paged_cycles(target, batch, slots, kind)
+        for name, cycles in found.items():
+            value = 1000 * cycles / (batch * slots * DECODE_HEADS)
+            limit = 1000 * cache_bytes(name, kind) / aot.TPUS[target].hbm
+            others = [found.get(x) for x in ("decode_tpu", "ragged_paged_attention")]
+            ratios = [f"{cycles / x:.3f}" if x and x != cycles else "" for x in others]
+            shape = f"{batch} x {slots}", kind or "bf16"
+            line(name, target, *shape, f"{value:.0f}", f"{limit / value:.0%}", *ratios)
+
+
+def paged_cycles(target: str, batch: int, slots: int, kind: str | None) -> dict[str, float]:
+    """Cycles of a decode step over pages, by kernel: ours, without and with the time that the
+    contiguous kernel takes for the pass's own token; the contiguous kernel; and jax's, unless the
+    compiler refuses it for this chip.
+    """
+    attend, rival = decode_tpu.tpu_paged_decode, DECODERS[1]
+    built = attend, our_paged(batch, slots, kind)
+    own = our_paged_cycles(decode_cost(built, target, decode_tpu.NAME), batch, slots, kind)
+    built = our_decode(decode_tpu.tpu_decode, batch, slots, kind)
+    cost = decode_cost(built, target, decode_tpu.NAME)
+    begin = cost.steps[0].cycles - cost.steps[0].idle
+    dtype = jnp.dtype(jnp.bfloat16 if kind is None else jnp.int8)
+    shape = decode_tpu._shape(1, 1, DECODE_HEADS, slots, DIM, dtype, None)
+    found = {
+        "decode_tpu, pages": own,
+        "decode_tpu, pages, + own": own + batch * DECODE_HEADS / shape.heads * begin,
+        decode_tpu.NAME: our_decode_cycles(cost, batch, slots, kind),
+    }
+    try:
+        built = rival.build(batch, slots, kind, min(rival.size, slots))
+        cost = decode_cost(built, target, "paged")
+    except (jax.errors.JaxRuntimeError, ValueError) as refusal:
+        print(f"{rival.name}, {target}: {str(refusal).splitlines()[0]}", file=sys.stderr)
+        return found
+    return found | {rival.name: rival_cycles(rival, cost, batch, slots, kind)}
+
+
 def cache_bytes(name: str, kind: str | None) -> int:
     """Bytes of a key and a value in the cache; int8 ones of decode_tpu have a scale each."""
     if kind is None:
         return 2 * DIM * 2
-    return 2 * (DIM + 4 * (name == decode_tpu.NAME))
+    return 2 * (DIM + 4 * name.startswith(decode_tpu.NAME))
 
 
 def decode_cost(built: Built, target: str, name: str) -> aot.Cost:
@@ -622,7 +702,7 @@ def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
 def main() -> None:
     """Run the command."""
     parser = command.Parser(description="Cycles of attention kernels.")
-    tables = ("flash", "masks", "decode", "gpu")
+    tables = ("flash", "masks", "decode", "paged", "gpu")
     parser.add_argument("table", nargs="*", help=", ".join(tables))
     parser.add_argument("--target", nargs="+", choices=aot.TPUS, help="default: v5e v5p v6e")
     parser.add_argument("--length", nargs="+", type=int, choices=LENGTHS, help="default: all")
@@ -657,6 +737,8 @@ def main() -> None:
             masks_table(targets, lengths)
         elif table == "decode":
             decode_table(targets)
+        elif table == "paged":
+            paged_table(targets)
         else:
             gpu_table()
         print()

@@ -5,6 +5,9 @@ a matrix unit unchanged, as the stationary operand, and is read once for all que
 grid step handles one block of slots of one sequence for several heads. The list of grid steps is
 computed beforehand from scalars, and holds the blocks that a sequence sees, so slots not written or
 beyond the window are never copied.
+
+The cache is a ring of slots for each sequence (`tpu_decode`), or pages of a pool, which a table
+assigns to sequences (`tpu_paged_decode`). Both are one kernel, with other copies into VMEM.
 """
 
 import functools
@@ -25,9 +28,11 @@ from qwen_jax.kernels.flash import (
     LOWEST,
     MASKED,
     CacheLeaf,
+    PoolLeaf,
     Quantised,
     Ref,
     decline,
+    decline_page,
     pad,
     round_up,
 )
@@ -35,6 +40,8 @@ from qwen_jax.kernels.flash import (
 NAME = "decode_tpu"
 FAMILY = "pallas_tpu"  # its name in the table of measured lines
 DTYPES = ("bfloat16", "float32")
+# XLA keeps narrower heads without padding to 128 lanes, and would copy the pool at every call.
+PAGED_HEAD_DIMS = (128, 256)
 _LANES, _SUBLANES = 128, 8
 _HEADS = 16  # heads in a grid step: some are in the softmax while the matrix units load others
 # Bytes of keys in a grid step. The most is what fits. The least keeps the step's bookkeeping hidden
@@ -104,7 +111,7 @@ def tpu_decode(
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     values = cache_k.values if isinstance(cache_k, Quantised) else cache_k
     decline(NAME, q, k=k, dtypes=DTYPES, head_dims=HEAD_DIMS)
-    batch, tokens, num_heads, dim = q.shape
+    tokens, num_heads, dim = q.shape[1:]
     kv_heads, slots = values.shape[1:3]
     sizes = choice.blocks(FAMILY, "decode", head_dim=dim, dtype=values.dtype.name, length=slots)
     block = block or sizes.get("block")
@@ -112,6 +119,132 @@ def tpu_decode(
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     leaves = [_arrays(leaf) for leaf in (cache_k, cache_v)]
 
+    written = index - start
+    plan, steps = _plan(shape, start.astype(jnp.int32) % slots, written, window, scale)
+
+    def cached(group: jax.Array, step: jax.Array, plan: Plan) -> tuple[Any, ...]:
+        copied = plan.copied[step]
+        return copied >> _bits(shape), group, copied & _low(shape)
+
+    def cached_values(*args: Any) -> tuple[Any, ...]:
+        return *cached(*args), 0
+
+    values_spec = pl.BlockSpec((None, shape.heads, shape.block, dim), cached_values)
+    scales_spec = pl.BlockSpec((None, shape.heads, shape.block), cached)
+    specs = [[values_spec] + [scales_spec] * (len(leaf) - 1) for leaf in leaves]
+    (o,) = _call(shape, plan, steps, q, [k, v], leaves, specs, interpret)
+    return o
+
+
+def tpu_paged_decode(
+    q: Float[Array, "B T N H"],
+    kv: PoolLeaf,
+    table: Int[Array, "B W"],
+    written: Int[Array, " B"],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
+    *,
+    interpret: bool | None = None,
+    block: int | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend from a few query tokens to the tokens in the pages of their rows.
+
+    q: [B, T, N, H]; query t of row b is token written[b] + t.
+    kv: [P, 2, K, page, H], keys and values, an array of q's dtype or an int8 leaf with values and
+        scale.
+    table: int32 [B, W], the pages of each row; token p lies in slot p mod page of page p // page.
+    written: int32 [B], the tokens of each row in its pages.
+    window: int32 [], the number of tokens that a query sees, its own included.
+    scale: float32 [B, T], the factor on each query's scores.
+    interpret: whether to interpret the kernel; None does so on a CPU only.
+    block: slots in a grid step, whole pages; None chooses a number.
+
+    Returns o [B, T, N, H] and the log-sum-exp of the scores [B, T, N], in float32: 0 and -inf for a
+    query that sees no key. Raises NotImplementedError for a dtype, head dim, page size or device
+    that the kernel does not support.
+    """
+    interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
+    leaf = _arrays(kv)
+    decline(f"{NAME}, pages", q, k=kv, dtypes=DTYPES, head_dims=PAGED_HEAD_DIMS)
+    decline_page(NAME, kv, multiple=32 // leaf[0].dtype.itemsize)  # whole registers
+    tokens, num_heads, dim = q.shape[1:]
+    kv_heads, page = kv.shape[2:4]
+    slots = page * table.shape[1]
+    shape = _shape(tokens, num_heads // kv_heads, kv_heads, slots, dim, leaf[0].dtype, block)
+    shape = shape._replace(block=round_up(shape.block, page))
+    many = shape.block // page  # pages in a block
+    width = round_up(table.shape[1], many)
+    plan, steps = _plan(shape, jnp.zeros_like(written), written, window, scale)
+    plan = plan._replace(table=pad(table.astype(jnp.int32), width, axis=1).reshape(-1))
+
+    def page_spec(array: jax.Array, i: int) -> pl.BlockSpec:
+        def index(group: jax.Array, step: jax.Array, plan: Plan) -> tuple[Any, ...]:
+            assert plan.table is not None
+            copied = plan.copied[step]
+            entry = (copied >> _bits(shape)) * width + (copied & _low(shape)) * many + i
+            return (plan.table[entry], 0, group, 0, 0)[: array.ndim]
+
+        return pl.BlockSpec((None, 2, shape.heads, *array.shape[3:]), index)
+
+    leaves = [[array] * many for array in leaf]
+    specs = [[page_spec(array, i) for i in range(many)] for array in leaf]
+    o, lse = _call(shape, plan, steps, q, None, leaves, specs, interpret)
+    return o, lse[..., 0]
+
+
+class Plan(NamedTuple):
+    """The scalars by which the decode kernel walks over the cache.
+
+    work, copied: the grid steps of `_steps`; only index maps use `copied`.
+    first, written: int32 [B], the slot of each sequence's token 0, and its written tokens.
+    window: int32 [1].
+    scale: float32 [B, T], the factor on each query's scores.
+    table: int32 [B * pages], the pages of each sequence, for index maps; None without pages.
+    """
+
+    work: Ref
+    copied: Ref
+    first: Ref
+    written: Ref
+    window: Ref
+    scale: Ref
+    table: Ref | None = None
+
+
+def _plan(
+    shape: TpuShape, first: jax.Array, written: jax.Array, window: jax.Array, scale: jax.Array
+) -> tuple[Plan, jax.Array]:
+    """Return the fields of `Plan`, and the number of grid steps.
+
+    first, written: int32 [B], as in `Plan`.
+    window: int32 [].
+    scale: float32 [B, T].
+    """
+    first, written, window = (jnp.asarray(x, jnp.int32) for x in (first, written, window))
+    work, copied, steps = _steps(first, written, window, shape)
+    return Plan(work, copied, first, written, window[None], scale.astype(jnp.float32)), steps
+
+
+def _call(
+    shape: TpuShape,
+    plan: Plan,
+    steps: jax.Array,
+    q: jax.Array,
+    own: list[jax.Array] | None,
+    leaves: list[list[jax.Array]],
+    leaf_specs: list[list[pl.BlockSpec]],
+    interpret: bool,
+) -> list[jax.Array]:
+    """Run the kernel.
+
+    own: k, v [B, T, K, H] of this pass; None for a cache in pages, without this pass's tokens.
+    leaves, leaf_specs: the arrays of the cache, and how a grid step's blocks are copied.
+
+    Returns o [B, T, N, H] in q's dtype or, for pages, o in float32, and the log-sum-exp in all
+    elements of [B, T, N, 128].
+    """
+    batch, tokens, num_heads, dim = q.shape
+    kv_heads = num_heads // shape.groups
     # [B, T, N, H] -> [B, K rows, H]: the rows of a head are its T G queries and padding.
     queries = jnp.swapaxes(q.reshape(batch, tokens, kv_heads, -1, dim), 1, 2)
     queries = pad(queries.reshape(batch, kv_heads, -1, dim), shape.rows, axis=2)
@@ -119,40 +252,29 @@ def tpu_decode(
     block_rows = shape.packs * shape.pack_rows
     queries = pad(queries.reshape(batch, -1, dim), blocks * block_rows, axis=1)
 
-    written = (index - start).astype(jnp.int32)
-    first = start.astype(jnp.int32) % slots
-    work, copied, steps = _steps(first, written, window, shape)
-    scalars = [work, copied, first, written, jnp.reshape(window, 1).astype(jnp.int32)]
-    scalars.append(scale.astype(jnp.float32))
+    def of_row(group: jax.Array, step: jax.Array, plan: Plan) -> tuple[Any, ...]:
+        return plan.work[step] >> _bits(shape), group, 0
 
-    def of_row(group: jax.Array, step: jax.Array, work: Ref, *_: Ref) -> tuple[Any, ...]:
-        return work[step] >> _bits(shape), group, 0
-
-    def own(group: jax.Array, step: jax.Array, work: Ref, *_: Ref) -> tuple[Any, ...]:
-        return work[step] >> _bits(shape), 0, group, 0
-
-    def cached(
-        group: jax.Array, step: jax.Array, work: Ref, copied: Ref, *_: Ref
-    ) -> tuple[Any, ...]:
-        return copied[step] >> _bits(shape), group, copied[step] & _low(shape)
-
-    def cached_values(*args: Any) -> tuple[Any, ...]:
-        return *cached(*args), 0
+    def of_own(group: jax.Array, step: jax.Array, plan: Plan) -> tuple[Any, ...]:
+        return plan.work[step] >> _bits(shape), 0, group, 0
 
     rows_spec = pl.BlockSpec((None, block_rows, dim), of_row)
-    own_spec = pl.BlockSpec((None, tokens, shape.heads, dim), own)
-    values_spec = pl.BlockSpec((None, shape.heads, shape.block, dim), cached_values)
-    scales_spec = pl.BlockSpec((None, shape.heads, shape.block), cached)
-    leaf_specs = [[values_spec] + [scales_spec] * (len(leaf) - 1) for leaf in leaves]
+    own_spec = pl.BlockSpec((None, tokens, shape.heads, dim), of_own)
+    out_specs = [rows_spec]
+    out_shape = [jax.ShapeDtypeStruct(queries.shape, q.dtype)]
+    if own is None:
+        out_specs = [rows_spec, pl.BlockSpec((None, block_rows, _LANES), of_row)]
+        sizes = (queries.shape, (*queries.shape[:2], _LANES))
+        out_shape = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
     state = (shape.packs, shape.pack_rows, _LANES)
-    o = pl.pallas_call(
+    outs = pl.pallas_call(
         functools.partial(_kernel, shape),
-        out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=1,
             grid=(blocks, steps),
-            in_specs=[rows_spec, own_spec, own_spec, leaf_specs],
-            out_specs=rows_spec,
+            in_specs=[rows_spec, own and [own_spec] * 2, leaf_specs],
+            out_specs=out_specs,
             scratch_shapes=[
                 *[pltpu.VMEM(state, jnp.float32)] * 4,
                 pltpu.VMEM((shape.packs, shape.pack_rows, dim), jnp.float32),
@@ -161,13 +283,17 @@ def tpu_decode(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name=NAME,
-    )(*scalars, queries, k, v, leaves)
-    o = o[:, : kv_heads * shape.rows].reshape(batch, kv_heads, shape.rows, dim)
-    o = o[:, :, : tokens * shape.groups].reshape(batch, kv_heads, tokens, -1, dim)
-    return jnp.swapaxes(o, 1, 2).reshape(q.shape)
+    )(plan, queries, own, leaves)
+
+    def by_token(x: jax.Array) -> jax.Array:  # the inverse
+        x = x[:, : kv_heads * shape.rows].reshape(batch, kv_heads, shape.rows, -1)
+        x = x[:, :, : tokens * shape.groups].reshape(batch, kv_heads, tokens, shape.groups, -1)
+        return jnp.swapaxes(x, 1, 2).reshape(batch, tokens, num_heads, -1)
+
+    return [by_token(x) for x in outs]
 
 
-def _arrays(leaf: CacheLeaf) -> list[jax.Array]:
+def _arrays(leaf: CacheLeaf | PoolLeaf) -> list[jax.Array]:
     """Return a cache leaf's arrays: values and, if it is quantised, scale and zero (if any)."""
     if not isinstance(leaf, Quantised):
         return [leaf]
@@ -268,46 +394,58 @@ class Scratch(NamedTuple):
     out: Ref
 
 
+class _Joined:
+    """A block of keys or of values that lies in several pages, indexed like one array.
+
+    pages: the pages' keys and values, [2, heads, page, H], or scales, [2, heads, page].
+    side: 0 for keys, 1 for values.
+    """
+
+    def __init__(self, pages: list[Ref], side: int) -> None:
+        self.pages, self.side = pages, side
+
+    def __getitem__(self, heads: int | slice) -> jax.Array:
+        """Load values of one head [block, H], or scales of several [heads, block]."""
+        parts = [page[self.side, heads] for page in self.pages]
+        return jnp.concatenate(parts, 0 if isinstance(heads, int) else -1)
+
+
 def _kernel(
     shape: TpuShape,
-    work: Ref,
-    copied: Ref,
-    first: Ref,
-    written: Ref,
-    window: Ref,
-    scale: Ref,
+    plan: Plan,
     q: Ref,
-    k: Ref,
-    v: Ref,
+    own: list[Ref] | None,
     leaves: list[list[Ref]],
-    o: Ref,
-    *scratch: Ref,
+    *outs_and_scratch: Ref,
 ) -> None:
     """Add a block of cached keys and values to one sequence's running softmax, for several heads.
 
-    The first step of a sequence starts its softmax with this pass's own tokens, and its last step
-    writes the output.
+    The first step of a sequence starts its softmax with this pass's own tokens, if there are any,
+    and its last step writes the outputs.
 
-    work, copied: the grid steps of `_steps`; only index maps use `copied`.
-    first, written: int32 [B], the slot of each sequence's token 0, and its written tokens.
-    window: int32 [1].
-    scale: float32 [B, T], the factor on each query's scores.
-    q, o: [packs * pack rows, H], the queries and the output of these heads.
-    k, v: [T, heads, H], of this pass.
-    leaves: the arrays of the block's keys, and of its values.
-    scratch: the fields of `Scratch`.
+    q: [packs * pack rows, H], the queries of these heads.
+    own: k, v [T, heads, H] of this pass, or None for a cache in pages.
+    leaves: the arrays of the block's keys, and of its values; or for values, and for scales, their
+        pages, with both.
+    outs_and_scratch: o like q, for pages the log-sum-exp [packs * pack rows, 128] too, and the
+        fields of `Scratch`.
     """
-    del copied
-    state = Scratch(*scratch)
+    fields = len(Scratch._fields)
+    outs, state = outs_and_scratch[:-fields], Scratch(*outs_and_scratch[-fields:])
+    if own is None:
+        leaves = [[_Joined(pages, side) for pages in leaves] for side in (0, 1)]
+    work, written = plan.work, plan.written
     step, steps, bits = pl.program_id(1), pl.num_programs(1), _bits(shape)
     row = work[step] >> bits
     tokens = written[row]
-    slots = _Slots((work[step] & _low(shape)) * shape.block, first[row], tokens, window[0])
+    slots = _Slots(
+        (work[step] & _low(shape)) * shape.block, plan.first[row], tokens, plan.window[0]
+    )
 
     @pl.when((step == 0) | (work[jnp.maximum(step - 1, 0)] >> bits != row))
     def _() -> None:
-        scales = [scale[row, t] for t in range(shape.tokens)]
-        _begin(shape, slots, scales, q, k, v, state)
+        scales = [plan.scale[row, t] for t in range(shape.tokens)]
+        _begin(shape, slots, scales, q, own, state)
 
     seen = (tokens > 0) & (slots.oldest < tokens)
     full = slots.full(shape)
@@ -325,7 +463,11 @@ def _kernel(
         for pack in range(shape.packs):
             total = jnp.sum(state.total[pack], -1, keepdims=True)
             out = state.out[pack] + jnp.sum(state.zero[pack], -1, keepdims=True)
-            o[_rows(shape, pack)] = (out / jnp.where(total > 0, total, 1)).astype(o.dtype)
+            divisor = jnp.where(total > 0, total, 1)
+            outs[0][_rows(shape, pack)] = (out / divisor).astype(outs[0].dtype)
+            for lse in outs[1:]:
+                value = (state.largest[pack] + jnp.log2(divisor)) / LOG2E
+                lse[_rows(shape, pack)] = jnp.where(total > 0, value, -jnp.inf)
 
 
 class _Slots(NamedTuple):
@@ -405,15 +547,14 @@ def _begin(
     slots: _Slots,
     scales: list[jax.Array],
     q: Ref,
-    k: Ref,
-    v: Ref,
+    own: list[Ref] | None,
     state: Scratch,
 ) -> None:
     """Start a sequence's running softmax with the keys and values of this pass's own tokens.
 
     scales: the factor on the scores of each query token.
     q: [packs * pack rows, H].
-    k, v: [T, heads, H].
+    own: k, v [T, heads, H]; None starts with no key.
     """
     size = (shape.pack_rows, shape.heads)
     head, query = _row(shape, size)
@@ -423,6 +564,15 @@ def _begin(
     scale = jnp.zeros(lanes, jnp.float32)
     for t, value in enumerate(scales):
         scale = jnp.where(token == t, value * LOG2E, scale)
+    if own is None:
+        for pack in range(shape.packs):
+            state.scale[pack] = scale
+            state.largest[pack] = jnp.full(lanes, LOWEST, jnp.float32)
+            state.total[pack] = jnp.zeros(lanes, jnp.float32)
+            state.zero[pack] = jnp.zeros(lanes, jnp.float32)
+            state.out[pack] = jnp.zeros((shape.pack_rows, q.shape[1]), jnp.float32)
+        return
+    k, v = own
 
     def score(pack: int, u: int) -> jax.Array:
         s = _dot(q[_rows(shape, pack)], k[u], 1) * scale[:, :1]
@@ -430,8 +580,7 @@ def _begin(
         return jnp.where(near & (key_head == head + pack * shape.packed), s, MASKED)
 
     # All packs go through each stage together, as every stage ends in a wait.
-    own = range(shape.tokens)
-    scores = [[score(pack, u) for u in own] for pack in range(shape.packs)]
+    scores = [[score(pack, u) for u in range(shape.tokens)] for pack in range(shape.packs)]
     for pack, parts in enumerate(scores):
         largest = jnp.max(functools.reduce(jnp.maximum, parts), -1, keepdims=True)
         largest = jnp.maximum(largest, LOWEST)

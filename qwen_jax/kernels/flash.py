@@ -215,11 +215,17 @@ _part.defvjp(_part_forward, _part_backward)
 
 
 def decline(
-    name: str, q: jax.Array, *, k: KeysOrValues, dtypes: Sequence[str], head_dims: Sequence[int]
+    name: str,
+    q: jax.Array,
+    *,
+    k: KeysOrValues | PoolLeaf,
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
 ) -> None:
     """Raise NotImplementedError for a dtype, head dim or number of heads that is not supported.
 
     name: the kernel's name in the error.
+    k: the keys, or pages; both have the key/value heads along axis 2.
     dtypes, head_dims: the dtypes and head dims that the kernel supports.
     """
     if q.dtype.name not in dtypes:
@@ -230,6 +236,19 @@ def decline(
     if q.shape[2] % k.shape[2]:
         raise NotImplementedError(
             f"{name}: {q.shape[2]} query heads over {k.shape[2]} key heads, only multiples"
+        )
+
+
+def decline_page(name: str, kv: PoolLeaf, *, multiple: int) -> None:
+    """Raise NotImplementedError for pages of a size that is not supported.
+
+    name: the kernel's name in the error.
+    kv: [P, 2, K, page, H].
+    multiple: the number of tokens of which a page must hold a multiple.
+    """
+    if kv.shape[3] % multiple:
+        raise NotImplementedError(
+            f"{name}: pages of {kv.shape[3]} tokens, only multiples of {multiple}"
         )
 
 

@@ -25,6 +25,7 @@ def _there(package: str) -> bool:
 
 COMPILED = [
     "test_cache.py",
+    "test_pages.py",
     "test_cost.py",
     "test_pod.py",
     "test_cuda.py",

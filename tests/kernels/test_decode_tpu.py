@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from qwen_jax.kernels import decode_tpu
+from tests.kernels import paged_cases
 from tests.kernels.decode_cases import FULL, Case, check, draw
 from tests.support.tiny import QUICK
 
@@ -58,3 +59,27 @@ def test_declines_float16() -> None:
     drawn = draw(dataclasses.replace(CASES["one token"], dtype="float16"), 0)
     with pytest.raises(NotImplementedError, match="decode_tpu: dtype float16"):
         decode_tpu.tpu_decode(**drawn, interpret=True)
+
+
+PAGED = {
+    "one token": paged_cases.Case(1, 8, 1, 128, 128, 3, (384, 129, 0, 5)),
+    "groups": paged_cases.Case(3, 2, 2, 128, 16, 11, (150, 0, 170)),
+    "int8": paged_cases.Case(2, 4, 2, 128, 64, 5, (300, 1, 0), "bfloat16", True),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_pages_agree_with_softmax(name: str) -> None:
+    attend = functools.partial(decode_tpu.tpu_paged_decode, interpret=True, block=128)
+    paged_cases.check(
+        jax.jit(attend, compiler_options=QUICK), PAGED[name], windows=(FULL, 130, 2, 1)
+    )
+
+
+def test_declines_pages_that_it_would_copy() -> None:
+    drawn = paged_cases.draw(PAGED["groups"], FULL)
+    with pytest.raises(NotImplementedError, match=r"decode_tpu: pages of 15 .* multiples of 8"):
+        decode_tpu.tpu_paged_decode(**drawn | {"kv": drawn["kv"][:, :, :, :15]}, interpret=True)
+    narrow = {name: drawn[name][..., :64] for name in ("q", "kv")}
+    with pytest.raises(NotImplementedError, match="decode_tpu, pages: head dim 64, only 128, 256"):
+        decode_tpu.tpu_paged_decode(**drawn | narrow, interpret=True)

@@ -1,0 +1,54 @@
+"""The kernels for a cache in pages compile, copy no pool, and cost little more than without pages.
+
+A case's pool is as large as the cache of its rows.
+"""
+
+import jax
+import pytest
+
+from benchmarks import aot, kernel_cost
+from qwen_jax.kernels import decode_tpu
+from tests.aot.conftest import Case, parameter
+
+KINDS = pytest.mark.parametrize("kind", [None, "int8"], ids=["bf16", "int8"])
+# Of the sizes of a page, and of a model's heads, one for each target.
+TPUS = [
+    parameter(Case(target, 2048, heads), page, smoke=target == "v5e")
+    for target, heads, page in (
+        ("v4", 16, 64),
+        ("v5e", 32, 128),
+        ("v5p", 64, 256),
+        ("v6e", 40, 128),
+        ("v7x", 32, 32),
+    )
+]
+
+
+@pytest.mark.parametrize(("case", "page"), [*TPUS, (Case("v5e", 32768, 1), 128)], ids=str)
+@KINDS
+def test_decode_copies_no_pool(case: Case, page: int, kind: str | None) -> None:
+    pool = kernel_cost.our_paged(case.batch, case.length, kind, page=page, heads=case.heads)
+    compiled, programs = aot.compile_tpu(decode_tpu.tpu_paged_decode, pool, case.target)
+    assert sum(decode_tpu.NAME in x.name for x in programs) == 1
+    assert temporary(compiled) < 2**20
+
+
+@pytest.mark.parametrize("target", ["v5e", "v5p"])
+@KINDS
+@pytest.mark.parametrize(("batch", "slots"), kernel_cost.CACHES)
+def test_decode_costs_little_more_than_without_pages(
+    target: str, batch: int, slots: int, kind: str | None
+) -> None:
+    found = kernel_cost.paged_cycles(target, batch, slots, kind)
+    cycles = found["decode_tpu, pages, + own"]
+    most = 1.08 if kind is None else 1.14 if batch > 1 else 1.25
+    assert cycles <= most * found["decode_tpu"]
+    assert cycles <= (0.65 if kind is None else 0.7) * found["ragged_paged_attention"]
+    arrival = kernel_cost.cache_bytes("decode_tpu", kind) / aot.TPUS[target].hbm
+    assert cycles < batch * slots * kernel_cost.DECODE_HEADS * arrival
+
+
+def temporary(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
