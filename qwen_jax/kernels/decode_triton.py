@@ -5,6 +5,9 @@ A decode step takes as long as reading the cache does. The visible blocks of slo
 writes a partial output and its log-sum-exp, and a small second kernel merges them into one softmax
 (flash-decoding). All queries of a head share each read, as the rows of one matrix product. The
 softmax is in base 2.
+
+The cache is a ring of slots for each sequence (`triton_decode`), or pages of a pool, which a table
+assigns to sequences (`triton_paged_decode`).
 """
 
 import functools
@@ -26,9 +29,11 @@ from qwen_jax.kernels.flash import (
     LOWEST,
     MASKED,
     CacheLeaf,
+    PoolLeaf,
     Quantised,
     Ref,
     decline,
+    decline_page,
 )
 
 NAME = "decode_triton"
@@ -51,6 +56,7 @@ class TritonShape(NamedTuple):
         to `width` columns.
     block: cache slots that are read at once.
     splits: programs among which the slots of a head are divided.
+    page: slots in a page, a multiple of `block`; 0 for a ring of slots for each sequence.
     """
 
     tokens: int
@@ -64,6 +70,7 @@ class TritonShape(NamedTuple):
     width: int
     block: int
     splits: int
+    page: int = 0
 
     @property
     def groups(self) -> int:
@@ -144,49 +151,118 @@ def triton_decode(
     choice.need_gpu(NAME, 7.5)
     decline(NAME, q, k=k, dtypes=DTYPES, head_dims=HEAD_DIMS)
     leaves = [_arrays(leaf, q.dtype) for leaf in (cache_k, cache_v)]
-    batch, tokens, heads, dim = q.shape
     cached = cache_k.values if isinstance(cache_k, Quantised) else cache_k
+    kv_heads, slots = cached.shape[1:3]
     sizes = choice.blocks(
-        FAMILY, "decode", head_dim=dim, dtype=cached.dtype.name, length=cached.shape[2]
+        FAMILY, "decode", head_dim=q.shape[-1], dtype=cached.dtype.name, length=slots
     )
+    shape = _shape(q, leaves[0][0], kv_heads, slots, block or sizes.get("block"), splits)
     warps, stages = warps or sizes.get("warps", 4), stages or sizes.get("stages", 3)
-    shape = _shape(q, leaves[0][0], block or sizes.get("block"), splits)
-    rows = tokens * heads
-    whole = jax.ShapeDtypeStruct((batch, rows, dim), q.dtype)
-    parts = [
-        jax.ShapeDtypeStruct((batch, rows, shape.splits, dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch, rows, shape.splits), jnp.float32),
-    ]
-    scalars = [x.astype(jnp.int32) for x in (start, index, window)]
+    own = [k.astype(q.dtype), v.astype(q.dtype)]
+    places = Ring(start, index)
+    (o,) = _call(shape, places, window, scale, q, own, leaves, warps, stages, interpret)
+    return o
+
+
+def triton_paged_decode(
+    q: Float[Array, "B T N H"],
+    kv: PoolLeaf,
+    table: Int[Array, "B W"],
+    written: Int[Array, " B"],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
+    *,
+    interpret: bool | None = None,
+    block: int | None = None,
+    splits: int | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend from a few query tokens to the tokens in the pages of their rows.
+
+    q: [B, T, N, H]; query t of row b is token written[b] + t.
+    kv: [P, 2, K, page, H], keys and values, an array of q's dtype or an int8 leaf with values and
+        scale.
+    table: int32 [B, W], the pages of each row; token p lies in slot p mod page of page p // page.
+    written: int32 [B], the tokens of each row in its pages.
+    window: int32 [], the number of tokens that a query sees, its own included.
+    scale: float32 [B, T], the factor on each query's scores.
+    interpret: whether to interpret the kernel; None does so on a CPU only.
+    block: slots of a page that are read at once, a power of 2 from 16.
+    splits: programs among which the slots of a head are divided.
+
+    Sizes that are None are chosen. Returns o [B, T, N, H] and the log-sum-exp of the scores
+    [B, T, N], in float32: 0 and -inf for a query that sees no key. Raises NotImplementedError for
+    calls that the kernel does not support.
+    """
+    interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
+    choice.need_gpu(NAME, 7.5)
+    decline(NAME, q, k=kv, dtypes=DTYPES, head_dims=HEAD_DIMS)
+    decline_page(NAME, kv, multiple=_ROWS[0])
+    leaf = _arrays(kv, q.dtype)
+    kv_heads, page = kv.shape[2:4]
+    shape = _shape(q, leaf[0], kv_heads, page * table.shape[1], block, splits)
+    block = min(shape.block, page & -page)  # the largest power of 2 that divides a page
+    shape = shape._replace(page=page, block=block)
+    o, lse = _call(
+        shape, Pages(table, written), window, scale, q, [], [leaf, leaf], 4, 3, interpret
+    )
+    return o, lse.reshape(q.shape[:3])
+
+
+def _call(
+    shape: TritonShape,
+    places: "Ring | Pages",
+    window: jax.Array,
+    scale: jax.Array,
+    q: jax.Array,
+    own: list[jax.Array],
+    leaves: list[list[jax.Array]],
+    warps: int,
+    stages: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Run the kernel and, with several splits, the one that merges them.
+
+    places: the arrays that say where sequences lie.
+    own: k, v [B, T, K, H] of this pass; none for pages.
+    leaves: the arrays of keys and of values, from `_arrays`; for pages the same ones twice.
+
+    Returns o [B, T, N, H] in q's dtype or, for pages, o in float32, and the log-sum-exp [B, T N].
+    """
+    batch, _, _, dim = q.shape
+    rows = shape.tokens * shape.heads
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    whole = [jax.ShapeDtypeStruct((batch, rows, dim), q.dtype)]
+    if shape.page:
+        whole = [float32((batch, rows, dim)), float32((batch, rows))]
+    parts = [float32((batch, rows, shape.splits, dim)), float32((batch, rows, shape.splits))]
     outs = pl.pallas_call(
         functools.partial(_kernel, shape, interpret),
-        out_shape=[whole] if shape.splits == 1 else parts,
+        out_shape=whole if shape.splits == 1 else parts,
         grid=(shape.splits * shape.row_blocks, shape.kv_heads, batch),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name=NAME,
     )(
-        *scalars,
+        *jax.tree.map(lambda x: x.astype(jnp.int32), (places, window)),
         scale.astype(jnp.float32),
         q.reshape(batch, rows, dim),
-        k.astype(q.dtype),
-        v.astype(q.dtype),
-        *leaves,
+        own,
+        leaves,
     )
     if shape.splits > 1:
         columns = max(16, min(128, _MERGED // pl.next_power_of_2(shape.splits)))
         outs = pl.pallas_call(
             functools.partial(_merge, shape, columns),
-            out_shape=[whole],
+            out_shape=whole,
             grid=(pl.cdiv(dim, columns), rows, batch),
             compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
             name=f"{NAME}_merge",
         )(*outs)
-    return outs[0].reshape(q.shape)
+    return [outs[0].reshape(q.shape), *outs[1:]]
 
 
-def _arrays(leaf: CacheLeaf, dtype: DTypeLike) -> list[jax.Array]:
+def _arrays(leaf: CacheLeaf | PoolLeaf, dtype: DTypeLike) -> list[jax.Array]:
     """Return a cache leaf's arrays: values and, for a quantised leaf, its scale and zero, if any.
 
     Pairs of int8 are viewed as int16, because tensor cores want values in an order that only 16-bit
@@ -203,23 +279,30 @@ def _arrays(leaf: CacheLeaf, dtype: DTypeLike) -> list[jax.Array]:
     return [leaf]
 
 
-def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | None) -> TritonShape:
+def _shape(
+    q: jax.Array,
+    values: jax.Array,
+    kv_heads: int,
+    slots: int,
+    block: int | None,
+    splits: int | None,
+) -> TritonShape:
     """Choose the sizes by which the decode kernel divides its work.
 
     q: [B, T, N, H].
-    values: the cached keys' array of values from `_arrays`.
+    values: the array of cached values from `_arrays`.
+    kv_heads, slots: K and S.
     block, splits: sizes to use; None chooses them.
 
     The number of splits follows from S, not from how many slots are written; those are divided
     evenly among the splits when the kernel runs.
     """
     batch, tokens, heads, dim = q.shape
-    kv_heads, slots = values.shape[1:3]
     queries = tokens * heads // kv_heads
     rows = min(max(pl.next_power_of_2(queries), _ROWS[0]), _ROWS[1])
     row_blocks = pl.cdiv(queries, rows)
-    planes = dim // values.shape[3]
-    width = pl.next_power_of_2(values.shape[3])
+    planes = dim // values.shape[-1]
+    width = pl.next_power_of_2(values.shape[-1])
     if block is None:
         block = min(64, _BLOCK_BYTES // (planes * width * q.dtype.itemsize))
     if splits is None:
@@ -232,25 +315,91 @@ def _shape(q: jax.Array, values: jax.Array, block: int | None, splits: int | Non
     )
 
 
-def _kernel(shape: TritonShape, interpret: bool, *refs: Ref) -> None:
+class Ring(NamedTuple):
+    """Where the kernel finds sequences in a cache of slots [B, K, S, H].
+
+    start, index: int32 [B] and [], as in `triton_decode`.
+    """
+
+    start: Ref
+    index: Ref
+
+    def written(self, b: jax.Array, shape: TritonShape) -> jax.Array:
+        """Return the number of a sequence's written tokens, below 0 for padding.
+
+        A row may begin arbitrarily far ahead of the index; the bound keeps arithmetic in range.
+        """
+        return jnp.maximum(self.index[...] - self.start[b], -shape.tokens)
+
+    def slot(self, token: jax.Array, b: jax.Array, shape: TritonShape) -> jax.Array:
+        """Return the slot of a sequence's token."""
+        start, token = (lax.rem(x, shape.slots) for x in (self.start[b], token))
+        slot = lax.rem(start + token, shape.slots)
+        return jnp.where(slot < 0, slot + shape.slots, slot)
+
+    def block(
+        self, i: jax.Array, b: jax.Array, head: jax.Array, side: int, shape: TritonShape
+    ) -> tuple[tuple[Any, ...], jax.Array]:
+        """Return the indices of a sequence's head in the cache, and of the slots of its block i."""
+        return (b, head), i * shape.block + jnp.arange(shape.block)
+
+
+class Pages(NamedTuple):
+    """Where the kernel finds sequences in a pool of pages [P, 2, K, page, H].
+
+    table, written: int32 [B, W] and [B], as in `triton_paged_decode`.
+    """
+
+    table: Ref
+    written_tokens: Ref
+
+    def written(self, b: jax.Array, shape: TritonShape) -> jax.Array:
+        """Return the number of a sequence's written tokens."""
+        return self.written_tokens[b]
+
+    def slot(self, token: jax.Array, b: jax.Array, shape: TritonShape) -> jax.Array:
+        """Return the slot of a sequence's token, counted through its pages."""
+        return token
+
+    def block(
+        self, i: jax.Array, b: jax.Array, head: jax.Array, side: int, shape: TritonShape
+    ) -> tuple[tuple[Any, ...], jax.Array]:
+        """Return the indices of a head in the page of block i, and of the block's slots there.
+
+        side: 0 for keys, 1 for values.
+        """
+        first = i * shape.block
+        page = self.table[b, first // shape.page]
+        return (page, side, head), lax.rem(first, shape.page) + jnp.arange(shape.block)
+
+
+def _kernel(
+    shape: TritonShape,
+    interpret: bool,
+    places: Ring | Pages,
+    window_ref: Ref,
+    scale_ref: Ref,
+    q_ref: Ref,
+    own: list[Ref],
+    leaves: list[list[Ref]],
+    *outs: Ref,
+) -> None:
     """Attend from the queries of one head to one split of one sequence's cached slots.
 
-    The first split attends to this pass's own tokens too. Writes the output or, with several
-    splits, a partial output and its log-sum-exp.
+    The first split attends to this pass's own tokens too, if they are given. Writes the output and,
+    for pages, its log-sum-exp; with several splits, a partial output and its log-sum-exp.
 
-    refs: the kernel's operands and outputs in memory, in the order in which they are unpacked.
+    own: k, v [B, T, K, H] of this pass, or none.
+    leaves: the arrays of keys and of values, from `_arrays`; for pages the same ones twice.
     """
-    start_ref, index_ref, window_ref, scale_ref, q_ref, k_ref, v_ref, keys, values, *outs = refs
     # Row blocks of the same slots are neighbours: all but one of them read from the L2 cache.
     split, row_block = pl.program_id(0) // shape.row_blocks, pl.program_id(0) % shape.row_blocks
     head, b = pl.program_id(1), pl.program_id(2)
     window = window_ref[...]
-    # A row may begin arbitrarily far ahead of the index; the bound keeps the arithmetic in range.
-    written = jnp.maximum(index_ref[...] - start_ref[b], -shape.tokens)
+    written = places.written(b, shape)
     low = jnp.maximum(written - window + 1, 0)  # the first token that query 0 sees
     length = jnp.maximum(written - low, 0)
-    begin = lax.rem(lax.rem(start_ref[b], shape.slots) + lax.rem(low, shape.slots), shape.slots)
-    begin = jnp.where(begin < 0, begin + shape.slots, begin)
+    begin = places.slot(low, b, shape)
 
     row = row_block * shape.rows + jnp.arange(shape.rows)
     t = row // shape.groups
@@ -274,8 +423,11 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Ref) -> None:
             rank = _rank(slot, begin, shape)
             mask = rank < length
             seen = mask[None, :] & (rank[None, :] >= rows.skip[:, None])
-        key, *key_scales = _load(shape, keys, (b, head), slot, mask)
-        value, *value_scales = _load(shape, values, (b, head), slot, mask)
+        keys, values = (
+            _load(shape, leaf, *places.block(i, b, head, side, shape), mask)
+            for side, leaf in enumerate(leaves)
+        )
+        (key, *key_scales), (value, *value_scales) = keys, values
         parts = [_plane(shape, key, c, x.dtype, interpret) for c, x in enumerate(q)]
         s = _sum([dot(x, part.T) for x, part in zip(q, parts, strict=True)])
         if key_scales:
@@ -298,7 +450,7 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Ref) -> None:
         o = [x * decay + dot(p, part) for x, part in zip(state.o, parts, strict=True)]
         return Partial(largest, total, zeros, tuple(o))
 
-    state = _own(shape, dot, split, (b, head), written, window, q, rows, k_ref, v_ref)
+    state = _own(shape, dot, split, (b, head), written, window, q, rows, own)
     state = _blocks(shape, split, begin, length, window, written - low, step, state)
     total = jnp.sum(state.total, 1)
     empty = total == 0
@@ -307,9 +459,11 @@ def _kernel(shape: TritonShape, interpret: bool, *refs: Ref) -> None:
         o = (o + zeros) / jnp.where(empty, 1, total)[:, None]
         where = (b, *at) if shape.splits == 1 else (b, at[0], split, at[1])
         plt.store(outs[0].at[where], o.astype(outs[0].dtype), mask=mask)
+    lse = state.largest + jnp.log2(jnp.where(empty, 1, total))
     if shape.splits > 1:
-        lse = jnp.where(empty, LOWEST, state.largest + jnp.log2(jnp.where(empty, 1, total)))
-        plt.store(outs[1].at[b, rows.place, split], lse, mask=real)
+        plt.store(outs[1].at[b, rows.place, split], jnp.where(empty, LOWEST, lse), mask=real)
+    elif shape.page:
+        plt.store(outs[1].at[b, rows.place], jnp.where(empty, -jnp.inf, lse / LOG2E), mask=real)
 
 
 def _plane_places(
@@ -495,8 +649,7 @@ def _own(
     window: jax.Array,
     q: list[jax.Array],
     rows: Queries,
-    k_ref: Ref,
-    v_ref: Ref,
+    own: list[Ref],
 ) -> Partial:
     """Start a program's running softmax, empty but in split 0, where it has this pass's tokens.
 
@@ -504,9 +657,15 @@ def _own(
     where: the indices of the sequence and of the key/value head.
     written: the number of the sequence's written tokens, below 0 for padding.
     q: the planes of the program's queries, [rows, width] each.
-    k_ref, v_ref: [B, T, K, H], the keys and values of this pass.
+    own: k, v [B, T, K, H] of this pass; none leaves split 0 empty, too.
     """
     b, head = where
+    if not own:
+        nothing = jnp.zeros((shape.rows, shape.block), jnp.float32)
+        o = jnp.zeros((shape.rows, shape.width), jnp.float32)
+        largest = jnp.full((shape.rows,), LOWEST, jnp.float32)
+        return Partial(largest, nothing, nothing, (o,) * shape.planes)
+    k_ref, v_ref = own
     count = max(pl.next_power_of_2(shape.tokens), _ROWS[0])
     u = jnp.arange(count)
     held = (u < shape.tokens) & (written + u >= 0) & (split == 0)
@@ -529,12 +688,12 @@ def _own(
     return Partial(largest, total, jnp.zeros_like(total), tuple(o))
 
 
-def _merge(shape: TritonShape, columns: int, o_ref: Ref, lse_ref: Ref, out_ref: Ref) -> None:
+def _merge(shape: TritonShape, columns: int, o_ref: Ref, lse_ref: Ref, *outs: Ref) -> None:
     """Merge the splits of one query into one softmax, for some columns of its output.
 
     columns: the number of columns.
     o_ref, lse_ref: the partial outputs [B, T N, splits, H], and their log-sum-exp.
-    out_ref: [B, T N, H].
+    outs: o [B, T N, H] and, for pages, the log-sum-exp [B, T N].
     """
     b, place = pl.program_id(2), pl.program_id(1)
     column = pl.program_id(0) * columns + jnp.arange(columns)
@@ -544,6 +703,11 @@ def _merge(shape: TritonShape, columns: int, o_ref: Ref, lse_ref: Ref, out_ref: 
     at = (b, place, *_area(split, column))
     parts = plt.load(o_ref.at[at], mask=real[:, None] & inside[None, :], other=0)
     # Where no split has seen a key, the shares are arbitrary and all parts are 0.
-    shares = jnp.exp2(lse - jnp.max(lse, 0))
-    o = jnp.sum(parts * shares[:, None], 0) / jnp.sum(shares, 0)
-    plt.store(out_ref.at[b, place, column], o.astype(out_ref.dtype), mask=inside)
+    largest = jnp.max(lse, 0)
+    shares = jnp.exp2(lse - largest)
+    total = jnp.sum(shares, 0)
+    o = jnp.sum(parts * shares[:, None], 0) / total
+    plt.store(outs[0].at[b, place, column], o.astype(outs[0].dtype), mask=inside)
+    for out in outs[1:]:  # the programs of all columns write the same number
+        value = (largest + jnp.log2(total)) / LOG2E
+        plt.store(out.at[b, place], jnp.where(largest == LOWEST, -jnp.inf, value))

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from benchmarks import aot, kernel_cost
-from qwen_jax.kernels import decode_tpu
+from qwen_jax.kernels import decode_tpu, decode_triton
 from tests.aot.conftest import Case, parameter
 
 KINDS = pytest.mark.parametrize("kind", [None, "int8"], ids=["bf16", "int8"])
@@ -31,6 +31,25 @@ def test_decode_copies_no_pool(case: Case, page: int, kind: str | None) -> None:
     compiled, programs = aot.compile_tpu(decode_tpu.tpu_paged_decode, pool, case.target)
     assert sum(decode_tpu.NAME in x.name for x in programs) == 1
     assert temporary(compiled) < 2**20
+
+
+@pytest.mark.parametrize(
+    ("case", "page"),
+    [
+        parameter(Case("h200", 2048, 32), 128, smoke=True),
+        parameter(Case("h200", 32768, 1, 64), 16),
+        parameter(Case("a100", 2048, 40), 64),
+    ],
+)
+@KINDS
+def test_decode_on_gpus_copies_no_pool(case: Case, page: int, kind: str | None) -> None:
+    sizes = {"page": page, "heads": case.heads, "dim": case.dim}
+    pool = kernel_cost.our_paged(case.batch, case.length, kind, **sizes)
+    compiled, kernels = aot.compile_gpu(decode_triton.triton_paged_decode, pool, case.target)
+    ours = kernel_cost.pallas(kernels)
+    assert ours and all(decode_triton.NAME in kernel.name for kernel in ours)
+    assert not any(kernel.spilled for kernel in ours)
+    assert temporary(compiled) < 2**22
 
 
 @pytest.mark.parametrize("target", ["v5e", "v5p"])

@@ -12,7 +12,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from qwen_jax.kernels import decode_triton
 from qwen_jax.kernels.flash import HEAD_DIMS
+from tests.kernels import paged_cases
 from tests.kernels.decode_cases import FULL, Case, check, draw
+from tests.support.tiny import QUICK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,20 @@ def test_small_values_survive_float16() -> None:
     values = drawn["cache_v"]
     drawn["cache_v"] = values.replace(scale=values.scale * 1e-3, zero=values.zero * 1e-3)
     check(interpreted(case.block, case.splits), case, drawn)
+
+
+PAGED = {
+    "one token": (paged_cases.Case(1, 2, 1, 64, 32, 3, (96, 33, 0, 5)), 3),
+    "groups": (paged_cases.Case(3, 1, 3, 96, 48, 3, (140, 0, 60)), 1),
+    "int8": (paged_cases.Case(2, 2, 2, 128, 16, 6, (90, 1, 0), "bfloat16", True), 2),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_pages_agree_with_softmax(name: str) -> None:
+    case, splits = PAGED[name]
+    attend = functools.partial(decode_triton.triton_paged_decode, interpret=True, splits=splits)
+    paged_cases.check(jax.jit(attend, compiler_options=QUICK), case, windows=(FULL, 50, 2, 1))
 
 
 # jax 0.12 says so of all that Pallas lowers through Triton.
