@@ -338,6 +338,20 @@ def padded_mask(mask: Mask, *, queries: int, keys: int) -> Mask:
     )
 
 
+def paged_mask(
+    written: Int[Array, " B"], window: Int[Array, ""], *, length: int, keys: int
+) -> Mask:
+    """Return the mask of queries over the tokens in the pages of their rows.
+
+    written: int32 [B], the number of tokens in each row's pages, after which its queries come.
+    length, keys: the number of queries of a row, and of the slots of its pages.
+    """
+    positions = written[:, None] + jnp.arange(length, dtype=jnp.int32)
+    slots = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (written.shape[0], keys))
+    there = (slots < written[:, None]).astype(jnp.int32)
+    return Mask(positions, slots, jnp.ones_like(positions), there, window)
+
+
 def places(mask: Mask) -> tuple[Int[Array, "B 2 T"], Int[Array, "B 2 S"]]:
     """Stack a mask's positions and segments, int32, of queries and of keys.
 

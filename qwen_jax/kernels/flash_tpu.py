@@ -4,6 +4,8 @@ The grid walks a list of (query block, key block) pairs, made from the mask befo
 starts, without pairs that the mask hides whole. A block pair is straight-line code, cut along the
 keys into pieces small enough that the next piece's scores are computed during the last one's
 exponentials; that, and not the order of the source, fills the matrix units.
+
+`tpu_paged_prefill` runs the forward kernel on keys and values in pages, for several heads at once.
 """
 
 import dataclasses
@@ -16,14 +18,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels import choice, flash
-from qwen_jax.kernels.flash import Attended, KeysOrValues, Ref, Scale
+from qwen_jax.kernels.flash import Attended, KeysOrValues, PoolLeaf, Ref, Scale
 from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_tpu"
 DTYPES = ("bfloat16", "float32", "float16")
+# XLA keeps narrower heads without padding to 128 lanes, and would copy the pool at every call.
+PAGED_HEAD_DIMS = (128, 256)
+_PAGED_HEADS = 4  # heads of a grid step at most: each page is an operand, which costs 60 cycles
+_MOST_PAGES = 16  # operands of a grid step at most
 _LANES = 128
 _NT = (((1,), (1,)), ((), ()))  # contracts the last axis of both operands
 _NN = (((1,), (0,)), ((), ()))
@@ -115,7 +121,7 @@ class TpuBody:
                 jax.ShapeDtypeStruct(q.shape, dtype),
                 jax.ShapeDtypeStruct((*q.shape[:2], 1, padded[0]), jnp.float32),
             ],
-            compiler_params=self._parameters(),
+            compiler_params=_parameters(self.vmem),
             interpret=self.interpret,
             name="flash_forward",
         )(
@@ -207,7 +213,7 @@ class TpuBody:
         dk_block = pl.BlockSpec((None, None, blocks.k, dim), by_key(lambda h: h))
         whole = pl.BlockSpec((None, None, length, dim), lambda b, h, s, *_: (b, h, 0, 0))
         stat = pl.BlockSpec(
-            (None, None, 1, blocks.q), lambda b, h, s, steps, _: (b, h, 0, _key_block(steps[b, s]))
+            (None, None, 1, blocks.q), lambda b, h, s, steps, *_: (b, h, 0, _key_block(steps[b, s]))
         )
         wide = (batch, heads, k.shape[2], dim)
         return pl.pallas_call(
@@ -232,7 +238,7 @@ class TpuBody:
                 jax.ShapeDtypeStruct(q.shape, jnp.float32),
                 *[jax.ShapeDtypeStruct(wide, jnp.float32)] * 2,
             ],
-            compiler_params=self._parameters(),
+            compiler_params=_parameters(self.vmem),
             interpret=self.interpret,
             name="flash_backward",
         )(
@@ -248,10 +254,11 @@ class TpuBody:
             *_rows(mask.k_positions, _key_segments(mask)),
         )
 
-    def _parameters(self) -> pltpu.CompilerParams:
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=self.vmem
-        )
+
+def _parameters(vmem: int) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,16 +340,176 @@ def tpu_attention(
     return flash.attend_through(body, q, k, v, mask, scale, return_lse, known)
 
 
+def tpu_paged_prefill(
+    q: Float[Array, "B T N H"],
+    kv: PoolLeaf,
+    table: Int[Array, "B W"],
+    written: Int[Array, " B"],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
+    *,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend from many query tokens to the tokens in the pages of their rows.
+
+    Arguments and results are those of `decode_tpu.tpu_paged_decode`. All numbers in the pages must
+    be finite.
+
+    Raises NotImplementedError, with the reason, for calls that the kernel does not support.
+    """
+    interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
+    leaf = jax.tree.leaves(kv)  # values and, of an int8 leaf, scales
+    flash.decline(f"{NAME}, pages", q, k=kv, dtypes=DTYPES[:2], head_dims=PAGED_HEAD_DIMS)
+    flash.decline_page(NAME, kv, multiple=32 // leaf[0].dtype.itemsize)  # whole registers
+    chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
+    if chip is None:
+        raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")
+    (_, length, heads, dim), (kv_heads, page) = q.shape, kv.shape[2:4]
+    keys = page * table.shape[1]
+    blocks = blocks_for(chip.forward, keys)
+    most = max(_LANES, flash.round_up(_MOST_PAGES * page, _LANES))
+    blocks = dataclasses.replace(blocks, k=min(blocks.k, most)).fitted(length, keys)
+    blocks = dataclasses.replace(blocks, k=flash.round_up(blocks.k, page))
+    many, group = blocks.k // page, heads // kv_heads
+    width = flash.round_up(table.shape[1], many)
+    table = flash.pad(jnp.asarray(table, jnp.int32), width, axis=1)
+    mask = flash.paged_mask(written, window, length=length, keys=width * page)
+    mask = flash.padded_mask(mask, queries=flash.round_up(length, blocks.q), keys=width * page)
+    steps, count = _steps(_kinds(mask, blocks))
+    size = max(
+        x for x in range(1, _PAGED_HEADS + 1) if heads % x == 0 and (x % group) * (group % x) == 0
+    )
+    kv_size = max(1, size // group)
+
+    def page_spec(array: jax.Array, i: int) -> pl.BlockSpec:
+        def index(b: jax.Array, h: jax.Array, s: jax.Array, *scalars: Ref) -> tuple[Any, ...]:
+            steps, _, table = scalars
+            entry = table[b * width + _key_block(steps[b, s]) * many + i]
+            return (entry, 0, h * size // group // kv_size, 0, 0)[: array.ndim]
+
+        return pl.BlockSpec((None, 2, kv_size, *array.shape[3:]), index)
+
+    q_block = pl.BlockSpec((None, size, blocks.q, dim), _index(_query_block)(lambda h: h))
+    stat = lambda b, h, s, steps, *_: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
+    rows = _heads_first(flash.factored(q, scale), mask.q_positions.shape[1])
+    o, lse = pl.pallas_call(
+        functools.partial(_paged_kernel, compute=blocks.compute),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(q.shape[0], heads // size, count),
+            in_specs=[
+                q_block,
+                [[page_spec(array, i) for i in range(many)] for array in leaf],
+                *[_row_block(blocks.q, _query_block)] * 2,
+                *[_row_block(blocks.k, _key_block)] * 2,
+            ],
+            out_specs=[q_block, pl.BlockSpec((None, size, 1, blocks.q), stat)],
+            scratch_shapes=[
+                *[pltpu.VMEM((size, blocks.q, _LANES), jnp.float32)] * 2,
+                pltpu.VMEM((size, blocks.q, dim), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+            jax.ShapeDtypeStruct((*rows.shape[:2], 1, rows.shape[2]), jnp.float32),
+        ],
+        compiler_params=_parameters(chip.vmem),
+        interpret=interpret,
+        name="flash_paged",
+    )(
+        steps,
+        _one(window),
+        table.reshape(-1),
+        rows,
+        [[array] * many for array in leaf],
+        *_rows(mask.q_positions, mask.q_segments),
+        *_rows(mask.k_positions, _key_segments(mask)),
+    )
+    return jnp.swapaxes(o, 1, 2)[:, :length], jnp.swapaxes(lse[:, :, 0], 1, 2)[:, :length]
+
+
 def _float32(x: KeysOrValues) -> KeysOrValues:
     return x if isinstance(x, flash.Quantised) else x.astype(jnp.float32)
+
+
+class _Paged:
+    """A block of one head's keys or values that lies in several pages, indexed like one array.
+
+    pages: the pages' values [2, heads, page, H] and, if they are int8, their scales.
+    side: 0 for keys, 1 for values.
+    head: the head's index.
+    """
+
+    def __init__(self, pages: list[list[Ref]], *, side: int, head: int) -> None:
+        self.pages, self.side, self.head = pages, side, head
+        self.size = pages[0][0].shape[2]
+        self.shape = (len(pages[0]) * self.size, pages[0][0].shape[3])
+
+    def __getitem__(self, index: tuple[slice, slice]) -> jax.Array:
+        """Load the values of some tokens, [tokens, H]."""
+        parts = [self.pages[0][i][self.side, self.head, x] for i, x in self._parts(index[0])]
+        return jnp.concatenate(parts, 0)
+
+    def scale(self, keys: slice) -> jax.Array | None:
+        """Load the scales of some tokens, [1, tokens], if there are any."""
+        if len(self.pages) == 1:
+            return None
+        head = slice(self.head, self.head + 1)
+        return jnp.concatenate(
+            [self.pages[1][i][self.side, head, x] for i, x in self._parts(keys)], 1
+        )
+
+    def _parts(self, keys: slice) -> list[tuple[int, slice]]:
+        """Return the pages that hold some tokens, and which slots of each."""
+        found, at = [], keys.start
+        while at < keys.stop:
+            end = min(keys.stop, at + self.size - at % self.size)
+            found.append((at // self.size, slice(at % self.size, at % self.size + end - at)))
+            at = end
+        return found
+
+
+def _paged_kernel(
+    steps: Ref,
+    window: Ref,
+    table: Ref,
+    q: Ref,
+    leaf: list[list[Ref]],
+    q_positions: Ref,
+    q_segments: Ref,
+    k_positions: Ref,
+    k_segments: Ref,
+    *outs_and_scratch: Ref,
+    compute: int,
+) -> None:
+    """Add one block of keys and values in pages to the running softmax of several heads.
+
+    table: int32 [B * pages], for index maps.
+    leaf: the pages' values [2, heads, page, H] and, if they are int8, their scales.
+
+    Others are those of `_forward_kernel`, with an axis of heads before all that belong to one.
+    """
+    del table
+    heads, kv_heads = q.shape[0], leaf[0][0].shape[1]
+    for head in range(heads):
+        k, v = (_Paged(leaf, side=side, head=head * kv_heads // heads) for side in (0, 1))
+        outs = (x.at[head] for x in outs_and_scratch)
+        places = (q_positions, q_segments, k_positions, k_segments)
+        _forward_kernel(steps, window, q.at[head], k, v, *places, *outs, compute=compute)
+
+
+def _scaled(x: jax.Array, keys: Ref | _Paged, at: slice) -> jax.Array:
+    """Multiply x [queries, tokens] by the scales of quantised keys or values; others have none."""
+    scale = keys.scale(at) if isinstance(keys, _Paged) else None
+    return x if scale is None else x * scale
 
 
 def _forward_kernel(
     steps: Ref,
     window: Ref,
     q: Ref,
-    k: Ref,
-    v: Ref,
+    k: Ref | _Paged,
+    v: Ref | _Paged,
     q_positions: Ref,
     q_segments: Ref,
     k_positions: Ref,
@@ -374,9 +541,9 @@ def _forward_kernel(
 
     @pl.when(step & _FIRST != 0)
     def _() -> None:
-        largest[...] = jnp.full_like(largest, flash.LOWEST)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        largest[...] = jnp.full(largest.shape, flash.LOWEST, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
     def block(kind: int) -> None:
         # Computed here, where they overlap with products, and not at the start of a row.
@@ -384,7 +551,7 @@ def _forward_kernel(
         groups = _lanes(_column(q_segments[...]), compute) if kind == _MIXED else None
         for at in range(0, k.shape[0], compute):
             keys = slice(at, at + compute)
-            scores = _dot(q[...], k[keys, :], _NT)
+            scores = _scaled(_dot(q[...], k[keys, :].astype(q.dtype), _NT), k, keys)
             if places is not None:
                 seen = _within(places, k_positions[:, keys], window[0])
                 if groups is not None:
@@ -397,7 +564,8 @@ def _forward_kernel(
             parts = [weights[:, i : i + _LANES] for i in range(0, compute, _LANES)]
             total[...] = total[...] * fading + functools.reduce(jnp.add, parts)
             largest[...] = now
-            added = _dot(weights.astype(v.dtype), v[keys, :], _NN)
+            weights = _scaled(weights, v, keys).astype(q.dtype)
+            added = _dot(weights, v[keys, :].astype(q.dtype), _NN)
             sums[...] = sums[...] * _lanes(fading, dim) + added
 
     for each in (_FULL, _NEAR, _MIXED):
@@ -554,7 +722,7 @@ def _index(block: _Index) -> Callable[[_Index], Callable[..., tuple[Any, ...]]]:
 
     The returned function takes one that returns the array's head, given the query head.
     """
-    return lambda head: lambda b, h, s, steps, _: (b, head(h), block(steps[b, s]), 0)
+    return lambda head: lambda b, h, s, steps, *_: (b, head(h), block(steps[b, s]), 0)
 
 
 def _row_block(size: int, block: _Index) -> pl.BlockSpec:
@@ -562,12 +730,12 @@ def _row_block(size: int, block: _Index) -> pl.BlockSpec:
 
     block: returns the index of the block, given a packed grid step.
     """
-    return pl.BlockSpec((None, 1, size), lambda b, h, s, steps, _: (b, 0, block(steps[b, s])))
+    return pl.BlockSpec((None, 1, size), lambda b, h, s, steps, *_: (b, 0, block(steps[b, s])))
 
 
 def _stat_block(size: int) -> pl.BlockSpec:
     """Return the block spec of statistics of queries [B, N, 1, T], in blocks of `size` tokens."""
-    index = lambda b, h, s, steps, _: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
+    index = lambda b, h, s, steps, *_: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
     return pl.BlockSpec((None, None, 1, size), index)
 
 

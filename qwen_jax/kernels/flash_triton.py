@@ -6,6 +6,8 @@ before and behind it, each after a check. The bounds of the walk are computed be
 starts, from the ranges of positions and segments in blocks. The backward pass is two kernels, one
 over tiles of keys and one over tiles of queries, so that every sum has one owner: no atomics, and
 the same bits each time.
+
+`triton_paged_prefill` runs the forward kernel on keys and values in pages.
 """
 
 import dataclasses
@@ -20,10 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax.kernels import choice, flash
-from qwen_jax.kernels.flash import Attended, KeysOrValues, Ref, Scale
+from qwen_jax.kernels.flash import Attended, KeysOrValues, PoolLeaf, Ref, Scale
 from qwen_jax.kernels.mask import Mask
 
 NAME = "pallas_triton"
@@ -31,6 +33,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Triton's arrays have power-of-two lengths. Other head dims are cut into such parts instead of
 # being padded: a product over the head dim is a sum of products over parts, and no lane is wasted.
 _PARTS = {80: (64, 16), 96: (64, 32)}
+_LEAST_BLOCK = 16  # keys that a tensor core multiplies at least
 _ALL = slice(None)
 _NN = (((1,), (0,)), ((), ()))
 _NT = (((1,), (1,)), ((), ()))  # contracts the last axis of both operands
@@ -209,7 +212,7 @@ class TritonBody:
         name: str,
         sizes: TritonBlocks,
         grid: tuple[int, int, int],
-        in_specs: list[pl.BlockSpec],
+        in_specs: list[pl.BlockSpec | list[pl.BlockSpec]],
         out_specs: list[pl.BlockSpec],
         out_shape: list[jax.ShapeDtypeStruct],
     ) -> Callable[..., Any]:
@@ -282,6 +285,65 @@ def triton_attention(
     return flash.attend_through(body, q, k, v, mask, scale, return_lse, known)
 
 
+def triton_paged_prefill(
+    q: Float[Array, "B T N H"],
+    kv: PoolLeaf,
+    table: Int[Array, "B W"],
+    written: Int[Array, " B"],
+    window: Int[Array, ""],
+    scale: Float[Array, "B T"],
+    *,
+    blocks: TritonBlocks | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend from many query tokens to the tokens in the pages of their rows.
+
+    Arguments and results are those of `decode_triton.triton_paged_decode`. All numbers in the pages
+    must be finite.
+
+    blocks: block sizes of the forward kernel; None takes this device's defaults. Blocks of keys are
+        cut to parts of a page.
+
+    Raises NotImplementedError, with the reason, for calls that the kernel does not support.
+    """
+    interpret = choice.interpreted(NAME, "gpu") if interpret is None else interpret
+    choice.need_gpu(NAME, 7.5)
+    flash.decline(NAME, q, k=kv, dtypes=DTYPES, head_dims=flash.HEAD_DIMS)
+    flash.decline_page(NAME, kv, multiple=_LEAST_BLOCK)
+    sizes = blocks or _default_blocks(q.shape[-1], q.dtype)[0]
+    page = kv.shape[3]
+    sizes = dataclasses.replace(sizes, block=min(sizes.block, page & -page))
+    (batch, length, heads, dim), keys = q.shape, page * table.shape[1]
+    queries = flash.round_up(length, sizes.tile)
+    q, scale = flash.pad(q, queries, axis=1), flash.pad(scale * math.sqrt(dim), queries, axis=1)
+    mask = flash.paged_mask(written, window, length=queries, keys=keys)
+    plan = _plan(mask, sizes)
+    gathered = jax.ShapeDtypeStruct((batch, keys, kv.shape[2], dim), q.dtype)
+    specs = _QuerySpecs(q, gathered, sizes.tile)
+    leaf = jax.tree.leaves(kv)  # values and, of an int8 leaf, scales
+    body = TritonBody(sizes, sizes, sizes, interpret)
+    o, lse = body._call(
+        functools.partial(_paged_forward, block=sizes.block),
+        "flash_paged",
+        sizes,
+        specs.grid,
+        [
+            pl.BlockSpec((None, table.shape[1]), lambda t, n, b: (b, 0)),
+            *_plan_specs(specs.program, plan),
+            specs.scale,
+            specs.q,
+            [pl.BlockSpec()] * len(leaf),
+            *specs.places,
+        ],
+        [specs.q, specs.stat],
+        [
+            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+        ],
+    )(jnp.asarray(table, jnp.int32), *plan, scale, q, leaf, *flash.places(mask))
+    return o[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
+
+
 def _replaced(blocks: TritonBlocks, part: str, sizes: dict[str, int]) -> TritonBlocks:
     """Replace block sizes by measured ones.
 
@@ -305,7 +367,7 @@ def _default_blocks(dim: int, dtype: DTypeLike) -> tuple[TritonBlocks, TritonBlo
 class _QuerySpecs:
     """The grid and block specs of a kernel over tiles of queries."""
 
-    def __init__(self, q: jax.Array, k: jax.Array, tile: int) -> None:
+    def __init__(self, q: jax.Array, k: jax.Array | jax.ShapeDtypeStruct, tile: int) -> None:
         batch, queries, heads, dim = q.shape
         tiles, group = queries // tile, heads // k.shape[2]
 
@@ -434,6 +496,72 @@ def _walk(
     return lax.fori_loop(0, before + last - full_end, careful, state)
 
 
+class _Keys:
+    """The keys or the values of one head, as an array [S, H], read in blocks."""
+
+    def __init__(self, ref: Ref, block: int) -> None:
+        self.ref, self.size = ref, block
+
+    def block(self, index: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        """Load a block, [block, H], as a list of its parts along the head dim."""
+        return _load(self.ref, pl.ds(index * self.size, self.size))
+
+    def scaled(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """Multiply x [queries, block] by the scales of the block, of which an array has none."""
+        return x
+
+
+class _PagedKeys:
+    """The keys or the values of one head in pages, read in blocks that are parts of a page.
+
+    leaf: the pages' values [P, 2, K, page, H] and, if they are int8, their scales.
+    table: int32 [W], the pages.
+    side: 0 for keys, 1 for values.
+    head: the index of the key/value head.
+    """
+
+    def __init__(
+        self, leaf: list[Ref], table: Ref, *, side: int, head: jax.Array, block: int
+    ) -> None:
+        self.leaf, self.table, self.side, self.head, self.size = leaf, table, side, head, block
+
+    def block(self, index: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        """Load a block, [block, H], as a list of its parts along the head dim in `dtype`."""
+        ref, at = self.leaf[0], self._at(index)
+        return [ref[*at, part].astype(dtype) for part in _parts(ref.shape[-1])]
+
+    def scaled(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """Multiply x [queries, block] by the scales of the block, if there are any."""
+        return x * self.leaf[1][self._at(index)][None, :] if self.leaf[1:] else x
+
+    def _at(self, index: jax.Array) -> tuple[Any, ...]:
+        """Return the indices of a block in the pool, without the head dim."""
+        first, page = index * self.size, self.leaf[0].shape[3]
+        slots = pl.ds(lax.rem(first, page), self.size)
+        return self.table[first // page], self.side, self.head, slots
+
+
+def _paged_forward(
+    table: Ref,
+    program: Ref,
+    blocks: Ref,
+    window: Ref,
+    scale: Ref,
+    q: Ref,
+    leaf: list[Ref],
+    *places_and_outs: Ref,
+    block: int,
+) -> None:
+    """Compute `_forward` on keys and values in pages.
+
+    table: int32 [W], the pages of this row.
+    leaf: the pages' values [P, 2, K, page, H] and, if they are int8, their scales.
+    """
+    head = pl.program_id(1) * leaf[0].shape[2] // pl.num_programs(1)
+    k, v = (_PagedKeys(leaf, table, side=side, head=head, block=block) for side in (0, 1))
+    _softmax(program, blocks, window, scale, q, k, v, *places_and_outs)
+
+
 def _forward(
     program: Ref,
     blocks: Ref,
@@ -442,11 +570,7 @@ def _forward(
     q: Ref,
     k: Ref,
     v: Ref,
-    q_places: Ref,
-    k_places: Ref,
-    o: Ref,
-    lse: Ref,
-    *,
+    *places_and_outs: Ref,
     block: int,
 ) -> None:
     """Compute o and the log-sum-exp of one tile of queries of one head.
@@ -459,21 +583,40 @@ def _forward(
     q_places, k_places: positions and segments, int32 [2, tile] and [2, S].
     block: keys in a block.
     """
+    k, v = _Keys(k, block), _Keys(v, block)
+    _softmax(program, blocks, window, scale, q, k, v, *places_and_outs)
+
+
+def _softmax(
+    program: Ref,
+    blocks: Ref,
+    window: Ref,
+    scale: Ref,
+    q: Ref,
+    k: _Keys | _PagedKeys,
+    v: _Keys | _PagedKeys,
+    q_places: Ref,
+    k_places: Ref,
+    o: Ref,
+    lse: Ref,
+) -> None:
+    """Compute `_forward`."""
     tile, dim = q.shape
     factor = flash.score_factor(dim)
     rows = [_scaled(q[:, part], scale[...][:, None]) for part in _parts(dim)]
 
     def visit(index: jax.Array, masked: bool, state: Any) -> Any:
         largest, total, sums = state
-        keys = pl.ds(index * block, block)
-        scores = _product(rows, _load(k, keys))
+        scores = k.scaled(_product(rows, k.block(index, q.dtype)), index)
         if masked:
+            keys = pl.ds(index * k.size, k.size)
             scores = _masked(scores, _at(q_places, _ALL), _at(k_places, keys), window[0])
         now = jnp.maximum(largest, jnp.max(scores, 1))
         weights = jnp.exp2((scores - now[:, None]) * factor)
         fading = jnp.exp2((largest - now) * factor)
         total = total * fading + jnp.sum(weights, 1)
-        sums = _add([x * fading[:, None] for x in sums], weights, _load(v, keys))
+        sums = [x * fading[:, None] for x in sums]
+        sums = _add(sums, v.scaled(weights, index), v.block(index, q.dtype))
         return now, total, sums
 
     nothing = (

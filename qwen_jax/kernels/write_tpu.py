@@ -106,9 +106,7 @@ def tpu_write_pages(
     return jax.tree.unflatten(structure, written)
 
 
-def _leaves(
-    kv: PoolLeaf, new: NewToken | NewPages
-) -> tuple[list[jax.Array], list[jax.Array], Any]:
+def _leaves(kv: PoolLeaf, new: NewToken | NewPages) -> tuple[list[jax.Array], list[jax.Array], Any]:
     """Return the arrays of a pool, those to be written, in the same dtypes, and the structure."""
     pool, structure = jax.tree.flatten(kv)
     decline_page(NAME, kv, multiple=32 // pool[0].dtype.itemsize)  # whole registers

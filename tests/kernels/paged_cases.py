@@ -28,9 +28,9 @@ class Case:
     int8: bool = False
 
 
-def draw(case: Case, window: int, seed: int = 0) -> dict[str, Any]:
-    """Arguments of a kernel. What no query sees is not finite, and pages are in no order."""
-    random = np.random.default_rng(seed)
+def draw(case: Case, window: int, hidden_value: float = np.nan) -> dict[str, Any]:
+    """Arguments of a kernel. Pages are in no order, and what no query sees is `hidden_value`."""
+    random = np.random.default_rng(0)
     batch, width = len(case.written), case.width
     written = np.array(case.written)
     table = 1 + random.permutation(batch * width).reshape(batch, width)
@@ -42,10 +42,10 @@ def draw(case: Case, window: int, seed: int = 0) -> dict[str, Any]:
     shape = (1 + batch * width, 2, case.heads, case.page, case.dim)
     kv = jnp.asarray(random.standard_normal(shape, np.float32) + 0.5, case.dtype)
     mask = jnp.asarray(hidden)[:, None, None]
-    leaf: Any = jnp.where(mask[..., None], jnp.nan, kv)
+    leaf: Any = jnp.where(mask[..., None], jnp.asarray(hidden_value, kv.dtype), kv)
     if case.int8:
         leaf = quantize(kv)
-        leaf = leaf.replace(scale=jnp.where(mask, jnp.nan, leaf.scale))
+        leaf = leaf.replace(scale=jnp.where(mask, hidden_value, leaf.scale))
     queries = (batch, case.tokens, case.heads * case.groups, case.dim)
     return {
         "q": jnp.asarray(random.standard_normal(queries, np.float32), case.dtype),
@@ -82,10 +82,12 @@ def reference(drawn: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return o, lse
 
 
-def check(attend: Callable[..., Any], case: Case, windows: Sequence[int]) -> None:
+def check(
+    attend: Callable[..., Any], case: Case, windows: Sequence[int], hidden_value: float = np.nan
+) -> None:
     """Within 1e-5 of the largest number in float32, 1e-2 in half precision; all in one program."""
     for window in windows:
-        drawn = draw(case, window)
+        drawn = draw(case, window, hidden_value)
         found = jax.device_get(attend(**drawn))
         tolerance = 1e-5 if case.dtype == "float32" else 1e-2
         for x, expected in zip(found, reference(drawn), strict=True):

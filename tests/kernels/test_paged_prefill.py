@@ -1,0 +1,30 @@
+"""Flash kernels over pages, interpreted on the CPU, against softmax in float64."""
+
+import functools
+
+import jax
+import pytest
+
+from qwen_jax.kernels import flash_tpu, flash_triton
+from qwen_jax.kernels.flash_triton import TritonBlocks
+from tests.kernels.paged_cases import FULL, Case, check
+from tests.support.tiny import QUICK
+
+SMALL = TritonBlocks(tile=16, block=32, warps=4, stages=1)
+TPU, TRITON = (
+    functools.partial(flash_tpu.tpu_paged_prefill, interpret=True),
+    functools.partial(flash_triton.triton_paged_prefill, interpret=True, blocks=SMALL),
+)
+CASES = {
+    "tpu, int8, groups": (TPU, Case(130, 1, 2, 128, 64, 5, (300, 0), "bfloat16", True)),
+    "tpu, large pages": (TPU, Case(12, 2, 1, 128, 256, 1, (150, 1))),
+    "triton, int8, groups": (TRITON, Case(20, 1, 2, 64, 64, 2, (100, 0), "bfloat16", True)),
+    "triton, small pages": (TRITON, Case(20, 2, 1, 96, 16, 6, (90, 1))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_softmax(name: str) -> None:
+    attend, case = CASES[name]
+    attend = jax.jit(attend, compiler_options=QUICK)
+    check(attend, case, windows=(FULL, 60, 1), hidden_value=30.0)
