@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/kernel_cost.py TABLE ... [--target v5e ...]
 
-The tables are flash, masks, decode, paged and gpu. No accelerator is needed; `aot.py` says what is
-counted and what is not. Prints Markdown. All cases are in bf16 with head dim 128 and as many
-key/value heads as query heads, on one core.
+The tables are flash, masks, decode, paged, prefill and gpu. No accelerator is needed; `aot.py` says
+what is counted and what is not. Prints Markdown. All cases are in bf16 with head dim 128 and as
+many key/value heads as query heads, on one core.
 
 * flash: causal attention against jax's splash attention with its best blocks. Figures are cycles
   per 1000 (query, key) pairs. `block` is for a computing step in a block that is entirely visible,
@@ -20,6 +20,8 @@ key/value heads as query heads, on one core.
 * paged: the same where the cache lies in pages of 128 tokens, beside `decode`'s own kernel and
   jax's ragged_paged_attention. Our kernel for pages leaves out the pass's own token, which is
   attended to apart; `+ own` adds the cycles that the kernel of `decode` spends on that token.
+* prefill: a chunk of 512 tokens against 8,192 in pages, all visible, beside the kernel of `flash`
+  on the same keys without pages. Figures are cycles per 1000 pairs.
 * gpu: the resources of the GPU kernels, as reported by ptxas.
 
 `--sweep` compiles all block sizes of `flash` and prints the best for each length, to be put into
@@ -62,6 +64,7 @@ from qwen_jax.runtime import command
 HEADS, DIM, PAGE = 4, 128, 128
 FORWARD, BACKWARD = 4 * DIM, 10 * DIM  # FLOPs per pair: 2 and 5 products
 DECODE_HEADS = 32
+CHUNK, CACHED = 512, 8192  # of a prompt, against its tokens before
 LENGTHS = (2048, 8192, 32768)
 Built = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -648,6 +651,44 @@ def paged_cycles(target: str, batch: int, slots: int, kind: str | None) -> dict[
     return found | {rival.name: rival_cycles(rival, cost, batch, slots, kind)}
 
 
+def prefill_table(targets: list[str]) -> None:
+    """Print the table `prefill`."""
+    header("kernel", "chip", "chunk x slots", "cache", "cycles / 1000", "/ contiguous")
+    for target in targets:
+        found = prefill_cycles(target)
+        for name, cycles in found.items():
+            kernel, cache = name
+            ratio = f"{cycles / found['flash_tpu', 'bf16']:.3f}" if "pages" in kernel else ""
+            line(kernel, target, f"{CHUNK} x {CACHED}", cache, f"{cycles:.2f}", ratio)
+
+
+def prefill_cycles(target: str) -> dict[tuple[str, str], float]:
+    """Cycles per 1000 pairs of a chunk of a prompt against cached keys, by kernel and cache."""
+    own, keys = (array((1, length, DECODE_HEADS, DIM)) for length in (CHUNK, CACHED))
+
+    def flat(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+        blocks = flash_tpu.blocks_for(flash_tpu.CHIPS[choice.device().device_kind].forward, CACHED)
+        return our_body(blocks).forward(q, k, v, mask, scale, q.dtype)
+
+    built: dict[tuple[str, str], Built] = {
+        ("flash_tpu", "bf16"): (flat, (own, keys, keys, *mask_and_scale(1, CHUNK, CACHED)))
+    }
+    for kind in (None, "int8"):
+        arguments = our_paged(1, CACHED, kind, tokens=CHUNK)
+        built["flash_tpu, pages", kind or "bf16"] = flash_tpu.tpu_paged_prefill, arguments
+    sizes = flash_tpu.CHIPS[aot.TPUS[target].kind].forward
+    blocks = flash_tpu.blocks_for(sizes, CACHED).fitted(CHUNK, CACHED)
+    found = {}
+    for name, call in built.items():
+        cost = decode_cost(call, target, "flash")
+        full = cost.steps[::3]  # of each head: wholly visible, with positions, with segments
+        idle = max(x.idle for x in full)
+        step = (sum(x.cycles - x.idle for x in full) + idle) / len(full)
+        total = CACHED / blocks.k * step + sum(cost.edges) / len(full)
+        found[name] = 1000 * CHUNK / blocks.q * total / (CHUNK * CACHED)
+    return found
+
+
 def cache_bytes(name: str, kind: str | None) -> int:
     """Bytes of a key and a value in the cache; int8 ones of decode_tpu have a scale each."""
     if kind is None:
@@ -656,7 +697,7 @@ def cache_bytes(name: str, kind: str | None) -> int:
 
 
 def decode_cost(built: Built, target: str, name: str) -> aot.Cost:
-    """Compile a decode kernel, and return its cost."""
+    """Compile a kernel, and return its cost."""
     (program,) = (x for x in aot.compile_tpu(*built, target)[1] if name in x.name)
     return aot.steady(program)
 
@@ -702,7 +743,7 @@ def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
 def main() -> None:
     """Run the command."""
     parser = command.Parser(description="Cycles of attention kernels.")
-    tables = ("flash", "masks", "decode", "paged", "gpu")
+    tables = ("flash", "masks", "decode", "paged", "prefill", "gpu")
     parser.add_argument("table", nargs="*", help=", ".join(tables))
     parser.add_argument("--target", nargs="+", choices=aot.TPUS, help="default: v5e v5p v6e")
     parser.add_argument("--length", nargs="+", type=int, choices=LENGTHS, help="default: all")
@@ -739,6 +780,8 @@ def main() -> None:
             decode_table(targets)
         elif table == "paged":
             paged_table(targets)
+        elif table == "prefill":
+            prefill_table(targets)
         else:
             gpu_table()
         print()

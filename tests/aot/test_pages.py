@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from benchmarks import aot, kernel_cost
-from qwen_jax.kernels import decode_tpu, decode_triton
+from qwen_jax.kernels import decode_tpu, decode_triton, flash_triton
 from tests.aot.conftest import Case, parameter
 
 KINDS = pytest.mark.parametrize("kind", [None, "int8"], ids=["bf16", "int8"])
@@ -65,6 +65,24 @@ def test_decode_costs_little_more_than_without_pages(
     assert cycles <= (0.65 if kind is None else 0.7) * found["ragged_paged_attention"]
     arrival = kernel_cost.cache_bytes("decode_tpu", kind) / aot.TPUS[target].hbm
     assert cycles < batch * slots * kernel_cost.DECODE_HEADS * arrival
+
+
+@pytest.mark.parametrize("target", ["v5e", "v5p"])
+def test_prefill_costs_little_more_than_without_pages(target: str) -> None:
+    found = kernel_cost.prefill_cycles(target)
+    assert found["flash_tpu, pages", "bf16"] <= 1.03 * found["flash_tpu", "bf16"]
+    assert found["flash_tpu, pages", "int8"] <= 1.15 * found["flash_tpu", "bf16"]
+
+
+@pytest.mark.parametrize("target", ["h200", "a100"])
+@pytest.mark.parametrize(("page", "dim"), [(128, 128), (16, 64)])
+@KINDS
+def test_prefill_on_gpus_copies_no_pool(target: str, page: int, dim: int, kind: str | None) -> None:
+    pool = kernel_cost.our_paged(1, 8192, kind, page=page, dim=dim, tokens=512)
+    compiled, kernels = aot.compile_gpu(flash_triton.triton_paged_prefill, pool, target)
+    (ours,) = (x for x in kernels if "flash_paged" in x.name)
+    assert not ours.spilled
+    assert temporary(compiled) < 2**20
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:
