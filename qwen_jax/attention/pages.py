@@ -17,11 +17,12 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qwen_jax.attention import ring
+from qwen_jax.attention import registry, ring
 from qwen_jax.attention.cache import held_dtype
-from qwen_jax.attention.reference import Attend
+from qwen_jax.attention.reference import Attend, WritePages, xla
+from qwen_jax.attention.registry import Implementation
 from qwen_jax.config import Config
-from qwen_jax.kernels.flash import KeysOrValues, PoolLeaf, Quantised, Scale
+from qwen_jax.kernels.flash import KeysOrValues, NewPart, PoolLeaf, Quantised, Scale
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
@@ -66,8 +67,11 @@ class PagedLayer:
     ) -> tuple[Float[Array, "B T N H"], "PagedLayer"]:
         """Attend to this pass's keys and those in the pages. Returns o and the new layer.
 
-        The arguments are those of `model.context.KVCacheLayer`; `past` is None.
+        The arguments are those of `model.context.KVCacheLayer`; `past` is None. An implementation
+        that has kernels for pages is used by way of them.
         """
+        made = Implementation.of(implementation)
+        near = xla if made.paged_decode and q.shape[1] <= registry.FEW else implementation
         rows = jax.typeof(q).sharding.spec
         leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
 
@@ -81,7 +85,7 @@ class PagedLayer:
             layer: PagedLayer,
             places: Places,
         ) -> tuple[jax.Array, PagedLayer]:
-            found = implementation(q, k, v, own, scale, return_lse=True)
+            found = near(q, k, v, own, scale, return_lse=True)
             cached = attend_pages(
                 implementation, q, kv=layer.kv, places=places, window=own.window, scale=scale
             )
@@ -89,7 +93,8 @@ class PagedLayer:
             # This is 0, but the compiler cannot know: the write waits for the read (`cache.py`).
             after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
             places = Places(places.table, places.written + after_reading, places.count)
-            return o, PagedLayer(put(layer.kv, k, v=v, places=places))
+            kv = put(layer.kv, k, v=v, places=places, write=made.write)
+            return o, PagedLayer(kv)
 
         return local(q, k, v, own, jnp.asarray(scale, jnp.float32), self, index)
 
@@ -166,8 +171,15 @@ def attend_pages(
     scale: float32 [B, T], the factor on each query's scores.
 
     Returns o and the log-sum-exp of scores, in float32; 0 and -inf for a query that sees nothing.
-    It is the definition of the kernels for pages, and runs within `shard_map`.
+    An implementation's kernel for pages computes it, or else, block by block, its function for
+    attention; of `xla` that is the definition of the kernels. Runs within `shard_map`.
     """
+    # Rows that take no part in the pass see nothing.
+    written = jnp.where(places.count > 0, places.written, 0)
+    kernel = Implementation.of(implementation).paged_kernel(q)
+    if kernel is not None:
+        kv = kv if isinstance(kv, Quantised) else kv.astype(q.dtype)  # a CPU's is float32
+        return kernel(q, kv, places.table, written, window, scale)
     size = jax.tree.leaves(kv)[0].shape[3]
     number = -(-BLOCK // size)  # pages in a block
     table = jnp.pad(places.table, ((0, 0), (0, -places.table.shape[1] % number)))
@@ -175,7 +187,6 @@ def attend_pages(
     positions = places.written[:, None] + jnp.arange(tokens, dtype=jnp.int32)
     queries = (jnp.arange(tokens) < places.count[:, None]).astype(jnp.int32)
     # Blocks from the first that any row sees to the last.
-    written = jnp.where(places.count > 0, places.written, 0)
     seen = jnp.where(written > 0, jnp.maximum(written - window + 1, 0), jnp.max(written))
     first, last = jnp.min(seen) // (number * size), -(-jnp.max(written) // (number * size))
 
@@ -204,16 +215,23 @@ def _read(kv: PoolLeaf, pages: Int[Array, "B n"]) -> tuple[KeysOrValues, KeysOrV
 
 
 def put(
-    kv: PoolLeaf, k: Float[Array, "B T K H"], *, v: Float[Array, "B T K H"], places: Places
+    kv: PoolLeaf,
+    k: Float[Array, "B T K H"],
+    *,
+    v: Float[Array, "B T K H"],
+    places: Places,
+    write: WritePages | None = None,
 ) -> PoolLeaf:
     """Return the pages with this pass's keys and values written.
 
     k, v: [B, T, K, H]. The pass begins at a page's first slot, and fills whole pages, if T > 1;
         what padding leaves in them lies behind the row's tokens, and is overwritten by later ones.
+    write: an implementation's kernel; None is `scatter`.
 
     What is not finite is written as 0, since another row may get the page, and a product of 0 with
     NaN is NaN. The request that it comes from fails in the same pass. Runs within `shard_map`.
     """
+    write = write or scatter
     size = jax.tree.leaves(kv)[0].shape[3]
     new = jnp.stack([k, v], 2)  # [B, T, 2, K, H]
     new = jnp.where(jnp.isfinite(new), new, 0)
@@ -221,17 +239,32 @@ def put(
     if k.shape[1] == 1:
         page = jnp.take_along_axis(places.table, (places.written // size)[:, None], 1)[:, 0]
         page = jnp.where(places.count > 0, page, 0)
-        slot = places.written % size
-        return jax.tree.map(
-            lambda pool, x: pool.at[page, :, :, slot].set(x[:, 0].astype(pool.dtype)), kv, part
-        )
+        return write(kv, jax.tree.map(lambda x: x[:, 0], part), page, places.written % size)
     whole = k.shape[1] // size
     number = places.written[:, None] // size + jnp.arange(whole, dtype=jnp.int32)
     pages = jnp.take_along_axis(places.table, number, 1, mode="clip")
     pages = jnp.where(jnp.arange(whole) * size < places.count[:, None], pages, 0)
 
-    def write(pool: jax.Array, x: jax.Array) -> jax.Array:
-        x = x.reshape(x.shape[0], whole, size, *x.shape[2:])  # [B, whole, page, 2, K, ...]
-        return pool.at[pages].set(jnp.moveaxis(x, 2, 4).astype(pool.dtype))
+    def by_page(x: jax.Array) -> jax.Array:  # [B, T, 2, K, ...] -> [B whole, 2, K, page, ...]
+        return jnp.moveaxis(x.reshape(-1, size, *x.shape[2:]), 1, 3)
 
-    return jax.tree.map(write, kv, part)
+    return write(kv, jax.tree.map(by_page, part), pages.reshape(-1))
+
+
+def scatter(
+    kv: PoolLeaf,
+    new: NewPart,
+    pages: Int[Array, " n"],
+    slots: Int[Array, " n"] | None = None,
+) -> PoolLeaf:
+    """Return the pages with new keys and values written: one token in each page, or whole pages.
+
+    kv: [P, 2, K, page, H].
+    new: [n, 2, K, H], one token for each of n pages, or [n, 2, K, page, H]; a leaf of kv's kind.
+    pages: int32 [n], which pages. Only page 0, which is nobody's, may occur more than once.
+    slots: int32 [n], the slot of each token in its page; None for whole pages.
+
+    It is the definition of the kernels that write into pages.
+    """
+    where = (pages,) if slots is None else (pages, slice(None), slice(None), slots)
+    return jax.tree.map(lambda pool, x: pool.at[where].set(x.astype(pool.dtype)), kv, new)

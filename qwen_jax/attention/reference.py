@@ -6,9 +6,17 @@ from typing import Literal, Protocol, cast, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from qwen_jax.kernels.flash import Attended, KeysOrValues, Quantised, Scale
+from qwen_jax.kernels.flash import (
+    Attended,
+    CacheLeaf,
+    KeysOrValues,
+    NewPart,
+    PoolLeaf,
+    Quantised,
+    Scale,
+)
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.weights import precision
 
@@ -48,6 +56,56 @@ class Attend(Protocol):
         scale: Scale,
         return_lse: bool,
     ) -> Attended: ...
+
+
+class Decode(Protocol):
+    """The interface of a decode kernel: attention from a few tokens to a cache and to themselves.
+
+    `workloads.decode` says what its arguments and result are.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        cache_k: CacheLeaf,
+        cache_v: CacheLeaf,
+        start: Int[Array, " B"],
+        index: Int[Array, ""],
+        window: Int[Array, ""],
+        scale: Float[Array, "B T"],
+    ) -> Float[Array, "B T N H"]: ...
+
+
+class PagedAttend(Protocol):
+    """The interface of a kernel that attends to the tokens in the pages of their rows.
+
+    `pages.attend_pages` is its definition, of which it gets `places.table`, and the written tokens
+    of rows that take part in the pass.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        kv: PoolLeaf,
+        table: Int[Array, "B W"],
+        written: Int[Array, " B"],
+        window: Int[Array, ""],
+        scale: Float[Array, "B T"],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+
+
+class WritePages(Protocol):
+    """The interface of a kernel that writes into pages. `pages.scatter` is its definition."""
+
+    def __call__(
+        self,
+        kv: PoolLeaf,
+        new: NewPart,
+        pages: Int[Array, " n"],
+        slots: Int[Array, " n"] | None = None,
+    ) -> PoolLeaf: ...
 
 
 def as_attend(function: Callable[..., Attended]) -> Attend:

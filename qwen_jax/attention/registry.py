@@ -9,16 +9,16 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from qwen_jax.attention import ring
-from qwen_jax.attention.reference import Attend, as_attend, xla
+from qwen_jax.attention.reference import Attend, Decode, PagedAttend, WritePages, as_attend, xla
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -27,6 +27,7 @@ from qwen_jax.kernels import (
     flash_tpu,
     flash_triton,
     others,
+    write_tpu,
 )
 from qwen_jax.kernels.flash import Attended, CacheLeaf, KeysOrValues, Quantised, Scale
 from qwen_jax.kernels.mask import Mask
@@ -89,29 +90,9 @@ def on_shards(attend: Callable[..., Attended], *, takes_known: bool = False) -> 
     return run
 
 
-class Decode(Protocol):
-    """The interface of a decode kernel: attention from a few tokens to a cache and to themselves.
-
-    `workloads.decode` says what its arguments and result are.
-    """
-
-    def __call__(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        cache_k: CacheLeaf,
-        cache_v: CacheLeaf,
-        start: Int[Array, " B"],
-        index: Int[Array, ""],
-        window: Int[Array, ""],
-        scale: Float[Array, "B T"],
-    ) -> Float[Array, "B T N H"]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """An attention function with a name, and the decode kernel that goes with it.
+    """An attention function with a name, and the kernels for a cache that go with it.
 
     name: its name in `IMPLEMENTATIONS`, or a description.
     attend: the attention function.
@@ -119,6 +100,9 @@ class Implementation:
         the new tokens is computed apart, and merged.
     takes_known: whether the attention function has the option `known` (`flash.attend_through`),
         with which ring attention saves it work in the backward pass.
+    paged_decode, paged_prefill: the kernels for a few and for many queries against a cache in
+        pages. Without one, pages are gathered, and attended to by `attend`.
+    write: the kernel that writes into pages. Without one, XLA does.
 
     Equal implementations have equal hashes, by which `jax.jit` finds compiled programs.
     """
@@ -127,6 +111,9 @@ class Implementation:
     attend: Attend
     decode: Decode | None = None
     takes_known: bool = False
+    paged_decode: PagedAttend | None = None
+    paged_prefill: PagedAttend | None = None
+    write: WritePages | None = None
 
     @staticmethod
     def of(attend: Attend) -> "Implementation":
@@ -154,19 +141,46 @@ class Implementation:
         """
         return self.decode if q.shape[1] <= FEW else None
 
+    def paged_kernel(self, q: Float[Array, "B T N H"]) -> PagedAttend | None:
+        """Return the kernel that attends from these queries to pages, or None."""
+        return self.paged_decode if q.shape[1] <= FEW else self.paged_prefill
 
-def _kernel(name: str, attend: Callable[..., Attended], decode: Decode) -> Implementation:
+    def of_task(self, task: str) -> Callable[..., Any] | None:
+        """Return the function for a task of `workloads.Case`, or None."""
+        return getattr(self, task.replace(" ", "_"), None) if task in CACHED else self.attend
+
+
+CACHED = ("decode", "paged decode", "paged prefill", "write")  # tasks with kernels of their own
+
+
+def _kernel(
+    name: str,
+    attend: Callable[..., Attended],
+    decode: Decode,
+    paged_decode: PagedAttend,
+    paged_prefill: PagedAttend,
+    write: WritePages | None = None,
+) -> Implementation:
     """Return one of our kernels, all of which take `known`, as an implementation."""
-    return Implementation(name, on_shards(attend, takes_known=True), decode, takes_known=True)
+    attend = on_shards(attend, takes_known=True)
+    return Implementation(name, attend, decode, True, paged_decode, paged_prefill, write)
 
 
-pallas_tpu = _kernel(flash_tpu.NAME, flash_tpu.tpu_attention, decode_tpu.tpu_decode)
-pallas_triton = _kernel(
-    flash_triton.NAME, flash_triton.triton_attention, decode_triton.triton_decode
+pallas_tpu = _kernel(
+    flash_tpu.NAME,
+    flash_tpu.tpu_attention,
+    decode_tpu.tpu_decode,
+    decode_tpu.tpu_paged_decode,
+    flash_tpu.tpu_paged_prefill,
+    write_tpu.tpu_write,
 )
-pallas_hopper = _kernel(
-    flash_hopper.NAME, flash_hopper.hopper_attention, decode_triton.triton_decode
+_TRITON_CACHE = (
+    decode_triton.triton_decode,
+    decode_triton.triton_paged_decode,
+    flash_triton.triton_paged_prefill,
 )
+pallas_triton = _kernel(flash_triton.NAME, flash_triton.triton_attention, *_TRITON_CACHE)
+pallas_hopper = _kernel(flash_hopper.NAME, flash_hopper.hopper_attention, *_TRITON_CACHE)
 
 # name -> attend(q, k, v, mask, scale, return_lse=False): an `Implementation`, or a plain function
 IMPLEMENTATIONS: dict[str, Attend] = {"xla": xla} | {

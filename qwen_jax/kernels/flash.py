@@ -62,6 +62,8 @@ Scale = Float[Array, "#B #T"] | Float[Array, ""]
 Attended = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 CacheLeaf = Float[Array, "B K S H"] | Quantised  # keys or values in the order of the cache
 PoolLeaf = Float[Array, "P 2 K page H"] | Quantised  # keys and values in pages
+# What is written into pages: one token for each of n pages, or n whole pages.
+NewPart = Float[Array, "n 2 K *page H"] | Quantised
 
 
 class Body(Protocol):

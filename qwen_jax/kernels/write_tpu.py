@@ -11,42 +11,63 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from qwen_jax.kernels import choice
-from qwen_jax.kernels.flash import PoolLeaf, Quantised, Ref, decline_page
+from qwen_jax.kernels.flash import NewPart, PoolLeaf, Ref, decline_page
 
 NAME = "write_tpu"
 _HEADS = 8  # heads of a page that are copied at once: a page of all heads may not fit into VMEM
-NewToken = Float[Array, "n 2 K H"] | Quantised
-NewPages = Float[Array, "n 2 K page H"] | Quantised
 
 
-def tpu_write_token(
+def tpu_write(
     kv: PoolLeaf,
-    new: NewToken,
+    new: NewPart,
     pages: Int[Array, " n"],
-    slots: Int[Array, " n"],
+    slots: Int[Array, " n"] | None = None,
     *,
     interpret: bool | None = None,
 ) -> PoolLeaf:
-    """Return the pages with the keys and values of one token written into each of some pages.
+    """Return the pages with new keys and values written: one token in each page, or whole pages.
 
     The memory is that of `kv`, if the program need not keep it.
 
     kv: [P, 2, K, page, H], an array or an int8 leaf with values and scale.
-    new: [n, 2, K, H], a leaf of the same kind.
-    pages, slots: int32 [n], the page of each token, and its slot there. Only page 0, which is
-        nobody's, may occur more than once.
+    new: [n, 2, K, H], one token for each of n pages, or [n, 2, K, page, H]; a leaf of kv's kind.
+    pages: int32 [n], which pages. Only page 0, which is nobody's, may occur more than once.
+    slots: int32 [n], the slot of each token in its page; None for whole pages.
     interpret: whether to interpret the kernel; None does so on a CPU only.
 
     Raises NotImplementedError for a page size or a device that the kernel does not support.
     """
-    pool, parts, structure = _leaves(kv, new)
-    rows = 32 // pool[0].dtype.itemsize  # of a register: the fewest that are copied
+    interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
+    pool, structure = jax.tree.flatten(kv)
+    decline_page(NAME, kv, multiple=_rows(pool[0]))
+    leaves = zip(pool, jax.tree.leaves(new), strict=True)
+    parts = [x.astype(old.dtype) for old, x in leaves]
+    if slots is None:
+        written = _whole_pages(pool, parts, pages, interpret)
+    else:
+        written = _tokens(pool, parts, pages, slots, interpret)
+    return jax.tree.unflatten(structure, written)
+
+
+def _rows(x: jax.Array) -> int:
+    """Return the rows of a register of x's dtype, the fewest that are copied."""
+    return 32 // x.dtype.itemsize
+
+
+def _tokens(
+    pool: list[jax.Array],
+    parts: list[jax.Array],
+    pages: jax.Array,
+    slots: jax.Array,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Write one token into each of some pages."""
 
     def size(old: jax.Array) -> int:
-        return rows if old.ndim == 5 else old.shape[3]  # scales lie along lanes
+        return _rows(old) if old.ndim == 5 else old.shape[3]  # scales lie along lanes
 
     def old_spec(old: jax.Array) -> pl.BlockSpec:
         def index(i: jax.Array, pages: Ref, slots: Ref) -> tuple[Any, ...]:
@@ -58,7 +79,7 @@ def tpu_write_token(
         return pl.BlockSpec((None, *x.shape[1:]), lambda i, *_: (i, 0, 0, 0)[: x.ndim])
 
     specs = [old_spec(old) for old in pool]
-    written = _call(
+    return _call(
         _write_token,
         (parts[0].shape[0],),
         (pages, slots),
@@ -69,20 +90,12 @@ def tpu_write_token(
         specs,
         interpret,
     )
-    return jax.tree.unflatten(structure, written)
 
 
-def tpu_write_pages(
-    kv: PoolLeaf, new: NewPages, pages: Int[Array, " n"], *, interpret: bool | None = None
-) -> PoolLeaf:
-    """Return the pages with some of them replaced.
-
-    new: [n, 2, K, page, H], a leaf of the same kind as `kv`.
-    pages: int32 [n], which ones. Only page 0, which is nobody's, may occur more than once.
-
-    All else is as for `tpu_write_token`.
-    """
-    pool, parts, structure = _leaves(kv, new)
+def _whole_pages(
+    pool: list[jax.Array], parts: list[jax.Array], pages: jax.Array, interpret: bool
+) -> list[jax.Array]:
+    """Replace some pages."""
     number, heads = parts[0].shape[0], pool[0].shape[2]
     size = _HEADS if heads % _HEADS == 0 else heads
 
@@ -92,7 +105,7 @@ def tpu_write_pages(
 
         return pl.BlockSpec((None, 2, size, *old.shape[3:]), index)
 
-    written = _call(
+    return _call(
         _write_pages,
         (number, heads // size),
         (pages,),
@@ -103,15 +116,6 @@ def tpu_write_pages(
         [spec(old, indexed=True) for old in pool],
         interpret,
     )
-    return jax.tree.unflatten(structure, written)
-
-
-def _leaves(kv: PoolLeaf, new: NewToken | NewPages) -> tuple[list[jax.Array], list[jax.Array], Any]:
-    """Return the arrays of a pool, those to be written, in the same dtypes, and the structure."""
-    pool, structure = jax.tree.flatten(kv)
-    decline_page(NAME, kv, multiple=32 // pool[0].dtype.itemsize)  # whole registers
-    parts = zip(pool, jax.tree.leaves(new), strict=True)
-    return pool, [x.astype(old.dtype) for old, x in parts], structure
 
 
 def _call(
@@ -123,7 +127,7 @@ def _call(
     pool: list[jax.Array],
     pool_specs: list[pl.BlockSpec],
     out_specs: list[pl.BlockSpec],
-    interpret: bool | None,
+    interpret: bool,
 ) -> list[jax.Array]:
     """Run a kernel that writes `parts` into the arrays of the pool in place."""
     before = len(scalars) + len(parts)
@@ -138,7 +142,7 @@ def _call(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid)),
         input_output_aliases={before + i: i for i in range(len(pool))},
-        interpret=choice.interpreted(NAME, "tpu") if interpret is None else interpret,
+        interpret=interpret,
         name=NAME,
     )(*(x.astype(jnp.int32) for x in scalars), parts, pool)
 
