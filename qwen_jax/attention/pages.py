@@ -71,7 +71,9 @@ class PagedLayer:
         that has kernels for pages is used by way of them.
         """
         made = Implementation.of(implementation)
-        near = xla if made.paged_decode and q.shape[1] <= registry.FEW else implementation
+        write = made.write_kernel(q, kv=self.kv)
+        few = q.shape[1] <= registry.FEW and made.paged_kernel(q, kv=self.kv) is not None
+        near = xla if few else implementation
         rows = jax.typeof(q).sharding.spec
         leaves = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self)
 
@@ -93,7 +95,7 @@ class PagedLayer:
             # This is 0, but the compiler cannot know: the write waits for the read (`cache.py`).
             after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
             places = Places(places.table, places.written + after_reading, places.count)
-            kv = put(layer.kv, k, v=v, places=places, write=made.write)
+            kv = put(layer.kv, k, v=v, places=places, write=write)
             return o, PagedLayer(kv)
 
         return local(q, k, v, own, jnp.asarray(scale, jnp.float32), self, index)
@@ -176,7 +178,7 @@ def attend_pages(
     """
     # Rows that take no part in the pass see nothing.
     written = jnp.where(places.count > 0, places.written, 0)
-    kernel = Implementation.of(implementation).paged_kernel(q)
+    kernel = Implementation.of(implementation).paged_kernel(q, kv=kv)
     if kernel is not None:
         kv = kv if isinstance(kv, Quantised) else kv.astype(q.dtype)  # a CPU's is float32
         return kernel(q, kv, places.table, written, window, scale)

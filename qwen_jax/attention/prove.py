@@ -7,21 +7,29 @@ of its own, and all take one kernel that is right on all of them.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 
 import jax
 from jax.typing import DTypeLike
 
-from qwen_jax.attention import agreement, deadline, registry, timing, verdicts, workloads
+from qwen_jax.attention import (
+    agreement,
+    deadline,
+    paged_calls,
+    registry,
+    timing,
+    verdicts,
+    workloads,
+)
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.registry import IMPLEMENTATIONS, Implementation
-from qwen_jax.attention.verdicts import Key, Verdict
+from qwen_jax.attention.verdicts import REFERENCE, Key, Verdict
 from qwen_jax.attention.workloads import Case
 from qwen_jax.config import Config
 from qwen_jax.kernels import choice
@@ -30,8 +38,6 @@ from qwen_jax.meshes.sharding import MeshOrSizes
 from qwen_jax.runtime import processes
 
 ROUNDS = 5  # rounds in which a kernel and the reference are timed in turns
-_SHORTEST, _LONGEST = 256, 8192  # limits on the tokens of a timed call
-REFERENCE = "xla"
 
 
 def passes(
@@ -54,7 +60,8 @@ def passes(
     length = length // sizes[sharding.CONTEXT]
     tasks = ("forward", "backward") if backward else ("forward",)
     return [
-        _case(task, config, dtype=dtype, rows=rows, length=length, sizes=sizes) for task in tasks
+        workloads.of_device(task, config, dtype=dtype, rows=rows, length=length, sizes=sizes)
+        for task in tasks
     ]
 
 
@@ -75,35 +82,39 @@ def decoding(
     """
     sizes = sharding.axis_sizes(mesh)
     rows = max(1, rows // math.prod(sizes[axis] for axis in sharding.BATCH))
-    return [_case("decode", config, dtype=dtype, rows=rows, length=slots, sizes=sizes, cache=cache)]
+    return [
+        workloads.of_device(
+            "decode", config, dtype=dtype, rows=rows, length=slots, sizes=sizes, cache=cache
+        )
+    ]
 
 
-def _case(
-    task: str,
+def paging(
     config: Config,
-    *,
     dtype: DTypeLike,
+    *,
     rows: int,
-    length: int,
-    sizes: Mapping[str, int],
+    slots: int,
+    page: int,
+    chunk: int,
     cache: str | None = None,
-) -> Case:
-    """Return one device's attention call, made smaller if the program's own is large.
+    mesh: MeshOrSizes | None = None,
+) -> list[Case]:
+    """Return the calls of an engine's steps, on which `resolve_pages` tests kernels.
 
-    The XLA reference's scores must fit in memory, and a turn of timing should take milliseconds.
+    rows: the rows that decode; a chunk is of one prompt.
+    slots: the most cached tokens of a row.
+    page, chunk: the tokens in a page, and in a chunk of a prompt.
+    cache: None for pages of `dtype`, or "int8".
+    mesh: the mesh that divides the work; None is the mesh in force.
     """
-    tp = sizes[sharding.TENSOR]
-    length = min(max(_SHORTEST, 1 << (length - 1).bit_length()), _LONGEST)
-    return Case(
-        task,
-        batch=min(rows, max(1, _LONGEST // length)),
-        length=length,
-        heads=config.num_heads // tp,
-        head_dim=config.head_dim,
-        dtype=jax.numpy.dtype(dtype).name,
-        kv_heads=math.lcm(config.num_kv_heads, tp) // tp,
-        cache=cache,
-    )
+    (step,) = decoding(config, dtype, rows=rows, slots=slots, cache=cache, mesh=mesh)
+    step = dataclasses.replace(step, length=max(step.length, page), page=page)
+    return [
+        dataclasses.replace(step, task="paged decode"),
+        dataclasses.replace(step, task="paged prefill", batch=1, tokens=chunk),
+        dataclasses.replace(step, task="write"),
+    ]
 
 
 def resolve(name: str, cases: Sequence[Case]) -> Attend:
@@ -126,12 +137,45 @@ def resolve(name: str, cases: Sequence[Case]) -> Attend:
     return registry.inference(forward, decode)
 
 
+def resolve_pages(attend: Attend, cases: Sequence[Case]) -> Attend:
+    """Return an attention function with kernels for pages, for an engine.
+
+    attend: from `resolve`. One that "auto" chose gets the fastest kernels that pass their
+        self-tests. One that was named keeps its own, but those that do not support a call.
+    cases: the calls, from `paging`.
+
+    Every process must call this with the same arguments.
+    """
+    named = [name for name, x in IMPLEMENTATIONS.items() if x == attend]
+    kernels = {}
+    for case in cases:
+        name = named[0] if named else _settled([case])
+        kernel = Implementation.of(IMPLEMENTATIONS[name]).of_task(case.task)
+        if named and kernel is not None and (why := _declined(case, name)):
+            registry.log_once(f"attention: xla for the {case.task} of pages: {why}")
+            kernel = None
+        kernels[case.task.replace(" ", "_")] = kernel
+    made = Implementation.of(attend)
+    same = all(getattr(made, field) == kernel for field, kernel in kernels.items())
+    return attend if same else dataclasses.replace(made, **kernels)
+
+
+def _declined(case: Case, name: str) -> str:
+    """Return why a kernel for pages does not support a call, or ""."""
+    try:
+        paged_calls.check(case, name)
+    except NotImplementedError as refusal:
+        return _one_line(_Declined(*refusal.args))
+    return ""
+
+
 def _settled(cases: Sequence[Case]) -> str:
     """Choose one implementation for these calls, log the reason, and have `auto` take it."""
     case = cases[0]
-    if case.task == "decode":
-        purpose = "decode" + (f" {case.cache}" if case.cache else "")
-        calls = f" decodes ({case.stored} cache, head dim {case.head_dim})"
+    if case.task in registry.CACHED:
+        purpose = case.task + (f" {case.cache}" if case.cache else "")
+        does = "decodes" if case.task == "decode" else f"does {case.task}, pages of {case.page}"
+        calls = f" {does} ({case.stored} cache, head dim {case.head_dim})"
     else:
         purpose = "gradients" if len(cases) > 1 else "forward"
         calls = f" ({case.dtype}, head dim {case.head_dim})"
@@ -158,29 +202,13 @@ def _choose(cases: Sequence[Case]) -> tuple[str, str]:
         mine = json.dumps([x.to_json() for x in _trial(name, cases, timed=not ordered)])
         said = [json.loads(text) for text in processes.gather(mine)]
         trials[name] = [[verdicts.from_json(x) for x in each] for each in said]
-        if ordered and decide({name: trials[name]}, ordered)[0] == name:
+        if ordered and verdicts.decide({name: trials[name]}, ordered)[0] == name:
             break
     agreement.forget()
-    name, notes = decide(trials, ordered)
+    name, notes = verdicts.decide(trials, ordered)
     for line, level in notes:
         registry.log_once(line, level)
-    return name, _why(name, trials, ordered=ordered)
-
-
-def _why(name: str, trials: Mapping[str, Sequence[Sequence[Verdict]]], *, ordered: bool) -> str:
-    """Say in words why `decide` has taken the implementation `name`."""
-    here = choice.device().device_kind
-    if name == REFERENCE:
-        if not trials:
-            return f"nothing that was measured on {here} is faster"
-        outcomes = {x.outcome for found in trials.values() for each in found for x in each}
-        if outcomes == {"declined"}:
-            return "no kernel takes such calls"
-        return f"no kernel is right and faster on this {here}"
-    if ordered:
-        return f"it is right on this {here}, and the fastest that was measured on such a device"
-    own, reference = verdicts.milliseconds(trials[name])
-    return f"it is right on this {here}, and the fastest ({own:.4g} ms, xla {reference:.4g} ms)"
+    return name, verdicts.why(name, trials, ordered=ordered, device=choice.device().device_kind)
 
 
 def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
@@ -195,59 +223,17 @@ def candidates(cases: Sequence[Case]) -> tuple[list[str], bool]:
             case.task, head_dim=case.head_dim, dtype=case.stored, length=case.length
         )
         times.append({line["kernel"]: line["milliseconds"] for line in reversed(lines)})
-    decodes = cases[0].task == "decode"
-    kernels = {name: Implementation.of(x).decode for name, x in IMPLEMENTATIONS.items()}
-    known = [x for x in kernels if x == REFERENCE or not decodes or kernels[x] is not None]
+    task = cases[0].task
+    kernels = {name: Implementation.of(x).of_task(task) for name, x in IMPLEMENTATIONS.items()}
+    known = [x for x in kernels if x == REFERENCE or kernels[x] is not None]
     measured = [name for name in known if all(name in each for each in times)]
     if measured:
         measured.sort(key=lambda name: sum(each[name] for each in times))
         faster = measured[: measured.index(REFERENCE)] if REFERENCE in measured else measured
         return faster, True
     ours = [name for name in known if name.startswith("pallas")]
-    if decodes:  # two names share one decode kernel
-        ours = list({kernels[name]: name for name in reversed(ours)}.values())[::-1]
-    return ours, False
-
-
-def decide(
-    trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool
-) -> tuple[str, list[tuple[str, int]]]:
-    """Choose one implementation for all processes from their verdicts.
-
-    trials: for each name, in the order of testing, each process's verdicts on the cases.
-    ordered: whether the first name that is right on all processes is taken; otherwise it is the one
-        whose slowest process is fastest, if it beats the XLA reference.
-
-    Returns the name, and log lines with their levels that say why others were not taken.
-    """
-    best, least, notes = REFERENCE, math.inf, []
-    for name, found in trials.items():
-        failed = [(i, x) for i, each in enumerate(found) for x in each if not x.agrees]
-        if failed:
-            process, verdict = failed[0]
-            notes.append(_failure(name, process, verdict=verdict, several=len(found) > 1))
-            continue
-        if ordered:
-            return name, notes
-        own, reference = verdicts.milliseconds(found)
-        if own >= reference:
-            line = f"attention: not {name}: slower here ({own:.4g} ms, xla {reference:.4g} ms)"
-            notes.append((line, logging.INFO))
-        elif own < least:
-            best, least = name, own
-    return best, notes
-
-
-def _failure(name: str, process: int, *, verdict: Verdict, several: bool) -> tuple[str, int]:
-    """Return the log line for a kernel that failed or declined, and the line's level."""
-    where = f" on {processes.name(process)}" if several else ""
-    if verdict.outcome == "declined":
-        return f"attention: not {name}{where}: {verdict.detail}", logging.INFO
-    line = (
-        f"attention: not {name}: its self-test has failed{where}; please send us this line: "
-        f"{verdict.line()}"
-    )
-    return line, logging.WARNING
+    # Two names may share one kernel.
+    return list({kernels[name]: name for name in reversed(ours)}.values())[::-1], False
 
 
 def _trial(name: str, cases: Sequence[Case], *, timed: bool) -> list[Verdict]:
@@ -264,6 +250,7 @@ def _trial(name: str, cases: Sequence[Case], *, timed: bool) -> list[Verdict]:
             head_dim=case.head_dim,
             length=case.length,
             code=verdicts.code(),
+            page=case.page,
         )
         verdict = verdicts.find(key)
         if verdict is None or (timed and verdict.agrees and verdict.milliseconds is None):
@@ -325,20 +312,22 @@ def _self_test(case: Case, key: Key, *, timed: bool) -> tuple[float, tuple[float
     compiled or run.
     """
     name = key.kernel
+    calls = paged_calls if case.page else agreement
     try:
-        agreement.check(case, name)
+        calls.check(case, name)
     except NotImplementedError as refusal:
         raise _Declined(*refusal.args) from None
     registry.log_once(
         f"attention: proving {name} on {key.device}, once ({case.task}, {case.dtype}, head dim "
         f"{case.head_dim}, {case.length} tokens)"
     )
-    error = agreement.error(case, name, in_parts=True)
+    error = calls.error(case, name, in_parts=True)
     if not (timed and error <= agreement.TOLERANCE[case.dtype]):
         return error, None
-    programs = {name: workloads.program(case, name)}
+    program = paged_calls.program if case.page else workloads.program
+    programs = {name: program(case, name)}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the reference's scores may not fit
-        programs[REFERENCE] = workloads.program(case, REFERENCE)
+        programs[REFERENCE] = program(case, REFERENCE)
     times = timing.medians(programs, ROUNDS)
     return error, (times[name], times.get(REFERENCE, math.inf))
 

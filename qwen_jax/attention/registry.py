@@ -29,7 +29,7 @@ from qwen_jax.kernels import (
     others,
     write_tpu,
 )
-from qwen_jax.kernels.flash import Attended, CacheLeaf, KeysOrValues, Quantised, Scale
+from qwen_jax.kernels.flash import Attended, CacheLeaf, KeysOrValues, PoolLeaf, Quantised, Scale
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.meshes import sharding
 
@@ -141,9 +141,13 @@ class Implementation:
         """
         return self.decode if q.shape[1] <= FEW else None
 
-    def paged_kernel(self, q: Float[Array, "B T N H"]) -> PagedAttend | None:
+    def paged_kernel(self, q: Float[Array, "B T N H"], *, kv: PoolLeaf) -> PagedAttend | None:
         """Return the kernel that attends from these queries to pages, or None."""
         return self.paged_decode if q.shape[1] <= FEW else self.paged_prefill
+
+    def write_kernel(self, q: Float[Array, "B T N H"], *, kv: PoolLeaf) -> WritePages | None:
+        """Return the kernel that writes into pages in a pass of these queries, or None."""
+        return self.write
 
     def of_task(self, task: str) -> Callable[..., Any] | None:
         """Return the function for a task of `workloads.Case`, or None."""
@@ -204,8 +208,8 @@ _RESOLVED: dict[tuple[str, str, str, int], str] = {}
 def remember(purpose: str, dtype: str, *, head_dim: int, name: str) -> None:
     """Make `auto` take the implementation `name` on this device from now on.
 
-    purpose: "forward", "gradients" (forward and backward) or "decode", with the cache's dtype after
-        it if it is quantised, such as "decode int8".
+    purpose: "forward", "gradients" (forward and backward) or a task of `CACHED`, with the cache's
+        dtype after it if it is quantised, such as "decode int8".
     dtype, head_dim: of the queries.
     """
     _RESOLVED[choice.device().device_kind, purpose, dtype, head_dim] = name
@@ -325,11 +329,24 @@ class _Auto(Implementation):
 
     def decode_kernel(self, q: Float[Array, "B T N H"], *, keys: CacheLeaf) -> Decode | None:
         """Return the kernel that was chosen for such queries and such a cache, or None."""
-        purpose = "decode"
-        if isinstance(keys, Quantised):
-            purpose += " int8" if keys.zero is None else " int8_asymmetric"
-        found = IMPLEMENTATIONS[_remembered(purpose, q) or "xla"]
-        return Implementation.of(found).decode_kernel(q, keys=keys)
+        return _chosen("decode", q, keys).decode_kernel(q, keys=keys)
+
+    def paged_kernel(self, q: Float[Array, "B T N H"], *, kv: PoolLeaf) -> PagedAttend | None:
+        """Return the kernel that was chosen for such queries and such pages, or None."""
+        task = "paged decode" if q.shape[1] <= FEW else "paged prefill"
+        return _chosen(task, q, kv).paged_kernel(q, kv=kv)
+
+    def write_kernel(self, q: Float[Array, "B T N H"], *, kv: PoolLeaf) -> WritePages | None:
+        """Return the kernel that was chosen to write into such pages, or None."""
+        return _chosen("write", q, kv).write_kernel(q, kv=kv)
+
+
+def _chosen(task: str, q: jax.Array, cached: CacheLeaf | PoolLeaf) -> Implementation:
+    """Return the implementation that `remember` was given for a task and such a cache."""
+    purpose = task
+    if isinstance(cached, Quantised):
+        purpose += " int8" if cached.zero is None else " int8_asymmetric"
+    return Implementation.of(IMPLEMENTATIONS[_remembered(purpose, q) or "xla"])
 
 
 auto = _Auto("auto", as_attend(_resolved))

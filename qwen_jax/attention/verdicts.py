@@ -12,17 +12,19 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.runtime import caches, lock, paths
+from qwen_jax.runtime import caches, lock, paths, processes
 from qwen_jax.runtime.version import VERSION
 
+REFERENCE = "xla"  # the name with which kernels are compared
 _DEATHS = 2  # a kernel is skipped after so many programs died while proving it
 _SHOWN = 60  # the most characters of an error in the table
 
@@ -34,12 +36,13 @@ class Key:
     device: jax's `device_kind`.
     jax: the version of jax.
     kernel: the kernel's name in the registry.
-    task: "forward", "backward" or "decode".
+    task: a task of `workloads.Case`.
     dtype: the dtype of the queries.
     cache: "int8" or "int8_asymmetric"; None for keys of the queries' dtype.
     head_dim: the length H of a head.
     length: tokens, rounded up to a power of two, as blocks and speed depend on it.
     code: a digest of the kernels' source and of the measured block sizes.
+    page: the tokens in a page; 0 for calls without pages.
     """
 
     device: str
@@ -51,6 +54,7 @@ class Key:
     head_dim: int
     length: int
     code: str
+    page: int = 0
 
     def file(self) -> Path:
         """Return the path of the file that stores the verdict."""
@@ -228,6 +232,68 @@ def milliseconds(found: Sequence[Sequence[Verdict]]) -> tuple[float, float]:
         for field in ("milliseconds", "xla_milliseconds")
     )
     return own, reference
+
+
+def why(
+    name: str,
+    trials: Mapping[str, Sequence[Sequence[Verdict]]],
+    *,
+    ordered: bool,
+    device: str,
+) -> str:
+    """Say in words why `decide` has taken the implementation `name`."""
+    if name == REFERENCE:
+        if not trials:
+            return f"nothing that was measured on {device} is faster"
+        outcomes = {x.outcome for found in trials.values() for each in found for x in each}
+        if outcomes == {"declined"}:
+            return "no kernel takes such calls"
+        return f"no kernel is right and faster on this {device}"
+    if ordered:
+        return f"it is right on this {device}, and the fastest that was measured on such a device"
+    own, reference = milliseconds(trials[name])
+    return f"it is right on this {device}, and the fastest ({own:.4g} ms, xla {reference:.4g} ms)"
+
+
+def decide(
+    trials: Mapping[str, Sequence[Sequence[Verdict]]], ordered: bool
+) -> tuple[str, list[tuple[str, int]]]:
+    """Choose one implementation for all processes from their verdicts.
+
+    trials: for each name, in the order of testing, each process's verdicts on the cases.
+    ordered: whether the first name that is right on all processes is taken; otherwise it is the one
+        whose slowest process is fastest, if it beats the XLA reference.
+
+    Returns the name, and log lines with their levels that say why others were not taken.
+    """
+    best, least, notes = REFERENCE, math.inf, []
+    for name, found in trials.items():
+        failed = [(i, x) for i, each in enumerate(found) for x in each if not x.agrees]
+        if failed:
+            process, verdict = failed[0]
+            notes.append(_failure(name, process, verdict=verdict, several=len(found) > 1))
+            continue
+        if ordered:
+            return name, notes
+        own, reference = milliseconds(found)
+        if own >= reference:
+            line = f"attention: not {name}: slower here ({own:.4g} ms, xla {reference:.4g} ms)"
+            notes.append((line, logging.INFO))
+        elif own < least:
+            best, least = name, own
+    return best, notes
+
+
+def _failure(name: str, process: int, *, verdict: Verdict, several: bool) -> tuple[str, int]:
+    """Return the log line for a kernel that failed or declined, and the line's level."""
+    where = f" on {processes.name(process)}" if several else ""
+    if verdict.outcome == "declined":
+        return f"attention: not {name}{where}: {verdict.detail}", logging.INFO
+    line = (
+        f"attention: not {name}: its self-test has failed{where}; please send us this line: "
+        f"{verdict.line()}"
+    )
+    return line, logging.WARNING
 
 
 def table(found: Sequence[Verdict]) -> str:

@@ -7,24 +7,29 @@ on-chip memory, and the start of the program is a small part of its time.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qwen_jax.attention import cache, registry, ring, timing
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.registry import Implementation
 from qwen_jax.attention.timing import TimedCall
+from qwen_jax.config import Config
 from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import CacheLeaf
 from qwen_jax.kernels.mask import FULL, Mask
 from qwen_jax.leaves import int8
+from qwen_jax.meshes import sharding
 
 _LAYERS_BYTES, _MOST_LAYERS = 2**28, 4  # limits: keys and values of a program, and its layers
 TASKS = ("forward", "backward", "decode")
+_SHORTEST, _LONGEST = 256, 8192  # limits on the tokens of a timed call
 
 
 _PACKED = 4  # sequences packed into a batch row, with `Case.features`
@@ -34,7 +39,7 @@ _PACKED = 4  # sequences packed into a batch row, with `Case.features`
 class Case:
     """An attention call by which kernels are tested or timed.
 
-    task: "forward", "backward" or "decode".
+    task: "forward", "backward", "decode", or with pages, "paged decode", "paged prefill", "write".
     batch: the number of batch rows B.
     length: tokens of queries and keys, or slots of a cache, all written.
     heads, head_dim: the number of query heads N, and their length H.
@@ -43,6 +48,8 @@ class Case:
     cache: "int8" or "int8_asymmetric"; None for a cache of `dtype`.
     features: whether the call has LogN, four packed sequences in a batch row, and a window of half
         a sequence; otherwise it is plain causal.
+    page: the tokens in a page of the cache; 0 without pages.
+    tokens: the query tokens of a row, of a call with pages.
     """
 
     task: str
@@ -54,6 +61,8 @@ class Case:
     kv_heads: int | None = None
     cache: str | None = None
     features: bool = False
+    page: int = 0
+    tokens: int = 1
 
     @property
     def groups(self) -> int:
@@ -91,6 +100,34 @@ class Case:
         part, window = -(-self.length // _PACKED), self.window
         parts = [min(part, self.length - at) for at in range(0, self.length, part)]
         return sum(min(i + 1, window) for n in parts for i in range(n))
+
+
+def of_device(
+    task: str,
+    config: Config,
+    *,
+    dtype: DTypeLike,
+    rows: int,
+    length: int,
+    sizes: Mapping[str, int],
+    cache: str | None = None,
+) -> Case:
+    """Return one device's attention call, made smaller if the program's own is large.
+
+    The XLA reference's scores must fit in memory, and a turn of timing should take milliseconds.
+    """
+    tp = sizes[sharding.TENSOR]
+    length = min(max(_SHORTEST, 1 << (length - 1).bit_length()), _LONGEST)
+    return Case(
+        task,
+        batch=min(rows, max(1, _LONGEST // length)),
+        length=length,
+        heads=config.num_heads // tp,
+        head_dim=config.head_dim,
+        dtype=jax.numpy.dtype(dtype).name,
+        kv_heads=math.lcm(config.num_kv_heads, tp) // tp,
+        cache=cache,
+    )
 
 
 def available(names: Iterable[str], interpreted: bool = False) -> list[str]:

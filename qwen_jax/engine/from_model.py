@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax import meshes
-from qwen_jax.attention import cache
+from qwen_jax.attention import cache, prove
 from qwen_jax.checkpoint import adapter_files
 from qwen_jax.config import Config
 from qwen_jax.engine.engine import Engine
@@ -81,8 +81,21 @@ def make(
     if processes.count() > 1:  # whose memory may differ
         pages = min(int(each) for each in processes.gather(str(pages)))
     shape = Shape(rows, width, pages, page, chunk, chunks, model.cache_dtype)
+    attend = prove.resolve_pages(
+        model.attend,
+        prove.paging(
+            model.config,
+            dtype,
+            rows=rows,
+            slots=width * page,
+            page=page,
+            chunk=chunk,
+            cache=model.cache_dtype,
+            mesh=model.mesh,
+        ),
+    )
     kind = Leader if processes.count() > 1 and processes.index() == 0 else Steps
-    steps = kind(decoder, model.attend, mesh=model.mesh, shape=shape)
+    steps = kind(decoder, attend, mesh=model.mesh, shape=shape)
     if processes.index():
         follow(steps)
         return None

@@ -511,16 +511,16 @@ def verdict(name: str, outcome: str = "agrees", own: Any = 1.0, reference: Any =
 def test_what_fails_on_one_process_is_left_by_all():
     a, b = (functools.partial(verdict, name) for name in "ab")
     trials = {"a": [[a()], [a("wrong")]], "b": [[b(own=1.5)], [b(own=1.6)]]}
-    name, ((line, level),) = prove.decide(trials, ordered=False)
+    name, ((line, level),) = verdicts.decide(trials, ordered=False)
     assert name == "b" and level == logging.WARNING
     assert line.startswith("attention: not a: its self-test has failed on process 1; please send")
     assert line.endswith("wrong by 5.0e-01 of the largest number")
-    assert prove.decide(trials, ordered=True)[0] == "b"
+    assert verdicts.decide(trials, ordered=True)[0] == "b"
     # The pace is that of the slowest, of the kernel as of the reference.
-    assert prove.decide({"a": [[a(own=1.0)], [a(own=3.0)]]}, False)[0] == "xla"
-    assert prove.decide({"a": [[a(own=1.0)], [a(own=3.0, reference=4.0)]]}, False)[0] == "a"
-    assert prove.decide({"a": [[a(own=None)], [a()]]}, False)[0] == "xla"
-    assert prove.decide({}, False) == ("xla", [])
+    assert verdicts.decide({"a": [[a(own=1.0)], [a(own=3.0)]]}, False)[0] == "xla"
+    assert verdicts.decide({"a": [[a(own=1.0)], [a(own=3.0, reference=4.0)]]}, False)[0] == "a"
+    assert verdicts.decide({"a": [[a(own=None)], [a()]]}, False)[0] == "xla"
+    assert verdicts.decide({}, False) == ("xla", [])
 
 
 def test_all_processes_take_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
