@@ -152,7 +152,7 @@ def resolve_pages(attend: Attend, cases: Sequence[Case]) -> Attend:
         name = named[0] if named else _settled([case])
         kernel = Implementation.of(IMPLEMENTATIONS[name]).of_task(case.task)
         if named and kernel is not None and (why := _declined(case, name)):
-            registry.log_once(f"attention: xla for the {case.task} of pages: {why}")
+            registry.log_once(f"attention: xla for {case.task}: {why}")
             kernel = None
         kernels[case.task.replace(" ", "_")] = kernel
     made = Implementation.of(attend)

@@ -24,6 +24,7 @@ from qwen_jax.attention import (
     FULL,
     agreement,
     deadline,
+    pages,
     prove,
     registry,
     timing,
@@ -46,6 +47,10 @@ KIND = "TPU test"
 TINY = Case("forward", 1, 64, 4, 16, "float32", kv_heads=2)
 BACKWARD = dataclasses.replace(TINY, task="backward")
 DECODE = dataclasses.replace(TINY, task="decode")
+PAGED, CHUNK, WRITE = (
+    dataclasses.replace(TINY, task=task, page=8, tokens=20, cache="int8")
+    for task in ("paged decode", "paged prefill", "write")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +191,36 @@ def test_a_self_test_decodes(monkeypatch: pytest.MonkeyPatch):
     assert outcomes == ["agrees", "wrong"]
 
 
+def right_pages(q: Any, kv: Any, table: Any, written: Any, window: Any, scale: Any) -> Any:
+    places = pages.Places(table, written, jnp.full_like(written, q.shape[1]))
+    return pages.attend_pages(attention.xla, q, kv=kv, places=places, window=window, scale=scale)
+
+
+def no_window(q: Any, kv: Any, table: Any, written: Any, window: Any, scale: Any) -> Any:
+    return right_pages(q, kv, table, written, jnp.int32(FULL), scale)
+
+
+def next_slot(kv: Any, new: Any, where: Any, slots: Any = None) -> Any:
+    return pages.scatter(kv, new, where, None if slots is None else (slots + 1) % 8)
+
+
+def with_pages(monkeypatch: pytest.MonkeyPatch, decode: Any, prefill: Any, write: Any) -> Any:
+    """Put a stand-in where a kernel is that has these kernels for pages."""
+    made = registry.Implementation("pallas_tpu", right, None, decode, prefill, write)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "pallas_tpu", made)
+    return made
+
+
+def test_a_self_test_goes_over_pages(monkeypatch: pytest.MonkeyPatch):
+    with_pages(monkeypatch, right_pages, no_window, pages.scatter)
+    found = [prove._trial("pallas_tpu", [x], timed=False)[0] for x in (PAGED, CHUNK, WRITE)]
+    assert [x.outcome for x in found] == ["agrees", "wrong", "agrees"]
+    assert found[0].key.page == 8 and found[0].error == 0
+    with_pages(monkeypatch, None, None, next_slot)
+    verdicts.forget()
+    assert prove._trial("pallas_tpu", [WRITE], timed=False)[0].outcome == "wrong"
+
+
 def test_a_kernel_is_run_once_and_timed(
     monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ):
@@ -251,6 +286,39 @@ def test_training_takes_what_is_right_and_faster_both_ways(monkeypatch: pytest.M
     assert prove.resolve("auto", both) is attention.xla
     # A prompt may still go through it.
     assert prove.resolve("auto", [TINY]) == registry.inference("pallas_tpu", "xla")
+
+
+def test_kernels_for_pages_are_taken_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+):
+    cases = [PAGED, CHUNK, WRITE]
+    with_pages(monkeypatch, right_pages, no_window, pages.scatter)
+    ran = says(monkeypatch, **{"pallas_tpu": FAST, "pallas_tpu_paged prefill": (0.5, None)})
+    chosen = prove.resolve("auto", [TINY])
+    found = prove.resolve_pages(chosen, cases)
+    assert found == dataclasses.replace(chosen, paged_decode=right_pages, write=pages.scatter)
+    assert len(ran) == 4
+    assert "pallas_tpu does write, pages of 8 (int8 cache, head dim 16): it is" in said()[-1]
+    # A decoder that is called with "auto" finds the same ones.
+    q = jnp.zeros((1, 1, 4, 16))
+    leaf = quantize(jnp.zeros((2, 2, 2, 8, 16)))
+    assert attention.auto.paged_kernel(q, kv=leaf) is right_pages
+    assert attention.auto.write_kernel(q, kv=leaf) is pages.scatter
+    assert attention.auto.paged_kernel(jnp.zeros((1, 20, 4, 16)), kv=leaf) is None
+    assert attention.auto.paged_kernel(q, kv=jnp.zeros((2, 2, 2, 8, 16))) is None
+
+
+def test_a_named_kernel_for_pages_that_declines_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+):
+    def declines(*_: Any) -> Any:
+        raise NotImplementedError("decode_tpu: pages of 8 tokens")
+
+    made = with_pages(monkeypatch, declines, right_pages, None)
+    found = prove.resolve_pages(made, [PAGED, CHUNK, WRITE])
+    assert found == dataclasses.replace(made, paged_decode=None)
+    assert said() == ["attention: xla for paged decode: decode_tpu: pages of 8 tokens"]
+    assert prove.resolve_pages(attention.xla, [PAGED, CHUNK, WRITE]) is attention.xla
 
 
 @pytest.mark.parametrize(
@@ -735,3 +803,12 @@ def test_cases_are_those_of_a_device():
     assert backward == dataclasses.replace(forward, task="backward")
     assert (step.task, step.batch, step.length, step.cache) == ("decode", 1, 8192, "int8")
     assert (step.dtype, step.stored) == ("float16", "int8")
+    with on_mesh(fsdp=2, tp=4):
+        sizes = {"rows": 8, "slots": 2000, "page": 128, "chunk": 512}
+        cases = prove.paging(config, "float16", **sizes, cache="int8")
+    assert [(x.task, x.batch, x.length, x.tokens) for x in cases] == [
+        ("paged decode", 4, 2048, 1),
+        ("paged prefill", 1, 2048, 512),
+        ("write", 4, 2048, 1),
+    ]
+    assert {(x.page, x.kv_heads, x.cache) for x in cases} == {(128, 1, "int8")}
