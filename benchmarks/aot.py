@@ -371,12 +371,13 @@ def _total(program: Program, region: Region, path: Sequence[Region], trips: int)
 
 
 def compile_tpu(
-    fn: Callable[..., Any], args: Sequence[Any], target: str
+    fn: Callable[..., Any], args: Sequence[Any], target: str, donate: Sequence[int] = ()
 ) -> tuple[jax.stages.Compiled, list[Program]]:
     """Compile a function for one chip of `TPUS`; returns it, and the programs of its Pallas
     kernels.
 
     args: trees of arrays or ShapeDtypeStructs, each placed whole on the chip.
+    donate: the indices of those whose memory results may take.
 
     libtpu must not be loaded in this process yet, because it reads where to dump when it starts.
     """
@@ -385,7 +386,7 @@ def compile_tpu(
     for path in folder.iterdir():
         path.unlink()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile()
+        compiled = jax.jit(fn, donate_argnums=donate).lower(*_placed(args, mesh)).compile()
     return compiled, programs(folder)
 
 
@@ -434,11 +435,11 @@ class GpuKernel:
 
 
 def compile_gpu(
-    fn: Callable[..., Any], args: Sequence[Any], target: str
+    fn: Callable[..., Any], args: Sequence[Any], target: str, donate: Sequence[int] = ()
 ) -> tuple[jax.stages.Compiled, list[GpuKernel]]:
     """Compile a function for one GPU of `GPUS`; returns it and its kernels.
 
-    The kernels are Triton's (also XLA's own), then Mosaic's. args: as in `compile_tpu`.
+    The kernels are Triton's (also XLA's own), then Mosaic's. args, donate: as in `compile_tpu`.
 
     The CUDA plugin must not be loaded in this process yet, because it reads where to dump when it
     starts. A Mosaic kernel is reported only once per process, as it is not compiled again.
@@ -449,7 +450,7 @@ def compile_gpu(
     for path in folder.iterdir():  # dumps of CPU programs are folders
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(fn).lower(*_placed(args, mesh)).compile()
+        compiled = jax.jit(fn, donate_argnums=donate).lower(*_placed(args, mesh)).compile()
     arch = f"sm_{GPUS[target].capability}0" + "a" * (GPUS[target].capability >= 9)
     return compiled, [*_triton(folder, arch), *_mosaic(folder)]
 

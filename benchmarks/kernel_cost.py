@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import aot
 from qwen_jax import attention
+from qwen_jax.attention import pages
 from qwen_jax.kernels import (
     choice,
     decode_tpu,
@@ -502,6 +503,27 @@ def our_paged(
     return queries, pool, table, row, one, array((batch, tokens), jnp.float32)
 
 
+def paged_layers(
+    attend: Any, batch: int, slots: int, kind: str | None, *, tokens: int = 1, layers: int = 2
+) -> Built:
+    """A pass through the attention of some layers with pages, which it writes into (argument 0)."""
+    q, pool, table, row, window, scale = our_paged(batch, slots, kind, tokens=tokens)
+    token = array((batch, tokens), jnp.int32)
+    own: Any = attention.Mask(token, token, token, token, window)  # type: ignore[arg-type]
+
+    def run(held: Any, q: Any, own: Any, scale: Any, places: Any) -> Any:
+        written = []
+        for layer in held:
+            q, layer = layer.attend(
+                attend, q, k=q, v=q, own=own, past=None, scale=scale, index=places
+            )
+            written.append(layer)
+        return written, q
+
+    held = [pages.PagedLayer(pool)] * layers
+    return run, (held, q, own, scale, pages.Places(table, row, row))
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A rival of decode_tpu.
@@ -522,9 +544,9 @@ def paged(batch: int, slots: int, kind: str | None, size: int) -> Built:
     page, heads = PAGE, DECODE_HEADS
     assert kind is None
     run = functools.partial(paged_attention.paged_attention, pages_per_compute_block=size // page)
-    pages = array((heads, batch * slots // page, page, DIM))
+    pool = array((heads, batch * slots // page, page, DIM))
     table = array((batch, slots // page), jnp.int32)
-    return run, (array((batch, heads, DIM)), pages, pages, array((batch,), jnp.int32), table)
+    return run, (array((batch, heads, DIM)), pool, pool, array((batch,), jnp.int32), table)
 
 
 def ragged(batch: int, slots: int, kind: str | None, size: int) -> Built:
@@ -539,8 +561,8 @@ def ragged(batch: int, slots: int, kind: str | None, size: int) -> Built:
         k_scale=scale,
         v_scale=scale,
     )
-    pages = (batch * slots // page, page, 2 * heads, DIM)
-    cache = array(pages, jnp.bfloat16 if kind is None else jnp.int8)
+    shape = (batch * slots // page, page, 2 * heads, DIM)
+    cache = array(shape, jnp.bfloat16 if kind is None else jnp.int8)
     table = array((batch, slots // page), jnp.int32)
     lengths, starts = array((batch,), jnp.int32), array((batch + 1,), jnp.int32)
     one = array((1,), jnp.int32)

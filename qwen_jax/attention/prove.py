@@ -27,6 +27,7 @@ from qwen_jax.attention import (
     verdicts,
     workloads,
 )
+from qwen_jax.attention.implementation import CACHED
 from qwen_jax.attention.reference import Attend
 from qwen_jax.attention.registry import IMPLEMENTATIONS, Implementation
 from qwen_jax.attention.verdicts import REFERENCE, Key, Verdict
@@ -172,7 +173,7 @@ def _declined(case: Case, name: str) -> str:
 def _settled(cases: Sequence[Case]) -> str:
     """Choose one implementation for these calls, log the reason, and have `auto` take it."""
     case = cases[0]
-    if case.task in registry.CACHED:
+    if case.task in CACHED:
         purpose = case.task + (f" {case.cache}" if case.cache else "")
         does = "decodes" if case.task == "decode" else f"does {case.task}, pages of {case.page}"
         calls = f" {does} ({case.stored} cache, head dim {case.head_dim})"

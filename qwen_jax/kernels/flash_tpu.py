@@ -381,19 +381,24 @@ def tpu_paged_prefill(
     )
     kv_size = max(1, size // group)
 
+    # Scales have heads along the rows of registers, so a block has eight heads, or all of them.
+    scale_size = 8 if kv_heads % 8 == 0 else kv_heads
+
     def page_spec(array: jax.Array, i: int) -> pl.BlockSpec:
+        held = kv_size if array.ndim == 5 else scale_size
+
         def index(b: jax.Array, h: jax.Array, s: jax.Array, *scalars: Ref) -> tuple[Any, ...]:
             steps, _, table = scalars
             entry = table[b * width + _key_block(steps[b, s]) * many + i]
-            return (entry, 0, h * size // group // kv_size, 0, 0)[: array.ndim]
+            return (entry, 0, h * size // group // held, 0, 0)[: array.ndim]
 
-        return pl.BlockSpec((None, 2, kv_size, *array.shape[3:]), index)
+        return pl.BlockSpec((None, 2, held, *array.shape[3:]), index)
 
     q_block = pl.BlockSpec((None, size, blocks.q, dim), _index(_query_block)(lambda h: h))
     stat = lambda b, h, s, steps, *_: (b, h, 0, _query_block(steps[b, s]))  # noqa: E731
     rows = _heads_first(flash.factored(q, scale), mask.q_positions.shape[1])
     o, lse = pl.pallas_call(
-        functools.partial(_paged_kernel, compute=blocks.compute),
+        functools.partial(_paged_kernel, group=group, compute=blocks.compute),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(q.shape[0], heads // size, count),
@@ -437,11 +442,12 @@ class _Paged:
 
     pages: the pages' values [2, heads, page, H] and, if they are int8, their scales.
     side: 0 for keys, 1 for values.
-    head: the head's index.
+    head: the head's index among those of the values.
+    row: its index among those of the scales.
     """
 
-    def __init__(self, pages: list[list[Ref]], *, side: int, head: int) -> None:
-        self.pages, self.side, self.head = pages, side, head
+    def __init__(self, pages: list[list[Ref]], *, side: int, head: int, row: jax.Array) -> None:
+        self.pages, self.side, self.head, self.row = pages, side, head, row
         self.size = pages[0][0].shape[2]
         self.shape = (len(pages[0]) * self.size, pages[0][0].shape[3])
 
@@ -454,7 +460,7 @@ class _Paged:
         """Load the scales of some tokens, [1, tokens], if there are any."""
         if len(self.pages) == 1:
             return None
-        head = slice(self.head, self.head + 1)
+        head = pl.ds(self.row, 1)
         return jnp.concatenate(
             [self.pages[1][i][self.side, head, x] for i, x in self._parts(keys)], 1
         )
@@ -480,19 +486,23 @@ def _paged_kernel(
     k_positions: Ref,
     k_segments: Ref,
     *outs_and_scratch: Ref,
+    group: int,
     compute: int,
 ) -> None:
     """Add one block of keys and values in pages to the running softmax of several heads.
 
     table: int32 [B * pages], for index maps.
-    leaf: the pages' values [2, heads, page, H] and, if they are int8, their scales.
+    leaf: the pages' values [2, heads, page, H] and, if they are int8, their scales, of more heads.
+    group: query heads of a key/value head.
 
     Others are those of `_forward_kernel`, with an axis of heads before all that belong to one.
     """
     del table
     heads, kv_heads = q.shape[0], leaf[0][0].shape[1]
+    first = pl.program_id(1) * heads // group % leaf[-1][0].shape[1]  # in the block of scales
     for head in range(heads):
-        k, v = (_Paged(leaf, side=side, head=head * kv_heads // heads) for side in (0, 1))
+        own = head * kv_heads // heads
+        k, v = (_Paged(leaf, side=side, head=own, row=first + own) for side in (0, 1))
         outs = (x.at[head] for x in outs_and_scratch)
         places = (q_positions, q_segments, k_positions, k_segments)
         _forward_kernel(steps, window, q.at[head], k, v, *places, *outs, compute=compute)

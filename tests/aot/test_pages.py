@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from benchmarks import aot, kernel_cost
+from qwen_jax import attention
 from qwen_jax.kernels import decode_tpu, decode_triton, flash_triton
 from tests.aot.conftest import Case, parameter
 
@@ -83,6 +84,32 @@ def test_prefill_on_gpus_copies_no_pool(target: str, page: int, dim: int, kind: 
     (ours,) = (x for x in kernels if "flash_paged" in x.name)
     assert not ours.spilled
     assert temporary(compiled) < 2**20
+
+
+# What a pass of two layers needs beside its pages, in MB: float32 o and such for each query.
+PASSES = [
+    parameter("v5e", "pallas_tpu", 1, 4, smoke=True),
+    parameter("v5p", "pallas_tpu", 1, 4),
+    parameter("h200", "pallas_hopper", 1, 8, smoke=True),
+    parameter("v5e", "pallas_tpu", 512, 128),
+    parameter("h200", "pallas_hopper", 512, 128),
+]
+
+
+@pytest.mark.parametrize(("target", "name", "tokens", "megabytes"), PASSES)
+@KINDS
+def test_a_pass_writes_its_pages_in_place(
+    target: str, name: str, tokens: int, megabytes: int, kind: str | None
+) -> None:
+    rows, slots = (64, 2048) if tokens == 1 else (1, 8192)
+    attend = attention.IMPLEMENTATIONS[name]
+    built = kernel_cost.paged_layers(attend, rows, slots, kind, tokens=tokens)
+    compile = aot.compile_tpu if target in aot.TPUS else aot.compile_gpu
+    compiled, _ = compile(*built, target, donate=(0,))
+    memory = compiled.memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(built[1][0]))
+    assert memory is not None and memory.alias_size_in_bytes >= held
+    assert temporary(compiled) < megabytes * 2**20
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:

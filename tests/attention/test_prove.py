@@ -206,7 +206,9 @@ def next_slot(kv: Any, new: Any, where: Any, slots: Any = None) -> Any:
 
 def with_pages(monkeypatch: pytest.MonkeyPatch, decode: Any, prefill: Any, write: Any) -> Any:
     """Put a stand-in where a kernel is that has these kernels for pages."""
-    made = registry.Implementation("pallas_tpu", right, None, decode, prefill, write)
+    made = registry.Implementation(
+        "pallas_tpu", right, paged_decode=decode, paged_prefill=prefill, write=write
+    )
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "pallas_tpu", made)
     return made
 
