@@ -760,6 +760,16 @@ def gpu_kernels() -> Iterator[tuple[str, str, Built]]:
             f"S 8192, cache {kind or 'bf16'}",
             our_decode(decode_triton.triton_decode, 1, 8192, kind),
         )
+        yield (
+            f"{decode_triton.NAME}, pages",
+            f"S 8192, cache {kind or 'bf16'}",
+            (decode_triton.triton_paged_decode, our_paged(1, 8192, kind)),
+        )
+        yield (
+            f"{flash_triton.NAME}, pages",
+            f"T {CHUNK}, S {CACHED}, cache {kind or 'bf16'}",
+            (flash_triton.triton_paged_prefill, our_paged(1, CACHED, kind, tokens=CHUNK)),
+        )
 
 
 def main() -> None:
