@@ -1,9 +1,13 @@
 """Pages against the ring cache and the full pass, through the decoder."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.attention import pages
+from qwen_jax import attention
+from qwen_jax.attention import Attend, Implementation, implementation, pages
 from qwen_jax.attention.pages import Pages, Places
 from qwen_jax.model import Decoder
 from tests.support.tiny import (
@@ -22,7 +26,11 @@ TABLE = np.array([[7, 2, 5, 11], [1, 8, 3, 10]], np.int32)  # page 0 is nobody's
 
 
 def paged_logits(
-    decoder: Decoder, tokens: np.ndarray, chunks: list[int], kind: str | None = None
+    decoder: Decoder,
+    tokens: np.ndarray,
+    chunks: list[int],
+    kind: str | None = None,
+    attend: Attend = attention.auto,
 ) -> np.ndarray:
     """The logits of passes over pages, float32 [B, T, V]; rows on the second half of a mesh."""
     rows, (batch, length) = len(TABLE), tokens.shape
@@ -44,6 +52,7 @@ def paged_logits(
             segments=place(segments, "BT"),
             frequencies=rates,
             cache=Pages(held, places),
+            attend=attend,
         )
         assert output.cache is not None
         held, done = output.cache.layers, done + count
@@ -77,6 +86,46 @@ def test_int8_pages_agree_with_an_int8_cache() -> None:
         wanted = cached_logits(decoder, tokens, [8, 1, 1], kind="int8")
         np.testing.assert_allclose(found, wanted, atol=2e-5)
         assert np.abs(found - full_logits(decoder, tokens)).max() > 1e-4
+
+
+def test_kernels_for_pages_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = set()
+
+    def attends(task: str) -> Any:
+        def attend(q: Any, kv: Any, table: Any, written: Any, window: Any, scale: Any) -> Any:
+            taken.add(task)
+            places = Places(table, written, jnp.ones_like(written) * q.shape[1])
+            return pages.attend_pages(
+                attention.xla, q, kv=kv, places=places, window=window, scale=scale
+            )
+
+        return attend
+
+    def write(kv: Any, new: Any, where: Any, slots: Any = None) -> Any:
+        taken.add("pages" if slots is None else "token")
+        return pages.scatter(kv, new, where, slots)
+
+    monkeypatch.setattr(implementation, "FEW", 4)
+    made = Implementation("spy", attention.xla, None, False, attends("few"), attends("many"), write)
+    with on_mesh():
+        decoder, tokens = tiny_decoder(tiny_config()), tiny_tokens(len(TABLE), 9)
+        found = paged_logits(decoder, tokens, [8, 1], attend=made)
+        np.testing.assert_allclose(found, full_logits(decoder, tokens), atol=2e-5)
+    assert taken == {"few", "many", "pages", "token"}
+
+
+def test_a_kernel_sees_nothing_of_rows_that_take_no_part() -> None:
+    given = []
+
+    def attend(q: Any, kv: Any, table: Any, written: Any, window: Any, scale: Any) -> Any:
+        given.extend([np.asarray(written).tolist(), kv.dtype])
+        return jnp.zeros(q.shape), jnp.zeros(q.shape[:3])
+
+    made = Implementation("spy", attention.xla, paged_decode=attend)
+    places = Places(jnp.asarray(TABLE), jnp.array([5, 7]), jnp.array([1, 0]))
+    q, kv = jnp.zeros((2, 1, 4, 16), "bfloat16"), jnp.zeros((12, 2, 4, SIZE, 16))
+    pages.attend_pages(made, q, kv=kv, places=places, window=jnp.int32(9), scale=jnp.zeros((2, 1)))
+    assert given == [[5, 0], jnp.bfloat16]  # pages of a CPU are float32
 
 
 @pytest.mark.parametrize("sizes", [pytest.param({"data": 2, "tp": 2}, marks=pytest.mark.slow)])

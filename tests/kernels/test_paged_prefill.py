@@ -16,10 +16,9 @@ TPU, TRITON = (
     functools.partial(flash_triton.triton_paged_prefill, interpret=True, blocks=SMALL),
 )
 CASES = {
-    "tpu, int8, groups": (TPU, Case(12, 8, 2, 128, 64, 5, (300, 0), "bfloat16", True)),
-    "tpu, large pages": (TPU, Case(12, 2, 1, 128, 256, 1, (150, 1))),
-    "triton, int8, groups": (TRITON, Case(20, 1, 2, 64, 64, 2, (100, 0), "bfloat16", True)),
-    "triton, small pages": (TRITON, Case(20, 2, 1, 96, 16, 6, (90, 1))),
+    "tpu, int8": (TPU, Case(12, 5, 1, 128, 64, 5, (300, 0), "bfloat16", True)),
+    "tpu, groups, large pages": (TPU, Case(12, 2, 2, 128, 256, 1, (150, 1))),
+    "triton, int8, groups": (TRITON, Case(20, 1, 2, 96, 16, 6, (90, 0), "bfloat16", True)),
 }
 
 
