@@ -16,6 +16,7 @@ OTHERS = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "LICENSE",
+    "docs/pictures/*.png",
     "docs/site.css",
     "examples/moby_dick/README.md",
     "notebooks/*.ipynb",
