@@ -15,6 +15,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -238,7 +239,8 @@ def by_description(target: Target, cases: int) -> str | None:
     command += ["--suppress-health-check", "all", "--generation-deterministic"]
     for name, value in target.headers.items():
         command += ["-H", f"{name}: {value}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # for what it keeps of a run
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     print("\n".join(found.stdout.splitlines()[-40:]))
     return None if found.returncode == 0 else f"exit code {found.returncode}"
 

@@ -130,7 +130,7 @@ def test_n_replies_have_seeds_and_the_later_ones_wait_for_the_first(one: Served)
     found = one.chat(n=3, seed=2**32 - 1, temperature=1)
     assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
     assert [x.seed for _, x in one.engine.submitted[-3:]] == [2**32 - 1, 0, 1]
-    with opened("abc", stepwise=True) as slow, ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread, opened("abc", stepwise=True) as slow:
         asked = slow.engine.submitted
         answer = thread.submit(slow.chat, n=3)
         until(lambda: len(asked) == 1)

@@ -67,7 +67,7 @@ def test_a_prompt_and_sequences_have_limits_of_their_own() -> None:
 
 
 def test_a_full_queue_tells_when_to_come_back() -> None:
-    with opened(limits=Limits(queue=2), stepwise=True) as one, ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(2) as threads, opened(limits=Limits(queue=2), stepwise=True) as one:
         answers = [threads.submit(one.complete, max_tokens=1) for _ in range(2)]
         until(lambda: len(one.engine.submitted) == 2)
         answer = one.client.post(TEXT, json={"prompt": "x"})
@@ -75,6 +75,7 @@ def test_a_full_queue_tells_when_to_come_back() -> None:
         assert answer.json()["error"]["type"] == "rate_limit_error"
         one.engine.step()
         assert all(answer.result()["choices"] for answer in answers)
+        assert one.served.desk is not None and one.served.desk.waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_a_long_text_is_encoded_beside_the_answers_to_others(
 
     monkeypatch.setattr(TOKENIZER, "encode", waits)
     long = "a b " * 5000
-    with opened() as one, ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(2) as threads, opened() as one:
         answers = [
             threads.submit(one.refused, TEXT, prompt=long),
             threads.submit(one.refused, CHAT, messages=[{"role": "user", "content": long}]),

@@ -109,7 +109,11 @@ def opened(*args: Any, **settings: Any) -> Iterator[Served]:
     one = Served(*args, **settings)
     try:
         with one.client:
-            yield one
+            try:
+                yield one
+            except BaseException:
+                one.engine.fail("the test has failed")  # so that nothing waits for it
+                raise
     finally:
         one.engine.close()
 
