@@ -156,6 +156,21 @@ def test_stop_texts_cut_the_reply(one: Served) -> None:
     assert one.complete(max_tokens=2)["choices"][0]["finish_reason"] == "length"
 
 
+def test_what_comes_after_a_stop_is_not_generated() -> None:
+    with opened("one two" + "y" * 1500, pause=0.001) as one:
+        one.chat(stop="tw")
+        one.stream(stop="tw")
+        until(lambda: one.engine.cancelled == [0, 1])
+
+
+def test_tokens_of_a_prompt_that_were_cached_are_counted_once() -> None:
+    with opened("abc", cached=3) as one:
+        usage = one.chat(n=2)["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+        usage = one.complete(prompt=["abcd", "efgh"])["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 6}
+
+
 def test_control_tokens_are_left_out_of_text_unless_asked_for(one: Served) -> None:
     one.says = [97, TOKENIZER.extra_ids[0], 98]
     assert one.chat()["choices"][0]["message"]["content"] == "ab"

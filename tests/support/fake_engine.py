@@ -38,6 +38,7 @@ class FakeEngine:
         gets the first stop id then, or the script again.
     rows: the requests that run at once; others wait.
     pause: seconds between steps.
+    cached: the prompt tokens of each request that count as found in the cache.
     With `stepwise`, a step is only made when `step` is called.
     """
 
@@ -49,10 +50,11 @@ class FakeEngine:
         vocab_size: int = 512,
         rows: int = 64,
         pause: float = 0.0,
+        cached: int = 0,
         stepwise: bool = False,
     ):
         self.script, self._longest, self.vocab_size = script, longest, vocab_size
-        self.rows, self.pause = rows, pause
+        self.rows, self.pause, self.cached = rows, pause, cached
         self.submitted: list[tuple[list[int], Settings]] = []
         self.cancelled: list[int] = []
         self.adapters: set[str] = set()
@@ -147,7 +149,7 @@ class FakeEngine:
         if not one.started:
             one.started = True
             self._prompt_tokens += len(one.prompt)
-            one.listener(Started(0))
+            one.listener(Started(self.cached))
             if settings.prompt_logprobs is not None:
                 scored = one.prompt[settings.scored_from :]
                 told = tuple(self._choice(i, settings.prompt_logprobs) for i in scored)
