@@ -5,6 +5,7 @@ method's name and arguments over TCP to the other processes, which call the same
 step. The connections prove themselves by a secret that jax's coordination service passes on.
 """
 
+import contextlib
 import hmac
 import json
 import secrets
@@ -15,10 +16,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from qwen_jax.engine.steps import Steps
-from qwen_jax.runtime import processes
+from qwen_jax.runtime import processes, rendezvous
 
 _Value: TypeAlias = np.ndarray | np.generic | int | None
 _END = "end"
+_INDEX = 4  # bytes of a process's index
 _WAIT = 300.0  # seconds until all processes are connected
 
 
@@ -50,15 +52,22 @@ class Leader(Steps):
         return super().prefill(tokens, **arrays)
 
     def close(self) -> None:
-        """Let the other processes return from `follow`."""
-        self._send(_END, {})
-        for line in self._lines:
+        """Let the other processes return from `follow`, those that are still there."""
+        with contextlib.suppress(ConnectionError):
+            self._send(_END, {})
+        for line in self._lines.values():
             line.close()
 
     def _send(self, name: str, arguments: Mapping[str, _Value]) -> None:
-        message = _encoded(name, arguments)
-        for line in self._lines:
-            line.sendall(message)
+        """Tell the other processes a call. Raises ConnectionError that names one that is gone."""
+        message, lost = _encoded(name, arguments), []
+        for process, line in self._lines.items():
+            try:
+                line.sendall(message)
+            except OSError:
+                lost.append(processes.name(process))
+        if lost:
+            raise ConnectionError(f"{', '.join(lost)} died: its own output may say why")
 
 
 def follow(steps: Steps) -> None:
@@ -69,7 +78,7 @@ def follow(steps: Steps) -> None:
     host, port, secret = json.loads(processes.gather("")[0])
     with socket.create_connection((host, port), _WAIT) as line, line.makefile("rb") as stream:
         line.settimeout(None)
-        line.sendall(bytes.fromhex(secret))
+        line.sendall(bytes.fromhex(secret) + processes.index().to_bytes(_INDEX))
         while (head := stream.readline()) != b"":
             name, kinds = json.loads(head)
             if name == _END:
@@ -96,24 +105,24 @@ def _encoded(name: str, arguments: Mapping[str, _Value]) -> bytes:
     return b"".join(parts)
 
 
-def _accept(count: int) -> list[socket.socket]:
-    """Wait for the other processes to connect, and return their connections."""
+def _accept(count: int) -> dict[int, socket.socket]:
+    """Wait for the other processes to connect, and return their connections by their indices."""
     secret = secrets.token_bytes(32)
-    with socket.create_server(("", 0)) as server:
+    with rendezvous.server(0) as server:
         server.settimeout(_WAIT)
-        address = socket.gethostname(), server.getsockname()[1], secret.hex()
+        address = processes.first_host(), server.getsockname()[1], secret.hex()
         processes.gather(json.dumps(address))
-        lines: list[socket.socket] = []
+        lines: dict[int, socket.socket] = {}
         while len(lines) < count:
             line, _ = server.accept()
             line.settimeout(_WAIT)
-            given = b""
-            while len(given) < len(secret) and (part := line.recv(len(secret) - len(given))):
+            size, given = len(secret) + _INDEX, b""
+            while len(given) < size and (part := line.recv(size - len(given))):
                 given += part
-            if not hmac.compare_digest(given, secret):  # no process of this program
-                line.close()
+            if len(given) < size or not hmac.compare_digest(given[: len(secret)], secret):
+                line.close()  # no process of this program
                 continue
             line.settimeout(None)
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            lines.append(line)
+            lines[int.from_bytes(given[len(secret) :])] = line
     return lines

@@ -49,6 +49,15 @@ def name(process: int) -> str:
     return _joined.name(process) if _joined else f"process {process}"
 
 
+def first_host() -> str:
+    """Return the name or address at which the other processes reach process 0.
+
+    It is the coordinator's. The name that the host has for itself may be unknown to others, as that
+    of a pod is in Kubernetes.
+    """
+    return rendezvous.address(_joined.coordinator)[0] if _joined else "localhost"
+
+
 def count_here() -> int:
     """Return the number of processes of this program on this host, this one included."""
     return _joined.hosts.count(_joined.hosts[_joined.index]) if _joined else 1

@@ -70,19 +70,19 @@ def _listen(port: int, mine: dict[str, Any], *, deadline: float, timeout: float)
     hosts, lines = {0: mine["host"]}, dict[int, socket.socket]()
     problem = None
     try:
-        server = _server(port)
+        listening = server(port)
     except OSError as error:
         raise Missing(
             f"process 0 cannot listen on port {port} ({error.strerror}): choose another one"
         ) from None
-    with server:
+    with listening:
         while len(hosts) < mine["processes"] and problem is None and time.monotonic() < deadline:
             for gone in [i for i, line in lines.items() if not _connected(line)]:
                 lines.pop(gone).close()
                 del hosts[gone]
-            server.settimeout(_RETRY)
+            listening.settimeout(_RETRY)
             try:
-                line, _ = server.accept()
+                line, _ = listening.accept()
             except TimeoutError:
                 continue
             report = _receive(line, time.monotonic() + 5)
@@ -104,8 +104,11 @@ def _listen(port: int, mine: dict[str, Any], *, deadline: float, timeout: float)
     return answer
 
 
-def _server(port: int) -> socket.socket:
-    """A socket that listens on a port, for IPv6 and IPv4 where the system can do both."""
+def server(port: int) -> socket.socket:
+    """Return a socket that listens on a port, for IPv6 and IPv4 where the system can do both.
+
+    port: 0 for any that is free.
+    """
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))

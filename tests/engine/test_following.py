@@ -1,8 +1,42 @@
 """One engine on two real processes."""
 
+import json
+import socket
+
 import pytest
 
+from qwen_jax.engine import following
+from qwen_jax.runtime import processes, watch
 from tests.support import launch
+
+
+def test_process_0_is_reached_at_the_coordinators_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the one that its host has for itself, which is unknown elsewhere in Kubernetes."""
+    joined = watch.Joined(0, ("pod-0", "pod-1"), "pod-0.group:8482", 30)
+    monkeypatch.setattr(processes, "_joined", joined)
+    told = []
+
+    def gather(text: str) -> list[str]:
+        told.append(json.loads(text))
+        raise ConnectionError("nobody else is there")
+
+    monkeypatch.setattr(processes, "gather", gather)
+    with pytest.raises(ConnectionError):
+        following._accept(1)
+    assert told[0][0] == "pod-0.group"
+
+
+def test_a_lost_process_is_named_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = watch.Joined(0, ("pod-0", "pod-1"), "pod-0.group:8482", 30)
+    monkeypatch.setattr(processes, "_joined", joined)
+    leader = object.__new__(following.Leader)
+    here, there = socket.socketpair()
+    leader._lines = {1: here}
+    there.close()
+    with pytest.raises(ConnectionError, match=r"process 1 \(pod-1\) died"):
+        leader._send("decode", {})
+    leader.close()  # it cannot be told
+    assert here.fileno() == -1
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def test_rendezvous_without_one(monkeypatch):
 
     listening: list[int] = []
 
-    def server(port: int, make: Any = rendezvous._server) -> Any:
+    def server(port: int, make: Any = rendezvous.server) -> Any:
         listening.append(threading.get_ident())
         return make(port)
 
@@ -202,7 +202,7 @@ def test_rendezvous_without_one(monkeypatch):
         over = came.is_set() and threading.get_ident() in listening
         return 2 * launch.LONG if over else 0.0
 
-    monkeypatch.setattr(rendezvous, "_server", server)
+    monkeypatch.setattr(rendezvous, "server", server)
     monkeypatch.setattr(rendezvous, "_conflict", conflict)
     monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     for line in call_roll((0, 3), (1, 3)):
