@@ -6,6 +6,7 @@ if the engine has stopped. Of several processes, the first has the server and pl
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -143,6 +144,12 @@ def running(made: "Engine") -> Iterator[None]:
         made.close()
 
 
+def ignore_signals() -> None:
+    """Leave signals to the first process, which ends the others when it has answered everything."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def work(args: argparse.Namespace) -> None:
     """Serve the model that the command line names. What it may refuse is refused first."""
     process_options.join(args)
@@ -157,6 +164,8 @@ def work(args: argparse.Namespace) -> None:
     about = from_options.describe(args)
     about.need_tokenizer()
     taken = bind(args.host, args.port) if processes.index() == 0 else None
+    if taken is None:
+        ignore_signals()
     made = engine(args, from_options.load(args, about, sizes=sizes))
     if made is None or taken is None:
         return
