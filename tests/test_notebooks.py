@@ -23,6 +23,10 @@ TEXT = "--steps 24 --warmup 2 --learning-rate 0.003 --dtype float32"
 VARIABLES = {
     "quickstart": {},
     "finetune_lora": {"TRAIN": LORA},
+    "serve_and_tools": {
+        "SERVE": "--rows 4 --max-length 2048 --dtype float32",
+        "FAVOURED": "198",  # the id of a line's end
+    },
     "tpu_vm": {"TOPOLOGY": "v5e:1x2", "MESH": "fsdp=2", "LENGTH": "32", "ROWS": "4", "TRAIN": TEXT},
 }
 
@@ -66,8 +70,23 @@ def tpu_vm(work: Path, printed: str) -> None:
     assert manifest["mesh"]["fsdp"] == 2
 
 
+def serve_and_tools(work: Path, printed: str) -> None:
+    """Grammars hold a random model to a call and to a schema; the server ends in order."""
+    assert "\nthe same: True\n" in printed
+    (result,) = re.findall(r"^called weather: (.*)$", printed, re.M)
+    assert json.loads(result)["temperature"] in (21, 70)
+    assert re.search(r"^answered: .", printed, re.M)
+    (city,) = re.findall(r"^read: (.*)$", printed, re.M)
+    assert list(json.loads(city)) == ["name", "continent", "capital"]
+    assert re.search(r"^refused: .*\bnot\b", printed, re.M)
+    ended = re.findall(r'^vllm:request_success_total\{.*reason="(\w+)".*\} (\S+)$', printed, re.M)
+    assert sum(float(count) for _, count in ended) == 5
+    assert "\nexit code 0\n" in printed
+    assert "Traceback" not in (work / "server.log").read_text()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [quickstart, finetune_lora, tpu_vm])
+@pytest.mark.parametrize("check", [quickstart, finetune_lora, serve_and_tools, tpu_vm])
 def test_notebook(
     check: Callable[[Path, str], None],
     chat_dir: Path,
