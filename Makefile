@@ -1,13 +1,14 @@
 # Everything is made in .venv from the package index; nothing else is downloaded. What compiles for
 # accelerators that are not there has an environment of its own, .venv-aot, and so has what needs
 # torch, .venv-peft, what drives the server's page in a browser, .venv-page, clients of the server,
-# .venv-clients, and what builds the documentation, .venv-docs.
+# .venv-clients, Ray, .venv-ray, and what builds the documentation, .venv-docs.
 PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
 PEFT_VENV ?= .venv-peft
 PAGE_VENV ?= .venv-page
 CLIENTS_VENV ?= .venv-clients
+RAY_VENV ?= .venv-ray
 DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 PYTEST_ARGS ?= -m 'not slow'
@@ -22,6 +23,7 @@ AOT_STAMP := $(AOT_VENV)/.installed
 PEFT_STAMP := $(PEFT_VENV)/.installed
 PAGE_STAMP := $(PAGE_VENV)/.installed
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+RAY_STAMP := $(RAY_VENV)/.installed
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
 export JAX_PLATFORMS ?= cpu
@@ -30,7 +32,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft test-page test-clients aot-smoke device demo demo-train docs format clean
+.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft test-page test-clients test-ray aot-smoke device demo demo-train docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +75,11 @@ $(CLIENTS_STAMP): pyproject.toml
 	$(CLIENTS_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[clients]'
 	touch $@
 
+$(RAY_STAMP): pyproject.toml
+	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[ray]'
+	touch $@
+
 $(DOCS_STAMP): docs/requirements.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $<
@@ -94,7 +101,7 @@ test: lint ## all checks and the quick tests, on eight virtual CPU devices; kern
 test-slow: venv ## what `make test` leaves out: more meshes, more kills, notebooks, learning
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(MAKE) --no-print-directory pytest PYTEST_ARGS="-m slow"
 
-test-all: test test-slow test-aot test-peft test-page test-clients ## every test there is
+test-all: test test-slow test-aot test-peft test-page test-clients test-ray ## every test there is
 
 test-aot: $(AOT_STAMP) ## kernels compiled for all targets, sizes and lengths, and what they cost
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(AOT_ARGS) tests/aot
@@ -107,6 +114,9 @@ test-page: $(PAGE_STAMP) ## the server's page in Chromium, which `apt-get instal
 
 test-clients: venv $(CLIENTS_STAMP) ## the server under the openai, langchain and smolagents packages
 	SERVER_PYTHON=$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest tests/clients
+
+test-ray: $(RAY_STAMP) ## replicas behind Ray Serve, of which one is killed under load
+	$(RAY_VENV)/bin/python -m pytest -s tests/replicas
 
 aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke tests/aot
@@ -132,6 +142,7 @@ format: venv ## format the code and mend what lint can mend
 	$(BIN)/ruff format
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-newest .venv-aot .venv-peft .venv-page .venv-clients .venv-docs .cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-aot .venv-peft .venv-page .venv-clients .venv-ray .venv-docs
+	rm -rf .cache .hypothesis .pytest_cache .ruff_cache
 	rm -rf build demo demo-train site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
