@@ -18,7 +18,11 @@ OTHERS = (
     "LICENSE",
     "docs/pictures/*.png",
     "docs/site.css",
+    "examples/containers/*.Dockerfile",
+    "examples/kubernetes/*.yaml",
     "examples/moby_dick/README.md",
+    "examples/ray_serve.py",
+    "examples/systemd/*.service",
     "notebooks/*.ipynb",
     "tests/golden/README.md",
 )
