@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qwen_jax.engine.settings import Settings
+from qwen_jax.engine.settings import Settings, Started
 from tests.support.served_app import CHAT_STOPS, HELLO, TOKENIZER, Served, opened, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -211,6 +211,22 @@ def test_completions_score_the_prompt_as_lm_eval_asks(one: Served) -> None:
     only = one.complete(prompt="abc", echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert only["text"] == "abc" and only["logprobs"]["token_logprobs"] == [None, -1.0]
     assert only["finish_reason"] == "length"
+
+
+def test_scores_are_told_though_a_row_was_had_before() -> None:
+    body = {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 1}
+    with ThreadPoolExecutor(1) as thread, opened("x", stepwise=True) as slow:
+        answer = thread.submit(slow.complete, **body)
+        until(lambda: slow.engine.submitted)
+        slow.engine._live[0].listener(Started(0))
+        assert slow.served.desk is not None
+        until(lambda: slow.served.desk.waiting == 0)
+        until(
+            lambda: not any(job.events for group in slow.served.desk.groups for job in group.jobs)
+        )
+        slow.engine.step()
+        told = answer.result()["choices"][0]["logprobs"]
+        assert told["token_logprobs"] == [None, -1.0, -1.0]
 
 
 def test_prompt_logprobs_and_ids_are_vllms(one: Served) -> None:

@@ -48,7 +48,8 @@ def test_a_schema_holds_the_reply(one: Served) -> None:
         found = json.loads(text(one, **body))
         assert set(found) == {"a", "b"} and 0 <= found["a"] <= 99
     one.says = "{ \n\n\n\n   }"  # a model that writes white space without end
-    assert json.loads(text(one, response_format={"type": "json_object"})) == {}
+    found = text(one, response_format={"type": "json_object"})
+    assert json.loads(found) == {} and "\n\n" not in found
     one.says = '{"wrong": ['
 
 
@@ -60,6 +61,13 @@ def test_other_grammars_hold_the_reply(one: Served) -> None:
     assert text(one, structured_outputs={"grammar": 'root ::= "ab" | "cd"'}) in ("ab", "cd")
     assert text(one, structured_outputs={"grammar": 'start: "ab" | "cd"'}) in ("ab", "cd")
     assert text(one, guided_regex="q+")[0] == "q"
+
+
+def test_a_completion_ends_where_its_grammar_does(one: Served) -> None:
+    """Though a base model's own end is another token than the one that ends the grammar."""
+    choice = one.complete(structured_outputs={"regex": "a|b"}, max_tokens=9)["choices"][0]
+    assert choice["text"] in ("a", "b")
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
 
 
 def test_each_of_n_replies_has_a_grammar_of_its_own(one: Served) -> None:
