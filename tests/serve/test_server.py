@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_the_end_waits_for_requests_that_were_taken() -> None:
         late = send(url)
         assert late.recv(1000).startswith(b"HTTP/1.1 503")
         late.close()
+        time.sleep(0.3)  # three looks at whether it ends
+        assert not server.should_exit
         for _ in range(4):
             one.engine.step()
         for connection in taken:

@@ -133,6 +133,13 @@ def test_a_call_that_is_required_is_made_whatever_the_model_wants(one: Served, c
     assert one.engine.submitted[-1][1].grammar is not None
 
 
+def test_a_grammar_is_there_only_where_a_call_is_required(one: Served) -> None:
+    one.says = CALL
+    for choice, held in (("auto", False), ("none", False), ("required", True)):
+        one.chat(tools=TOOLS, tool_choice=choice, max_tokens=5)
+        assert (one.engine.submitted[-1][1].grammar is not None) == held
+
+
 def test_only_allowed_tools_are_described(one: Served) -> None:
     one.says = "x"
     for choice, names in (
