@@ -113,7 +113,7 @@ test-page: $(PAGE_STAMP) ## the server's page in Chromium, which `apt-get instal
 	$(PAGE_VENV)/bin/python -m pytest -rs tests/page
 
 test-clients: venv $(CLIENTS_STAMP) ## the server under the openai, langchain and smolagents packages
-	SERVER_PYTHON=$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest tests/clients
+	SERVER_PYTHON=$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest --confcutdir=tests/clients tests/clients
 
 test-ray: $(RAY_STAMP) ## replicas behind Ray Serve, of which one is killed under load
 	$(RAY_VENV)/bin/python -m pytest -s tests/replicas

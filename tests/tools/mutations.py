@@ -119,7 +119,7 @@ FAULTS = [
         "tests/train/data/test_packing.py",
     ),
     Fault(
-        "convert/names.py",
+        "qwen_jax/checkpoint/tensor_names.py",
         'mlp.w1.weight": ("layers.{L}.ffn.up",)',
         'mlp.w1.weight": ("layers.{L}.ffn.gate",)',
         "tests/test_golden.py -k full_pass",
@@ -203,7 +203,7 @@ FAULTS = [
         "tests/generate/test_language_model.py -k room",
     ),
     Fault(
-        "convert/folder.py",
+        "qwen_jax/checkpoint/safetensors_header.py",
         "            if begin != position:",
         "            if begin < position:",
         "tests/convert/test_convert_input.py -k bad_source",
