@@ -151,8 +151,9 @@ def step_seconds(engine: Engine, steps: int = 30) -> float:
     """The seconds of a step of the decode program with every row on."""
     programs = engine._steps
     orders = np.tile(np.array([0, -1, FEED], np.int32), (programs.shape.rows, 1))
-    rows = programs._rows
-    programs._rows = dataclasses.replace(rows, on=jnp.ones_like(rows.on), limit=rows.limit + 2**30)
+    rows = programs._state.rows
+    rows = dataclasses.replace(rows, on=jnp.ones_like(rows.on), limit=rows.limit + 2**30)
+    programs._state = programs._state._replace(rows=rows)
     programs.decode(orders).block_until_ready()
     start = time.perf_counter()
     for _ in range(steps):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax import meshes
-from qwen_jax.attention import cache, prove
+from qwen_jax.attention import Attend, cache, prove
 from qwen_jax.checkpoint import adapter_files
 from qwen_jax.config import Config
 from qwen_jax.engine.engine import Engine
@@ -18,10 +18,11 @@ from qwen_jax.engine.following import Leader, follow
 from qwen_jax.engine.steps import Shape, Steps
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.meshes import sharding
+from qwen_jax.meshes.sharding import MeshOrSizes
 from qwen_jax.model import Decoder, adapted, rope
 from qwen_jax.runtime import paths, processes, values
 
-_SHARE = 0.9  # of the free memory of an accelerator that pages take; programs need the rest
+SHARE = 0.9  # of the free memory of an accelerator that pages take; programs need the rest
 _CPU_SHARE = 0.25  # of a host's memory
 
 
@@ -56,44 +57,25 @@ def make(
     or a cache that holds less than one request of two pages.
     """
     decoder = _with_adapters(model, list((adapters or {}).values()))
-    slow = jax.default_backend() == "cpu"
-    sizes = sharding.axis_sizes(model.mesh)
-    replicas = math.prod(sizes[axis] for axis in sharding.BATCH)
-    rows = values.whole("rows", rows or (16 if slow else 64) * replicas, least=1)
-    if rows % replicas:
-        raise ValueError(f"rows {rows}: must be a multiple of the mesh's {replicas} parts of it")
-    page = values.whole("page", page or (16 if slow else 128), least=1, most=1024)
-    chunk = values.whole("chunk", chunk or (64 if slow else 512), least=1)
-    if chunk % page:
-        raise ValueError(f"chunk {chunk}: must be a multiple of the page, {page} tokens")
-    width = -(-model.max_length // page)
     dtype = model.decoder.embedding[...].dtype
-    each = page_bytes(
-        model.config, page, dtype=dtype, kind=model.cache_dtype, tp=sizes[sharding.TENSOR]
-    )
     room = _free() if cache_gb is None else int(values.number("cache_gb", cache_gb, least=0) * 1e9)
-    pages = min(room // each, 1 + rows // replicas * width)
-    if pages < 3:
-        raise ValueError(
-            f"cache_gb: {room / 1e9:.2f} GB hold {pages} pages of {page} tokens, {each / 1e6:.1f} "
-            "MB each: give more, or take a smaller --page or --cache-dtype int8"
-        )
-    if processes.count() > 1:  # whose memory may differ
-        pages = min(int(each) for each in processes.gather(str(pages)))
-    shape = Shape(rows, width, pages, page, chunk, chunks, model.cache_dtype)
-    attend = prove.resolve_pages(
-        model.attend,
-        prove.paging(
-            model.config,
-            dtype,
-            rows=rows,
-            slots=width * page,
-            page=page,
-            chunk=chunk,
-            cache=model.cache_dtype,
-            mesh=model.mesh,
-        ),
+    shape = sizes(
+        model.config,
+        model.mesh,
+        dtype=dtype,
+        max_length=model.max_length,
+        slow=jax.default_backend() == "cpu",
+        room=room,
+        rows=rows,
+        page=page,
+        chunk=chunk,
+        chunks=chunks,
+        cache_dtype=model.cache_dtype,
     )
+    if processes.count() > 1:  # whose memory may differ
+        pages = min(int(each) for each in processes.gather(str(shape.pages)))
+        shape = shape._replace(pages=pages)
+    attend = with_kernels(model.attend, model.config, shape=shape, dtype=dtype, mesh=model.mesh)
     kind = Leader if processes.count() > 1 and processes.index() == 0 else Steps
     steps = kind(decoder, attend, mesh=model.mesh, shape=shape)
     if processes.index():
@@ -119,6 +101,71 @@ def _with_adapters(model: LanguageModel, folders: Sequence[str | Path]) -> Decod
         return adapted.attach_several(model.decoder, found)
 
 
+def sizes(
+    config: Config,
+    mesh: MeshOrSizes,
+    *,
+    dtype: DTypeLike,
+    max_length: int,
+    room: int,
+    slow: bool = False,
+    rows: int | None = None,
+    page: int | None = None,
+    chunk: int | None = None,
+    chunks: int = 1,
+    cache_dtype: str | None = None,
+) -> Shape:
+    """Choose the sizes of an engine's programs.
+
+    mesh: the mesh, or the sizes of its axes by name.
+    dtype: of the model's keys and values.
+    max_length: the most tokens of a request.
+    room: the bytes of memory for pages on each device.
+    slow: whether the devices are CPUs, which take fewer rows, and smaller pages and chunks.
+
+    The other arguments are those of `make`, which also says what is raised.
+    """
+    each = sharding.axis_sizes(mesh)
+    replicas = math.prod(each[axis] for axis in sharding.BATCH)
+    rows = values.whole("rows", rows or (16 if slow else 64) * replicas, least=1)
+    if rows % replicas:
+        raise ValueError(f"rows {rows}: must be a multiple of the mesh's {replicas} parts of it")
+    page = values.whole("page", page or (16 if slow else 128), least=1, most=1024)
+    chunk = values.whole("chunk", chunk or (64 if slow else 512), least=1)
+    if chunk % page:
+        raise ValueError(f"chunk {chunk}: must be a multiple of the page, {page} tokens")
+    width = -(-max_length // page)
+    size = page_bytes(config, page, dtype=dtype, kind=cache_dtype, tp=each[sharding.TENSOR])
+    pages = min(room // size, 1 + rows // replicas * width)
+    if pages < 3:
+        raise ValueError(
+            f"cache_gb: {room / 1e9:.2f} GB hold {pages} pages of {page} tokens, {size / 1e6:.1f} "
+            "MB each: give more, or take a smaller --page or --cache-dtype int8"
+        )
+    return Shape(rows, width, pages, page, chunk, chunks, cache_dtype)
+
+
+def with_kernels(
+    attend: Attend, config: Config, *, shape: Shape, dtype: DTypeLike, mesh: MeshOrSizes
+) -> Attend:
+    """Return an attention function with the kernels for pages that an engine's calls take.
+
+    attend: a function of `attention.IMPLEMENTATIONS`, or what "auto" chose.
+    dtype: of the model's keys and values.
+    """
+    cases = prove.paging(
+        config,
+        dtype,
+        rows=shape.rows,
+        slots=shape.width * shape.size,
+        page=shape.size,
+        chunk=shape.chunk,
+        cache=shape.cache_dtype,
+        mesh=mesh,
+    )
+    return prove.resolve_pages(attend, cases)
+
+
 def page_bytes(config: Config, page: int, *, dtype: DTypeLike, kind: str | None, tp: int) -> int:
     """Return the bytes that a page takes on each device, in all layers.
 
@@ -138,6 +185,6 @@ def _free() -> int:
     """Return the bytes of memory for pages on each device."""
     device = jax.local_devices()[0]
     if (stats := device.memory_stats()) and "bytes_limit" in stats:
-        return int(_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+        return int(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_CPU_SHARE * total) // len(jax.local_devices())

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,135 @@ class Shape(NamedTuple):
     cache_dtype: str | None = None
 
 
+class State(NamedTuple):
+    """The arrays that the programs move on: the pages of each layer, and the rows."""
+
+    layers: tuple[PagedLayer, ...]
+    rows: Rows
+
+
+class Programs:
+    """The programs of an engine, as functions of its `State`.
+
+    Arguments and results may be arrays or, where `jax.make_jaxpr` traces a call, shapes: so a
+    plan finds every program that an engine runs. What the methods do, `Steps` says.
+
+    decoder: separate blocks, on the mesh in force, perhaps with adapters
+        (`adapted.attach_several`).
+    attend: a function of `attention.IMPLEMENTATIONS`.
+    """
+
+    def __init__(self, decoder: Decoder, attend: Attend, *, shape: Shape):
+        self.attend, self.shape = attend, shape
+        parts = [sharding.axis_sizes()[axis] for axis in sharding.BATCH]
+        self.replicas = int(np.prod(parts))
+        config = decoder.config
+        self.sizes = Sizes(shape.rows, shape.width, config.vocab_size, config.head_dim // 2)
+        tree = jax.tree.structure(decoder)
+        # The structure is in the program: as an argument it would be hashed at every call.
+        self._decode = jax.jit(
+            functools.partial(_decode, tree=tree, attend=attend), donate_argnums=(1, 2)
+        )
+        self.renew(decoder)
+
+    def renew(self, decoder: Decoder) -> None:
+        """Take other weights, of the same shapes and dtypes."""
+        self.decoder, self._leaves = decoder, jax.tree.leaves(decoder)
+        self._groups = GroupsByRow.of(decoder)
+
+    def state(self) -> State:
+        """Make empty pages, and rows that are off."""
+        layers = pages.empty(
+            self.decoder.config,
+            self.shape.pages * self.replicas,
+            size=self.shape.size,
+            dtype=self.decoder.embedding[...].dtype,
+            kind=self.shape.cache_dtype,
+        )
+        return State(layers, rows.off(self.sizes))
+
+    def admit(
+        self, state: State, row: int, *, vector: Int32[np.ndarray, " all"]
+    ) -> tuple[State, None]:
+        """See `Steps`."""
+        new = rows.admit(state.rows, np.int32(row), vector=vector, sizes=self.sizes)
+        return State(state.layers, new), None
+
+    def masks(
+        self,
+        state: State,
+        which: Int32[np.ndarray, " n"],
+        *,
+        masks: Int32[np.ndarray, "n words"],
+    ) -> tuple[State, None]:
+        """See `Steps`."""
+        return State(state.layers, rows.set_masks(state.rows, which, masks=masks)), None
+
+    def decode(
+        self, state: State, orders: Int32[np.ndarray, "R 3"]
+    ) -> tuple[State, Int32[Array, "R told"]]:
+        """See `Steps`."""
+        layers, new, told = self._decode(self._leaves, state.layers, state.rows, orders)
+        return State(layers, new), told
+
+    def prefill(
+        self,
+        state: State,
+        tokens: Int32[np.ndarray, "n C"],
+        *,
+        which: Int32[np.ndarray, " n"],
+        begin: Int32[np.ndarray, " n"],
+        count: Int32[np.ndarray, " n"],
+        forced: Int32[np.ndarray, " n"],
+        last: Bool[np.ndarray, " n"],
+        scored: Int32[np.ndarray, "n C"] | None = None,
+    ) -> tuple[State, tuple[Int32[Array, "n told"] | None, Int32[Array, "n C columns"] | None]]:
+        """See `Steps`."""
+        chunk = prefilling.begin(state.rows, tokens, which=which, begin=begin, count=count)
+        output = self.decoder(
+            self.decoder.embed(chunk.tokens),
+            chunk.positions,
+            segments=chunk.segments,
+            frequencies=chunk.frequencies,
+            cache=Pages(state.layers, chunk.places),
+            attend=self.attend,
+            groups=self._groups.select(chunk.adapter),
+        )
+        assert output.cache is not None
+        unembedding = self.decoder.unembedding
+        scores = None
+        if scored is not None:
+            scores = prefilling.score(unembedding, output.last, following=scored)
+        head = unembedding if last.any() else None
+        new, told = prefilling.end(
+            head, output.last, rows=state.rows, chunk=chunk, forced=forced, last=last
+        )
+        return State(output.cache.layers, new), (told, scores)
+
+    def idle(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return a call of each program, on rows that are off: its method, and the arguments."""
+        n = self.shape.chunks * self.replicas
+        none = np.zeros(n, np.int32)
+        chunk = {
+            "tokens": np.zeros((n, self.shape.chunk), np.int32),
+            **{"which": none, "begin": none, "count": none, "forced": none - 1},
+        }
+        scored = np.full(chunk["tokens"].shape, -1, np.int32)
+        # A row number beyond the last is nobody's.
+        nobody = np.full(MASKS, self.shape.rows, np.int32)
+        vector = np.zeros(rows.length(self.sizes), np.int32)
+        masks = np.zeros((MASKS, self.sizes.words), np.int32)
+        orders = np.tile(np.array([0, -1, SKIP], np.int32), (self.shape.rows, 1))
+        return {
+            "admit": ("admit", {"row": self.shape.rows, "vector": vector}),
+            "masks": ("masks", {"which": nobody, "masks": masks}),
+            "prefill": ("prefill", {**chunk, "last": none > 0}),
+            "prefill, first token": ("prefill", {**chunk, "last": none == 0}),
+            "prefill, scored": ("prefill", {**chunk, "last": none > 0, "scored": scored}),
+            "decode": ("decode", {"orders": orders}),
+        }
+
+
 class Steps:
     """A model's programs for one engine, with its pages and rows on the devices.
 
@@ -63,41 +192,30 @@ class Steps:
 
     def __init__(self, decoder: Decoder, attend: Attend, *, mesh: Mesh, shape: Shape):
         self.mesh, self.shape, self.attend = mesh, shape, attend
-        config = decoder.config
-        parts = [sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH]
-        self.replicas = int(np.prod(parts))
-        self.sizes = Sizes(shape.rows, shape.width, config.vocab_size, config.head_dim // 2)
-        tree = jax.tree.structure(decoder)
-        # The structure is in the program: as an argument it would be hashed at every call.
-        self._decode = jax.jit(
-            functools.partial(_decode, tree=tree, attend=attend), donate_argnums=(1, 2)
-        )
-        self.renew(decoder)
         with meshes.entered(mesh):
-            self._layers = pages.empty(
-                config,
-                shape.pages * self.replicas,
-                size=shape.size,
-                dtype=decoder.embedding[...].dtype,
-                kind=shape.cache_dtype,
-            )
-            self._rows = rows.off(self.sizes)
+            self._programs = Programs(decoder, attend, shape=shape)
+            self._state = self._programs.state()
+        self.replicas, self.sizes = self._programs.replicas, self._programs.sizes
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model."""
+        return self._programs.decoder
 
     def renew(self, decoder: Decoder) -> None:
         """Take other weights, of the same shapes and dtypes."""
-        self.decoder, self._leaves = decoder, jax.tree.leaves(decoder)
         with meshes.entered(self.mesh):
-            self._groups = GroupsByRow.of(decoder)
+            self._programs.renew(decoder)
 
     def admit(self, row: int, vector: Int32[np.ndarray, " all"]) -> None:
         """Give a row, which goes off, to a request. vector: the result of `rows.entry`."""
         with meshes.entered(self.mesh):
-            self._rows = rows.admit(self._rows, np.int32(row), vector=vector, sizes=self.sizes)
+            self._state, _ = self._programs.admit(self._state, row, vector=vector)
 
     def masks(self, which: Int32[np.ndarray, " n"], masks: Int32[np.ndarray, "n words"]) -> None:
         """Write the masks of ids of MASKS rows; entries with the row number R are not used."""
         with meshes.entered(self.mesh):
-            self._rows = rows.set_masks(self._rows, which, masks=masks)
+            self._state, _ = self._programs.masks(self._state, which, masks=masks)
 
     def decode(self, orders: Int32[np.ndarray, "R 3"]) -> Int32[Array, "R told"]:
         """Feed rows a token, and choose their next ones. Returns `drawing.choose`'s lines.
@@ -106,21 +224,11 @@ class Steps:
             the chosen one (-1 for none), and SKIP or FEED.
         """
         with meshes.entered(self.mesh):
-            self._layers, self._rows, told = self._decode(
-                self._leaves, self._layers, self._rows, orders
-            )
+            self._state, told = self._programs.decode(self._state, orders)
             return moves.begin_fetch(told)
 
     def prefill(
-        self,
-        tokens: Int32[np.ndarray, "n C"],
-        *,
-        which: Int32[np.ndarray, " n"],
-        begin: Int32[np.ndarray, " n"],
-        count: Int32[np.ndarray, " n"],
-        forced: Int32[np.ndarray, " n"],
-        last: Bool[np.ndarray, " n"],
-        scored: Int32[np.ndarray, "n C"] | None = None,
+        self, tokens: Int32[np.ndarray, "n C"], **arrays: Any
     ) -> tuple[Int32[Array, "n told"] | None, Int32[Array, "n C columns"] | None]:
         """Compute a chunk of some prompts, and choose the first token after those that end.
 
@@ -136,28 +244,9 @@ class Steps:
         the columns of `drawing.likelihoods`.
         """
         with meshes.entered(self.mesh):
-            chunk = prefilling.begin(self._rows, tokens, which=which, begin=begin, count=count)
-            output = self.decoder(
-                self.decoder.embed(chunk.tokens),
-                chunk.positions,
-                segments=chunk.segments,
-                frequencies=chunk.frequencies,
-                cache=Pages(self._layers, chunk.places),
-                attend=self.attend,
-                groups=self._groups.select(chunk.adapter),
-            )
-            assert output.cache is not None
-            self._layers = output.cache.layers
-            scores = None
-            if scored is not None:
-                scores = moves.begin_fetch(
-                    prefilling.score(self.decoder.unembedding, output.last, following=scored)
-                )
-            head = self.decoder.unembedding if last.any() else None
-            self._rows, told = prefilling.end(
-                head, output.last, rows=self._rows, chunk=chunk, forced=forced, last=last
-            )
-            return None if told is None else moves.begin_fetch(told), scores
+            self._state, (told, scores) = self._programs.prefill(self._state, tokens, **arrays)
+            fetched = [None if x is None else moves.begin_fetch(x) for x in (told, scores)]
+        return fetched[0], fetched[1]
 
     def close(self) -> None:
         """Say that no method will be called again."""
@@ -167,28 +256,9 @@ class Steps:
 
         report: is called with each program's name and seconds.
         """
-        n = self.shape.chunks * self.replicas
-        none = np.zeros(n, np.int32)
-        chunk = {
-            "tokens": np.zeros((n, self.shape.chunk), np.int32),
-            **{"which": none, "begin": none, "count": none, "forced": none - 1},
-        }
-        orders = np.tile(np.array([0, -1, SKIP], np.int32), (self.shape.rows, 1))
-        # A row number beyond the last is nobody's.
-        nobody = np.full(MASKS, self.shape.rows, np.int32)
-        vector = np.zeros(rows.length(self.sizes), np.int32)
-        scored = np.full(chunk["tokens"].shape, -1, np.int32)
-        programs: dict[str, Callable[[], object]] = {
-            "admit": lambda: self.admit(self.shape.rows, vector),
-            "masks": lambda: self.masks(nobody, np.zeros((MASKS, self.sizes.words), np.int32)),
-            "prefill": lambda: self.prefill(**chunk, last=none > 0),
-            "prefill, first token": lambda: self.prefill(**chunk, last=none == 0),
-            "prefill, scored": lambda: self.prefill(**chunk, last=none > 0, scored=scored),
-            "decode": lambda: self.decode(orders),
-        }
-        for name, program in programs.items():
+        for name, (method, arguments) in self._programs.idle().items():
             began = time.monotonic()
-            jax.block_until_ready((program(), self._rows, self._layers))
+            jax.block_until_ready((getattr(self, method)(**arguments), self._state))
             report(name, time.monotonic() - began)
 
 
