@@ -12,6 +12,7 @@ _EXAMPLES = r"""examples:
   python train/plan.py --model qwen-7b --topology h100:1x8 --lora-rank 64 --batch 16
   python train/plan.py --model qwen-72b --topology v5p:4x4x4 --decode --batch 64
   python train/plan.py --model DIR --topology v5e:16x16 --search
+  python train/plan.py --model qwen-7b --topology v5e:2x4 --serve --cache-dtype int8
 
 Every word of a plan is explained by --glossary, and in docs/scaling.md.
 """
@@ -22,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     result = command.Parser(
         prog="python train/plan.py",
         description="Plan a run on accelerators that this machine lacks: compile a training step "
-        "or, with --decode,\nprefill and decoding, and print the memory, FLOPs, collectives and "
-        "lower bound of time.",
+        "or, with --decode,\nprefill and decoding or, with --serve, all programs of a serving "
+        "engine, and print\nthe memory, FLOPs, collectives and lower bound of time.",
         epilog=_EXAMPLES,
     )
     add = result.add_argument
@@ -36,8 +37,10 @@ def parser() -> argparse.ArgumentParser:
     group(
         "--cache-dtype",
         metavar="NAME",
-        help="dtype of the KV cache: int8 or int8_asymmetric (default: bfloat16)",
+        help="dtype of the KV cache: int8 or int8_asymmetric; with --serve, int8 (default: that of "
+        "the weights)",
     )
+    _serving_options(result.add_argument_group("serving"))
     group = result.add_argument_group("search").add_argument
     group(
         "--search",
@@ -50,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         type=command.positive,
         default=6,
         metavar="N",
-        help="compile at most N settings of --search (default: %(default)s)",
+        help="compile at most N settings of --search, or meshes of --serve (default: %(default)s)",
     )
     add("--json", action="store_true", help="print one JSON object")
     command.add_debug(result)
@@ -149,6 +152,44 @@ def _adapter_options(group: argparse._ArgumentGroup) -> None:
     add("--train-embeddings", action="store_true", help="also train the whole embedding and head")
 
 
+def _serving_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of a serving engine."""
+    add = group.add_argument
+    add(
+        "--serve",
+        action="store_true",
+        help="plan a serving engine: the rows and tokens of context that fit, on --mesh or on the "
+        "best of the meshes of tp and data",
+    )
+    add(
+        "--rows",
+        type=command.positive,
+        metavar="R",
+        help="rows that decode at a time (default: 64 for each part of the batch)",
+    )
+    add(
+        "--max-length",
+        type=command.positive,
+        metavar="T",
+        help="longest request, prompt and new tokens together (default: the larger of "
+        "max_position_embeddings and seq_length of the model)",
+    )
+    add("--page", type=command.positive, metavar="N", help="tokens in a page (default: 128)")
+    add(
+        "--chunk",
+        type=command.positive,
+        metavar="N",
+        help="prompt tokens that are computed between two decode steps (default: 512)",
+    )
+    add(
+        "--dtype",
+        default="bfloat16",
+        metavar="NAME",
+        help="dtype of the weights: float32, bfloat16 or float16 (default: %(default)s)",
+    )
+
+
+_OF_SERVING = ("rows", "max_length", "page", "chunk", "dtype")
 _OF_TRAINING = ("remat", "sequence_parallel", "accumulate", "gradient_dtype", "lora_rank")
 _OF_TRAINING += ("base_dtype", "train_embeddings")
 
@@ -156,17 +197,25 @@ _OF_TRAINING += ("base_dtype", "train_embeddings")
 def refuse_idle(args: argparse.Namespace) -> None:
     """Raise UsageError for an option that has no effect beside the others."""
     out = "leave it out, or"
+    if args.serve:
+        how = f"does not apply to serving: {out} leave out --serve"
+        command.refuse(args, (*_OF_TRAINING, "decode", "search", "batch", "length"), why=how)
+    else:
+        how = f"applies only to serving: {out} add --serve"
+        command.refuse(args, _OF_SERVING, why=how)
     if args.decode:
         how = f"applies only to training: {out} leave out --decode"
         command.refuse(args, _OF_TRAINING, why=how)
-    else:
+    elif not args.serve:
         how = f"applies only to decoding: {out} add --decode"
         command.refuse(args, ("cache_dtype",), why=how)
     if args.search:
         how = "cannot be combined with --search, which tries them all: leave out one of them"
         command.refuse(args, ("mesh", "remat"), why=how)
-    else:
-        command.refuse(args, ("tries",), why=f"applies only to a search: {out} add --search")
+    elif not args.serve or args.mesh is not None:
+        how = f"applies only to a search: {out} add --search"
+        how = f"applies only without --mesh: {out} leave out --mesh" if args.serve else how
+        command.refuse(args, ("tries",), why=how)
     if args.lora_rank is None:
         how = f"applies only to adapters: {out} add --lora-rank N"
         command.refuse(args, ("base_dtype", "train_embeddings"), why=how)

@@ -19,7 +19,7 @@ from qwen_jax.meshes import options, sharding
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
 from train import step
-from train.planning import attempts, report, search
+from train.planning import attempts, report, search, serving_planner
 from train.planning import topology as topologies
 from train.planning.estimate import Estimate
 from train.planning.programs import Setting
@@ -40,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     topologies.prepare(topology.chip.platform)
+    if args.serve:
+        serving_planner.run(args, topology, config=_config(args.model))
+        return
     setting = _setting(args)
     if args.search:
         tried = search.candidates(setting, topology, decode=args.decode)[: args.tries]
