@@ -62,7 +62,7 @@ def make(
     shape = sizes(
         model.config,
         model.mesh,
-        dtype=dtype,
+        dtype=cache.held_dtype(dtype),
         max_length=model.max_length,
         slow=jax.default_backend() == "cpu",
         room=room,
@@ -118,7 +118,7 @@ def sizes(
     """Choose the sizes of an engine's programs.
 
     mesh: the mesh, or the sizes of its axes by name.
-    dtype: of the model's keys and values.
+    dtype: of keys and values as pages hold them, from `cache.held_dtype`.
     max_length: the most tokens of a request.
     room: the bytes of memory for pages on each device.
     slow: whether the devices are CPUs, which take fewer rows, and smaller pages and chunks.
@@ -170,12 +170,12 @@ def page_bytes(config: Config, page: int, *, dtype: DTypeLike, kind: str | None,
     """Return the bytes that a page takes on each device, in all layers.
 
     page: the tokens in it.
-    dtype: of the model's keys and values.
+    dtype: of keys and values as pages hold them, from `cache.held_dtype`.
     kind: None, or "int8".
     tp: the devices that share the heads.
     """
     heads = math.lcm(config.num_kv_heads, tp) // tp
-    vector = config.head_dim * jnp.dtype(cache.held_dtype(dtype)).itemsize
+    vector = config.head_dim * jnp.dtype(dtype).itemsize
     if kind is not None:
         vector = config.head_dim + 4  # with a float32 scale
     return 2 * config.num_layers * heads * page * vector

@@ -27,6 +27,7 @@ COMPILED = [
     "test_cache.py",
     "test_pages.py",
     "test_cost.py",
+    "test_engine_programs.py",
     "test_pod.py",
     "test_cuda.py",
     "test_plan.py",

@@ -6,6 +6,7 @@ knows no hardware rates and prints nothing.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -112,21 +113,25 @@ class _Function(NamedTuple):
     held: list[str]
 
 
-def engine(serving: Serving, shape: Shape, *, mesh: Mesh) -> Engine:
+def engine(
+    serving: Serving, shape: Shape, *, mesh: Mesh, only: Collection[str] | None = None
+) -> Engine:
     """Compile the programs of an engine.
 
     shape: the sizes of its programs, from `Serving.shape`.
+    only: the names of the functions to compile; None compiles all.
     """
-    attend = from_model.with_kernels(
-        attention.get(serving.attention),
-        serving.config,
-        shape=shape,
-        dtype=serving.dtype,
-        mesh=mesh,
-    )
     with jax.set_mesh(mesh):
+        attend = from_model.with_kernels(
+            attention.get(serving.attention),
+            serving.config,
+            shape=shape,
+            dtype=serving.dtype,
+            mesh=mesh,
+        )
         decoder = model.abstract(serving.config, serving.dtype)
         found = _functions(decoder, attend, shape=shape)
+    found = [x for x in found if only is None or x.name in only]
     runs = [Run(x.name, x.call, x.times, _compiled(x, mesh)) for x in found]
     return Engine(shape, nbytes(decoder), tuple(runs))
 

@@ -6,12 +6,22 @@ WORDS = {
     "training, prefill, decoding": "The program that the plan compiles: a training step; prefill "
     "of prompts of --length tokens; decoding of one token per row, with --length tokens in the KV "
     "cache.",
+    "serving": "The programs of a serving engine (--serve): decode steps of all rows, prefill of "
+    "prompts by chunks, and the small programs around them. The plan compiles all of them.",
     "mesh": "The number of devices along each mesh axis. data: data parallelism, with a copy of "
     "the weights on each device; fsdp: data parallelism with sharded weights, gathered before use; "
     "fsdp_outer: the second step of FSDP's collectives, along another dimension of a 3D torus; "
     "context: context parallelism, which splits the tokens of a row (ring attention); tp: tensor "
     "parallelism, which splits heads, feed-forward width and vocabulary.",
-    "rows": "The sequences of a batch, summed over all devices (--batch).",
+    "rows": "The sequences of a batch, summed over all devices (--batch). Of an engine: the "
+    "requests that decode at a time (--rows); and the memory of their state, in which the history "
+    "of chosen tokens is the largest part.",
+    "pages": "The pieces of an engine's KV cache, each of --page tokens of one request, in all "
+    "layers. A plan of serving has as many as an engine takes by default, and says how many fit at "
+    "most.",
+    "requests": "The requests of one length, prompt and new tokens together, whose pages fit into "
+    "the cache at most. Those beyond the rows wait with their pages.",
+    "prompt": "The time in which a prompt of this length is computed alone, by chunks.",
     "remat": "Rematerialisation: recomputing activations in the backward pass instead of storing "
     "them. full: all of a block; projections: all but the outputs of its projections; none: "
     "nothing.",
@@ -29,12 +39,14 @@ WORDS = {
     "optimiser": "Memory of the optimizer's state: two moments of each trained parameter, and the "
     "step count.",
     "batch": "Memory of the batch: token ids, labels, positions, segments and loss weights; in "
-    "decoding, of the state between two tokens.",
+    "decoding, of the state between two tokens; in serving, of other arguments of the program that "
+    "needs the most.",
     "cache": "Memory of the KV cache.",
     "padding": "Memory that the hardware's layout adds to the program's arguments.",
     "residuals": "Memory of the activations that the forward pass stores for the backward pass.",
     "temporaries": "Memory of all other intermediate results: gathered weights, gradients, and the "
-    "activations of a block.",
+    "activations of a block. In serving, of the program that needs the most, as programs run one "
+    "after the other.",
     "outputs": "Memory of the results that do not reuse the memory of an argument.",
     "program": "Memory of the compiled instructions.",
     "needed, of, fits": "The memory that the program needs (the sum of the lines above), the "

@@ -126,16 +126,14 @@ class Plan:
         return sum(run.program.seconds for run in self.engine.runs)
 
     def loads(self) -> list[Load]:
-        """Return what fits, and the bounds of times, for requests of some lengths."""
-        longest = self.serving.max_length
-        lengths = sorted({x for x in LENGTHS if x < longest} | {longest})
-        return [load for x in lengths if (load := self._load(x)).fitting]
-
-    def _load(self, length: int) -> Load:
-        shape = self.engine.shape
-        fitting = max(0, self.most - 1) // -(-length // shape.size) * self.replicas
-        rows = min(fitting, shape.rows)
-        return Load(length, fitting, rows, *_bounds(self, length, rows=max(1, rows)))
+        """Return the bounds of times for requests of each length of which at least one fits."""
+        longest, shape = self.serving.max_length, self.engine.shape
+        found = []
+        for length in sorted({x for x in LENGTHS if x < longest} | {longest}):
+            fitting = max(0, self.most - 1) // -(-length // shape.size) * self.replicas
+            if rows := min(fitting, shape.rows):
+                found.append(Load(length, fitting, rows, *_bounds(self, length, rows=rows)))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as an object for JSON."""
