@@ -55,7 +55,7 @@ def check(case: Case, name: str) -> None:
     """
     for each in (case, _small(case)):
         arrays = jax.eval_shape(functools.partial(_draw, each, 0))
-        jax.eval_shape(_call(each, name), arrays, jnp.int32(FULL))
+        jax.eval_shape(_call(each, name), arrays, np.int32(FULL))
 
 
 def error(case: Case, name: str, *, in_parts: bool = False) -> float:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Int32
 from qwen_jax.leaves.adapter_rows import AdapterRows
 from qwen_jax.leaves.low_rank import Lora
 from qwen_jax.leaves.weights import Leaf, Weight, map_leaves
-from qwen_jax.meshes import moves
 from qwen_jax.model import Decoder, running
 from qwen_jax.model.decoder import Block
 from qwen_jax.model.lora import Adapters
@@ -98,7 +97,7 @@ class GroupsByRow:
     @classmethod
     def of(cls, decoder: Decoder) -> "GroupsByRow":
         """Flatten the separate blocks of a decoder."""
-        rows = moves.place(np.zeros(1, np.int32), "R")
+        rows = np.zeros(1, np.int32)  # in the place of those that `select` gets
         groups = running.grouped([_with_rows(block, rows) for block in _blocks(decoder)])
         places = [[i for i, x in enumerate(leaves) if x is rows] for _, leaves, _ in groups.parts]
         return cls(groups, places)
@@ -124,7 +123,7 @@ def _blocks(decoder: Decoder) -> Sequence[Block]:
     return decoder.layers
 
 
-def _with_rows(tree: _Tree, rows: Int32[Array, " B"]) -> _Tree:
+def _with_rows(tree: _Tree, rows: Int32[Array, " B"] | Int32[np.ndarray, " B"]) -> _Tree:
     """Put one array of rows into all weights of a tree that have several adapters."""
 
     def one(leaf: Any) -> Any:
