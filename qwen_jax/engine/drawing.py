@@ -6,6 +6,7 @@ all, and leave the others unchanged to the bit.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ from qwen_jax.meshes import moves, sharding
 # Why a row is done with its last token, in the second column of `choose`'s result.
 GOES_ON, STOP, LIMIT, BROKEN, EMPTY, NOTHING = range(6)
 FAULTS = {BROKEN: sampling.FAULTS[1], EMPTY: sampling.FAULTS[2]}
+_BLOCK = 8  # rows whose scores are held at once: those of a tile of a TPU
 TOLD = 3 + 2 * MOST_LOGPROBS  # the columns of `choose`'s result
 
 
@@ -49,7 +51,7 @@ def choose(
         count = len(forced)
         mine = jax.tree.map(moves.own_rows, rows)
         whole = moves.whole_rows(logits)
-        told = _drawn(whole, mine, forced=moves.own_rows(forced))
+        told = _by_blocks(whole, mine, forced=moves.own_rows(forced))
         told = moves.all_rows(told, count)
         # Every device of `tp` has the whole history, of which it reads its own rows.
         token = told[:, 0]
@@ -72,6 +74,27 @@ def choose(
         history=history,
     )
     return rows, jax.reshard(told, P(None, None))
+
+
+def _by_blocks(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array:
+    """Choose the tokens of this device's rows as `_drawn` does, `_BLOCK` rows after another.
+
+    A row's scores are as large as its logits, and several copies of them are there at a time.
+    """
+    count = len(forced)
+    block = math.gcd(count, _BLOCK)
+    if block == count:
+        return _drawn(logits, rows, forced=forced)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(count // block, block, *x.shape[1:])
+
+    def one(given: tuple[jax.Array, Rows, jax.Array]) -> jax.Array:
+        logits, rows, forced = given
+        return _drawn(logits, rows, forced=forced)
+
+    told = jax.lax.map(one, jax.tree.map(cut, (logits, rows, forced)))
+    return told.reshape(count, -1)
 
 
 def _drawn(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array:
