@@ -28,7 +28,9 @@ NAME = "pallas_tpu"
 DTYPES = ("bfloat16", "float32", "float16")
 # XLA keeps narrower heads without padding to 128 lanes, and would copy the pool at every call.
 PAGED_HEAD_DIMS = (128, 256)
-_PAGED_HEADS = 4  # heads of a grid step at most: each page is an operand, which costs 60 cycles
+# Heads of a grid step at most, as each page is an operand, which costs 60 cycles; and (query, key)
+# pairs of all of them, whose straight-line code takes time to compile (2**21: 7 s of a CPU).
+_PAGED_HEADS, _PAGED_PAIRS = 4, 2**21
 _MOST_PAGES = 16  # operands of a grid step at most
 _LANES = 128
 _NT = (((1,), (1,)), ((), ()))  # contracts the last axis of both operands
@@ -376,9 +378,9 @@ def tpu_paged_prefill(
     mask = flash.paged_mask(written, window, length=length, keys=width * page)
     mask = flash.padded_mask(mask, queries=flash.round_up(length, blocks.q), keys=width * page)
     steps, count = _steps(_kinds(mask, blocks))
-    size = max(
-        x for x in range(1, _PAGED_HEADS + 1) if heads % x == 0 and (x % group) * (group % x) == 0
-    )
+    most = min(_PAGED_HEADS, max(1, _PAGED_PAIRS // (blocks.q * blocks.k)))
+    sizes = (x for x in range(1, most + 1) if heads % x == 0 and x % group * (group % x) == 0)
+    size = max(sizes)  # heads of a step: they share a key/value head, or have several whole groups
     kv_size = max(1, size // group)
 
     # Scales have heads along the rows of registers, so a block has eight heads, or all of them.
