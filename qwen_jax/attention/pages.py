@@ -96,6 +96,9 @@ class PagedLayer:
             after_reading = (jnp.max(jnp.abs(o)) < 0).astype(jnp.int32)
             places = Places(places.table, places.written + after_reading, places.count)
             kv = put(layer.kv, k, v=v, places=places, write=write)
+            # Otherwise the compiler defers the writes of all layers to the end of a decode step,
+            # and keeps their operands until then.
+            o, kv = jax.lax.optimization_barrier((o, kv))
             return o, PagedLayer(kv)
 
         return local(q, k, v, own, jnp.asarray(scale, jnp.float32), self, index)
