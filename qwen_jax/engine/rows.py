@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 from qwen_jax.engine.settings import MOST_BIASES, MOST_STOPS, Settings
 from qwen_jax.meshes import moves, sharding
 
+_WORDS = 1024  # of a mask that are unpacked at a time
+
 
 @struct.dataclass
 class Rows:
@@ -190,8 +192,14 @@ def bits(ids: Int[np.ndarray, " n"], vocab: int) -> Int32[np.ndarray, " words"]:
 
 def unpacked(mask: Int[Array, "n words"], vocab: int) -> Bool[Array, "n V"]:
     """Unpack masks of ids to a bool for each id."""
-    flags = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
-    return flags.reshape(len(mask), -1)[:, :vocab] != 0
+    place = jnp.arange(32, dtype=jnp.int32)
+
+    def piece(words: jax.Array) -> jax.Array:
+        return ((words[:, :, None] >> place) & 1).reshape(len(words), -1)
+
+    # Piece by piece, as a TPU fills the axis of 32 up to 128.
+    pieces = [piece(mask[:, i : i + _WORDS]) for i in range(0, mask.shape[1], _WORDS)]
+    return jnp.concatenate(pieces, axis=1)[:, :vocab] != 0
 
 
 def specs() -> Rows:
