@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Int32
 
-from qwen_jax.engine import drawing, orders, outcomes, rows, scheduler, steps
+from qwen_jax.engine import drawing, orders, outcomes, rows, running_request, scheduler, steps
 from qwen_jax.engine.pool import Pool
-from qwen_jax.engine.running_request import Running, of_row
+from qwen_jax.engine.running_request import GrammarError, Running, of_row
 from qwen_jax.engine.scheduler import Plan, Scheduler
 from qwen_jax.engine.settings import Choice, Ended, Listener, Load, PromptScores, Settings, Started
 from qwen_jax.engine.steps import Steps
@@ -25,6 +25,7 @@ from qwen_jax.model import Decoder
 from qwen_jax.model.rope import Rope
 
 _LOG = logging.getLogger("qwen_jax")
+_PATIENCE = 60.0  # seconds for the last step
 
 
 class _Flight(NamedTuple):
@@ -94,33 +95,17 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], settings: Settings, *, listener: Listener) -> int:
         """See `settings.Generator`."""
-        settings.check(self._vocab)
         if settings.adapter is not None and settings.adapter not in self._adapters:
             raise ValueError(f"adapter {settings.adapter!r} is not one of {list(self._adapters)}")
-        if not prompt:
-            raise ValueError("the prompt is empty: a request needs at least one token")
-        total = len(prompt) + settings.max_new_tokens
-        if total > self.longest:
-            raise ValueError(
-                f"{len(prompt)} prompt tokens and {settings.max_new_tokens} new ones are {total}: "
-                f"at most {self.longest} fit"
-            )
-        alpha = settings.ntk_alpha
-        if alpha is None:
-            alpha = float(self._scheme.alpha(np.array([len(prompt)]))[0])
-        request = Running(
-            prompt=list(prompt),
-            limit=settings.max_new_tokens,
-            identity=(alpha, settings.salt, settings.adapter),
-            scored=None if settings.prompt_logprobs is None else settings.scored_from,
-            paced=settings.grammar is not None,
-            number=next(self._numbers),
-            settings=settings,
+        request = running_request.checked(
+            prompt,
+            settings,
             listener=listener,
-            frequencies=self._scheme.frequencies(np.array([alpha]))[0].astype(np.float32),
-            allowed=self._known & rows.bits(np.array(settings.allowed), self._vocab)
-            if settings.allowed is not None
-            else self._known,
+            number=next(self._numbers),
+            scheme=self._scheme,
+            known=self._known,
+            vocab=self._vocab,
+            longest=self.longest,
         )
         self._later(lambda: self._add(request))
         return request.number
@@ -131,10 +116,12 @@ class Engine:
             self._later(lambda: self._cancel(number))
 
     def renew(self, decoder: Decoder) -> None:
-        """Take other weights of the same shapes for all requests that have no row yet.
+        """Take other weights of the same shapes for all requests that have had no row yet.
 
-        They wait until no request runs, and nothing that the old weights have cached is found.
+        They wait until no other request is left, and find nothing that the old weights have cached.
+        Raises ValueError for other shapes, and NotImplementedError on several processes.
         """
+        self._steps.check(decoder)
         self._later(lambda: setattr(self, "_renewal", decoder))
 
     def load(self) -> Load:
@@ -170,6 +157,10 @@ class Engine:
             self._scheduler.end(request)
             self._over(request, Ended("cancelled"))
 
+    def _fail(self, request: Running, error: str) -> None:
+        self._scheduler.end(request)
+        self._over(request, Ended("failed", error))
+
     def _over(self, request: Running, event: Ended) -> None:
         del self._requests[request.number]
         request.tell(event)
@@ -187,7 +178,7 @@ class Engine:
             self._closing = True
             self._waker.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_PATIENCE)  # longer only if devices hang
         self._steps.close()
 
     def _run(self) -> None:
@@ -198,14 +189,15 @@ class Engine:
                 if not self.step():
                     with self._waker:
                         self._waker.wait_for(lambda: self._inbox or self._closing)
-        except Exception as error:
+        except BaseException as error:  # nobody else would tell those who wait
             _LOG.exception("the engine has stopped")
             self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
             event = Ended("failed", self._failure)
         with self._waker:
             self._closing = True
         while self._inbox:
-            self._inbox.popleft()()
+            with contextlib.suppress(Exception):  # what has failed may fail again
+                self._inbox.popleft()()
         for request in list(self._requests.values()):
             self._over(request, event)
 
@@ -233,7 +225,7 @@ class Engine:
 
     def _take_weights(self, decoder: Decoder) -> None:
         """Exchange the weights if no request runs; until then no request gets a row."""
-        self._scheduler.paused = bool(self._scheduler.running)
+        self._scheduler.paused = self._scheduler.begun
         if self._scheduler.paused:
             return
         self._steps.renew(decoder)
@@ -256,8 +248,9 @@ class Engine:
                 sizes=every,
             )
             self._steps.admit(row.index, vector)
-            self._counts["queried"] += len(request.prompt)
-            self._counts["hits"] += request.cached or 0
+            if request.admissions == 1:
+                self._counts["queried"] += len(request.prompt)
+                self._counts["hits"] += request.cached or 0
             request.tell(Started(request.cached or 0))
         self._mask(plan)
         decode = first = scores = None
@@ -275,9 +268,11 @@ class Engine:
         wanted: list[tuple[int, np.ndarray]] = []
         for row, number in plan.emitted:
             request = of_row(row)
-            grammar = request.settings.grammar
-            if grammar is not None and number == len(request.tokens):
-                wanted.append((row.index, grammar.mask() & request.allowed))
+            if request.paced and not request.over and number == len(request.tokens):
+                try:
+                    wanted.append((row.index, request.mask()))
+                except GrammarError as error:
+                    self._fail(request, str(error))
         for begin in range(0, len(wanted), steps.MASKS):
             which = np.full(steps.MASKS, self._steps.shape.rows, np.int32)
             masks = np.zeros((steps.MASKS, self._steps.sizes.words), np.int32)
@@ -307,10 +302,7 @@ class Engine:
                 continue
             token, code = int(line[0]), int(line[1])
             if code in drawing.FAULTS:
-                self._scheduler.end(request)
-                self._over(
-                    request, Ended("failed", f"new token {number + 1}: {outcomes.fault(code)}")
-                )
+                self._fail(request, f"new token {number + 1}: {outcomes.fault(code)}")
                 continue
             tokens[row.index] = token
             if number == len(request.tokens):
@@ -321,9 +313,11 @@ class Engine:
         self._scheduler.apply(plan, tokens, ended)
         for request, choice in events:
             self._counts["new_tokens"] += 1
-            if request.settings.grammar is not None:
-                request.settings.grammar.advance(choice.id)
             request.tell(choice)
+            try:
+                request.advance(choice.id)
+            except GrammarError as error:
+                self._fail(request, str(error))
         for request, reason in over.items():
             if request.over and request.number in self._requests:
                 self._over(request, Ended(reason))

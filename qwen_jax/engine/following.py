@@ -16,12 +16,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from qwen_jax.engine.steps import Steps
+from qwen_jax.model import Decoder
 from qwen_jax.runtime import processes, rendezvous
 
 _Value: TypeAlias = np.ndarray | np.generic | int | None
 _END = "end"
 _INDEX = 4  # bytes of a process's index
 _WAIT = 300.0  # seconds until all processes are connected
+_GONE = "process 0 has closed the connection"
+_STUCK = 60.0  # seconds after which a process that reads nothing counts as lost
 
 
 class Leader(Steps):
@@ -30,6 +33,10 @@ class Leader(Steps):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._lines = _accept(processes.count() - 1)
+
+    def check(self, decoder: Decoder) -> None:
+        """Refuse other weights, which this process cannot give to the others."""
+        raise NotImplementedError("an engine of several processes takes no other weights")
 
     def admit(self, row: int, vector: np.ndarray) -> None:
         """See `Steps`."""
@@ -79,7 +86,7 @@ def follow(steps: Steps) -> None:
     with socket.create_connection((host, port), _WAIT) as line, line.makefile("rb") as stream:
         line.settimeout(None)
         line.sendall(bytes.fromhex(secret) + processes.index().to_bytes(_INDEX))
-        while (head := stream.readline()) != b"":
+        while (head := stream.readline()).endswith(b"\n"):
             name, kinds = json.loads(head)
             if name == _END:
                 return
@@ -89,9 +96,11 @@ def follow(steps: Steps) -> None:
                     arguments[key] = None
                     continue
                 size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-                arguments[key] = np.frombuffer(stream.read(size), dtype).reshape(shape)
+                if len(data := stream.read(size)) < size:
+                    raise ConnectionError(_GONE)
+                arguments[key] = np.frombuffer(data, dtype).reshape(shape)
             getattr(steps, name)(**arguments)
-    raise ConnectionError("process 0 has closed the connection")
+    raise ConnectionError(_GONE)
 
 
 def _encoded(name: str, arguments: Mapping[str, _Value]) -> bytes:
@@ -122,7 +131,7 @@ def _accept(count: int) -> dict[int, socket.socket]:
             if len(given) < size or not hmac.compare_digest(given[: len(secret)], secret):
                 line.close()  # no process of this program
                 continue
-            line.settimeout(None)
+            line.settimeout(_STUCK)
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             lines[int.from_bytes(given[len(secret) :])] = line
     return lines

@@ -127,11 +127,11 @@ def sizes(
     """
     each = sharding.axis_sizes(mesh)
     replicas = math.prod(each[axis] for axis in sharding.BATCH)
-    rows = values.whole("rows", rows or (16 if slow else 64) * replicas, least=1)
+    rows = values.whole("rows", (16 if slow else 64) * replicas if rows is None else rows, least=1)
     if rows % replicas:
         raise ValueError(f"rows {rows}: must be a multiple of the mesh's {replicas} parts of it")
-    page = values.whole("page", page or (16 if slow else 128), least=1, most=1024)
-    chunk = values.whole("chunk", chunk or (64 if slow else 512), least=1)
+    page = values.whole("page", (16 if slow else 128) if page is None else page, least=1, most=1024)
+    chunk = values.whole("chunk", (64 if slow else 512) if chunk is None else chunk, least=1)
     if chunk % page:
         raise ValueError(f"chunk {chunk}: must be a multiple of the page, {page} tokens")
     width = -(-max_length // page)

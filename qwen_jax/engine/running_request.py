@@ -2,13 +2,20 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int32
 
-from qwen_jax.engine import scheduler
+from qwen_jax.engine import rows, scheduler
 from qwen_jax.engine.scheduler import Row
 from qwen_jax.engine.settings import Choice, Event, Listener, Settings
+from qwen_jax.model.rope import Rope
+from qwen_jax.runtime import values
+
+
+class GrammarError(Exception):
+    """Raised if the grammar of a request fails, which ends this request alone."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -28,6 +35,22 @@ class Running(scheduler.Request):
     allowed: Int32[np.ndarray, " words"]
     scores: list[Choice] = dataclasses.field(default_factory=list)
 
+    def mask(self) -> Int32[np.ndarray, " words"]:
+        """Return the ids that the grammar and the settings allow. Raises GrammarError."""
+        assert self.settings.grammar is not None
+        try:
+            return self.settings.grammar.mask() & self.allowed
+        except BaseException as error:  # a panic of llguidance is no Exception
+            raise GrammarError(f"its grammar failed: {error}") from None
+
+    def advance(self, token: int) -> None:
+        """Move the grammar on, if there is one. Raises GrammarError."""
+        if self.settings.grammar is not None:
+            try:
+                self.settings.grammar.advance(token)
+            except BaseException as error:
+                raise GrammarError(f"its grammar failed: {error}") from None
+
     def tell(self, event: Event) -> None:
         """Call the listener. Its error is logged, as the engine has other requests to serve."""
         try:
@@ -35,6 +58,54 @@ class Running(scheduler.Request):
         except Exception:
             log = logging.getLogger("qwen_jax")
             log.exception("the listener of request %d failed", self.number)
+
+
+def checked(
+    prompt: Sequence[int],
+    settings: Settings,
+    *,
+    listener: Listener,
+    number: int,
+    scheme: Rope,
+    known: Int32[np.ndarray, " words"],
+    vocab: int,
+    longest: int,
+) -> Running:
+    """Make a request of a caller's arguments. Raises ValueError for those out of their range.
+
+    scheme: the RoPE scheme of the model.
+    known: the mask of ids that the tokenizer has.
+    vocab: one more than the largest id.
+    longest: the most tokens, prompt and new ones together.
+    """
+    settings.check(vocab)
+    ids = values.ids("prompt", prompt, below=vocab)
+    if not ids:
+        raise ValueError("the prompt is empty: a request needs at least one token")
+    total = len(ids) + settings.max_new_tokens
+    if total > longest:
+        raise ValueError(
+            f"{len(ids)} prompt tokens and {settings.max_new_tokens} new ones are {total}: at most "
+            f"{longest} fit"
+        )
+    alpha = settings.ntk_alpha
+    if alpha is None:
+        alpha = float(scheme.alpha(np.array([len(ids)]))[0])
+    allowed = known
+    if settings.allowed is not None:
+        allowed = known & rows.bits(np.array(settings.allowed), vocab)
+    return Running(
+        prompt=ids,
+        limit=settings.max_new_tokens,
+        identity=(alpha, settings.salt, settings.adapter),
+        scored=None if settings.prompt_logprobs is None else settings.scored_from,
+        paced=settings.grammar is not None,
+        number=number,
+        settings=settings,
+        listener=listener,
+        frequencies=scheme.frequencies(np.array([alpha]))[0].astype(np.float32),
+        allowed=allowed,
+    )
 
 
 def of_row(row: Row) -> Running:

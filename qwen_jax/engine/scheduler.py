@@ -33,6 +33,7 @@ class Request:
     paced: whether each token must be known before the next one is chosen, as a grammar needs it.
     tokens: the new tokens that are known so far.
     cached: the number of prompt tokens that were found in the cache when it was last admitted.
+    admissions: the times that it has got a row.
     keys: the keys of the prompt's full pages, from `add` on.
     over: whether nothing more is wanted of it.
     """
@@ -44,6 +45,7 @@ class Request:
     paced: bool = False
     tokens: list[int] = dataclasses.field(default_factory=list)
     cached: int | None = None
+    admissions: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     over: bool = False
 
@@ -142,12 +144,17 @@ class Scheduler:
         self.running: dict[int, Row] = {}
         self.preemptions = self._admissions = 0
         self._oldest_first = [False] * len(pools)
-        self.paused = False  # whether waiting requests keep waiting
+        self.paused = False  # whether requests that have had no row keep waiting
 
     @property
     def longest(self) -> int:
         """The most tokens that a request may have, prompt and new ones together."""
         return self.size * min(self.width, *(pool.pages - 1 for pool in self.pools))
+
+    @property
+    def begun(self) -> bool:
+        """Whether any request that has had a row is not over."""
+        return bool(self.running) or any(request.admissions for request in self.waiting)
 
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue.
@@ -252,7 +259,7 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Give rows and pages to waiting requests, in order, until one finds no room."""
-        while self.waiting and not self.paused:
+        while self.waiting and (not self.paused or self.waiting[0].admissions):
             row = self._row_for(self.waiting[0])
             if row is None:
                 return
@@ -262,10 +269,10 @@ class Scheduler:
 
     def _row_for(self, request: Request) -> Row | None:
         """Take a row and the pages of the whole prompt, where most of it is cached; or None."""
-        known = [self._known(pool, request) for pool in self.pools]
+        found = [self._known(pool, request) for pool in self.pools]
         share = self.rows // len(self.pools)
         order = sorted(
-            range(len(self.pools)), key=lambda i: (-len(known[i]), -self.pools[i].available)
+            range(len(self.pools)), key=lambda i: (-len(found[i]), -self.pools[i].available)
         )
         for replica in order:
             free = [
@@ -273,15 +280,19 @@ class Scheduler:
             ]
             if not free:
                 continue
-            pool, pages = self.pools[replica], known[replica]
+            pool, pages = self.pools[replica], found[replica]
             pool.hold(pages)
-            rest = pool.take(-(-len(request.prompt) // self.size) - len(pages))
-            if rest is None:
-                pool.release(pages)
+            prompt = -(-len(request.prompt) // self.size)
+            known = -(-(len(request.prompt) + len(request.tokens)) // self.size)
+            rest = pool.take(prompt - len(pages))
+            # It would soon have to give up its pages again, if those of its own tokens lacked.
+            if rest is None or pool.available < known - prompt:
+                pool.release([*pages, *(rest or ())])
                 continue
             self._admissions += 1
             filled = len(pages) * self.size
             request.cached = filled
+            request.admissions += 1
             return Row(
                 index=free[0],
                 order=self._admissions,

@@ -202,6 +202,15 @@ class Steps:
         """The model."""
         return self._programs.decoder
 
+    def check(self, decoder: Decoder) -> None:
+        """Raise ValueError if `renew` cannot take these weights."""
+        old, new = (
+            (jax.tree.structure(x), [(w.shape, w.dtype, w.sharding) for w in jax.tree.leaves(x)])
+            for x in (self.decoder, decoder)
+        )
+        if old != new:
+            raise ValueError("the new weights have other names, shapes, dtypes or partitionings")
+
     def renew(self, decoder: Decoder) -> None:
         """Take other weights, of the same shapes and dtypes."""
         with meshes.entered(self.mesh):

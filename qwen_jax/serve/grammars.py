@@ -65,24 +65,27 @@ class Rule:
     """A compiled grammar with its state (`engine.settings.Grammar`), for one sequence.
 
     words: the words of a mask.
+    error: why the grammar has given up, as it grew beyond its limits; "" if it has not.
     """
 
     def __init__(self, matcher: llguidance.LLMatcher, *, words: int, vocab_size: int):
         self._matcher, self._words = matcher, words
         self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
+        self.error = self._error()
 
     def mask(self) -> Int32[np.ndarray, " words"]:
         """Return the ids that may come next: bit i % 32 of word i // 32 is 1 for id i."""
         fill_next_token_bitmask(self._matcher, self._bits)
+        self.error = self._error()
         return self._bits[0, : self._words].copy()
 
     def advance(self, token: int) -> None:
         """Move on by a token that the last mask allowed."""
         self._matcher.consume_token(token)
+        self.error = self._error()
 
-    @property
-    def error(self) -> str:
-        """Why the grammar has given up, as it grew beyond its limits; "" if it has not."""
+    def _error(self) -> str:
+        """Return `error`. Only the thread that moves the grammar on may ask the matcher."""
         return " ".join(self._matcher.get_error().split())
 
     def copy(self) -> "Rule":

@@ -24,6 +24,9 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
 
 
+_GROWN = 20.0  # MB of the server's memory
+
+
 class Soak:
     """The requests, and what came of them.
 
@@ -166,7 +169,7 @@ def main() -> int:
     for line in soak.wrong[:20]:
         print("WRONG", line)
     print(f"{len(soak.wrong)} wrong")
-    return int(bool(soak.wrong) or left > 0 or not held[0].endswith(" 0.0"))
+    return int(bool(soak.wrong) or left > 0 or not held[0].endswith(" 0.0") or grown > _GROWN)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tests.support.engines import (
     LONGEST,
     SHAPE,
     Asked,
+    Evens,
     alone,
     engine,
     events,
@@ -277,3 +278,71 @@ def test_new_weights_wait_for_running_requests_and_share_no_pages_with_old_ones(
     cached = [x.cached for some in found for x in some if isinstance(x, Started)]
     assert [some[1:] for some in found] == [before, after, after] and before != after
     assert cached == [0, 0, 24]
+
+
+@pytest.mark.parametrize("prompt", [[1, 68], [-1], [2**70], []])
+def test_a_prompt_of_ids_that_do_not_exist_is_refused(prompt: list[int]) -> None:
+    """In the engine's thread it would end all requests."""
+    with pytest.raises(ValueError, match="prompt"):
+        engine(programs()).submit(prompt, Settings(max_new_tokens=1), listener=print)
+
+
+class Panic(BaseException):
+    """What llguidance raises where it fails within itself is no Exception."""
+
+
+@dataclasses.dataclass
+class Broken(Evens):
+    """A grammar that fails at its third mask, or as it moves on by the third token."""
+
+    at: str = "mask"
+
+    def mask(self) -> np.ndarray:
+        if self.at == "mask" and self.count == 2:
+            raise Panic("no more")
+        return super().mask()
+
+    def advance(self, token: int) -> None:
+        super().advance(token)
+        if self.at == "advance" and self.count == 3:
+            raise Panic("no more")
+
+
+@pytest.mark.parametrize(("at", "made"), [("mask", 2), ("advance", 3)])
+def test_a_grammar_that_fails_ends_its_request_alone(at: str, made: int) -> None:
+    steps, other = programs(), Asked([5, 6, 7], {"max_new_tokens": 9}, 0, None)
+    running, found, beside = engine(steps), [], []
+    settings = Settings(max_new_tokens=9, grammar=Broken(at=at))
+    running.submit([1, 2, 3], settings, listener=found.append)
+    running.submit(other.prompt, other.made(), listener=beside.append)
+    while running.step():
+        pass
+    assert found[-1] == Ended("failed", "its grammar failed: no more")
+    assert len(tokens(found)) == made and beside[1:] == alone(steps, other)
+
+
+def test_weights_of_other_shapes_are_refused() -> None:
+    steps = programs()
+    with on_mesh(), pytest.raises(ValueError, match="other names, shapes"):
+        engine(steps).renew(tiny_decoder(tiny_config(num_layers=1)))
+
+
+def test_new_weights_wait_for_requests_that_were_preempted() -> None:
+    """Two requests of 40 tokens and pages for 32 of both: one of them gives way."""
+    steps, asked = programs(), []
+    old = steps.decoder
+    with on_mesh():
+        new = old.replace(embedding=old.head, head=old.embedding)
+    for i in range(3):
+        asked.append(Asked([i + 1, *range(4, 20)], {"max_new_tokens": 40}, 0, None))
+    wanted = [alone(steps, each) for each in asked]
+    running, found = engine(steps), [[], [], []]
+    for each, listener in zip(asked, found, strict=True):
+        running.submit(each.prompt, each.made(), listener=listener.append)
+    while not running.load().preemptions:
+        running.step()
+    running.renew(new)
+    while running.step():
+        pass
+    steps.renew(old)
+    assert [[x for x in some if not isinstance(x, Started)] for some in found] == wanted
