@@ -256,3 +256,20 @@ def test_requests_are_admitted_in_order_and_the_youngest_gives_way() -> None:
             over += scheduler.apply(before, {row.index: 1 for row, _ in before.emitted}, ended)
         before = plan
     assert over == requests and scheduler.preemptions == 1
+
+
+def test_a_preempted_request_goes_on_while_new_ones_are_kept_waiting() -> None:
+    scheduler = idle(rows=3, pages=13)
+    requests = [Request(prompt=[i, 2, 3, 4], limit=8) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    steps_until(scheduler, lambda plan: scheduler.preemptions > 0)
+    scheduler.paused = True
+    new = Request(prompt=[9], limit=1)
+    scheduler.add(new)
+    for request in requests[:2]:
+        scheduler.end(request)
+    assert scheduler.begun and not scheduler.running
+    assert [row.request for row, _ in scheduler.plan().admitted] == [requests[2]]
+    scheduler.end(requests[2])
+    assert not scheduler.begun and not scheduler.plan() and list(scheduler.waiting) == [new]
