@@ -245,7 +245,7 @@ FAULTS = [
         "tests/engine/test_scheduler.py",
     ),
     Fault(
-        "qwen_jax/engine/engine.py",
+        "qwen_jax/engine/running_request.py",
         "identity=(alpha, settings.salt, settings.adapter),",
         "identity=(settings.salt, settings.adapter),",
         "tests/engine/test_engine.py",
