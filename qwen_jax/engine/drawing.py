@@ -23,7 +23,7 @@ from qwen_jax.meshes import moves, sharding
 GOES_ON, STOP, LIMIT, BROKEN, EMPTY, NOTHING = range(6)
 FAULTS = {BROKEN: sampling.FAULTS[1], EMPTY: sampling.FAULTS[2]}
 _BLOCK = 8  # rows whose scores are held at once: those of a tile of a TPU
-TOLD = 3 + 2 * MOST_LOGPROBS  # the columns of `choose`'s result
+COLUMNS = 3 + 2 * MOST_LOGPROBS  # the columns of `choose`'s result
 
 
 def choose(
@@ -32,7 +32,7 @@ def choose(
     *,
     forced: Int[Array, " B"],
     active: Bool[Array, " B"],
-) -> tuple[Rows, Int32[Array, "B told"]]:
+) -> tuple[Rows, Int32[Array, "B line"]]:
     """Choose the next tokens of rows, and move the rows on by them.
 
     forced: the tokens that take the place of the chosen ones; -1 for none.
@@ -51,21 +51,21 @@ def choose(
         count = len(forced)
         mine = jax.tree.map(moves.own_rows, rows)
         whole = moves.whole_rows(logits)
-        told = _by_blocks(whole, mine, forced=moves.own_rows(forced))
-        told = moves.all_rows(told, count)
+        lines = _by_blocks(whole, mine, forced=moves.own_rows(forced))
+        lines = moves.all_rows(lines, count)
         # Every device of `tp` has the whole history, of which it reads its own rows.
-        token = told[:, 0]
+        token = lines[:, 0]
         add = jnp.where(active, 2, 0)
-        return told, rows.history.at[jnp.arange(count), token].add(add)
+        return lines, rows.history.at[jnp.arange(count), token].add(add)
 
-    told, history = local(logits, rows, forced, active)
-    token, step = told[:, 0], rows.step + active
+    lines, history = local(logits, rows, forced, active)
+    token, step = lines[:, 0], rows.step + active
     stopped = jnp.any(rows.stops == token[:, None], axis=1)
     code = jnp.where(stopped, STOP, jnp.where(step >= rows.limit, LIMIT, GOES_ON))
-    code = jnp.where(told[:, 1] > 0, told[:, 1], code)
+    code = jnp.where(lines[:, 1] > 0, lines[:, 1], code)
     code = jnp.where(rows.broken, BROKEN, code)
     code = jnp.where(active, code, NOTHING)
-    told = jnp.concatenate([token[:, None], code[:, None], told[:, 2:]], axis=1)
+    lines = jnp.concatenate([token[:, None], code[:, None], lines[:, 2:]], axis=1)
     rows = dataclasses.replace(
         rows,
         token=jnp.where(active, token, rows.token),
@@ -73,7 +73,7 @@ def choose(
         on=rows.on & ~(active & (code != GOES_ON)),
         history=history,
     )
-    return rows, jax.reshard(told, P(None, None))
+    return rows, jax.reshard(lines, P(None, None))
 
 
 def _by_blocks(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array:
@@ -93,8 +93,8 @@ def _by_blocks(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array
         logits, rows, forced = given
         return _drawn(logits, rows, forced=forced)
 
-    told = jax.lax.map(one, jax.tree.map(cut, (logits, rows, forced)))
-    return told.reshape(count, -1)
+    lines = jax.lax.map(one, jax.tree.map(cut, (logits, rows, forced)))
+    return lines.reshape(count, -1)
 
 
 def _drawn(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array:

@@ -32,8 +32,8 @@ class _Flight(NamedTuple):
     """A step that devices run, and the arrays of its results."""
 
     plan: Plan
-    decode: Int32[Array, "R told"] | None
-    first: Int32[Array, "n told"] | None
+    decode: Int32[Array, "R line"] | None
+    first: Int32[Array, "n line"] | None
     scores: Int32[Array, "n C columns"] | None
     places: list[int]  # of the chunks among the n of the program
 
@@ -285,8 +285,8 @@ class Engine:
         plan = flight.plan
         lines: dict[int, np.ndarray] = {}
         if flight.decode is not None:
-            told = np.asarray(flight.decode)
-            lines = {row.index: told[row.index] for row in plan.decode}
+            every = np.asarray(flight.decode)
+            lines = {row.index: every[row.index] for row in plan.decode}
         first = None if flight.first is None else np.asarray(flight.first)
         scores = None if flight.scores is None else np.asarray(flight.scores)
         for place, chunk in zip(flight.places, plan.chunks, strict=True):

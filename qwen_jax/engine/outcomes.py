@@ -7,7 +7,7 @@ from qwen_jax.engine import drawing
 from qwen_jax.engine.settings import MOST_LOGPROBS, Choice
 
 
-def choice(line: Int32[np.ndarray, " told"], wanted: int | None) -> Choice:
+def choice(line: Int32[np.ndarray, " line"], wanted: int | None) -> Choice:
     """Return the token of a line, with its log-probability if one was asked for.
 
     wanted: the number of alternatives; None for no log-probabilities.

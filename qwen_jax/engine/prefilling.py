@@ -103,7 +103,7 @@ def end(
     chunk: Chunk,
     forced: Int32[np.ndarray, " n"] | Int32[Array, " n"],
     last: Bool[np.ndarray, " n"] | Bool[Array, " n"],
-) -> tuple[Rows, Int32[Array, "n told"] | None]:
+) -> tuple[Rows, Int32[Array, "n line"] | None]:
     """Write the end of chunks into their rows; choose the first tokens of prompts that end.
 
     head: the weight [V, D] that makes logits; None if no prompt ends.
@@ -126,8 +126,8 @@ def end(
     logits = model.logits(x, head)[:, 0]
     active = real & last
     some = dataclasses.replace(some, on=some.on | active)
-    some, told = drawing.choose(logits, some, forced=forced, active=active)
-    return _given_back(rows, chunk.which, new=some, real=real), told
+    some, lines = drawing.choose(logits, some, forced=forced, active=active)
+    return _given_back(rows, chunk.which, new=some, real=real), lines
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 Every number of a request is a value of its row, so no request compiles anything. The host writes a
 row once, when a request gets it (`admit`); from then on devices move it on by themselves, and a
-step brings along only the few integers of `Orders`.
+step brings along three integers a row (`orders.of_rows`).
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Rows:
     bias_ids, biases: int32 and float32 [R, MOST_BIASES], the ids filled up with V.
     temperature, top_p, min_p, repetition, presence, frequency: float32 [R].
     top_k: int32 [R].
-    logprobs: int32 [R], the alternatives that are told with each token; -1 for no log-probability.
+    logprobs: int32 [R], the alternatives returned with each token; -1 for no log-probability.
     adapter: int32 [R], the number of the adapter; 0 for none.
     """
 

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine, and what it is told: token ids and numbers, no text.
+"""What a caller asks of the engine, and the events that it gets: token ids and numbers, no text.
 
 Everything here is plain Python, so that programs which only talk to an engine need no jax.
 """
@@ -58,7 +58,7 @@ class Settings:
     logprobs: the number of most likely tokens to tell with each new one; None for no
         log-probabilities. They are of the model's own distribution, before all settings.
     prompt_logprobs: the same for the tokens of the prompt.
-    scored_from: the number of the first prompt token that is told with `prompt_logprobs`.
+    scored_from: the number of the first prompt token in the results of `prompt_logprobs`.
     ntk_alpha: the factor of dynamic NTK; None takes the model's own rule for the prompt's length.
     adapter: the name of an adapter; None for the base model.
     salt: a text that keeps requests with other salts from finding this one's prefix in the cache.
@@ -162,7 +162,7 @@ class PromptScores:
 class Ended:
     """The last event of a request.
 
-    reason: "stop" (a stop id, which is the last token told), "length", "cancelled" or "failed".
+    reason: "stop" (by a stop id, which is the last token), "length", "cancelled" or "failed".
     error: what went wrong, in a line, if it failed.
     """
 

@@ -120,10 +120,10 @@ class Programs:
 
     def decode(
         self, state: State, orders: Int32[np.ndarray, "R 3"]
-    ) -> tuple[State, Int32[Array, "R told"]]:
+    ) -> tuple[State, Int32[Array, "R line"]]:
         """See `Steps`."""
-        layers, new, told = self._decode(self._leaves, state.layers, state.rows, orders)
-        return State(layers, new), told
+        layers, new, lines = self._decode(self._leaves, state.layers, state.rows, orders)
+        return State(layers, new), lines
 
     def prefill(
         self,
@@ -136,7 +136,7 @@ class Programs:
         forced: Int32[np.ndarray, " n"],
         last: Bool[np.ndarray, " n"],
         scored: Int32[np.ndarray, "n C"] | None = None,
-    ) -> tuple[State, tuple[Int32[Array, "n told"] | None, Int32[Array, "n C columns"] | None]]:
+    ) -> tuple[State, tuple[Int32[Array, "n line"] | None, Int32[Array, "n C columns"] | None]]:
         """See `Steps`."""
         chunk = prefilling.begin(state.rows, tokens, which=which, begin=begin, count=count)
         output = self.decoder(
@@ -154,10 +154,10 @@ class Programs:
         if scored is not None:
             scores = prefilling.score(unembedding, output.last, following=scored)
         head = unembedding if last.any() else None
-        new, told = prefilling.end(
+        new, lines = prefilling.end(
             head, output.last, rows=state.rows, chunk=chunk, forced=forced, last=last
         )
-        return State(output.cache.layers, new), (told, scores)
+        return State(output.cache.layers, new), (lines, scores)
 
     def idle(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return a call of each program, on rows that are off: its method, and the arguments."""
@@ -226,19 +226,19 @@ class Steps:
         with meshes.entered(self.mesh):
             self._state, _ = self._programs.masks(self._state, which, masks=masks)
 
-    def decode(self, orders: Int32[np.ndarray, "R 3"]) -> Int32[Array, "R told"]:
+    def decode(self, orders: Int32[np.ndarray, "R 3"]) -> Int32[Array, "R line"]:
         """Feed rows a token, and choose their next ones. Returns `drawing.choose`'s lines.
 
         orders: for each row the next page it gets (0 for none), the token that takes the place of
             the chosen one (-1 for none), and SKIP or FEED.
         """
         with meshes.entered(self.mesh):
-            self._state, told = self._programs.decode(self._state, orders)
-            return moves.begin_fetch(told)
+            self._state, lines = self._programs.decode(self._state, orders)
+            return moves.begin_fetch(lines)
 
     def prefill(
         self, tokens: Int32[np.ndarray, "n C"], **arrays: Any
-    ) -> tuple[Int32[Array, "n told"] | None, Int32[Array, "n C columns"] | None]:
+    ) -> tuple[Int32[Array, "n line"] | None, Int32[Array, "n C columns"] | None]:
         """Compute a chunk of some prompts, and choose the first token after those that end.
 
         tokens: padded on the right.
@@ -253,8 +253,8 @@ class Steps:
         the columns of `drawing.likelihoods`.
         """
         with meshes.entered(self.mesh):
-            self._state, (told, scores) = self._programs.prefill(self._state, tokens, **arrays)
-            fetched = [None if x is None else moves.begin_fetch(x) for x in (told, scores)]
+            self._state, (lines, scores) = self._programs.prefill(self._state, tokens, **arrays)
+            fetched = [None if x is None else moves.begin_fetch(x) for x in (lines, scores)]
         return fetched[0], fetched[1]
 
     def close(self) -> None:
@@ -279,7 +279,7 @@ def _decode(
     *,
     tree: Structure[Decoder],
     attend: Attend,
-) -> tuple[tuple[PagedLayer, ...], Rows, Int32[Array, "R told"]]:
+) -> tuple[tuple[PagedLayer, ...], Rows, Int32[Array, "R line"]]:
     """Run `Steps.decode` with a flattened decoder (`leaves` and `tree`)."""
     decoder = adapted.select(tree.unflatten(leaves), rows.adapter)
     orders = moves.spread(orders, "BS")
@@ -300,8 +300,8 @@ def _decode(
     assert output.cache is not None
     rows = dataclasses.replace(rows, written=rows.written + places.count)
     logits = decoder.logits(output.last)[:, 0]
-    rows, told = drawing.choose(logits, rows, forced=forced, active=fed)
-    return output.cache.layers, rows, told
+    rows, lines = drawing.choose(logits, rows, forced=forced, active=fed)
+    return output.cache.layers, rows, lines
 
 
 def _with_page(

@@ -116,7 +116,11 @@ async def _begin(body: ChatRequest, desk: Desk) -> "Chat":
     exchange = Exchange(
         desk, body, kind=_KIND, model=name.name, prompts=[(ids, each)], drafts=drafts
     )
-    return Chat(exchange, body, found, older=tools.older)
+    try:
+        return Chat(exchange, body, found, older=tools.older)
+    except BaseException:  # what was submitted must not run on for nobody
+        exchange.group.close()
+        raise
 
 
 async def _whole(body: ChatRequest, desk: Desk) -> Response:
