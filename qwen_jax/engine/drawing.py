@@ -86,14 +86,14 @@ def _by_blocks(logits: jax.Array, rows: Rows, *, forced: jax.Array) -> jax.Array
     if block == count:
         return _drawn(logits, rows, forced=forced)
 
-    def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(count // block, block, *x.shape[1:])
+    leaves, tree = jax.tree.flatten((logits, rows, forced))
+    blocks = [x.reshape(count // block, block, *x.shape[1:]) for x in leaves]
 
-    def one(given: tuple[jax.Array, Rows, jax.Array]) -> jax.Array:
-        logits, rows, forced = given
+    def one(some: list[jax.Array]) -> jax.Array:
+        logits, rows, forced = tree.unflatten(some)
         return _drawn(logits, rows, forced=forced)
 
-    lines = jax.lax.map(one, jax.tree.map(cut, (logits, rows, forced)))
+    lines = jax.lax.map(one, blocks)
     return lines.reshape(count, -1)
 
 

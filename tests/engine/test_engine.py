@@ -82,8 +82,9 @@ def test_a_request_has_the_same_bits_in_a_crowd() -> None:
         {"shape": SHAPE._replace(cache_dtype="int8", chunks=2)},
         {"config": tiny_config(layer_windows=(5, 11), num_kv_heads=2)},
         {"shape": SHAPE._replace(rows=8), "sizes": (("data", 2), ("tp", 2))},
+        {"shape": SHAPE._replace(rows=24)},  # tokens are chosen for eight of them at a time
     ],
-    ids=["float32", "bfloat16", "bfloat16 int8", "int8", "windows", "mesh"],
+    ids=["float32", "bfloat16", "bfloat16 int8", "int8", "windows", "mesh", "blocks of rows"],
 )
 def test_schedules_have_the_same_bits(how: dict[str, Any]) -> None:
     @settings(max_examples=SCHEDULES)
