@@ -385,15 +385,20 @@ def compile_tpu(
     mesh = Mesh(_devices(TPUS[target].topology)[:1], ("x",), axis_types=(AxisType.Explicit,))
     for path in folder.iterdir():
         path.unlink()
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(fn, donate_argnums=donate).lower(*_placed(args, mesh)).compile()
-    return compiled, programs(folder)
+    return _compile(fn, args, mesh, donate), programs(folder)
 
 
-def _placed(args: Sequence[Any], mesh: Mesh) -> Any:
-    """The arguments as ShapeDtypeStructs, replicated on the mesh."""
+def _compile(
+    fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh, donate: Sequence[int]
+) -> jax.stages.Compiled:
+    """Compile a function for a mesh on which all arguments are replicated.
+
+    A function that was compiled before is compiled again: jax would keep it, and leave no dump.
+    """
     whole = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda *args: fn(*args), donate_argnums=donate).lower(*args).compile()
 
 
 @functools.cache
@@ -449,8 +454,7 @@ def compile_gpu(
     mesh = Mesh(np.array(one), ("x",), axis_types=(AxisType.Explicit,))
     for path in folder.iterdir():  # dumps of CPU programs are folders
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(fn, donate_argnums=donate).lower(*_placed(args, mesh)).compile()
+    compiled = _compile(fn, args, mesh, donate)
     arch = f"sm_{GPUS[target].capability}0" + "a" * (GPUS[target].capability >= 9)
     return compiled, [*_triton(folder, arch), *_mosaic(folder)]
 
