@@ -27,7 +27,7 @@ from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
 
-BLOCK = 256  # tokens of a row that are gathered and attended to at a time
+BLOCK = 64  # tokens of a row that are gathered and attended to at a time
 
 
 @struct.dataclass
@@ -211,12 +211,17 @@ def attend_pages(
 def _read(kv: PoolLeaf, pages: Int[Array, "B n"]) -> tuple[KeysOrValues, KeysOrValues]:
     """Gather the keys and the values of some pages of each row, [B, n page, K, H] each."""
 
-    def gather(x: jax.Array) -> jax.Array:  # [P, 2, K, page, ...] -> [2, B, n page, K, ...]
-        x = jnp.moveaxis(x[pages], (2, 4, 3), (0, 3, 4))
-        return x.reshape(2, x.shape[1], -1, *x.shape[4:])
+    def gather(
+        x: jax.Array, which: int
+    ) -> jax.Array:  # [P, 2, K, page, ...] -> [B, n page, K, ...]
+        heads = jnp.arange(x.shape[2])
+        # Heads first, as the definition of attention wants them, and in pieces that lie together.
+        piece = (2 * pages[:, None] + which) * len(heads) + heads[:, None]
+        found = x.reshape(-1, *x.shape[3:])[piece]  # [B, K, n, page, ...]
+        return jnp.swapaxes(found.reshape(*found.shape[:2], -1, *found.shape[4:]), 1, 2)
 
-    found = jax.tree.map(gather, kv)
-    return jax.tree.map(lambda x: x[0], found), jax.tree.map(lambda x: x[1], found)
+    keys, values = (jax.tree.map(functools.partial(gather, which=i), kv) for i in range(2))
+    return keys, values
 
 
 def put(
