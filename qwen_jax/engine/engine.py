@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from qwen_jax.model.rope import Rope
 
 _LOG = logging.getLogger("qwen_jax")
 _PATIENCE = 60.0  # seconds for the last step
+_STUCK = "a step has not finished within {:g} s: a device or another process hangs"
 
 
 class _Flight(NamedTuple):
@@ -45,6 +47,7 @@ class Engine:
     scheme: the RoPE scheme of the model.
     known: bool [V], the ids that may be generated.
     max_length: the most tokens of a request, prompt and new ones together.
+    step_timeout: the seconds after which a step that has not finished counts as a failure.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Engine:
         known: np.ndarray,
         max_length: int,
         adapters: Mapping[str, int] | None = None,
+        step_timeout: float = float("inf"),
     ):
         shape = steps.shape
         self._steps, self._scheme = steps, scheme
@@ -79,6 +83,7 @@ class Engine:
         self._flights: collections.deque[_Flight] = collections.deque()
         self._counts: collections.Counter[str] = collections.Counter()
         self._failure: str | None = None
+        self._step_timeout, self._begun = step_timeout, float("inf")  # when a step began
         self._renewal: Decoder | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -91,6 +96,8 @@ class Engine:
     @property
     def failure(self) -> str | None:
         """See `settings.Generator`."""
+        if self._failure is None and time.monotonic() - self._begun > self._step_timeout:
+            self._failure, self._closing = _STUCK.format(self._step_timeout), True
         return self._failure
 
     def submit(self, prompt: Sequence[int], settings: Settings, *, listener: Listener) -> int:
@@ -144,7 +151,7 @@ class Engine:
         """
         with self._waker:
             if self._closing:
-                raise RuntimeError(self._failure or "the engine is closing")
+                raise RuntimeError(self.failure or "the engine is closing")
             self._inbox.append(command)
             self._waker.notify()
 
@@ -177,29 +184,31 @@ class Engine:
         with self._waker:
             self._closing = True
             self._waker.notify()
-        if self._thread is not None:
+        if self._thread is not None and self.failure is None:
             self._thread.join(_PATIENCE)  # longer only if devices hang
         self._steps.close()
 
     def _run(self) -> None:
         """Run steps until the engine is closed or fails, then end all requests."""
-        event = Ended("cancelled")
         try:
             while not self._closing:
-                if not self.step():
+                self._begun = time.monotonic()
+                busy = self.step()
+                self._begun = float("inf")
+                if not busy:
                     with self._waker:
                         self._waker.wait_for(lambda: self._inbox or self._closing)
         except BaseException as error:  # nobody else would tell those who wait
             _LOG.exception("the engine has stopped")
-            self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            event = Ended("failed", self._failure)
+            self._failure = self._failure or f"{type(error).__name__}: {error}".splitlines()[0]
         with self._waker:
             self._closing = True
         while self._inbox:
             with contextlib.suppress(Exception):  # what has failed may fail again
                 self._inbox.popleft()()
+        failure = self._failure
         for request in list(self._requests.values()):
-            self._over(request, event)
+            self._over(request, Ended("failed", failure) if failure else Ended("cancelled"))
 
     def step(self) -> bool:
         """Plan and start a step, then take the results of the one before.

@@ -10,6 +10,7 @@ import hmac
 import json
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ _END = "end"
 _INDEX = 4  # bytes of a process's index
 _WAIT = 300.0  # seconds until all processes are connected
 _GONE = "process 0 has closed the connection"
+_GREETING = 5.0  # seconds for a process to say who it is
 _STUCK = 60.0  # seconds after which a process that reads nothing counts as lost
 
 
@@ -74,7 +76,7 @@ class Leader(Steps):
             except OSError:
                 lost.append(processes.name(process))
         if lost:
-            raise ConnectionError(f"{', '.join(lost)} died: its own output may say why")
+            raise ConnectionError(f"{', '.join(lost)} died or hangs: its own output may say why")
 
 
 def follow(steps: Steps) -> None:
@@ -83,7 +85,14 @@ def follow(steps: Steps) -> None:
     Raises ConnectionError if process 0 is gone without a word.
     """
     host, port, secret = json.loads(processes.gather("")[0])
-    with socket.create_connection((host, port), _WAIT) as line, line.makefile("rb") as stream:
+    try:
+        line = socket.create_connection((host, port), _WAIT)
+    except OSError as error:
+        raise ConnectionError(
+            f"process 0 cannot be reached at {host}:{port} ({error.strerror or error}): processes "
+            "of an engine need all ports between them"
+        ) from None
+    with line, line.makefile("rb") as stream:
         line.settimeout(None)
         line.sendall(bytes.fromhex(secret) + processes.index().to_bytes(_INDEX))
         while (head := stream.readline()).endswith(b"\n"):
@@ -115,23 +124,44 @@ def _encoded(name: str, arguments: Mapping[str, _Value]) -> bytes:
 
 
 def _accept(count: int) -> dict[int, socket.socket]:
-    """Wait for the other processes to connect, and return their connections by their indices."""
+    """Wait for the other processes to connect, and return their connections by their indices.
+
+    count: how many there are. Raises ConnectionError that names those that have not connected.
+    """
     secret = secrets.token_bytes(32)
     with rendezvous.server(0) as server:
-        server.settimeout(_WAIT)
-        address = processes.first_host(), server.getsockname()[1], secret.hex()
-        processes.gather(json.dumps(address))
+        port = server.getsockname()[1]
+        processes.gather(json.dumps((processes.first_host(), port, secret.hex())))
         lines: dict[int, socket.socket] = {}
+        until = time.monotonic() + _WAIT
         while len(lines) < count:
-            line, _ = server.accept()
-            line.settimeout(_WAIT)
-            size, given = len(secret) + _INDEX, b""
-            while len(given) < size and (part := line.recv(size - len(given))):
-                given += part
-            if len(given) < size or not hmac.compare_digest(given[: len(secret)], secret):
+            server.settimeout(max(0.0, until - time.monotonic()))
+            try:
+                line, _ = server.accept()
+            except (TimeoutError, BlockingIOError):
+                missing = [processes.name(i) for i in range(1, count + 1) if i not in lines]
+                for line in lines.values():
+                    line.close()
+                raise ConnectionError(
+                    f"{', '.join(missing)} did not connect to port {port} of process 0 within "
+                    f"{_WAIT:g} s"
+                ) from None
+            if (index := _introduced(line, secret)) is None:
                 line.close()  # no process of this program
                 continue
             line.settimeout(_STUCK)
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            lines[int.from_bytes(given[len(secret) :])] = line
+            lines[index] = line
     return lines
+
+
+def _introduced(line: socket.socket, secret: bytes) -> int | None:
+    """Read who has connected: return the process's index, or None for one without the secret."""
+    given, size = b"", len(secret) + _INDEX
+    with contextlib.suppress(OSError):
+        line.settimeout(_GREETING)
+        while len(given) < size and (part := line.recv(size - len(given))):
+            given += part
+    if len(given) < size or not hmac.compare_digest(given[: len(secret)], secret):
+        return None
+    return int.from_bytes(given[len(secret) :])

@@ -35,6 +35,7 @@ def make(
     page: int | None = None,
     chunk: int | None = None,
     chunks: int = 1,
+    step_timeout: float = math.inf,
     report: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> Engine | None:
     """Make an engine for a loaded model, and compile its programs. `Engine.start` starts it.
@@ -51,6 +52,7 @@ def make(
     chunk: the prompt tokens that are computed between two decode steps, a multiple of `page`; None
         for 512 on an accelerator and 64 on a CPU.
     chunks: the prompts of each part of the batch of which a chunk is computed at a time.
+    step_timeout: the seconds after which a step that has not finished counts as a failure.
     report: is called with the name of each program and the seconds until it was ready.
 
     Raises ValueError for an adapter that does not fit the model, sizes that do not fit each other,
@@ -88,6 +90,7 @@ def make(
         known=model.known_ids(),
         max_length=model.max_length,
         adapters={name: number for number, name in enumerate(adapters or {}, 1)},
+        step_timeout=step_timeout,
     )
 
 

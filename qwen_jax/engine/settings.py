@@ -208,7 +208,7 @@ class Generator(Protocol):
 
     @property
     def failure(self) -> str | None:
-        """Why the engine has stopped, in a line; None while it runs."""
+        """Why the engine has stopped, or hangs, in a line; None while it runs."""
         ...
 
     def submit(self, prompt: Sequence[int], settings: Settings, *, listener: Listener) -> int:

@@ -128,6 +128,7 @@ def engine(args: argparse.Namespace, model: "LanguageModel") -> "Engine | None":
         cache_gb=args.cache_gb,
         page=args.page,
         chunk=args.chunk,
+        step_timeout=args.step_timeout,
         report=report,
     )
     command.say(f"ready to generate after {time.perf_counter() - started:.1f} s")

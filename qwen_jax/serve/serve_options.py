@@ -161,5 +161,14 @@ def _engine_options(group: command.Group) -> None:
         type=command.positive,
         metavar="N",
         help="prompt tokens computed between two decode steps, a multiple of --page (default: 512 "
-        "on an accelerator, 128 on a CPU)",
+        "on an accelerator, 64 on a CPU)",
+    )
+    add(
+        "--step-timeout",
+        type=command.positive,
+        default=300,
+        metavar="N",
+        help="seconds after which a step of the engine that has not finished counts as a device or "
+        "a process that hangs: requests get errors, and the server ends with exit code 1 "
+        "(default: 300)",
     )

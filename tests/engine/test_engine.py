@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import queue
+import threading
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,32 @@ def test_a_broken_program_ends_all_requests() -> None:
     running._steps = dataclasses.replace  # type: ignore[assignment]
     running._run()
     assert told == [Ended("failed", running.failure)] and running.failure
+
+
+def test_a_step_that_hangs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, told = engine(programs()), queue.Queue()
+    began, goes_on = threading.Event(), threading.Event()
+    step = running.step
+
+    def hang() -> bool:
+        began.set()
+        goes_on.wait()
+        return step()
+
+    monkeypatch.setattr(running, "step", hang)
+    running.submit([1, 2, 3], Settings(max_new_tokens=5), listener=told.put)
+    running.start()
+    began.wait()
+    assert running.failure is None
+    running._step_timeout = 0.0
+    assert "hangs" in (running.failure or "")
+    with pytest.raises(RuntimeError, match="hangs"):
+        running.submit([1], Settings(max_new_tokens=1), listener=told.put)
+    running.close()  # does not wait for the step
+    goes_on.set()  # too late
+    while not isinstance(end := told.get(timeout=60), Ended):
+        pass
+    assert end == Ended("failed", running.failure)
 
 
 def test_new_weights_wait_for_running_requests_and_share_no_pages_with_old_ones() -> None:

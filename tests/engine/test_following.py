@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from qwen_jax.engine import following
+from qwen_jax.engine.steps import Steps
 from qwen_jax.runtime import processes, watch
 from tests.support import launch
 
@@ -33,10 +34,38 @@ def test_a_lost_process_is_named_at_the_next_call(monkeypatch: pytest.MonkeyPatc
     here, there = socket.socketpair()
     leader._lines = {1: here}
     there.close()
-    with pytest.raises(ConnectionError, match=r"process 1 \(pod-1\) died"):
+    with pytest.raises(ConnectionError, match=r"process 1 \(pod-1\) died or hangs"):
         leader._send("decode", {})
     leader.close()  # it cannot be told
     assert here.fileno() == -1
+
+
+def test_processes_that_do_not_connect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = watch.Joined(0, ("pod-0", "pod-1", "pod-2"), "localhost:8482", 30)
+    monkeypatch.setattr(processes, "_joined", joined)
+    monkeypatch.setattr(following, "_WAIT", 0.2)
+    lines = []
+
+    def gather(text: str) -> list[str]:
+        _, port, secret = json.loads(text)
+        for word in (b"GET / HTTP/1.1", bytes.fromhex(secret) + (2).to_bytes(4)):
+            lines.append(socket.create_connection(("localhost", port)))
+            lines[-1].sendall(word)
+        lines[0].shutdown(socket.SHUT_WR)  # a program that is none of ours
+        return [text]
+
+    monkeypatch.setattr(processes, "gather", gather)
+    with pytest.raises(ConnectionError, match=r"^process 1 \(pod-1\) did not connect to port"):
+        following._accept(2)
+    for line in lines:
+        line.close()
+
+
+def test_where_process_0_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = json.dumps(("localhost", launch.free_port(), "00"))
+    monkeypatch.setattr(processes, "gather", lambda text: [told])
+    with pytest.raises(ConnectionError, match=r"process 0 cannot be reached at localhost:\d+"):
+        following.follow(object.__new__(Steps))
 
 
 @pytest.mark.slow

@@ -55,19 +55,26 @@ def told(port: int, text: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("end", ["SIGTERM to both", "process 1 is killed"])
+@pytest.mark.parametrize("end", ["SIGTERM to both", "process 1 is killed", "process 1 hangs"])
 def test_two_processes(ckpt: Path, end: str) -> None:
     port = launch.free_port()
     command = ["-m", "qwen_jax.serve", "--ckpt", ckpt, "--mesh", "tp=2", "--port", port]
     command += ["--rows", 2, "--max-length", 4096]
-    with launch.group(command, 2, heartbeat=launch.SHORT) as group:
+    # Its heartbeats end, too: here the engine is to notice.
+    command += ["--step-timeout", 5 if "hangs" in end else 300]
+    heartbeat = 300 if "hangs" in end else launch.SHORT
+    with launch.group(command, 2, heartbeat=heartbeat) as group:
         group.until(lambda: told(port, "vllm:num_requests_running"))
         request = Request(port, 600 if "SIGTERM" in end else 4000)
         group.until(lambda: told(port, 'num_requests_running{model_name="ckpt"} 1.0'))
         if "SIGTERM" in end:
             group.kill(1, signal.SIGTERM)
             group.kill(0, signal.SIGTERM)
-        else:
+        elif "hangs" in end:
+            group.kill(1, signal.SIGSTOP)
+            request.join()
+            group.until(lambda: "hangs" in group.read(0, "err"))
+        if "SIGTERM" not in end:
             group.kill(1)
         results = group.wait()
         request.join()
@@ -77,4 +84,5 @@ def test_two_processes(ckpt: Path, end: str) -> None:
     else:
         assert request.became.startswith("error: ")
         assert results[0].code == 1
-        assert "process 1" in results[0].err.splitlines()[-1]
+        why = "a step has not finished within 5 s" if "hangs" in end else "process 1"
+        assert why in results[0].err.splitlines()[-1]
