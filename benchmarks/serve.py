@@ -35,7 +35,7 @@ from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.engine import from_model
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.settings import Choice, Ended, Event, Settings
+from qwen_jax.engine.settings import Choice, Ended, Event, Settings, Started
 from qwen_jax.engine.steps import FEED
 from qwen_jax.generate import from_directory
 from qwen_jax.generate.language_model import LanguageModel
@@ -136,6 +136,36 @@ def by_engine(engine: Engine, asked: Sequence[Asked]) -> tuple[list[Times], floa
         engine.submit(times.asked.prompt, settings, listener=lambda e, t=times: listener(t, e))
     over.wait()
     return found, time.perf_counter() - start
+
+
+def behind(engine: Engine, rng: np.random.Generator, vocab: int) -> tuple[int, float, float]:
+    """Time a short prompt that arrives while a long one is computed.
+
+    Returns the tokens of the long one, the seconds that a chunk of it takes alone, and the short
+    one's time to its first token.
+    """
+    long, short = min(4000, engine.longest - 1), 16
+
+    def send(length: int) -> tuple[threading.Event, threading.Event]:
+        began, over = threading.Event(), threading.Event()
+
+        def listener(event: Event) -> None:
+            (began if isinstance(event, Started) else over).set()
+
+        prompt = rng.integers(0, vocab, length).tolist()
+        engine.submit(prompt, Settings(max_new_tokens=1), listener=listener)
+        return began, over
+
+    start = time.perf_counter()
+    send(long)[1].wait()
+    chunk = (time.perf_counter() - start) / -(-long // engine._steps.shape.chunk)
+    began, over = send(long)
+    began.wait()
+    start = time.perf_counter()
+    send(short)[1].wait()
+    first = time.perf_counter() - start
+    over.wait()
+    return long, chunk, first
 
 
 def by_batches(loaded: LanguageModel, asked: Sequence[Asked], *, rows: int) -> float:
@@ -254,9 +284,10 @@ def main() -> None:
         ours.append(new / seconds)
         theirs.append(new / by_batches(loaded, asked, rows=args.rows))
     seconds, found, steps = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+    long, chunk, first = behind(made, np.random.default_rng(args.seed), loaded.config.vocab_size)
     made.close()
     step = step_seconds(made)
-    rate = args.rows / step
+    rate, in_use = args.rows / step, (new - len(asked)) / steps
     prefill = sum(-(-len(x.prompt) // made._steps.shape.chunk) for x in asked)
     lines = figures(found, seconds)
     lines += [
@@ -264,9 +295,12 @@ def main() -> None:
         ["Engine / static batches", f"{statistics.median(ours) / statistics.median(theirs):.2f}"],
         ["Decode program, all rows on (tok/s)", f"{rate:.1f}"],
         ["Steps; chunks of prompts among them", f"{steps}; {prefill}"],
-        ["Rows in use, mean of decode steps", f"{(new - len(asked)) / steps:.1f} of {args.rows}"],
+        ["Rows in use, mean of steps", f"{in_use:.1f} of {args.rows}"],
+        ["Of the decode program's rate, by steps", f"{in_use / args.rows:.0%}"],
+        [f"Chunk of a prompt of {long} tokens alone (ms)", f"{1000 * chunk:.1f}"],
+        ["TTFT of 16 tokens behind it (ms; chunks)", f"{1000 * first:.1f}; {first / chunk:.2f}"],
     ]
-    print("\n".join(f"{name:<40}{value:>14}" for name, value in lines))
+    print("\n".join(f"{name:<48}{value:>14}" for name, value in lines))
     section.write(args.out, section.title("serve.py", sys.argv[1:]), ("", "median run"), lines)
 
 
