@@ -177,12 +177,17 @@ def by_batches(loaded: LanguageModel, asked: Sequence[Asked], *, rows: int) -> f
     return time.perf_counter() - start
 
 
-def step_seconds(engine: Engine, steps: int = 30) -> float:
-    """The seconds of a step of the decode program with every row on."""
+def step_seconds(engine: Engine, context: int, steps: int = 30) -> float:
+    """The seconds of a step of the decode program with every row on. context: tokens of a row."""
     programs = engine._steps
     orders = np.tile(np.array([0, -1, FEED], np.int32), (programs.shape.rows, 1))
     rows = programs._state.rows
-    rows = dataclasses.replace(rows, on=jnp.ones_like(rows.on), limit=rows.limit + 2**30)
+    rows = dataclasses.replace(
+        rows,
+        on=jnp.ones_like(rows.on),
+        limit=rows.limit + 2**30,
+        written=jnp.full_like(rows.written, context),
+    )
     programs._state = programs._state._replace(rows=rows)
     programs.decode(orders).block_until_ready()
     start = time.perf_counter()
@@ -286,7 +291,8 @@ def main() -> None:
     seconds, found, steps = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
     long, chunk, first = behind(made, np.random.default_rng(args.seed), loaded.config.vocab_size)
     made.close()
-    step = step_seconds(made)
+    context = (sum(len(x.prompt) for x in asked) + new // 2) // len(asked)
+    step = step_seconds(made, context)
     rate, in_use = args.rows / step, (new - len(asked)) / steps
     prefill = sum(-(-len(x.prompt) // made._steps.shape.chunk) for x in asked)
     lines = figures(found, seconds)
