@@ -81,12 +81,12 @@ async def _begin(body: ChatRequest, desk: Desk) -> "Chat":
     source = request_settings.grammar_of(body)
     held = tools.grammar(served.chat_format)
     if source is not None and tools.described:
-        raise invalid(source[0], "not with tools, whose calls are text of another form")
+        raise invalid(source.param, "not with tools, whose calls are text of another form")
     found = await prompt(body, served, tools=tools)
     ids = fitting(body, served, found.ids, param="messages")
     count = request_settings.count(body)
     source = source or held
-    grammar = source and await served.grammars.compile(*source, count=count)
+    grammar = source and await served.grammars.compile(source, count=count)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     own = (*served.defaults.chat_stops, *found.end_ids)
     each = request_settings.settings(

@@ -44,7 +44,7 @@ async def _begin(body: CompletionRequest, desk: Desk) -> Exchange:
         scored = max(scored or 0, body.logprobs)
     for ids in given:
         count = request_settings.count(body)
-        grammar = source and await served.grammars.compile(*source, count=count)
+        grammar = source and await served.grammars.compile(source, count=count)
         each = request_settings.settings(
             body,
             served,

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 import numpy as np
@@ -19,10 +19,11 @@ from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.numpy import fill_next_token_bitmask
 
 from qwen_jax.chat import tokenizer
-from qwen_jax.serve.refusals import Refusal, invalid
+from qwen_jax.serve.refusals import Refusal, busy, invalid
 
 # A model may write white space without end where JSON allows it: a space, or a line with indents.
 _SPACE = r"(\n {0,32}| )"
+_THREADS = 2  # that compile grammars
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
@@ -59,6 +60,23 @@ def of_lark(text: str) -> str:
 def of_grammar(text: str) -> str:
     """Return llguidance's grammar of one in the notation of Lark, or in GBNF of llama.cpp."""
     return of_lark(any_to_lark(text))
+
+
+class Source(NamedTuple):
+    """What a request has for a grammar.
+
+    param: the field of the request that has it, for errors.
+    make: makes llguidance's grammar of it, as `of_schema` does.
+    given: the argument of `make`.
+    """
+
+    param: str
+    make: Callable[[Any], str]
+    given: Any
+
+    def size(self) -> int:
+        """Return the characters of what is given."""
+        return len(self.given if isinstance(self.given, str) else json.dumps(self.given))
 
 
 class Rule:
@@ -114,7 +132,8 @@ class Grammars:
     ):
         self._words, self._vocab_size, self.ends = words, vocab_size, tuple(ends)
         self._size, self._seconds = size, seconds
-        self._threads = concurrent.futures.ThreadPoolExecutor(2, "grammar")
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "grammar")
+        self._free = asyncio.Semaphore(_THREADS)
 
     @functools.cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
@@ -135,30 +154,41 @@ class Grammars:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def compile(self, param: str, source: Callable[[], str], *, count: int) -> list[Rule]:
+    async def compile(self, source: Source, *, count: int) -> list[Rule]:
         """Compile a grammar for so many sequences.
 
-        param: the field of the request that has it, for errors.
-        source: makes llguidance's text of it, as `of_schema` does; is called in a thread.
-
-        Raises Refusal 400 for a grammar that is wrong, unsupported, too large or too slow.
+        Raises Refusal: 400 for a grammar that is wrong, unsupported, too large or too slow, and 503
+        if those of others leave no thread for as long as one may take.
         """
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._threads, self._compile, param, source, count)
+        seconds = f"{self._seconds:g} s"
         try:
-            return await asyncio.wait_for(work, self._seconds)
+            await asyncio.wait_for(self._free.acquire(), self._seconds)
         except TimeoutError:
-            raise invalid(param, f"takes over {self._seconds:g} s to compile") from None
-
-    def _compile(self, param: str, source: Callable[[], str], count: int) -> list[Rule]:
+            why = f"other requests' grammars have been compiled for {seconds}: try later"
+            raise busy(503, why, seconds=2) from None
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._threads, self._compile, source, count)
+        work.add_done_callback(self._end)  # also if nobody waits for it any more
         try:
-            text = source()
+            return await asyncio.wait_for(asyncio.shield(work), self._seconds)
+        except TimeoutError:
+            raise invalid(source.param, f"takes over {seconds} to compile") from None
+
+    def _end(self, work: asyncio.Future[list[Rule]]) -> None:
+        self._free.release()
+        if not work.cancelled():
+            work.exception()  # or asyncio would log one that nobody has asked for
+
+    def _compile(self, source: Source, count: int) -> list[Rule]:
+        param = source.param
+        if (size := source.size()) > self._size:
+            raise invalid(param, f"{size} characters: at most {self._size}")
+        try:
+            text = source.make(source.given)
         except (ValueError, RecursionError) as error:
             raise invalid(param, str(error)) from None
         except Exception as error:  # of the translation of GBNF
             raise invalid(param, f"{type(error).__name__}: {error}") from None
-        if len(text) > self._size:
-            raise invalid(param, f"{len(text)} characters: at most {self._size}")
         matcher = llguidance.LLMatcher(self._tokens, text, log_level=0, limits=_LIMITS)
         rule = Rule(matcher, words=-(-self._vocab_size // 32), vocab_size=self._tokens.vocab_size)
         if (not rule.error and not rule.mask().any()) or rule.error.startswith("NoExtension"):

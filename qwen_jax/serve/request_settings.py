@@ -2,17 +2,18 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax.engine.settings import MOST_BIASES, MOST_STOPS, Settings
 from qwen_jax.runtime import texts
 from qwen_jax.serve import grammars
+from qwen_jax.serve.grammars import Source
 from qwen_jax.serve.protocol import UNSERVED, ChatRequest, Common, StructuredOutputs
 from qwen_jax.serve.refusals import invalid
 from qwen_jax.serve.served import Served
 
-Source = tuple[str, Callable[[], str]]  # the field that has a grammar, and what makes it
+_OBJECT = {"type": "object"}  # the schema of any JSON object
 
 
 def check(body: Common, served: Served) -> None:
@@ -189,7 +190,7 @@ def grammar_of(body: Common) -> Source | None:
     found: list[Source] = []
     form = body.response_format
     if form is not None and form.type == "json_object":
-        found.append(("response_format", lambda: grammars.of_schema({"type": "object"})))
+        found.append(Source("response_format", grammars.of_schema, _OBJECT))
     if form is not None and form.type == "json_schema":
         if form.json_schema is None:
             raise invalid("response_format.json_schema", "is missing")
@@ -197,7 +198,7 @@ def grammar_of(body: Common) -> Source | None:
         if schema is None:
             raise invalid("response_format.json_schema.schema", "is missing")
         where = "response_format.json_schema.schema"
-        found.append((where, lambda: grammars.of_schema(schema)))
+        found.append(Source(where, grammars.of_schema, schema))
     given = body.structured_outputs
     if given is not None:
         if given.structural_tag is not None:
@@ -211,22 +212,18 @@ def grammar_of(body: Common) -> Source | None:
     )
     found += _kinds(older, "guided_")
     if len(found) > 1:
-        names = " and ".join(name for name, _ in found)
-        raise invalid(found[1][0], f"only one grammar can be given, not {names}")
+        names = " and ".join(source.param for source in found)
+        raise invalid(found[1].param, f"only one grammar can be given, not {names}")
     return found[0] if found else None
 
 
 def _kinds(given: StructuredOutputs, prefix: str) -> list[Source]:
     """Return the grammars among vLLM's fields."""
-    found: list[Source] = []
-    if (schema := given.json_schema) is not None:
-        found.append((f"{prefix}json", lambda: grammars.of_schema(schema)))
-    if (pattern := given.regex) is not None:
-        found.append((f"{prefix}regex", lambda: grammars.of_regex(pattern)))
-    if (choices := given.choice) is not None:
-        found.append((f"{prefix}choice", lambda: grammars.of_choices(choices)))
-    if (text := given.grammar) is not None:
-        found.append((f"{prefix}grammar", lambda: grammars.of_grammar(text)))
-    if given.json_object:
-        found.append((f"{prefix}json_object", lambda: grammars.of_schema({"type": "object"})))
-    return found
+    kinds = [
+        ("json", grammars.of_schema, given.json_schema),
+        ("regex", grammars.of_regex, given.regex),
+        ("choice", grammars.of_choices, given.choice),
+        ("grammar", grammars.of_grammar, given.grammar),
+        ("json_object", grammars.of_schema, _OBJECT if given.json_object else None),
+    ]
+    return [Source(prefix + name, make, x) for name, make, x in kinds if x is not None]

@@ -6,9 +6,9 @@ from typing import Any
 
 from qwen_jax.chat import ChatFormat, MessageError
 from qwen_jax.serve import grammars
+from qwen_jax.serve.grammars import Source
 from qwen_jax.serve.protocol import ChatRequest, TokenizeRequest
 from qwen_jax.serve.refusals import Refusal, invalid
-from qwen_jax.serve.request_settings import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tools:
         except MessageError as error:
             raise refused(error, self) from None
         name = "functions" if self.older else "tools"
-        return None if text is None else (name, lambda: grammars.of_lark(text))
+        return None if text is None else Source(name, grammars.of_lark, text)
 
 
 def tools_of(body: ChatRequest | TokenizeRequest) -> Tools:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.serve import grammars
-from qwen_jax.serve.grammars import Grammars, Rule
+from qwen_jax.serve.grammars import Grammars, Rule, Source
 from qwen_jax.serve.refusals import Refusal
 from tests.support.served_app import HELLO, TOKENIZER, VOCAB_SIZE, Served, opened
 from tests.support.vocabulary import tiny_ranks
@@ -142,13 +143,58 @@ def test_a_bomb_is_followed_or_refused(one: Served, bomb: dict[str, Any]) -> Non
 
 
 def test_one_that_takes_too_long_is_refused() -> None:
+    slowly = Source("p", lambda _: time.sleep(0.05) or "", "")
+
     async def slow() -> None:
         found = Grammars(TOKENIZER, vocab_size=9, ends=(0,), size=10, seconds=0.01)
         with pytest.raises(Refusal, match=r"p: takes over 0\.01 s"):
-            await found.compile("p", lambda: time.sleep(0.05) or "", count=1)
+            await found.compile(slowly, count=1)
         found.close()
 
     asyncio.run(slow())
+
+
+def test_slow_grammars_of_others_are_waited_for_or_a_reason_to_come_back() -> None:
+    goes_on = threading.Event()
+    slow = Source("slow", lambda _: str(goes_on.wait()), "")
+    quick = Source("quick", grammars.of_regex, "a")
+
+    async def run() -> None:
+        found = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, ends=(0,), size=10, seconds=60)
+        await found.compile(quick, count=1)  # which reads the vocabulary
+        found._seconds = 0.1
+        slow_ones = [asyncio.create_task(found.compile(slow, count=1)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="grammars") as refused:
+            await found.compile(quick, count=1)
+        assert refused.value.status_code == 503
+        for result in await asyncio.gather(*slow_ones, return_exceptions=True):
+            assert "slow: takes over 0.1 s" in str(result)
+        found._seconds = 60
+        waiting = asyncio.create_task(found.compile(quick, count=1))
+        await asyncio.sleep(0)
+        goes_on.set()  # its own clock begins when it has a thread
+        assert len(await waiting) == 1
+        found.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        goes_on.set()
+
+
+def test_the_size_is_looked_at_before_anything_is_made() -> None:
+    made = []
+
+    async def run(given: object) -> None:
+        found = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, ends=(0,), size=10, seconds=9)
+        with pytest.raises(Refusal, match="11 characters: at most 10"):
+            await found.compile(Source("p", lambda x: made.append(x) or "", given), count=1)
+        found.close()
+
+    for given in ("a" * 11, ["a" * 7]):
+        asyncio.run(run(given))
+    assert not made
 
 
 def ids(rule: Rule) -> list[int]:
@@ -164,7 +210,7 @@ def test_masks_have_a_bit_for_each_id_of_the_model(vocab_size: int) -> None:
     async def made() -> Rule:
         ends = (sparse.im_end_id, sparse.eod_id)
         found = Grammars(sparse, vocab_size=vocab_size, ends=ends, size=10**5, seconds=10)
-        (rule,) = await found.compile("p", lambda: grammars.of_regex("abba|a[x-z]"), count=1)
+        (rule,) = await found.compile(Source("p", grammars.of_regex, "abba|a[x-z]"), count=1)
         found.close()
         return rule
 
