@@ -1,6 +1,7 @@
 """One engine on two real processes."""
 
 import json
+import os
 import socket
 
 import pytest
@@ -9,6 +10,8 @@ from qwen_jax.engine import following
 from qwen_jax.engine.steps import Steps
 from qwen_jax.runtime import processes, watch
 from tests.support import launch
+
+SCHEDULES = int(os.environ.get("SCHEDULES", "40"))
 
 
 def test_process_0_is_reached_at_the_coordinators_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +72,16 @@ def test_where_process_0_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["tp=2", "data=2"])
-def test_two_processes_have_one_truth(mesh: str) -> None:
-    command = ["tests/programs/engines.py", "--mesh", mesh, "--schedules", 12]
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mesh", "tp=2"],
+        ["--mesh", "data=2", "--dtype", "bfloat16", "--cache-dtype", "int8"],
+    ],
+    ids=" ".join,
+)
+def test_two_processes_have_one_truth(options: list[str]) -> None:
+    command = ["tests/programs/engines.py", *options, "--schedules", SCHEDULES * 3 // 10]
     with launch.group(command, 2) as group:
         results = group.wait()
     assert [x.code for x in results.values()] == [0, 0], [x.err[-2000:] for x in results.values()]

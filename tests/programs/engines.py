@@ -15,15 +15,18 @@ from tests.support.tiny import tiny_decoder
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mesh", required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cache-dtype")
     parser.add_argument("--schedules", type=int, required=True)
     process_options.add(parser)
     args = parser.parse_args()
     process_options.join(args)
     mesh = meshes.make(options.mesh_sizes(args.mesh))
     with meshes.entered(mesh):
-        decoder = tiny_decoder(engines.CONFIG)
+        decoder = tiny_decoder(engines.CONFIG, args.dtype)
     kind = Leader if processes.index() == 0 else Steps
-    steps = kind(decoder, attention.xla, mesh=mesh, shape=engines.SHAPE)
+    shape = engines.SHAPE._replace(cache_dtype=args.cache_dtype)
+    steps = kind(decoder, attention.xla, mesh=mesh, shape=shape)
     if processes.index():
         follow(steps)
         return
