@@ -43,6 +43,8 @@ from tests.support.tiny import (
 SEEDS = st.integers(0, 2**32 - 1)
 SCHEDULES = int(os.environ.get("SCHEDULES", "40"))  # of each kind; 300 before a release
 
+BFLOAT16_INT8 = {"dtype": "bfloat16", "shape": SHAPE._replace(cache_dtype="int8")}
+
 
 def check(steps: Steps, requests: list[Asked]) -> int:
     """Each request of a schedule has the events that it has alone. Returns the preemptions."""
@@ -79,13 +81,21 @@ def test_a_request_has_the_same_bits_in_a_crowd() -> None:
     [
         {},
         {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "shape": SHAPE._replace(cache_dtype="int8")},
+        BFLOAT16_INT8,
         {"shape": SHAPE._replace(cache_dtype="int8", chunks=2)},
         {"config": tiny_config(layer_windows=(5, 11), num_kv_heads=2)},
-        {"shape": SHAPE._replace(rows=8), "sizes": (("data", 2), ("tp", 2))},
+        {"config": tiny_config(layer_windows=(5, 11)), **BFLOAT16_INT8},
+        {
+            "dtype": "bfloat16",
+            "shape": SHAPE._replace(rows=8, cache_dtype="int8"),
+            "sizes": (("data", 2), ("tp", 2)),
+        },
         {"shape": SHAPE._replace(rows=24)},  # tokens are chosen for eight of them at a time
     ],
-    ids=["float32", "bfloat16", "bfloat16 int8", "int8", "windows", "mesh", "blocks of rows"],
+    ids=[
+        *("float32", "bfloat16", "bfloat16 int8", "int8", "windows"),
+        *("windows bfloat16 int8", "mesh bfloat16 int8", "blocks of rows"),
+    ],
 )
 def test_schedules_have_the_same_bits(how: dict[str, Any]) -> None:
     @settings(max_examples=SCHEDULES)
@@ -110,7 +120,7 @@ def by_adapter(requests: list[Asked]) -> list[Asked]:
     "how",
     [
         {},
-        {"dtype": "bfloat16", "shape": SHAPE._replace(cache_dtype="int8")},
+        BFLOAT16_INT8,
         {"shape": SHAPE._replace(rows=8), "sizes": (("data", 2), ("tp", 2))},
     ],
     ids=["float32", "bfloat16 int8", "mesh"],
