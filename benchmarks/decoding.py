@@ -73,7 +73,7 @@ def shape(size: str, layers: int | None, vocab: int | None) -> Config:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _decoder(config: Config, dtype: str) -> Decoder:
+def random_decoder(config: Config, dtype: str) -> Decoder:
     """A decoder with random weights."""
     return model.create(config, jax.random.key(0), dtype=dtype)
 
@@ -188,7 +188,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     bar = progress.bar(total=len(args.model) * len(cells), unit="line", smoothing=0)
     with meshes.entered(meshes.make()), bar:
         for size in args.model:
-            decoder = _decoder(shape(size, args.layers, args.vocab), dtype)
+            decoder = random_decoder(shape(size, args.layers, args.vocab), dtype)
             for cache, batch, name in cells:
                 bar.update()
                 line = f"{size}, {cache} cache, {batch} rows, {name}"

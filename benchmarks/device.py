@@ -10,6 +10,8 @@
     2  block sizes and times of attention, beside every rival that is installed
     3  prefill and decoding of the 1.8B and 7B: 1, 8 and 64 rows, bfloat16 and int8 caches
     4  training steps of the 1.8B and of layers of the 7B, at 2048 and 8192 tokens
+    5  serving the 7B: 1, 16, 64 and 128 requests at a time, pages in bfloat16
+    6  the same with pages in int8
 
 A part is a list of commands, each with a time limit. Their results go into the folder of --out (by
 default $OUT, else `device/`): `device.md` (tables for docs/benchmarks.md), `device.json` (what ran,
@@ -44,7 +46,7 @@ KEPT = ROOT / "benchmarks" / "device.json"
 WHEELS = ROOT / ".wheels"
 # The source files that a figure depends on; the table of measured blocks is a result, not a source.
 CODE = ("qwen_jax/**/*.py", "convert/*.py", "train/**/*.py", "benchmarks/*.py")
-PARTS = (1, 2, 3, 4)
+PARTS = (1, 2, 3, 4, 5, 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ TASKS = [
         "benchmarks/train.py --model qwen-7b --layers 4 --remat projections full --rounds 5"
         " --profile {work}/trace-7b",
     ),
+    _task("serve", 5, 290, "benchmarks/concurrency.py --cache bfloat16 --minutes 3"),
+    _task("serve-int8", 6, 290, "benchmarks/concurrency.py --cache int8 --minutes 3"),
 ]
 # The same commands without an accelerator, which show that everything runs, but no speed.
 REHEARSAL = [
@@ -119,6 +123,16 @@ REHEARSAL = [
         120,
         "benchmarks/train.py --hidden 32 --vocab 256 --layers 1 --length 16 --tokens 16"
         " --remat full --rounds 1",
+    ),
+    *(
+        _task(
+            name,
+            part,
+            120,
+            f"benchmarks/concurrency.py --cache {cache} --layers 1 --vocab 512 --concurrency 1 2"
+            " --prompt 16 --new 8 --steps 1",
+        )
+        for name, part, cache in (("serve", 5, "bfloat16"), ("serve-int8", 6, "int8"))
     ),
 ]
 

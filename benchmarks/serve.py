@@ -182,8 +182,11 @@ def step_seconds(engine: Engine, context: int, steps: int = 30) -> float:
     programs = engine._steps
     orders = np.tile(np.array([0, -1, FEED], np.int32), (programs.shape.rows, 1))
     rows = programs._state.rows
+    # Each row has pages of its own, as far as there are any: one page for all would stay on chip.
+    table = 1 + np.arange(rows.table.size, dtype=np.int32) % (programs.shape.pages - 1)
     rows = dataclasses.replace(
         rows,
+        table=jax.device_put(table.reshape(rows.table.shape), rows.table.sharding),
         on=jnp.ones_like(rows.on),
         limit=rows.limit + 2**30,
         written=jnp.full_like(rows.written, context),
