@@ -1,7 +1,5 @@
 """benchmarks/concurrency.py: which tokens count as steady, and what it writes of an engine."""
 
-import pytest
-
 from benchmarks import concurrency, decoding
 from benchmarks.serve import Asked, Times
 from qwen_jax import meshes
@@ -16,25 +14,25 @@ def test_steady_counts_while_all_requests_decode() -> None:
     assert concurrency.steady([first]) == 1.0
 
 
-def test_every_figure_of_an_engine_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_figure_of_an_engine_is_written() -> None:
     steps = engines.programs()
-    with meshes.entered(steps.mesh):
-        model = decoding.made(steps.decoder, "xla", "bfloat16", engines.LONGEST)
-    given = "--prompt 8 --new 6 --new-few 4 --steps 1 --concurrency 1 3".split()
-    args = concurrency.parser().parse_args(given)
+    options = {"prompt": 8, "new": 6, "new-few": 4, "steps": 1}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    args = concurrency.parser().parse_args([*given, "--concurrency", "1", "3"])
     args.bandwidth = 1e9
     found: dict[str, str] = {}
-    try:
-        made = engines.engine(steps)
-        concurrency.measure(made, model, args=args, write=found.__setitem__)
-    finally:  # other tests share these programs, and all rows are on now
-        with meshes.entered(steps.mesh):
+    with meshes.entered(steps.mesh):
+        model = decoding.made(steps.decoder, "xla", "bfloat16", engines.LONGEST)
+        needed = decoding.step_bytes(model, 4, 8 + 6 // 2)
+        try:
+            made = engines.engine(steps)
+            concurrency.measure(made, model, args=args, write=found.__setitem__)
+        finally:  # other tests share these programs, and all rows are on now
             steps._state = steps._programs.state()
     assert found["attention"].count("xla") >= 3
     assert found["rows, pages, tokens of a page"] == "4, 33, 4"
     for name in ("1 at a time, 8 in, 4 out", "3 at a time, 8 in, 4 out"):
         assert float(found[f"{name}: whole run (tok/s)"]) > 0
     assert float(found["1 at a time, 8 in, 4 out: steady, decode step (ms)"]) > 0
-    needed = decoding.step_bytes(model, 4, 8 + 6 // 2)
     line = "decode program, 4 rows of 11 tokens, weights and pages read (GB)"
     assert found[line] == f"{needed / 1e9:.4g}"
