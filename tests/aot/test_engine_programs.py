@@ -36,6 +36,7 @@ def compiled(where: str, kind: str | None, name: str, pages: int) -> Engine:
         parameter("v5e:2x2", "int8", "_decode", 8e6, release=True),
         parameter("h100:1", None, "_decode", 64e6),
         parameter("h100:1", None, "run_group", 64e6, release=True),
+        parameter("h100:1", "int8", "_decode", 64e6, release=True),
     ],
 )
 def test_temporaries_do_not_grow_with_the_pool(
