@@ -113,6 +113,7 @@ class Engine:
             known=self._known,
             vocab=self._vocab,
             longest=self.longest,
+            size=self._scheduler.size,
         )
         self._later(lambda: self._add(request))
         return request.number
@@ -337,14 +338,13 @@ class Engine:
         lines: of `drawing.likelihoods`; None where no token of the step is scored.
         """
         request = of_row(chunk.row)
-        if request.scored is None or request.over or request.tokens:
+        if request.unscored is None or request.over:
             return
         end = chunk.begin + chunk.count
-        for at in range(max(request.scored - 1, chunk.begin), min(end, len(request.prompt) - 1)):
+        for at in range(max(request.unscored - 1, chunk.begin), min(end, len(request.prompt) - 1)):
             assert lines is not None
             wanted = request.settings.prompt_logprobs or 0
             choice = outcomes.likely(request.prompt[at + 1], lines[at - chunk.begin], wanted=wanted)
-            known = at + 1 - request.scored  # after a preemption they are computed again
-            request.scores[known:] = [choice]
+            request.scores[at + 1 - request.unscored :] = [choice]  # again, if it was preempted
         if end == len(request.prompt):
             request.tell(PromptScores(tuple(request.scores)))

@@ -51,8 +51,8 @@ def of_chunks(plan: Plan, shape: Shape, *, replicas: int) -> tuple[Chunks, list[
         last[place] = end == len(prompt)
         if last[place]:
             forced[place] = plan.forced.get(row.index, -1)
-        if request.scored is not None:
-            first = max(request.scored - 1, begin)  # the token before the first one scored
+        if request.unscored is not None:
+            first = max(request.unscored - 1, begin)  # the token before the first one scored
             after = prompt[first + 1 : end + 1]
             scored[place, first - begin :][: len(after)] = after
     wanted = scored if (scored >= 0).any() else None

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from qwen_jax.engine import rows, scheduler
+from qwen_jax.engine.pool import prefix_keys
 from qwen_jax.engine.scheduler import Row
 from qwen_jax.engine.settings import Choice, Event, Listener, Settings
 from qwen_jax.model.rope import Rope
@@ -70,6 +71,7 @@ def checked(
     known: Int32[np.ndarray, " words"],
     vocab: int,
     longest: int,
+    size: int,
 ) -> Running:
     """Make a request of a caller's arguments. Raises ValueError for those out of their range.
 
@@ -77,6 +79,10 @@ def checked(
     known: the mask of ids that the tokenizer has.
     vocab: one more than the largest id.
     longest: the most tokens, prompt and new ones together.
+    size: the tokens in a page.
+
+    The keys of the prompt's pages are computed here, in the caller's thread, so that a long prompt
+    holds up no step.
     """
     settings.check(vocab)
     ids = values.ids("prompt", prompt, below=vocab)
@@ -94,10 +100,12 @@ def checked(
     allowed = known
     if settings.allowed is not None:
         allowed = known & rows.bits(np.array(settings.allowed), vocab)
+    identity = alpha, settings.salt, settings.adapter
     return Running(
         prompt=ids,
         limit=settings.max_new_tokens,
-        identity=(alpha, settings.salt, settings.adapter),
+        identity=identity,
+        keys=prefix_keys(ids, size, identity=identity),
         scored=None if settings.prompt_logprobs is None else settings.scored_from,
         paced=settings.grammar is not None,
         number=number,

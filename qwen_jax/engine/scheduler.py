@@ -34,7 +34,7 @@ class Request:
     tokens: the new tokens that are known so far.
     cached: the number of prompt tokens that were found in the cache when it was last admitted.
     admissions: the times that it has got a row.
-    keys: the keys of the prompt's full pages, from `add` on.
+    keys: the keys of the prompt's full pages (`pool.prefix_keys`); None for `add` to make them.
     over: whether nothing more is wanted of it.
     """
 
@@ -46,8 +46,13 @@ class Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
     cached: int | None = None
     admissions: int = 0
-    keys: list[bytes] = dataclasses.field(default_factory=list)
+    keys: Sequence[bytes] | None = None
     over: bool = False
+
+    @property
+    def unscored(self) -> int | None:
+        """As `scored`, but None once a token is known, as the last chunk has then scored all."""
+        return None if self.tokens else self.scored
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -168,7 +173,8 @@ class Scheduler:
                 f"{len(request.prompt)} prompt tokens and {request.limit} new ones: at most "
                 f"{self.longest} together"
             )
-        request.keys = prefix_keys(request.prompt, self.size, identity=request.identity)
+        if request.keys is None:
+            request.keys = prefix_keys(request.prompt, self.size, identity=request.identity)
         self.waiting.append(request)
 
     def end(self, request: Request) -> None:
@@ -305,12 +311,12 @@ class Scheduler:
     def _known(self, pool: Pool, request: Request) -> list[int]:
         """Return the cached pages of a prompt, whole chunks of them.
 
-        The last token is always computed, as is every one before a scored token.
+        The last token is always computed, as is every one before a token that is yet to score.
         """
         most = len(request.prompt) - 1
-        if request.scored is not None:
-            most = min(most, max(0, request.scored - 1))
-        found = pool.find(request.keys[: most // self.size])
+        if request.unscored is not None:
+            most = min(most, max(0, request.unscored - 1))
+        found = pool.find((request.keys or ())[: most // self.size])
         pages = self.chunk // self.size
         return found[: len(found) // pages * pages]
 
@@ -338,6 +344,7 @@ class Scheduler:
         plan.chunks += planned
         # Rows of one program do not see each other's pages: the next step is the first that does.
         for row, begin, count in planned:
+            keys = row.request.keys or ()
             for number in range(begin // self.size, (begin + count) // self.size):
-                self.pools[replica].publish(row.pages[number], row.request.keys[number])
+                self.pools[replica].publish(row.pages[number], keys[number])
             self._let_go(row, row.filled)

@@ -70,6 +70,9 @@ class Device:
         tokens: dict[int, int] = {}
         ended: set[int] = set()
         for row, pages in plan.admitted:
+            scored, cached = row.request.scored, row.request.cached or 0
+            if scored is not None and not row.request.tokens:
+                assert cached < max(1, scored), "scored tokens are computed"
             self.rows.pop(row.index, None)
             self.tables[row.index] = dict(enumerate(pages))
         for index, page in plan.pages.items():
@@ -191,8 +194,6 @@ def test_every_request_gets_what_it_gets_alone(world: dict[str, Any]) -> None:
         complete = len(request.tokens) == len(wanted)
         assert request.tokens == wanted[: len(request.tokens)]
         assert complete or request in cancelled
-        if request.scored is not None:
-            assert (request.cached or 0) < max(1, request.scored), "scored tokens are computed"
     for pool in scheduler.pools:
         assert pool.available == pool.pages - 1
 
@@ -256,6 +257,17 @@ def test_requests_are_admitted_in_order_and_the_youngest_gives_way() -> None:
             over += scheduler.apply(before, {row.index: 1 for row, _ in before.emitted}, ended)
         before = plan
     assert over == requests and scheduler.preemptions == 1
+
+
+def test_a_preempted_request_whose_prompt_is_scored_finds_it_in_the_cache() -> None:
+    scheduler = idle(rows=2, pages=10)
+    requests = [Request(prompt=[i, 2, 3, 4], limit=8, scored=1) for i in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    steps_until(scheduler, lambda plan: scheduler.preemptions > 0)
+    scheduler.end(requests[0])
+    assert [row.request for row, _ in scheduler.plan().admitted] == [requests[1]]
+    assert requests[1].tokens and requests[1].cached == 2, "only the last token is computed"
 
 
 def test_a_preempted_request_goes_on_while_new_ones_are_kept_waiting() -> None:

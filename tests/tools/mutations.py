@@ -246,8 +246,8 @@ FAULTS = [
     ),
     Fault(
         "qwen_jax/engine/running_request.py",
-        "identity=(alpha, settings.salt, settings.adapter),",
-        "identity=(settings.salt, settings.adapter),",
+        "identity = alpha, settings.salt, settings.adapter",
+        "identity = settings.salt, settings.adapter",
         "tests/engine/test_engine.py",
     ),
     Fault(
