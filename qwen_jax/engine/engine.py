@@ -146,10 +146,7 @@ class Engine:
         )
 
     def _later(self, command: Callable[[], None]) -> None:
-        """Have the engine's thread run a command before its next step.
-
-        Raises RuntimeError if there will be none.
-        """
+        """Have the engine's thread run a command. Raises RuntimeError if it takes no more steps."""
         with self._waker:
             if self._closing:
                 raise RuntimeError(self.failure or "the engine is closing")
@@ -313,6 +310,9 @@ class Engine:
             token, code = int(line[0]), int(line[1])
             if code in drawing.FAULTS:
                 self._fail(request, f"new token {number + 1}: {outcomes.fault(code)}")
+                if code == drawing.BROKEN:  # its pages hold zeros where values were not finite
+                    for pool in self._scheduler.pools:
+                        pool.forget(request.keys)
                 continue
             tokens[row.index] = token
             if number == len(request.tokens):

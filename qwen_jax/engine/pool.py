@@ -103,12 +103,16 @@ class Pool:
             else:
                 self._kept[page] = key
 
-    def forget(self) -> None:
-        """Forget all known prefixes, as after a change of weights. Held pages stay held."""
-        self._blank += self._kept
-        self._kept.clear()
-        self._key_of.clear()
-        self._page_of.clear()
+    def forget(self, keys: Iterable[bytes] | None = None) -> None:
+        """Forget known prefixes, as after a change of weights. Held pages stay held.
+
+        keys: of the prefixes; None for all.
+        """
+        for key in list(self._page_of) if keys is None else keys:
+            if (page := self._page_of.pop(key, None)) is not None:
+                del self._key_of[page]
+                if self._kept.pop(page, None) is not None:
+                    self._blank.append(page)
 
     def check(self) -> None:
         """Raise AssertionError if a page is lost, or is in two states at once."""

@@ -383,3 +383,19 @@ def test_new_weights_wait_for_requests_that_were_preempted() -> None:
     assert any(not running.step() for _ in range(1000)), "it never ends"
     steps.renew(old)
     assert [[x for x in some if not isinstance(x, Started)] for some in found] == wanted
+
+
+def test_a_prompt_that_is_not_finite_is_not_found_in_the_cache() -> None:
+    """Its pages hold zeros for it: the next request with them would get an answer all the same."""
+    steps, found = programs(), [[], []]
+    old = steps.decoder
+    with on_mesh():
+        steps.renew(old.replace(embedding=old.embedding.at[66].set(np.nan)))
+    running = engine(steps)
+    for each in found:
+        settings = Settings(max_new_tokens=3)
+        running.submit([66, *range(1, 40)], settings, listener=each.append)
+        while running.step():
+            pass
+    steps.renew(old)
+    assert found[0] == found[1] and "NaN" in found[1][-1].error
