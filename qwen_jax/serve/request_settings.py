@@ -109,6 +109,7 @@ def settings(
         own = () if body.ignore_eos else own_stops
         more["stops"] = (*own, *(body.stop_token_ids or ()))
     more["stops"] = tuple(dict.fromkeys(more["stops"]))
+    _check_allowed(body, served, more["stops"])
     seed = random.getrandbits(31) if body.seed is None else body.seed
     template = Settings(
         max_new_tokens=most,
@@ -180,6 +181,18 @@ def _check_with_grammar(body: Common) -> None:
     for name in ("ignore_eos", "min_tokens", "allowed_token_ids"):
         if getattr(body, name):
             raise invalid(name, "not with a grammar, which decides where a reply ends")
+
+
+def _check_allowed(body: Common, served: Served, stops: Sequence[int]) -> None:
+    """Raise Refusal if none of `allowed_token_ids` could be the first token."""
+    if body.allowed_token_ids is None:
+        return
+    left = set(body.allowed_token_ids) & served.tokenizer.id_to_bytes.keys()
+    if not left:
+        raise invalid("allowed_token_ids", "none of these ids is a token of the tokenizer")
+    if body.min_tokens and left <= set(stops):
+        what = f"all these ids end a text, which min_tokens, {body.min_tokens}, does not let end"
+        raise invalid("allowed_token_ids", what)
 
 
 def grammar_of(body: Common) -> Source | None:

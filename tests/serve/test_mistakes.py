@@ -73,6 +73,9 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"stop_token_ids": list(range(20))}, "stop_token_ids", ""),
     (CHAT, {"allowed_token_ids": []}, "allowed_token_ids", ""),
     (CHAT, {"allowed_token_ids": [999]}, "allowed_token_ids[0]", ""),
+    (CHAT, {"allowed_token_ids": [479]}, "allowed_token_ids", ""),  # the model's, no token
+    (CHAT, {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1},
+     "allowed_token_ids", ""),
     (CHAT, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", ""),
     (CHAT, {"seed": 2**63}, "seed", ""),
     (CHAT, {"continue_final_message": True, "add_generation_prompt": True},
