@@ -207,7 +207,7 @@ def _add_api(app: FastAPI, served: Served) -> None:
     @app.post("/detokenize", responses=reading, tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of token ids."""
-        return JSONResponse(tokenization.detokenize(body, served))
+        return JSONResponse(await tokenization.detokenize(body, served))
 
 
 def _add_state(app: FastAPI, served: Served) -> None:

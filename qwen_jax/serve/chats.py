@@ -28,7 +28,7 @@ from qwen_jax.serve.served import Served
 from qwen_jax.serve.tool_choice import Tools, refused, tools_of
 
 _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
-_LONG = 4096  # characters of messages that are encoded beside the event loop
+_LONG = 4096  # characters of messages and tools that are encoded beside the event loop
 _EACH = 40  # characters that take as long as the rest of a message
 _LEAST = 4  # tokens of an empty message
 
@@ -53,7 +53,7 @@ async def prompt(body: ChatRequest | TokenizeRequest, served: Served, *, tools: 
         )
 
     try:
-        size = sum(_EACH + len(str(message.get("content"))) for message in messages)
+        size = sum(_EACH + len(str(message)) for message in [*messages, *tools.described])
         if size < _LONG:
             return made()
         return await asyncio.to_thread(made)

@@ -16,12 +16,12 @@ from qwen_jax.serve.served import Served
 
 FINGERPRINT = f"qwen_jax-{VERSION}"
 _LOWEST = -9999.0  # JSON has no minus infinity
-_LONG = 4096  # characters of a text that is encoded beside the event loop
+LONG = 4096  # characters or ids of a text that is encoded or decoded beside the event loop
 
 
 async def encode(served: Served, text: str) -> list[int]:
     """Encode a text. A long one takes as long as many steps, so a thread does it."""
-    if len(text) < _LONG:
+    if len(text) < LONG:
         return served.tokenizer.encode(text)
     return await asyncio.to_thread(served.tokenizer.encode, text)
 

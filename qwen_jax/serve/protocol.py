@@ -168,8 +168,8 @@ class Common(Body):
     @model_validator(mode="after")
     def _name_ignored(self) -> "Common":
         """Name fields that are not known in the log, each once."""
-        for name in self.model_extra or {}:
-            if name not in MEANINGLESS and name not in _ignored and len(_ignored) < _MOST_NAMED:
+        for name in (self.model_extra or {}).keys() - MEANINGLESS - UNSERVED.keys():
+            if name not in _ignored and len(_ignored) < _MOST_NAMED:
                 _ignored.add(name)
                 _LOG.warning("requests have the field %s, which is ignored", texts.shown(name))
         return self

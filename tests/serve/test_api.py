@@ -1,5 +1,6 @@
 """Routes, request fields and answers of the OpenAI API, over an engine that says what is asked."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -276,7 +277,36 @@ def test_a_field_that_is_not_known_is_ignored_and_named_once(
 ) -> None:
     for _ in range(2):
         one.chat(metadata={"a": 1}, no_such_field=2)
+    one.refused(CHAT, messages=HELLO, length_penalty=2)  # refused, so not ignored
     assert [record.args for record in caplog.records] == [("'no_such_field'",)]
+
+
+def test_what_takes_long_to_encode_or_decode_is_beside_the_event_loop(
+    one: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set[int]()
+
+    def seen(made: Any) -> Any:
+        def told(*args: Any, **more: Any) -> Any:
+            threads.add(threading.get_ident())
+            return made(*args, **more)
+
+        return told
+
+    async def here() -> int:
+        return threading.get_ident()
+
+    assert one.client.portal is not None
+    loop = one.client.portal.call(here)
+    tool = {"name": "f", "description": "x" * 5000}
+    monkeypatch.setattr(one.served.chat_format, "prompt", seen(one.served.chat_format.prompt))
+    monkeypatch.setattr(one.served.tokenizer, "decode", seen(one.served.tokenizer.decode))
+    one.refused(CHAT, messages=HELLO, functions=[tool] * 2)
+    call = {"name": "f", "arguments": "x" * 5000}
+    reply = {"role": "assistant", "content": None, "function_call": call}
+    one.refused(CHAT, messages=[*HELLO, reply])
+    one.ask("/detokenize", tokens=[5] * 5000)
+    assert threads and loop not in threads
 
 
 def test_paths_and_methods_that_are_not_there_have_openais_errors(one: Served) -> None:
