@@ -26,7 +26,10 @@ _ignored: set[str] = set()
 Whole = Annotated[int, BeforeValidator(values.from_file)]  # 5.0 counts as 5
 Number = Annotated[float, Field(ge=-values.FLOAT32, le=values.FLOAT32)]
 Count = Annotated[Whole, Field(ge=1, le=values.INT32)]
-Ids = list[Annotated[int, Field(ge=0, le=values.INT32)]]  # no Python for each of a million
+# Lists end at their first mistake: a million of them would take gigabytes to tell.
+Id = Annotated[int, Field(ge=0, le=values.INT32)]  # no Python for each of a million
+Ids = Annotated[list[Id], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -66,12 +69,12 @@ class Message(Body):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     function_call: Call | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=20_000)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=20_000, fail_fast=True)]
 
 
 class Function(Body):
@@ -110,7 +113,7 @@ class StructuredOutputs(Body):
 
     json_schema: dict[str, JsonValue] | str | bool | None = Field(None, alias="json")
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: JsonValue = None
@@ -129,7 +132,7 @@ class Common(Body):
     model: str | None = None
     max_tokens: Annotated[Whole, Field(ge=0, le=values.INT32)] | None = None
     n: Count | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: Annotated[Whole, Field(ge=-values.INT64 - 1, le=values.INT64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -152,7 +155,7 @@ class Common(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     allowed_token_ids: Ids | None = None
-    bad_words: list[str] | None = None
+    bad_words: Texts | None = None
     cache_salt: Annotated[str, Field(max_length=1000)] | None = None
     prompt_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, le=values.INT32)] | None = None
@@ -162,7 +165,7 @@ class Common(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, JsonValue] | str | bool | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
     guided_grammar: str | None = None
 
     @model_validator(mode="after")
@@ -207,10 +210,10 @@ class ChatRequest(Common):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: JsonValue = None
     parallel_tool_calls: bool | None = None
-    functions: list[Function] | None = None
+    functions: Annotated[list[Function], Field(fail_fast=True)] | None = None
     function_call: JsonValue = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -219,7 +222,7 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[str | list[str] | Ids | list[Ids], Field()]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     best_of: Count | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
@@ -231,9 +234,9 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: JsonValue = None
-    functions: list[Function] | None = None
+    functions: Annotated[list[Function], Field(fail_fast=True)] | None = None
     function_call: JsonValue = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

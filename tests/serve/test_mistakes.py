@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from qwen_jax.serve import protocol
 from tests.support.served_app import HELLO, Served, opened
@@ -110,3 +111,16 @@ def test_a_field_of_the_wrong_type_is_named_whichever_it_is(one: Served) -> None
             need = {"messages": HELLO} if path == CHAT else {"prompt": "x"}
             _, error = one.refused(path, **{**need, name: [{"what": []}]})
             assert str(error["param"]).startswith(name), error
+
+
+def test_a_list_is_read_to_its_first_mistake() -> None:
+    wrong: list[Any] = [{}] * 50
+    lists = ("stop", "bad_words", "stop_token_ids", "allowed_token_ids", "prompt", "guided_choice")
+    for name in lists:
+        with pytest.raises(ValidationError) as caught:
+            protocol.CompletionRequest.model_validate({"prompt": "x", name: wrong})
+        assert caught.value.error_count() < 10, name
+    for name in ("messages", "tools", "functions"):
+        with pytest.raises(ValidationError) as caught:
+            protocol.ChatRequest.model_validate({"messages": HELLO, name: [0] * 50})
+        assert caught.value.error_count() < 10, name
