@@ -1,6 +1,7 @@
 """The options of `python -m qwen_jax.generate`, and the checks of them that need no model."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.generate import prompts
@@ -147,17 +148,25 @@ def _sampling_options(group: command.Group) -> None:
     )
 
 
-def model_options(group: command.Group, *, ntk: bool = True) -> None:
+def model_options(
+    group: command.Group,
+    *,
+    ntk: bool = True,
+    cache_dtypes: Sequence[str] = ("int8", "int8_asymmetric"),
+) -> None:
     """Add the options that say how a model is loaded, to which `from_options` turns them.
 
     ntk: whether the command lets its caller choose the length that sets dynamic NTK's alpha.
+    cache_dtypes: the 8-bit dtypes in which the command can keep a KV cache.
     """
     add = group.add_argument
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=command.DTYPE)
     add(
         "--cache-dtype",
-        choices=("int8", "int8_asymmetric"),
-        help="keep the KV cache in 8 bits, symmetric or with zero points (default: as --dtype)",
+        choices=tuple(cache_dtypes),
+        help="keep the KV cache in 8 bits: int8 is symmetric"
+        + (", int8_asymmetric has zero points" if "int8_asymmetric" in cache_dtypes else "")
+        + " (default: as --dtype)",
     )
     add(
         "--attention",

@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     _http_options(result.add_argument_group("HTTP"))
     _limit_options(result.add_argument_group("limits"))
     _engine_options(result.add_argument_group("engine"))
-    generate_options.model_options(result.add_argument_group("model"), ntk=False)
+    group = result.add_argument_group("model")
+    generate_options.model_options(group, ntk=False, cache_dtypes=("int8",))
     process_options.add(result)
     caches.add_compilation_cache(result)
     command.add_debug(result)
@@ -147,8 +148,9 @@ def _engine_options(group: command.Group) -> None:
         "--cache-gb",
         type=float,
         metavar="G",
-        help="GB for the pages of the KV cache on each device (default: what is free there, on a "
-        "CPU a quarter of the memory at most)",
+        help="GB for the pages of the KV cache on each device (default: nine tenths of what is "
+        "free beside the weights, on a CPU a quarter of the memory; no more than --rows requests "
+        "of --max-length tokens can use)",
     )
     add(
         "--page",

@@ -137,6 +137,15 @@ def test_what_is_wrong_with_the_command_line_is_told(tmp_path: Path) -> None:
             program.keys(options(*given))
 
 
+def test_a_cache_that_pages_cannot_have_is_refused_by_the_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert options("--cache-dtype", "int8").cache_dtype == "int8"
+    with pytest.raises(SystemExit, match="2"):
+        options("--cache-dtype", "int8_asymmetric")
+    assert "--cache-dtype: invalid choice" in capsys.readouterr().err
+
+
 def test_a_local_server_answers_for_names_of_this_machine() -> None:
     def hosts(*given: str, keyed: bool = False) -> list[str] | None:
         return program.hosts(options(*given), with_keys=keyed)
