@@ -46,8 +46,9 @@ def make(
     adapters: folders of adapters in PEFT's format, by the names that requests call them.
     rows: the most requests that decode at a time; None for 64 on an accelerator and 16 on a CPU,
         times the parts into which the mesh splits a batch.
-    cache_gb: GB of memory for pages on each device; None for what is free on an accelerator, and
-        on a CPU for a quarter of the machine's memory, but no more than all rows can use.
+    cache_gb: GB of memory for pages on each device, of which no more is taken than requests of
+        `max_length` tokens in all rows can use; None for nine tenths of what is free on an
+        accelerator, and for a quarter of the machine's memory on a CPU.
     page: the tokens in a page; None for 128 on an accelerator and 16 on a CPU.
     chunk: the prompt tokens that are computed between two decode steps, a multiple of `page`; None
         for 512 on an accelerator and 64 on a CPU.

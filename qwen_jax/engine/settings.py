@@ -182,7 +182,9 @@ class Load:
     pages, used: KV cache pages in all, and those that requests hold.
     queried, hits: prompt tokens looked up in the cache, and those found there.
     preemptions: requests that had to give up their pages.
-    prompt_tokens, new_tokens: tokens computed of prompts, and generated.
+    prompt_tokens: prompt tokens that prefill has computed: without those found in the cache, and
+        again for a request that had to give up its pages.
+    new_tokens: tokens that were generated.
     steps: steps of the devices.
     """
 

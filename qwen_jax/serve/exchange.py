@@ -78,9 +78,12 @@ class Exchange:
         draft.reason = draft.reason or "stop"
         self.group.stop(self.group.jobs[index])
 
-    def answer(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Return a whole answer."""
-        return {**self._head, "choices": list(choices), "usage": self.usage(), **more}
+    def answer(self, choices: Sequence[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+        """Return a whole answer.
+
+        fields: those that it has beside `choices` and `usage`.
+        """
+        return {**self._head, "choices": list(choices), "usage": self.usage(), **fields}
 
     def chunk(self, choice: dict[str, Any], *, kind: str) -> dict[str, Any]:
         """Return a chunk of a stream, which is about one choice."""

@@ -15,7 +15,7 @@ from qwen_jax.engine.settings import Choice, Ended, Event, Settings, Started
 from qwen_jax.serve.refusals import Refusal, busy, invalid
 from qwen_jax.serve.served import Served
 
-_LOOKS = 0.25  # seconds between looks at whether the engine has failed
+_POLL_SECONDS = 0.25  # time between two checks of whether the engine has failed
 _PARAMS = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -68,7 +68,7 @@ class Desk:
         self.served, self.waiting = served, 0
         self.groups: set[Group] = set()
         self._loop, self._called = loop, False
-        self._letters: deque[tuple[Callable[[Event, float], None], Event, float]] = deque()
+        self._undelivered: deque[tuple[Callable[[Event, float], None], Event, float]] = deque()
 
     def check_room(self) -> None:
         """Raise Refusal if a new request has to come back later."""
@@ -81,7 +81,7 @@ class Desk:
         """Queue a job. `take` is called with each event and its time. Raises Refusal."""
 
         def listen(event: Event) -> None:  # in the engine's thread
-            self._letters.append((take, event, time.perf_counter()))
+            self._undelivered.append((take, event, time.perf_counter()))
             if not self._called:
                 self._called = True
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there
@@ -100,8 +100,8 @@ class Desk:
     async def watch(self) -> None:
         """Wait until the engine fails, and end all requests then, even if it tells them nothing."""
         while (failure := self.served.generator.failure) is None:
-            await asyncio.sleep(_LOOKS)
-        await asyncio.sleep(_LOOKS)  # what it still tells comes first
+            await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.sleep(_POLL_SECONDS)  # what it still tells comes first
         self.fail(Refusal(500, f"the engine has stopped: {failure}"))
 
     def fail(self, refusal: Refusal) -> None:
@@ -110,9 +110,9 @@ class Desk:
             group.fail(refusal)
 
     def _deliver(self) -> None:
-        self._called = False  # before letters are taken, so that none stays behind
-        while self._letters:
-            take, event, at = self._letters.popleft()
+        self._called = False  # before events are taken, so that none stays behind
+        while self._undelivered:
+            take, event, at = self._undelivered.popleft()
             take(event, at)
 
 

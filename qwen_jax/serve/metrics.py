@@ -120,9 +120,9 @@ class _Engine(Collector):
             yield gauge
         for key, text, value in (
             ("prefix_cache_queries", "prompt tokens looked up in the cache", load.queried),
-            ("prefix_cache_hits", "prompt tokens found there", load.hits),
+            ("prefix_cache_hits", "prompt tokens found in the cache", load.hits),
             ("num_preemptions", "sequences that had to give up their pages", load.preemptions),
-            ("prompt_tokens", "tokens of prompts that were computed", load.prompt_tokens),
+            ("prompt_tokens", "prompt tokens computed, without cache hits", load.prompt_tokens),
             ("generation_tokens", "new tokens", load.new_tokens),
             ("engine_steps", "steps of the devices", load.steps),
         ):

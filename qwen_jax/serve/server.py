@@ -16,7 +16,7 @@ from qwen_jax.runtime import command
 from qwen_jax.serve.refusals import Refusal
 from qwen_jax.serve.served import Served
 
-_SHOWN = 3.0  # seconds for which a server whose engine has stopped says so before it ends
+_FAILURE_SECONDS = 3.0  # time for which a server whose engine has stopped still answers
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether the server ends now; uvicorn asks ten times a second."""
         if self._served.generator.failure is not None and self._until == float("inf"):
-            self._until = time.monotonic() + _SHOWN
+            self._until = time.monotonic() + _FAILURE_SECONDS
         if time.monotonic() >= self._until:
             if self._served.desk is not None:
                 self._served.desk.fail(Refusal(503, "the server has ended"))

@@ -10,7 +10,7 @@ from qwen_jax.terminal.chat_settings import Settings
 from qwen_jax.terminal.replies import Asked, Replies
 from qwen_jax.terminal.screens import Screen
 
-_SHOWN = 60  # characters of a question that is named
+_QUESTION_WIDTH = 60  # the most characters of a dropped question that `:undo` shows
 _NO_DRAWS = (
     "note: no token is drawn (do_sample=false, or temperature=0), so the seed, top_k and top_p "
     "have no effect"
@@ -178,7 +178,9 @@ class Session:
         if not self.history:
             raise ValueError("there is no turn to drop")
         (question, _reply), self._unanswered = self.history.pop(), None
-        shown = question if len(question) <= _SHOWN else f"{question[: _SHOWN - 3]}..."
+        shown = question
+        if len(question) > _QUESTION_WIDTH:
+            shown = f"{question[: _QUESTION_WIDTH - 3]}..."
         return f"dropped {' '.join(shown.split())!r}; {_turns(len(self.history))} left"
 
     def _save(self, rest: str, *, replace: bool = False) -> str:

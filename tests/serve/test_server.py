@@ -213,7 +213,7 @@ def test_ctrl_c_is_told_from_an_end_in_order() -> None:
 def test_a_dead_engine_ends_the_server_after_it_has_said_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_module, "_SHOWN", 0.2)
+    monkeypatch.setattr(server_module, "_FAILURE_SECONDS", 0.2)
     one = Served("abc", stepwise=True)
     said: list[tuple[int, str]] = []
     waiting: list[bytes] = []
