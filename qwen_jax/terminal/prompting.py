@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.filters import is_searching
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
@@ -22,11 +23,11 @@ def keys() -> KeyBindings:
     """Return what the keys do: Enter sends, Escape with Enter begins a line.
 
     Enter after a backslash at the end begins a line in its place. A paste of several lines is one
-    text, which Enter sends.
+    text, which Enter sends. While earlier lines are searched (Ctrl-R), Enter takes the found one.
     """
     made = KeyBindings()
 
-    @made.add("enter")
+    @made.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):

@@ -126,6 +126,15 @@ def test_the_arrow_brings_back_an_earlier_line(keyboard: PipeInput) -> None:
     assert screen.read() == "first again"
 
 
+def test_enter_takes_an_earlier_line_that_is_searched(keyboard: PipeInput) -> None:
+    screen = prompting.TerminalScreen([])
+    keyboard.send_text("first\r")
+    screen.read()
+    # Ctrl-R. The cursor is where the found text begins. A search that goes on is ended by Ctrl-G.
+    keyboard.send_text("\x12fir\r again\r\x07\x04")
+    assert screen.read() == " againfirst"
+
+
 @pytest.mark.parametrize(("typed", "raised"), [("a\x03", KeyboardInterrupt), ("\x04", EOFError)])
 def test_ends_of_a_terminal(typed: str, raised: type[BaseException], keyboard: PipeInput) -> None:
     before = signal.getsignal(signal.SIGINT)
