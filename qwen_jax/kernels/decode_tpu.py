@@ -166,7 +166,8 @@ def tpu_paged_decode(
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     leaf = _arrays(kv)
     decline(f"{NAME}, pages", q, k=kv, dtypes=DTYPES, head_dims=PAGED_HEAD_DIMS)
-    decline_page(NAME, kv, multiple=32 // leaf[0].dtype.itemsize)  # whole registers
+    # Whole registers of a page, and of a block's scores.
+    decline_page(NAME, kv, multiple=32 // leaf[0].dtype.itemsize, lanes=_LANES)
     tokens, num_heads, dim = q.shape[1:]
     kv_heads, page = kv.shape[2:4]
     slots = page * table.shape[1]

@@ -241,16 +241,21 @@ def decline(
         )
 
 
-def decline_page(name: str, kv: PoolLeaf, *, multiple: int) -> None:
+def decline_page(name: str, kv: PoolLeaf, *, multiple: int, lanes: int = 1) -> None:
     """Raise NotImplementedError for pages of a size that is not supported.
 
     name: the kernel's name in the error.
     kv: [P, 2, K, page, H].
     multiple: the number of tokens of which a page must hold a multiple.
+    lanes: the tokens of a register of scores, which a page must divide or hold a multiple of.
     """
     if kv.shape[3] % multiple:
         raise NotImplementedError(
             f"{name}: pages of {kv.shape[3]} tokens, only multiples of {multiple}"
+        )
+    if lanes % kv.shape[3] and kv.shape[3] % lanes:
+        raise NotImplementedError(
+            f"{name}: pages of {kv.shape[3]} tokens, only divisors and multiples of {lanes}"
         )
 
 

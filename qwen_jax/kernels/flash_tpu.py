@@ -10,6 +10,7 @@ exponentials; that, and not the order of the source, fills the matrix units.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -362,7 +363,8 @@ def tpu_paged_prefill(
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     leaf = jax.tree.leaves(kv)  # values and, of an int8 leaf, scales
     flash.decline(f"{NAME}, pages", q, k=kv, dtypes=DTYPES[:2], head_dims=PAGED_HEAD_DIMS)
-    flash.decline_page(NAME, kv, multiple=32 // leaf[0].dtype.itemsize)  # whole registers
+    # Whole registers of a page, and of a block's scores.
+    flash.decline_page(NAME, kv, multiple=32 // leaf[0].dtype.itemsize, lanes=_LANES)
     chip = _SMALL if interpret else CHIPS.get(choice.device().device_kind)
     if chip is None:
         raise NotImplementedError(f"{NAME}: {choice.device().device_kind} has no block sizes yet")
@@ -371,7 +373,8 @@ def tpu_paged_prefill(
     blocks = blocks_for(chip.forward, keys)
     most = max(_LANES, flash.round_up(_MOST_PAGES * page, _LANES))
     blocks = dataclasses.replace(blocks, k=min(blocks.k, most)).fitted(length, keys)
-    blocks = dataclasses.replace(blocks, k=flash.round_up(blocks.k, page))
+    whole = flash.round_up(blocks.k, page)
+    blocks = dataclasses.replace(blocks, k=whole, compute=math.gcd(whole, blocks.compute))
     many, group = blocks.k // page, heads // kv_heads
     width = flash.round_up(table.shape[1], many)
     table = flash.pad(jnp.asarray(table, jnp.int32), width, axis=1)

@@ -79,6 +79,8 @@ def test_declines_pages_that_it_would_copy() -> None:
     drawn = paged_cases.draw(PAGED["one token"], FULL)
     with pytest.raises(NotImplementedError, match=r"decode_tpu: pages of 15 .* multiples of 8"):
         decode_tpu.tpu_paged_decode(**drawn | {"kv": drawn["kv"][:, :, :, :15]}, interpret=True)
+    with pytest.raises(NotImplementedError, match=r"pages of 48 .* divisors and multiples of 128"):
+        decode_tpu.tpu_paged_decode(**drawn | {"kv": drawn["kv"][:, :, :, :48]}, interpret=True)
     narrow = {name: drawn[name][..., :64] for name in ("q", "kv")}
     with pytest.raises(NotImplementedError, match="decode_tpu, pages: head dim 64, only 128, 256"):
         decode_tpu.tpu_paged_decode(**drawn | narrow, interpret=True)

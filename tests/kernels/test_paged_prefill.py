@@ -7,7 +7,7 @@ import pytest
 
 from qwen_jax.kernels import flash_tpu, flash_triton
 from qwen_jax.kernels.flash_triton import TritonBlocks
-from tests.kernels.paged_cases import FULL, Case, check
+from tests.kernels.paged_cases import FULL, Case, check, draw
 from tests.support.tiny import QUICK
 
 SMALL = TritonBlocks(tile=16, block=32, warps=4, stages=1)
@@ -27,3 +27,16 @@ def test_agrees_with_softmax(name: str) -> None:
     attend, case = CASES[name]
     attend = jax.jit(attend, compiler_options=QUICK)
     check(attend, case, windows=(FULL, 60, 1), hidden_value=30.0)
+
+
+def test_pages_larger_than_what_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of keys that is cut to whole pages is computed in even parts."""
+    blocks = {0: flash_tpu.TpuBlocks(128, 256, 256)}
+    monkeypatch.setattr(flash_tpu, "_SMALL", flash_tpu.Generation(blocks, blocks, 256, 2**24))
+    check(jax.jit(TPU, compiler_options=QUICK), Case(2, 1, 1, 128, 384, 1, (384,)), (FULL,), 30.0)
+
+
+def test_declines_pages_that_do_not_fill_registers_of_scores() -> None:
+    drawn = draw(Case(12, 1, 1, 128, 48, 1, (5,)), FULL)
+    with pytest.raises(NotImplementedError, match=r"pages of 48 .* divisors and multiples of 128"):
+        TPU(**drawn)
