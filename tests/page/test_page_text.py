@@ -137,7 +137,7 @@ def test_any_text_grows_to_what_it_is_at_once(model: Any, opened: Open) -> None:
     page = opened(model)
     chance = random.Random(7)
     bits = [*"a *`|!\n\t字", "\n\n", "# ", "- ", "1. ", "> ", "```", "```js\n", "**", "|-|-|\n"]
-    bits += ["    ", "<b>", "---", "===", "[x](", "http://a.b", ")", "&amp;", "  \n", "\r\n"]
+    bits += ["    ", "<b>", "---", "===", "[x](", "http://a.b", ")", "&amp;", "  \n", "\r\n", "\r"]
     documents = [[chance.choice(bits) for _ in range(60)] for _ in range(60)]
     wrong = page.evaluate(
         """async (documents) => {

@@ -94,8 +94,8 @@ export class Rendered {
 // Returns the HTML of each block of a text, and where it starts.
 function blocksOf(text) {
   const env = {};
-  const lines = [0]; // where each starts
-  for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) lines.push(at + 1);
+  const lines = [0]; // where each starts, as markdown-it counts them
+  for (const { 0: end, index } of text.matchAll(/\r\n?|\n/g)) lines.push(index + end.length);
   const blocks = [];
   let depth = 0;
   for (const token of markdown.parse(text, env)) {
