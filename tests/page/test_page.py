@@ -319,6 +319,9 @@ def test_a_file_that_is_no_conversation_is_refused(
         '{"messages": "x"}': no_json,
         '[{"role": "user", "content": 5}]': "messages[0].content is not as it should be",
         '[{"role": "robot", "content": ""}]': "messages[0].role is not as it should be",
+        '[{"role": "system"}, {"role": "user"}, {"role": "system"}]': (
+            "messages[2].role is not as it should be"
+        ),
         '{"conversations": [{"messages": [null]}]}': "[0].messages[0] is not as it should be",
         '[{"role": "assistant", "tool_calls": [{"id": 1}]}]': (
             "messages[0].tool_calls[0] is not as it should be"
@@ -394,3 +397,36 @@ def test_enter_chooses_characters_of_an_input_method(model: Any, opened: Open) -
     )
     page.press("#input", "Shift+Enter")
     assert page.input_value("#input") == "ni\n" and not sent
+
+
+def test_escape_leaves_the_input_method_not_the_edited_text(model: Any, opened: Open) -> None:
+    page = opened(model)
+    ask(page, "Question")
+    page.locator(".message.user").get_by_role("button", name="Edit").click()
+    field = page.get_by_role("textbox", name="Edit")
+    field.fill("Better")
+    for how in ({"isComposing": True}, {"keyCode": 229}):
+        for key in ("Escape", "Enter"):
+            options = {"key": key, "ctrlKey": True, "bubbles": True, "cancelable": True, **how}
+            field.evaluate("(at, o) => at.dispatchEvent(new KeyboardEvent('keydown', o))", options)
+    assert field.input_value() == "Better"
+
+
+def test_a_reply_stays_if_nothing_comes_in_its_place(model: Any, opened: Open) -> None:
+    """And a reply that is not continued keeps its figures."""
+    page = opened(model)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Max new tokens").fill("3")
+    page.get_by_role("button", name="Done").click()
+    ask(page, "Hi")
+    expect(page.locator(".figures")).to_contain_text("3 tokens")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    for name in ("Continue", "Regenerate"):
+        page.get_by_role("button", name=name).click()
+        expect(page.locator(".error p")).to_contain_text("The server cannot be reached.")
+        expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+        assert texts(page) == ["Hi", "Hel"]
+        expect(page.locator(".figures")).to_contain_text("3 tokens")
+    page.reload()
+    page.locator("#list button").click()
+    expect(page.locator(BODY)).to_have_text("Hel")

@@ -2,6 +2,7 @@
 
 import { Chat } from "./chat.js";
 import * as conversations from "./conversations.js";
+import { composing } from "./keys.js";
 import { applyLook, SettingsDialog } from "./settings.js";
 import { t } from "./words.js";
 
@@ -175,7 +176,7 @@ function listen() {
   clicks("ask-ok", () => $("ask").close("ok"));
   clicks("ask-cancel", () => $("ask").close(""));
   $("ask-input").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.isComposing) return;
+    if (event.key !== "Enter" || composing(event)) return;
     event.preventDefault(); // otherwise Enter also presses the button that gets the focus back
     $("ask").close("ok");
   });

@@ -3,6 +3,7 @@
 
 import { button } from "./buttons.js";
 import { openCalls, titleOf } from "./conversations.js";
+import { composing } from "./keys.js";
 import { MessageView, resultForm, spoken, welcome } from "./messages.js";
 import * as replies from "./reply.js";
 import { apiKey, model, sampling, toolsOf } from "./settings.js";
@@ -35,14 +36,12 @@ export class Chat {
       else this.send();
     });
     this.input.addEventListener("keydown", (event) => {
-      // Enter also chooses among the characters of an input method: not then, nor on a phone.
-      const composing = event.isComposing || event.keyCode === 229;
-      if (event.key !== "Enter" || event.shiftKey || composing || onPhone()) return;
+      if (event.key !== "Enter" || event.shiftKey || composing(event) || onPhone()) return;
       event.preventDefault();
       if (!this.running.has(this.conversation.id)) this.send();
     });
     document.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || event.isComposing) return;
+      if (event.key !== "Escape" || composing(event)) return;
       if (!document.querySelector("dialog[open]")) this.stop();
     });
     if (!CSS.supports("field-sizing", "content")) {
@@ -218,16 +217,16 @@ export class Chat {
     this.input.focus();
   }
 
-  // Writes a reply again.
+  // Writes a reply again. It stays if nothing comes in its place.
   again(message) {
     const { messages } = this.conversation;
     messages.splice(messages.indexOf(message));
-    this.answer();
+    this.answer({ replaced: message });
     this.input.focus();
   }
 
   continue(message) {
-    this.answer(message);
+    this.answer({ continued: message });
     this.input.focus();
   }
 
@@ -242,8 +241,9 @@ export class Chat {
     this.errors.delete(conversation.id);
   }
 
-  // Asks for a reply to the conversation as it is, or for more of its last one.
-  async answer(continued = null) {
+  // Asks for a reply to the conversation as it is, or for more of its last one. A reply that it
+  // replaces is no longer in the conversation.
+  async answer({ continued = null, replaced = null } = {}) {
     const { conversation } = this;
     this.top = 0; // the log may be shorter now
     const controller = new AbortController();
@@ -294,19 +294,20 @@ export class Chat {
     );
     if (!wanted()) return;
     this.running.delete(conversation.id);
-    this.ended(conversation, message, error);
+    this.ended(conversation, message, { error, replaced });
     this.keep(conversation);
     if (shown()) this.draw();
   }
 
-  // Notes how a reply has ended. One of which nothing came is none.
-  ended(conversation, message, error) {
+  // Notes how a reply has ended. One of which nothing came is none, and replaces none.
+  ended(conversation, message, { error, replaced }) {
     const { about, content, tool_calls: calls } = message;
     this.errors.delete(conversation.id);
     if (error?.name === "AbortError") about.finish = "stopped";
     else if (error?.kind === "broken") about.finish = "broken";
     if (error && !content && !calls) {
-      conversation.messages.splice(conversation.messages.indexOf(message), 1);
+      const { messages } = conversation;
+      messages.splice(messages.indexOf(message), 1, ...(replaced ? [replaced] : []));
     }
     if (error && error.name !== "AbortError") {
       this.errors.set(conversation.id, { text: replies.explained(error), status: error.status });

@@ -85,9 +85,13 @@ function checked(value, place) {
   if (!Array.isArray(value?.messages)) throw new Error(t("notConversations"));
   const made = fresh();
   const messages = value.messages.map((each, index) => message(each, `${place}messages[${index}]`));
-  if (["system", "developer"].includes(messages[0]?.role)) made.system = messages.shift().content;
-  const misplaced = messages.findIndex(({ role }) => !["user", "assistant", "tool"].includes(role));
+  const begins = ["system", "developer"].includes(messages[0]?.role);
+  const misplaced = messages.findIndex(
+    ({ role }, index) =>
+      !["user", "assistant", "tool"].includes(role) && !(begins && index === 0),
+  );
   if (misplaced >= 0) throw new Error(t("badPlace", `${place}messages[${misplaced}].role`));
+  if (begins) made.system = messages.shift().content;
   for (const name of ["title", "system", "tools"]) {
     if (typeof value[name] === "string") made[name] ||= value[name];
   }

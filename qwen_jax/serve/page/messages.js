@@ -1,6 +1,7 @@
 // How one message looks: its text, calls, figures and buttons.
 
 import { button, copyButton } from "./buttons.js";
+import { composing } from "./keys.js";
 import { codeFrame, Rendered } from "./markdown.js";
 import { longest } from "./settings.js";
 import { t } from "./words.js";
@@ -140,6 +141,7 @@ export class MessageView {
     );
     form.append(row);
     form.addEventListener("keydown", (event) => {
+      if (composing(event)) return;
       if (event.key === "Escape") close();
       else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
       else return;
@@ -184,7 +186,7 @@ export function resultForm(calls, send) {
   const sent = () => send(fields.map(({ value }) => value));
   form.append(button(t("sendResults"), sent, { className: "main" }));
   form.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) sent();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !composing(event)) sent();
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   return form;

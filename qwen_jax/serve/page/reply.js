@@ -77,11 +77,11 @@ function take(message, { choices, model }) {
 }
 
 // Counts the tokens of a reply, and what they take: seconds to the first ones, and the rate of the
-// others.
+// others. The figures of a reply that is continued stay until its first new token.
 class Clock {
   constructor(message) {
+    this.message = message;
     this.before = message.about.figures.tokens ?? 0; // of a reply that is continued
-    this.figures = message.about.figures = {};
     this.asked = performance.now();
   }
 
@@ -89,8 +89,10 @@ class Clock {
     const now = performance.now();
     const count = usage?.completion_tokens;
     if (!count) return;
-    this.begun ??= { now, count };
-    this.figures.first ??= (now - this.asked) / 1000;
+    if (!this.begun) {
+      this.begun = { now, count };
+      this.figures = this.message.about.figures = { first: (now - this.asked) / 1000 };
+    }
     if (count !== this.count && now - this.begun.now >= LEAST_TIME) {
       this.figures.rate = ((count - this.begun.count) / (now - this.begun.now)) * 1000;
     }
