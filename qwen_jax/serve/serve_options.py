@@ -156,7 +156,8 @@ def _engine_options(group: command.Group) -> None:
         "--page",
         type=command.positive,
         metavar="N",
-        help="tokens in a page (default: 128 on an accelerator, 16 on a CPU)",
+        help="tokens in a page; a TPU has kernels for 32, 64 and multiples of 128 (default: 128 on "
+        "an accelerator, 16 on a CPU)",
     )
     add(
         "--chunk",
