@@ -4,6 +4,7 @@ import argparse
 import atexit
 import errno
 import functools
+import math
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ import warnings
 from pathlib import Path
 
 from qwen_jax.runtime import paths
+
+_LEAST_FREE = 64 * 2**20  # bytes of a disk; a compiled program may take tens of millions
 
 
 def own_cache(name: str) -> Path:
@@ -78,12 +81,14 @@ def use_compilation_cache(place: str | None = None) -> None:
         with, or if there is none uses a folder in the user's cache.
 
     With several processes, jax lets only process 0 write to the cache while all read from it, so
-    the other processes find programs only if all use the same folder. Raises ValueError or OSError
-    if the folder cannot be used.
+    the other processes find programs only if all use the same folder. Programs in a folder that
+    cannot be written to, or on a disk that is nearly full, are used, and one warning says that no
+    more are kept. Raises ValueError or OSError if the folder cannot be used.
     """
     import jax
 
-    if place is None and jax.config.values["jax_compilation_cache_dir"]:
+    if place is None and (configured := jax.config.values["jax_compilation_cache_dir"]):
+        _write_if_possible(paths.absolute(configured))
         return
     folder = own_cache("jax") if place is None else paths.absolute(place)
     if place is not None:
@@ -93,3 +98,26 @@ def use_compilation_cache(place: str | None = None) -> None:
     if paths.is_remote(folder):
         # XLA's own caches of GPU kernels can be written to local disks only.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    _write_if_possible(folder)
+
+
+def _write_if_possible(folder: Path) -> None:
+    """Have jax not write to a local folder that cannot take compiled programs, and warn once.
+
+    jax would warn at every program, and what it wrote to a full disk in part it would neither read
+    nor replace at any later start.
+    """
+    import jax
+
+    if paths.is_remote(folder) or not folder.is_dir():
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        reason = os.strerror(errno.EACCES)
+    elif (free := shutil.disk_usage(folder).free) < _LEAST_FREE:
+        reason = (
+            f"{free / 2**20:.0f} MiB of its disk are free, at least {_LEAST_FREE >> 20} must be"
+        )
+    else:
+        return
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    warnings.warn(f"{folder}: {reason}: newly compiled programs are not kept", stacklevel=3)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from gcsfs.retry import HttpError
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import aot, device, fine_tuning, golden, kernel_cost, scaling
 from benchmarks import attention as attend
@@ -499,6 +502,48 @@ def test_without_a_home_that_can_be_written_to(home, tmp_path, monkeypatch):
         folders = [verdicts.folder(), token_cache.default_home()]
     assert len(w) == 1 and all(folder.is_dir() for folder in folders)
     assert verdicts.kept() == [] and not folders[0].is_relative_to(tmp_path / "file")
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_cache_that_cannot_be_written_to_is_read(fault, named, tmp_path, monkeypatch):
+    """One warning, and nothing that jax writes in part; the folder may be jax's own setting."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+    names = tuple(f"jax_{name}" for name in (*names, "persistent_cache_enable_xla_caches"))
+    before = {name: jax.config.values[name] for name in names}
+    hits = []
+    heard = lambda event, **_: hits.append(event) if "cache_hits" in event else None  # noqa: E731
+    monitoring.register_event_listener(heard)
+
+    def compile_(factor):
+        jax.jit(lambda x: x * factor + 1)(np.arange(7))
+
+    try:
+        caches.use_compilation_cache(str(tmp_path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+        compile_(3)
+        entries = sorted(tmp_path.iterdir())
+        assert entries and not hits
+        if fault == "full":
+            usage = types.SimpleNamespace(free=9 * 2**20)
+            monkeypatch.setattr(caches.shutil, "disk_usage", lambda _: usage)
+            reason = "9 MiB of its disk are free, at least 64 must be"
+        else:
+            monkeypatch.setattr(caches.os, "access", lambda *_: False)
+            reason = "Permission denied"
+        with pytest.warns(UserWarning, match=f"^{tmp_path}: {reason}: newly .* not kept$") as told:
+            caches.use_compilation_cache(str(tmp_path) if named else None)
+            compilation_cache.reset_cache()
+            compile_(3)
+            compile_(5)
+        assert len(told) == 1 and len(hits) == 1
+        assert sorted(tmp_path.iterdir()) == entries
+    finally:
+        monitoring.unregister_event_listener(heard)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def no_home() -> Path:
