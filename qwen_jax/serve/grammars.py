@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from qwen_jax.serve.refusals import Refusal, busy, invalid
 # A model may write white space without end where JSON allows it: a space, or a line with indents.
 _SPACE = r"(\n {0,32}| )"
 _THREADS = 2  # that compile grammars
+_STACK = 2**28  # bytes of a thread's stack; 64 MiB were enough for twice the most characters
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
@@ -132,7 +134,7 @@ class Grammars:
     ):
         self._words, self._vocab_size, self.ends = words, vocab_size, tuple(ends)
         self._size, self._seconds = size, seconds
-        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "grammar")
+        self._threads = _threads()
         self._free = asyncio.Semaphore(_THREADS)
 
     @functools.cached_property
@@ -196,6 +198,23 @@ class Grammars:
         if rule.error:
             raise invalid(param, rule.error)
         return [rule, *(rule.copy() for _ in range(count - 1))]
+
+
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    """Start the threads that compile grammars.
+
+    llguidance follows rules and references that lead to each other by recursion: a chain of them
+    within the most characters overflows a common stack of 8 MiB, which would end the process.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "grammar")
+    started = threading.Barrier(_THREADS)  # a thread that is idle would take the next one's part
+    before = threading.stack_size(_STACK)
+    try:
+        for _ in range(_THREADS):
+            pool.submit(started.wait)
+    finally:
+        threading.stack_size(before)
+    return pool
 
 
 def failed(rule: object) -> Refusal | None:

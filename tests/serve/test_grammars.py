@@ -142,6 +142,32 @@ def test_a_bomb_is_followed_or_refused(one: Served, bomb: dict[str, Any]) -> Non
     assert answer.status_code in (200, 400), answer.text
 
 
+def chained(length: int, word: str) -> dict[str, Any]:
+    """A schema whose definitions refer to each other in a chain."""
+    names = {f"d{i}": {word: [{"$ref": f"#/$defs/d{i + 1}"}, {}]} for i in range(length)}
+    return {"$defs": {**names, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        {"json": chained(1900, "allOf")},
+        {"json": chained(1900, "anyOf")},
+        {
+            "grammar": "start: r0"
+            + "".join(f"\nr{i}: r{i + 1}" for i in range(6500))
+            + '\nr6500: "b"'
+        },
+    ],
+)
+def test_a_long_chain_of_rules_does_not_end_the_process(one: Served, deep: dict[str, Any]) -> None:
+    """They are followed by recursion, which overflows a thread's usual stack."""
+    assert 80_000 < len(json.dumps(*deep.values())) < 100_000
+    body = {"messages": HELLO, "structured_outputs": deep, "max_tokens": 5}
+    answer = one.client.post(CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+
+
 def test_one_that_takes_too_long_is_refused() -> None:
     slowly = Source("p", lambda _: time.sleep(0.05) or "", "")
 
