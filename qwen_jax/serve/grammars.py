@@ -6,8 +6,10 @@ of compiling, and to the work of each token. What it refuses is an error that na
 
 import asyncio
 import concurrent.futures
+import decimal
 import functools
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,8 @@ from qwen_jax.serve.refusals import Refusal, busy, invalid
 _SPACE = r"(\n {0,32}| )"
 _THREADS = 2  # that compile grammars
 _STACK = 2**28  # bytes of a thread's stack; 64 MiB were enough for twice the most characters
+_MOST_REMAINDERS = 100_000  # of `multipleOf`, which no limit of llguidance's counts: 0.2 s
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
@@ -62,6 +66,26 @@ def of_lark(text: str) -> str:
 def of_grammar(text: str) -> str:
     """Return llguidance's grammar of one in the notation of Lark, or in GBNF of llama.cpp."""
     return of_lark(any_to_lark(text))
+
+
+def check_multiples(text: str) -> None:
+    """Raise ValueError if numbers in a grammar must be multiples of too large ones.
+
+    llguidance has a state for each remainder, and for each pair where two `multipleOf` hold at the
+    same time; 2 and 5, which divide the base, add few. text: llguidance's grammar, in which parts
+    in Lark may have a schema, and a key of a schema may be written in escapes.
+    """
+    plain, product = re.sub(r"\\u([\da-fA-F]{4})", lambda x: chr(int(x[1], 16)), text), 1
+    for number in set(_MULTIPLE.findall(plain)):
+        digits = decimal.Decimal(repr(float(number))).as_tuple().digits
+        divisor = int("".join(map(str, digits)))
+        for factor in (2, 5):
+            while divisor and divisor % factor == 0:
+                divisor //= factor
+        product = math.lcm(product, divisor or 1)
+        if product > _MOST_REMAINDERS:
+            what = "least common multiple of all multipleOf, without factors 2 and 5"
+            raise ValueError(f"{what}: {product} is more than {_MOST_REMAINDERS}")
 
 
 class Source(NamedTuple):
@@ -187,6 +211,7 @@ class Grammars:
             raise invalid(param, f"{size} characters: at most {self._size}")
         try:
             text = source.make(source.given)
+            check_multiples(text)
         except (ValueError, RecursionError) as error:
             raise invalid(param, str(error)) from None
         except Exception as error:  # of the translation of GBNF

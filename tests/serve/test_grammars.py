@@ -142,6 +142,28 @@ def test_a_bomb_is_followed_or_refused(one: Served, bomb: dict[str, Any]) -> Non
     assert answer.status_code in (200, 400), answer.text
 
 
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        {"json": {"type": "integer", "multipleOf": 10**7 + 19}},
+        {"json": '{"type": "integer", "multiple\\u004ff": 1.0000019e7}'},
+        {"json": {"type": "integer", "allOf": [{"multipleOf": 1009}, {"multipleOf": 1013}]}},
+        {"grammar": 'start: %json {"type": "integer", "multipleOf": 10000019}'},
+    ],
+)
+def test_multiples_of_too_much_are_refused(one: Served, bomb: dict[str, Any]) -> None:
+    """None of llguidance's limits counts them: the first takes minutes and gigabytes."""
+    status, error = one.refused(CHAT, messages=HELLO, structured_outputs=bomb)
+    assert status == 400 and "multiple of all multipleOf" in error["message"]
+
+
+def test_multiples_of_what_schemas_have_are_taken() -> None:
+    for number in ("0.01", "2.5", "86400000", "1e9", "1e-7", "313", "317"):
+        grammars.check_multiples(f'{{"multipleOf" : {number}}}')
+    grammars.check_multiples('{"properties": {"multipleOf": {"multipleOf": 7}}}')
+    grammars.check_multiples('{"multipleOf": 0, "a": [{"multipleOf": 1e999}, {"multipleOf": 7}]}')
+
+
 def chained(length: int, word: str) -> dict[str, Any]:
     """A schema whose definitions refer to each other in a chain."""
     names = {f"d{i}": {word: [{"$ref": f"#/$defs/d{i + 1}"}, {}]} for i in range(length)}
