@@ -27,7 +27,7 @@ from qwen_jax.kernels.mask import Mask
 from qwen_jax.leaves.int8 import Int8, quantize
 from qwen_jax.meshes import sharding
 
-BLOCK = 64  # tokens of a row that are gathered and attended to at a time
+BLOCK = 64  # tokens of a row that are gathered at a time: more would not stay in a CPU's cache
 
 
 @struct.dataclass
@@ -211,9 +211,8 @@ def attend_pages(
 def _read(kv: PoolLeaf, pages: Int[Array, "B n"]) -> tuple[KeysOrValues, KeysOrValues]:
     """Gather the keys and the values of some pages of each row, [B, n page, K, H] each."""
 
-    def gather(
-        x: jax.Array, which: int
-    ) -> jax.Array:  # [P, 2, K, page, ...] -> [B, n page, K, ...]
+    def gather(x: jax.Array, which: int) -> jax.Array:
+        # [P, 2, K, page, ...] -> [B, n page, K, ...]
         heads = jnp.arange(x.shape[2])
         # Heads first, as the definition of attention wants them, and in pieces that lie together.
         piece = (2 * pages[:, None] + which) * len(heads) + heads[:, None]

@@ -21,15 +21,14 @@ async def tokenize(body: TokenizeRequest, served: Served) -> dict[str, Any]:
     else:
         ids = (await chats.prompt(body, served, tools=tools_of(body))).ids
     table = served.tokenizer.id_to_bytes
-
-    def strings() -> list[str]:
-        return [table[i].decode("utf-8", "replace") for i in ids]
-
+    strings = None
+    if body.return_token_strs:
+        strings = [table[i].decode("utf-8", "replace") for i in ids]
     return {
         "count": len(ids),
         "max_model_len": served.longest,
         "tokens": list(ids),
-        "token_strs": strings() if body.return_token_strs else None,
+        "token_strs": strings,
     }
 
 
