@@ -36,3 +36,4 @@ def test_every_figure_of_an_engine_is_written() -> None:
     assert float(found["1 at a time, 8 in, 4 out: steady, decode step (ms)"]) > 0
     line = "decode program, 4 rows of 11 tokens, weights and pages read (GB)"
     assert found[line] == f"{needed / 1e9:.4g}"
+    assert found["decode program, 4 rows of 11 tokens, of copy"].endswith(" %")

@@ -287,7 +287,10 @@ def test_a_step_that_hangs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None
     assert "hangs" in (running.failure or "")
     with pytest.raises(RuntimeError, match="hangs"):
         running.submit([1], Settings(max_new_tokens=1), listener=told.put)
-    running.close()  # does not wait for the step
+    assert running._thread is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(running._thread, "join", lambda *_: pytest.fail("it waits for the step"))
+        running.close()
     goes_on.set()  # too late
     while not isinstance(end := told.get(timeout=60), Ended):
         pass

@@ -51,7 +51,8 @@ def test_processes_that_do_not_connect_are_named(monkeypatch: pytest.MonkeyPatch
 
     def gather(text: str) -> list[str]:
         _, port, secret = json.loads(text)
-        for word in (b"GET / HTTP/1.1", bytes.fromhex(secret) + (2).to_bytes(4)):
+        right, index = bytes.fromhex(secret), (1).to_bytes(4)
+        for word in (b"GET / HTTP/1.1", bytes(len(right)) + index, right + (2).to_bytes(4)):
             lines.append(socket.create_connection(("localhost", port)))
             lines[-1].sendall(word)
         lines[0].shutdown(socket.SHUT_WR)  # a program that is none of ours
