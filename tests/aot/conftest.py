@@ -28,6 +28,7 @@ COMPILED = [
     "test_pages.py",
     "test_cost.py",
     "test_engine_programs.py",
+    "test_grouped_products.py",
     "test_pod.py",
     "test_cuda.py",
     "test_plan.py",

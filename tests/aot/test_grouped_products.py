@@ -1,0 +1,125 @@
+"""Products with weights in groups compile for every published size, and copy no weight.
+
+On TPUs they cost at most as many cycles as unpacking must, and with four bits or eight fewer than
+the weight needs to arrive.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import aot
+from qwen_jax import PRESETS
+from qwen_jax.kernels import grouped_tpu
+from tests.aot.conftest import parameter
+
+GROUP = 128
+WEIGHTS = 2**20
+
+
+def matrices(name: str, tp: int) -> dict[str, tuple[int, int, int]]:
+    """Inputs, outputs and the size of a group of a device's part of each kind of weight."""
+    config = PRESETS[name]
+    width, inner = config.hidden_size, config.intermediate_size
+
+    def by_rows(inputs: int) -> tuple[int, int, int]:
+        return inputs // tp, width, math.gcd(GROUP, inputs // tp)
+
+    return {
+        "q": (width, width // tp, GROUP),
+        "o": by_rows(width),
+        "up": (width, inner // tp, GROUP),
+        "down": by_rows(inner),
+    }
+
+
+def arguments(
+    matrix: tuple[int, int, int], bits: int, *, rows: int, scales: Any, zeros: bool = False
+) -> tuple[Any, ...]:
+    inputs, outputs, size = matrix
+    of_groups = (inputs // size, outputs)
+    given = [
+        jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16),
+        jax.ShapeDtypeStruct((inputs * bits // 32, outputs), jnp.uint32),
+        jax.ShapeDtypeStruct(of_groups, scales),
+    ]
+    return *given, *[jax.ShapeDtypeStruct(of_groups, jnp.uint8)] * zeros
+
+
+def on_tpu(target: str, given: tuple[Any, ...], bits: int) -> tuple[jax.stages.Compiled, aot.Cost]:
+    def product(x: Any, codes: Any, scales: Any, zeros: Any = None) -> jax.Array:
+        return grouped_tpu.tpu_product(x, codes, scales=scales, zeros=zeros, bits=bits)
+
+    compiled, programs = aot.compile_tpu(product, given, target)
+    (ours,) = (x for x in programs if grouped_tpu.NAME in x.name)
+    return compiled, aot.steady(ours)
+
+
+# Each size on each target, on one device or on as many as this list says.
+TPUS = [
+    parameter(target, name, tp, smoke=(target, name) == ("v5e", "qwen-1.8b"))
+    for target, split in {
+        "v5e": (8, 1, 4, 1),
+        "v6e": (1, 8, 1, 8),
+        "v5p": (4, 2, 8, 1),
+    }.items()
+    for name, tp in zip(("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b"), split, strict=True)
+]
+
+
+@pytest.mark.parametrize(("target", "name", "tp"), TPUS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiles_for_tpus(target: str, name: str, tp: int, bits: int) -> None:
+    for matrix in matrices(name, tp).values():
+        given = arguments(matrix, bits, rows=8, scales=jnp.int16)
+        compiled, cost = on_tpu(target, given, bits)
+        inputs, outputs, size = matrix
+        # x in the kernel's order, twice, and with rows of its own for each group of 128 inputs.
+        room = 2 * 2 * 16 * inputs * max(1, 64 // size) + 2**16
+        if outputs % 128:  # XLA may choose to lay out an argument inputs last, which is copied
+            room += inputs * (outputs + 127) * bits // 8
+        assert temporary(compiled) <= room
+        assert cost.spills < cost.step.cycles / 10
+
+
+# Bundles for 1,048,576 weights: those of the cheapest way to unpack that was found in a kernel of
+# one block, without a grid. One with zeros multiplies by them, too.
+LIMITS = {
+    ("v5e", 4): 705, ("v6e", 4): 591, ("v5p", 4): 748,
+    ("v5e", 8): 859, ("v6e", 8): 592, ("v5p", 8): 902,
+}  # fmt: skip
+COSTS = [parameter(*key, smoke=key == ("v6e", 4)) for key in LIMITS]
+
+
+@pytest.mark.parametrize(("target", "bits"), COSTS)
+def test_costs_no_more_than_unpacking_must(target: str, bits: int) -> None:
+    for kind in ("up", "down"):
+        matrix = matrices("qwen-7b", 1)[kind]
+        for zeros in (False, True):
+            given = arguments(matrix, bits, rows=16, scales=jnp.int16, zeros=zeros)
+            _, cost = on_tpu(target, given, bits)
+            shape = grouped_tpu.shape_of(*given[:3], bits=bits, native=target == "v6e" or bits == 8)
+            weights = shape.inputs * shape.columns
+            cycles = cost.step.cycles / weights * WEIGHTS
+            if not zeros:
+                assert cycles <= LIMITS[target, bits]
+            arrives = weights * (bits + (16 + 8 * zeros) / GROUP) / 8 / aot.TPUS[target].hbm
+            if target != "v5p":
+                assert cost.step.cycles < arrives
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_float16_scales_alone_are_copied(target: str) -> None:
+    matrix = matrices("qwen-7b", 1)["down"]
+    given = arguments(matrix, 4, rows=1, scales=jnp.float16)
+    compiled, _ = on_tpu(target, given, 4)
+    assert temporary(compiled) <= given[2].size * 2 + 2**20
+
+
+def temporary(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
