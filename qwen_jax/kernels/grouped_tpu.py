@@ -13,6 +13,12 @@ subtracted from the group's sum. Eight bits are shifted and converted.
 
 Groups of fewer than the 128 inputs that fill a matrix unit share its square of weights: each group
 has rows of its own, which hold x where the group is, and zeros elsewhere.
+
+With many rows a product takes as long as the matrix units are busy. A block of the weight becomes
+bfloat16 in VMEM for all rows of a block, and is nowhere whole. Up to a v5p, scaling the products of
+bfloat16 rows costs no time, as matrix units give them back group by group. From a v6e on they add
+up 256 inputs and more by themselves, and scaled products would halve their speed: there, and for
+groups of fewer than 128 inputs, the scale multiplies the weight, which is rounded to bfloat16.
 """
 
 import functools
@@ -35,10 +41,13 @@ DTYPES = ("bfloat16", "float16", "float32")
 # By device_kind: the bits of integers that a chip converts to bfloat16 quickly, and the bytes of
 # VMEM that a kernel may use.
 NATIVE = {"TPU v5 lite": (8,), "TPU v5": (8,), "TPU v6 lite": (4, 8), "TPU7x": (4, 8)}
+# Chips whose matrix units add up the products of more than 128 inputs.
+_ADDING = ("TPU v6 lite", "TPU7x")
 _MIB = 2**20
 _VMEM = {"TPU v4": 15 * _MIB, "TPU v5": 60 * _MIB, "TPU7x": 60 * _MIB}
 _LARGE = 100 * _MIB  # of a v5e or a v6e
 _WORD, _DEPTH, _SUBLANES = 32, 128, 8
+_FEW = 64  # rows for which the weight is not dequantised for a block of rows
 _ROWS = 512  # rows of the matrix product at most
 _TILE = 256  # columns whose sums are in registers at once, and of a matrix unit of a v6e
 # Weights in a grid step, the least and the most, and steps. A step fills and drains the matrix
@@ -91,6 +100,32 @@ class Shape(NamedTuple):
         return 16 if self.bits == 4 and not self.native else -(2 ** (self.bits - 1))
 
 
+class Blocks(NamedTuple):
+    """The sizes by which the kernel for many rows divides its work.
+
+    inputs, groups, bits: as in `Shape`.
+    size: inputs of a group.
+    rows, columns, depth: rows, outputs and inputs in a grid step.
+    rounded: whether scales multiply weights, which are rounded to bfloat16, and not products.
+    native: as in `Shape`; a conversion takes no time beside the products of so many rows.
+    """
+
+    inputs: int
+    groups: int
+    bits: int
+    size: int
+    rows: int
+    columns: int
+    depth: int
+    rounded: bool
+    native: bool = True
+
+    @property
+    def held(self) -> int:
+        """The number of rows of scales that all grid steps of a column take."""
+        return -(-round_up(self.inputs, self.depth) // self.size)
+
+
 def tpu_product(
     x: Float[Array, "B inputs"],
     codes: UInt32[Array, "words out"],
@@ -102,7 +137,7 @@ def tpu_product(
     native: bool | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "B out"]:
-    """Multiply a few rows by a weight whose elements are (code - zero) * scale.
+    """Multiply rows by a weight whose elements are (code - zero) * scale.
 
     x: [B, in].
     codes: uint32 [in * bits / 32, out]; a word holds successive inputs, the first in its lowest
@@ -115,20 +150,22 @@ def tpu_product(
     native: whether the chip converts integers of so many bits quickly; None asks the device.
     interpret: whether to interpret the kernel; None does so on a CPU only.
 
-    Products are exact, and their sums are in float32. Raises NotImplementedError for a shape, dtype
-    or device that the kernel does not support.
+    Sums are in float32. The weight is not rounded, but where the head of this file says so. Raises
+    NotImplementedError for a shape, dtype or device that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
     if x.dtype.name not in DTYPES:
         raise NotImplementedError(f"{NAME}: dtype {x.dtype.name}, only {', '.join(DTYPES)}")
     if bits not in (4, 8):
         raise NotImplementedError(f"{NAME}: {bits} bits, only 4 and 8")
-    kind = choice.device().device_kind
-    native = bits in NATIVE.get(kind, ()) if native is None else native
-    shape = shape_of(x, codes, scales, bits=bits, native=native)
     if scales.dtype == jnp.float16:
         scales = lax.bitcast_convert_type(scales, jnp.int16)
     tables = [scales] if zeros is None else [scales, zeros]
+    if x.shape[0] > _FEW:
+        return _many_rows(x, codes, tables, bits, dtype or x.dtype, interpret)
+    kind = choice.device().device_kind
+    native = bits in NATIVE.get(kind, ()) if native is None else native
+    shape = shape_of(x, codes, scales, bits=bits, native=native)
 
     def of_step(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, shape.columns), lambda i: (0, i))
@@ -166,11 +203,7 @@ def shape_of(
     """
     groups = scales.shape[0]
     (rows, inputs), outputs = x.shape, codes.shape[1]
-    size = inputs // groups if groups > 1 else round_up(inputs, _DEPTH)
-    if (size % _DEPTH and _DEPTH % size) or _DEPTH // size > _TABLE_ROWS:
-        raise NotImplementedError(
-            f"{NAME}: groups of {size} inputs, only 8, 16, 32, 64 and multiples of {_DEPTH}"
-        )
+    size = _group_size(inputs, groups)
     span = max(size, _DEPTH)
     parts, pieces = span // size, _EXACT[x.dtype.name]
     padded = round_up(rows * pieces, _SUBLANES if parts > 1 else 2 * _SUBLANES)
@@ -183,6 +216,16 @@ def shape_of(
     columns = min(most, max(least, pl.cdiv(outputs, _STEPS)))
     columns = min(round_up(columns, _TILE), round_up(outputs, _DEPTH))
     return Shape(rows, inputs, outputs, groups, bits, span, parts, pieces, padded, columns, native)
+
+
+def _group_size(inputs: int, groups: int) -> int:
+    """Return the inputs of a group, or raise NotImplementedError if there can be no such groups."""
+    size = inputs // groups if groups > 1 else round_up(inputs, _DEPTH)
+    if (size % _DEPTH and _DEPTH % size) or _DEPTH // size > _TABLE_ROWS:
+        raise NotImplementedError(
+            f"{NAME}: groups of {size} inputs, only 8, 16, 32, 64 and multiples of {_DEPTH}"
+        )
+    return size
 
 
 def _arrange(shape: Shape, x: jax.Array) -> jax.Array:
@@ -267,7 +310,7 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.dot(x, y, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
 
 
-def _unpacked(shape: Shape, words: jax.Array) -> jax.Array:
+def _unpacked(shape: Shape | Blocks, words: jax.Array) -> jax.Array:
     """Unpack words [words, tile] to code + shape.lowest, in bfloat16 [span, tile]."""
     if shape.native:
         half, integers = (0x88888888, jnp.int4) if shape.bits == 4 else (0x80808080, jnp.int8)
@@ -296,10 +339,162 @@ def _bytes(words: jax.Array, j: int) -> jax.Array:
 
 def _float32(scales: jax.Array) -> jax.Array:
     """Convert scales from float32, or from the bits of finite float16 numbers in int16."""
-    if scales.dtype == jnp.float32:
-        return scales
+    if scales.dtype != jnp.int16:
+        return scales.astype(jnp.int32).astype(jnp.float32) if scales.dtype == jnp.uint8 else scales
     bits = scales.astype(jnp.int32)
     size = bits & 0x7FFF
     normal = lax.bitcast_convert_type((size << 13) + (112 << 23), jnp.float32)
     value = jnp.where(size < 1 << 10, size.astype(jnp.float32) * 2.0**-24, normal)
     return jnp.where(bits < 0, -value, value)
+
+
+def _many_rows(
+    x: jax.Array,
+    codes: jax.Array,
+    tables: list[jax.Array],
+    bits: int,
+    dtype: DTypeLike,
+    interpret: bool,
+) -> jax.Array:
+    """Multiply many rows; the arguments are `tpu_product`'s, and `tables` scales and zeros."""
+    kind = choice.device().device_kind
+    if kind == "TPU v4":
+        raise NotImplementedError(f"{NAME}: more than {_FEW} rows on a {kind}")
+    pieces = _EXACT[x.dtype.name]
+    rows = _pieces(x, pieces)
+    shape = blocks_of(x, codes, tables[0], bits=bits, kind=kind)
+
+    def of_columns(rows: int, *, whole: bool) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, shape.columns), lambda _, c, k: (0 if whole else k, c))
+
+    scratch = pltpu.VMEM((shape.held, shape.columns), jnp.float32)
+    y = pl.pallas_call(
+        functools.partial(_many_kernel, shape),
+        out_shape=jax.ShapeDtypeStruct(
+            (rows.shape[0], codes.shape[1]), dtype if pieces == 1 else jnp.float32
+        ),
+        grid=(
+            pl.cdiv(rows.shape[0], shape.rows),
+            pl.cdiv(codes.shape[1], shape.columns),
+            pl.cdiv(shape.inputs, shape.depth),
+        ),
+        in_specs=[
+            pl.BlockSpec((shape.rows, shape.depth), lambda r, _, k: (r, k)),
+            of_columns(shape.depth * bits // _WORD, whole=False),
+            [of_columns(shape.groups, whole=True)] * len(tables),
+        ],
+        out_specs=pl.BlockSpec((shape.rows, shape.columns), lambda r, c, _: (r, c)),
+        scratch_shapes=[
+            pltpu.VMEM((shape.rows, shape.columns), jnp.float32),
+            [scratch] * len(tables),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM.get(kind, _LARGE),
+        ),
+        interpret=interpret,
+        name=f"{NAME}_many",
+    )(rows, codes, tables)
+    if pieces == 1:
+        return y
+    return jnp.sum(y.reshape(pieces, *x.shape[:1], -1)[::-1], 0).astype(dtype)
+
+
+def blocks_of(
+    x: Float[Array, "B inputs"],
+    codes: UInt32[Array, "words out"],
+    scales: Float[Array, "groups out"] | Int16[Array, "groups out"],
+    *,
+    bits: int,
+    kind: str,
+) -> Blocks:
+    """Choose the sizes by which the kernel for many rows divides its work.
+
+    kind: the chip's `device_kind`; the other arguments are `tpu_product`'s.
+
+    Raises NotImplementedError for a shape that the kernel does not support.
+    """
+    inputs, outputs, groups = x.shape[1], codes.shape[1], scales.shape[0]
+    pieces = _EXACT[x.dtype.name]
+    size = _group_size(inputs, groups)
+    large = kind in _ADDING
+    rounded = pieces == 1 and (large or size < _DEPTH)
+    if size < _DEPTH and not rounded:
+        raise NotImplementedError(
+            f"{NAME}: more than {_FEW} rows for groups of {size} inputs, only of bfloat16"
+        )
+    most = 1024 if large else 512
+    spans = -(-inputs // _DEPTH)
+    depth = min(range(8, 13), key=lambda number: (round_up(spans, number), -number))
+    return Blocks(
+        inputs,
+        groups,
+        bits,
+        size,
+        min(most, round_up(x.shape[0] * pieces, 2 * _SUBLANES)),
+        min(most, round_up(outputs, _DEPTH)),
+        min(depth, spans) * _DEPTH,
+        rounded,
+    )
+
+
+def _many_kernel(
+    shape: Blocks,
+    x: Ref,
+    codes: Ref,
+    tables: list[Ref],
+    y: Ref,
+    total: Ref,
+    held: list[Ref],
+) -> None:
+    """Add the products with a block of inputs to a block of results.
+
+    x: bfloat16 [rows, depth].
+    codes: uint32 [words, columns].
+    tables: the scales, and the zeros, if any, [groups, columns].
+    y: [rows, columns].
+    total: float32 [rows, columns], the sum over the blocks so far.
+    held: the tables in float32, with 0 beyond the last group.
+    """
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+        for table, wide in zip(tables, held, strict=True):
+            wide[...] = jnp.zeros_like(wide)
+            wide[: shape.groups] = _float32(table[...])
+
+    inputs = x[...]
+    if shape.inputs % shape.depth:  # beyond the last input there may be NaN
+        left = shape.inputs - step * shape.depth
+        inputs = jnp.where(lax.broadcasted_iota(jnp.int32, inputs.shape, 1) < left, inputs, 0)
+    words = _DEPTH * shape.bits // _WORD
+    blocks = []
+    for i in range(shape.depth // _DEPTH):
+        first = step * shape.depth + i * _DEPTH
+        block = _unpacked(shape, codes[i * words : (i + 1) * words])
+        scales = _of_inputs(shape, held[0], first)
+        if len(held) == 2:  # a difference of codes is exact in bfloat16
+            zeros = _of_inputs(shape, held[1], first)
+            block = block.astype(jnp.float32) + 2.0 ** (shape.bits - 1) - zeros
+        if shape.rounded:
+            blocks.append((block.astype(jnp.float32) * scales).astype(jnp.bfloat16))
+        else:
+            some = inputs[:, i * _DEPTH : (i + 1) * _DEPTH]
+            total[...] += _dot(some, block.astype(jnp.bfloat16)) * scales
+    if shape.rounded:
+        total[...] += _dot(inputs, jnp.concatenate(blocks, 0))
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        y[...] = total[...].astype(y.dtype)
+
+
+def _of_inputs(shape: Blocks, table: Ref, first: jax.Array) -> jax.Array:
+    """Return the rows of a table for 128 inputs: one for all, or one for each."""
+    if shape.size >= _DEPTH:
+        return table[pl.ds(first // shape.size, 1)]
+    parts = _DEPTH // shape.size
+    rows = [table[pl.ds(first // shape.size + i, 1)] for i in range(parts)]
+    return jnp.concatenate([jnp.broadcast_to(x, (shape.size, x.shape[1])) for x in rows], 0)

@@ -111,6 +111,21 @@ def test_costs_no_more_than_unpacking_must(target: str, bits: int) -> None:
                 assert cost.step.cycles < arrives
 
 
+# The share of a matrix unit's time that many rows must use, of a weight that is nowhere whole.
+@pytest.mark.parametrize(("target", "share"), [("v5e", 0.9), ("v5p", 0.9), ("v6e", 0.83)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_keep_matrix_units_busy(target: str, share: float, bits: int) -> None:
+    for kind in ("up", "down"):
+        given = arguments(
+            matrices("qwen-7b", 1)[kind], bits, rows=2048, scales=jnp.int16, zeros=bits == 8
+        )
+        compiled, cost = on_tpu(target, given, bits)
+        shape = grouped_tpu.blocks_of(*given[:3], bits=bits, kind=aot.TPUS[target].kind)
+        busy = 2 * shape.rows * shape.columns * shape.depth / aot.TPUS[target].flops
+        assert busy >= share * cost.step.cycles
+        assert temporary(compiled) < 2**20
+
+
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
 def test_float16_scales_alone_are_copied(target: str) -> None:
     matrix = matrices("qwen-7b", 1)["down"]

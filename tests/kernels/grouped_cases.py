@@ -52,8 +52,13 @@ def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(fields << shifts, 1)
 
 
-def reference(case: Case, drawn: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The product in float64, and the sum of the sizes of its terms."""
+def reference(
+    case: Case, drawn: dict[str, Any], *, rounded: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The product in float64, and the sum of the sizes of its terms.
+
+    rounded: whether the weight is one of bfloat16.
+    """
     words = np.asarray(drawn["codes"])
     fields = [
         (words >> np.uint32(k)) & np.uint32(2**case.bits - 1) for k in range(0, 32, case.bits)
@@ -66,14 +71,19 @@ def reference(case: Case, drawn: dict[str, Any]) -> tuple[np.ndarray, np.ndarray
         for x in (np.asarray(drawn["scales"], np.float64), zeros)
     )
     x, weight = np.asarray(drawn["x"], np.float64), (codes - zeros) * scales
+    if rounded:
+        weight = weight.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
     return x @ weight, np.abs(x) @ np.abs(weight)
 
 
-def check(product: Callable[..., jax.Array], case: Case) -> None:
-    """Run a product that returns float32, to within 1e-6 of the sum of its terms' sizes."""
+def check(product: Callable[..., jax.Array], case: Case, *, rounded: bool = False) -> None:
+    """Run a product that returns float32, to within 1e-6 of the sum of its terms' sizes.
+
+    rounded: whether the weight may be rounded to bfloat16.
+    """
     drawn = draw(case)
     y = product(**drawn)
-    expected, sizes = reference(case, drawn)
+    expected, sizes = reference(case, drawn, rounded=rounded)
     assert y.dtype == jnp.float32 and y.shape == expected.shape
     error = np.max(np.abs(np.asarray(y, np.float64) - expected) / sizes)
     assert error <= 1e-6, error

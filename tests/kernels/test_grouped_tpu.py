@@ -43,6 +43,37 @@ def test_agrees_with_float64(case: Case, native: bool) -> None:
     check(jax.jit(product, compiler_options=QUICK), case)
 
 
+@pytest.mark.parametrize(
+    ("case", "rounded"),
+    [
+        (Case(70, 1664, 640, asymmetric=True), False),
+        (Case(520, 256, 128, 256, bits=8), False),
+        (Case(65, 128, 72, dtype="float16"), False),
+        (Case(100, 1376, 128, 32, asymmetric=True), True),
+    ],
+    ids=str,
+)
+def test_many_rows_agree_with_float64(case: Case, rounded: bool) -> None:
+    product = functools.partial(
+        grouped_tpu.tpu_product, bits=case.bits, dtype="float32", interpret=True
+    )
+    check(jax.jit(product, compiler_options=QUICK), case, rounded=rounded)
+
+
+def test_matrix_units_that_add_up_get_scaled_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+    monkeypatch.setattr(grouped_tpu.choice, "device", lambda: chip)
+    product = functools.partial(grouped_tpu.tpu_product, dtype="float32", interpret=True)
+    for case in (Case(65, 256, 128), Case(65, 256, 128, dtype="float32")):
+        drawn = draw(case)
+        check(functools.partial(product, bits=4), case, rounded=case.dtype == "bfloat16")
+    monkeypatch.setattr(
+        grouped_tpu.choice, "device", lambda: jax.sharding.AbstractDevice("TPU v4", 2, "tpu")
+    )
+    with pytest.raises(NotImplementedError, match="more than 64 rows on a TPU v4"):
+        product(**drawn, bits=4)
+
+
 def test_scales_may_be_the_bits_of_float16() -> None:
     drawn = draw(Case(2, 256, 128))
     bits: dict[str, Any] = {"scales": jax.lax.bitcast_convert_type(drawn["scales"], jnp.int16)}
@@ -65,5 +96,7 @@ def test_declines() -> None:
         product(**draw(case), bits=2)
     with pytest.raises(NotImplementedError, match="groups of 96 inputs, only 8, 16, 32, 64 and"):
         product(**draw(dataclasses.replace(case, inputs=288, size=96)))
-    with pytest.raises(NotImplementedError, match=r"65 rows of float32 .* 16 .* only up to 512"):
+    with pytest.raises(NotImplementedError, match=r"64 rows of float32 .* 16 .* only up to 512"):
+        product(**draw(dataclasses.replace(case, rows=64, size=16, dtype="float32")))
+    with pytest.raises(NotImplementedError, match="more than 64 rows for groups of 16 inputs"):
         product(**draw(dataclasses.replace(case, rows=65, size=16, dtype="float32")))
