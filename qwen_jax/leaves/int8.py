@@ -84,16 +84,18 @@ def quantize_weight(weight: Weight) -> Int8[Weight]:
     )
 
 
-def of_layers(path: str, weight: Weight) -> Weight | Int8[Weight]:
+def of_layers(path: str, weight: Weight | Leaf) -> Weight | Leaf:
     """Convert a weight to int8 if it is a matrix of a layer, and return any other one unchanged.
 
-    Embedding, head, norms and biases keep their dtype, as they are few and matter more. It is a
-    converter of weights for `checkpoint.load`.
+    Embedding, head, norms and biases keep their dtype, as they are few and matter more; so does a
+    weight that is quantised already. It is a converter of weights for `checkpoint.load`.
 
     path: the weight's path in the decoder, such as `layers.0.attn.q`.
     """
-    small = not path.startswith("layers.") or len(weight.letters.removeprefix("L")) < 2
-    return weight if small else quantize_weight(weight)
+    if isinstance(weight, Leaf) or not path.startswith("layers."):
+        return weight
+    matrix = len(weight.letters.removeprefix("L")) == 2
+    return quantize_weight(weight) if matrix else weight
 
 
 @product.register(Int8)

@@ -21,7 +21,8 @@ def unshard(tree: _Tree, dtype: DTypeLike | None = None) -> _Tree:
 
     tree: a module, or any tree of weights.
     dtype: the floating-point dtype of the values that are gathered; None keeps each weight's dtype.
-        Integers always keep theirs.
+        Integers always keep theirs, and so do floats of as many bytes, such as float16 scales in a
+        pass in bfloat16.
 
     A weight of a wider dtype is returned in that dtype, although its values are rounded and travel
     as `dtype`, so its gradient is summed over the mesh and scattered in the weight's own dtype.
@@ -29,7 +30,8 @@ def unshard(tree: _Tree, dtype: DTypeLike | None = None) -> _Tree:
 
     def gather(leaf: jax.Array) -> jax.Array:
         spec = jax.typeof(leaf).sharding.spec
-        if dtype in (None, leaf.dtype) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        rounded = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if not rounded or jnp.dtype(dtype).itemsize == leaf.dtype.itemsize:
             axis, places = _gathering(spec)
             return _resharded(leaf, axis, places=places)
         return _gathered(leaf, jnp.dtype(dtype), leaf.dtype, spec)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen_jax.leaves.weights import Weight, contract, precision
+from qwen_jax.leaves.weights import Leaf, Weight, contract, precision
 from qwen_jax.meshes import gathering, sharding
 
 LOGITS_BYTES = 2**28  # the most bytes of float32 logits that a device holds at once
@@ -136,7 +136,7 @@ def _split(x: jax.Array, axis: int) -> tuple[str, ...]:
 
 
 @jax.jit
-def logits(x: Float[Array, "B T D"], head: Weight) -> Float[Array, "B T V"]:
+def logits(x: Float[Array, "B T D"], head: Weight | Leaf) -> Float[Array, "B T V"]:
     """Compute float32 logits [B, T, V] from x [B, T, D] after the final norm and a head [V, D]."""
     head = gathering.unshard(head, x.dtype)
     return contract("BTD,VD->BTV", x, weight=head, preferred_element_type=jnp.float32)

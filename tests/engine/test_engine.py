@@ -43,6 +43,7 @@ from tests.support.tiny import (
 SEEDS = st.integers(0, 2**32 - 1)
 SCHEDULES = int(os.environ.get("SCHEDULES", "40"))  # of each kind; 300 before a release
 
+IN_WORDS = tiny_config(intermediate_size=48, dynamic_ntk=True, logn=True)  # which words divide
 BFLOAT16_INT8 = {"dtype": "bfloat16", "shape": SHAPE._replace(cache_dtype="int8")}
 
 
@@ -91,10 +92,13 @@ def test_a_request_has_the_same_bits_in_a_crowd() -> None:
             "sizes": (("data", 2), ("tp", 2)),
         },
         {"shape": SHAPE._replace(rows=24)},  # tokens are chosen for eight of them at a time
+        {"config": IN_WORDS, "bits": 4},
+        {"config": IN_WORDS, "bits": 8, **BFLOAT16_INT8},
     ],
     ids=[
         *("float32", "bfloat16", "bfloat16 int8", "int8", "windows"),
         *("windows bfloat16 int8", "mesh bfloat16 int8", "blocks of rows"),
+        *("weights of 4 bits", "weights of 8 bits bfloat16 int8"),
     ],
 )
 def test_schedules_have_the_same_bits(how: dict[str, Any]) -> None:
@@ -122,8 +126,9 @@ def by_adapter(requests: list[Asked]) -> list[Asked]:
         {},
         BFLOAT16_INT8,
         {"shape": SHAPE._replace(rows=8), "sizes": (("data", 2), ("tp", 2))},
+        {"config": IN_WORDS, "bits": 4, "shape": SHAPE._replace(cache_dtype="int8")},
     ],
-    ids=["float32", "bfloat16 int8", "mesh"],
+    ids=["float32", "bfloat16 int8", "mesh", "weights of 4 bits int8"],
 )
 def test_schedules_with_adapters_have_the_same_bits(how: dict[str, Any]) -> None:
     @settings(max_examples=SCHEDULES)

@@ -12,6 +12,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.settings import Choice, Event, Settings, Started
 from qwen_jax.engine.steps import Shape, Steps
 from qwen_jax.model import adapted, rope
+from tests.support import integers
 from tests.support.tiny import drawn_adapters, tiny_config, tiny_decoder
 
 SHAPE = Shape(rows=4, width=16, pages=33, size=4, chunk=8, chunks=1)
@@ -27,14 +28,18 @@ def programs(
     shape: Shape = SHAPE,
     sizes: tuple[tuple[str, int], ...] = (),
     several: bool = False,
+    bits: int | None = None,
 ) -> Steps:
     """Compiled programs, which engines take in turn: a new engine forgets what the last one did.
 
     several: with the two adapters of `drawn_adapters`, ADAPTERS by name.
+    bits: of the weights of layers; None for floats.
     """
     mesh = meshes.make(dict(sizes))
     with meshes.entered(mesh):
         decoder = tiny_decoder(config, dtype)
+        if bits is not None:
+            decoder = integers.decoder_of(decoder, bits=bits)
         if several:
             adapters = [drawn_adapters(decoder, number) for number in range(len(ADAPTERS))]
             decoder = adapted.attach_several(decoder, adapters)
