@@ -6,6 +6,7 @@ It finds every defect of a folder before anything is written.
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen_jax.checkpoint import store
 from qwen_jax.checkpoint.safetensors_header import CODES, DTYPES, Tensor, read_header
 from qwen_jax.runtime.texts import read_json
 
@@ -42,21 +43,22 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def dtype_of(tensors: Mapping[str, Tensor], wanted: str | None) -> str:
-    """Return the dtype to convert a checkpoint to: `asked`, or the dtype of all its tensors.
+    """Return the dtype to convert a checkpoint to: `wanted`, or the dtype of all these tensors.
 
-    Raises ValueError if a tensor's dtype is not supported, or if the dtypes differ and `asked` is
+    Raises ValueError if a tensor's dtype is not supported, or if the dtypes differ and `wanted` is
     None.
     """
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         found.setdefault(tensor.code, []).append(name)
-    if unsupported := {code: names for code, names in found.items() if code not in DTYPES}:
+    floats = [CODES[dtype] for dtype in store.DTYPES]
+    if unsupported := {code: names for code, names in found.items() if code not in floats}:
         some = "; ".join(
             f"{code}: {names[0]} ({len(names)})" for code, names in unsupported.items()
         )
         raise ValueError(
-            f"tensors of dtype {some}: only {', '.join(CODES)} can be converted; quantised "
-            "checkpoints are not supported yet, take the one they were made from"
+            f"tensors of dtype {some}: only {', '.join(store.DTYPES)} can be converted; take the "
+            "checkpoint they were made from"
         )
     if wanted is None and len(found) > 1:
         counts = ", ".join(f"{len(names)} {DTYPES[code]}" for code, names in found.items())

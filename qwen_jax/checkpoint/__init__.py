@@ -6,10 +6,12 @@ import jax.
 
 from qwen_jax.checkpoint.directory import CheckpointError, verify_whole
 from qwen_jax.checkpoint.loading import (
+    abstract,
     abstract_leaves,
     load,
     load_config,
     load_generation_config,
+    load_kinds,
     load_tokenizer,
 )
 from qwen_jax.checkpoint.saving import finish, save
@@ -18,11 +20,13 @@ from qwen_jax.checkpoint.store import DTYPES
 __all__ = [
     "DTYPES",
     "CheckpointError",
+    "abstract",
     "abstract_leaves",
     "finish",
     "load",
     "load_config",
     "load_generation_config",
+    "load_kinds",
     "load_tokenizer",
     "save",
     "verify_whole",

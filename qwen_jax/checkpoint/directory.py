@@ -6,7 +6,6 @@ it is unfinished, whatever it contains. This module knows neither jax nor the va
 
 import importlib.metadata
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,9 @@ _ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter in PEFT's format
 _NESTED = 3  # levels above a path at which the intended model or run is looked for
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"  # OWNER/NAME of a model on the Hugging Face hub
 UNFINISHED = "unfinished.json"  # exists while a conversion or a save is running
-FORMAT = 2  # in format 1, leaves had an axis for heads
+# In format 1, leaves had an axis for heads. Format 3 has quantised weights (`kinds.py`), and is
+# written only for a directory that holds some; all others have format 2.
+FORMATS = (2, 3)
 # Files copied beside the weights: configuration, vocabularies, licence, and the auto_map's code.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
@@ -78,10 +79,10 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
     """
     root = finished(path)
     manifest = read_json(root / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in FORMATS:
         raise CheckpointError(
             f"{root / MANIFEST} has format {manifest.get('format')!r}, this version of qwen_jax "
-            f"reads {FORMAT}: update qwen_jax or convert again"
+            f"reads {' and '.join(map(str, FORMATS))}: update qwen_jax or convert again"
         )
     found, listed = file_sizes(root), manifest.get("files")
     shapes = manifest.get("shapes")
@@ -225,19 +226,17 @@ def some(problems: list[str]) -> str:
 
 
 def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> None:
-    """Write the manifest, which declares a directory complete; all its leaves must be written.
+    """Write the manifest, which declares a directory complete; all its arrays must be written.
 
     path: the directory.
-    shapes: the shape of each leaf, by its path in the tree.
-    facts: further entries, such as dtype, mesh and source.
+    shapes: the shape of each stored array, by its path in the tree.
+    facts: further entries, such as format, dtype, mesh and source.
     """
     libraries = ("qwen-jax", "jax", "flax", "orbax-checkpoint")
     write_json(
         path / MANIFEST,
         {
-            "format": FORMAT,
             **facts,
-            "num_params": sum(math.prod(shape) for shape in shapes.values()),
             "versions": {name: _version(name) for name in libraries},
             "shapes": {name: list(shape) for name, shape in shapes.items()},
             "files": file_sizes(path),
@@ -248,23 +247,6 @@ def write_manifest(path: Path, shapes: Mapping[str, tuple[int, ...]], **facts: A
 def file_sizes(root: Path) -> dict[str, int]:
     """Return the size in bytes of every file under params/, by its path in the directory."""
     return {f"{PARAMS}/{name}": size for name, size in paths.sizes(root / PARAMS).items()}
-
-
-def check_shapes(
-    root: Path, manifest: Mapping[str, Any], *, wanted: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise CheckpointError if the stored leaves differ from those that config.json implies.
-
-    root: the directory, for the message.
-    manifest: the directory's manifest, which has the stored shapes.
-    wanted: the shape of each leaf that config.json implies, by its path.
-    """
-    stored = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-    if problems := mismatch(stored, wanted):
-        raise CheckpointError(
-            f"the weights in {root} do not match {CONFIG}: {problems}; put back the {CONFIG} that "
-            "they were converted with, or convert again"
-        )
 
 
 def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

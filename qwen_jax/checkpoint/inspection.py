@@ -9,10 +9,11 @@ import argparse
 import json
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.checkpoint import directory, loading, token_ids
+from qwen_jax.checkpoint import directory, kinds, loading, token_ids
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.runtime import command
@@ -30,6 +31,12 @@ alone, with exit code 0: the weights are whole.
 
 Exit codes: 0 whole, 1 not whole (the reason in one line on stderr), 2 a usage error.
 """
+# The printed name of each kind of quantised weights.
+_KIND_NAMES = {
+    "grouped4": "4 bits with scales by group",
+    "grouped8": "8 bits with scales by group",
+    "int8": "8 bits with scales by row",
+}
 # The printed name of each size, with its field of Config.
 _SIZES = {
     "layers": "num_layers",
@@ -106,12 +113,13 @@ def describe(path: str) -> dict[str, Any]:
             **vocabulary(root, config),
         }
         manifest = directory.verify_whole(root)
-        files = manifest["files"]
+        files, shapes = manifest["files"], kinds.shapes(manifest)
         chunks = [size for name, size in files.items() if name.rpartition("/")[2][0].isdecimal()]
         facts |= {
             "dtype": manifest["dtype"],
-            "num_params": sum(map(math.prod, manifest["shapes"].values())),
-            "leaves": len(manifest["shapes"]),
+            "num_params": sum(map(math.prod, shapes.values())),
+            "leaves": len(shapes),
+            "quantised": dict(Counter(kinds.of_manifest(manifest).values())),
             "mesh": manifest.get("mesh", {}),
             "chunk_files": len(chunks),
             "largest_chunk_bytes": max(chunks, default=0),
@@ -168,6 +176,12 @@ def model_name(config: Config) -> str | None:
     return None
 
 
+def _counted(item: tuple[str, int]) -> str:
+    """Say how many weights are of a kind of quantised weights."""
+    kind, count = item
+    return f"{count:,} weights in {_KIND_NAMES[kind]}"
+
+
 def text(facts: dict[str, Any]) -> str:
     """Format the facts that `describe` collects for a terminal, one per line."""
     lines = {"directory": facts["path"]}
@@ -179,7 +193,7 @@ def text(facts: dict[str, Any]) -> str:
     if "dtype" in facts:
         cut = ", ".join(f"{axis}={n}" for axis, n in facts["mesh"].items() if n > 1)
         lines |= {
-            "dtype": facts["dtype"],
+            "dtype": ", ".join([facts["dtype"], *map(_counted, facts["quantised"].items())]),
             "parameters": f"{facts['num_params']:,} in {facts['leaves']:,} leaves",
             "sharding": f"cut for {cut or 'one device'}: {facts['chunk_files']:,} chunk files, the "
             f"largest of {command.size(facts['largest_chunk_bytes'])}",

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.checkpoint import store
+from qwen_jax.checkpoint import kinds, store
 from qwen_jax.checkpoint.directory import (
     CONFIG,
     GENERATION_CONFIG,
     PARAMS,
     TOKENIZER,
-    check_shapes,
     existing,
     verify_whole,
 )
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from qwen_jax.chat.tokenizer import Tokenizer
     from qwen_jax.checkpoint.generation_config import GenerationConfig
-    from qwen_jax.leaves.weights import Weight
+    from qwen_jax.leaves.weights import Leaf, Weight
     from qwen_jax.model import Decoder
 
 
@@ -71,6 +70,11 @@ def load_generation_config(
     return made
 
 
+def load_kinds(path: str | Path) -> dict[str, str]:
+    """Load the kind of each quantised weight of a model directory, by path; {} if it has none."""
+    return kinds.of_manifest(verify_whole(existing(path)))
+
+
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":
     """Load the tokenizer of a model directory; None if it has no vocabulary file.
 
@@ -99,12 +103,12 @@ def load(
     config: Config | None = None,
     dtype: str | None = None,
     mesh: "Mesh | None" = None,
-    keep: "Callable[[str, Weight], Any] | None" = None,
+    keep: "Callable[[str, Weight | Leaf], Any] | None" = None,
 ) -> "Decoder":
     """Load the decoder of a model directory, each leaf directly into its shards on the mesh.
 
     config: the architecture, possibly with overrides; by default the directory's own.
-    dtype: the dtype to which leaves are cast while they are read; by default the stored dtype.
+    dtype: the dtype to which plain weights are cast while they are read; by default the stored one.
     mesh: by default the current mesh, or a mesh of one device.
     keep: a function that is given the path of each leaf and the leaf as soon as it is read, such as
         `int8.of_layers`. Its result takes the leaf's place.
@@ -128,15 +132,29 @@ def load(
             path,
         )
     decoder, leaves = abstract_leaves(config, dtype or manifest["dtype"])
-    check_shapes(root, manifest, wanted={name: tuple(leaf.shape) for name, leaf in leaves.items()})
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    kinds.check_shapes(root, manifest, wanted=shapes)
     meshes.check(config.sizes, mesh)
+    of_kind = kinds.of_manifest(manifest)
 
     def restore(name: str, leaf: Weight) -> Any:
-        place = sharding.named(leaf.letters, mesh, lengths=config.sizes)
-        array = store.restore(
-            root / PARAMS, name, shape=tuple(leaf.shape), dtype=leaf.dtype, place=place
-        )
-        restored = Weight(array, letters=leaf.letters)
+        restored: Any
+        if name in of_kind:
+            restored = kinds.restore(
+                root / PARAMS,
+                name,
+                kind=of_kind[name],
+                like=leaf,
+                stored=kinds.fields_of(name, manifest),
+                mesh=mesh,
+                sizes=config.sizes,
+            )
+        else:
+            place = sharding.named(leaf.letters, mesh, lengths=config.sizes)
+            array = store.restore(
+                root / PARAMS, name, shape=tuple(leaf.shape), dtype=leaf.dtype, place=place
+            )
+            restored = Weight(array, letters=leaf.letters)
         if keep is None:
             return restored
         with meshes.entered(mesh):  # the mesh is set per thread
@@ -145,6 +163,29 @@ def load(
     with store.one_line(root, "read"), ThreadPoolExecutor(_READERS) as executor:
         restored = {name: executor.submit(restore, name, x) for name, x in leaves.items()}
         return map_leaves(lambda name, _: restored[name].result(), decoder)
+
+
+def abstract(path: str | Path, config: Config, *, dtype: str) -> "Decoder":
+    """Return the decoder of a model directory as shapes with partitionings on the mesh in force.
+
+    config: the architecture, possibly with overrides.
+    dtype: the dtype of plain weights.
+    """
+    import jax
+
+    from qwen_jax import model
+    from qwen_jax.leaves.weights import Weight, map_leaves
+
+    manifest = verify_whole(existing(path))
+    of_kind, mesh = kinds.of_manifest(manifest), jax.sharding.get_abstract_mesh()
+
+    def one(name: str, leaf: Weight) -> Any:
+        if name not in of_kind:
+            return leaf
+        stored = kinds.fields_of(name, manifest)
+        return kinds.abstract(of_kind[name], leaf, stored=stored, mesh=mesh, sizes=config.sizes)
+
+    return map_leaves(one, model.abstract(config, dtype))
 
 
 def abstract_leaves(config: Config, dtype: str) -> "tuple[Decoder, dict[str, Weight]]":

@@ -15,7 +15,8 @@ from typing import Any, TypeGuard
 from qwen_jax.checkpoint.store import ITEM_BYTES
 from qwen_jax.runtime import paths, texts
 
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Integers are words of GPTQ files, which call them signed and mean their bits.
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "I32"}
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 _ITEM_BYTES = {code: ITEM_BYTES[dtype] for code, dtype in DTYPES.items()} | {"F64": 8}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -42,10 +43,46 @@ class Tensor:
         return DTYPES[self.code]
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the notes in the header of a safetensors file, such as the tool that wrote it.
+
+    Raises ValueError if the header is damaged.
+    """
+    found = _read(file)[0].get("__metadata__", {})
+    items = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in items if isinstance(value, str)}
+
+
 def read_header(file: Path) -> dict[str, Tensor]:
     """Read the location of every tensor in one safetensors file, in byte order, by name.
 
     Raises ValueError if the file is damaged.
+    """
+    header, begins = _read(file)
+    try:
+        header.pop("__metadata__", None)
+        entries = [(*_offsets(name, entry), name, entry) for name, entry in header.items()]
+        tensors, position = {}, 0
+        for begin, end, name, entry in sorted(entries, key=lambda found: found[:2]):
+            if begin != position:
+                raise ValueError("tensors overlap or leave gaps")
+            tensors[name], position = _tensor(file, begins, name=name, entry=entry), end
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, error) from None
+    size, whole = paths.size(file), begins + position
+    if size != whole:
+        what = "is truncated" if size < whole else "has bytes that belong to no tensor"
+        raise ValueError(
+            f"{file} {what}: it has {size:,} bytes, its header speaks of {whole:,}; "
+            "download it again"
+        )
+    return tensors
+
+
+def _read(file: Path) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file, and the byte at which it ends.
+
+    Raises ValueError if it is no JSON object.
     """
     size = paths.size(file)
     length = int.from_bytes(paths.read(file, 0, count=8), "little") if size >= 8 else 0
@@ -56,30 +93,20 @@ def read_header(file: Path) -> dict[str, Tensor]:
         )
     if 8 + length > size:
         raise ValueError(f"{file} is truncated within its header: download it again")
-    text = paths.read(file, 8, count=length)
     try:
-        header = json.loads(text)
+        header = json.loads(paths.read(file, 8, count=length))
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
-        header.pop("__metadata__", None)
-        entries = [(*_offsets(name, entry), name, entry) for name, entry in header.items()]
-        tensors, position = {}, 0
-        for begin, end, name, entry in sorted(entries, key=lambda found: found[:2]):
-            if begin != position:
-                raise ValueError("tensors overlap or leave gaps")
-            tensors[name], position = _tensor(file, 8 + length, name=name, entry=entry), end
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is not a safetensors file: its header is damaged ({error}); download it again"
-        ) from None
-    whole = 8 + length + position
-    if size != whole:
-        what = "is truncated" if size < whole else "has bytes that belong to no tensor"
-        raise ValueError(
-            f"{file} {what}: it has {size:,} bytes, its header speaks of {whole:,}; "
-            "download it again"
-        )
-    return tensors
+        raise _damaged(file, error) from None
+    return header, 8 + length
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    """Return the error for a damaged header."""
+    return ValueError(
+        f"{file} is not a safetensors file: its header is damaged ({error}); download it again"
+    )
 
 
 def _offsets(name: str, entry: object) -> tuple[int, int]:
@@ -113,18 +140,24 @@ def _sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+def header(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    *,
+    metadata: Mapping[str, str],
+) -> bytes:
     """Make the header of a safetensors file, preceded by its length in 8 bytes.
 
-    shapes: the shape of each tensor in the file, by name, in the order of their bytes. dtype: the
-    dtype of all of them.
+    shapes: the shape of each tensor in the file, by name, in the order of their bytes.
+    dtypes: the dtype of each, by name.
+    metadata: notes, beside the format pt that transformers asks for.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        end = offset + math.prod(shape) * ITEM_BYTES[dtypes[name]]
         entries[name] = {
-            "dtype": CODES[dtype],
+            "dtype": CODES[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }

@@ -8,6 +8,7 @@ The mesh determines how the files are split, and nothing else.
 """
 
 import contextlib
+import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qwen_jax.checkpoint import store
+from qwen_jax.checkpoint import kinds, store
 from qwen_jax.checkpoint.directory import (
     CONFIG,
     MANIFEST,
@@ -86,11 +87,13 @@ def save(
     settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: piece.leaf for name, piece in pieces.items()}
+    quantised = _kinds(decoder)
     held = contextlib.ExitStack()
     check: Callable[[], None]  # assigned in `begin`, in the process that holds the lock
     facts = {
         "made_by": SAVED_BY,
-        "dtype": next(iter(leaves.values())).dtype,
+        "dtype": leaves["final_norm"].dtype,
+        **({kinds.KINDS: quantised} if quantised else {}),
         "mesh": _mesh_sizes(decoder),
         "id": uuid.uuid4().hex,  # makes the manifests of two saves differ
     }
@@ -152,8 +155,8 @@ def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping
     """Write the manifest of a model directory, after checking that all its chunks are there.
 
     root: the directory.
-    leaves: the descriptions of the leaves, by path.
-    facts: further entries of the manifest, such as dtype and mesh.
+    leaves: the descriptions of the stored arrays, by path.
+    facts: further entries of the manifest, such as dtype and mesh; `kinds` for quantised weights.
 
     Raises CheckpointError if a chunk is missing or has another size, or if there is a file too
     many.
@@ -162,49 +165,94 @@ def finish(root: Path, leaves: Mapping[str, store.StoredLeaf], *, facts: Mapping
     found = {n: size for n, size in file_sizes(root).items() if Path(n).name[0].isdecimal()}
     if problems := differences(found, {f"{PARAMS}/{n}": wanted[n] for n in wanted}):
         raise CheckpointError(f"{root} was not written as it should be: {problems}; write it again")
-    write_manifest(root, {name: leaf.shape for name, leaf in leaves.items()}, **facts)
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    facts = {"format": 2, **facts}
+    if facts.get(kinds.KINDS):
+        dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
+        facts = {**facts, "format": 3, "dtypes": dtypes}
+    weights = kinds.shapes({**facts, "shapes": shapes})
+    num_params = sum(math.prod(shape) for shape in weights.values())
+    write_manifest(root, shapes, num_params=num_params, **facts)
     (root / UNFINISHED).unlink()
 
 
 def _pieces(config: Config, decoder: "Decoder") -> dict[str, _Piece]:
-    """Return the leaves to be stored, by path.
+    """Return the arrays to be stored, by path.
 
-    Raises CheckpointError if the decoder does not belong to this config, or if its leaves have
-    several dtypes or one that cannot be stored.
+    Raises CheckpointError if the decoder does not belong to this config, or has a weight that
+    cannot be stored.
     """
     from qwen_jax.leaves.weights import Leaf, named_leaves
 
     pieces: dict[str, _Piece] = {}
+    plain: set[str] = set()
     for path, weight in named_leaves(decoder).items():
         if isinstance(weight, Leaf):
-            raise CheckpointError(
-                f"{path} is {type(weight).__name__}, a weight of several arrays: a directory holds "
-                "plain ones; save the decoder as it was before it got adapters or 8-bit weights, "
-                "or merge the adapters (`python convert/to_hf.py CKPT DST --adapter DIR`)"
-            )
-        array = weight.get_value()
-        shape, shard = array.shape, array.sharding.shard_shape(array.shape)
-        names: dict[str, int | None] = {path: None}
-        step, _, rest = path.partition(".")
-        if step == "layers" and not rest.split(".")[0].isdecimal():
-            names = {f"layers.{i}.{rest}": i for i in range(shape[0])}
-            shape, shard = shape[1:], shard[1:]
-        chunks = store.chunk_shape(shard, array.dtype.itemsize)
-        for name, layer in names.items():
-            leaf = store.StoredLeaf(name, shape, chunks, str(array.dtype))
-            pieces[name] = _Piece(leaf, array, layer)
-    dtypes = {piece.leaf.dtype for piece in pieces.values()}
-    if len(dtypes) > 1 or not dtypes <= set(store.DTYPES):
+            if kinds.of_leaf(weight) is None:
+                raise CheckpointError(
+                    f"{path} is {type(weight).__name__}, a weight that is not stored: save the "
+                    "decoder as it was before it got adapters, or merge them (`python "
+                    "convert/to_hf.py CKPT DST --adapter DIR`)"
+                )
+            for name, part in kinds.arrays(path, weight).items():
+                pieces |= _pieces_of(name, part.get_value())
+        else:
+            pieces |= _pieces_of(path, weight.get_value())
+            plain.add(str(weight.dtype))
+    if len(plain) > 1 or not plain <= set(store.DTYPES):
         raise CheckpointError(
-            f"the decoder has leaves of dtype {', '.join(sorted(dtypes))}: a directory holds one "
+            f"the decoder has leaves of dtype {', '.join(sorted(plain))}: a directory holds one "
             f"of {', '.join(store.DTYPES)}; cast the decoder first"
         )
+    shapes = {name: piece.leaf.shape for name, piece in pieces.items()}
+    found = kinds.shapes({"shapes": shapes, kinds.KINDS: _kinds(decoder)})
     wanted = {n: tuple(leaf.shape) for n, leaf in abstract_leaves(config, "float32")[1].items()}
-    if problems := mismatch({name: piece.leaf.shape for name, piece in pieces.items()}, wanted):
+    if problems := mismatch(found, wanted):
         raise CheckpointError(
             f"the decoder is not one of the config given: {problems}; give its own, decoder.config"
         )
-    return {name: pieces[name] for name in wanted}
+    rank = {path: number for number, path in enumerate(wanted)}
+
+    def place(name: str) -> int:  # of a leaf, or of the leaf that an array is a field of
+        return rank[name if name in rank else name.rpartition(".")[0]]
+
+    return {name: pieces[name] for name in sorted(pieces, key=place)}
+
+
+def _pieces_of(path: str, array: "jax.Array") -> dict[str, _Piece]:
+    """Return the pieces of an array at a path of the decoder: itself, or one for each layer."""
+    shape, shard = array.shape, array.sharding.shard_shape(array.shape)
+    layers: dict[str, int | None] = {path: None}
+    names = _by_layer(path, shape[0])
+    if names != [path]:
+        layers = {name: i for i, name in enumerate(names)}
+        shape, shard = shape[1:], shard[1:]
+    chunks = store.chunk_shape(shard, array.dtype.itemsize)
+    return {
+        name: _Piece(store.StoredLeaf(name, shape, chunks, str(array.dtype)), array, layer)
+        for name, layer in layers.items()
+    }
+
+
+def _by_layer(path: str, count: int) -> list[str]:
+    """Return the paths of a leaf of stacked layers in each of `count` layers; else the path."""
+    step, _, rest = path.partition(".")
+    if step != "layers" or rest.split(".")[0].isdecimal():
+        return [path]
+    return [f"layers.{i}.{rest}" for i in range(count)]
+
+
+def _kinds(decoder: "Decoder") -> dict[str, str]:
+    """Return the kind of each weight of a decoder that is stored as several arrays, by path."""
+    from qwen_jax.leaves.weights import Leaf, named_leaves
+
+    count = decoder.config.num_layers
+    return {
+        name: kind
+        for path, leaf in named_leaves(decoder).items()
+        if isinstance(leaf, Leaf) and (kind := kinds.of_leaf(leaf)) is not None
+        for name in _by_layer(path, count)
+    }
 
 
 def _mesh_sizes(decoder: "Decoder") -> dict[str, int]:

@@ -28,8 +28,23 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 * 2**20
 _WRITES = 8  # chunks written at the same time; each write waits until its chunk is on the disk
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DTYPES = tuple(ITEM_BYTES)  # the dtypes that a directory can have
+DTYPES = ("float32", "bfloat16", "float16")  # the dtypes that plain weights can have
+# The bytes of an element; integers are parts of quantised weights.
+ITEM_BYTES = dict(zip(DTYPES, (4, 2, 2), strict=True)) | {
+    "uint32": 4,
+    "int32": 4,
+    "uint8": 1,
+    "int8": 1,
+}
+# The names of dtypes in Zarr's metadata, where they are not the same.
+_ZARR = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "uint32": "<u4",
+    "int32": "<i4",
+    "uint8": "|u1",
+    "int8": "|i1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +149,7 @@ def write_metadata(params: Path, leaves: Mapping[str, StoredLeaf]) -> None:
             "zarr_format": 2,
             "shape": leaf.shape,
             "chunks": leaf.chunks,
-            "dtype": {"float32": "<f4", "float16": "<f2"}.get(leaf.dtype, leaf.dtype),
+            "dtype": _ZARR.get(leaf.dtype, leaf.dtype),
             "order": "C",
             "compressor": None,
             "fill_value": None,  # with another value, chunks that hold only it would be left out
@@ -170,14 +185,12 @@ def _small_files(params: Path) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(16 if paths.is_remote(params) else 1)
 
 
-def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
+def read_leaves(params: Path) -> dict[str, StoredLeaf]:
     """Read the descriptions of all leaves of a params/ folder that `write_metadata` wrote, by path.
-
-    dtype: the dtype of all leaves, as in the manifest.
 
     Raises ValueError for compressed arrays.
     """
-    leaves = {}
+    leaves, dtypes = {}, {zarr: dtype for dtype, zarr in _ZARR.items()}
     files = list(params.glob("*/.zarray"))
     with _small_files(params) as executor:
         texts = list(executor.map(lambda file: file.read_text(encoding="utf-8"), files))
@@ -189,6 +202,7 @@ def read_leaves(params: Path, dtype: str) -> dict[str, StoredLeaf]:
                 f"{file.parent} is compressed: only plain chunks can be exported; load it and save "
                 "it with qwen_jax.checkpoint.save"
             )
+        dtype = dtypes[array["dtype"]] if array["dtype"] in dtypes else array["dtype"]
         leaves[path] = StoredLeaf(path, tuple(array["shape"]), tuple(array["chunks"]), dtype)
     return leaves
 
@@ -214,13 +228,20 @@ def open_leaf(params: Path, name: str, *, write: bool = False) -> Any:
 
 
 def restore(
-    params: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype, place: "Sharding"
+    params: Path,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    place: "Sharding",
+    repeat: int = 1,
 ) -> "jax.Array":
     """Restore one leaf as a jax array, of which each process reads only its own shards.
 
     name: the path of the leaf.
     shape, dtype: the shape and dtype of the result.
     place: the sharding of the result.
+    repeat: how often each row of the stored array follows itself in the result.
 
     Shards are read straight into memory that jax takes over. Orbax's own restore needs memory for
     about 1.5 times the weights.
@@ -231,6 +252,11 @@ def restore(
     stored = tensorstore.cast(open_leaf(params, name), tensorstore.dtype(dtype))
 
     def shard(index: Any) -> np.ndarray:
+        if repeat > 1:
+            first, end, _ = index[0].indices(shape[0])
+            rows = stored[(slice(first // repeat, -(-end // repeat)), *index[1:])].read().result()
+            skipped = first % repeat
+            return np.repeat(rows, repeat, axis=0)[skipped : skipped + end - first]
         piece = stored[index]
         memory = _aligned(piece.shape, dtype)
         tensorstore.array(memory).write(piece[tensorstore.d[:].translate_to[0]]).result()

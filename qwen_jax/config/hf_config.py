@@ -58,7 +58,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Keys that do not change what the model computes: the class that loads it, kernel choices
 # and dtypes (which affect rounding only: `load` takes a dtype, and softmax is always in float32
-# here), dropout (off outside training), and bookkeeping of transformers and other libraries.
+# here), dropout (off outside training), how the weights are stored (the manifest of a model
+# directory says it), and bookkeeping of transformers and other libraries.
 # use_cache_kernel has a meaning only together with use_cache_quantization.
 _INERT = frozenset(
     (
@@ -86,6 +87,7 @@ _INERT = frozenset(
         "embd_pdrop",
         "resid_pdrop",
         "bias_dropout_fusion",
+        "quantization_config",
         "bos_token_id",
         "output_attentions",
         "output_hidden_states",
