@@ -17,13 +17,14 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-from qwen_jax.checkpoint.store import ITEM_BYTES, Band
+from qwen_jax.checkpoint.store import ITEM_BYTES, Band, StoredLeaf
 from qwen_jax.runtime import paths, processes, progress
 
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor
 Target = int | paths.Upload
 MatrixRows = Shaped[np.ndarray, "rows ..."]
+Made = Callable[[int, int], MatrixRows]  # (number of the first row, of rows) -> these rows
 Change = Callable[[int, MatrixRows], MatrixRows]  # (number of the first row, rows) -> changed rows
 Job = tuple[int, Callable[[], object]]  # the bytes that a job copies, and the job
 _stop = threading.Event()
@@ -35,23 +36,34 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str) -> None:
+def import_band(
+    band: Band, params: Path, *, file: Path, offset: int, dtype: str, stride: int | None = None
+) -> None:
     """Write the chunk files of a band from a safetensors file, cast to the leaf's dtype.
 
     params: the params/ folder of the model directory.
     file, offset: the safetensors file, and the byte in it at which the band's leaf begins.
     dtype: the dtype of the tensor in `file`.
+    stride: the elements from one row of the leaf to the next in the tensor, where the leaf has only
+        some of its columns; None where it has whole rows.
 
     A chunk file gets its final name once it is complete, so the chunk files that an interrupted run
     has left can be trusted.
     """
-    row_bytes = band.row_elements * ITEM_BYTES[dtype]
+    row_bytes = (stride or band.row_elements) * ITEM_BYTES[dtype]
     offset += band.start * row_bytes
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(paths.reader(file))
         targets = [stack.enter_context(paths.writer(f)) for f in band.files(params)]
-        if len(targets) == 1 and band.whole and dtype == band.leaf.dtype:
+        plain = stride is None and dtype == band.leaf.dtype
+        if len(targets) == 1 and band.whole and plain:
             _copy(source, targets[0], offset=offset, count=band.rows * row_bytes)
+        elif stride is not None or band.whole or isinstance(source, paths.Object):
+            columns = {"columns": band.leaf.shape[1:], "stride": stride}
+            for first, rows in blocks(band, dtype):
+                start = offset + first * row_bytes
+                array = read_rows(source, start, count=rows, dtype=dtype, **columns)
+                _write_pieces(band, targets, array)
         else:
             for first, rows in blocks(band, dtype):
                 parts = _columns(
@@ -61,22 +73,57 @@ def import_band(band: Band, params: Path, *, file: Path, offset: int, dtype: str
                     write(target, cast(part, band.leaf.dtype, name=band.leaf.path))
 
 
+def make_band(band: Band, params: Path, *, made: Made) -> None:
+    """Write the chunk files of a band with values that are computed, cast to the leaf's dtype.
+
+    params: the params/ folder of the model directory.
+    made: computes rows of the leaf.
+    """
+    with contextlib.ExitStack() as stack:
+        targets = [stack.enter_context(paths.writer(f)) for f in band.files(params)]
+        for first, rows in blocks(band, band.leaf.dtype):
+            _write_pieces(band, targets, made(band.start + first, rows))
+
+
+def _write_pieces(band: Band, targets: Iterable[Target], rows: MatrixRows) -> None:
+    """Append whole rows of a band to its chunk files, to each its columns."""
+    for target, at in zip(targets, band.pieces.values(), strict=True):
+        write(target, cast(rows[(slice(None), *at)], band.leaf.dtype, name=band.leaf.path))
+
+
+def read_rows(
+    source: Source,
+    offset: int,
+    *,
+    count: int,
+    columns: tuple[int, ...],
+    dtype: str,
+    stride: int | None = None,
+) -> MatrixRows:
+    """Read `count` rows of an open safetensors file, [count, *columns].
+
+    offset: the byte at which the first row begins.
+    dtype: the dtype of the tensor.
+    stride: the elements from one row to the next; None where rows follow one another.
+    """
+    kind, width = numpy_dtype(dtype), math.prod(columns)
+    step = stride or width
+    data = read(source, offset, count=((count - 1) * step + width) * kind.itemsize).view(kind)
+    strides = (step * kind.itemsize, *(n * kind.itemsize for n in _strides(columns)))
+    return np.lib.stride_tricks.as_strided(data, (count, *columns), strides, writeable=False)
+
+
 def _columns(
     source: Source, offset: int, *, rows: int, band: Band, dtype: str
 ) -> Iterator[MatrixRows]:
     """Yield the values of each of the band's chunk files, as an array of `rows` matrix rows.
 
     source, offset: the open safetensors file, and the byte at which the first of these rows begins.
-    dtype: the dtype of its tensor. If other processes write some of the columns, these columns are
-    not read, except from object storage, where each contiguous range would need a request of its
-    own.
+    dtype: the dtype of its tensor.
+
+    Other processes write the other columns, which are not read.
     """
     kind, columns = numpy_dtype(dtype), band.leaf.shape[1:]
-    if band.whole or isinstance(source, paths.Object):
-        data = read(source, offset, count=rows * band.row_elements * kind.itemsize)
-        array = data.view(kind).reshape(rows, *columns)
-        yield from (array[(slice(None), *at)] for at in band.pieces.values())
-        return
     for at in band.pieces.values():
         # Bytes are contiguous from the last axis that is cut on.
         cut = max(i for i, (s, n) in enumerate(zip(at, columns, strict=True)) if s != slice(0, n))
@@ -94,6 +141,22 @@ def _columns(
 def _strides(shape: tuple[int, ...]) -> list[int]:
     """Return the stride of each axis of a C-ordered array, in elements."""
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def stored_rows(leaf: StoredLeaf, params: Path, *, first: int, count: int) -> MatrixRows:
+    """Read `count` rows of a stored leaf from row `first` on, from its chunk files."""
+    array = np.empty((count, *leaf.shape[1:]), numpy_dtype(leaf.dtype))
+    height, width = leaf.chunks[0], math.prod(leaf.chunks[1:])
+    row_bytes = width * ITEM_BYTES[leaf.dtype]
+    for band in leaf.bands():
+        begin, end = max(first, band.start), min(first + count, band.start + height)
+        for file, at in band.files(params).items() if begin < end else ():
+            with paths.reader(file) as source:
+                offset = (begin - band.start) * row_bytes
+                data = read(source, offset, count=(end - begin) * row_bytes).view(array.dtype)
+            rows = slice(begin - first, end - first)
+            array[(rows, *at)] = data.reshape(end - begin, *leaf.chunks[1:])
+    return array
 
 
 def export_band(

@@ -4,18 +4,26 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from convert import copying, folder, names, target
+from convert import copying, folder, gptq_config, names, target
 from convert import verify as verification
 from convert.conversion import Conversion, Remaining
-from convert.copying import Change, Job
+from convert.copying import Change, Job, Made
 from qwen_jax.checkpoint import directory, safetensors_header, store
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
+
+
+class Section(NamedTuple):
+    """A run of bytes in a safetensors file: how many, and the function that appends them."""
+
+    size: int
+    write: Callable[[copying.Target], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,17 +31,25 @@ class ExportPlan(Conversion):
     """The plan of an export to a Hugging Face checkpoint folder, whose input has been checked.
 
     wanted: the tensors to write, by name.
+    made: functions that compute the rows of tensors that hold no leaf as it is, by name.
     leaves: the stored leaves that hold their values, by path.
     shards: for each safetensors file, the names of its tensors in order.
-    dtype: the dtype of all tensors.
+    dtype: the dtype of tensors of floats.
+    dtypes: the dtype of each tensor, by name.
+    config: entries to add to config.json.
+    metadata: notes for the header of each file.
     changes: functions that merge an adapter into leaves, by leaf path (`peft.changes`).
     settings: the adapter's generation_config.json, or None.
     """
 
     wanted: dict[str, names.Expected]
+    made: dict[str, Made]
     leaves: dict[str, store.StoredLeaf]
     shards: dict[str, list[str]]
     dtype: str
+    dtypes: dict[str, str]
+    config: dict[str, Any]
+    metadata: dict[str, str]
     changes: dict[str, Change]
     settings: Path | None
     # A file's length tells how far it has come, so it is written front to back.
@@ -69,57 +85,59 @@ class ExportPlan(Conversion):
         # The name is the same in every process, so that a stopped export can be continued. The file
         # is never shortened, so two exports that no lock keeps apart write the same bytes.
         draft = whole.with_name(f"{file}.tmp")
-        head, bands, sizes = self._layout(file)
-        if whole.exists() and paths.size(whole) == len(head) + sum(sizes):
-            return sum(sizes), []
+        head, sections = self._layout(file)
+        size = sum(section.size for section in sections)
+        if whole.exists() and paths.size(whole) == len(head) + size:
+            return size, []
         if paths.is_remote(whole):  # an object cannot be appended to: a file is one job
-            return 0, [(sum(sizes), functools.partial(self._upload, whole, head=head, bands=bands))]
+            return 0, [(size, functools.partial(_upload, whole, head=head, sections=sections))]
         written = draft.stat().st_size if resumed and draft.exists() else 0
         jobs: list[Job] = []
         if written < len(head):
             jobs.append((0, functools.partial(_write_head, draft, head)))
         done, position = 0, len(head)
-        for band, size in zip(bands, sizes, strict=True):
-            if position + size <= written:
-                done += size
+        for section in sections:
+            if position + section.size <= written:
+                done += section.size
             else:
-                append = functools.partial(self._append, draft, position=position, band=band)
-                jobs.append((size, append))
-            position += size
+                append = functools.partial(_append, draft, position=position, section=section)
+                jobs.append((section.size, append))
+            position += section.size
         jobs.append((0, functools.partial(draft.replace, whole)))
         return done, jobs
 
-    def _layout(self, file: str) -> tuple[bytes, list[store.Band], list[int]]:
-        """Return a safetensors file's header, the bands that follow it, and the bytes of each."""
+    def _layout(self, file: str) -> tuple[bytes, list[Section]]:
+        """Return a safetensors file's header, and the sections that follow it."""
         shapes = {name: self.wanted[name].shape for name in self.shards[file]}
-        bands = [
-            band
-            for name in shapes
-            for part in self.wanted[name].parts
-            for band in self.leaves[part.path].bands()
-        ]
-        sizes = [band.rows * band.row_elements * store.ITEM_BYTES[self.dtype] for band in bands]
-        return safetensors_header.header(shapes, self.dtype), bands, sizes
+        sections = [section for name in shapes for section in self._sections(name)]
+        return safetensors_header.header(shapes, self.dtypes, metadata=self.metadata), sections
 
-    def _upload(self, file: Path, *, head: bytes, bands: list[store.Band]) -> None:
-        """Write a whole file to object storage."""
-        with paths.writer(file) as stream:
-            copying.write(stream, np.frombuffer(head, np.uint8))
-            for band in bands:
-                self._export(band, stream)
+    def _sections(self, name: str) -> Iterator[Section]:
+        """Yield the sections of a tensor: a band of a leaf each, or a block of computed rows."""
+        tensor, dtype = self.wanted[name], self.dtypes[name]
+        item = store.ITEM_BYTES[dtype]
+        if name in self.made:
+            row_bytes = math.prod(tensor.shape[1:]) * item
+            step = max(1, copying.BLOCK_BYTES // row_bytes)
+            for first in range(0, tensor.shape[0], step):
+                count = min(step, tensor.shape[0] - first)
+                write = functools.partial(self._make, name, first, count)
+                yield Section(count * row_bytes, write)
+            return
+        for part in tensor.parts:
+            for band in self.leaves[part.path].bands():
+                write = functools.partial(self._export, band, dtype)
+                yield Section(band.rows * band.row_elements * item, write)
 
-    def _append(self, draft: Path, *, position: int, band: store.Band) -> None:
-        """Write a band to a draft at `position`, which is the draft's end or before it."""
-        with open(draft, "r+b", buffering=0) as stream:
-            if stream.seek(0, os.SEEK_END) < position:
-                raise ValueError(f"{draft} has been changed by someone else: remove it")
-            stream.seek(position)  # a band that was cut short is written again from its beginning
-            self._export(band, stream.fileno())
+    def _make(self, name: str, first: int, count: int, stream: copying.Target) -> None:
+        """Append computed rows of a tensor to an open file."""
+        rows = self.made[name](first, count)
+        copying.write(stream, copying.cast(rows, self.dtypes[name], name=name))
 
-    def _export(self, band: store.Band, stream: copying.Target) -> None:
+    def _export(self, band: store.Band, dtype: str, stream: copying.Target) -> None:
         """Append a band to an open file, with the adapter merged into it if there is one."""
         change = self.changes.get(band.leaf.path)
-        copying.export_band(band, self.params, target=stream, dtype=self.dtype, change=change)
+        copying.export_band(band, self.params, target=stream, dtype=dtype, change=change)
 
     def begin(self) -> None:
         """Write config.json, in which the dtype is corrected if the tensors have another one.
@@ -132,8 +150,11 @@ class ExportPlan(Conversion):
         source, copied = self.source / directory.CONFIG, self.target / directory.CONFIG
         values = read_json(source)
         stale = [k for k in ("torch_dtype", "dtype") if values.get(k, self.dtype) != self.dtype]
-        if stale:
-            directory.write_json(copied, values | dict.fromkeys(stale, self.dtype))
+        if self.facts.get("dequantise"):
+            values.pop(gptq_config.CONFIG_KEY, None)
+            (self.target / gptq_config.FILE).unlink(missing_ok=True)
+        if stale or self.config or self.facts.get("dequantise"):
+            directory.write_json(copied, values | dict.fromkeys(stale, self.dtype) | self.config)
         else:
             paths.copy(source, copied)
 
@@ -141,9 +162,12 @@ class ExportPlan(Conversion):
         """Write the index, which names the file of each tensor, if there are several files."""
         if len(self.shards) == 1:
             return
-        sizes = [math.prod(tensor.shape) for tensor in self.wanted.values()]
+        sizes = [
+            math.prod(tensor.shape) * store.ITEM_BYTES[self.dtypes[name]]
+            for name, tensor in self.wanted.items()
+        ]
         index = {
-            "metadata": {"total_size": sum(sizes) * store.ITEM_BYTES[self.dtype]},
+            "metadata": {"total_size": sum(sizes)},
             "weight_map": {name: file for file, held in self.shards.items() for name in held},
         }
         directory.write_json(self.target / folder.INDEX, index)
@@ -157,6 +181,7 @@ class ExportPlan(Conversion):
             wanted=self.wanted,
             exported=True,
             changes=self.changes,
+            made=self.made,
         )
         processes.barrier()
         merged = ", the adapter merged into them" if self.changes else ""
@@ -166,8 +191,8 @@ class ExportPlan(Conversion):
         """Mark the target as complete; ValueError unless every file exists and has its size."""
         wanted = {}
         for file in self.shards:
-            head, _, sizes = self._layout(file)
-            wanted[file] = len(head) + sum(sizes)
+            head, sections = self._layout(file)
+            wanted[file] = len(head) + sum(section.size for section in sections)
         files = [self.target / file for file in wanted]
         found = {file.name: paths.size(file) for file in files if file.exists()}
         if problems := directory.differences(found, wanted):
@@ -175,6 +200,23 @@ class ExportPlan(Conversion):
                 f"{self.target} was not written as it should be: {problems}; write it again"
             )
         target.complete(self.target)
+
+
+def _upload(file: Path, *, head: bytes, sections: list[Section]) -> None:
+    """Write a whole file to object storage."""
+    with paths.writer(file) as stream:
+        copying.write(stream, np.frombuffer(head, np.uint8))
+        for section in sections:
+            section.write(stream)
+
+
+def _append(draft: Path, *, position: int, section: Section) -> None:
+    """Write a section to a draft at `position`, which is the draft's end or before it."""
+    with open(draft, "r+b", buffering=0) as stream:
+        if stream.seek(0, os.SEEK_END) < position:
+            raise ValueError(f"{draft} has been changed by someone else: remove it")
+        stream.seek(position)  # a section that was cut short is written again from its beginning
+        section.write(stream.fileno())
 
 
 def _write_head(file: Path, content: bytes) -> None:

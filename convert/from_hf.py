@@ -11,18 +11,29 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import conversion, folder, names, shares, target
+from convert import (
+    conversion,
+    folder,
+    gptq,
+    gptq_config,
+    gptq_import,
+    names,
+    shares,
+    target,
+)
 from convert.import_plan import ImportPlan
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, store, token_ids
+from qwen_jax.checkpoint import directory, kinds, store, token_ids
+from qwen_jax.checkpoint.safetensors_header import Tensor, read_metadata
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, process_options, processes
-from qwen_jax.runtime.texts import read_json
 
 EXAMPLES = """examples:
   python convert/from_hf.py ~/Qwen-7B models/qwen-7b             a folder
@@ -45,14 +56,25 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("src", metavar="SRC", help="folder, or model on the hub such as Qwen/Qwen-7B")
     add("dst", metavar="DST", help="model directory to make")
-    add("--dtype", choices=folder.CODES, help="dtype to store (default: the checkpoint's own)")
+    add("--dtype", choices=store.DTYPES, help="dtype to store (default: the checkpoint's own)")
     add(
         "--mesh",
         metavar="SPEC",
         help="mesh whose shards get a file each: axes data, fsdp, context and tp, such as "
         "fsdp=4,tp=2 (default: one device)",
     )
+    add(
+        "--head",
+        choices=("int8",),
+        help="round the head to 8 bits: it is up to half of the bytes that a model of 4 bits reads "
+        "for a token (default: keep it)",
+    )
     add("--verify", action="store_true", help="at the end, compare every tensor with SRC")
+    add(
+        "--dequantise",
+        action="store_true",
+        help="write floats where SRC is quantised (default: keep its 4 or 8 bits)",
+    )
     process_options.add(result)
     command.add_debug(result)
     return result
@@ -76,7 +98,7 @@ def convert(args: argparse.Namespace) -> None:
 def make_plan(args: argparse.Namespace) -> ImportPlan:
     """Check the whole input before anything is written, and plan the conversion."""
     from qwen_jax import meshes
-    from qwen_jax.meshes import options, sharding
+    from qwen_jax.meshes import options
 
     mesh = options.mesh_sizes(args.mesh)
     dst = paths.parse(args.dst)
@@ -95,14 +117,30 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
     meshes.check(config.sizes, mesh)
     tensors = folder.read(source)
     names.check_depth(tensors, config.num_layers)
-    inert = [name for name in tensors if names.INERT.fullmatch(name)]
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     abstract = checkpoint.abstract_leaves(config, "float32")[1]
-    shapes_of = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    wanted = names.expected(shapes_of)
-    names.check(shapes, wanted, inert=inert)
-    tensors = {name: tensors[name] for name in wanted}
-    dtype = folder.dtype_of(tensors, args.dtype)
+    letters = {path: leaf.letters for path, leaf in abstract.items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
+    wanted = names.expected(shapes)
+    settings = gptq_config.read(source)
+    if settings is None:
+        if packed := next((name for name in tensors if name.endswith(".qweight")), None):
+            raise ValueError(
+                f"{source} has quantised tensors ({packed}), and neither {directory.CONFIG} nor "
+                f"{gptq_config.FILE} says how: put the files there that came with these weights"
+            )
+        _check(tensors, wanted)
+        quantised = gptq_import.Quantised(dict(wanted), {}, {}, {}, {})
+    else:
+        quantised = _quantised(
+            tensors, wanted, settings=settings, letters=letters, dequantise=args.dequantise
+        )
+    if args.head is not None:
+        from convert import int8_head
+
+        int8_head.add(quantised, tensors.get(int8_head.TENSOR))
+    plain = {name for name, tensor in quantised.wanted.items() if name in wanted}
+    dtype = folder.dtype_of({name: tensors[name] for name in plain}, args.dtype)
+    tensors = {name: tensors[name] for name in quantised.wanted}
     files = {tensor.file for tensor in tensors.values()} | {source / directory.CONFIG}
     facts = {
         "made_by": "convert/from_hf.py",
@@ -110,19 +148,79 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
         "mesh": mesh,
         "source": target.fingerprint(files),
     }
-    partitions = {
-        path: tuple(map(sharding.entries, sharding.spec(leaf.letters, config.sizes, mesh=mesh)))
-        for path, leaf in abstract.items()
+    manifest: dict[str, Any] = {}
+    if quantised.kinds:
+        manifest = {kinds.KINDS: quantised.kinds, "quantisation": quantised.facts}
+    if settings is not None and args.dequantise:
+        facts["dequantise"] = True
+    if args.head is not None:
+        facts["head"] = args.head
+    arrays = quantised.arrays | {
+        path: gptq_import.Array(shape, dtype, letters[path])
+        for path, shape in shapes.items()
+        if path not in quantised.kinds
     }
-    leaves = _leaves(shapes_of, partitions, dtype=dtype, sizes=mesh)
+    partitions = {
+        path: _partition(array, config.sizes, mesh=mesh) for path, array in arrays.items()
+    }
     return ImportPlan(
         source=source,
         target=dst,
         tensors=tensors,
-        wanted=wanted,
-        leaves=leaves,
+        wanted=quantised.wanted,
+        made=quantised.made,
+        leaves=_leaves(arrays, partitions, sizes=mesh),
         partitions=partitions,
         facts=facts,
+        manifest=manifest,
+    )
+
+
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, names.Expected]) -> None:
+    """Raise ValueError unless a checkpoint has the tensors that it must contain, and no others."""
+    inert = [name for name in tensors if names.INERT.fullmatch(name) and name not in wanted]
+    names.check({name: x.shape for name, x in tensors.items()}, wanted, inert=inert)
+
+
+def _quantised(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, names.Expected],
+    *,
+    settings: gptq_config.Settings,
+    letters: Mapping[str, str],
+    dequantise: bool,
+) -> gptq_import.Quantised:
+    """Check the tensors of a quantised checkpoint, and return what is made of them.
+
+    tensors: the location of each tensor, by name.
+    wanted: the tensors of the same checkpoint in floats, by name.
+    letters: the axis letters of each leaf, by path.
+    """
+    linears = gptq.linears(wanted, bits=settings.bits, group_size=settings.group_size)
+    named = gptq_import.tensors_of(wanted, linears, found=tensors)
+    _check(tensors, named)
+    metadata = read_metadata(next(iter(tensors.values())).file)
+    values = gptq_import.read(linears, tensors, settings=settings, wanted=named, metadata=metadata)
+    if dequantise:
+        return gptq_import.dequantised(linears, values, tensors=tensors, wanted=named)
+    return gptq_import.kept(
+        linears, values, tensors=tensors, wanted=named, letters=letters, metadata=metadata
+    )
+
+
+def _partition(
+    array: gptq_import.Array, lengths: Mapping[str, int], *, mesh: dict[str, int]
+) -> shares.Partition:
+    """Return the mesh axes that divide each axis of an array; none where they do not divide it.
+
+    lengths: the lengths of axes by letter. mesh: the number of devices along each mesh axis.
+    """
+    from qwen_jax.meshes import sharding
+
+    axes = map(sharding.entries, sharding.spec(array.letters, lengths, mesh=mesh))
+    return tuple(
+        names if n % math.prod(mesh[name] for name in names) == 0 else ()
+        for n, names in zip(array.shape, axes, strict=True)
     )
 
 
@@ -164,8 +262,8 @@ def locate(src: str) -> Path:
 def read_config(source: Path) -> Config:
     """Read the model's architecture from a checkpoint folder.
 
-    Raises ValueError if the folder is a model directory, an unfinished export or a quantised
-    checkpoint, or has no config.json.
+    Raises ValueError if the folder is a model directory or an unfinished export, or has no
+    config.json.
     """
     if (source / directory.MANIFEST).exists() or (source / directory.PARAMS).is_dir():
         raise ValueError(
@@ -180,34 +278,26 @@ def read_config(source: Path) -> Config:
             f"{source} has no {directory.CONFIG}: it is not a checkpoint folder; give the "
             "one that has it beside the weights, or download it"
         )
-    file = source / directory.CONFIG
-    if (quantisation := read_json(file).get("quantization_config")) is not None:
-        method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
-        raise ValueError(
-            f"{source} is quantised ({method or 'quantization_config'}), which is not supported "
-            "yet: take the checkpoint it was made from"
-        )
-    return Config.read(file)
+    return Config.read(source / directory.CONFIG)
 
 
 def _leaves(
-    shapes: dict[str, tuple[int, ...]],
-    partitions: dict[str, shares.Partition],
+    arrays: Mapping[str, gptq_import.Array],
+    partitions: Mapping[str, shares.Partition],
     *,
-    dtype: str,
     sizes: dict[str, int],
 ) -> dict[str, store.StoredLeaf]:
-    """Return the layout of every leaf, in chunks that divide the shards of a mesh.
+    """Return the layout of every array, in chunks that divide the shards of a mesh.
 
-    shapes: the shape of each leaf, by path. partitions: for each leaf, the mesh axes that divide
-    each of its axes. sizes: the number of devices along each mesh axis.
+    arrays: the arrays, by path. partitions: for each, the mesh axes that divide each of its axes.
+    sizes: the number of devices along each mesh axis.
     """
     leaves = {}
-    for path, shape in shapes.items():
+    for path, array in arrays.items():
         cuts = [math.prod(sizes[axis] for axis in axes) for axes in partitions[path]]
-        shard = tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
-        chunks = store.chunk_shape(shard, store.ITEM_BYTES[dtype])
-        leaves[path] = store.StoredLeaf(path, shape, chunks, dtype)
+        shard = tuple(n // cut for n, cut in zip(array.shape, cuts, strict=True))
+        chunks = store.chunk_shape(shard, store.ITEM_BYTES[array.dtype])
+        leaves[path] = store.StoredLeaf(path, array.shape, chunks, array.dtype)
     return leaves
 
 

@@ -3,16 +3,19 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from convert import copying, names, shares
+from convert import copying, gptq_config, names, shares
 from convert import verify as verification
 from convert.conversion import Conversion, Remaining
-from convert.copying import Job
+from convert.copying import Job, Made
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, store
+from qwen_jax.checkpoint import directory, kinds, store
 from qwen_jax.checkpoint.safetensors_header import Tensor
 from qwen_jax.runtime import command, paths, processes
+from qwen_jax.runtime.texts import read_json
 
 # A model in the cache of the Hugging Face hub's library.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -24,14 +27,18 @@ class ImportPlan(Conversion):
 
     tensors: the location of each tensor in the checkpoint, by name.
     wanted: the leaves that each of these tensors holds, by the tensor's name.
+    made: functions that compute the other leaves, by path.
     leaves: the layout of each leaf in the model directory, by path.
     partitions: for each leaf, the mesh axes that divide each of its axes.
+    manifest: entries of the manifest beside `facts`.
     """
 
     tensors: dict[str, Tensor]
     wanted: dict[str, names.Expected]
+    made: dict[str, Made]
     leaves: dict[str, store.StoredLeaf]
     partitions: dict[str, shares.Partition]
+    manifest: dict[str, Any]
 
     @property
     def params(self) -> Path:
@@ -46,40 +53,61 @@ class ImportPlan(Conversion):
         share = shares.Shares(
             self.leaves, self.partitions, sizes=self.facts["mesh"], count=processes.count()
         )
+        for path, write in self._writers():
+            for band in self.leaves[path].bands():
+                mine = share.of(processes.index(), band)
+                piece = band.chunk_elements * store.ITEM_BYTES[band.leaf.dtype]
+                where = f"{directory.PARAMS}/{path}"
+                there = {name for name in band.pieces if found.get(f"{where}/{name}") == piece}
+                lacking = band.pieces.keys() - there
+                needed += piece * len(lacking)
+                done += piece * len(there)
+                if todo := {name: at for name, at in mine.items() if name in lacking}:
+                    rest = dataclasses.replace(band, pieces=todo)
+                    jobs.append((piece * len(todo), functools.partial(write, rest, self.params)))
+        return Remaining(done, needed, jobs)
+
+    def _writers(self) -> Iterator[tuple[str, Callable[..., None]]]:
+        """Yield the path of each leaf, with the function that writes a band of it to `params`."""
         for tensor, expected in zip(self.tensors.values(), self.wanted.values(), strict=True):
             for part in expected.parts:
                 offset = tensor.offset + part.start * store.ITEM_BYTES[tensor.dtype]
-                for band in self.leaves[part.path].bands():
-                    mine = share.of(processes.index(), band)
-                    piece = band.chunk_elements * store.ITEM_BYTES[band.leaf.dtype]
-                    where = f"{directory.PARAMS}/{part.path}"
-                    there = {name for name in band.pieces if found.get(f"{where}/{name}") == piece}
-                    lacking = band.pieces.keys() - there
-                    needed += piece * len(lacking)
-                    done += piece * len(there)
-                    if todo := {name: at for name, at in mine.items() if name in lacking}:
-                        rest = dataclasses.replace(band, pieces=todo)
-                        source = {"file": tensor.file, "offset": offset, "dtype": tensor.dtype}
-                        job = functools.partial(copying.import_band, rest, self.params, **source)
-                        jobs.append((piece * len(todo), job))
-        return Remaining(done, needed, jobs)
+                source = {"file": tensor.file, "offset": offset, "dtype": tensor.dtype}
+                copy = functools.partial(copying.import_band, **source, stride=part.stride)
+                yield part.path, copy
+        for path, made in self.made.items():
+            yield path, functools.partial(copying.make_band, made=made)
 
     def begin(self) -> None:
-        """Write config.json and the metadata of the arrays."""
-        paths.copy(self.source / directory.CONFIG, self.target / directory.CONFIG)
+        """Write config.json and the metadata of the arrays.
+
+        Floats made of a quantised checkpoint are not said to be quantised.
+        """
+        copied = self.target / directory.CONFIG
+        paths.copy(self.source / directory.CONFIG, copied)
+        if self.facts.get("dequantise"):
+            said = read_json(copied)
+            said.pop(gptq_config.CONFIG_KEY, None)
+            directory.write_json(copied, said)
+            (self.target / gptq_config.FILE).unlink(missing_ok=True)
         store.write_metadata(self.params, self.leaves)
 
     def verify(self) -> None:
         """Compare every tensor of the target with the source; ValueError if any differs."""
         verification.verify(
-            self.params, self.leaves, tensors=self.tensors, wanted=self.wanted, exported=False
+            self.params,
+            self.leaves,
+            tensors=self.tensors,
+            wanted=self.wanted,
+            made=self.made,
+            exported=False,
         )
         processes.barrier()
         command.say(f"verified: all {len(self.wanted)} tensors are the source's")
 
     def finish(self) -> None:
         """Check the sizes of all files, and write the manifest."""
-        facts = {**self.facts, directory.ORIGIN: origin(self.source)}
+        facts = {**self.facts, **self.manifest, directory.ORIGIN: origin(self.source)}
         checkpoint.finish(self.target, self.leaves, facts=facts)
 
     def as_stored(self, dtype: str | None, *, cut: bool) -> "ImportPlan":
@@ -89,8 +117,14 @@ class ImportPlan(Conversion):
         the target has another dtype than --dtype, or was made for another mesh than --mesh.
         """
         manifest = checkpoint.verify_whole(self.target)
-        shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
-        directory.check_shapes(self.target, manifest, wanted=shapes)
+        if manifest.get(kinds.KINDS) != self.manifest.get(kinds.KINDS):
+            raise ValueError(
+                f"{self.target} holds other kinds of weights: give --dequantise and --head as when "
+                "it was made, or another DST"
+            )
+        shapes = {path: list(leaf.shape) for path, leaf in self.leaves.items()}
+        wanted = kinds.shapes({**self.manifest, "shapes": shapes})
+        kinds.check_shapes(self.target, manifest, wanted=wanted)
         stored = manifest["dtype"]
         if dtype not in (None, stored):
             raise ValueError(
@@ -102,7 +136,7 @@ class ImportPlan(Conversion):
                 f"{self.target} is cut for another mesh than --mesh: leave out --mesh, or give "
                 "another DST"
             )
-        return dataclasses.replace(self, leaves=store.read_leaves(self.params, stored))
+        return dataclasses.replace(self, leaves=store.read_leaves(self.params))
 
 
 def origin(source: Path) -> dict[str, str]:

@@ -49,11 +49,14 @@ class TensorPart:
     path: the leaf's path in the decoder.
     shape: the leaf's shape.
     start: the index of the leaf's first element (not byte) in the flattened tensor.
+    stride: the elements from one row of the leaf to the next, where it has only some columns of the
+        tensor; None where its rows follow one another.
     """
 
     path: str
     shape: tuple[int, ...]
     start: int
+    stride: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

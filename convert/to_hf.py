@@ -17,11 +17,11 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import conversion, export_plan, folder, names, target
+from convert import conversion, export_plan, gptq_config, gptq_export, names, target
 from convert.copying import Change
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, inspection, store, token_ids
+from qwen_jax.checkpoint import directory, inspection, kinds, store, token_ids
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, process_options
 
@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   python convert/to_hf.py SRC DST --dtype float16                 cast on the way
   python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
   python convert/to_hf.py SRC DST --as qwen2                      for vLLM, SGLang, llama.cpp, TRL
+  python convert/to_hf.py SRC DST --dequantise --adapter DIR      of 4 bits: floats, merged
 
 If the dtype is that of the checkpoint that SRC was made from, all tensors are equal to it byte for
 byte. SRC and DST may be gs://BUCKET/PATH (pip install -e '.[gcs]').
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("src", metavar="SRC", help="model directory")
     add("dst", metavar="DST", help="folder to make; may exist if empty")
-    add("--dtype", choices=folder.CODES, help="dtype to write (default: the directory's own)")
+    add("--dtype", choices=store.DTYPES, help="dtype to write (default: the directory's own)")
     add(
         "--max-shard-size",
         type=parse_size,
@@ -60,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "--adapter",
         metavar="DIR",
         help="adapter in PEFT's format to merge into the weights (default: none)",
+    )
+    add(
+        "--dequantise",
+        action="store_true",
+        help="write floats where SRC is quantised (default: its 4 or 8 bits)",
     )
     add(
         "--as",
@@ -109,10 +115,8 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     config = Config.read(src / directory.CONFIG)
     abstract = checkpoint.abstract_leaves(config, manifest["dtype"])[1]
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    directory.check_shapes(src, manifest, wanted=shapes)
-    wanted = names.expected(shapes, FORMS[args.form])
+    kinds.check_shapes(src, manifest, wanted=shapes)
     dtype = args.dtype or manifest["dtype"]
-    sizes = {name: math.prod(t.shape) * store.ITEM_BYTES[dtype] for name, t in wanted.items()}
     facts = {
         "made_by": "convert/to_hf.py",
         "dtype": dtype,
@@ -126,15 +130,38 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
         if (adapter / directory.GENERATION_CONFIG).exists():
             settings = adapter / directory.GENERATION_CONFIG
             token_ids.check_range(settings, config.vocab_size)
+    _check_integers(args, set(kinds.of_manifest(manifest).values()))
+    if args.dequantise:
+        facts["dequantise"] = True
+    leaves = store.read_leaves(src / directory.PARAMS)
+    tensors = gptq_export.of(
+        src / directory.PARAMS,
+        leaves,
+        manifest=manifest,
+        wanted=names.expected(shapes, FORMS[args.form]),
+        dtype=dtype,
+        changes=changes if args.dequantise else None,
+    )
+    described = None
+    if tensors.linears:
+        described = gptq_export.described(tensors, manifest, source=src)
+    sizes = {
+        name: math.prod(tensor.shape) * store.ITEM_BYTES[tensors.dtypes[name]]
+        for name, tensor in tensors.wanted.items()
+    }
     for line in inspection.vocabulary(src, config)["warnings"]:
         command.say(f"warning: {line}")
     plan = ExportPlan(
         source=src,
         target=dst,
-        wanted=wanted,
-        leaves=store.read_leaves(src / directory.PARAMS, manifest["dtype"]),
+        wanted=tensors.wanted,
+        made=tensors.made,
+        leaves=leaves,
         shards=export_plan.split(sizes, args.max_shard_size),
         dtype=dtype,
+        dtypes=tensors.dtypes,
+        config={} if described is None else {gptq_config.CONFIG_KEY: described},
+        metadata={} if args.dequantise else manifest.get("quantisation", {}).get("metadata", {}),
         facts=facts,
         changes=changes,
         settings=settings,
@@ -144,6 +171,25 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     from convert import qwen2_plan
 
     return qwen2_plan.of(plan, config)
+
+
+def _check_integers(args: argparse.Namespace, found: set[str]) -> None:
+    """Raise UsageError for options that do not fit the kinds of quantised weights of SRC.
+
+    found: these kinds. Says in a line what a head of 8 bits becomes.
+    """
+    integers = bool(found & set(kinds.GROUPED))
+    if args.dequantise and not integers:
+        raise command.UsageError(f"--dequantise: {args.src} is not quantised: leave it out")
+    if args.adapter is not None and integers and not args.dequantise:
+        raise command.UsageError(
+            f"--adapter: {args.src} is quantised, and an adapter cannot be merged into integers: "
+            "add --dequantise to write floats, or give the floats that it was made from"
+        )
+    if kinds.INT8 in found:
+        command.say(
+            "note: the head has 8 bits here; lm_head.weight holds the floats they stand for"
+        )
 
 
 def _merging(

@@ -276,8 +276,8 @@ def test_verify_of_a_merged_export(tmp_path, model, adapter, dtype, monkeypatch,
         tensor = folder.read(plan.target)[name]
         flip(tensor.file, tensor.offset)
 
-    def unmerged(plan: ExportPlan, band: store.Band, stream: copying.Target) -> None:
-        copying.export_band(band, plan.params, target=stream, dtype=plan.dtype)
+    def unmerged(plan: ExportPlan, band: store.Band, dtype: str, stream: copying.Target) -> None:
+        copying.export_band(band, plan.params, target=stream, dtype=dtype)
 
     monkeypatch.setattr(conversion, "copy", copy_and_flip)
     assert to_hf.main([str(model), str(tmp_path / "flipped"), *options]) == 1

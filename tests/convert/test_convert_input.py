@@ -241,7 +241,7 @@ def too_deep(path: Path) -> None:
 
 
 def quantised(path: Path) -> None:
-    edit(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    edit(path / "config.json", quantization_config={"bits": 4, "group_size": 16})
 
 
 def integers(path: Path) -> None:
@@ -284,8 +284,8 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (no_config, "has no config.json: it is not a checkpoint folder"),
     (unknown_key, "use_magic is not known"),
     (too_deep, "config.json says num_hidden_layers 9999, the tensors are of 3 layers: put"),
-    (quantised, "is quantised (gptq), which is not supported yet"),
-    (integers, "quantised checkpoints are not supported yet"),
+    (quantised, "missing 60 tensors: transformer.h.0.attn.c_attn.qweight"),
+    (integers, "only float32, bfloat16, float16 can be converted"),
     (mixed, "tensors of different dtypes (26 float32, 1 float16): choose one with --dtype"),
 ]
 

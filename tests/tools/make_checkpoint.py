@@ -5,6 +5,7 @@ library, so that it can be a reference for it. Memory stays at one tensor plus 1
 size.
 
     python tests/tools/make_checkpoint.py OUT --preset qwen-1.8b --tokenizer
+    python tests/tools/make_checkpoint.py OUT --preset qwen-7b --dtype float16 --bits 4
 """
 
 import argparse
@@ -25,6 +26,14 @@ DTYPES = {
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
     "float16": ("F16", np.dtype(np.float16)),
     "float32": ("F32", np.dtype(np.float32)),
+    "int32": ("I32", np.dtype(np.int32)),
+}
+GROUP = 128  # inputs that share a scale where the layers are integers
+QUANTISED: dict[str, Any] = {
+    "quant_method": "gptq",
+    "group_size": GROUP,
+    "sym": True,
+    "desc_act": False,
 }
 DRAWN = 2**24 - 3  # larger tensors repeat these values; odd, so that no two rows are equal
 
@@ -140,8 +149,11 @@ def generation(chat: bool, vocab_size: int) -> dict[str, Any]:
     return settings | {"eos_token_id": end, "pad_token_id": end, "stop_words_ids": [[end]]}
 
 
-def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, in the order of the original's modules."""
+def shapes(config: dict[str, Any], bits: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, in the order of the original's modules.
+
+    bits: of the integers of the layers, as AutoGPTQ writes them; None for floats.
+    """
     width, vocab = config["hidden_size"], config["vocab_size"]
     inner = config["num_attention_heads"] * config["kv_channels"]
     ffn = config["intermediate_size"] // 2
@@ -155,6 +167,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.w2.weight": (ffn, width),
         "mlp.c_proj.weight": (width, ffn),
     }
+    if bits is not None:
+        block = {key: x for name, shape in block.items() for key, x in packed(name, shape, bits)}
     layers = {
         f"transformer.h.{i}.{name}": shape
         for i in range(config["num_hidden_layers"])
@@ -162,6 +176,21 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
     head = {"transformer.ln_f.weight": (width,), "lm_head.weight": (vocab, width)}
     return {"transformer.wte.weight": (vocab, width)} | layers | head
+
+
+def packed(name: str, shape: tuple[int, ...], bits: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of integers in the place of a tensor of a block, with their shapes."""
+    if len(shape) == 1:
+        yield name, shape
+        return
+    outputs, inputs = shape
+    module, per_word = name.removesuffix(".weight"), 32 // bits
+    yield f"{module}.qweight", (inputs // per_word, outputs)
+    yield f"{module}.qzeros", (inputs // GROUP, outputs // per_word)
+    yield f"{module}.scales", (inputs // GROUP, outputs)
+    yield f"{module}.g_idx", (inputs,)
+    if module != "attn.c_attn":  # whose bias is a tensor of its own above
+        yield f"{module}.bias", (outputs,)
 
 
 def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -192,13 +221,28 @@ def parse_size(text: str) -> int:
 
 
 def draw(
-    name: str, shape: tuple[int, ...], rng: np.random.Generator, config: dict[str, Any]
+    name: str,
+    shape: tuple[int, ...],
+    rng: np.random.Generator,
+    config: dict[str, Any],
+    bits: int | None = None,
 ) -> np.ndarray:
-    """At most `DRAWN` values in float32, as the original initialises them.
+    """At most `DRAWN` values, as the original initialises them, or as AutoGPTQ packs integers.
 
     Norms and biases get noise instead of ones and zeros, so that no two tensors look alike.
     """
-    values = rng.standard_normal(min(math.prod(shape), DRAWN), np.float32)
+    count = min(math.prod(shape), DRAWN)
+    if name.endswith("qweight"):
+        return rng.integers(0, 2**32, count, np.uint32).view(np.int32)
+    if name.endswith("qzeros"):  # of symmetric layers: 7 in every field of 4 bits, less 1
+        return np.full(count, {4: 0x77777777, 8: 0x7F7F7F7F}[bits or 4], np.int32)
+    if name.endswith("g_idx"):
+        return np.arange(count, dtype=np.int32) // GROUP
+    if name.endswith(("c_proj.bias", "w1.bias", "w2.bias")):
+        return np.zeros(count, np.float32)
+    values = rng.standard_normal(count, np.float32)
+    if name.endswith("scales"):
+        return 0.002 + 0.0005 * np.abs(values)
     values *= config["initializer_range"]
     if name.endswith("c_proj.weight"):
         values /= math.sqrt(2 * config["num_hidden_layers"])
@@ -213,16 +257,26 @@ def chunks(values: np.ndarray, count: int) -> Iterator[memoryview]:
         yield values[: count - start].view(np.uint8).data
 
 
+def stored(name: str, dtype: str) -> str:
+    """The dtype of a tensor in a file whose floats have `dtype`."""
+    return "int32" if name.endswith(("qweight", "qzeros", "g_idx")) else dtype
+
+
 def write_shard(
-    file: BinaryIO, names: list[str], config: dict[str, Any], dtype: str, seed: int
+    file: BinaryIO,
+    names: list[str],
+    config: dict[str, Any],
+    dtype: str,
+    seed: int,
+    bits: int | None,
 ) -> None:
     """Write one safetensors file tensor by tensor; `save_file` would hold all of it in memory."""
-    code, storage = DTYPES[dtype]
-    all_shapes = shapes(config)
+    all_shapes = shapes(config, bits)
     order = {name: i for i, name in enumerate(all_shapes)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in sorted(names):
+        code, storage = DTYPES[stored(name, dtype)]
         end = offset + math.prod(all_shapes[name]) * storage.itemsize
         shape = list(all_shapes[name])
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
@@ -232,7 +286,8 @@ def write_shard(
     file.write(len(text).to_bytes(8, "little") + text)
     for name in sorted(names):
         rng = np.random.default_rng([seed, order[name]])  # a tensor is the same in any split
-        values = draw(name, all_shapes[name], rng, config).astype(storage)
+        storage = DTYPES[stored(name, dtype)][1]
+        values = draw(name, all_shapes[name], rng, config, bits).astype(storage)
         for chunk in chunks(values, math.prod(all_shapes[name])):
             file.write(chunk)
 
@@ -259,14 +314,18 @@ def make_checkpoint(
     seed: int = 0,
     max_shard_size: int | None = None,
     tokenizer: bool = False,
+    bits: int | None = None,
 ) -> Path:
     """Write a checkpoint into the folder `out`.
 
     preset: a name of `PRESETS`, or a whole config.
     max_shard_size: bytes; None is the published size.
     tokenizer: whether to copy the published qwen.tiktoken.
+    bits: of the integers of the layers, with `dtype` float16; None for floats.
     """
-    config = PRESETS[preset] if isinstance(preset, str) else preset
+    config: dict[str, Any] = dict(PRESETS[preset] if isinstance(preset, str) else preset)
+    if bits is not None:
+        config["quantization_config"] = QUANTISED | {"bits": bits}
     chat = preset == "demo"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -278,8 +337,10 @@ def make_checkpoint(
         auto_map = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
         settings = {"model_max_length": length, "tokenizer_class": "QWenTokenizer"}
         write_json(out / "tokenizer_config.json", settings | {"auto_map": auto_map})
-    itemsize = DTYPES[dtype][1].itemsize
-    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes(config).items()}
+    sizes = {
+        name: math.prod(shape) * DTYPES[stored(name, dtype)][1].itemsize
+        for name, shape in shapes(config, bits).items()
+    }
     shards = split(sizes, max_shard_size or SHARD_SIZES.get(str(preset), SHARD_SIZE))
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
@@ -287,7 +348,7 @@ def make_checkpoint(
         if len(shards) == 1:
             file_name = "model.safetensors"
         with open(out / file_name, "wb") as file:
-            write_shard(file, names, config, dtype, seed)
+            write_shard(file, names, config, dtype, seed, bits)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}}
@@ -301,7 +362,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    floats = [name for name in DTYPES if name != "int32"]
+    parser.add_argument("--dtype", choices=floats, default="bfloat16")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="layers as AutoGPTQ writes them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-size", type=parse_size, help="such as 2GB or 500MB")
     parser.add_argument("--tokenizer", action="store_true", help="copy the real qwen.tiktoken")

@@ -1,0 +1,126 @@
+"""Reads how the weights of a GPTQ checkpoint folder are quantised, and refuses what is not known.
+
+The tools write the same keys to two places, `quantization_config` of config.json and
+quantize_config.json; old folders have only one of them. Keys that do not change what the tensors
+mean are passed over.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.checkpoint import directory
+from qwen_jax.runtime import texts, values
+from qwen_jax.runtime.texts import read_json
+
+CONFIG_KEY = "quantization_config"
+FILE = "quantize_config.json"
+_METHOD = "gptq"
+# The values of `checkpoint_format`, with what they say of zeros.
+_FORMATS = {"gptq": None, "gptq_v2": "v2", "": None}
+# Keys that must agree where both places have them.
+_SHARED = ("bits", "group_size", "sym", "desc_act", "quant_method", "checkpoint_format")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the weights of a folder are quantised.
+
+    bits: 4 or 8.
+    group_size: the number of inputs that share a scale; -1 for all of them.
+    symmetric: whether every zero is 2^(bits - 1).
+    desc_act: whether inputs may be of any group (act-order).
+    zeros: "v1" or "v2", how qzeros holds zeros; None if the folder does not say.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    desc_act: bool
+    zeros: str | None
+
+
+def read(source: Path) -> Settings | None:
+    """Read the settings of a checkpoint folder; None if it says nothing of quantisation.
+
+    Raises ValueError that names the key and its value for what cannot be converted, and for keys
+    that differ between the two places.
+    """
+    config, file = source / directory.CONFIG, source / FILE
+    inside = read_json(config).get(CONFIG_KEY)
+    found: list[tuple[Path, Mapping[str, Any]]] = []
+    if inside is not None:
+        if not isinstance(inside, dict):
+            raise ValueError(f"{config}: {CONFIG_KEY} is {texts.shown(inside)}, not an object")
+        found.append((config, inside))
+    if file.exists():
+        found.append((file, read_json(file)))
+    if not found:
+        return None
+    for key in _SHARED:
+        held = [(place, said[key]) for place, said in found if said.get(key) is not None]
+        if len(held) == 2 and held[0][1] != held[1][1]:
+            (first, a), (second, b) = held
+            raise ValueError(
+                f"{key} is {texts.shown(a)} in {first} and {texts.shown(b)} in {second}: put the "
+                "two files there that came with these weights"
+            )
+    merged = {key: value for _, said in reversed(found) for key, value in said.items()}
+    with values.named(found[0][0]):
+        return _checked(merged)
+
+
+def _checked(said: Mapping[str, Any]) -> Settings:
+    """Return the settings in the merged contents of the two places; ValueError for others."""
+    method = said.get("quant_method", _METHOD)
+    if method != _METHOD:
+        raise ValueError(
+            f"quant_method is {texts.shown(method)}: only GPTQ checkpoints can be read; take the "
+            "GPTQ version of this model, or the floats that it was made from"
+        )
+    _refuse(said)
+    bits = values.whole("bits is", values.from_file(said.get("bits")))
+    if bits not in (4, 8):
+        raise ValueError(f"bits is {bits}: only 4 and 8 can be read")
+    per_word = 32 // bits
+    size = values.whole("group_size is", values.from_file(said.get("group_size", -1)), least=-1)
+    if size == 0 or (size > 0 and size % per_word):
+        raise ValueError(f"group_size is {size}: must be -1 or a multiple of {per_word}")
+    format_ = said.get("checkpoint_format") or said.get("format") or ""
+    if format_ not in _FORMATS:
+        raise ValueError(
+            f"checkpoint_format is {texts.shown(format_)}: only gptq and gptq_v2 can be read; its "
+            "tool can save the model in one of them"
+        )
+    return Settings(
+        bits=bits,
+        group_size=size,
+        symmetric=_flag(said, "sym", default=True),
+        desc_act=_flag(said, "desc_act", default=False),
+        zeros=_FORMATS[format_],
+    )
+
+
+def _refuse(said: Mapping[str, Any]) -> None:
+    """Raise ValueError for options under which the tensors have another meaning or layout."""
+    options = {
+        "is_marlin_format": "weights packed for Marlin: save the model in the format gptq",
+        "dynamic": "settings that differ by module",
+        "lm_head": "a quantised head",
+    }
+    for key, why in options.items():
+        if said.get(key):
+            raise ValueError(f"{key} is {texts.shown(said[key])}, {why}, which cannot be read")
+    if (packed := said.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
+        raise ValueError(f"pack_dtype is {texts.shown(packed)}: only int32 can be read")
+
+
+def _flag(said: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    """Return a key's value, which must be true or false; `default` if it is absent or null."""
+    value = said.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is {texts.shown(value)}: must be true or false")
+    return value
