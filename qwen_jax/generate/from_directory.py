@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from qwen_jax import checkpoint, meshes, model
 from qwen_jax.checkpoint import adapter_files
 from qwen_jax.config import Config
-from qwen_jax.generate import backend, description, keywords
+from qwen_jax.generate import backend, description, integers, keywords
 from qwen_jax.generate.description import Description
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.meshes import sharding
@@ -28,6 +28,7 @@ def load(
     max_length: int | None = None,
     *,
     adapter: str | Path | None = None,
+    dequantise: bool | None = None,
 ) -> LanguageModel:
     """Load a model directory written by `convert/from_hf.py` or `checkpoint.save`.
 
@@ -43,6 +44,9 @@ def load(
     adapter: the folder of a LoRA adapter in PEFT's format, such as RUN/adapter of a training run,
         which is put on the model without merging it. Its generation_config.json, if it has one,
         takes the place of the model's.
+    dequantise: whether the weights of a quantised directory become floats of `dtype`. None: on a
+        CPU, if half of its memory holds them, as it multiplies floats several times faster; on
+        accelerators not, as they read integers in less time.
 
     Raises ValueError for an incomplete directory or an argument that is not allowed, and
     NotImplementedError if the attention cannot run this model on this device.
@@ -50,7 +54,13 @@ def load(
     backend.check_names(dtype, attention, cache_dtype=cache_dtype)
     about = description.read(path, overrides, max_length=max_length, adapter=adapter)
     return with_weights(
-        path, about, dtype=dtype, attention=attention, cache_dtype=cache_dtype, adapter=adapter
+        path,
+        about,
+        dtype=dtype,
+        attention=attention,
+        cache_dtype=cache_dtype,
+        adapter=adapter,
+        dequantise=dequantise,
     )
 
 
@@ -62,13 +72,14 @@ def with_weights(
     attention: str = "auto",
     cache_dtype: str | None = None,
     adapter: str | Path | None = None,
+    dequantise: bool | None = None,
 ) -> LanguageModel:
     """Load the weights of a model directory, whose small files have been read.
 
     path: the model directory.
     about: the description of the model that `description.read` returned.
     dtype, attention, cache_dtype: as in `load`, already checked.
-    adapter: as in `load`.
+    adapter, dequantise: as in `load`.
 
     A mesh, an attention or an adapter that does not fit this model is refused before any weight is
     read.
@@ -82,7 +93,8 @@ def with_weights(
         attention, config, dtype=dtype, length=about.max_length, cache_dtype=cache_dtype, mesh=mesh
     )
     put = None if adapter is None else _read_adapter(adapter, config, dtype=dtype, mesh=mesh)
-    decoder = checkpoint.load(path, config, dtype=dtype, mesh=mesh)
+    keep = integers.converter(path, config, dtype=dtype, dequantise=dequantise)
+    decoder = checkpoint.load(path, config, dtype=dtype, mesh=mesh, keep=keep)
     if put is not None:
         decoder = put(decoder)
     fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}

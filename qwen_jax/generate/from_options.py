@@ -47,7 +47,8 @@ def load(
     caches.use_compilation_cache(args.compilation_cache)
     started = time.perf_counter()
     with jax.set_mesh(mesh(args, about, sizes=sizes)):
-        chosen = {name: getattr(args, name) for name in ("dtype", "attention", "cache_dtype")}
+        names = ("dtype", "attention", "cache_dtype", "dequantise")
+        chosen = {name: getattr(args, name) for name in names}
         model = from_directory.with_weights(args.ckpt, about, **chosen, adapter=_adapter(args))
     took = f"{time.perf_counter() - started:.1f} s"
     command.say(f"loaded {model.config.num_params():,} weights in {took}")

@@ -169,6 +169,12 @@ def model_options(
         + " (default: as --dtype)",
     )
     add(
+        "--dequantise",
+        action=argparse.BooleanOptionalAction,
+        help="turn the 4- or 8-bit weights of DIR into floats of --dtype, or keep them (default: "
+        "on a CPU turn them, if half of its memory holds the floats; else keep them)",
+    )
+    add(
         "--attention",
         default="auto",
         metavar="NAME",
