@@ -18,6 +18,7 @@ from qwen_jax.config import Config
 from qwen_jax.engine import from_model
 from qwen_jax.engine.steps import Programs, Shape
 from qwen_jax.meshes import sharding
+from train.planning import stored_weights
 from train.planning.compilation import Program, compile_program
 from train.planning.flops import nbytes
 
@@ -33,6 +34,8 @@ class Serving:
     attention: the name of a registered implementation.
     rows, page, chunk: as for `from_model.sizes`; None for what an engine takes by default.
     cache_dtype: None for pages in the model's own dtype, or "int8".
+    weights: how the matrices of layers are stored, one of `stored_weights.FORMS`.
+    kernel: the kernel that multiplies by integers; None makes floats of them for each product.
     dtype: the dtype of the weights.
     """
 
@@ -44,6 +47,8 @@ class Serving:
     chunk: int | None = None
     cache_dtype: str | None = None
     dtype: str = "bfloat16"
+    weights: str = "float"
+    kernel: str | None = None
 
     def shape(self, mesh: sharding.MeshOrSizes, *, room: int) -> Shape:
         """Return the sizes of the engine's programs. room: bytes for pages on each device.
@@ -129,7 +134,9 @@ def engine(
             dtype=serving.dtype,
             mesh=mesh,
         )
-        decoder = model.abstract(serving.config, serving.dtype)
+        decoder = stored_weights.decoder(
+            serving.config, serving.dtype, form=serving.weights, kernel=serving.kernel
+        )
         found = _functions(decoder, attend, shape=shape)
     found = [x for x in found if only is None or x.name in only]
     runs = [Run(x.name, x.call, x.times, _compiled(x, mesh)) for x in found]

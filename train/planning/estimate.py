@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from qwen_jax import meshes
 from qwen_jax.meshes import sharding
-from train.planning import bounds, collectives, programs
+from train.planning import bounds, collectives, programs, stored_weights
 from train.planning import topology as topologies
 from train.planning.bounds import Bound
 from train.planning.collectives import Collective
@@ -184,7 +184,8 @@ def decoding(setting: Setting, topology: Topology, *, sizes: Mapping[str, int]) 
     )
     model_flops = setting.batch * needed
     parts = program.memory.parts
-    read = parts["weights"] * weights / config.num_params() + parts["cache"]
+    share = stored_weights.multiplied_share(config, 2, form=setting.weights)
+    read = parts["weights"] * share + parts["cache"]
     of_a_token = [x for x in program.collectives or [] if x.looped]
     moved = read + 2 * _gathered(of_a_token)
     each = model_flops / topology.devices

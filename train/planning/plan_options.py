@@ -96,6 +96,13 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
         help="rows per batch, over all devices together (default: %(default)s)",
     )
     add(
+        "--weights",
+        default="float",
+        choices=("float", "int4", "int8"),
+        help="weights of the layers: float, or int4 or int8 as in GPTQ checkpoints with groups of "
+        "128, which training takes below adapters (default: %(default)s)",
+    )
+    add(
         "--attention",
         default="auto",
         metavar="NAME",
@@ -216,6 +223,14 @@ def refuse_idle(args: argparse.Namespace) -> None:
         how = f"applies only to a search: {out} add --search"
         how = f"applies only without --mesh: {out} leave out --mesh" if args.serve else how
         command.refuse(args, ("tries",), why=how)
+    if args.weights in ("int4", "int8"):
+        how = f"cannot be combined with --weights {args.weights}: {out} leave out --weights"
+        command.refuse(args, ("base_dtype",), why=how)
+        if not (args.decode or args.serve or args.lora_rank):
+            raise command.UsageError(
+                f"--weights {args.weights}: integers are not trained: add --lora-rank N to train "
+                "adapters on them, or --decode, or --serve"
+            )
     if args.lora_rank is None:
         how = f"applies only to adapters: {out} add --lora-rank N"
         command.refuse(args, ("base_dtype", "train_embeddings"), why=how)

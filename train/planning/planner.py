@@ -19,7 +19,7 @@ from qwen_jax.meshes import options, sharding
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
 from train import step
-from train.planning import attempts, report, search, serving_planner
+from train.planning import attempts, report, search, serving_planner, stored_weights
 from train.planning import topology as topologies
 from train.planning.estimate import Estimate
 from train.planning.programs import Setting
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.serve:
         serving_planner.run(args, topology, config=_config(args.model))
         return
-    setting = _setting(args)
+    setting = _setting(args, topology)
     if args.search:
         tried = search.candidates(setting, topology, decode=args.decode)[: args.tries]
         if not tried:
@@ -124,7 +124,7 @@ def _mesh(args: argparse.Namespace, setting: Setting, *, topology: Topology) -> 
     return sizes
 
 
-def _setting(args: argparse.Namespace) -> Setting:
+def _setting(args: argparse.Namespace, topology: Topology) -> Setting:
     """Return the setting to plan. Raises UsageError for a value that is not allowed."""
     config = _config(args.model)
     _check_choice("--remat", args.remat, allowed=step.REMAT)
@@ -146,6 +146,8 @@ def _setting(args: argparse.Namespace) -> Setting:
         accumulate=args.accumulate,
         adapters=_adapters(args),
         gradient_dtype=args.gradient_dtype,
+        weights=args.weights,
+        kernel=stored_weights.KERNELS.get(topology.chip.platform),
     )
 
 

@@ -25,6 +25,7 @@ from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder, running
 from qwen_jax.model.context import Context
 from train import step
+from train.planning import stored_weights
 from train.planning.compilation import Program, compile_program
 from train.planning.flops import nbytes
 from train.run import parameters
@@ -48,6 +49,9 @@ class Setting:
     by_auto: whether the plan has chosen `attention`.
     passed_over: the kernels that `auto` cannot use here, each with the reason.
     gradient_dtype: the dtype in which training sums gradients over devices.
+    weights: how the matrices of layers are stored, one of `stored_weights.FORMS`; integers are not
+        trained.
+    kernel: the kernel that multiplies by integers; None makes floats of them for each product.
     """
 
     config: Config
@@ -63,6 +67,12 @@ class Setting:
     by_auto: bool = False
     passed_over: tuple[str, ...] = ()
     gradient_dtype: str = "float32"
+    weights: str = "float"
+    kernel: str | None = None
+
+    def decoder(self, dtype: DTypeLike) -> Decoder:
+        """Return the decoder as shapes on the mesh in force. dtype: of plain weights."""
+        return stored_weights.decoder(self.config, dtype, form=self.weights, kernel=self.kernel)
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError if model, batch or length does not divide over axes of these sizes."""
@@ -81,6 +91,9 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     trained = parameters.abstract(setting.config, setting.adapters)
     with jax.set_mesh(mesh):
         state, base = trained.abstract_state(optimizer), trained.abstract_base()
+        if base is not None and setting.weights != "float":
+            separate = setting.decoder(jnp.bfloat16)
+            base = sharding.on_devices(mesh, jax.eval_shape(model.stack, separate))
     batch = step.abstract_batch(setting.batch, setting.length, mesh=mesh)
     run = step.make_step(
         optimizer,
@@ -105,7 +118,7 @@ def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -
     meshes.check({**setting.config.sizes, "B": setting.batch}, mesh)
     config = setting.config
     with jax.set_mesh(mesh):
-        decoder = model.abstract(config, dtype)
+        decoder = setting.decoder(dtype)
         shapes = jax.eval_shape(lambda: decode_state(setting, dtype))
     decoder = sharding.on_devices(mesh, decoder)
     rules, state, cache = sharding.on_devices(mesh, shapes)
@@ -162,7 +175,7 @@ def prefill(
     config = setting.config
     meshes.check({**config.sizes, "B": setting.batch}, mesh)
     with jax.set_mesh(mesh):
-        decoder = model.abstract(config, dtype)
+        decoder = setting.decoder(dtype)
         given = jax.eval_shape(
             lambda x: _of_a_group(setting, chunk, dtype=dtype, decoder=x), decoder
         )

@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen_jax import meshes
 from qwen_jax.meshes import sharding
-from train.planning import bounds, engine_programs
+from train.planning import bounds, engine_programs, stored_weights
 from train.planning import topology as topologies
 from train.planning.bounds import Bound
 from train.planning.collectives import Collective
@@ -234,13 +235,15 @@ def _bounds(plan: Plan, length: int, *, rows: int) -> tuple[Bound, Bound]:
     config, shape, sizes = plan.serving.config, plan.engine.shape, plan.mesh
     devices = math.prod(sizes.values())
     head = config.vocab_size * config.hidden_size
-    per_weight = plan.engine.weights / config.num_params()
+    stored = {"item_bytes": jnp.dtype(plan.serving.dtype).itemsize, "form": plan.serving.weights}
+    share = stored_weights.multiplied_share(config, **stored)
+    of_layers = share - stored_weights.table_share(config, **stored)
     per_token = plan.page / shape.size
     seen = sum(min(length, window or length) for window in config.windows)  # over all layers
     step = 2 * config.num_multiplied() * shape.rows
     step += 4 * config.num_heads * config.head_dim * seen * rows
     seen /= config.num_layers
-    read = per_weight * config.num_multiplied() + per_token * seen * rows / plan.replicas
+    read = plan.engine.weights * share + per_token * seen * rows / plan.replicas
     mesh = topologies.mesh(plan.topology, sizes)
     decoding = _bound(
         plan,
@@ -256,7 +259,7 @@ def _bounds(plan: Plan, length: int, *, rows: int) -> tuple[Bound, Bound]:
         plan,
         mesh,
         flops=forward * plan.replicas / devices,
-        moved=chunks * (per_weight * (config.num_multiplied() - head) + before),
+        moved=chunks * (plan.engine.weights * of_layers + before),
         found=[
             dataclasses.replace(x, count=chunks * x.count, bytes=chunks * x.bytes)
             for x in _collectives(plan.engine.of_call(*PREFILL))

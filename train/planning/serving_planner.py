@@ -19,7 +19,7 @@ from qwen_jax.meshes import options, sharding
 from qwen_jax.meshes.hardware import Gpu
 from qwen_jax.runtime import command
 from qwen_jax.runtime.command import UsageError
-from train.planning import report, serving, serving_report
+from train.planning import report, serving, serving_report, stored_weights
 from train.planning.engine_programs import Serving
 from train.planning.serving import LENGTHS, Plan
 from train.planning.topology import Topology
@@ -72,7 +72,15 @@ def _serving(args: argparse.Namespace, topology: Topology, *, config: Config) ->
         chunk=args.chunk,
         cache_dtype=args.cache_dtype,
         dtype=args.dtype,
+        weights=args.weights,
+        kernel=stored_weights.KERNELS.get(topology.chip.platform),
     )
+
+
+def _weight_bytes(serving: Serving) -> float:
+    """Return the bytes of all weights."""
+    item = jnp.dtype(serving.dtype).itemsize
+    return stored_weights.size(serving.config, item, form=serving.weights)
 
 
 def _room(serving: Serving, topology: Topology, *, sizes: Mapping[str, int]) -> int:
@@ -81,7 +89,7 @@ def _room(serving: Serving, topology: Topology, *, sizes: Mapping[str, int]) -> 
     sizes: the number of devices along each mesh axis.
     """
     shards = math.prod(sizes[axis] for axis in (*sharding.WEIGHTS, sharding.TENSOR))
-    weights = serving.config.num_params() * jnp.dtype(serving.dtype).itemsize / shards
+    weights = _weight_bytes(serving) / shards
     return int(from_model.SHARE * (topology.chip.usable - weights))
 
 
@@ -137,7 +145,7 @@ def _nearest(serving: Serving, topology: Topology, *, sizes: Mapping[str, int]) 
 def _too_small(serving: Serving, topology: Topology) -> str:
     """Say that no mesh of a topology holds an engine, and what may."""
     usable = topology.chip.usable
-    weights = serving.config.num_params() * jnp.dtype(serving.dtype).itemsize
+    weights = _weight_bytes(serving)
     return (
         f"no mesh of tp and data over {topology.devices} devices of {usable / 1e9:.1f} GB holds "
         f"{weights / 1e9:.1f} GB of weights and 2 pages: take more or larger devices, or fewer "

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import checkpoint, model
-from qwen_jax.checkpoint import adapter_config, adapter_files, directory
+from qwen_jax.checkpoint import adapter_config, adapter_files, directory, kinds
 from qwen_jax.config import Config
 from qwen_jax.leaves import int8
-from qwen_jax.leaves.weights import Weight, map_leaves, named_leaves
+from qwen_jax.leaves.weights import Leaf, Weight, map_leaves, named_leaves
 from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder, lora
 from qwen_jax.runtime import command, paths, processes
@@ -87,12 +87,12 @@ class Adapted:
     """LoRA adapters on the frozen decoder of a model directory, as the trained parameters of a run.
 
     config: the architecture of the decoder.
-    ckpt: the model directory.
+    ckpt: the model directory; None for a plan, which needs shapes alone.
     recipe: the recipe of the run.
     """
 
     config: Config
-    ckpt: Path
+    ckpt: Path | None
     recipe: Recipe
 
     def flops_per_token(self, length: int) -> float:
@@ -108,8 +108,14 @@ class Adapted:
     @functools.cached_property
     def base(self) -> Decoder:
         """The frozen decoder, stacked, in the recipe's `base_dtype`; read once."""
-        decoder = checkpoint.load(self.ckpt, self.config, self.recipe.dtype, keep=self._kept)
+        decoder = checkpoint.load(self._source, self.config, self.recipe.dtype, keep=self._kept)
         return model.stack(decoder, consume=True)
+
+    @property
+    def _source(self) -> Path:
+        """The model directory, which only a plan lacks."""
+        assert self.ckpt is not None, "a plan has no weights"
+        return self.ckpt
 
     def abstract_base(self) -> Decoder:
         """Return the frozen decoder as shapes, with shardings on the current mesh."""
@@ -117,11 +123,22 @@ class Adapted:
         def made(decoder: Decoder) -> Decoder:
             return map_leaves(self._kept, model.stack(decoder))
 
-        decoder = jax.eval_shape(made, model.abstract(self.config, self.recipe.dtype))
+        dtype = self.recipe.dtype
+        if self.ckpt is None:
+            shapes = model.abstract(self.config, dtype)
+        else:
+            shapes = checkpoint.abstract(self.ckpt, self.config, dtype=dtype)
+        decoder = jax.eval_shape(made, shapes)
         return sharding.on_devices(jax.sharding.get_mesh(), decoder)
 
-    def _kept(self, path: str, leaf: Weight) -> Weight | int8.Int8:
-        """Return a leaf of the base as it is stored: in int8 if the recipe says so."""
+    def _kept(self, path: str, leaf: Weight | Leaf) -> Weight | Leaf:
+        """Return a leaf of the base as a run holds it: in int8 if the recipe says so.
+
+        The loss reads the head by its rows, so one that is stored in int8 becomes floats.
+        """
+        if path == "head" and isinstance(leaf, int8.Int8):
+            floats = leaf.dequantize(self.recipe.dtype)
+            return Weight(floats, letters=leaf.letters)
         return int8.of_layers(path, leaf) if self.recipe.base_dtype == "int8" else leaf
 
     def attach(self, weights: lora.Adapters, base: Decoder, key: jax.Array | None) -> Decoder:
@@ -171,7 +188,7 @@ class Adapted:
         if (out / MODEL / directory.MANIFEST).exists():
             return out / MODEL
         self.__dict__.pop("base", None)
-        decoder = model.stack(checkpoint.load(self.ckpt, self.config), consume=True)
+        decoder = model.stack(checkpoint.load(self._source, self.config), consume=True)
         merged = jax.jit(lora.merge, donate_argnums=0)(decoder, weights)
         _check_numbers(merged, out / ADAPTER)
         checkpoint.save(out / MODEL, self.config, merged, like=files)
@@ -183,7 +200,7 @@ class Adapted:
         This is the Hugging Face model from which `ckpt` was converted. The fields are None if it is
         unknown, because the path of `ckpt` means nothing on another machine.
         """
-        found = directory.origin(self.ckpt)
+        found = directory.origin(self._source)
         if "name" not in found:
             command.say(
                 f"note: the adapter names no base, for {self.ckpt} was trained since its "
@@ -222,18 +239,45 @@ def _targets(wanted: Sequence[str], layers: int) -> dict[str, tuple[str, ...]]:
     return adapter_config.targets(wanted[0] if pattern else wanted, layers)
 
 
-def of(config: Config, ckpt: Path | None, *, recipe: Recipe) -> Whole | Adapted:
+def of(config: Config, ckpt: Path | None, *, recipe: Recipe, merge: bool) -> Whole | Adapted:
     """Return the parameters that a recipe trains.
 
-    ckpt: the model directory to start from, or None. Raises ValueError for adapters without a model
-    directory, or on a module that does not exist.
+    ckpt: the model directory to start from, or None.
+    merge: whether adapters are to be merged into the model at the end.
+
+    Raises ValueError for adapters without a model directory, or on a module that does not exist,
+    and for what the integers of a quantised model do not allow.
     """
+    if ckpt is not None and any(
+        kind in kinds.GROUPED for kind in checkpoint.load_kinds(ckpt).values()
+    ):
+        _check_on_integers(ckpt, recipe, merge=merge)
     if not recipe.lora_rank:
         return Whole(config, ckpt, recipe)
     if ckpt is None:
         raise ValueError("adapters go on a trained model: give --ckpt")
     _targets(recipe.lora_targets, config.num_layers)
     return Adapted(config, ckpt, recipe)
+
+
+def _check_on_integers(ckpt: Path, recipe: Recipe, *, merge: bool) -> None:
+    """Raise ValueError for a run that would change the integers of a quantised model."""
+    floats = "convert its checkpoint with --dequantise to have floats"
+    if not recipe.lora_rank:
+        raise ValueError(
+            f"{ckpt} is quantised, and integers cannot be trained: train adapters on them, with "
+            f"--recipe sft_lora, or {floats}"
+        )
+    if recipe.base_dtype == "int8":
+        raise ValueError(
+            f"base_dtype 'int8': {ckpt} is quantised already, and its weights stay as they are: "
+            "leave it out"
+        )
+    if merge:
+        raise ValueError(
+            f"merge: adapters cannot be merged into the integers of {ckpt}: leave it out, and give "
+            f"the adapter with --adapter, or {floats}"
+        )
 
 
 def abstract(config: Config, adapters: Recipe | None) -> Whole | Adapted:
@@ -243,4 +287,4 @@ def abstract(config: Config, adapters: Recipe | None) -> Whole | Adapted:
     """
     if adapters is None:
         return Whole(config, None, recipes.pretrain())
-    return Adapted(config, Path(), adapters)
+    return Adapted(config, None, adapters)

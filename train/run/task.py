@@ -84,7 +84,7 @@ def _train(task: Task, settings: Settings, *, check: Callable[[], None]) -> None
     recipe, out = task.recipe, settings.out
     # Errors in these are raised before anything is encoded.
     attention.get(recipe.attention)
-    trained = parameters.of(task.config, task.ckpt, recipe=recipe)
+    trained = parameters.of(task.config, task.ckpt, recipe=recipe, merge=settings.merge)
     if processes.index() == 0:
         run_folder.check(out, settings.resume)
     rows, held_out = _rows(task, settings)
