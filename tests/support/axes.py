@@ -36,6 +36,7 @@ MODULES = (
     "qwen_jax.leaves",
     "qwen_jax.meshes",
     "qwen_jax.model",
+    "qwen_jax.quantise",
     "train.data",
     "train.measuring",
     "train.step",

@@ -17,8 +17,8 @@ DOORS = ("qwen_jax/chat/__main__.py", "qwen_jax/kernels/tune.py")
 BEGIN, END = "<!-- rooms: python -m tests.tools.rooms -->", "<!-- end of rooms -->"
 # From the lowest to the highest, as in pyproject.toml.
 QWEN_JAX = (
-    "runtime config meshes kernels leaves attention chat model decoding checkpoint generate engine "
-    "terminal serve"
+    "runtime config meshes kernels leaves attention chat model decoding checkpoint generate "
+    "quantise engine terminal serve"
 )
 ROOMS = (
     *(f"qwen_jax/{name}" for name in QWEN_JAX.split()),
