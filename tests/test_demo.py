@@ -17,11 +17,12 @@ import qwen_jax
 from convert import from_hf
 from qwen_jax import attention, chat, checkpoint, meshes, model
 from qwen_jax.chat.tokenizer import Tokenizer
+from qwen_jax.runtime import records
 from tests.support.bigram import held_out_loss
 from tests.support.conversion import contents
 from tests.support.training import curve, succeed, weights
 from train import data, pretrain, sft, step, tokenizer
-from train.data import batches, packing, records, token_cache
+from train.data import batches, packing, token_cache
 
 HOME = Path(__file__).parent.parent / "examples" / "moby_dick"
 TEXT = HOME / "moby_dick.jsonl"

@@ -86,8 +86,8 @@ def work(args: argparse.Namespace) -> None:
 
 def _learn(args: argparse.Namespace) -> None:
     """Learn a vocabulary from the texts of all records, and write it as a qwen.tiktoken."""
+    from qwen_jax.runtime import records
     from train import data
-    from train.data import records
 
     def texts() -> Iterator[str]:
         for file in records.files(args.data):

@@ -30,7 +30,7 @@ from qwen_jax.checkpoint import CheckpointError, adapter_config, directory, insp
 from qwen_jax.generate import __main__ as generate
 from qwen_jax.meshes import sharding
 from qwen_jax.model import lora
-from qwen_jax.runtime import caches, lock, paths
+from qwen_jax.runtime import caches, lock, paths, records
 from tests.checkpoint.test_checkpoint_save import STOPPED, arrays, mesh_of, save_on
 from tests.programs.stopped import stopping
 from tests.support import training
@@ -41,7 +41,7 @@ from tests.support.vocabulary import qwen_tokenizer
 from tests.tools import object_store
 from train import data as run_data
 from train import plan, pretrain, tokenizer
-from train.data import batches, records, text_example, token_cache
+from train.data import batches, text_example, token_cache
 from train.planning import attempts, topology
 from train.run import checkpoints, logs, loop, run_folder
 

@@ -17,12 +17,11 @@ from qwen_jax.chat import tools
 from qwen_jax.chat.tokenizer import TextStream, Tokenizer
 from qwen_jax.checkpoint.directory import write_json
 from qwen_jax.decoding import inputs
-from qwen_jax.runtime import paths, texts
+from qwen_jax.runtime import paths, records, texts
 from qwen_jax.runtime.texts import read_json
 from tests.support.vocabulary import tiny_ranks, write_tiny_vocab
 from train import data
 from train import tokenizer as learning
-from train.data import records
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Tokenizer(tiny_ranks())

@@ -5,7 +5,9 @@ from typing import Any
 from flax import struct
 from jaxtyping import Float, Int
 
-IGNORED = -100  # a label that is not trained on
+from qwen_jax.chat.examples import IGNORED
+
+__all__ = ["IGNORED", "Batch"]
 
 
 @struct.dataclass

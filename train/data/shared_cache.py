@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.runtime import command, lock, paths, processes
-from train.data import records, token_cache, token_files
+from qwen_jax.runtime import command, lock, paths, processes, records
+from train.data import token_cache, token_files
 from train.data.token_cache import Encoding
 from train.data.token_files import TokenCache
 

@@ -23,9 +23,8 @@ from jaxtyping import Bool, UInt
 from tqdm import tqdm
 
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.runtime import caches, lock, paths, processes
+from qwen_jax.runtime import caches, lock, paths, processes, records
 from qwen_jax.runtime import progress as bars
-from train.data import records
 from train.data.batch import IGNORED
 from train.data.token_files import (
     FLAG,

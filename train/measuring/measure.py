@@ -22,9 +22,9 @@ from qwen_jax.config import Config
 from qwen_jax.generate import backend
 from qwen_jax.meshes import options, sharding
 from qwen_jax.model import Decoder, rope
-from qwen_jax.runtime import caches, progress
+from qwen_jax.runtime import caches, progress, records
 from train import data, step
-from train.data import batches, records
+from train.data import batches
 from train.data.batch import IGNORED, Batch
 from train.measuring import figures
 from train.measuring.modes import setting_of

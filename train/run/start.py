@@ -12,8 +12,7 @@ from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint import directory, token_ids
 from qwen_jax.config import Config
 from qwen_jax.meshes import sharding
-from qwen_jax.runtime import command, paths
-from train.data import records
+from qwen_jax.runtime import command, paths, records
 from train.run import checkpoints
 from train.run.loop import Settings
 from train.run.recipes import Recipe

@@ -30,9 +30,9 @@ from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.checkpoint import directory
 from qwen_jax.config import Config
 from qwen_jax.meshes import sharding
-from qwen_jax.runtime import command, processes
+from qwen_jax.runtime import command, processes, records
 from train import data, step
-from train.data import packing, records, shared_cache, token_cache
+from train.data import packing, shared_cache, token_cache
 from train.data.batches import Batches
 from train.data.packing import Rows
 from train.run import advice, parameters, run_folder

@@ -23,12 +23,12 @@ from qwen_jax import meshes
 from qwen_jax.attention import xla
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.leaves.weights import named_leaves
-from qwen_jax.runtime import lock
+from qwen_jax.runtime import lock, records
 from tests.support import launch
 from tests.support.tiny import QUICK, on_mesh, tiny_config, tiny_decoder
 from tests.support.vocabulary import qwen_tokenizer, tiny_ranks
 from train import data
-from train.data import batches, packing, records, shared_cache, token_cache, token_files
+from train.data import batches, packing, shared_cache, token_cache, token_files
 from train.data.batch import IGNORED, Batch
 from train.data.packing import Rows
 from train.data.token_cache import Encoding, TokenCache

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwen_jax.runtime import records
 from tests.support.vocabulary import qwen_tokenizer
-from train.data import records
 
 VALUES = [{"text": "one"}, {"text": "zwölf\nlines"}, {"text": "三"}]
 LINES = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in VALUES)

@@ -12,9 +12,9 @@ from qwen_jax.chat import messages, tools
 from qwen_jax.chat.tokenizer import Tokenizer
 from qwen_jax.chat.tools import Turn
 from qwen_jax.runtime import texts, values
-from train.data.batch import IGNORED
 
 LOSS_ON = ("qwen", "assistant")
+IGNORED = -100  # a label that is not trained on
 _ROLES = ("user", "assistant")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Fields in which other trainers' data say how much a turn counts in the loss.
