@@ -32,6 +32,7 @@ CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
 ORIGIN = "origin"  # manifest key: where the converted checkpoint came from
 SAVED_BY = "qwen_jax.checkpoint.save"
+QUANTISED_BY = "qwen_jax.quantise"
 _MAKE_ONE = "`python convert/from_hf.py SRC DIR` makes one of a Hugging Face checkpoint"
 
 
@@ -97,10 +98,16 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
 def _why_no_manifest(root: Path) -> str:
     """Explain a directory without a manifest, for an error: what it seems to be, and what to do."""
     if (root / UNFINISHED).exists():
-        if read_json(root / UNFINISHED).get("made_by") == SAVED_BY:
+        made_by = read_json(root / UNFINISHED).get("made_by")
+        if made_by == SAVED_BY:
             return (
                 f"{root} is a save that was stopped before its end: use an earlier directory, or "
                 "save it again"
+            )
+        if made_by == QUANTISED_BY:
+            return (
+                f"{root} is an unfinished quantisation: give the same command again with --resume, "
+                "it continues where it stopped"
             )
         return (
             f"{root} is an unfinished conversion: give the same convert/ command again, it "

@@ -9,17 +9,19 @@ loops over inputs are in `rounding.py`.
 
 import enum
 import functools
+import string
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, UInt8
 
+from qwen_jax.leaves.grouped import BITS
 from qwen_jax.leaves.weights import precision
 from qwen_jax.quantise import rounding
 
-BITS = (4, 8)
 _RISES = 24  # the damping is doubled so often before a Hessian is given up
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -127,19 +129,29 @@ def no_inputs(inputs: int) -> Hessian:
 
 def accumulate(
     hessian: Hessian,
-    x: Float[Array, "tokens inputs"],
+    x: Float[Array, "*tokens inputs"],
     *,
-    counted: Bool[Array, " tokens"] | None = None,
+    counted: Bool[Array, "*tokens"] | None = None,
 ) -> Hessian:
-    """Add inputs x of a matrix to its Hessian.
+    """Add inputs x of a matrix to its Hessian, which every device of a mesh has the whole of.
 
     counted: False for padding, which is left out; None to count all.
     """
     if counted is None:
-        counted = jnp.ones(x.shape[0], bool)
-    x = jnp.where(counted[:, None], x, 0)
+        counted = jnp.ones(x.shape[:-1], bool)
+    spec = jax.typeof(x).sharding.spec
+    *tokens, inputs = spec.partitions
+    if inputs is not None or spec.reduced:
+        x = jax.reshard(x, P(*tokens, None))
+    x = jnp.where(counted[..., None], x, 0)
+    axes = string.ascii_uppercase[: x.ndim - 1]
     products = jnp.einsum(
-        "ti,tj->ij", x, x, precision=precision(x), preferred_element_type=jnp.float32
+        f"{axes}i,{axes}j->ij",
+        x,
+        x,
+        precision=precision(x),
+        preferred_element_type=jnp.float32,
+        out_sharding=P(None, None) if any(tokens) else None,
     )
     total = hessian.count + jnp.sum(counted, dtype=jnp.float32)
     share = 1 / jnp.maximum(total, 1)

@@ -1,0 +1,208 @@
+"""The model directory that the quantiser writes, block by block, so that a run that was killed can
+go on.
+
+`quantisation.json` holds the figures of all blocks that are written, and of the whole model at the
+end. `manifest.json` comes last, as in every model directory.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax import checkpoint
+from qwen_jax.checkpoint import directory, kinds, store
+from qwen_jax.checkpoint.directory import CONFIG, MANIFEST, PARAMS, UNFINISHED
+from qwen_jax.leaves import int8
+from qwen_jax.leaves.grouped import Grouped
+from qwen_jax.leaves.int8 import Int8
+from qwen_jax.leaves.weights import Leaf, Weight
+from qwen_jax.meshes import sharding
+from qwen_jax.quantise import matrices
+from qwen_jax.quantise.algorithm import Scheme
+from qwen_jax.quantise.source import Source
+from qwen_jax.runtime import lock, paths, processes
+from qwen_jax.runtime.texts import read_json
+
+REPORT = "quantisation.json"
+HEAD = "head"
+
+
+class Output:
+    """A model directory that is being written.
+
+    root: the directory.
+    source: the float model.
+    schemes: the scheme of each matrix that is rounded, by path.
+    int8_head: whether the head is stored in int8.
+    facts: values that identify the run, so that only the same command goes on with it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        source: Source,
+        *,
+        schemes: Mapping[str, Scheme],
+        int8_head: bool,
+        mesh: Mesh,
+        facts: Mapping[str, Any],
+    ):
+        self.root, self._source, self._schemes = root, source, schemes
+        self._layouts = {
+            path: matrices.layout(tuple(source.leaves[path].shape), scheme, mesh=mesh)
+            for path, scheme in schemes.items()
+        }
+        self._kinds = {path: f"grouped{scheme.bits}" for path, scheme in schemes.items()}
+        if int8_head:
+            self._kinds[HEAD] = kinds.INT8
+        self._leaves = self._described(mesh)
+        symmetric = all(scheme.symmetric for scheme in schemes.values())
+        self._facts = {
+            "made_by": directory.QUANTISED_BY,
+            "dtype": source.dtype,
+            kinds.KINDS: self._kinds,
+            "mesh": sharding.axis_sizes(mesh),
+            # Zeros less 1, which every program reads, unless a zero may be 0.
+            "quantisation": {"zeros": "v1" if symmetric else "v2", "biases": [], "metadata": {}},
+            directory.ORIGIN: directory.origin(source.root),
+            "run": dict(facts),
+        }
+
+    def _described(self, mesh: Mesh) -> dict[str, store.StoredLeaf]:
+        """Return the descriptions of all stored arrays, by path."""
+        found: dict[str, store.StoredLeaf] = {}
+
+        def add(path: str, shape: tuple[int, ...], *, dtype: str, place: Any) -> None:
+            chunks = store.chunk_shape(place.shard_shape(shape), np.dtype(dtype).itemsize)
+            found[path] = store.StoredLeaf(path, shape, chunks, dtype)
+
+        for path, leaf in self._source.leaves.items():
+            shape, dtype = tuple(leaf.shape), self._source.dtype
+            sizes = self._source.config.sizes
+            place = sharding.named(leaf.letters, mesh, lengths=sizes)
+            if path in self._layouts:
+                for field, (shape, dtype, place) in self._layouts[path].items():
+                    add(f"{path}.{field}", shape, dtype=dtype, place=place)
+            elif path in self._kinds:
+                add(f"{path}.values", shape, dtype="int8", place=place)
+                rows = sharding.named(leaf.letters[:1], mesh, lengths=sizes)
+                add(f"{path}.scale", shape[:1], dtype=dtype, place=rows)
+            else:
+                add(path, shape, dtype=dtype, place=place)
+        return found
+
+    @contextlib.contextmanager
+    def begun(self, *, resume: bool) -> Iterator[dict[str, Any]]:
+        """Context manager: lock the directory, begin it or go on with it, and yield its figures.
+
+        resume: whether to go on with the same command's unfinished work, if there is any.
+
+        Raises ValueError, and changes nothing, if the directory holds anything else.
+        """
+        with contextlib.ExitStack() as held:
+            figures: dict[str, Any] = {}
+            if processes.index() == 0:
+                going_on = self._check(resume)
+                self._held: Callable[[], None] = held.enter_context(lock.alone(self.root))
+                if not going_on:
+                    self._begin()
+                directory.remove_drafts(self.root)
+            processes.barrier()
+            if (self.root / REPORT).exists():
+                figures = read_json(self.root / REPORT)
+            yield figures
+
+    def _check(self, resume: bool) -> bool:
+        """Return whether there is work to go on with; ValueError if something else is there."""
+        if (self.root / MANIFEST).exists():
+            raise ValueError(f"{self.root} is a whole model directory already: name another place")
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"{self.root} exists and is no folder: name another place")
+        found = directory.names(self.root)
+        if not found:
+            return False
+        said = read_json(self.root / UNFINISHED) if UNFINISHED in found else {}
+        if said.get("made_by") != directory.QUANTISED_BY:
+            raise ValueError(
+                f"{self.root} holds {sorted(found)[0]}, which no quantisation left there: name an "
+                "empty place"
+            )
+        if not resume:
+            raise ValueError(
+                f"{self.root} is an unfinished quantisation: add --resume to go on with it, or "
+                "remove it"
+            )
+        ours = {**self._facts["run"], "mesh": self._facts["mesh"]}
+        theirs = {**said.get("run", {}), "mesh": said.get("mesh")}
+        if differing := [key for key in ours if ours[key] != theirs.get(key)]:
+            key = differing[0]
+            raise ValueError(
+                f"{self.root} was begun with {key} {theirs.get(key)}, not {ours[key]}: give the "
+                "command that began it, or another place"
+            )
+        return True
+
+    def _begin(self) -> None:
+        """Write all small files but the figures and the manifest."""
+        directory.write_json(self.root / UNFINISHED, self._facts)
+        directory.carry(self._source.root, self.root)
+        paths.copy(self._source.root / CONFIG, self.root / CONFIG)
+        store.write_metadata(self.root / PARAMS, self._leaves)
+
+    def write(self, path: str, leaf: Weight | Leaf) -> None:
+        """Write one weight, each process its own shards."""
+        arrays = {path: leaf} if isinstance(leaf, Weight) else kinds.arrays(path, leaf)
+
+        def write(name: str, weight: Weight) -> None:
+            array = weight.get_value()
+            store.write_shards(self.root / PARAMS, self._leaves[name], array=array, layer=None)
+
+        # A mesh is set per thread, and shards, which are arrays of one device, are written without.
+        with store.one_line(self.root, "written"), ThreadPoolExecutor() as executor:
+            for done in [executor.submit(write, *each) for each in arrays.items()]:
+                done.result()
+
+    def rounded(self, path: str) -> Grouped:
+        """Read a rounded matrix that an earlier start of this run wrote."""
+        with store.one_line(self.root, "read"):
+            arrays = {
+                field: store.restore(
+                    self.root / PARAMS,
+                    f"{path}.{field}",
+                    shape=stored.shape,
+                    dtype=np.dtype(stored.dtype),
+                    place=stored.place,
+                )
+                for field, stored in self._layouts[path].items()
+            }
+        return matrices.leaf_of(arrays, self._schemes[path])
+
+    def note(self, figures: Mapping[str, Any]) -> None:
+        """Write the figures, after all that they are about is written by every process."""
+        processes.barrier()
+        if processes.index() == 0:
+            directory.write_json(self.root / REPORT, figures)
+
+    def finish(self) -> None:
+        """Check the sizes of all files, and mark the directory as complete."""
+        processes.barrier()
+        if processes.index() == 0:
+            self._held()
+            checkpoint.finish(self.root, self._leaves, facts=self._facts)
+        processes.barrier()
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def int8_head(head: Weight, *, dtype: str) -> Int8[Weight]:
+    """Round a head [V, D] to int8, with scales in the dtype in which they are stored."""
+    made = int8.quantize(head[...], scale_dtype=dtype)
+    return Int8(
+        Weight(made.values, letters=head.letters), Weight(made.scale, letters=head.letters[:-1])
+    )
