@@ -6,13 +6,13 @@ end. `manifest.json` comes last, as in every model directory.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -93,7 +93,7 @@ class Output:
             elif path in self._kinds:
                 add(f"{path}.values", shape, dtype="int8", place=place)
                 rows = sharding.named(leaf.letters[:1], mesh, lengths=sizes)
-                add(f"{path}.scale", shape[:1], dtype=dtype, place=rows)
+                add(f"{path}.scale", shape[:1], dtype="bfloat16", place=rows)
             else:
                 add(path, shape, dtype=dtype, place=place)
         return found
@@ -199,10 +199,10 @@ class Output:
         processes.barrier()
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def int8_head(head: Weight, *, dtype: str) -> Int8[Weight]:
-    """Round a head [V, D] to int8, with scales in the dtype in which they are stored."""
-    made = int8.quantize(head[...], scale_dtype=dtype)
+@jax.jit
+def int8_head(head: Weight) -> Int8[Weight]:
+    """Round a head [V, D] to int8, with bfloat16 scales, and leave it as it is."""
+    made = int8.quantize(head[...], scale_dtype=jnp.bfloat16)
     return Int8(
         Weight(made.values, letters=head.letters), Weight(made.scale, letters=head.letters[:-1])
     )

@@ -243,7 +243,7 @@ class _Run:
             "embedding" if self.config.tie_embeddings else output.HEAD
         )
         if self.settings.int8_head:
-            head = output.int8_head(float_head, dtype=self.source.dtype)
+            head = output.int8_head(float_head)
         if not self.config.tie_embeddings:
             self.output.write(output.HEAD, head)
         first = len(self.batches) - len(self.measured)
