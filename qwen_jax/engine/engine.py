@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Int32
 
-from qwen_jax.engine import drawing, orders, outcomes, rows, running_request, scheduler, steps
+from qwen_jax.engine import drawing, orders, outcomes, rows, running_request, steps
 from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.running_request import GrammarError, Running, of_row
 from qwen_jax.engine.scheduler import Plan, Scheduler
-from qwen_jax.engine.settings import Choice, Ended, Listener, Load, PromptScores, Settings, Started
+from qwen_jax.engine.settings import Choice, Ended, Listener, Load, Settings, Started
 from qwen_jax.engine.steps import Steps
 from qwen_jax.model import Decoder
 from qwen_jax.model.rope import Rope
@@ -82,6 +82,7 @@ class Engine:
         self._waker = threading.Condition()
         self._flights: collections.deque[_Flight] = collections.deque()
         self._counts: collections.Counter[str] = collections.Counter()
+        self._sizes: collections.Counter[int] = collections.Counter()  # steps by their tokens
         self._failure: str | None = None
         self._step_timeout, self._begun = step_timeout, float("inf")  # when a step began
         self._renewal: Decoder | None = None
@@ -142,6 +143,7 @@ class Engine:
             pages=pages,
             used=pages - sum(pool.available for pool in now.pools),
             preemptions=now.preemptions,
+            step_tokens=self._sizes.copy(),
             **self._counts,
         )
 
@@ -297,7 +299,8 @@ class Engine:
         first = None if flight.first is None else np.asarray(flight.first)
         scores = None if flight.scores is None else np.asarray(flight.scores)
         for place, chunk in zip(flight.places, plan.chunks, strict=True):
-            self._score(chunk, None if scores is None else scores[place])
+            request, told = of_row(chunk.row), None if scores is None else scores[place]
+            request.score(chunk.begin, chunk.count, lines=told)
             if first is not None and first[place, 1] != drawing.NOTHING:
                 lines[chunk.row.index] = first[place]
         tokens: dict[int, int] = {}
@@ -319,6 +322,7 @@ class Engine:
                 events.append((request, outcomes.choice(line, request.settings.logprobs)))
             if code != drawing.GOES_ON:
                 ended[row.index] = "stop" if code == drawing.STOP else "length"
+        self._sizes[sum(chunk.count for chunk in plan.chunks) + len(tokens)] += 1
         over = {of_row(row): ended[row.index] for row, _ in plan.emitted if row.index in ended}
         self._scheduler.apply(plan, tokens, ended)
         for request, choice in events:
@@ -331,20 +335,3 @@ class Engine:
         for request, reason in over.items():
             if request.over and request.number in self._requests:
                 self._over(request, Ended(reason))
-
-    def _score(self, chunk: scheduler.Chunk, lines: np.ndarray | None) -> None:
-        """Keep the log-probabilities of a chunk of a prompt; tell them after the last chunk.
-
-        lines: of `drawing.likelihoods`; None where no token of the step is scored.
-        """
-        request = of_row(chunk.row)
-        if request.unscored is None or request.over:
-            return
-        end = chunk.begin + chunk.count
-        for at in range(max(request.unscored - 1, chunk.begin), min(end, len(request.prompt) - 1)):
-            assert lines is not None
-            wanted = request.settings.prompt_logprobs or 0
-            choice = outcomes.likely(request.prompt[at + 1], lines[at - chunk.begin], wanted=wanted)
-            request.scores[at + 1 - request.unscored :] = [choice]  # again, if it was preempted
-        if end == len(request.prompt):
-            request.tell(PromptScores(tuple(request.scores)))

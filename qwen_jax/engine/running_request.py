@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int32
 
-from qwen_jax.engine import rows, scheduler
+from qwen_jax.engine import outcomes, rows, scheduler
 from qwen_jax.engine.pool import prefix_keys
 from qwen_jax.engine.scheduler import Row
-from qwen_jax.engine.settings import Choice, Event, Listener, Settings
+from qwen_jax.engine.settings import Choice, Event, Listener, PromptScores, Settings
 from qwen_jax.model.rope import Rope
 from qwen_jax.runtime import values
 
@@ -51,6 +51,25 @@ class Running(scheduler.Request):
                 self.settings.grammar.advance(token)
             except BaseException as error:
                 raise GrammarError(f"its grammar failed: {error}") from None
+
+    def score(
+        self, begin: int, count: int, *, lines: Int32[np.ndarray, "C columns"] | None
+    ) -> None:
+        """Keep the log-probabilities of a chunk of the prompt; tell them after the last chunk.
+
+        begin, count: the chunk's first token, and its number of tokens.
+        lines: of `drawing.likelihoods`; None where no token of the step is scored.
+        """
+        if self.unscored is None or self.over:
+            return
+        end = begin + count
+        for at in range(max(self.unscored - 1, begin), min(end, len(self.prompt) - 1)):
+            assert lines is not None
+            wanted = self.settings.prompt_logprobs or 0
+            choice = outcomes.likely(self.prompt[at + 1], lines[at - begin], wanted=wanted)
+            self.scores[at + 1 - self.unscored :] = [choice]  # again, if it was preempted
+        if end == len(self.prompt):
+            self.tell(PromptScores(tuple(self.scores)))
 
     def tell(self, event: Event) -> None:
         """Call the listener. Its error is logged, as the engine has other requests to serve."""

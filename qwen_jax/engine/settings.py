@@ -186,6 +186,8 @@ class Load:
         again for a request that had to give up its pages.
     new_tokens: tokens that were generated.
     steps: steps of the devices.
+    step_tokens: how many of the steps that are over had so many tokens: prompt tokens that they
+        computed and tokens that rows chose, both again after a request had to give up its pages.
     """
 
     running: int = 0
@@ -198,6 +200,7 @@ class Load:
     prompt_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
+    step_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 class Generator(Protocol):

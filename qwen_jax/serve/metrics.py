@@ -4,11 +4,16 @@ docs/serving.md lists them. They are in a registry of their own, so that several
 one process.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from qwen_jax.engine.settings import Generator
@@ -25,6 +30,7 @@ _EACH = (*_EACH, 2.5, 5, 10)
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
 _COUNTS = (1, 2, 5, 10, 20, 50, 100)
+_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("from arrival to the first token", _FIRST),
     "inter_token_latency_seconds": ("between two tokens of a sequence", _EACH),
@@ -108,7 +114,7 @@ class _Engine(Collector):
         self._generator, self._name = generator, name
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the engine's gauges and counters."""
+        """Yield the engine's gauges, counters and histogram."""
         load = self._generator.load()
         for key, text, value in (
             ("num_requests_running", "sequences in rows", load.running),
@@ -129,3 +135,18 @@ class _Engine(Collector):
             counter = CounterMetricFamily(f"vllm:{key}", text, labels=_LABELS)
             counter.add_metric((self._name,), value)
             yield counter
+        tokens = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "tokens of a step of the devices", labels=_LABELS
+        )
+        total = sum(size * steps for size, steps in load.step_tokens.items())
+        tokens.add_metric((self._name,), _buckets(load.step_tokens, bounds=_STEP), sum_value=total)
+        yield tokens
+
+
+def _buckets(found: Mapping[int, int], *, bounds: Sequence[int]) -> list[tuple[str, float]]:
+    """Return how many values are at most each bound, and then all.
+
+    found: the number of times of each value.
+    """
+    below = [(bound, sum(n for x, n in found.items() if x <= bound)) for bound in bounds]
+    return [*((f"{bound}.0", n) for bound, n in below), ("+Inf", sum(found.values()))]

@@ -60,6 +60,10 @@ def check(steps: Steps, requests: list[Asked]) -> int:
         assert found == wanted
     load = crowd.load()
     assert (load.running, load.waiting, load.used) == (0, 0, 0)
+    assert sum(load.step_tokens.values()) == load.steps
+    counted = sum(size * steps for size, steps in load.step_tokens.items())
+    told = load.prompt_tokens + load.new_tokens
+    assert counted >= told if load.preemptions else counted == told
     return load.preemptions
 
 
@@ -371,6 +375,14 @@ def test_weights_of_other_shapes_are_refused() -> None:
     steps = programs()
     with on_mesh(), pytest.raises(ValueError, match="other names, shapes"):
         engine(steps).renew(tiny_decoder(tiny_config(num_layers=1)))
+
+
+def test_the_tokens_of_each_step_are_counted() -> None:
+    """Chunks of 8, 8 and 4 of one prompt; one of 3 goes first, and has its tokens beside them."""
+    running = engine(programs())
+    requests = [Asked(list(range(1, n)), {"max_new_tokens": 3}, 0, None) for n in (21, 4)]
+    events(running, requests)
+    assert running.load().step_tokens == {8: 1, 3 + 1: 1, 8 + 1: 1, 4 + 1 + 1: 1, 1: 2}
 
 
 def test_new_weights_wait_for_requests_that_were_preempted() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from qwen_jax.engine.settings import Load
 from qwen_jax.serve import server as server_module
 from qwen_jax.serve.served import Limits
 from qwen_jax.serve.server import Server, address, bind
@@ -158,11 +159,30 @@ def test_figures_have_the_names_that_dashboards_know() -> None:
             "request_decode_time_seconds_count": 2,
             "request_generation_tokens_sum": 8,
             "request_params_n_sum": 2,
+            "iteration_tokens_total_count": value["vllm:engine_steps_total"],
         }.items():
             assert value[f"vllm:{name}"] == wanted, name
         assert value["vllm:prefix_cache_queries_total"] == value["vllm:request_prompt_tokens_sum"]
         assert value["vllm:prompt_tokens_total"] == value["vllm:request_prompt_tokens_sum"]
         assert value["vllm:request_params_max_tokens_sum"] == 4000
+        tokens = value["vllm:prompt_tokens_total"] + value["vllm:generation_tokens_total"]
+        assert value["vllm:iteration_tokens_total_sum"] == tokens
+
+
+def test_the_tokens_of_steps_are_counted_up_to_each_bound() -> None:
+    with opened() as one:
+        load = Load(step_tokens={0: 2, 1: 3, 9: 4, 16: 5, 16385: 6})
+        one.engine.load = lambda: load
+        name, labels = "vllm:iteration_tokens_total", 'model_name="tiny"'
+        lines = one.client.get("/metrics").text.splitlines()
+        assert f"# TYPE {name} histogram" in lines
+        for bound, wanted in (
+            *(("1.0", 5), ("8.0", 5), ("16.0", 14), ("32.0", 14)),
+            *(("16384.0", 14), ("+Inf", 20)),
+        ):
+            assert f'{name}_bucket{{le="{bound}",{labels}}} {wanted}.0' in lines
+        assert f"{name}_count{{{labels}}} 20.0" in lines
+        assert f"{name}_sum{{{labels}}} {3 + 4 * 9 + 5 * 16 + 6 * 16385}.0" in lines
 
 
 def serve(one: Served, meanwhile: Callable[[str], object]) -> Server:

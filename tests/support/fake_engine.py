@@ -1,5 +1,6 @@
 """An engine without a model: a thread that answers with scripted tokens, as the real one would."""
 
+import collections
 import dataclasses
 import threading
 import time
@@ -63,6 +64,7 @@ class FakeEngine:
         self._lock = threading.Condition()
         self._over = False
         self._new_tokens = self._steps = self._prompt_tokens = 0
+        self._sizes: collections.Counter[int] = collections.Counter()
         self._thread = threading.Thread(target=self._work, daemon=True)
         if not stepwise:
             self._thread.start()
@@ -118,6 +120,7 @@ class FakeEngine:
                 prompt_tokens=self._prompt_tokens,
                 new_tokens=self._new_tokens,
                 steps=self._steps,
+                step_tokens=self._sizes.copy(),
             )
 
     def fail(self, why: str) -> None:
@@ -141,8 +144,10 @@ class FakeEngine:
         """Generate a token of each running request."""
         with self._lock:
             self._steps += 1
+            before = self._prompt_tokens + self._new_tokens
             for one in self._live[: self.rows]:
                 self._advance(one)
+            self._sizes[self._prompt_tokens + self._new_tokens - before] += 1
 
     def _advance(self, one: _Running) -> None:
         settings = one.settings
