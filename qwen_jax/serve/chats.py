@@ -215,6 +215,7 @@ class Chat:
         called: set[int] = set()
         async for index, piece, events in self._pieces():
             draft = self.exchange.drafts[index]
+            # Not before the first token: clients take the time of the first chunk for the token's.
             if index not in begun and (piece.ids or draft.reason is not None):
                 begun.add(index)
                 yield self._chunk(index, {"role": "assistant", "content": self._echo})

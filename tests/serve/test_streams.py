@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qwen_jax.engine.settings import Choice, Ended
+from qwen_jax.engine.settings import Choice, Ended, Started
 from qwen_jax.serve.drafts import Draft
 from tests.support.golden_figures import GOLDEN
 from tests.support.served_app import HELLO, TOKENIZER, Served, opened, payloads, until
@@ -163,6 +163,26 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_error_event() -> None:
         assert status == 500 and "the device is gone" in error["message"]
         assert one.client.get("/health").status_code == 503
         assert one.served.live == one.served.answering == 0
+
+
+def test_no_chunk_comes_before_the_first_token() -> None:
+    """A row alone is no answer: clients take the time of the first chunk for the token's."""
+    with opened("abc", stepwise=True) as one:
+
+        def admit() -> None:
+            until(lambda: one.engine._live)
+            one.engine._live[0].listener(Started(0))
+            desk = one.served.desk
+            assert desk is not None
+            until(lambda: not desk.waiting)
+            until(lambda: not any(job.events for group in desk.groups for job in group.jobs))
+            one.engine.fail("the device is gone")
+
+        thread = threading.Thread(target=admit)
+        thread.start()
+        answer = one.client.post(CHAT, json={"messages": HELLO, "stream": True})
+        thread.join()
+        assert [list(chunk) for chunk in payloads(answer.text)] == [["error"]]
 
 
 def test_an_engine_that_dies_without_a_word_leaves_no_request_waiting() -> None:
