@@ -35,9 +35,9 @@ from jaxtyping import Array, Float, Int16, UInt8, UInt32
 
 from qwen_jax.kernels import choice
 from qwen_jax.kernels.flash import Ref, pad, round_up
+from qwen_jax.kernels.grouped_xla import PIECES, pieces_of
 
 NAME = "grouped_tpu"
-DTYPES = ("bfloat16", "float16", "float32")
 # By device_kind: the bits of integers that a chip converts to bfloat16 quickly, and the bytes of
 # VMEM that a kernel may use.
 NATIVE = {"TPU v5 lite": (8,), "TPU v5": (8,), "TPU v6 lite": (4, 8), "TPU7x": (4, 8)}
@@ -55,7 +55,6 @@ _TILE = 256  # columns whose sums are in registers at once, and of a matrix unit
 # weights have come.
 _WEIGHTS, _STEPS = (2**20, 2**22), 4
 _TABLE_ROWS = 16  # groups whose scales are loaded at once: a register of float16
-_EXACT = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers in bfloat16 whose sum is one of x
 
 
 class Shape(NamedTuple):
@@ -154,8 +153,8 @@ def tpu_product(
     NotImplementedError for a shape, dtype or device that the kernel does not support.
     """
     interpret = choice.interpreted(NAME, "tpu") if interpret is None else interpret
-    if x.dtype.name not in DTYPES:
-        raise NotImplementedError(f"{NAME}: dtype {x.dtype.name}, only {', '.join(DTYPES)}")
+    if x.dtype.name not in PIECES:
+        raise NotImplementedError(f"{NAME}: dtype {x.dtype.name}, only {', '.join(PIECES)}")
     if bits not in (4, 8):
         raise NotImplementedError(f"{NAME}: {bits} bits, only 4 and 8")
     if scales.dtype == jnp.float16:
@@ -205,7 +204,7 @@ def shape_of(
     (rows, inputs), outputs = x.shape, codes.shape[1]
     size = _group_size(inputs, groups)
     span = max(size, _DEPTH)
-    parts, pieces = span // size, _EXACT[x.dtype.name]
+    parts, pieces = span // size, PIECES[x.dtype.name]
     padded = round_up(rows * pieces, _SUBLANES if parts > 1 else 2 * _SUBLANES)
     if parts * padded > _ROWS:
         raise NotImplementedError(
@@ -233,7 +232,7 @@ def _arrange(shape: Shape, x: jax.Array) -> jax.Array:
 
     The inputs of a span are in the order in which its codes are unpacked.
     """
-    x = pad(_pieces(x, shape.pieces), shape.padded, axis=0)
+    x = pad(pieces_of(x), shape.padded, axis=0)
     x = pad(x, shape.spans * shape.span, axis=1).reshape(shape.padded, -1, _DEPTH)
     order = np.arange(_DEPTH)
     if not shape.native:  # row i of part j of `_unpacked` is input 4 i + j
@@ -245,18 +244,6 @@ def _arrange(shape: Shape, x: jax.Array) -> jax.Array:
         part = order // (_DEPTH // shape.parts)
         x = jnp.where(part == np.arange(shape.parts)[:, None, None], x, 0)
     return x.reshape(shape.spans, -1, shape.span)
-
-
-def _pieces(x: jax.Array, number: int) -> jax.Array:
-    """Return `number` arrays in bfloat16 whose sum is x, one behind the other."""
-    if number == 1:
-        return x.astype(jnp.bfloat16)
-    rest, pieces = x.astype(jnp.float32), []
-    for _ in range(number):  # a conversion and back would be left out, as if it were exact
-        piece = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
-        pieces.append(piece.astype(jnp.bfloat16))
-        rest = rest - piece
-    return jnp.concatenate(pieces)
 
 
 def _kernel(shape: Shape, x: Ref, codes: Ref, tables: list[Ref], y: Ref) -> None:
@@ -360,8 +347,8 @@ def _many_rows(
     kind = choice.device().device_kind
     if kind == "TPU v4":
         raise NotImplementedError(f"{NAME}: more than {_FEW} rows on a {kind}")
-    pieces = _EXACT[x.dtype.name]
-    rows = _pieces(x, pieces)
+    pieces = PIECES[x.dtype.name]
+    rows = pieces_of(x)
     shape = blocks_of(x, codes, tables[0], bits=bits, kind=kind)
 
     def of_columns(rows: int, *, whole: bool) -> pl.BlockSpec:
@@ -415,7 +402,7 @@ def blocks_of(
     Raises NotImplementedError for a shape that the kernel does not support.
     """
     inputs, outputs, groups = x.shape[1], codes.shape[1], scales.shape[0]
-    pieces = _EXACT[x.dtype.name]
+    pieces = PIECES[x.dtype.name]
     size = _group_size(inputs, groups)
     large = kind in _ADDING
     rounded = pieces == 1 and (large or size < _DEPTH)

@@ -1,7 +1,7 @@
 """Products with weights in groups compile for every published size, and copy no weight.
 
 On TPUs they cost at most as many cycles as unpacking must, and with four bits or eight fewer than
-the weight needs to arrive.
+the weight needs to arrive. On GPUs they spill no register.
 """
 
 import math
@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import aot
 from qwen_jax import PRESETS
-from qwen_jax.kernels import grouped_tpu
+from qwen_jax.kernels import grouped_tpu, grouped_triton, grouped_xla
 from tests.aot.conftest import parameter
 
 GROUP = 128
@@ -132,6 +132,50 @@ def test_float16_scales_alone_are_copied(target: str) -> None:
     given = arguments(matrix, 4, rows=1, scales=jnp.float16)
     compiled, _ = on_tpu(target, given, 4)
     assert temporary(compiled) <= given[2].size * 2 + 2**20
+
+
+GPUS = [
+    parameter(target, name, tp, smoke=(target, name) == ("h100", "qwen-1.8b"))
+    for target, split in {"h100": (8, 1, 4, 1), "a100": (2, 4, 2, 8)}.items()
+    for name, tp in zip(("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b"), split, strict=True)
+]
+
+
+@pytest.mark.parametrize(("target", "name", "tp"), GPUS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiles_for_gpus(target: str, name: str, tp: int, bits: int) -> None:
+    def product(x: Any, codes: Any, scales: Any, zeros: Any = None) -> jax.Array:
+        return grouped_triton.triton_product(x, codes, scales=scales, zeros=zeros, bits=bits)
+
+    for matrix in matrices(name, tp).values():
+        for rows, zeros in ((8, False), (256, True)):
+            given = arguments(matrix, bits, rows=rows, scales=jnp.float16, zeros=zeros)
+            compiled, kernels = aot.compile_gpu(product, given, target)
+            (ours,) = (kernel for kernel in kernels if grouped_triton.NAME in kernel.name)
+            assert not ours.spilled
+            inputs, outputs, _ = matrix
+            splits = grouped_triton.shape_of(*given[:3], bits=bits).splits
+            results = splits * rows * outputs * 4
+            # Results of all splits, x in the kernel's order, and sums of x over groups of 16.
+            assert temporary(compiled) <= results + max(rows, 16) * inputs * 3 + 2**16
+
+
+@pytest.mark.parametrize("target", ["h100", "a100"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_row_on_gpus_writes_no_weight(target: str, bits: int) -> None:
+    def product(x: Any, codes: Any, scales: Any, zeros: Any = None) -> jax.Array:
+        return grouped_xla.one_row(x, codes, scales=scales, zeros=zeros, bits=bits)
+
+    for kind in ("up", "down"):
+        for zeros in (False, True):
+            matrix = matrices("qwen-7b", 1)[kind]
+            given = arguments(matrix, bits, rows=1, scales=jnp.float16, zeros=zeros)
+            compiled, kernels = aot.compile_gpu(product, given, target)
+            # On an A100 XLA cuts x into its places beforehand, with eight bits.
+            assert len(kernels) == 2 + (bits == 8 and target == "a100")
+            assert not any(kernel.spilled for kernel in kernels)
+            of_groups = given[2].size * 4
+            assert temporary(compiled) <= of_groups + 2**16
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:

@@ -1,0 +1,153 @@
+"""Products with weights of 4- and 8-bit integers in groups, as XLA computes them.
+
+`definition` says what a product is, and every other form, here and in kernels, is an implementation
+of it. XLA writes the whole weight of a definition to memory in floats, on every platform.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8, UInt32
+
+_WORD = 32
+# The arrays in bfloat16 whose sum is x, by x's dtype.
+PIECES: Mapping[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3}
+
+
+def definition(
+    x: Float[Array, "B inputs"],
+    codes: UInt32[Array, "words out"],
+    *,
+    scales: Float[Array, "groups out"],
+    zeros: UInt8[Array, "groups out"] | None,
+    bits: int,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "B out"]:
+    """Multiply rows by a weight whose elements are (code - zero) * scale, rounded to x's dtype.
+
+    x: [B, in].
+    codes: uint32 [in * bits / 32, out]; a word holds successive inputs, the first in its lowest
+        bits.
+    scales: float16 or float32 [groups, out]; all groups have the same number of inputs.
+    zeros: uint8 [groups, out]; None where all are 2^(bits - 1).
+    bits: 4 or 8.
+    dtype: of the result; None for x's.
+
+    Sums are in float32.
+    """
+    weight = dequantised(codes, scales=scales, zeros=zeros, bits=bits, dtype=x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    y = jnp.dot(x, weight, precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(dtype or x.dtype)
+
+
+def dequantised(
+    codes: UInt32[Array, "words out"],
+    *,
+    scales: Float[Array, "groups out"],
+    zeros: UInt8[Array, "groups out"] | None,
+    bits: int,
+    dtype: DTypeLike,
+) -> Float[Array, "inputs out"]:
+    """Return the weight of a product as floats, rounded to `dtype`; arguments of `definition`."""
+    fields = [_field(codes, j, bits) for j in range(_WORD // bits)]
+    values = jnp.stack(fields, 1).reshape(scales.shape[0], -1, codes.shape[1])
+    weight = (values - _zeros(zeros, bits)) * scales.astype(jnp.float32)[:, None]
+    return weight.reshape(-1, codes.shape[1]).astype(dtype)
+
+
+def one_row(
+    x: Float[Array, "B inputs"],
+    codes: UInt32[Array, "words out"],
+    *,
+    scales: Float[Array, "groups out"],
+    zeros: UInt8[Array, "groups out"] | None,
+    bits: int,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "B out"]:
+    """Multiply one row, by products and sums without a matrix product; arguments of `definition`.
+
+    XLA for GPUs fuses all of it into two kernels: the sums over the words of each group, which are
+    unpacked where they are read, and the sum over groups. The weight is not rounded.
+    """
+    if x.shape[0] != 1:
+        raise NotImplementedError(f"one_row: {x.shape[0]} rows, only 1")
+    (groups, outputs), places = scales.shape, _WORD // bits
+    zero = jnp.broadcast_to(_zeros(zeros, bits), (groups, codes.shape[0] // groups, outputs))
+    zero = zero.reshape(codes.shape)
+    by_place = x[0].astype(jnp.float32).reshape(-1, places)
+    # Not one sum over places and words, for which XLA writes all integers of 8 bits as floats.
+    terms = [(_field(codes, j, bits) - zero) * by_place[:, j, None] for j in range(places)]
+    sums = jnp.sum(functools.reduce(jnp.add, terms).reshape(groups, -1, outputs), 1)
+    y = jnp.sum(sums * scales.astype(jnp.float32), 0, keepdims=True)
+    return y.astype(dtype or x.dtype)
+
+
+def by_groups(
+    x: Float[Array, "B inputs"],
+    codes: UInt32[Array, "words out"],
+    *,
+    scales: Float[Array, "groups out"],
+    zeros: UInt8[Array, "groups out"] | None,
+    bits: int,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "B out"]:
+    """Multiply rows by one group of inputs after the other; arguments of `definition`.
+
+    It is for CPUs. Each place of the words of a group makes a product of its own, with every eighth
+    input (every fourth, of eight bits), so that no integer is moved, and the floats of one place
+    of one group stay in a core's cache. The weight is not rounded; products are in float32.
+    """
+    (groups, outputs), places = scales.shape, _WORD // bits
+    by_place = x.astype(jnp.float32).reshape(x.shape[0], groups, -1, places)
+    by_place = jnp.moveaxis(by_place, (1, 3), (0, 1))  # [groups, places, B, words of a group]
+
+    def step(
+        total: jax.Array, group: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        inputs, words, scale, zero = group
+        products = [
+            jnp.dot(inputs[j], _field(words, j, bits) - zero, precision=lax.Precision.HIGHEST)
+            for j in range(places)
+        ]
+        return total + functools.reduce(jnp.add, products) * scale, None
+
+    zero = _zeros(zeros, bits)[:, 0]
+    parts = (
+        by_place,
+        codes.reshape(groups, -1, outputs),
+        scales.astype(jnp.float32),
+        jnp.broadcast_to(zero, (groups, zero.shape[1])),
+    )
+    total, _ = lax.scan(step, jnp.zeros((x.shape[0], outputs)), parts)
+    return total.astype(dtype or x.dtype)
+
+
+def _field(codes: jax.Array, j: int, bits: int) -> jax.Array:
+    """Return the integers in place j of words, in float32."""
+    return ((codes >> np.uint32(j * bits)) & np.uint32(2**bits - 1)).astype(jnp.float32)
+
+
+def _zeros(zeros: jax.Array | None, bits: int) -> jax.Array:
+    """Return the zero points, float32 [groups, 1, out], or [1, 1, 1] where all are equal."""
+    if zeros is None:
+        return jnp.full((1, 1, 1), 2.0 ** (bits - 1))
+    return zeros.astype(jnp.float32)[:, None]
+
+
+def pieces_of(x: Float[Array, "B inputs"]) -> Float[Array, "pieces inputs"]:
+    """Return the fewest arrays in bfloat16 whose sum is x, one behind the other."""
+    number = PIECES[x.dtype.name]
+    if number == 1:
+        return x
+    rest, pieces = x.astype(jnp.float32), []
+    for _ in range(number):  # a conversion and back would be left out, as if it were exact
+        piece = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        pieces.append(piece.astype(jnp.bfloat16))
+        rest = rest - piece
+    return jnp.concatenate(pieces)
