@@ -21,7 +21,8 @@ from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.weights import Leaf, Weight
 
 _SHARE = 0.5  # of a machine's memory that floats may take without being asked for
-OF_PLATFORM = {"tpu": "pallas_tpu"}  # the kernel of each platform, a name of KERNELS
+# The kernel of each platform, a name of KERNELS.
+OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_triton", "cpu": "by_groups"}
 Converter = Callable[[str, Weight | Leaf], Weight | Leaf]
 
 

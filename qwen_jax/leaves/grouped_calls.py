@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int16, UInt8, UInt32
 
 from qwen_jax.kernels.grouped_tpu import tpu_product
+from qwen_jax.kernels.grouped_triton import triton_product
+from qwen_jax.kernels.grouped_xla import by_groups, one_row
 from qwen_jax.meshes import sharding
 
 _COLUMNS = 1024  # outputs of a weight that are dequantised at a time
@@ -38,7 +40,16 @@ class Product(Protocol):
         ...
 
 
-KERNELS: dict[str, Product] = {"pallas_tpu": tpu_product}
+def _on_gpus(x: jax.Array, codes: jax.Array, **given: Any) -> jax.Array:
+    """Multiply rows on a GPU, where XLA's own sums are as good for one row."""
+    return (one_row if x.shape[0] == 1 else triton_product)(x, codes, **given)
+
+
+KERNELS: dict[str, Product] = {
+    "pallas_tpu": tpu_product,
+    "pallas_triton": _on_gpus,
+    "by_groups": by_groups,  # for CPUs
+}
 # Dequantises codes [W, out] with scales and zeros [groups, out] to floats [in, out] of a dtype.
 Dequantise = Callable[..., jax.Array]
 

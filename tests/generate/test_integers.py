@@ -77,14 +77,16 @@ def test_a_kernel_that_is_wrong_is_not_used(model, kernel, told, monkeypatch, ca
     assert told in line and "floats are made" in line
 
 
-@pytest.mark.slow
-def test_a_model_through_a_kernel(model, monkeypatch):
+@pytest.mark.parametrize(
+    "kernel", ["by_groups", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+)
+def test_a_model_through_a_kernel(model, kernel, monkeypatch):
     """Logits of a prompt and of decoding are those without it."""
     tokens = np.arange(20)[None] * 7 % 512
-    plain = qwen_jax.load(model, dequantise=False)
-    monkeypatch.setitem(integers.OF_PLATFORM, "cpu", "pallas_tpu")
+    plain = qwen_jax.load(model, dequantise=True)
+    monkeypatch.setitem(integers.OF_PLATFORM, "cpu", kernel)
     through = qwen_jax.load(model, dequantise=False)
-    assert through.decoder.layers[0].attn.q.kernel == "pallas_tpu"
+    assert through.decoder.layers[0].attn.q.kernel == kernel
     expected = plain.logits(tokens)
     found = through.logits(tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -19,7 +19,7 @@ _BITS = {"int4": 4, "int8": 8}
 _GROUP = 128  # inputs that share a scale, as in the published checkpoints
 _SCALE_BYTES = 2
 # The kernel that multiplies by integers on each platform, if there is one.
-KERNELS = {"tpu": "pallas_tpu"}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_triton"}
 
 
 def decoder(config: Config, dtype: DTypeLike, *, form: str, kernel: str | None = None) -> Decoder:
