@@ -56,6 +56,7 @@ class Replica:
             keys=keys,
             hosts=server.hosts(args, with_keys=bool(keys)),
         )
+        server.freeze()
         self._engine.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -6,6 +6,7 @@ if the engine has stopped. Of several processes, the first has the server and pl
 
 import argparse
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -145,6 +146,16 @@ def running(made: "Engine") -> Iterator[None]:
         made.close()
 
 
+def freeze() -> None:
+    """Leave all objects that are there out of garbage collections, once the server is ready.
+
+    A collection of all would walk the model's and jax's objects, hundreds of thousands which stay
+    until the end, while every stream waits.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def ignore_signals() -> None:
     """Leave signals to the first process, which ends the others when it has answered everything."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -185,6 +196,7 @@ def work(args: argparse.Namespace) -> None:
         command.say(f"note: {description.BASE_NOTE}")
     if args.host not in _LOCAL and not given_keys:
         command.say("note: anybody who reaches this address can use the model: see --api-key")
+    freeze()
     with running(made):
         for line in greeting(args, address(taken), longest=made.longest, keyed=bool(given_keys)):
             command.say(line)

@@ -1,6 +1,7 @@
 """`python -m qwen_jax.serve`: its options, what it says, and the model behind it."""
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from qwen_jax.generate import from_options
 from qwen_jax.generate.description import Description
 from qwen_jax.runtime import command
 from qwen_jax.serve import __main__ as program
+from qwen_jax.serve import app
 from qwen_jax.serve.serve_options import parser
 from tests.support.fake_engine import FakeEngine
 from tests.support.served_app import CHAT_STOPS, TOKENIZER, VOCAB_SIZE, until
@@ -71,6 +73,7 @@ def served(argv: list[str], meanwhile: Callable[[str], object], *, said: list[st
     with ThreadPoolExecutor(1) as thread:
         acted = thread.submit(act)
         code = program.main(argv)
+        gc.unfreeze()
         acted.result()
     return code
 
@@ -114,6 +117,31 @@ def test_the_command_serves_until_sigterm(
     assert found[0]["choices"][0]["text"] == "ab"
     assert said[0].startswith("serving small, poet at http://127.0.0.1:")
     assert "-H 'Authorization: Bearer KEY'" in said[1]
+
+
+def test_garbage_collections_leave_out_what_is_there_once_the_server_is_ready(
+    engine: StartedEngine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return call(*args, **kwargs)
+
+        return act
+
+    monkeypatch.setattr(program, "engine", noted("engine", program.engine))
+    monkeypatch.setattr(app, "application", noted("application", app.application))
+    monkeypatch.setattr(engine, "start", noted("start", engine.start))
+    for name in ("collect", "freeze"):
+        monkeypatch.setattr(gc, name, noted(name, getattr(gc, name)))
+
+    def look(_: str) -> None:
+        done.append(f"frozen: {gc.get_freeze_count() > 0}")
+
+    assert served(["--ckpt", "models/small", "--port", "0"], look, said=said) == 0
+    assert done == ["engine", "application", "collect", "freeze", "start", "frozen: True"]
 
 
 def test_what_is_wrong_with_the_command_line_is_told(tmp_path: Path) -> None:
