@@ -234,10 +234,10 @@ def test_to_hf_refuses_what_qwen_cannot_spell(change):
 
 
 def test_unknown_keys_are_refused_and_all_listed():
-    strange = {"sliding_window": 4096, "quantization_config": {"bits": 4}}
-    with pytest.raises(ValueError, match="quantization_config, sliding_window is not known"):
+    strange = {"sliding_window": 4096, "attention_bias": True}
+    with pytest.raises(ValueError, match="attention_bias, sliding_window is not known"):
         Config.from_hf({**QWEN_7B, **strange})
-    assert Config.from_hf({**QWEN_7B, "quantization_config": None}) == PRESETS["qwen-7b"]
+    assert Config.from_hf({**QWEN_7B, "attention_bias": None}) == PRESETS["qwen-7b"]
 
 
 @pytest.mark.parametrize(
