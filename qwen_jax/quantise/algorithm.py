@@ -20,9 +20,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt8
 
 from qwen_jax.leaves.grouped import BITS
 from qwen_jax.leaves.weights import precision
-from qwen_jax.quantise import rounding
+from qwen_jax.quantise import factor, rounding
 
-_RISES = 24  # the damping is doubled so often before a Hessian is given up
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -178,10 +177,10 @@ def quantise(
     importance = jnp.diagonal(hessian)
     order = _ordered(importance, size=size, order=scheme.order)
     live = jnp.where(importance[order][:, None] > 0, original[order], 0)
-    damped, factor, damping = _factorised(hessian[order][:, order], scheme.damping)
+    damped, root, damping = factor.factorised(hessian[order][:, order], scheme.damping)
 
     codes, grids = rounding.first(
-        live, factor, size=size, bits=scheme.bits, symmetric=scheme.symmetric
+        live, root, size=size, bits=scheme.bits, symmetric=scheme.symmetric
     )
     for _ in range(scheme.passes):
         codes = rounding.again(live, codes, grids=grids, hessian=damped)
@@ -222,40 +221,3 @@ def _ordered(importance: Float[Array, " I"], *, size: int, order: Order) -> Int3
     within = jnp.argsort(-in_groups, axis=1)
     groups = jnp.argsort(-jnp.max(in_groups, axis=1))
     return (groups[:, None] * size + within[groups]).reshape(-1)
-
-
-def _factorised(
-    hessian: Float[Array, "I I"], damping: float
-) -> tuple[Float[Array, "I I"], Float[Array, "I I"], Float[Array, ""]]:
-    """Return a Hessian with damping, the upper Cholesky factor of its inverse, and the damping.
-
-    Row i of the factor says how the error of input i is spread over the inputs after it. With P,
-    which reverses the inputs, and the lower Cholesky factor L of P H P, H is R R^T where R = P L P
-    is upper triangular. So the factor of H's inverse is the inverse of R, and needs none of H.
-    """
-    inputs = hessian.shape[0]
-    identity = jnp.eye(inputs, dtype=jnp.float32)
-    dead = jnp.diagonal(hessian) <= 0  # such inputs must not make the matrix singular
-    hessian = hessian + jnp.where(dead, identity, 0)
-    mean = jnp.trace(hessian) / inputs
-
-    def attempt(damping: Float[Array, ""]) -> Float[Array, "I I"]:
-        damped = hessian + damping * mean * identity
-        lower = jnp.linalg.cholesky(damped[::-1, ::-1])
-        return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
-
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> Bool[Array, ""]:
-        factor, _, rises = state
-        return ~jnp.all(jnp.isfinite(factor)) & (rises < _RISES)
-
-    def rise(
-        state: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        _, damping, rises = state
-        return attempt(2 * damping), 2 * damping, rises + 1
-
-    first = jnp.asarray(damping, jnp.float32)
-    state = attempt(first), first, jnp.zeros((), jnp.int32)
-    factor, last, _ = jax.lax.while_loop(failed, rise, state)
-    known = jnp.where(jnp.all(jnp.isfinite(factor)), last, jnp.nan)
-    return hessian + last * mean * identity, factor, known

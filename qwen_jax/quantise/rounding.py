@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
 from qwen_jax.quantise import grid
+from qwen_jax.quantise.factor import block_of
 from qwen_jax.quantise.grid import Grid
 
-_BLOCK = 128  # the most inputs of a block
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -23,7 +23,7 @@ def floats(codes: UInt8[Array, "G size O"], grids: Grid) -> Float[Array, "I O"]:
 
 def first(
     weight: Float[Array, "I O"],
-    factor: Float[Array, "I I"],
+    root: Float[Array, "I I"],
     *,
     size: int,
     bits: int,
@@ -31,59 +31,70 @@ def first(
 ) -> tuple[UInt8[Array, "G size O"], Grid]:
     """Round a matrix whose groups lie side by side, and return its codes and its groups' grids.
 
-    factor: the upper Cholesky factor of the Hessian's inverse.
+    root: the upper triangular R of the Hessian R R^T.
     size: the number of inputs in a group.
     symmetric: whether 2^(bits - 1) stands for 0; otherwise each group has its own zero.
 
-    A group's grid is chosen when all inputs before the group are rounded.
+    The mean squared error of an output is |R^T e|^2, where e are the errors of its weights, and
+    element i of R^T e has the errors of inputs up to i alone. So input i can make up for `owed[i]`,
+    what earlier inputs contribute to it. That is GPTQ's update of weights that are still to come,
+    without the inverse of the Hessian. A group's grid is chosen when the inputs before it are
+    rounded.
     """
-    (inputs, outputs), block = weight.shape, _block_of(size)
-    cost = 1 / jnp.square(jnp.diagonal(factor))
+    (inputs, outputs), block = weight.shape, block_of(size)
+    diagonal = jnp.diagonal(root)
 
     def of_group(
-        weight: Float[Array, "I O"], start: Int32[Array, ""]
+        owed: Float[Array, "I O"], start: Int32[Array, ""]
     ) -> tuple[Float[Array, "I O"], tuple[UInt8[Array, "blocks block O"], Grid]]:
         own = jax.lax.dynamic_slice_in_dim(weight, start, size)
-        costs = jax.lax.dynamic_slice_in_dim(cost, start, size)
+        if size < inputs:  # to a group of all inputs, none owes anything
+            square = jax.lax.dynamic_slice(root, (start, start), (size, size))
+            given = jax.lax.dynamic_slice_in_dim(owed, start, size)
+            own = own + jax.scipy.linalg.solve_triangular(square, given, trans="T")
+        costs = jnp.square(jax.lax.dynamic_slice_in_dim(diagonal, start, size))
         chosen = grid.choose(own, costs, bits=bits, symmetric=symmetric)
 
         def of_block(
-            weight: Float[Array, "I O"], start: Int32[Array, ""]
+            owed: Float[Array, "I O"], start: Int32[Array, ""]
         ) -> tuple[Float[Array, "I O"], UInt8[Array, "block O"]]:
-            rows = jax.lax.dynamic_slice_in_dim(factor, start, block)
+            rows = jax.lax.dynamic_slice_in_dim(root, start, block)
             own = jax.lax.dynamic_slice_in_dim(weight, start, block)
+            given = jax.lax.dynamic_slice_in_dim(owed, start, block)
             square = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
-            codes, errors = _rounded_block(own, square, chosen=chosen)
-            # This also changes rows that are rounded already. Nothing reads them again.
-            return weight - jnp.matmul(rows.T, errors, precision=_HIGHEST), codes
+            codes, errors = _rounded_block(own, given, root=square, chosen=chosen)
+            # This also changes rows of the block, which nothing reads again.
+            return owed + jnp.matmul(rows.T, errors, precision=_HIGHEST), codes
 
-        starts = start + jnp.arange(0, size, block)
-        weight, codes = jax.lax.scan(of_block, weight, starts)
-        return weight, (codes, chosen)
+        owed, codes = jax.lax.scan(of_block, owed, start + jnp.arange(0, size, block))
+        return owed, (codes, chosen)
 
-    _, (codes, grids) = jax.lax.scan(of_group, weight, jnp.arange(0, inputs, size))
+    starts = jnp.arange(0, inputs, size)
+    _, (codes, grids) = jax.lax.scan(of_group, jnp.zeros_like(weight), starts)
     return codes.reshape(-1, size, outputs), grids
 
 
 def _rounded_block(
-    weight: Float[Array, "b O"], factor: Float[Array, "b b"], *, chosen: Grid
+    weight: Float[Array, "b O"],
+    owed: Float[Array, "b O"],
+    *,
+    root: Float[Array, "b b"],
+    chosen: Grid,
 ) -> tuple[UInt8[Array, "b O"], Float[Array, "b O"]]:
     """Round the inputs of a block, and return their codes and errors.
 
-    factor: the part of the triangular factor for the block.
-
-    An input's error is divided by its diagonal element of the factor, by whose rows it is spread.
+    owed: what inputs before the block contribute to R^T e. root: the part of R for the block.
     """
 
     def of_input(
-        weight: Float[Array, "b O"], number: Int32[Array, ""]
+        owed: Float[Array, "b O"], number: Int32[Array, ""]
     ) -> tuple[Float[Array, "b O"], tuple[UInt8[Array, " O"], Float[Array, " O"]]]:
-        row, own = factor[number], weight[number]
-        code = chosen.nearest(own)
-        error = (own - chosen.floats(code)) / row[number]
-        return weight - row[:, None] * error, (code.astype(jnp.uint8), error)
+        row, own = root[number], weight[number]
+        code = chosen.nearest(own + owed[number] / row[number])
+        error = own - chosen.floats(code)
+        return owed + row[:, None] * error, (code.astype(jnp.uint8), error)
 
-    return jax.lax.scan(of_input, weight, jnp.arange(weight.shape[0]))[1]
+    return jax.lax.scan(of_input, owed, jnp.arange(weight.shape[0]))[1]
 
 
 def again(
@@ -95,13 +106,13 @@ def again(
 ) -> UInt8[Array, "G size O"]:
     """Choose each code again, one input after the other, as is best given all others.
 
-    hessian: with the damping that its factor had.
+    hessian: with its damping.
 
     The error never grows. Codes of earlier inputs make up for errors of later ones, which the first
     rounding could not know.
     """
     groups, size, outputs = codes.shape
-    block = _block_of(size)
+    block = block_of(size)
 
     def of_group(
         slopes: Float[Array, "I O"], own: tuple[UInt8[Array, "size O"], Grid, Int32[Array, ""]]
@@ -149,8 +160,3 @@ def _moved_block(
         return slopes - row[:, None] * move, (code.astype(jnp.uint8), move)
 
     return jax.lax.scan(of_input, slopes, (codes, jnp.arange(codes.shape[0])))[1]
-
-
-def _block_of(size: int) -> int:
-    """Return the number of inputs in a block, which divides the number of those in a group."""
-    return max(n for n in range(1, min(size, _BLOCK) + 1) if size % n == 0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qwen_jax.quantise import algorithm, grid
+from qwen_jax.quantise import algorithm, factor, grid
 from qwen_jax.quantise.algorithm import Order, Quantised, Scheme
 
 GOLDEN = Path(__file__).parents[1] / "golden/gptq"
@@ -118,6 +118,15 @@ def test_weights_of_inputs_that_are_always_0_are_0() -> None:
         w = stored(result, 4)
         assert not w[:, 7].any() and w[:, 8].any()
         assert float(result.relative_error) < 0.05
+
+
+def test_the_factorisation_for_tpus_is_that_of_numpy() -> None:
+    x = np.random.default_rng(0).standard_normal((500, 384))
+    hessian = x.T @ x / 500
+    root = np.tril(factor.cholesky(jnp.asarray(hessian, jnp.float32)))
+    np.testing.assert_allclose(root, np.linalg.cholesky(hessian), rtol=0, atol=2e-5)
+    hessian[200, 200] = -1
+    assert np.isnan(factor.cholesky(jnp.asarray(hessian, jnp.float32))).any()
 
 
 def test_damping_rises_until_a_hessian_is_positive() -> None:
