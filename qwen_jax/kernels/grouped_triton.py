@@ -118,16 +118,22 @@ def triton_product(
     shape = shape_of(x, codes, scales, bits=bits, splits=splits)
     warps = warps or (4 if shape.block == _ROWS[0] else 8)
     arranged, sums = _arrange(shape, x)
+    dtype = dtype or x.dtype
+    whole = shape.splits == 1 and shape.rows == x.shape[0]
     y = pl.pallas_call(
         functools.partial(_kernel, shape, interpret),
-        out_shape=jax.ShapeDtypeStruct((shape.splits, shape.rows, shape.outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct(
+            (shape.splits, shape.rows, shape.outputs), dtype if whole else jnp.float32
+        ),
         # Blocks of rows with the same words are neighbours: all but one read from the L2 cache.
         grid=(shape.row_blocks, pl.cdiv(shape.outputs, shape.columns), shape.splits),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name=NAME,
     )(arranged, codes, [scales] if zeros is None else [scales, zeros, sums])
-    return jnp.sum(y.reshape(-1, x.shape[0], shape.outputs), 0).astype(dtype or x.dtype)
+    if whole:
+        return y[0]
+    return jnp.sum(y.reshape(-1, x.shape[0], shape.outputs), 0).astype(dtype)
 
 
 def shape_of(
@@ -191,7 +197,7 @@ def _kernel(
     x_ref: bfloat16 [places, padded, words], from `_arrange`.
     codes_ref: uint32 [words, outputs].
     tables: the scales; and with zeros, these, both [groups, outputs], and x's sums from `_arrange`.
-    y_ref: float32 [splits, rows, outputs].
+    y_ref: [splits, rows, outputs].
     """
     row = pl.program_id(0) * shape.block + jnp.arange(shape.block)
     column = pl.program_id(1) * shape.columns + jnp.arange(shape.columns)
@@ -228,7 +234,7 @@ def _kernel(
     total = jnp.zeros((shape.block, shape.columns), jnp.float32)
     total = lax.fori_loop(first, after, step, total)
     mask = (row < shape.rows)[:, None] & inside[None, :]
-    plt.store(y_ref.at[split, *_area(row, column)], total, mask=mask)
+    plt.store(y_ref.at[split, *_area(row, column)], total.astype(y_ref.dtype), mask=mask)
 
 
 def _area(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:

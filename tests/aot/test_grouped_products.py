@@ -60,18 +60,18 @@ def on_tpu(target: str, given: tuple[Any, ...], bits: int) -> tuple[jax.stages.C
 
 # Each size on each target, on one device or on as many as this list says.
 TPUS = [
-    parameter(target, name, tp, smoke=(target, name) == ("v5e", "qwen-1.8b"))
+    parameter(target, name, tp, bits, smoke=(target, name, bits) == ("v5e", "qwen-1.8b", 4))
     for target, split in {
         "v5e": (8, 1, 4, 1),
         "v6e": (1, 8, 1, 8),
         "v5p": (4, 2, 8, 1),
     }.items()
     for name, tp in zip(("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b"), split, strict=True)
+    for bits in (4, 8)
 ]
 
 
-@pytest.mark.parametrize(("target", "name", "tp"), TPUS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("target", "name", "tp", "bits"), TPUS)
 def test_compiles_for_tpus(target: str, name: str, tp: int, bits: int) -> None:
     for matrix in matrices(name, tp).values():
         given = arguments(matrix, bits, rows=8, scales=jnp.int16)
@@ -91,10 +91,9 @@ LIMITS = {
     ("v5e", 4): 705, ("v6e", 4): 591, ("v5p", 4): 748,
     ("v5e", 8): 859, ("v6e", 8): 592, ("v5p", 8): 902,
 }  # fmt: skip
-COSTS = [parameter(*key, smoke=key == ("v6e", 4)) for key in LIMITS]
 
 
-@pytest.mark.parametrize(("target", "bits"), COSTS)
+@pytest.mark.parametrize(("target", "bits"), LIMITS)
 def test_costs_no_more_than_unpacking_must(target: str, bits: int) -> None:
     for kind in ("up", "down"):
         matrix = matrices("qwen-7b", 1)[kind]
@@ -135,14 +134,14 @@ def test_float16_scales_alone_are_copied(target: str) -> None:
 
 
 GPUS = [
-    parameter(target, name, tp, smoke=(target, name) == ("h100", "qwen-1.8b"))
+    parameter(target, name, tp, bits, smoke=(target, name, bits) == ("h100", "qwen-1.8b", 4))
     for target, split in {"h100": (8, 1, 4, 1), "a100": (2, 4, 2, 8)}.items()
     for name, tp in zip(("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b"), split, strict=True)
+    for bits in (4, 8)
 ]
 
 
-@pytest.mark.parametrize(("target", "name", "tp"), GPUS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("target", "name", "tp", "bits"), GPUS)
 def test_compiles_for_gpus(target: str, name: str, tp: int, bits: int) -> None:
     def product(x: Any, codes: Any, scales: Any, zeros: Any = None) -> jax.Array:
         return grouped_triton.triton_product(x, codes, scales=scales, zeros=zeros, bits=bits)

@@ -35,7 +35,7 @@ def draw(case: Case) -> dict[str, Any]:
     codes = random.integers(0, 2**case.bits, (case.inputs, case.outputs), np.uint8)
     scales = random.uniform(0.5, 1.5, (groups, case.outputs)) * 2.0**-6
     rare = random.random(scales.shape)
-    scales = np.where(rare < 0.02, -scales, np.where(rare > 0.98, scales * 2.0**-12, scales))
+    scales = np.where(rare < 0.02, -scales, np.where(rare > 0.98, scales * 2.0**-9, scales))
     zeros = random.integers(0, 2**case.bits, scales.shape, np.uint8)
     return {
         "x": jnp.asarray(random.standard_normal((case.rows, case.inputs)), case.dtype),
