@@ -194,7 +194,7 @@ def test_products_of_the_published_sizes(name, sizes):
     for letters, (outputs, inputs) in shapes.items():
         words = rng.integers(0, 2**32, (inputs // 8, outputs), np.uint32)
         scales = rng.uniform(0.001, 0.01, (inputs // 128, outputs)).astype(np.float16)
-        x = rng.standard_normal((1, 2, inputs)).astype(np.float32)
+        x = rng.standard_normal((8, 1, inputs)).astype(np.float32)
         results = []
         for axes in ({}, sizes):
             with on_mesh(**axes):
