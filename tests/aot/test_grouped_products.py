@@ -58,9 +58,21 @@ def on_tpu(target: str, given: tuple[Any, ...], bits: int) -> tuple[jax.stages.C
     return compiled, aot.steady(ours)
 
 
+def case(target: str, name: str, tp: int, bits: int, *, smoke: str) -> Any:
+    """A case of a table. smoke: the target whose smallest case is one of `make test`."""
+    return parameter(
+        target,
+        name,
+        tp,
+        bits,
+        smoke=(target, name, bits) == (smoke, "qwen-1.8b", 4),
+        release=name in ("qwen-14b", "qwen-72b"),
+    )
+
+
 # Each size on each target, on one device or on as many as this list says.
 TPUS = [
-    parameter(target, name, tp, bits, smoke=(target, name, bits) == ("v5e", "qwen-1.8b", 4))
+    case(target, name, tp, bits, smoke="v5e")
     for target, split in {
         "v5e": (8, 1, 4, 1),
         "v6e": (1, 8, 1, 8),
@@ -134,7 +146,7 @@ def test_float16_scales_alone_are_copied(target: str) -> None:
 
 
 GPUS = [
-    parameter(target, name, tp, bits, smoke=(target, name, bits) == ("h100", "qwen-1.8b", 4))
+    case(target, name, tp, bits, smoke="h100")
     for target, split in {"h100": (8, 1, 4, 1), "a100": (2, 4, 2, 8)}.items()
     for name, tp in zip(("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b"), split, strict=True)
     for bits in (4, 8)
