@@ -123,13 +123,9 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
     wanted = names.expected(shapes)
     settings = gptq_config.read(source)
     if settings is None:
-        if packed := next((name for name in tensors if name.endswith(".qweight")), None):
-            raise ValueError(
-                f"{source} has quantised tensors ({packed}), and neither {directory.CONFIG} nor "
-                f"{gptq_config.FILE} says how: put the files there that came with these weights"
-            )
-        _check(tensors, wanted)
-        quantised = gptq_import.Quantised(dict(wanted), {}, {}, {}, {})
+        if args.dequantise:
+            raise command.UsageError(f"--dequantise: {source} is not quantised: leave it out")
+        quantised = _floats(source, tensors, wanted)
     else:
         quantised = _quantised(
             tensors, wanted, settings=settings, letters=letters, dequantise=args.dequantise
@@ -151,7 +147,7 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
     manifest: dict[str, Any] = {}
     if quantised.kinds:
         manifest = {kinds.KINDS: quantised.kinds, "quantisation": quantised.facts}
-    if settings is not None and args.dequantise:
+    if args.dequantise:
         facts["dequantise"] = True
     if args.head is not None:
         facts["head"] = args.head
@@ -174,6 +170,22 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
         facts=facts,
         manifest=manifest,
     )
+
+
+def _floats(
+    source: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, names.Expected]
+) -> gptq_import.Quantised:
+    """Check the tensors of a checkpoint of floats, and return what is made of them.
+
+    tensors: the location of each tensor, by name. wanted: the tensors that it must contain.
+    """
+    if packed := next((name for name in tensors if name.endswith(".qweight")), None):
+        raise ValueError(
+            f"{source} has quantised tensors ({packed}), and neither {directory.CONFIG} nor "
+            f"{gptq_config.FILE} says how: put the files there that came with these weights"
+        )
+    _check(tensors, wanted)
+    return gptq_import.Quantised(dict(wanted), {}, {}, {}, {})
 
 
 def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, names.Expected]) -> None:

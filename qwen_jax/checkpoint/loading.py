@@ -14,9 +14,11 @@ from qwen_jax.checkpoint import kinds, store
 from qwen_jax.checkpoint.directory import (
     CONFIG,
     GENERATION_CONFIG,
+    MANIFEST,
     PARAMS,
     TOKENIZER,
     existing,
+    finished,
     verify_whole,
 )
 from qwen_jax.config import Config, hf_config
@@ -71,8 +73,11 @@ def load_generation_config(
 
 
 def load_kinds(path: str | Path) -> dict[str, str]:
-    """Load the kind of each quantised weight of a model directory, by path; {} if it has none."""
-    return kinds.of_manifest(verify_whole(existing(path)))
+    """Load the kind of each quantised weight of a model directory, by path; {} if it has none.
+
+    Only the manifest is read: `load` checks that the directory is complete.
+    """
+    return kinds.of_manifest(read_json(finished(path) / MANIFEST))
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":

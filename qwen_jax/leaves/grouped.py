@@ -121,18 +121,17 @@ def unpack(words: _Array, bits: int) -> _Array:
     return fields.astype(np.uint8).reshape(*outer, rows * per_word, outputs)
 
 
-def pack(codes: UInt8[np.ndarray, "... inputs out"], bits: int) -> UInt32[np.ndarray, "... W out"]:
+def pack(codes: _Array, bits: int) -> _Array:
     """Pack integers uint8 [..., in, out] into words, uint32 [..., in x bits / 32, out].
 
     The number of inputs must be a multiple of those in a word.
     """
     *outer, inputs, outputs = codes.shape
     per_word = WORD // bits
-    fields = codes.reshape(*outer, inputs // per_word, per_word, outputs)
-    words = np.zeros((*outer, inputs // per_word, outputs), np.uint32)
-    for number in range(per_word):
-        words |= fields[..., number, :].astype(np.uint32) << np.uint32(number * bits)
-    return words
+    fields = codes.reshape(*outer, inputs // per_word, per_word, outputs).astype(np.uint32)
+    shifts = np.arange(0, WORD, bits, dtype=np.uint32)[:, None]
+    shifted: Any = fields << shifts
+    return shifted.sum(axis=-2, dtype=np.uint32)
 
 
 def _in_groups(codes: UInt8[Array, "inputs out"], groups: int) -> UInt8[Array, "groups size out"]:

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float
 
 from qwen_jax.leaves import grouped
 from qwen_jax.leaves.grouped import WORD, Grouped
@@ -114,7 +113,7 @@ def rounded(weight: Weight, hessian: Hessian, *, scheme: Scheme) -> Rounded:
         order = jnp.argsort(found.g_idx, stable=True).astype(jnp.int32)
         codes = jnp.take(codes, order, axis=0)
         arrays["order"] = order
-    arrays["codes"] = _packed(codes, scheme.bits)
+    arrays["codes"] = grouped.pack(codes, scheme.bits)
     if found.zeros is not None:
         arrays["zeros"] = found.zeros
     squares = [
@@ -122,15 +121,6 @@ def rounded(weight: Weight, hessian: Hessian, *, scheme: Scheme) -> Rounded:
         for each in (found.squared_errors, found.squared_outputs)
     ]
     return Rounded(leaf_of(arrays, scheme), found.relative_error, jnp.stack(squares), found.damping)
-
-
-def _packed(codes: UInt8[Array, "I O"], bits: int) -> UInt32[Array, "W O"]:
-    """Pack codes into words, as `grouped.unpack` reads them."""
-    inputs, outputs = codes.shape
-    per_word = WORD // bits
-    fields = codes.reshape(inputs // per_word, per_word, outputs).astype(jnp.uint32)
-    shifts = np.arange(0, WORD, bits, dtype=np.uint32)[:, None]
-    return jnp.sum(fields << shifts, axis=1, dtype=jnp.uint32)
 
 
 def _columns(outputs: int, mesh: sharding.MeshOrSizes) -> sharding.Entry:

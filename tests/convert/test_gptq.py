@@ -344,6 +344,12 @@ def test_folders_that_say_nothing_of_quantisation(tmp_path, capfd):
     assert "quantize_config.json" in last_line(capfd)
 
 
+def test_floats_are_not_dequantised(tmp_path, capfd):
+    args = [str(GPTQ / "float16"), str(tmp_path / "out"), "--dequantise"]
+    assert from_hf.main(args) == 2
+    assert "--dequantise:" in last_line(capfd) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("tool", ["auto_gptq_version", "other"])
 def test_zeros_that_the_tool_spoiled_are_said(tmp_path, tool, capfd):
     """AutoGPTQ writes -1 for a zero of 0, which overwrites its neighbours in the word."""

@@ -1,5 +1,6 @@
 """Adapters on integers: losses, gradients and AdamW steps are those of PEFT on a GPTQ model."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.support.gptq import GPTQ, folder
 from tests.support.tiny import QUICK, on_mesh
 from train import step
 from train.data import batches
+from train.run import parameters, recipes
 from train.step import loss as losses
 
 MESHES: list[dict[str, int]] = [{}, {"fsdp": 2, "tp": 2}, {"data": 2, "tp": 2}]
@@ -149,3 +151,20 @@ def test_gradients_through_any_form(tmp_path):
             for kind in "AB":
                 most = np.abs(theirs[kind]).max()
                 np.testing.assert_allclose(ours[kind], theirs[kind], rtol=0, atol=1e-4 * most)
+
+
+@pytest.mark.parametrize(
+    ("changes", "merge", "told"),
+    [
+        ({"lora_rank": 0}, False, "integers cannot be trained"),
+        ({"base_dtype": "int8"}, False, "base_dtype 'int8'"),
+        ({}, True, "cannot be merged into the integers"),
+    ],
+)
+def test_what_would_change_integers_is_refused(base, changes, merge, told):
+    """Before anything is encoded or loaded."""
+    recipe = dataclasses.replace(recipes.sft_lora(), **changes)
+    config = checkpoint.load_config(base)
+    with pytest.raises(ValueError, match=told):
+        parameters.of(config, base, recipe=recipe, merge=merge)
+    parameters.of(config, base, recipe=recipes.sft_lora(), merge=False)
