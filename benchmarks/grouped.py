@@ -5,7 +5,7 @@
 There is one line for each form of a product: microseconds for one weight; its speed relative to
 `floats`, a product with the same weight in x's dtype, dequantised beforehand; the GB/s at which the
 weight is read, as it is stored for that form, and their share of a large copy (bytes read and
-written), which is timed in the same run. `definition` dequantises the whole weight at every call.
+written), which is timed in the same run. `by_floats` dequantises the whole weight at every call.
 
 Every form multiplies by several weights in turn, so that they come from memory and not from a
 cache. All medians are over rounds in which everything takes its turn. A form whose results are
@@ -31,16 +31,26 @@ from benchmarks import section
 from qwen_jax import PRESETS
 from qwen_jax.attention import timing
 from qwen_jax.kernels import choice, grouped_tpu, grouped_triton, grouped_xla
+from qwen_jax.leaves import grouped
 from qwen_jax.runtime import caches, command
 
 GROUP = 128
+
+
+def by_floats(
+    x: jax.Array, codes: jax.Array, *, scales: jax.Array, zeros: jax.Array | None, bits: int
+) -> jax.Array:
+    """Multiply rows by a weight of which floats are made first."""
+    return jnp.dot(x, grouped.floats(codes, scales, zeros, bits=bits, dtype=x.dtype))
+
+
 # By name, and the platforms for which each is meant.
 FORMS: dict[str, tuple[Callable[..., jax.Array], tuple[str, ...]]] = {
     grouped_tpu.NAME: (grouped_tpu.tpu_product, ("tpu",)),
     grouped_triton.NAME: (grouped_triton.triton_product, ("gpu",)),
     "one_row": (grouped_xla.one_row, ("gpu", "tpu", "cpu")),
     "by_groups": (grouped_xla.by_groups, ("gpu", "tpu", "cpu")),
-    "definition": (grouped_xla.definition, ("gpu", "tpu", "cpu")),
+    "by_floats": (by_floats, ("gpu", "tpu", "cpu")),
 }
 COLUMNS = ("shape", "form", "us", "to floats", "rate", "share of a copy")
 _BYTES = {"cpu": 2**27, "gpu": 2**30, "tpu": 2**30}  # of the weights, beyond any cache
@@ -109,8 +119,8 @@ def drawn(case: Case) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
 def programs(shape: str, case: Case) -> dict[str, timing.TimedCall]:
     """What is timed at a shape: every form that is right, and float weights."""
     x, held = drawn(case)
-    wide = functools.partial(grouped_xla.dequantised, zeros=None, bits=case.bits, dtype=case.dtype)
-    floats = [wide(codes, scales=scales) for codes, scales in held]
+    wide = functools.partial(grouped.floats, bits=case.bits, dtype=case.dtype)
+    floats = [wide(codes, scales) for codes, scales in held]
     wanted = np.asarray(jnp.dot(x, floats[0], preferred_element_type=jnp.float32), np.float64)
     made = {"floats": timing.compiled(lambda x, all: [jnp.dot(x, w) for w in all], x, floats)}
     for name, (form, platforms) in FORMS.items():

@@ -1,7 +1,7 @@
 """Products with weights of 4- and 8-bit integers in groups, as XLA computes them.
 
-`definition` says what a product is, and every other form, here and in kernels, is an implementation
-of it. XLA writes the whole weight of a definition to memory in floats, on every platform.
+Of a product written plainly (floats are made of the weight, then multiplied by), XLA writes these
+floats to memory, on every platform. Here are forms of which it does not.
 """
 
 import functools
@@ -19,48 +19,6 @@ _WORD = 32
 PIECES: Mapping[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3}
 
 
-def definition(
-    x: Float[Array, "B inputs"],
-    codes: UInt32[Array, "words out"],
-    *,
-    scales: Float[Array, "groups out"],
-    zeros: UInt8[Array, "groups out"] | None,
-    bits: int,
-    dtype: DTypeLike | None = None,
-) -> Float[Array, "B out"]:
-    """Multiply rows by a weight whose elements are (code - zero) * scale, rounded to x's dtype.
-
-    x: [B, in].
-    codes: uint32 [in * bits / 32, out]; a word holds successive inputs, the first in its lowest
-        bits.
-    scales: float16 or float32 [groups, out]; all groups have the same number of inputs.
-    zeros: uint8 [groups, out]; None where all are 2^(bits - 1).
-    bits: 4 or 8.
-    dtype: of the result; None for x's.
-
-    Sums are in float32.
-    """
-    weight = dequantised(codes, scales=scales, zeros=zeros, bits=bits, dtype=x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    y = jnp.dot(x, weight, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(dtype or x.dtype)
-
-
-def dequantised(
-    codes: UInt32[Array, "words out"],
-    *,
-    scales: Float[Array, "groups out"],
-    zeros: UInt8[Array, "groups out"] | None,
-    bits: int,
-    dtype: DTypeLike,
-) -> Float[Array, "inputs out"]:
-    """Return the weight of a product as floats, rounded to `dtype`; arguments of `definition`."""
-    fields = [_field(codes, j, bits) for j in range(_WORD // bits)]
-    values = jnp.stack(fields, 1).reshape(scales.shape[0], -1, codes.shape[1])
-    weight = (values - _zeros(zeros, bits)) * scales.astype(jnp.float32)[:, None]
-    return weight.reshape(-1, codes.shape[1]).astype(dtype)
-
-
 def one_row(
     x: Float[Array, "B inputs"],
     codes: UInt32[Array, "words out"],
@@ -70,7 +28,15 @@ def one_row(
     bits: int,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "B out"]:
-    """Multiply one row, by products and sums without a matrix product; arguments of `definition`.
+    """Multiply one row by a weight with elements (code - zero) * scale, without a matrix product.
+
+    x: [1, in].
+    codes: uint32 [in * bits / 32, out]; a word holds successive inputs, the first in its lowest
+        bits.
+    scales: float16 or float32 [groups, out]; all groups have the same number of inputs.
+    zeros: uint8 [groups, out]; None where all are 2^(bits - 1).
+    bits: 4 or 8.
+    dtype: of the result; None for x's.
 
     XLA for GPUs fuses all of it into two kernels: the sums over the words of each group, which are
     unpacked where they are read, and the sum over groups. The weight is not rounded.
@@ -97,7 +63,7 @@ def by_groups(
     bits: int,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "B out"]:
-    """Multiply rows by one group of inputs after the other; arguments of `definition`.
+    """Multiply rows by one group of inputs after the other; other arguments are those of `one_row`.
 
     It is for CPUs. Each place of the words of a group makes a product of its own, with every eighth
     input (every fourth, of eight bits), so that no integer is moved, and the floats of one place

@@ -14,7 +14,7 @@ def test_runs_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     args = ["--shapes", "tiny", "--rows", "1", "--rounds", "1", "--markdown", str(path)]
     assert grouped.main(args) == 0
     lines = [x for x in path.read_text().splitlines() if x.startswith("| tiny")]
-    forms = {"floats", "definition", "by_groups", "one_row", "a copy"}
+    forms = {"floats", "by_floats", "by_groups", "one_row", "a copy"}
     assert {x.split(" | ")[1] for x in lines} == forms
     assert "WRONG" not in capsys.readouterr().err
     assert grouped.main(["--shapes", "9b-*"]) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.kernels import grouped_xla
-from tests.kernels.grouped_cases import Case, check, draw, reference
+from tests.kernels.grouped_cases import Case, check, draw
 
 CASES = [
     Case(1, 256, 384),
@@ -23,18 +23,6 @@ def test_agrees_with_float64(case: Case) -> None:
     settings = {"bits": case.bits, "dtype": "float32"}
     check(jax.jit(functools.partial(grouped_xla.one_row, **settings)), case)
     check(jax.jit(functools.partial(grouped_xla.by_groups, **settings)), case)
-    definition = jax.jit(functools.partial(grouped_xla.definition, **settings))
-    if case.dtype != "float16":
-        check(definition, case, rounded=case.dtype == "bfloat16")
-
-
-def test_definition_is_rounded_to_the_dtype_of_x() -> None:
-    case = Case(3, 256, 128, dtype="float16")
-    drawn = draw(case)
-    y = grouped_xla.definition(**drawn, bits=4)
-    expected, sizes = reference(case, drawn)
-    assert y.dtype == jnp.float16
-    assert np.max(np.abs(np.asarray(y, np.float64) - expected) / sizes) < 2.0**-10
 
 
 def test_groups_of_many_rows() -> None:
