@@ -122,7 +122,7 @@ aot-smoke: $(AOT_STAMP) ## one shape of each kernel and target
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) -m smoke tests/aot
 
 # Without .venv and with whatever accelerator there is: jax is the machine's own.
-device: ## measure the accelerator here, in six parts of five minutes (PART=2 for one)
+device: ## measure the accelerator here, in seven parts of five minutes (PART=2 for one)
 	env -u JAX_PLATFORMS $(PYTHON) benchmarks/device.py --part $(PART) $(DEVICE_ARGS)
 
 # An environment for the tests has what the demo needs, too.

@@ -2,8 +2,10 @@
 
     python benchmarks/decoding.py                                   # 1.8B and 7B
     python benchmarks/decoding.py --model qwen-7b --batch 1 --cache bfloat16 --attention xla
+    python benchmarks/decoding.py --model qwen-7b --weights float int4 int8 --batch 1 8
 
-There is one line for each model, cache, number of rows and attention implementation. A decode step
+There is one line for each model, kind of weights, cache, number of rows and attention
+implementation; int4 and int8 are the layers' matrices as a GPTQ checkpoint has them. A decode step
 reads every weight but the embedding once, and the filled part of the cache. These bytes divided by
 the time of a step, relative to the bandwidth of a large copy (bytes read and written) timed in turn
 with it, are `of copy`: the share of what the device's memory allows. `prefill` relates the FLOPs
@@ -19,7 +21,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,14 +36,18 @@ from qwen_jax.attention import timing
 from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
+from qwen_jax.generate import integers
 from qwen_jax.generate.backend import attention_for
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
+from qwen_jax.leaves.grouped import Grouped
+from qwen_jax.leaves.weights import Weight, map_leaves
 from qwen_jax.model import Decoder
 from qwen_jax.runtime import caches, command, progress
+from train.planning import stored_weights
 
 COLUMNS = (
-    "model", "cache", "rows", "attention", "prefill tokens/s", "of product",
+    "model", "weights", "cache", "rows", "attention", "prefill tokens/s", "of product",
     "ms of a step", "tokens/s", "GB/s", "of copy",
 )  # fmt: skip
 CACHES = {"bfloat16": None, "int8": "int8"}  # the command's name -> cache_dtype
@@ -51,6 +57,7 @@ class Row(NamedTuple):
     """The cells of a line, under COLUMNS."""
 
     model: str
+    weights: str
     cache: str
     rows: str
     attention: str
@@ -72,10 +79,29 @@ def shape(size: str, layers: int | None, vocab: int | None) -> Config:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def random_decoder(config: Config, dtype: str) -> Decoder:
-    """A decoder with random weights."""
-    return model.create(config, jax.random.key(0), dtype=dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def random_decoder(config: Config, dtype: str, weights: str) -> Decoder:
+    """A decoder with random weights. weights: how its layers' matrices are stored, of FORMS."""
+    key = jax.random.key(0)
+    plain = model.create(config, key, dtype=dtype)
+    if weights == "float":
+        return plain
+    kernel = integers.OF_PLATFORM[choice.device().platform]
+    stored: dict[str, Any] = {}
+    form = stored_weights.decoder(config, dtype, form=weights, kernel=kernel)
+    map_leaves(lambda path, leaf: stored.setdefault(path, leaf), form)
+
+    def drawn(array: jax.ShapeDtypeStruct) -> jax.Array:
+        if array.dtype == jnp.uint32:
+            return jax.random.bits(key, array.shape, jnp.uint32)
+        scales = jnp.full(array.shape, 0.002, jnp.float16)
+        return jax.lax.bitcast_convert_type(scales, array.dtype)  # some kernels take their bits
+
+    def one(path: str, leaf: Weight) -> Any:
+        found = stored[path]
+        return jax.tree.map(drawn, found) if isinstance(found, Grouped) else leaf
+
+    return map_leaves(one, plain)
 
 
 def made(decoder: Decoder, name: str, cache: str, length: int) -> LanguageModel:
@@ -127,9 +153,9 @@ def timed(language_model: LanguageModel, prompt: np.ndarray, new: int) -> tuple[
     return first - started, (time.perf_counter() - first) / count
 
 
-def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namespace) -> Row:
-    """Time one cell of the table. case: (model, cache, rows, attention)."""
-    size, cache, rows, name = case
+def row(decoder: Decoder, case: tuple[str, str, str, int, str], args: argparse.Namespace) -> Row:
+    """Time one cell of the table. case: (model, weights, cache, rows, attention)."""
+    size, weights, cache, rows, name = case
     config, length = decoder.config, args.prompt
     language_model = made(decoder, name, cache, length + args.new)
     drawn = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length))
@@ -145,6 +171,7 @@ def row(decoder: Decoder, case: tuple[str, str, int, str], args: argparse.Namesp
     work = rows * length * config.flops_per_token(length) / 3  # the forward pass only
     return Row(
         f"{size}, {config.num_layers} layers",
+        weights,
         cache,
         str(rows),
         name,
@@ -164,6 +191,13 @@ def parser() -> argparse.ArgumentParser:
     add, count = result.add_argument, {"type": command.positive, "metavar": "N"}
     models = ["qwen-1.8b", "qwen-7b"]
     add("--model", nargs="+", choices=list(PRESETS), default=models, help="default: 1.8B and 7B")
+    add(
+        "--weights",
+        nargs="+",
+        choices=stored_weights.FORMS,
+        default=["float"],
+        help="default: float",
+    )
     add("--batch", nargs="+", default=[1, 8, 64], help="rows (default: 1 8 64)", **count)
     add("--cache", nargs="+", choices=list(CACHES), default=list(CACHES), help="default: both")
     add("--attention", nargs="+", metavar="NAME", default=["auto"], help="default: auto")
@@ -185,18 +219,19 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     dtype = "float32" if choice.device().platform == "cpu" else "bfloat16"
     print(f"{'  '.join(COLUMNS)}\n{choice.device().device_kind}, jax {jax.__version__}", flush=True)
     cells = [(c, b, a) for c in args.cache for b in args.batch for a in args.attention]
-    bar = progress.bar(total=len(args.model) * len(cells), unit="line", smoothing=0)
+    models = [(size, weights) for size in args.model for weights in args.weights]
+    bar = progress.bar(total=len(models) * len(cells), unit="line", smoothing=0)
     with meshes.entered(meshes.make()), bar:
-        for size in args.model:
-            decoder = random_decoder(shape(size, args.layers, args.vocab), dtype)
+        for size, weights in models:
+            decoder = random_decoder(shape(size, args.layers, args.vocab), dtype, weights)
             for cache, batch, name in cells:
                 bar.update()
-                line = f"{size}, {cache} cache, {batch} rows, {name}"
+                line = f"{size}, {weights} weights, {cache} cache, {batch} rows, {name}"
                 if args.minutes and time.monotonic() - started > 60 * args.minutes:
                     command.say(f"{line}: left out, {args.minutes} minutes are over")
                     continue
                 try:
-                    rows.append(row(decoder, (size, cache, batch, name), args))
+                    rows.append(row(decoder, (size, weights, cache, batch, name), args))
                 except Exception as error:  # compilers and allocators fail in ways of their own
                     command.say(f"{line}: {' '.join(str(error).split())[:200]}")
                     continue

@@ -12,6 +12,7 @@
     4  training steps of the 1.8B and of layers of the 7B, at 2048 and 8192 tokens
     5  serving the 7B: 1, 16, 64 and 128 requests at a time, pages in bfloat16
     6  the same with pages in int8
+    7  decoding of the 7B with 4 and 8 bits beside bfloat16, and products with such weights alone
 
 A part is a list of commands, each with a time limit. Their results go into the folder of --out (by
 default $OUT, else `device/`): `device.md` (tables for docs/benchmarks.md), `device.json` (what ran,
@@ -46,7 +47,7 @@ KEPT = ROOT / "benchmarks" / "device.json"
 WHEELS = ROOT / ".wheels"
 # The source files that a figure depends on; the table of measured blocks is a result, not a source.
 CODE = ("qwen_jax/**/*.py", "convert/*.py", "train/**/*.py", "benchmarks/*.py")
-PARTS = (1, 2, 3, 4, 5, 6)
+PARTS = (1, 2, 3, 4, 5, 6, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,14 @@ TASKS = [
     ),
     _task("serve", 5, 290, "benchmarks/concurrency.py --cache bfloat16 --minutes 3"),
     _task("serve-int8", 6, 290, "benchmarks/concurrency.py --cache int8 --minutes 3"),
+    _task(
+        "decoding-int4",
+        7,
+        200,
+        "benchmarks/decoding.py --model qwen-7b --weights float int4 int8 --batch 1 8"
+        " --cache bfloat16 --minutes 2",
+    ),
+    _task("grouped", 7, 95, "benchmarks/grouped.py --shapes 7b-up 7b-down --rows 1 8 128"),
 ]
 # The same commands without an accelerator, which show that everything runs, but no speed.
 REHEARSAL = [
@@ -134,6 +143,14 @@ REHEARSAL = [
         )
         for name, part, cache in (("serve", 5, "bfloat16"), ("serve-int8", 6, "int8"))
     ),
+    _task(
+        "decoding-int4",
+        7,
+        120,
+        "benchmarks/decoding.py --model qwen-1.8b --weights float int4 --layers 1 --vocab 512"
+        " --batch 1 --cache bfloat16 --prompt 16 --new 3 --rounds 1 --attention xla",
+    ),
+    _task("grouped", 7, 120, "benchmarks/grouped.py --shapes tiny --rows 1 --bits 4 --rounds 1"),
 ]
 
 
