@@ -36,7 +36,7 @@ from qwen_jax.attention import timing
 from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import Config
 from qwen_jax.config.presets import PRESETS
-from qwen_jax.generate import integers
+from qwen_jax.generate import integer_products
 from qwen_jax.generate.backend import attention_for
 from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.kernels import choice
@@ -86,7 +86,7 @@ def random_decoder(config: Config, dtype: str, weights: str) -> Decoder:
     plain = model.create(config, key, dtype=dtype)
     if weights == "float":
         return plain
-    kernel = integers.OF_PLATFORM[choice.device().platform]
+    kernel = integer_products.OF_PLATFORM[choice.device().platform]
     stored: dict[str, Any] = {}
     form = stored_weights.decoder(config, dtype, form=weights, kernel=kernel)
     map_leaves(lambda path, leaf: stored.setdefault(path, leaf), form)

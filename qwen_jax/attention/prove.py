@@ -273,7 +273,7 @@ def _proved(key: Key, case: Case, *, timed: bool) -> Verdict:
         date=str(datetime.date.today()),
         ran=ran,
     )
-    with verdicts.begun(key) as should:
+    with verdicts.begun(key.file()) as should:
         if not should:
             verdict = said("crashed", detail="programs have died while it was proved")
             verdicts.keep(verdict)

@@ -172,13 +172,15 @@ def forget() -> int:
 
 
 @contextlib.contextmanager
-def begun(key: Key) -> Iterator[bool]:
+def begun(file: Path) -> Iterator[bool]:
     """Mark on disk that this program tests a kernel, and yield whether it should.
+
+    file: the path of the verdict, `Key.file()`.
 
     The mark is a file that outlives a program that dies. After `_DEATHS` of them the kernel is not
     tested again, because a compiler that aborts would otherwise end every program that starts.
     """
-    prefix = f"{key.file().stem}.{re.sub('[^A-Za-z0-9_-]', '_', socket.gethostname())}."
+    prefix = f"{file.stem}.{re.sub('[^A-Za-z0-9_-]', '_', socket.gethostname())}."
     notes = [x for x in folder().glob(f"{prefix}*.begun") if not _lives(x)]
     own = folder() / f"{prefix}{os.getpid()}.begun"
     if len(notes) >= _DEATHS:

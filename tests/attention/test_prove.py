@@ -460,7 +460,7 @@ def test_programs_that_died_of_a_kernel_are_enough(monkeypatch: pytest.MonkeyPat
             patch.setattr(verdicts.Path, "unlink", lambda _: None)  # it died: its note stays
             if number == 1:
                 patch.setattr(verdicts.os, "getpid", lambda: 2**30)  # no such process
-            with verdicts.begun(verdict.key) as should:
+            with verdicts.begun(verdict.key.file()) as should:
                 assert should
                 raise Died
     prove.resolve("auto", [TINY])
@@ -477,7 +477,7 @@ def test_a_program_that_proves_the_same_is_no_death(monkeypatch: pytest.MonkeyPa
         notes = []
         for number in (os.getppid(), 1):  # both live
             patch.setattr(verdicts.os, "getpid", lambda number=number: number)
-            notes.append(verdicts.begun(prove_key()))
+            notes.append(verdicts.begun(prove_key().file()))
             assert notes[-1].__enter__()
     prove.resolve("auto", [TINY])
     assert ran == ["pallas_tpu forward"]

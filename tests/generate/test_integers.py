@@ -1,14 +1,21 @@
 """Quantised directories: what becomes of their integers, and which kernel multiplies by them."""
 
+import json
+import time
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax.generate import integers
+from qwen_jax.attention import deadline, timing, verdicts
+from qwen_jax.generate import integer_products, integers
+from qwen_jax.kernels import choice
 from qwen_jax.leaves import grouped_calls
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.weights import Weight
+from qwen_jax.runtime import processes
 from tests.support.conversion import there
 from tests.support.gptq import GPTQ
 
@@ -50,7 +57,7 @@ def test_floats_cannot_be_dequantised(tmp_path):
     ("bits", "dtype"), [(4, "bfloat16"), pytest.param(8, "float32", marks=pytest.mark.slow)]
 )
 def test_a_kernel_that_is_right(bits, dtype):
-    assert integers.amiss("pallas_tpu", bits=bits, dtype=dtype) is None
+    assert integer_products.amiss("pallas_tpu", bits=bits, dtype=dtype) is None
 
 
 def wrong(x, codes, **given):
@@ -69,12 +76,78 @@ def declining(*args, **given):
 )
 def test_a_kernel_that_is_wrong_is_not_used(model, kernel, told, monkeypatch, caplog):
     monkeypatch.setitem(grouped_calls.KERNELS, "other", kernel)
-    monkeypatch.setitem(integers.OF_PLATFORM, "cpu", "other")
+    monkeypatch.setitem(integer_products.OF_PLATFORM, "cpu", "other")
     with caplog.at_level("INFO", "qwen_jax"):
         loaded = qwen_jax.load(model, dequantise=False)
     assert loaded.decoder.layers[0].attn.q.kernel is None
     (line,) = [line for line in caplog.messages if "bits" in line]
     assert told in line and "floats are made" in line
+
+
+class Chip(NamedTuple):
+    """As if programs were compiled for it."""
+
+    platform: str = "gpu"
+    device_kind: str = "chip"
+
+
+@pytest.mark.parametrize(
+    ("own", "taken", "told"),
+    [
+        (0.001, True, "products with by_groups: it is right on this chip, and faster (1 ms"),
+        (0.002, False, "floats are made for each product, and not by by_groups: it is slower"),
+    ],
+)
+def test_a_kernel_is_used_if_it_is_faster(own, taken, told, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "device", Chip)
+    monkeypatch.setattr(integer_products, "_SIDE", 128)
+    monkeypatch.setattr(integer_products, "_WEIGHTS", 2)
+    called = []
+
+    def medians(programs, rounds):
+        results = [run() for run in programs.values()]
+        for one, other in zip(*results, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        called.append(sorted(programs))
+        return {"kernel": own, "floats": 0.002}
+
+    monkeypatch.setattr(timing, "medians", medians)
+    with caplog.at_level("INFO", "qwen_jax"):
+        assert integer_products.settled(4, "float32") == ("by_groups" if taken else None)
+    assert called == [["floats", "kernel"]] and told in caplog.text
+
+
+def test_all_processes_take_a_kernel_or_none(monkeypatch, caplog):
+    """One process on which it is wrong is enough, and so is one on which it is slow."""
+    found = {"said": []}
+    monkeypatch.setattr(processes, "gather", lambda _: map(json.dumps, found["said"]))
+    for said, told in (
+        ([(None,), ("it is wrong",)], "it is wrong, on this cpu (process 1)"),
+        ([(None, 1.0, 2.0), (None, 3.0, 2.0)], "slower on this cpu (3e+03 ms, with floats 2e+03"),
+        ([(None, 1.0, 2.0), (None, 2.0, 3.0)], None),
+    ):
+        found["said"] = said
+        taken = integer_products.settled(4, "float32")
+        assert taken == ("by_groups" if told is None else None)
+        assert told is None or told in caplog.messages[-1]
+
+
+def test_a_kernel_that_ends_programs_is_not_tested_again(monkeypatch, caplog):
+    """Nor does one that hangs hold up the program."""
+    mark = integer_products._mark("by_groups", 4, dtype="float32")
+    for dead in (2**30, 2**30 + 1):  # no such processes
+        with monkeypatch.context() as patch:
+            patch.setattr(verdicts.Path, "unlink", lambda _: None)  # its mark stays
+            patch.setattr(verdicts.os, "getpid", lambda dead=dead: dead)
+            with verdicts.begun(mark):
+                pass
+    assert integer_products.settled(4, "float32") is None
+    assert "programs have died while it was tested" in caplog.text
+    verdicts.forget()
+    monkeypatch.setattr(deadline, "LIMIT", 0.01)
+    monkeypatch.setattr(integer_products, "amiss", lambda *_, **__: time.sleep(0.3))
+    assert integer_products.settled(4, "float32") is None
+    assert "its test was not done after 0.01 s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -84,7 +157,7 @@ def test_a_model_through_a_kernel(model, kernel, monkeypatch):
     """Logits of a prompt and of decoding are those without it."""
     tokens = np.arange(20)[None] * 7 % 512
     plain = qwen_jax.load(model, dequantise=True)
-    monkeypatch.setitem(integers.OF_PLATFORM, "cpu", kernel)
+    monkeypatch.setitem(integer_products.OF_PLATFORM, "cpu", kernel)
     through = qwen_jax.load(model, dequantise=False)
     assert through.decoder.layers[0].attn.q.kernel == kernel
     expected = plain.logits(tokens)

@@ -1,0 +1,156 @@
+"""Chooses the kernel that multiplies by integers in groups, as "auto" chooses one for attention.
+
+A kernel is tested on the user's device before it is used: it must be right there, and faster than
+products for which floats are made. With several processes, each tests it on a device of its own,
+and all take it or none.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.attention import deadline, timing, verdicts
+from qwen_jax.kernels import choice
+from qwen_jax.leaves import grouped, grouped_calls
+from qwen_jax.runtime import processes
+
+# The kernel of each platform, a name of KERNELS.
+OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_triton", "cpu": "by_groups"}
+_GROUP = 128  # inputs that share a scale, as in the published checkpoints
+_SIDE, _WEIGHTS = 4096, 16  # inputs and outputs of a weight that is timed, and how many in turn
+_ROUNDS = 5  # rounds in which a kernel and floats are timed in turns
+
+
+class Trial(NamedTuple):
+    """What the self-test of a kernel found on one process.
+
+    wrong: why the kernel cannot be used there, in words; None if its products are right.
+    own, floats: seconds of a decode step's product with the kernel, and with floats that are made
+        for it; None where the kernel is wrong, and on a CPU, where nothing is timed.
+    """
+
+    wrong: str | None
+    own: float | None = None
+    floats: float | None = None
+
+
+def settled(bits: int, dtype: str) -> str | None:
+    """Return the kernel for products with weights of these bits; None makes floats for each.
+
+    dtype: the dtype in which the model computes.
+
+    The choice and its reason are a line of the log. Every process must call this.
+    """
+    name = OF_PLATFORM.get(jax.default_backend())
+    if name is None:
+        return None
+    if jax.process_count() == processes.count():
+        said = processes.gather(json.dumps(_trial(name, bits, dtype=dtype)))
+        taken, why = _decided([Trial(*json.loads(text)) for text in said])
+    else:
+        taken, why = False, "processes that were not joined by qwen_jax.initialize cannot agree"
+    does = "products with" if taken else "floats are made for each product, and not by"
+    level = logging.INFO if taken else logging.WARNING
+    logging.getLogger("qwen_jax").log(level, "weights of %d bits: %s %s: %s", bits, does, name, why)
+    return name if taken else None
+
+
+def _decided(found: list[Trial]) -> tuple[bool, str]:
+    """Return whether a kernel is used, from its trials on all processes, and the reason."""
+    device = choice.device().device_kind
+    for process, trial in enumerate(found):
+        if trial.wrong is not None:
+            where = f" ({processes.name(process)})" if len(found) > 1 else ""
+            return False, f"{trial.wrong}, on this {device}{where}"
+    own, floats = (max(getattr(x, field) or 0.0 for x in found) for field in ("own", "floats"))
+    if not floats:
+        return True, "it is right here"
+    times = f"({1e3 * own:.3g} ms, with floats {1e3 * floats:.3g} ms)"
+    if own < floats:
+        return True, f"it is right on this {device}, and faster {times}"
+    return False, f"it is slower on this {device} {times}"
+
+
+def _trial(name: str, bits: int, *, dtype: str) -> Trial:
+    """Test a kernel on this process's first device, within a limit of time."""
+    with verdicts.begun(_mark(name, bits, dtype=dtype)) as should:
+        if not should:
+            return Trial("programs have died while it was tested")
+        try:
+            return deadline.within(deadline.LIMIT, functools.partial(_tested, name, bits, dtype))
+        except TimeoutError:
+            return Trial(f"its test was not done after {deadline.LIMIT:g} s")
+        except Exception as error:  # whatever the compiler or the device raises
+            return Trial(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+def _mark(name: str, bits: int, *, dtype: str) -> Path:
+    """Return the file after which marks of running tests are named, among those of attention."""
+    conditions = (choice.device().device_kind, jax.__version__, verdicts.code())
+    digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:12]
+    return verdicts.folder() / f"{name}-int{bits}-{dtype}-{digest}.json"
+
+
+def _tested(name: str, bits: int, dtype: str) -> Trial:
+    """Test a kernel: whether it is right, and on an accelerator how fast it is."""
+    if wrong := amiss(name, bits=bits, dtype=dtype):
+        return Trial(wrong)
+    if choice.device().platform == "cpu":
+        return Trial(None)
+    times = timing.medians(_programs(name, bits, dtype=dtype), _ROUNDS)
+    return Trial(None, times["kernel"], times["floats"])
+
+
+def amiss(name: str, *, bits: int, dtype: str) -> str | None:
+    """Multiply by small weights with a kernel, and say what is wrong with its products.
+
+    Returns None if nothing is: for one row and for many, each product differs from that with exact
+    floats by less than the rounding of `dtype` may, in the sum of the sizes of its terms.
+    """
+    words, scales = _drawn(1024, 640, bits=bits)
+    multiply = functools.partial(grouped_calls.KERNELS[name], zeros=None, bits=bits)
+    exact = np.asarray(grouped.unpack(words, bits), np.float64) - 2 ** (bits - 1)
+    exact *= np.repeat(scales.astype(np.float64), _GROUP, axis=0)
+    bound = {"float32": 2.0**-16, "float16": 2.0**-8, "bfloat16": 2.0**-6}[dtype]
+    for rows in (1, 128):
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, len(exact))), dtype)
+        found = np.asarray(jax.jit(multiply)(x, jnp.asarray(words), scales=jnp.asarray(scales)))
+        wanted = np.asarray(x, np.float64) @ exact
+        terms = np.abs(np.asarray(x, np.float64)) @ np.abs(exact)
+        worst = float(np.max(np.abs(found.astype(np.float64) - wanted) / terms))
+        if not worst < bound:
+            return f"with {rows} rows it is wrong by {worst:.2g} of the sum of its terms"
+    return None
+
+
+def _programs(name: str, bits: int, *, dtype: str) -> dict[str, timing.TimedCall]:
+    """Return the products of one row that are timed, with the kernel and with floats.
+
+    Each multiplies by several weights in turn, which together fit no cache.
+    """
+    x = jnp.ones((1, _SIDE), dtype)
+    words, scales = map(jnp.asarray, _drawn(_SIDE, _SIDE, bits=bits))
+    held = [(words + np.uint32(i), scales) for i in range(_WEIGHTS)]
+    multiply = functools.partial(grouped_calls.KERNELS[name], zeros=None, bits=bits)
+
+    def kernel(x: jax.Array, held: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+        return [multiply(x, words, scales=scales) for words, scales in held]
+
+    def floats(x: jax.Array, held: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+        return [jnp.dot(x, grouped.floats(*each, bits=bits, dtype=dtype)) for each in held]
+
+    return {run.__name__: timing.compiled(run, x, held) for run in (kernel, floats)}
+
+
+def _drawn(inputs: int, outputs: int, *, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the words [in x bits / 32, out] and scales [groups, out] of a weight."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, (inputs * bits // 32, outputs), np.uint32)
+    return words, rng.uniform(0.5, 1, (inputs // _GROUP, outputs)).astype(np.float16)
