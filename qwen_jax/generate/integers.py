@@ -35,23 +35,45 @@ def converter(
 
     Raises ValueError if that is asked for, and the weights are floats already.
     """
-    found = {kind for kind in checkpoint.load_kinds(path).values() if kind in GROUPED}
+    found = _bits(path)
     if not found:
         if dequantise is not None:
             raise ValueError(f"dequantise {dequantise}: {path} is not quantised: leave it out")
         return None
     if dequantise is None:
         dequantise = _chosen(path, config, dtype=dtype)
-    bits = [] if dequantise else sorted(GROUPED[kind] for kind in found)
-    kernels = {each: integer_products.settled(each, dtype) for each in bits}
+    if dequantise:
+        return lambda _, leaf: grouped.plain(leaf, dtype) if isinstance(leaf, Grouped) else leaf
+    return _with(found, dtype)
+
+
+def for_passes(path: str | Path, dtype: str) -> Converter | None:
+    """Return the function that prepares each weight of a directory for passes over many tokens.
+
+    It is for training and measuring, and gives integers the kernel of this device. It is None where
+    all weights are floats, and on a CPU, where such passes are faster with floats of a weight that
+    are made for each product.
+
+    path, dtype: as for `converter`.
+    """
+    found = _bits(path)
+    return None if not found or jax.default_backend() == "cpu" else _with(found, dtype)
+
+
+def _bits(path: str | Path) -> list[int]:
+    """Return the widths of the integers in groups of a model directory, in ascending order."""
+    found = set(checkpoint.load_kinds(path).values())
+    return sorted(bits for kind, bits in GROUPED.items() if kind in found)
+
+
+def _with(widths: list[int], dtype: str) -> Converter:
+    """Return the function that gives integers of these widths their kernels, where one is right."""
+    kernels = {bits: integer_products.settled(bits, dtype) for bits in widths}
 
     def prepared(_: str, leaf: Weight | Leaf) -> Weight | Leaf:
-        if not isinstance(leaf, Grouped):
+        if not isinstance(leaf, Grouped) or (kernel := kernels[leaf.bits]) is None:
             return leaf
-        if dequantise:
-            return grouped.plain(leaf, dtype)
-        kernel = kernels[leaf.bits]
-        return leaf if kernel is None else grouped.for_kernel(leaf, kernel)
+        return grouped.for_kernel(leaf, kernel)
 
     return prepared
 

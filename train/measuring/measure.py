@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from qwen_jax import attention, checkpoint, meshes
 from qwen_jax.attention import Attend, prove
 from qwen_jax.config import Config
-from qwen_jax.generate import backend
+from qwen_jax.generate import backend, integers
 from qwen_jax.meshes import options, sharding
 from qwen_jax.model import Decoder, rope
 from qwen_jax.runtime import caches, progress, records
@@ -64,7 +64,8 @@ def run(
     dtype = args.dtype or backend.default_dtype()
     report = figures.reported(args, len(ids), picture=picture)
     with report as tell, meshes.entered(meshes.make(sizes)):
-        decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype))
+        keep = integers.for_passes(args.ckpt, dtype)
+        decoder = jax.jit(step.stacked)(checkpoint.load(args.ckpt, dtype=dtype, keep=keep))
         rows = rows_at_once(longest, len(ids) // longest)
         attend = prove.resolve(
             args.attention, prove.passes(config, dtype, rows=rows, length=longest)

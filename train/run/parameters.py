@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from qwen_jax import checkpoint, model
 from qwen_jax.checkpoint import adapter_config, adapter_files, directory, kinds
 from qwen_jax.config import Config
+from qwen_jax.generate import integers
 from qwen_jax.leaves import int8
 from qwen_jax.leaves.weights import Leaf, Weight, map_leaves, named_leaves
 from qwen_jax.meshes import sharding
@@ -120,8 +121,10 @@ class Adapted:
     def abstract_base(self) -> Decoder:
         """Return the frozen decoder as shapes, with shardings on the current mesh."""
 
+        kept = self._kept  # which may test kernels, and so is made before shapes are traced
+
         def made(decoder: Decoder) -> Decoder:
-            return map_leaves(self._kept, model.stack(decoder))
+            return model.stack(map_leaves(kept, decoder))
 
         dtype = self.recipe.dtype
         if self.ckpt is None:
@@ -131,15 +134,24 @@ class Adapted:
         decoder = jax.eval_shape(made, shapes)
         return sharding.on_devices(jax.sharding.get_mesh(), decoder)
 
-    def _kept(self, path: str, leaf: Weight | Leaf) -> Weight | Leaf:
-        """Return a leaf of the base as a run holds it: in int8 if the recipe says so.
+    @functools.cached_property
+    def _kept(self) -> integers.Converter:
+        """The function that prepares each leaf of the base: in int8 if the recipe says so.
 
-        The loss reads the head by its rows, so one that is stored in int8 becomes floats.
+        The loss reads the head by its rows, so one that is stored in int8 becomes floats. Integers
+        in groups get their kernel.
         """
-        if path == "head" and isinstance(leaf, int8.Int8):
-            floats = leaf.dequantize(self.recipe.dtype)
-            return Weight(floats, letters=leaf.letters)
-        return int8.of_layers(path, leaf) if self.recipe.base_dtype == "int8" else leaf
+        recipe = self.recipe
+        with_kernel = None if self.ckpt is None else integers.for_passes(self.ckpt, recipe.dtype)
+
+        def kept(path: str, leaf: Weight | Leaf) -> Weight | Leaf:
+            if path == "head" and isinstance(leaf, int8.Int8):
+                return Weight(leaf.dequantize(recipe.dtype), letters=leaf.letters)
+            if recipe.base_dtype == "int8":
+                return int8.of_layers(path, leaf)
+            return leaf if with_kernel is None else with_kernel(path, leaf)
+
+        return kept
 
     def attach(self, weights: lora.Adapters, base: Decoder, key: jax.Array | None) -> Decoder:
         """Put the adapters `weights` on the frozen decoder `base`.

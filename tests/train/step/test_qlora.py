@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from qwen_jax import checkpoint, model
 from qwen_jax.attention import xla
 from qwen_jax.checkpoint import adapter_files
+from qwen_jax.generate import integer_products, integers
+from qwen_jax.leaves import grouped
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.model import lora
 from qwen_jax.model.lora import Adapters
@@ -55,11 +57,41 @@ def of(adapters: Adapters, decoder: Any, batch: Any, remat: str = "full") -> Any
     return losses.loss(attached, batch, attend=xla, dtype=jnp.float32, remat=step.REMAT[remat])[0]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_loss_and_gradients(base, sizes):
+def through(kernel: str | None) -> integers.Converter | None:
+    def prepared(_: str, leaf: Any) -> Any:
+        return grouped.for_kernel(leaf, str(kernel)) if isinstance(leaf, Grouped) else leaf
+
+    return None if kernel is None else prepared
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_training_and_measuring_have_kernels(base, adapter, monkeypatch):
+    """On an accelerator; the base of a run is what its steps are compiled for."""
+    monkeypatch.setattr(integer_products, "settled", lambda bits, dtype: f"for {bits} {dtype}")
+    for platform, kernel in (("cpu", None), ("gpu", "for 4 bfloat16")):
+        monkeypatch.setattr(integers.jax, "default_backend", lambda platform=platform: platform)
+        with on_mesh():
+            if adapter:
+                run = parameters.of(
+                    checkpoint.load_config(base), base, recipe=recipes.sft_lora(), merge=False
+                )
+                assert jax.tree.structure(run.abstract_base()) == jax.tree.structure(run.base)
+                found = run.base.layers.attn.q
+            else:
+                keep = integers.for_passes(base, "bfloat16")
+                found = checkpoint.load(base, dtype="bfloat16", keep=keep).layers[0].attn.q
+        assert isinstance(found, Grouped) and found.kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel"),
+    [*((sizes, None) for sizes in MESHES), ({"fsdp": 2, "tp": 2}, "by_groups")],
+    ids=str,
+)
+def test_loss_and_gradients(base, sizes, kernel):
     found = figures()
     with on_mesh(**sizes):
-        loaded = checkpoint.load(base, dtype="float32")
+        loaded = checkpoint.load(base, dtype="float32", keep=through(kernel))
         assert isinstance(loaded.layers[0].attn.q, Grouped)
         adapters = adapter_files.read(GPTQ / "qlora" / "adapter", loaded)
         decoder = model.stack(loaded)
