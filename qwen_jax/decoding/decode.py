@@ -24,7 +24,7 @@ from qwen_jax.attention.cache import Cache
 from qwen_jax.decoding import choosing, sampling
 from qwen_jax.decoding.choosing import DecodeState, Rules
 from qwen_jax.decoding.sampling import Sampler
-from qwen_jax.leaves.weights import Weight
+from qwen_jax.leaves.weights import Leaf, Weight
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.model import Decoder, running
 from qwen_jax.model.running import Structure
@@ -246,7 +246,7 @@ def _report(
 
 @jax.jit
 def _first(
-    head: Weight,
+    head: Weight | Leaf,
     last: Float[Array, "B T D"],
     *,
     state: DecodeState,

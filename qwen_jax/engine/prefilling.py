@@ -20,7 +20,7 @@ from qwen_jax import model
 from qwen_jax.attention.pages import Places
 from qwen_jax.engine import drawing
 from qwen_jax.engine.rows import Rows
-from qwen_jax.leaves.weights import Weight
+from qwen_jax.leaves.weights import Leaf, Weight
 from qwen_jax.meshes import moves, sharding
 
 _Tree = TypeVar("_Tree")
@@ -96,7 +96,7 @@ def _given_back(
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def end(
-    head: Weight | None,
+    head: Weight | Leaf | None,
     hidden: Float[Array, "n C D"],
     *,
     rows: Rows,
@@ -132,7 +132,7 @@ def end(
 
 @jax.jit
 def score(
-    head: Weight,
+    head: Weight | Leaf,
     hidden: Float[Array, "n C D"],
     *,
     following: Int32[np.ndarray, "n C"] | Int32[Array, "n C"],

@@ -15,8 +15,9 @@ from qwen_jax import checkpoint
 from qwen_jax.checkpoint.kinds import GROUPED
 from qwen_jax.config import Config
 from qwen_jax.generate import integer_products
-from qwen_jax.leaves import grouped
+from qwen_jax.leaves import grouped, int8
 from qwen_jax.leaves.grouped import Grouped
+from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Leaf, Weight
 
 _SHARE = 0.5  # of a machine's memory that floats may take without being asked for
@@ -47,17 +48,24 @@ def converter(
     return _with(found, dtype)
 
 
-def for_passes(path: str | Path, dtype: str) -> Converter | None:
+def for_passes(path: str | Path, dtype: str) -> Converter:
     """Return the function that prepares each weight of a directory for passes over many tokens.
 
-    It is for training and measuring, and gives integers the kernel of this device. It is None where
-    all weights are floats, and on a CPU, where such passes are faster with floats of a weight that
-    are made for each product.
+    It is for training and measuring, and gives integers in groups the kernel of this device; not on
+    a CPU, where such passes are faster with floats of a weight that are made for each product. A
+    head in int8 becomes floats, as a loss reads it by its rows.
 
     path, dtype: as for `converter`.
     """
-    found = _bits(path)
-    return None if not found or jax.default_backend() == "cpu" else _with(found, dtype)
+    found = [] if jax.default_backend() == "cpu" else _bits(path)
+    with_kernel = _with(found, dtype)
+
+    def prepared(name: str, leaf: Weight | Leaf) -> Weight | Leaf:
+        if name == "head" and isinstance(leaf, Int8):
+            return int8.plain(leaf, dtype)
+        return with_kernel(name, leaf)
+
+    return prepared
 
 
 def _bits(path: str | Path) -> list[int]:
@@ -67,11 +75,14 @@ def _bits(path: str | Path) -> list[int]:
 
 
 def _with(widths: list[int], dtype: str) -> Converter:
-    """Return the function that gives integers of these widths their kernels, where one is right."""
+    """Return the function that gives integers of these widths their kernels, where one is right.
+
+    Integers of other widths stay as they are.
+    """
     kernels = {bits: integer_products.settled(bits, dtype) for bits in widths}
 
     def prepared(_: str, leaf: Weight | Leaf) -> Weight | Leaf:
-        if not isinstance(leaf, Grouped) or (kernel := kernels[leaf.bits]) is None:
+        if not isinstance(leaf, Grouped) or (kernel := kernels.get(leaf.bits)) is None:
             return leaf
         return grouped.for_kernel(leaf, kernel)
 

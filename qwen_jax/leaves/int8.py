@@ -84,6 +84,12 @@ def quantize_weight(weight: Weight) -> Int8[Weight]:
     )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def plain(weight: Int8[Weight], dtype: DTypeLike) -> Weight:
+    """Return a weight as floats."""
+    return Weight(weight.dequantize(dtype), letters=weight.letters)
+
+
 def of_layers(path: str, weight: Weight | Leaf) -> Weight | Leaf:
     """Convert a weight to int8 if it is a matrix of a layer, and return any other one unchanged.
 

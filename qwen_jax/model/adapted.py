@@ -25,6 +25,7 @@ from qwen_jax.model.lora import Adapters
 from qwen_jax.model.running import Groups
 
 _Tree = TypeVar("_Tree")
+_Held = TypeVar("_Held", Weight, Weight | Leaf | None)
 # The adapters of a weight: their place in a sequence of them, and the name of the group there.
 _Owners = tuple[tuple[int, str], ...]
 _Pair = tuple[Weight, Weight]
@@ -39,10 +40,12 @@ def attach_one(decoder: Decoder, adapters: Adapters) -> Decoder:
     def made(leaf: Weight, pair: _Pair, _: _Owners) -> Lora:
         return Lora(leaf, *pair, key=None, scale=1.0, dropout=0.0)
 
-    def other(own: Weight | None, old: Weight | None) -> Weight | None:
+    dtype = decoder.embedding.dtype
+
+    def other(own: Weight | None, old: _Held) -> Weight | _Held:
         if own is None or old is None:
             return old
-        return Weight(own[...].astype(old.dtype), letters=old.letters)
+        return Weight(own[...].astype(dtype), letters=own.letters)
 
     found = _attach(decoder, [adapters], made)
     embedding = other(adapters.embedding, decoder.embedding)

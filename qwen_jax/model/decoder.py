@@ -44,7 +44,7 @@ from jaxtyping import Array, Float, Int
 from qwen_jax import attention
 from qwen_jax.attention import Attend
 from qwen_jax.config import Config
-from qwen_jax.leaves.weights import Maker, Weight, contract
+from qwen_jax.leaves.weights import Leaf, Maker, Weight, contract
 from qwen_jax.meshes import moves
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import running, vocabulary
@@ -170,7 +170,7 @@ class Decoder(nnx.Module):
     layers: L separate blocks, for decoding and conversion; or, for training, one Block whose
         weights are stacked on a first axis L.
     final_norm: [D].
-    head: [V, D], or None where the embedding is also the head.
+    head: [V, D], of floats or of int8; None where the embedding is also the head.
     """
 
     def __init__(
@@ -180,13 +180,13 @@ class Decoder(nnx.Module):
         *,
         layers: Block | Sequence[Block],
         final_norm: Weight,
-        head: Weight | None,
+        head: Weight | Leaf | None,
     ):
         self.config = config
         self.embedding = embedding
         self.layers = layers if isinstance(layers, Block) else nnx.List(layers)
         self.final_norm = final_norm
-        self.head = head
+        self.head = nnx.data(head)  # nnx does not see that a leaf of several arrays is data
 
     def replace(self, **changes: Any) -> "Decoder":
         """Return a copy of this decoder with some of the constructor's arguments replaced."""
@@ -209,7 +209,7 @@ class Decoder(nnx.Module):
         return vocabulary.logits(x, self.unembedding)
 
     @property
-    def unembedding(self) -> Weight:
+    def unembedding(self) -> Weight | Leaf:
         """The weight [V, D] that makes logits: the head, or the embedding where they are tied."""
         return self.embedding if self.head is None else self.head
 

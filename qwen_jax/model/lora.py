@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.leaves import int8
 from qwen_jax.leaves.low_rank import Lora
 from qwen_jax.leaves.weights import (
+    Leaf,
     Maker,
     Weight,
     map_leaves,
@@ -73,12 +75,15 @@ def create(
         a[group] = make.uniform(f"LR{into}")
         for member in members:
             b[member] = make.full(f"L{letters[member][0]}R", 0)
-    whole = [
-        Weight(leaf[...].astype(jnp.float32), letters=leaf.letters)
-        if embeddings and leaf is not None
-        else None
-        for leaf in (decoder.embedding, decoder.head)
-    ]
+
+    def floats(leaf: Weight | Leaf | None) -> Weight | None:
+        if isinstance(leaf, int8.Int8):
+            return int8.plain(leaf, "float32")
+        if not isinstance(leaf, Weight):
+            return None
+        return Weight(leaf[...].astype(jnp.float32), letters=leaf.letters)
+
+    whole = [floats(leaf) if embeddings else None for leaf in (decoder.embedding, decoder.head)]
     members = tuple((name, tuple(group)) for name, group in groups.items())
     return Adapters(a, b, *whole, groups=members, scale=alpha / rank)
 
@@ -146,10 +151,12 @@ def merge(decoder: Decoder, adapters: Adapters) -> Decoder:
         whole = leaf[...].astype(jnp.float32) + adapters.scale * added
         return Weight(whole.astype(leaf.dtype), letters=leaf.letters)
 
+    dtype = decoder.embedding.dtype  # a head in int8 has another
+
     def cast(new: Weight | None, old: Any) -> Any:
         if new is None:
             return old
-        return Weight(new[...].astype(old.dtype), letters=old.letters)
+        return Weight(new[...].astype(dtype), letters=old.letters)
 
     return decoder.replace(
         embedding=cast(adapters.embedding, decoder.embedding),

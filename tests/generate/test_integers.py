@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax import checkpoint
 from qwen_jax.attention import deadline, timing, verdicts
+from qwen_jax.checkpoint import adapter_files
 from qwen_jax.generate import integer_products, integers
 from qwen_jax.kernels import choice
 from qwen_jax.leaves import grouped_calls
 from qwen_jax.leaves.grouped import Grouped
+from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Weight
 from qwen_jax.runtime import processes
+from tests.generate.test_load_adapter import adapters_of
 from tests.support.conversion import there
 from tests.support.gptq import GPTQ
+from tests.support.tiny import on_mesh
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +168,28 @@ def test_a_model_through_a_kernel(model, kernel, monkeypatch):
     expected = plain.logits(tokens)
     found = through.logits(tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def rounded_head(tmp_path_factory):
+    """The golden directory of 4 bits with a head in int8."""
+    path = tmp_path_factory.mktemp("integers") / "model"
+    there(GPTQ / "int4", path, "--head", "int8")
+    return path
+
+
+@pytest.mark.parametrize("own_head", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_adapter_where_the_head_is_int8(rounded_head, own_head, tmp_path):
+    """An adapter's own head, if it has one, takes the place of the one in int8."""
+    with on_mesh():
+        config = checkpoint.load_config(rounded_head)
+        adapter_files.write(tmp_path / "adapter", adapters_of(config, embeddings=own_head))
+    tokens = np.arange(20)[None] * 7 % 512
+    kept, floats = (
+        qwen_jax.load(rounded_head, adapter=tmp_path / "adapter", dequantise=dequantise)
+        for dequantise in (False, True)
+    )
+    assert isinstance(kept.decoder.head, Weight if own_head else Int8)
+    expected = floats.logits(tokens)
+    most = np.abs(expected).max()
+    np.testing.assert_allclose(kept.logits(tokens), expected, rtol=0, atol=1e-5 * most)

@@ -16,6 +16,7 @@ from qwen_jax import attention, model
 from qwen_jax.config import RopeScaling
 from qwen_jax.runtime import paths
 from tests.support import compilations
+from tests.support.conversion import back, there
 from tests.support.tiny import on_mesh, tiny_config, tiny_decoder, tiny_tokens
 from tests.support.training import TEXT, fail, prepared, pretraining, succeed
 from train import perplexity
@@ -165,6 +166,19 @@ def test_the_table_and_its_plot(given, tmp_path, capsys, monkeypatch):
     assert head.split() == ["64", "128", "256"] and line.split()[0] == "plain"
     sizes = [x.lstat().st_size for x in sorted(tmp_path.glob("*.png"))]
     assert sizes[:1] == [8] and sizes[1] > 8 and sizes[2] == 0, "perplexity-2, -3, and without"
+
+
+@pytest.mark.slow
+def test_a_head_in_int8(given, tmp_path, capsys):
+    """It predicts nearly as the one of floats does."""
+    back(given / "run" / "model", tmp_path / "floats")
+    there(tmp_path / "floats", tmp_path / "model", "--head", "int8")
+    found = []
+    for ckpt in (given / "run" / "model", tmp_path / "model"):
+        args = ["--ckpt", str(ckpt), "--modes", "plain", "--json"]
+        assert perplexity.main([*command(given), *args]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] != found[1]
 
 
 def reported(tmp_path: Path, values: dict[int, float], **options: Any) -> argparse.Namespace:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import checkpoint, model
-from qwen_jax.checkpoint import adapter_config, adapter_files, directory, kinds
+from qwen_jax.checkpoint import adapter_config, adapter_files, directory
 from qwen_jax.config import Config
 from qwen_jax.generate import integers
 from qwen_jax.leaves import int8
@@ -136,20 +136,13 @@ class Adapted:
 
     @functools.cached_property
     def _kept(self) -> integers.Converter:
-        """The function that prepares each leaf of the base: in int8 if the recipe says so.
-
-        The loss reads the head by its rows, so one that is stored in int8 becomes floats. Integers
-        in groups get their kernel.
-        """
+        """The function that prepares each leaf of the base: in int8 if the recipe says so."""
         recipe = self.recipe
-        with_kernel = None if self.ckpt is None else integers.for_passes(self.ckpt, recipe.dtype)
+        prepared = None if self.ckpt is None else integers.for_passes(self.ckpt, recipe.dtype)
 
         def kept(path: str, leaf: Weight | Leaf) -> Weight | Leaf:
-            if path == "head" and isinstance(leaf, int8.Int8):
-                return Weight(leaf.dequantize(recipe.dtype), letters=leaf.letters)
-            if recipe.base_dtype == "int8":
-                return int8.of_layers(path, leaf)
-            return leaf if with_kernel is None else with_kernel(path, leaf)
+            leaf = leaf if prepared is None else prepared(path, leaf)
+            return int8.of_layers(path, leaf) if recipe.base_dtype == "int8" else leaf
 
         return kept
 
@@ -230,10 +223,16 @@ def _check_numbers(merged: Decoder, adapter: Path) -> None:
 
     adapter: the adapter's folder, for the error message.
     """
-    finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
-    leaves = named_leaves(merged)
-    found = finite([leaf[...] for leaf in leaves.values()])
-    if spoiled := [name for name, good in zip(leaves, found, strict=True) if not good]:
+
+    @jax.jit
+    def finite(decoder: Decoder) -> dict[str, jax.Array]:
+        arrays = {name: jax.tree.leaves(leaf) for name, leaf in named_leaves(decoder).items()}
+        return {
+            name: jnp.array([jnp.isfinite(x).all() for x in parts]).all()
+            for name, parts in arrays.items()
+        }
+
+    if spoiled := [name for name, good in finite(merged).items() if not good]:
         raise ValueError(
             f"not all merged weights are numbers: {directory.some(spoiled)}: no model was written; "
             f"python convert/to_hf.py CKPT DST --adapter {adapter} --dtype float32 says whether "
@@ -260,10 +259,9 @@ def of(config: Config, ckpt: Path | None, *, recipe: Recipe, merge: bool) -> Who
     Raises ValueError for adapters without a model directory, or on a module that does not exist,
     and for what the integers of a quantised model do not allow.
     """
-    if ckpt is not None and any(
-        kind in kinds.GROUPED for kind in checkpoint.load_kinds(ckpt).values()
-    ):
-        _check_on_integers(ckpt, recipe, merge=merge)
+    if ckpt is not None and (found := checkpoint.load_kinds(ckpt)):
+        in_layers = any(path.startswith("layers.") for path in found)
+        _check_on_integers(ckpt, recipe, in_layers=in_layers, merge=merge)
     if not recipe.lora_rank:
         return Whole(config, ckpt, recipe)
     if ckpt is None:
@@ -272,20 +270,24 @@ def of(config: Config, ckpt: Path | None, *, recipe: Recipe, merge: bool) -> Who
     return Adapted(config, ckpt, recipe)
 
 
-def _check_on_integers(ckpt: Path, recipe: Recipe, *, merge: bool) -> None:
-    """Raise ValueError for a run that would change the integers of a quantised model."""
-    floats = "convert its checkpoint with --dequantise to have floats"
+def _check_on_integers(ckpt: Path, recipe: Recipe, *, in_layers: bool, merge: bool) -> None:
+    """Raise ValueError for a run that would change the integers of a quantised model.
+
+    in_layers: whether layers have some; otherwise the head alone has.
+    """
+    how = "with --dequantise" if in_layers else "without --head int8"
+    floats = f"convert its checkpoint {how} to have floats"
     if not recipe.lora_rank:
         raise ValueError(
             f"{ckpt} is quantised, and integers cannot be trained: train adapters on them, with "
             f"--recipe sft_lora, or {floats}"
         )
-    if recipe.base_dtype == "int8":
+    if in_layers and recipe.base_dtype == "int8":
         raise ValueError(
             f"base_dtype 'int8': {ckpt} is quantised already, and its weights stay as they are: "
             "leave it out"
         )
-    if merge:
+    if in_layers and merge:
         raise ValueError(
             f"merge: adapters cannot be merged into the integers of {ckpt}: leave it out, and give "
             f"the adapter with --adapter, or {floats}"

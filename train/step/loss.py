@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from qwen_jax import meshes
 from qwen_jax.attention import Attend
+from qwen_jax.leaves.weights import Weight
 from qwen_jax.meshes import moves, sharding
 from qwen_jax.meshes.dropout import Dropout
 from qwen_jax.model import Decoder, rope, vocabulary
@@ -58,7 +59,8 @@ def scores(
 ) -> tuple[TokenScores, Float[Array, "B T"]]:
     """Score the targets of a batch by a decoder; return the scores and the targets' weights.
 
-    decoder: with stacked or separate layers, stored in any dtype; it computes in `dtype`.
+    decoder: with stacked or separate layers, stored in any dtype; it computes in `dtype`. Its head
+        is of floats, as it is read by its rows.
     frequencies: the RoPE frequencies, [H/2] or [B, H/2].
     attend: the implementation of attention.
     remat: a policy of `jax.checkpoint_policies` for each layer; None recomputes nothing.
@@ -90,9 +92,9 @@ def scores(
         dropout=dropout,
     ).last
     with jax.named_scope("vocabulary"):
-        return vocabulary.token_scores(
-            x, decoder.unembedding[...], targets=batch.targets
-        ), batch.weights
+        head = decoder.unembedding
+        assert isinstance(head, Weight), "`integers.for_passes` makes floats of a head in int8"
+        return vocabulary.token_scores(x, head[...], targets=batch.targets), batch.weights
 
 
 def loss(

@@ -13,10 +13,12 @@ from safetensors.numpy import load_file
 
 from qwen_jax import checkpoint, model
 from qwen_jax.attention import xla
-from qwen_jax.checkpoint import adapter_files
+from qwen_jax.checkpoint import adapter_config, adapter_files
 from qwen_jax.generate import integer_products, integers
 from qwen_jax.leaves import grouped
 from qwen_jax.leaves.grouped import Grouped
+from qwen_jax.leaves.int8 import Int8
+from qwen_jax.leaves.weights import Weight
 from qwen_jax.model import lora
 from qwen_jax.model.lora import Adapters
 from tests.support.conversion import there
@@ -200,3 +202,34 @@ def test_what_would_change_integers_is_refused(base, changes, merge, told):
     with pytest.raises(ValueError, match=told):
         parameters.of(config, base, recipe=recipe, merge=merge)
     parameters.of(config, base, recipe=recipes.sft_lora(), merge=False)
+
+
+def test_a_head_in_int8(tmp_path):
+    """It stays as it is beside layers of floats, into which adapters can be merged."""
+    path = tmp_path / "model"
+    there(GPTQ / "float16", path, "--head", "int8")
+    config = checkpoint.load_config(path)
+    whole = dataclasses.replace(recipes.sft_lora(), lora_rank=0)
+    with pytest.raises(ValueError, match=r"integers cannot be trained.*without --head int8"):
+        parameters.of(config, path, recipe=whole, merge=False)
+    recipe = dataclasses.replace(recipes.sft_lora(), lora_rank=2)
+    with on_mesh():
+        run = parameters.of(config, path, recipe=recipe, merge=True)
+        assert isinstance(run, parameters.Adapted)
+        head = checkpoint.load(path).head
+        assert isinstance(head, Int8)
+        assert isinstance(run.base.head, Weight), "the loss reads it by its rows"
+        assert np.array_equal(run.base.head[...], head.dequantize(run.base.head.dtype))
+        adapters = lora.create(
+            run.base,
+            adapter_config.targets(["c_attn"], config.num_layers),
+            rank=2,
+            alpha=4.0,
+            key=jax.random.key(0),
+            embeddings=True,
+        )
+        for own, kind in ((None, Int8), (adapters.head, Weight)):
+            given = dataclasses.replace(adapters, head=own)
+            out = tmp_path / kind.__name__
+            run.save(given, out, files=path, merge=True)
+            assert isinstance(checkpoint.load(out / "model").head, kind)
