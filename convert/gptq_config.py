@@ -17,10 +17,11 @@ from qwen_jax.runtime.texts import read_json
 CONFIG_KEY = "quantization_config"
 FILE = "quantize_config.json"
 _METHOD = "gptq"
-# The values of `checkpoint_format`, with what they say of zeros.
-_FORMATS = {"gptq": None, "gptq_v2": "v2", "": None}
+# The keys that name the format of the tensors, and its values with what they say of zeros.
+_FORMAT_KEYS = ("checkpoint_format", "format")
+_FORMATS = {"gptq": None, "gptq_v2": "v2"}
 # Keys that must agree where both places have them.
-_SHARED = ("bits", "group_size", "sym", "desc_act", "quant_method", "checkpoint_format")
+_SHARED = ("bits", "group_size", "sym", "desc_act", "quant_method", *_FORMAT_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,9 @@ def read(source: Path) -> Settings | None:
         found.append((file, read_json(file)))
     if not found:
         return None
+    for place, said in found:
+        with values.named(place):
+            _refuse(said)
     for key in _SHARED:
         held = [(place, said[key]) for place, said in found if said.get(key) is not None]
         if len(held) == 2 and held[0][1] != held[1][1]:
@@ -67,19 +71,12 @@ def read(source: Path) -> Settings | None:
                 "two files there that came with these weights"
             )
     merged = {key: value for _, said in reversed(found) for key, value in said.items()}
-    with values.named(found[0][0]):
+    with values.named(" and ".join(str(place) for place, _ in found)):
         return _checked(merged)
 
 
 def _checked(said: Mapping[str, Any]) -> Settings:
     """Return the settings in the merged contents of the two places; ValueError for others."""
-    method = said.get("quant_method", _METHOD)
-    if method != _METHOD:
-        raise ValueError(
-            f"quant_method is {texts.shown(method)}: only GPTQ checkpoints can be read; take the "
-            "GPTQ version of this model, or the floats that it was made from"
-        )
-    _refuse(said)
     bits = values.whole("bits is", values.from_file(said.get("bits")))
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits}: only 4 and 8 can be read")
@@ -87,23 +84,37 @@ def _checked(said: Mapping[str, Any]) -> Settings:
     size = values.whole("group_size is", values.from_file(said.get("group_size", -1)), least=-1)
     if size == 0 or (size > 0 and size % per_word):
         raise ValueError(f"group_size is {size}: must be -1 or a multiple of {per_word}")
-    format_ = said.get("checkpoint_format") or said.get("format") or ""
-    if format_ not in _FORMATS:
-        raise ValueError(
-            f"checkpoint_format is {texts.shown(format_)}: only gptq and gptq_v2 can be read; its "
-            "tool can save the model in one of them"
-        )
+    formats = {said[key] for key in _FORMAT_KEYS if said.get(key)}
+    if len(formats) > 1:
+        told = " and ".join(f"{key} is {texts.shown(said[key])}" for key in _FORMAT_KEYS)
+        raise ValueError(f"{told}: put the files there that came with these weights")
     return Settings(
         bits=bits,
         group_size=size,
         symmetric=_flag(said, "sym", default=True),
         desc_act=_flag(said, "desc_act", default=False),
-        zeros=_FORMATS[format_],
+        zeros=_FORMATS[formats.pop()] if formats else None,
     )
 
 
 def _refuse(said: Mapping[str, Any]) -> None:
-    """Raise ValueError for options under which the tensors have another meaning or layout."""
+    """Raise ValueError for options under which the tensors have another meaning or layout.
+
+    said: the contents of one of the two places.
+    """
+    method = said.get("quant_method", _METHOD)
+    if method != _METHOD:
+        raise ValueError(
+            f"quant_method is {texts.shown(method)}: only GPTQ checkpoints can be read; take the "
+            "GPTQ version of this model, or the floats that it was made from"
+        )
+    for key in _FORMAT_KEYS:
+        format_ = said.get(key)
+        if format_ and format_ not in [*_FORMATS]:
+            raise ValueError(
+                f"{key} is {texts.shown(format_)}: only gptq and gptq_v2 can be read; its tool can "
+                "save the model in one of them"
+            )
     options = {
         "is_marlin_format": "weights packed for Marlin: save the model in the format gptq",
         "dynamic": "settings that differ by module",

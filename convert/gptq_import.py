@@ -22,6 +22,7 @@ from qwen_jax.checkpoint.safetensors_header import Tensor
 from qwen_jax.runtime import command, paths
 
 Tensors = Mapping[str, Tensor]
+_NO_NUMBER = np.uint16(0x7C00)  # the bits of float16 that are all set in NaN and infinity alone
 
 
 class Array(NamedTuple):
@@ -94,7 +95,7 @@ def read(
     wanted: Mapping[str, Expected],
     metadata: Mapping[str, str],
 ) -> dict[str, Values]:
-    """Read the values of qzeros, g_idx and extra biases, and check them. Returns them by layer.
+    """Return what qzeros and g_idx say, by layer. They, scales and extra biases are checked.
 
     linears, wanted: the quantised layers, and the result of `tensors_of`.
     tensors: the location of each tensor in the checkpoint, by name.
@@ -107,6 +108,7 @@ def read(
     spoiled: list[str] = []
     for linear in linears:
         _check_dtypes(linear, tensors)
+        _check_scales(linear, tensors[f"{linear.name}.scales"])
         bias = wanted.get(f"{linear.name}.bias")
         if bias is not None and not bias.parts and _bytes(tensors[f"{linear.name}.bias"]).any():
             raise ValueError(
@@ -155,6 +157,20 @@ def _check_dtypes(linear: Linear, tensors: Tensors) -> None:
         name = f"{linear.name}.{suffix}"
         if tensors[name].code != code:
             raise ValueError(f"{name} is {tensors[name].code}: only {code} can be read")
+
+
+def _check_scales(linear: Linear, tensor: Tensor) -> None:
+    """Raise ValueError if a scale of a layer is NaN or infinite, as then every output is."""
+    scales = _bytes(tensor).view(np.uint16).reshape(tensor.shape)
+    wrong = np.argwhere((scales & _NO_NUMBER) == _NO_NUMBER)
+    if len(wrong):
+        group, output = map(int, wrong[0])
+        value = scales.view(np.float16)[group, output]
+        raise ValueError(
+            f"{linear.name}.scales is {value} for group {group} of output {output}: the file is "
+            "damaged, or the layer was spoiled when it was quantised; download it again, or "
+            "quantise the model again"
+        )
 
 
 def _bytes(tensor: Tensor) -> Shaped[np.ndarray, " bytes"]:

@@ -58,8 +58,16 @@ def _scales(tensor: Tensor, first: int, count: int) -> Shaped[np.ndarray, " coun
 
 
 def _scale(rows: Float[np.ndarray, "count D"]) -> Shaped[np.ndarray, " count"]:
-    """Return the scale of each row, bfloat16: its largest magnitude becomes 127."""
+    """Return the scale of each row, bfloat16: its largest magnitude becomes 127.
+
+    Raises ValueError for a row that is not of numbers alone, which no integers stand for.
+    """
     largest = np.abs(rows).max(axis=1) / np.float32(_LARGEST)
+    if not np.isfinite(largest).all():
+        raise ValueError(
+            f"{TENSOR} has NaN or infinite values, which int8 cannot hold: download it again, or "
+            "leave out --head int8"
+        )
     return np.maximum(largest, np.finfo(np.float32).tiny).astype(ml_dtypes.bfloat16)
 
 

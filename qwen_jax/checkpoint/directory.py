@@ -27,6 +27,7 @@ UNFINISHED = "unfinished.json"  # exists while a conversion or a save is running
 # In format 1, leaves had an axis for heads. Format 3 has quantised weights (`kinds.py`), and is
 # written only for a directory that holds some; all others have format 2.
 FORMATS = (2, 3)
+DTYPES = ("float32", "bfloat16", "float16")  # the dtypes that plain weights can have
 # Files copied beside the weights: configuration, vocabularies, licence, and the auto_map's code.
 CARRIED = ("*.json", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 _NOT_CARRIED = (CONFIG, MANIFEST, UNFINISHED)
@@ -79,20 +80,34 @@ def verify_whole(path: str | Path) -> dict[str, Any]:
     `--verify` of convert/from_hf.py does that.
     """
     root = finished(path)
-    manifest = read_json(root / MANIFEST)
-    if manifest.get("format") not in FORMATS:
-        raise CheckpointError(
-            f"{root / MANIFEST} has format {manifest.get('format')!r}, this version of qwen_jax "
-            f"reads {' and '.join(map(str, FORMATS))}: update qwen_jax or convert again"
-        )
-    found, listed = file_sizes(root), manifest.get("files")
-    shapes = manifest.get("shapes")
-    of_lists = isinstance(shapes, dict) and all(isinstance(x, list) for x in shapes.values())
-    if not isinstance(listed, dict) or not of_lists or "dtype" not in manifest:
-        raise CheckpointError(f"{root / MANIFEST} is damaged: convert again")
-    if problems := differences(found, listed):
+    manifest = read_manifest(root)
+    if problems := differences(file_sizes(root), manifest["files"]):
         raise CheckpointError(f"{root} is damaged: {problems}; convert or copy it again")
     return manifest
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Read the manifest of a model directory. No other file is looked at.
+
+    Raises CheckpointError for a format that this version does not read, and for a damaged manifest.
+    """
+    file = root / MANIFEST
+    manifest = read_json(file)
+    if manifest.get("format") not in FORMATS:
+        raise CheckpointError(
+            f"{file} has format {manifest.get('format')!r}, this version of qwen_jax reads "
+            f"{' and '.join(map(str, FORMATS))}: update qwen_jax or convert again"
+        )
+    shapes, dtype = manifest.get("shapes"), manifest.get("dtype")
+    of_lengths = isinstance(shapes, dict) and all(map(_is_shape, shapes.values()))
+    if not isinstance(manifest.get("files"), dict) or not of_lengths or dtype not in [*DTYPES]:
+        raise CheckpointError(f"{file} is damaged: convert again")
+    return manifest
+
+
+def _is_shape(value: Any) -> bool:
+    """Return whether a value of a JSON file is a list of lengths."""
+    return isinstance(value, list) and all(type(n) is int and n > 0 for n in value)
 
 
 def _why_no_manifest(root: Path) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KINDS = "kinds"  # manifest key: the kind of each quantised weight, by path
 INT8 = "int8"  # `leaves.int8.Int8`, with one scale for an output
 GROUPED = {"grouped4": 4, "grouped8": 8}  # `leaves.grouped.Grouped`, and the bits of its codes
+# The fields of each kind; all weights of it have the first two.
 _FIELDS = {INT8: ("values", "scale")} | dict.fromkeys(
     GROUPED, ("codes", "scales", "zeros", "order")
 )
@@ -60,7 +61,7 @@ def of_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(kinds, dict):
         raise CheckpointError(f"{MANIFEST} is damaged: its {KINDS} is no object; convert again")
     for path, kind in kinds.items():
-        if kind not in _FIELDS:
+        if kind not in [*_FIELDS]:
             raise CheckpointError(
                 f"{MANIFEST} says that {path} is of kind {kind!r}, this version of qwen_jax knows "
                 f"{', '.join(_FIELDS)}: update qwen_jax or convert again"
@@ -79,12 +80,14 @@ def shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         parts = fields_of(path, manifest)
         for field in parts:
             del found[f"{path}.{field}"]
+        lacking = [field for field in _FIELDS[kind][:2] if field not in parts]
         try:
+            if lacking:
+                raise ValueError(f"no {' and no '.join(lacking)}")
             found[path] = _int8(**parts) if kind == INT8 else _grouped(GROUPED[kind], **parts)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise CheckpointError(
-                f"{MANIFEST} is damaged: {path} has {error or 'arrays that do not fit'}; convert "
-                "again"
+                f"{MANIFEST} is damaged: {path}, of kind {kind}, has {error}; convert again"
             ) from None
     return found
 
@@ -112,7 +115,7 @@ def check_shapes(root: Path, manifest: Mapping[str, Any], *, wanted: Shapes) -> 
 
 def _int8(values: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of an int8 weight from those of its arrays; ValueError if they disagree."""
-    if values[:-1] != scale:
+    if len(values) != 2 or values[:-1] != scale:
         raise ValueError(f"values {list(values)} and scale {list(scale)}")
     return values
 
@@ -128,6 +131,8 @@ def _grouped(
 
     Raises ValueError if they disagree.
     """
+    if len(codes) != 2 or len(scales) != 2:
+        raise ValueError(f"codes {list(codes)} and scales {list(scales)}")
     (rows, outputs), (groups, also) = codes, scales
     inputs = rows * _WORD // bits
     if outputs != also or groups < 1 or inputs % groups:

@@ -14,11 +14,11 @@ from qwen_jax.checkpoint import kinds, store
 from qwen_jax.checkpoint.directory import (
     CONFIG,
     GENERATION_CONFIG,
-    MANIFEST,
     PARAMS,
     TOKENIZER,
     existing,
     finished,
+    read_manifest,
     verify_whole,
 )
 from qwen_jax.config import Config, hf_config
@@ -77,7 +77,7 @@ def load_kinds(path: str | Path) -> dict[str, str]:
 
     Only the manifest is read: `load` checks that the directory is complete.
     """
-    return kinds.of_manifest(read_json(finished(path) / MANIFEST))
+    return kinds.of_manifest(read_manifest(finished(path)))
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer | None":

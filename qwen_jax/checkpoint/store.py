@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.checkpoint.directory import PARAMS, CheckpointError
+from qwen_jax.checkpoint.directory import DTYPES, PARAMS, CheckpointError
 from qwen_jax.runtime import lock, paths
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 * 2**20
 _WRITES = 8  # chunks written at the same time; each write waits until its chunk is on the disk
-DTYPES = ("float32", "bfloat16", "float16")  # the dtypes that plain weights can have
 # The bytes of an element; integers are parts of quantised weights.
 ITEM_BYTES = dict(zip(DTYPES, (4, 2, 2), strict=True)) | {
     "uint32": 4,

@@ -211,9 +211,48 @@ def test_manifest_names_the_dtype_of_each_leaf(tmp_path):
     assert manifest["dtypes"]["layers.0.ffn.up.codes"] == "uint32"
     assert manifest["dtypes"]["layers.0.ffn.up.zeros"] == "uint8"
     assert manifest["num_params"] == checkpoint.load_config(tmp_path / "model").num_params()
-    edit(tmp_path / "model" / "manifest.json", format=4)
-    with pytest.raises(checkpoint.CheckpointError, match=r"format 4.*reads 2 and 3: update"):
-        checkpoint.load(tmp_path / "model")
+
+
+def of_query(**kinds_or_shapes: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of a manifest: of the kind of a weight, or of the shapes of its arrays."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for field, value in kinds_or_shapes.items():
+            if field == "kind":
+                manifest["kinds"]["layers.1.attn.q"] = value
+            elif value is None:
+                del manifest["shapes"][f"layers.1.attn.q.{field}"]
+            else:
+                manifest["shapes"][f"layers.1.attn.q.{field}"] = value
+
+    return change
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "later": (lambda said: said.update(format=4, kinds=[]), r"format 4.*reads 2 and 3: update"),
+    "kinds": (lambda said: said.update(kinds=[]), "its kinds is no object"),
+    "dtype": (lambda said: said.update(dtype="int4"), "manifest.json is damaged"),
+    "dtypes": (lambda said: said.update(dtype=["float32"]), "manifest.json is damaged"),
+    "kind": (of_query(kind=["grouped4"]), r"of kind \['grouped4'\], this version of qwen_jax"),
+    "other kind": (of_query(kind="int8"), "of kind int8, has no values and no scale"),
+    "no codes": (of_query(codes=None), "of kind grouped4, has no codes;"),
+    "axes": (of_query(codes=[32]), r"has codes \[32\] and scales \[2, 256\]"),
+    "text": (of_query(codes=["32", 256]), "manifest.json is damaged: convert again"),
+    "a float": (of_query(codes=[32.0, 256]), "manifest.json is damaged: convert again"),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_manifest(tmp_path, damage, told):
+    """One line says what is wrong, whoever reads it first."""
+    there(GPTQ / "int4", tmp_path / "model")
+    file = tmp_path / "model" / "manifest.json"
+    said = json.loads(file.read_text())
+    damage(said)
+    file.write_text(json.dumps(said))
+    for load in (checkpoint.load, qwen_jax.load):
+        with pytest.raises(checkpoint.CheckpointError, match=told):
+            load(tmp_path / "model")
 
 
 def test_only_an_old_file_says_it(tmp_path):
@@ -249,7 +288,7 @@ def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     save_file(held, path / "model.safetensors", {"format": "pt"})
 
 
-def element(name: str, at: Any, value: int) -> Callable[[Path], None]:
+def element(name: str, at: Any, value: float) -> Callable[[Path], None]:
     """A change of one element of a tensor."""
 
     def change(path: Path) -> None:
@@ -308,6 +347,17 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "head": (said(lm_head=True), "lm_head is True, a quantised head"),
     "pack dtype": (said(pack_dtype="int64"), "pack_dtype is 'int64'"),
     "sym": (said(sym="yes"), "sym is 'yes': must be true or false"),
+    "formats": (
+        said(checkpoint_format="gptq", format="gptq_v2"),
+        "checkpoint_format is 'gptq' and format is 'gptq_v2'",
+    ),
+    "format": (said(format=["gptq"]), "format is ['gptq']: only gptq and gptq_v2"),
+    "by module in one place": (
+        lambda path: edit(path / "quantize_config.json", dynamic={"+:mlp": {"bits": 8}}),
+        "quantize_config.json: dynamic is {'+:mlp': {'bits': 8}}",
+    ),
+    "NaN": (element("mlp.w1.scales", (1, 3), np.nan), "scales is nan for group 1 of output 3"),
+    "infinite": (element("mlp.w2.scales", (0, 5), -np.inf), "scales is -inf for group 0 of output"),
     "zeros": (element("mlp.w1.qzeros", (0, 3), 0x12345678), "qzeros has 0x12345678"),
     "one of v2": (
         lambda path: rewrite(
@@ -332,6 +382,15 @@ def test_bad_folder(tmp_path, damage, told, capfd):
     assert from_hf.main([str(source), str(tmp_path / "out")]) == 1
     assert told in last_line(capfd)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_int8_cannot_hold(tmp_path, capfd):
+    source = tmp_path / "source"
+    shutil.copytree(GPTQ / "int4", source)
+    rewrite(source, lambda held: held["lm_head.weight"].__setitem__((9, 3), np.inf))
+    assert from_hf.main([str(source), str(tmp_path / "out"), "--head", "int8"]) == 1
+    assert "lm_head.weight has NaN or infinite values" in last_line(capfd)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_folders_that_say_nothing_of_quantisation(tmp_path, capfd):
