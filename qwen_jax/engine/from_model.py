@@ -1,7 +1,6 @@
 """Makes an `Engine` from a loaded model: chooses the sizes of its programs, and compiles them."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from qwen_jax.generate.language_model import LanguageModel
 from qwen_jax.meshes import sharding
 from qwen_jax.meshes.sharding import MeshOrSizes
 from qwen_jax.model import Decoder, adapted, rope
-from qwen_jax.runtime import paths, processes, values
+from qwen_jax.runtime import memory, paths, processes, values
 
 SHARE = 0.9  # of the free memory of an accelerator that pages take; programs need the rest
 _CPU_SHARE = 0.25  # of a host's memory
@@ -190,5 +189,5 @@ def _free() -> int:
     device = jax.local_devices()[0]
     if (stats := device.memory_stats()) and "bytes_limit" in stats:
         return int(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = memory.usable()
     return int(_CPU_SHARE * total) // len(jax.local_devices())

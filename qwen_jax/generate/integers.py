@@ -4,7 +4,6 @@ They become floats when they are loaded, or a kernel reads them (`integer_produc
 """
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from qwen_jax.leaves import grouped, int8
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Leaf, Weight
+from qwen_jax.runtime import memory
 
 _SHARE = 0.5  # of a machine's memory that floats may take without being asked for
 Converter = Callable[[str, Weight | Leaf], Weight | Leaf]
@@ -94,7 +94,7 @@ def _chosen(path: str | Path, config: Config, *, dtype: str) -> bool:
     if jax.default_backend() != "cpu":
         return False
     needed = config.num_params() * jnp.dtype(dtype).itemsize
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = memory.usable()
     fits = needed <= _SHARE * there
     size = f"{needed / 1e9:.1f} GB of {there / 1e9:.1f}"
     if fits:

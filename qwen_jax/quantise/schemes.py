@@ -59,9 +59,14 @@ def _check(path: str, shape: tuple[int, ...], *, scheme: Scheme) -> None:
     outputs, inputs = shape
     per_word = WORD // scheme.bits
     try:
-        scheme.inputs_of_group(inputs)
+        size = scheme.inputs_of_group(inputs)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if size % per_word:
+        raise ValueError(
+            f"group_size {scheme.group_size}: a word holds {per_word} codes of {scheme.bits} bits, "
+            f"and groups must be multiples of that"
+        )
     if inputs % per_word or outputs % per_word:
         raise ValueError(
             f"{path} has {inputs} inputs and {outputs} outputs, which words of {per_word} codes do "

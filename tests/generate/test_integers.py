@@ -4,6 +4,7 @@ import json
 import time
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,16 +59,16 @@ def test_floats_cannot_be_dequantised(tmp_path):
             qwen_jax.load(tmp_path / "model", dequantise=asked)
 
 
-@pytest.mark.parametrize(
-    ("bits", "dtype"), [(4, "bfloat16"), pytest.param(8, "float32", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "bfloat16"), (8, "float32")])
 def test_a_kernel_that_is_right(bits, dtype):
     assert integer_products.amiss("pallas_tpu", bits=bits, dtype=dtype) is None
 
 
 def wrong(x, codes, **given):
     """As if the groups were one."""
-    scales = jnp.broadcast_to(given.pop("scales")[:1], (8, codes.shape[1]))
+    scales = given.pop("scales")
+    scales = jnp.broadcast_to(scales[:1], scales.shape)
     return grouped_calls.KERNELS["pallas_tpu"](x, codes, scales=scales, **given)
 
 
@@ -77,7 +78,10 @@ def declining(*args, **given):
 
 @pytest.mark.parametrize(
     ("kernel", "told"),
-    [(wrong, "1 rows it is wrong by"), (declining, "NotImplementedError: not here")],
+    [
+        (wrong, "with 1 rows and groups of 128 it is wrong by"),
+        (declining, "NotImplementedError: not here"),
+    ],
 )
 def test_a_kernel_that_is_wrong_is_not_used(model, kernel, told, monkeypatch, caplog):
     monkeypatch.setitem(grouped_calls.KERNELS, "other", kernel)
@@ -87,6 +91,24 @@ def test_a_kernel_that_is_wrong_is_not_used(model, kernel, told, monkeypatch, ca
     assert loaded.decoder.layers[0].attn.q.kernel is None
     (line,) = [line for line in caplog.messages if "bits" in line]
     assert told in line and "floats are made" in line
+
+
+def test_a_kernel_may_decline_many_rows(monkeypatch):
+    """As on a TPU v4. It is tested where no mesh is in force, which would divide its rows."""
+    ran = []
+
+    def few(x, codes, **given):
+        ran.append((len(x), len(given["scales"]), given["zeros"] is not None))
+        assert not jax.sharding.get_abstract_mesh().axis_names
+        if len(x) > 64:
+            raise NotImplementedError
+        return grouped_calls.KERNELS["by_groups"](x, codes, **given)
+
+    monkeypatch.setitem(grouped_calls.KERNELS, "few", few)
+    monkeypatch.setitem(integer_products.OF_PLATFORM, "cpu", "few")
+    with on_mesh(tp=2):
+        assert integer_products.settled(4, "float32") == "few"
+    assert ran == [(1, 8, False), (128, 8, False), (1, 32, True), (128, 32, True)]
 
 
 class Chip(NamedTuple):

@@ -204,6 +204,7 @@ def test_bad_input_is_refused_before_anything_is_written(floats: Path, tmp_path:
         run(Settings(floats, out, scheme, **settings), rows(2), held_out=None)
 
     for scheme, settings, message in (
+        (Scheme(group_size=4), {}, "group_size 4: a word holds 8 codes of 4 bits"),
         (Scheme(group_size=96), {}, r"layers\.0\.attn\.q: group_size: 96 does not divide the 256"),
         (Scheme(), {"bits_of": {"*.mlp": 8}}, r"'\*\.mlp' names no matrix: they are layers\.N and"),
         (Scheme(), {"bits_of": {"*.q": 5}}, r"bits of '\*\.q': 5 must be 4, 8 or 16"),
