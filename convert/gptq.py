@@ -199,9 +199,13 @@ def sorted_codes(
 
     words: the packed codes of all inputs. rows: the inputs, as many as fill whole words.
     """
-    per_word = np.int32(WORD // bits)
-    shifts = ((rows % per_word) * bits).astype(np.uint32)[:, None]
-    codes = (words[rows // per_word] >> shifts) & np.uint32(2**bits - 1)
-    fields = codes.reshape(-1, per_word, words.shape[1])
-    places = np.arange(0, WORD, bits, dtype=np.uint32)[:, None]
-    return np.bitwise_or.reduce(fields << places, axis=1)
+    per_word = WORD // bits
+    found = np.zeros((len(rows) // per_word, words.shape[1]), np.uint32)
+    for place in range(per_word):
+        taken = rows[place::per_word]
+        codes = words[taken // per_word]
+        codes >>= (taken % per_word * bits).astype(np.uint32)[:, None]
+        codes &= np.uint32(2**bits - 1)
+        codes <<= np.uint32(place * bits)
+        found |= codes
+    return found

@@ -4,7 +4,7 @@ The head is a quarter to a half of the bytes of a model whose layers have 4 bits
 """
 
 import functools
-import itertools
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -43,18 +43,26 @@ def add(plan: Quantised, tensor: Tensor | None) -> None:
 
 def _values(tensor: Tensor, first: int, count: int) -> Shaped[np.ndarray, "count D"]:
     """Compute rows of the integers, int8."""
-    rows = _rows(tensor, first, count)
-    values = np.round(rows / _scale(rows).astype(np.float32)[:, None])
-    return np.clip(values, -_LARGEST, _LARGEST).astype(np.int8)
+    found = np.empty((count, tensor.shape[1]), np.int8)
+    for at, rows in _blocks(tensor, first, count):
+        rows /= _scale(rows).astype(np.float32)[:, None]
+        np.round(rows, out=rows)
+        found[at : at + len(rows)] = np.clip(rows, -_LARGEST, _LARGEST, out=rows)
+    return found
 
 
 def _scales(tensor: Tensor, first: int, count: int) -> Shaped[np.ndarray, " count"]:
-    """Compute the scales of rows, bfloat16, a block of rows at a time."""
+    """Compute the scales of rows, bfloat16."""
+    return np.concatenate([_scale(rows) for _, rows in _blocks(tensor, first, count)])
+
+
+def _blocks(
+    tensor: Tensor, first: int, count: int
+) -> Iterator[tuple[int, Float[np.ndarray, "some D"]]]:
+    """Read rows of the head as float32, some at a time, each with its place among them."""
     step = max(1, copying.BLOCK_BYTES // (4 * tensor.shape[1]))
-    ends = [*range(first, first + count, step), first + count]
-    return np.concatenate(
-        [_scale(_rows(tensor, at, end - at)) for at, end in itertools.pairwise(ends)]
-    )
+    for at in range(0, count, step):
+        yield at, _rows(tensor, first + at, min(step, count - at))
 
 
 def _scale(rows: Float[np.ndarray, "count D"]) -> Shaped[np.ndarray, " count"]:
