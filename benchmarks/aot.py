@@ -34,6 +34,7 @@ everything outside the kernel. A predicated instruction counts whether it execut
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -54,6 +55,7 @@ if not __package__:  # started as a file: this folder has a `train`, too
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -371,13 +373,18 @@ def _total(program: Program, region: Region, path: Sequence[Region], trips: int)
 
 
 def compile_tpu(
-    fn: Callable[..., Any], args: Sequence[Any], target: str, donate: Sequence[int] = ()
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    target: str,
+    donate: Sequence[int] = (),
+    row_major: Sequence[int] = (),
 ) -> tuple[jax.stages.Compiled, list[Program]]:
     """Compile a function for one chip of `TPUS`; returns it, and the programs of its Pallas
     kernels.
 
     args: trees of arrays or ShapeDtypeStructs, each placed whole on the chip.
     donate: the indices of those whose memory results may take.
+    row_major: the indices of arrays that lie so in memory, whatever XLA would choose.
 
     libtpu must not be loaded in this process yet, because it reads where to dump when it starts.
     """
@@ -385,18 +392,28 @@ def compile_tpu(
     mesh = Mesh(_devices(TPUS[target].topology)[:1], ("x",), axis_types=(AxisType.Explicit,))
     for path in folder.iterdir():
         path.unlink()
-    return _compile(fn, args, mesh, donate), programs(folder)
+    return _compile(fn, args, mesh, donate, row_major), programs(folder)
 
 
 def _compile(
-    fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh, donate: Sequence[int]
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    mesh: Mesh,
+    donate: Sequence[int],
+    row_major: Sequence[int] = (),
 ) -> jax.stages.Compiled:
     """Compile a function for a mesh on which all arguments are replicated.
 
     A function that was compiled before is compiled again: jax would keep it, and leave no dump.
     """
     whole = NamedSharding(mesh, P())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
+
+    def placed(x: Any, place: NamedSharding | Format) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    args = [jax.tree.map(lambda x: placed(x, whole), x) for x in args]
+    for i in row_major:
+        args[i] = placed(args[i], Format(Layout(tuple(range(args[i].ndim))), whole))
     with jax.set_mesh(mesh):
         return jax.jit(lambda *args: fn(*args), donate_argnums=donate).lower(*args).compile()
 
@@ -449,14 +466,26 @@ def compile_gpu(
     The CUDA plugin must not be loaded in this process yet, because it reads where to dump when it
     starts. A Mosaic kernel is reported only once per process, as it is not compiled again.
     """
+    with gpu_kernels(target) as kernels:
+        one = topology.devices(topology.Topology(GPUS[target], (1, 1)))
+        mesh = Mesh(np.array(one), ("x",), axis_types=(AxisType.Explicit,))
+        compiled = _compile(fn, args, mesh, donate)
+    return compiled, kernels
+
+
+@contextlib.contextmanager
+def gpu_kernels(target: str) -> Iterator[list[GpuKernel]]:
+    """Collect the kernels of what is compiled within, for a GPU of `GPUS`, as `compile_gpu` does.
+
+    The list is filled at the end.
+    """
     folder = _gpu_dumps()
-    one = topology.devices(topology.Topology(GPUS[target], (1, 1)))
-    mesh = Mesh(np.array(one), ("x",), axis_types=(AxisType.Explicit,))
     for path in folder.iterdir():  # dumps of CPU programs are folders
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    compiled = _compile(fn, args, mesh, donate)
+    found: list[GpuKernel] = []
+    yield found
     arch = f"sm_{GPUS[target].capability}0" + "a" * (GPUS[target].capability >= 9)
-    return compiled, [*_triton(folder, arch), *_mosaic(folder)]
+    found += [*_triton(folder, arch), *_mosaic(folder)]
 
 
 def prepare() -> None:

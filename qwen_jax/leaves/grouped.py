@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -25,6 +26,7 @@ from qwen_jax.leaves.weights import Leaf, Weight, product
 
 WORD = 32  # the bits of a word
 BITS = (4, 8)
+OUTPUTS_LAST = Layout(major_to_minor=(0, 1))  # of words in memory, as kernels take them
 _Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
@@ -209,14 +211,20 @@ def _sorted(x: Float[Array, "B T inputs"], order: Any) -> Float[Array, "B T inpu
 def for_kernel(weight: Grouped, kernel: str) -> Grouped:
     """Return a weight by which a kernel multiplies, a name of `grouped_calls.KERNELS`.
 
-    TPU kernels take no float16, so their scales are stored as its bits: otherwise each pass would
-    copy those of all layers.
+    What a TPU's kernel does not take as it is, each pass would copy, of all layers: float16, so
+    that scales are stored as its bits; and words that lie inputs last, as XLA lays them out by
+    itself where that needs less padding (outputs on a device that are no multiple of 128).
     """
-    scales = weight.scales
-    if kernel == "pallas_tpu":
-        bits = jax.lax.bitcast_convert_type(scales[...], jnp.int16)
-        scales = Weight(bits, letters=scales.letters)
-    return dataclasses.replace(weight, scales=scales, kernel=kernel)
+    if kernel != "pallas_tpu":
+        return dataclasses.replace(weight, kernel=kernel)
+    codes, scales = weight.codes, weight.scales
+    bits = jax.lax.bitcast_convert_type(scales[...], jnp.int16)
+    return dataclasses.replace(
+        weight,
+        codes=Weight(with_layout_constraint(codes[...], OUTPUTS_LAST), letters=codes.letters),
+        scales=Weight(bits, letters=scales.letters),
+        kernel=kernel,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

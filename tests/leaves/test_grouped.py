@@ -1,5 +1,6 @@
 """Weights of 4 and 8 bits in groups: packing, products on any mesh, gradients, adapters."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import model
@@ -141,6 +143,23 @@ def test_what_a_kernel_declines_is_computed_without_it(caplog):
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
     (line,) = caplog.messages
     assert "groups of 16 inputs" in line and "make floats of their weights" in line
+
+
+def test_words_of_a_tpu_kernel_lie_outputs_last():
+    """Also where they came otherwise, as XLA lays out some on TPUs; nothing lays them out again."""
+    x = np.random.default_rng(6).standard_normal((3, 1, 64)).astype(np.float32)
+    weight = np.random.default_rng(7).standard_normal((48, 64)).astype(np.float32)
+    with on_mesh(tp=2):
+        leaf = integers.of(weight, "FD", bits=4, group=16)
+        words = leaf.codes[...]
+        turned = jax.device_put(words, Format(Layout(major_to_minor=(1, 0)), words.sharding))
+        leaf = dataclasses.replace(leaf, codes=Weight(turned, letters=leaf.codes.letters))
+        made = grouped.for_kernel(leaf, "pallas_tpu")
+        assert leaf.codes[...].format.layout.major_to_minor == (1, 0)
+        assert made.codes[...].format.layout.major_to_minor == (0, 1)
+        assert made.codes[...].sharding == words.sharding
+        run = jax.jit(lambda x, leaf: contract("BTD,FD->BTF", x, weight=leaf))
+        np.testing.assert_allclose(run(x, made), run(x, leaf), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -191,7 +191,7 @@ def _compiled(function: _Function, mesh: Mesh) -> Program:
     run.__name__ = function.name
     compiled = jax.jit(run, donate_argnums=[i for i, given in enumerate(donated) if given])
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in closed.in_avals]
-    shapes = sharding.on_devices(mesh, shapes)
+    shapes = stored_weights.on_devices(mesh, shapes)
     sizes: dict[str, int] = dict.fromkeys(("weights", "cache", "rows", "batch"), 0)
     for kind, x in zip(function.held, shapes, strict=True):
         sizes[kind] += nbytes(x)

@@ -120,7 +120,7 @@ def decoding(setting: Setting, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16) -
     with jax.set_mesh(mesh):
         decoder = setting.decoder(dtype)
         shapes = jax.eval_shape(lambda: decode_state(setting, dtype))
-    decoder = sharding.on_devices(mesh, decoder)
+    decoder = stored_weights.on_devices(mesh, decoder)
     rules, state, cache = sharding.on_devices(mesh, shapes)
     limit = sharding.on_devices(mesh, jax.ShapeDtypeStruct((), jnp.int32))
     held = {"weights": nbytes(decoder), "cache": nbytes(cache.layers)}
@@ -179,7 +179,8 @@ def prefill(
         given = jax.eval_shape(
             lambda x: _of_a_group(setting, chunk, dtype=dtype, decoder=x), decoder
         )
-    given, decoder = sharding.on_devices(mesh, given), sharding.on_devices(mesh, decoder)
+    given = stored_weights.on_devices(mesh, given)
+    decoder = sharding.on_devices(mesh, decoder)
     _, _, tree = running.grouped(decoder.layers).parts[0]
     group = {"weights": nbytes(given["leaves"]), "cache": nbytes(given["layers"])}
     group["batch"] = nbytes(given) - sum(group.values())

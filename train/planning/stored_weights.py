@@ -1,9 +1,12 @@
 """How the weights of a planned model are stored: as floats, or its layers as integers in groups."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qwen_jax import model
@@ -12,9 +15,11 @@ from qwen_jax.config import Config
 from qwen_jax.leaves import grouped
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.weights import Weight, map_leaves
+from qwen_jax.meshes import sharding
 from qwen_jax.model import Decoder
 
 FORMS = ("float", "int4", "int8")
+_Tree = TypeVar("_Tree")
 _BITS = {"int4": 4, "int8": 8}
 _GROUP = 128  # inputs that share a scale, as in the published checkpoints
 _SCALE_BYTES = 2
@@ -49,6 +54,22 @@ def decoder(config: Config, dtype: DTypeLike, *, form: str, kernel: str | None =
         return jax.eval_shape(functools.partial(grouped.for_kernel, kernel=kernel), made)
 
     return map_leaves(one, plain)
+
+
+def on_devices(mesh: Mesh, tree: _Tree) -> _Tree:
+    """Give shapes shardings on the devices of a mesh, and words of weights their layout in memory.
+
+    tree: shapes with partitionings, in which only words are uint32 of two axes. The layout is the
+    one of `grouped.for_kernel`, which shapes do not keep.
+    """
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if x.dtype != jnp.uint32 or x.ndim != 2:
+            return x
+        place = Format(grouped.OUTPUTS_LAST, x.sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(one, sharding.on_devices(mesh, tree))
 
 
 def size(config: Config, item_bytes: int, *, form: str) -> float:
