@@ -96,11 +96,16 @@ def test_words_that_shards_would_cut_are_refused():
 
 @functools.cache
 def logits(
-    sizes: tuple[tuple[str, int], ...], bits: int, stacked: bool, kernel: str | None = None
+    sizes: tuple[tuple[str, int], ...],
+    bits: int,
+    stacked: bool,
+    kernel: str | None = None,
+    rows: int = 8,
+    group: int = 8,
 ) -> np.ndarray:
-    tokens = tiny_tokens(8, 6)
+    tokens = tiny_tokens(rows, 6)
     with on_mesh(**dict(sizes)):
-        decoder = integers.decoder_of(tiny_decoder(CONFIG), bits=bits, kernel=kernel)
+        decoder = integers.decoder_of(tiny_decoder(CONFIG), bits=bits, group=group, kernel=kernel)
         assert isinstance(decoder.layers[0].attn.o, Grouped)
         decoder = model.stack(decoder) if stacked else decoder
         return np.asarray(full_logits(decoder, tokens))
@@ -123,9 +128,12 @@ def test_a_decoder_on_any_mesh(sizes, stacked):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"fsdp": 2, "tp": 2}], ids=str)
-def test_a_decoder_through_a_kernel(sizes, bits):
-    expected = logits((), bits, False)
-    found = logits(tuple(sizes.items()), bits, False, "pallas_tpu")
+def test_a_decoder_through_a_kernel(sizes, bits, monkeypatch):
+    """Which declines none of its products."""
+    monkeypatch.setattr(grouped, "_say_once", pytest.fail)
+    how = {"rows": 2, "group": 32}
+    expected = logits((), bits, False, **how)
+    found = logits(tuple(sizes.items()), bits, False, "pallas_tpu", **how)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
