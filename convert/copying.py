@@ -17,15 +17,13 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-from qwen_jax.checkpoint.store import ITEM_BYTES, Band, StoredLeaf
+from qwen_jax.checkpoint.store import ITEM_BYTES, Band, Change, MatrixRows, StoredLeaf
 from qwen_jax.runtime import paths, processes, progress
 
 BLOCK_BYTES = 16 * 2**20
 Source = int | paths.Object  # an int is a file's descriptor
 Target = int | paths.Upload
-MatrixRows = Shaped[np.ndarray, "rows ..."]
 Made = Callable[[int, int], MatrixRows]  # (number of the first row, of rows) -> these rows
-Change = Callable[[int, MatrixRows], MatrixRows]  # (number of the first row, rows) -> changed rows
 Job = tuple[int, Callable[[], object]]  # the bytes that a job copies, and the job
 _stop = threading.Event()
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)

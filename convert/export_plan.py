@@ -10,11 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from convert import copying, folder, gptq_config, names, target
+from convert import copying, folder, names, target
 from convert import verify as verification
 from convert.conversion import Conversion, Remaining
-from convert.copying import Change, Job, Made
+from convert.copying import Job, Made
 from qwen_jax.checkpoint import directory, safetensors_header, store
+from qwen_jax.checkpoint.store import Change
 from qwen_jax.runtime import command, paths, processes
 from qwen_jax.runtime.texts import read_json
 
@@ -147,16 +148,14 @@ class ExportPlan(Conversion):
         """
         if self.settings is not None:
             paths.copy(self.settings, self.target / directory.GENERATION_CONFIG)
-        source, copied = self.source / directory.CONFIG, self.target / directory.CONFIG
-        values = read_json(source)
-        stale = [k for k in ("torch_dtype", "dtype") if values.get(k, self.dtype) != self.dtype]
+        copied = self.target / directory.CONFIG
+        paths.copy(self.source / directory.CONFIG, copied)
         if self.facts.get("dequantise"):
-            values.pop(gptq_config.CONFIG_KEY, None)
-            (self.target / gptq_config.FILE).unlink(missing_ok=True)
-        if stale or self.config or self.facts.get("dequantise"):
+            directory.forget_quantisation(self.target)
+        values = read_json(copied)
+        stale = [k for k in ("torch_dtype", "dtype") if values.get(k, self.dtype) != self.dtype]
+        if stale or self.config:
             directory.write_json(copied, values | dict.fromkeys(stale, self.dtype) | self.config)
-        else:
-            paths.copy(source, copied)
 
     def copied(self) -> None:
         """Write the index, which names the file of each tensor, if there are several files."""

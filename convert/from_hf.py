@@ -182,7 +182,8 @@ def _floats(
     if packed := next((name for name in tensors if name.endswith(".qweight")), None):
         raise ValueError(
             f"{source} has quantised tensors ({packed}), and neither {directory.CONFIG} nor "
-            f"{gptq_config.FILE} says how: put the files there that came with these weights"
+            f"{directory.QUANTIZE_CONFIG} says how: put the files there that came with these "
+            "weights"
         )
     _check(tensors, wanted)
     return gptq_import.Quantised(dict(wanted), {}, {}, {}, {})

@@ -14,8 +14,6 @@ from qwen_jax.checkpoint import directory
 from qwen_jax.runtime import texts, values
 from qwen_jax.runtime.texts import read_json
 
-CONFIG_KEY = "quantization_config"
-FILE = "quantize_config.json"
 _METHOD = "gptq"
 # The keys that name the format of the tensors, and its values with what they say of zeros.
 _FORMAT_KEYS = ("checkpoint_format", "format")
@@ -48,12 +46,14 @@ def read(source: Path) -> Settings | None:
     Raises ValueError that names the key and its value for what cannot be converted, and for keys
     that differ between the two places.
     """
-    config, file = source / directory.CONFIG, source / FILE
-    inside = read_json(config).get(CONFIG_KEY)
+    config, file = source / directory.CONFIG, source / directory.QUANTIZE_CONFIG
+    inside = read_json(config).get(directory.QUANTIZATION)
     found: list[tuple[Path, Mapping[str, Any]]] = []
     if inside is not None:
         if not isinstance(inside, dict):
-            raise ValueError(f"{config}: {CONFIG_KEY} is {texts.shown(inside)}, not an object")
+            raise ValueError(
+                f"{config}: {directory.QUANTIZATION} is {texts.shown(inside)}, not an object"
+            )
         found.append((config, inside))
     if file.exists():
         found.append((file, read_json(file)))

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from convert import copying, gptq, gptq_config
-from convert.copying import Change, Made, MatrixRows
+from convert.copying import Made
 from convert.gptq import Linear
 from convert.names import Expected
 from qwen_jax.checkpoint import directory, kinds
-from qwen_jax.checkpoint.store import StoredLeaf
+from qwen_jax.checkpoint.store import Change, MatrixRows, StoredLeaf
 
 
 @dataclasses.dataclass(frozen=True)

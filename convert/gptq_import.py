@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Int32, Shaped, UInt32
 
 from convert import copying, gptq
-from convert.copying import Made, MatrixRows
+from convert.copying import Made
 from convert.gptq import Linear
 from convert.gptq_config import Settings
 from convert.names import Expected
 from qwen_jax.checkpoint import directory
 from qwen_jax.checkpoint.safetensors_header import Tensor
+from qwen_jax.checkpoint.store import MatrixRows
 from qwen_jax.runtime import command, paths
 
 Tensors = Mapping[str, Tensor]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from convert import copying, gptq_config, names, shares
+from convert import copying, names, shares
 from convert import verify as verification
 from convert.conversion import Conversion, Remaining
 from convert.copying import Job, Made
@@ -15,7 +15,6 @@ from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, kinds, store
 from qwen_jax.checkpoint.safetensors_header import Tensor
 from qwen_jax.runtime import command, paths, processes
-from qwen_jax.runtime.texts import read_json
 
 # A model in the cache of the Hugging Face hub's library.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -83,13 +82,9 @@ class ImportPlan(Conversion):
 
         Floats made of a quantised checkpoint are not said to be quantised.
         """
-        copied = self.target / directory.CONFIG
-        paths.copy(self.source / directory.CONFIG, copied)
+        paths.copy(self.source / directory.CONFIG, self.target / directory.CONFIG)
         if self.facts.get("dequantise"):
-            said = read_json(copied)
-            said.pop(gptq_config.CONFIG_KEY, None)
-            directory.write_json(copied, said)
-            (self.target / gptq_config.FILE).unlink(missing_ok=True)
+            directory.forget_quantisation(self.target)
         store.write_metadata(self.params, self.leaves)
 
     def verify(self) -> None:

@@ -17,11 +17,10 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import conversion, export_plan, gptq_config, gptq_export, names, target
-from convert.copying import Change
+from convert import conversion, export_plan, gptq_export, names, target
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import directory, inspection, kinds, store, token_ids
+from qwen_jax.checkpoint import directory, inspection, kinds, store
 from qwen_jax.config import Config
 from qwen_jax.runtime import command, paths, process_options
 
@@ -33,6 +32,8 @@ EXAMPLES = """examples:
   python convert/to_hf.py SRC DST --adapter RUN/adapter           with an adapter merged in
   python convert/to_hf.py SRC DST --as qwen2                      for vLLM, SGLang, llama.cpp, TRL
   python convert/to_hf.py SRC DST --dequantise --adapter DIR      of 4 bits: floats, merged
+  python convert/to_hf.py SRC DST --adapter DIR --requantise chats.jsonl           4 bits again
+  python convert/to_hf.py SRC DST --adapter DIR --requantise chats.jsonl --bits 4  of floats
 
 If the dtype is that of the checkpoint that SRC was made from, all tensors are equal to it byte for
 byte. SRC and DST may be gs://BUCKET/PATH (pip install -e '.[gcs]').
@@ -68,6 +69,19 @@ def parser() -> argparse.ArgumentParser:
         help="write floats where SRC is quantised (default: its 4 or 8 bits)",
     )
     add(
+        "--requantise",
+        nargs="+",
+        metavar="DATA",
+        help="quantise as SRC is, after --adapter is merged, on conversations or texts: JSONL, "
+        "JSON, Parquet or .txt (default: do not)",
+    )
+    add(
+        "--bits",
+        type=int,
+        choices=(4, 8),
+        help="bits of a weight with --requantise, where SRC is of floats (default: those of SRC)",
+    )
+    add(
         "--as",
         dest="form",
         choices=FORMS,
@@ -101,6 +115,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Convert as the arguments say."""
+    if args.requantise is not None:
+        from convert import requantise
+
+        requantise.run(args, plan_of=make_plan)
+        return
+    if args.bits is not None:
+        raise command.UsageError("--bits applies to --requantise: add it, or leave --bits out")
     conversion.join(args)
     conversion.run(make_plan(args), verify=args.verify)
 
@@ -126,10 +147,11 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     changes, settings = {}, None
     if args.adapter is not None:
         adapter = paths.parse(args.adapter)
-        changes, facts["adapter"] = _merging(adapter, shapes)
-        if (adapter / directory.GENERATION_CONFIG).exists():
-            settings = adapter / directory.GENERATION_CONFIG
-            token_ids.check_range(settings, config.vocab_size)
+        from qwen_jax.checkpoint import peft
+
+        changes = peft.changes(adapter, shapes)
+        facts["adapter"] = target.fingerprint(peft.files(adapter))
+        settings = peft.generation_config(adapter, config.vocab_size)
     _check_integers(args, set(kinds.of_manifest(manifest).values()))
     if args.dequantise:
         facts["dequantise"] = True
@@ -160,7 +182,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
         shards=export_plan.split(sizes, args.max_shard_size),
         dtype=dtype,
         dtypes=tensors.dtypes,
-        config={} if described is None else {gptq_config.CONFIG_KEY: described},
+        config={} if described is None else {directory.QUANTIZATION: described},
         metadata={} if args.dequantise else manifest.get("quantisation", {}).get("metadata", {}),
         facts=facts,
         changes=changes,
@@ -184,26 +206,13 @@ def _check_integers(args: argparse.Namespace, found: set[str]) -> None:
     if args.adapter is not None and integers and not args.dequantise:
         raise command.UsageError(
             f"--adapter: {args.src} is quantised, and an adapter cannot be merged into integers: "
-            "add --dequantise to write floats, or give the floats that it was made from"
+            "add --requantise DATA to write integers again, or --dequantise to write floats, or "
+            "give the floats that it was made from"
         )
     if kinds.INT8 in found:
         command.say(
             "note: the head has 8 bits here; lm_head.weight holds the floats they stand for"
         )
-
-
-def _merging(
-    adapter: Path, shapes: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, Change], dict[str, list[int]]]:
-    """Return the functions that merge an adapter (`peft.changes`), and what identifies its files.
-
-    adapter: the adapter's folder. shapes: the shape of every leaf, by path.
-    """
-    from convert import peft
-    from qwen_jax.checkpoint import adapter_config
-
-    files = [adapter / name for name in (adapter_config.SETTINGS, peft.TENSORS)]
-    return peft.changes(adapter, shapes), target.fingerprint(files)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from convert import copying
-from convert.copying import Change, Job, Made
+from convert.copying import Job, Made
 from convert.names import Expected, TensorPart
 from qwen_jax.checkpoint import store
 from qwen_jax.checkpoint.safetensors_header import Tensor
-from qwen_jax.checkpoint.store import ITEM_BYTES, Band, StoredLeaf
+from qwen_jax.checkpoint.store import ITEM_BYTES, Band, Change, StoredLeaf
 from qwen_jax.runtime import paths, processes
 
 

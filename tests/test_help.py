@@ -77,6 +77,7 @@ FREE = {
         "field",
         "set",
         "bits_of",
+        "requantise",
     ),
     *("host", "api_key", "api_key_file", "allow_host", "name"),
     *("token_cache", "compilation_cache", "coordinator", "lengths", "windows", "profile_steps"),

@@ -12,12 +12,13 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from qwen_jax.checkpoint.directory import DTYPES, PARAMS, CheckpointError
 from qwen_jax.runtime import lock, paths
@@ -44,6 +45,9 @@ _ZARR = {
     "uint8": "|u1",
     "int8": "|i1",
 }
+
+MatrixRows = Shaped[np.ndarray, "rows ..."]
+Change = Callable[[int, MatrixRows], MatrixRows]  # (number of the first row, rows) -> changed rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,19 +9,18 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qwen_jax.quantise import calibration
 from qwen_jax.runtime import caches, command
 
 if TYPE_CHECKING:
-    from qwen_jax.config import Config
     from qwen_jax.quantise.algorithm import Scheme
-    from qwen_jax.quantise.calibration import Rows
 
-_SAMPLES, _HELD_OUT, _LENGTH = 128, 16, 2048
 _EXAMPLES = """examples:
   python -m qwen_jax.quantise --ckpt DIR --data chats.jsonl --out DIR-int4 --bits 4
   python -m qwen_jax.quantise --ckpt DIR --data book.txt --out DIR-int8 --bits 8 --head int8
   python -m qwen_jax.quantise --ckpt DIR --data chats.jsonl --out DIR2 --bits 4 --group-aware --asymmetric
   python -m qwen_jax.quantise --ckpt DIR --data chats.jsonl --out DIR2 --bits 4 --bits-of "*.ffn.down=8"
+  python -m qwen_jax.quantise --ckpt DIR --data chats.jsonl --out DIR2 --bits 4 --adapter RUN/adapter
   python -m qwen_jax.quantise --ckpt DIR --data chats.jsonl --out DIR2 --bits 4 --resume
 """  # noqa: E501 (a command is on one line)
 
@@ -36,7 +35,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     add = result.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="model directory of floats (required)")
+    add(
+        "--ckpt",
+        required=True,
+        metavar="DIR",
+        help="model directory of floats; with --adapter, also of 4 or 8 bits (required)",
+    )
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="adapter in PEFT's format to merge first, into the floats that the weights are or "
+        "stand for (default: none)",
+    )
     add(
         "--out",
         required=True,
@@ -47,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         action="store_true",
-        help="go on with the unfinished work of the same command in --out, if there is any",
+        help="go on with the work of the same command in --out, if there is any",
     )
     _scheme_options(result.add_argument_group("rounding"))
     _data_options(result.add_argument_group("calibration data"))
@@ -130,20 +140,21 @@ def _data_options(group: command.Group) -> None:
         "--samples",
         type=command.positive,
         metavar="N",
-        help=f"calibrate on N rows (default: all that there are, {_SAMPLES} at most)",
+        help=f"calibrate on N rows (default: all that there are, {calibration.SAMPLES} at most)",
     )
     add(
         "--held-out",
         type=int,
         metavar="N",
         help="compare the models on N other rows; 0: on those of calibration (default: an eighth "
-        f"of what there is, {_HELD_OUT} at most)",
+        f"of what there is, {calibration.HELD_OUT} at most)",
     )
     add(
         "--length",
         type=command.positive,
         metavar="T",
-        help=f"tokens of a row (default: {_LENGTH}, or seq_length of the model if that is less)",
+        help=f"tokens of a row (default: {calibration.LENGTH}, or seq_length of the model if "
+        "that is less)",
     )
     add(
         "--seed",
@@ -190,7 +201,15 @@ def work(args: argparse.Namespace) -> None:
     sizes = options.mesh_sizes(args.mesh)
     options.virtual_cpu_devices(sizes)
     caches.use_compilation_cache(args.compilation_cache)
-    rows, held_out = _rows(args, checkpoint.load_config(ckpt))
+    rows, held_out = calibration.of_model(
+        ckpt,
+        args.data,
+        length=args.length,
+        samples=args.samples,
+        held_out=args.held_out,
+        seed=args.seed,
+        field=args.field,
+    )
     settings = Settings(
         ckpt=ckpt,
         out=paths.absolute(args.out),
@@ -200,6 +219,7 @@ def work(args: argparse.Namespace) -> None:
         dtype=args.dtype or backend.default_dtype(),
         attention=args.attention,
         resume=args.resume,
+        adapter=None if args.adapter is None else paths.absolute(args.adapter),
     )
     with meshes.entered(meshes.make(sizes)):
         figures = run(settings, rows, held_out=held_out)
@@ -235,42 +255,6 @@ def _scheme(args: argparse.Namespace) -> "Scheme":
     except ValueError as error:
         field, _, rest = str(error).partition(":")
         raise command.UsageError(f"--{options.get(field, field)}:{rest}") from None
-
-
-def _rows(args: argparse.Namespace, config: "Config") -> "tuple[Rows, Rows | None]":
-    """Read the rows of calibration, and those that are held out, or None for none."""
-    from qwen_jax import checkpoint
-    from qwen_jax.quantise import calibration
-
-    tokenizer = checkpoint.load_tokenizer(args.ckpt)
-    if tokenizer is None:
-        raise ValueError(f"{args.ckpt} has no tokenizer: put its qwen.tiktoken there")
-    length = args.length or min(_LENGTH, config.seq_length)
-    most = (args.samples or _SAMPLES) + (_HELD_OUT if args.held_out is None else args.held_out)
-    rows = calibration.read(
-        args.data,
-        tokenizer,
-        length=length,
-        least=(args.samples or 1) + (args.held_out or 0),
-        most=most,
-        seed=args.seed,
-        field=args.field,
-    )
-    held_out = args.held_out
-    if held_out is None:
-        held_out = len(rows) - args.samples if args.samples else min(_HELD_OUT, len(rows) // 8)
-    count = len(rows) - held_out
-    found, others = rows.part(slice(count)), rows.part(slice(count, None))
-    command.say(
-        f"calibrating on {count} rows of {length} tokens ({found.counted:,} without padding); "
-        + (f"comparing on {held_out} others" if held_out else "comparing on the same")
-    )
-    if found.counted < (widest := max(config.sizes["D"], config.sizes["F"])):
-        command.say(
-            f"note: {found.counted:,} tokens are fewer than the {widest:,} inputs of a matrix: "
-            "more data would make errors on other texts smaller"
-        )
-    return found, others if held_out else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
+from qwen_jax import checkpoint
 from qwen_jax.chat import examples
 from qwen_jax.chat.prompt import DEFAULT_SYSTEM
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.runtime import records
+from qwen_jax.runtime import command, records
 
+# What is taken where nothing is asked for: rows, rows that are held out, and tokens of a row.
+SAMPLES, HELD_OUT, LENGTH = 128, 16, 2048
 _CHOICE = 8  # rows are chosen among so many times as many as are wanted
 
 
@@ -62,6 +65,55 @@ def of_tokens(tokens: Int32[np.ndarray, "rows T"]) -> Rows:
     return Rows(tokens, positions, np.ones_like(tokens))
 
 
+def of_model(
+    ckpt: Path,
+    sources: Sequence[str | Path],
+    *,
+    length: int | None = None,
+    samples: int | None = None,
+    held_out: int | None = None,
+    seed: int = 0,
+    field: str = "text",
+) -> tuple[Rows, Rows | None]:
+    """Read the rows to calibrate a model on, and those that are held out, or None for none.
+
+    ckpt: the directory of the model, with its tokenizer.
+    sources, seed, field: as in `read`.
+    length: the number of tokens of a row; None for `LENGTH`, or the model's `seq_length` if less.
+    samples: the number of rows to calibrate on; None for what there is, `SAMPLES` at most.
+    held_out: the number of the others; None for an eighth of what there is, `HELD_OUT` at most.
+
+    Says in a line on stderr what was found. The errors are those of `read`.
+    """
+    config, tokenizer = checkpoint.load_config(ckpt), checkpoint.load_tokenizer(ckpt)
+    if tokenizer is None:
+        raise ValueError(f"{ckpt} has no tokenizer: put its qwen.tiktoken there")
+    length = length or min(LENGTH, config.seq_length)
+    rows = read(
+        sources,
+        tokenizer,
+        length=length,
+        least=(samples or 1) + (held_out or 0),
+        most=(samples or SAMPLES) + (HELD_OUT if held_out is None else held_out),
+        seed=seed,
+        field=field,
+    )
+    if held_out is None:
+        held_out = len(rows) - samples if samples else min(HELD_OUT, len(rows) // 8)
+    count = len(rows) - held_out
+    found, others = rows.part(slice(count)), rows.part(slice(count, None))
+    command.say(
+        f"calibrating on {count} rows of {length} tokens ({found.counted:,} without padding); "
+        + (f"comparing on {held_out} others" if held_out else "comparing on the same")
+    )
+    if found.counted < (widest := max(config.sizes["D"], config.sizes["F"])):
+        command.say(
+            f"note: {found.counted:,} tokens are fewer than the {widest:,} inputs of a matrix: "
+            "more data would make errors on other texts smaller"
+        )
+    return found, others if held_out else None
+
+
 def read(
     sources: Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -90,7 +142,8 @@ def read(
     if tokens < length or len(found) < least:
         raise ValueError(
             f"the calibration data has {tokens:,} tokens, which are {len(found)} rows of {length}, "
-            f"and {least} full ones are needed: give more data, or a smaller --length or --samples"
+            f"and {least} full ones are needed: give more data, or `python -m qwen_jax.quantise` a "
+            "smaller --length or --samples"
         )
     order = np.random.default_rng(seed).permutation(len(found))[:most]
     return _filled([found[number] for number in order], length)

@@ -76,14 +76,23 @@ def table(figures: Mapping[str, Any]) -> str:
         errors = _errors(number, figures)
         cells = [*(errors.get(name) for name in NAMES), after]
         lines.append(f"{number:>5}" + "".join(f"{_cell(cell):>10}" for cell in cells))
+    lines += [f"mean of all matrices: {mean_error(figures):.4g}", compared(figures)]
+    return "\n".join(lines)
+
+
+def mean_error(figures: Mapping[str, Any]) -> float:
+    """Return the mean of the relative output errors of all rounded matrices."""
     found = [each["relative_output_error"] for each in figures["layers"].values()]
-    lines.append(f"mean of all matrices: {sum(found) / len(found):.4g}")
+    return sum(found) / len(found)
+
+
+def compared(figures: Mapping[str, Any]) -> str:
+    """Return a line that compares the predictions of the two models."""
     before, after = (figures["perplexity"][key] for key in ("before", "after"))
-    lines.append(
+    return (
         f"on {figures['targets']:,} tokens of {figures['compared_on']}: KL {figures['kl']:.4g}, "
         f"perplexity {_cell(before)} before, {_cell(after)} after"
     )
-    return "\n".join(lines)
 
 
 def _cell(value: float | None) -> str:

@@ -71,7 +71,8 @@ class Output:
             "mesh": sharding.axis_sizes(mesh),
             # Zeros less 1, which every program reads, unless a zero may be 0.
             "quantisation": {"zeros": "v1" if symmetric else "v2", "biases": [], "metadata": {}},
-            directory.ORIGIN: directory.origin(source.root),
+            # Weights that were trained since are of no checkpoint.
+            directory.ORIGIN: {} if source.adapter else directory.origin(source.root),
             "run": dict(facts),
         }
 
@@ -119,10 +120,32 @@ class Output:
                 figures = read_json(self.root / REPORT)
             yield figures
 
+    def made(self) -> dict[str, Any] | None:
+        """Return the figures of this run if it is whole; None if it is not, or is another's."""
+        if not (self.root / MANIFEST).exists():
+            return None
+        if self._differing(checkpoint.verify_whole(self.root)):
+            return None
+        return read_json(self.root / REPORT)
+
+    def _differing(self, said: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return what a directory says of its run and this run does not: both values, by name."""
+        ours = {
+            **self._facts["run"],
+            "made_by": self._facts["made_by"],
+            "mesh": self._facts["mesh"],
+        }
+        theirs = {**said.get("run", {}), "made_by": said.get("made_by"), "mesh": said.get("mesh")}
+        keys = ours | theirs
+        pairs = {key: (theirs.get(key), ours.get(key)) for key in keys}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
     def _check(self, resume: bool) -> bool:
         """Return whether there is work to go on with; ValueError if something else is there."""
         if (self.root / MANIFEST).exists():
-            raise ValueError(f"{self.root} is a whole model directory already: name another place")
+            raise ValueError(
+                f"{self.root} is a whole model directory already: name another place, or remove it"
+            )
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{self.root} exists and is no folder: name another place")
         found = directory.names(self.root)
@@ -139,13 +162,11 @@ class Output:
                 f"{self.root} is an unfinished quantisation: add --resume to go on with it, or "
                 "remove it"
             )
-        ours = {**self._facts["run"], "mesh": self._facts["mesh"]}
-        theirs = {**said.get("run", {}), "mesh": said.get("mesh")}
-        if differing := [key for key in ours if ours[key] != theirs.get(key)]:
-            key = differing[0]
+        if differing := self._differing(said):
+            key, (theirs, ours) = next(iter(differing.items()))
             raise ValueError(
-                f"{self.root} was begun with {key} {theirs.get(key)}, not {ours[key]}: give the "
-                "command that began it, or another place"
+                f"{self.root} was begun with {key} {theirs}, not {ours}: give the command that "
+                "began it, or another place, or remove it"
             )
         return True
 
@@ -154,6 +175,10 @@ class Output:
         directory.write_json(self.root / UNFINISHED, self._facts)
         directory.carry(self._source.root, self.root)
         paths.copy(self._source.root / CONFIG, self.root / CONFIG)
+        directory.forget_quantisation(self.root)
+        (self.root / REPORT).unlink(missing_ok=True)  # of the run that made the source
+        if (settings := self._source.generation_config) is not None:
+            paths.copy(settings, self.root / directory.GENERATION_CONFIG)
         store.write_metadata(self.root / PARAMS, self._leaves)
 
     def write(self, path: str, leaf: Weight | Leaf) -> None:

@@ -6,6 +6,7 @@ predictions of the two.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,13 +40,15 @@ _AT_A_TIME = 4096  # tokens that pass through a block together, where no row is 
 class Settings:
     """What a run does.
 
-    ckpt, out: the directory of the float model, and the one to write.
+    ckpt, out: the directory of the model, and the one to write.
     scheme: how matrices are rounded.
     bits_of: other bits by a pattern of paths (`schemes.by_path`).
     int8_head: whether the head is stored in int8.
     dtype: the dtype that passes compute in.
     attention: a name of `attention.IMPLEMENTATIONS`.
-    resume: whether to go on with unfinished work.
+    resume: whether to go on with unfinished work, or to accept what is whole.
+    adapter: the folder of an adapter in PEFT's format that is merged into the model first; the
+        directory may then be quantised. None for none.
     """
 
     ckpt: Path
@@ -56,6 +59,7 @@ class Settings:
     dtype: str = "float32"
     attention: str = "auto"
     resume: bool = False
+    adapter: Path | None = None
 
 
 def run(settings: Settings, rows: Rows, *, held_out: Rows | None) -> dict[str, Any]:
@@ -76,7 +80,7 @@ class _Run:
 
     def __init__(self, settings: Settings, rows: Rows, held_out: Rows | None, *, mesh: Mesh):
         self.settings = settings
-        self.source = Source(settings.ckpt, mesh)
+        self.source = Source(settings.ckpt, mesh, adapter=settings.adapter)
         self.config = config = self.source.config
         if sharding.axis_sizes(mesh)[sharding.CONTEXT] > 1:
             raise ValueError("a context axis is for training: quantise with fsdp, tp and data")
@@ -96,7 +100,7 @@ class _Run:
         self.attend: Attend = prove.resolve(settings.attention, cases)
         compared = rows if held_out is None else held_out
         facts = {
-            "source": str(settings.ckpt),
+            **self.source.facts,
             "scheme": findings.scheme_facts(settings.scheme),
             "bits_of": dict(settings.bits_of),
             "head": "int8" if settings.int8_head else self.source.dtype,
@@ -128,6 +132,8 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         """Quantise the model, or go on where an earlier start was stopped."""
+        if self.settings.resume and (found := self.output.made()) is not None:
+            return found
         with self.output.begun(resume=self.settings.resume) as earlier:
             self.figures |= {key: earlier[key] for key in ("layers", "blocks") if key in earlier}
             self._embed()
@@ -143,12 +149,15 @@ class _Run:
     def _embed(self) -> None:
         """Look up the embeddings of all tokens, which both streams begin with."""
         embedding = self.source.weight("embedding")
-        self.output.write("embedding", embedding)
-        self.float_stream = [
-            vocabulary.look_up(embedding[...], batch.tokens, dtype=self.settings.dtype)
-            for batch in self.batches
-        ]
-        self.stream = list(self.float_stream)
+        stored = self.source.stored("embedding", embedding)
+        self.output.write("embedding", stored)
+        self.float_stream, self.stream = (
+            [
+                vocabulary.look_up(table[...], batch.tokens, dtype=self.settings.dtype)
+                for batch in self.batches
+            ]
+            for table in (embedding, stored)
+        )
 
     def _block(self, number: int, clock: findings.Clock) -> None:
         """Quantise one block, or read it if it is done, and move both streams past it."""
@@ -176,7 +185,7 @@ class _Run:
         def one(name: str, leaf: Weight) -> Weight:
             path = f"layers.{number}.{name}"
             if path not in self.schemes:
-                return leaf
+                return self.source.stored(path, leaf)
             found = self.output.rounded(path)
             return matrices.floats(found, leaf, dtype=self.settings.dtype)
 
@@ -184,7 +193,8 @@ class _Run:
 
     def _rounded(self, number: int, given: Block, *, window: jax.Array) -> Block:
         """Round the matrices of a block and write them; return it with these as floats."""
-        block, original = given, named_leaves(given)
+        original = named_leaves(given)
+        block = map_leaves(functools.partial(self._unrounded, number), given)
         for stage in schemes.STAGES:
             wanted = {name: f"layers.{number}.{name}" for name in stage}
             wanted = {name: path for name, path in wanted.items() if path in self.schemes}
@@ -208,10 +218,15 @@ class _Run:
                 for name, path in wanted.items()
             }
             block = map_leaves(lambda name, leaf, made=made: made.get(name, leaf), block)
-        for name, leaf in original.items():
+        for name, leaf in named_leaves(block).items():
             if (path := f"layers.{number}.{name}") not in self.schemes:
                 self.output.write(path, leaf)
         return block
+
+    def _unrounded(self, number: int, name: str, leaf: Weight) -> Weight:
+        """Return a weight of a block as it is stored, if it is not one that is to be rounded."""
+        path = f"layers.{number}.{name}"
+        return leaf if path in self.schemes else self.source.stored(path, leaf)
 
     def _matrix(self, path: str, weight: Weight, *, hessian: algorithm.Hessian) -> Weight:
         """Round one matrix and write it; return it as floats."""
@@ -239,11 +254,12 @@ class _Run:
         """Write the final norm and the head, and compare the predictions of both models."""
         norm = self.source.weight("final_norm")
         self.output.write("final_norm", norm)
-        float_head = head = self.source.weight(
-            "embedding" if self.config.tie_embeddings else output.HEAD
-        )
+        path = "embedding" if self.config.tie_embeddings else output.HEAD
+        float_head = self.source.weight(path)
         if self.settings.int8_head:
             head = output.int8_head(float_head)
+        else:
+            head = self.source.stored(path, float_head)
         if not self.config.tie_embeddings:
             self.output.write(output.HEAD, head)
         first = len(self.batches) - len(self.measured)

@@ -244,7 +244,7 @@ def test_inspect_tells_what_a_load_refuses(tmp_path, model):
 
 def test_settings_that_come_with_an_adapter(tmp_path, model, capfd, monkeypatch):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ROWS}))
-    monkeypatch.setattr("convert.peft.changes", lambda *_, **__: {})
+    monkeypatch.setattr("qwen_jax.checkpoint.peft.changes", lambda *_, **__: {})
     monkeypatch.setattr(to_hf.target, "fingerprint", lambda _: {})
     arguments = [str(model), str(tmp_path / "out"), "--adapter", str(tmp_path)]
     assert to_hf.main(arguments) == 1

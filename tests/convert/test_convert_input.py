@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import copying, folder, from_hf, peft, target, to_hf
-from qwen_jax.checkpoint import adapter_config, directory
+from convert import copying, folder, from_hf, target, to_hf
+from qwen_jax.checkpoint import adapter_config, directory, peft
 from tests.support.conversion import (
     GOLDEN,
     INDEX,

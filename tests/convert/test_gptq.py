@@ -169,7 +169,7 @@ def test_exports_of_floats(tmp_path, form, capfd):
         np.testing.assert_allclose(merged[f"{name}.weight"], weight + 2 * b @ a, atol=1e-6)
     args = [str(tmp_path / "model"), str(tmp_path / "no"), "--adapter", adapter]
     assert to_hf.main(args) == 2
-    assert "cannot be merged into integers: add --dequantise" in last_line(capfd)
+    assert "cannot be merged into integers: add --requantise DATA" in last_line(capfd)
 
 
 @pytest.mark.parametrize("source", ["float16", "int4"])

@@ -13,11 +13,11 @@ import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
-from convert import names, peft, qwen2_plan, to_hf
+from convert import names, qwen2_plan, to_hf
 from qwen_jax import checkpoint
 from qwen_jax.chat import tokenizer_json
 from qwen_jax.chat.tokenizer import SPECIAL_TOKENS, Tokenizer
-from qwen_jax.checkpoint import adapter_config
+from qwen_jax.checkpoint import adapter_config, peft
 from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import RopeScaling, qwen2_config
 from qwen_jax.config.presets import PRESETS

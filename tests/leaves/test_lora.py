@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import peft
 from qwen_jax import checkpoint, meshes
 from qwen_jax.attention import xla
-from qwen_jax.checkpoint import adapter_config, patterns
+from qwen_jax.checkpoint import adapter_config, patterns, peft
 from qwen_jax.leaves import low_rank
 from qwen_jax.leaves.weights import Weight, contract, named_leaves
 from qwen_jax.model import lora

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import names, peft
-from qwen_jax.checkpoint import adapter_config
+from convert import names
+from qwen_jax.checkpoint import adapter_config, peft
 from qwen_jax.leaves.weights import named_leaves
 from qwen_jax.meshes.moves import place
 from qwen_jax.model import Decoder, adapted, lora

@@ -147,8 +147,10 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     assert kinds == {"head": "int8"} | {
         f"layers.{i}.attn.{name}": "grouped4" for i in (0, 1) for name in "qkvo"
     }
-    with pytest.raises(ValueError, match="is a whole model directory already"):
-        start(stopped, resume=True)
+    assert start(stopped, resume=True) == found, "the same command again is content"
+    for settings in ({}, {"resume": True, "dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="is a whole model directory already"):
+            start(stopped, **settings)
 
 
 @pytest.mark.slow

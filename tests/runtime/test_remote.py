@@ -24,9 +24,9 @@ from jax._src import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
 import qwen_jax
-from convert import from_hf, peft
+from convert import from_hf
 from qwen_jax import checkpoint, expand_vocab, model
-from qwen_jax.checkpoint import CheckpointError, adapter_config, directory, inspection, store
+from qwen_jax.checkpoint import CheckpointError, adapter_config, directory, inspection, peft, store
 from qwen_jax.generate import __main__ as generate
 from qwen_jax.meshes import sharding
 from qwen_jax.model import lora

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import qwen_jax
-from convert import from_hf, peft, to_hf
+from convert import from_hf, to_hf
 from qwen_jax import checkpoint
-from qwen_jax.checkpoint import adapter_config
+from qwen_jax.checkpoint import adapter_config, peft
 from tests.support.conversion import contents
 from tests.support.training import curve, fail, fine_tuning, prepared, pretraining, succeed, weights
 from train import sft

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.copying import Change
-from qwen_jax.checkpoint.adapter_config import LAYER, WHOLE
+from qwen_jax.checkpoint import directory, token_ids
+from qwen_jax.checkpoint.adapter_config import LAYER, SETTINGS, WHOLE
 from qwen_jax.checkpoint.adapter_files import TENSORS, read, read_tensors, write
+from qwen_jax.checkpoint.store import Change
 
-__all__ = ["TENSORS", "changes", "read", "write"]
+__all__ = ["TENSORS", "changes", "files", "generation_config", "read", "write"]
 
 
 def changes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
@@ -55,4 +56,22 @@ def changes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ch
             tensor = f"{LAYER.replace('{L}', str(layer))}{module}.weight"
             for leaf, rows in zip(members, np.split(b, ends), strict=True):
                 found[f"layers.{layer}.{leaf}"] = added(tensor, a.astype(np.float32), rows)
+    return found
+
+
+def files(folder: Path) -> list[Path]:
+    """Return the files that say what an adapter changes."""
+    return [folder / SETTINGS, folder / TENSORS]
+
+
+def generation_config(folder: Path, vocab_size: int) -> Path | None:
+    """Return the generation_config.json that comes with an adapter; None without one.
+
+    An adapter can turn a base model into a chat model. Raises ValueError for an id that a model of
+    so many rows does not have.
+    """
+    found = folder / directory.GENERATION_CONFIG
+    if not found.exists():
+        return None
+    token_ids.check_range(found, vocab_size)
     return found
