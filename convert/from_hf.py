@@ -209,7 +209,9 @@ def _quantised(
     wanted: the tensors of the same checkpoint in floats, by name.
     letters: the axis letters of each leaf, by path.
     """
-    linears = gptq.linears(wanted, bits=settings.bits, group_size=settings.group_size)
+    linears = gptq.linears(wanted, settings.form_of)
+    if not linears:
+        raise ValueError("dynamic leaves no layer quantised: remove what says that they are")
     named = gptq_import.tensors_of(wanted, linears, found=tensors)
     _check(tensors, named)
     metadata = read_metadata(next(iter(tensors.values())).file)

@@ -6,7 +6,8 @@ zeros, and the order of inputs under act-order, are computed from the tensors, a
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8, UInt32
@@ -17,6 +18,13 @@ WORD = 32  # the bits of a word
 CODES, SCALES, ZEROS, ORDER = "codes", "scales", "zeros", "order"  # the fields of a leaf
 # The tensor whose columns are a field of the leaves.
 TENSOR = {CODES: "qweight", SCALES: "scales"}
+
+
+class Form(NamedTuple):
+    """How a layer is quantised: the bits of a code, and the inputs of a group, -1 for all."""
+
+    bits: int
+    group_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +86,28 @@ class Linear:
         return Expected(shape, tuple(parts))
 
 
-def linears(wanted: Mapping[str, Expected], *, bits: int, group_size: int) -> list[Linear]:
-    """Return the linear layers of a checkpoint that GPTQ quantises: the matrices of its layers.
+def is_linear(tensor: Expected) -> bool:
+    """Return whether a tensor of floats is a matrix of a layer, which GPTQ can quantise."""
+    return tensor.parts[0].path.startswith("layers.") and len(tensor.shape) == 2
+
+
+def linears(wanted: Mapping[str, Expected], form_of: Callable[[str], Form | None]) -> list[Linear]:
+    """Return the linear layers of a checkpoint that are quantised.
 
     wanted: the tensors of the same checkpoint in floats, by name.
-    group_size: the number of inputs in a group; -1 for all of them.
+    form_of: says how a layer is quantised, by its name; None: not at all.
 
     Raises ValueError for sizes that words or groups do not divide.
     """
     found = []
     for name, tensor in wanted.items():
-        if not tensor.parts[0].path.startswith("layers.") or len(tensor.shape) != 2:
+        form = form_of(name.removesuffix(".weight")) if is_linear(tensor) else None
+        if form is None:
             continue
         outputs, inputs = tensor.shape
-        size = inputs if group_size == -1 else group_size
-        linear = Linear(name.removesuffix(".weight"), tensor.parts, bits, size)
-        per_word = WORD // bits
+        size = inputs if form.group_size == -1 else form.group_size
+        linear = Linear(name.removesuffix(".weight"), tensor.parts, form.bits, size)
+        per_word = WORD // form.bits
         if inputs % size or inputs % per_word or outputs % per_word:
             raise ValueError(
                 f"{linear.name} has {inputs} inputs and {outputs} outputs, which groups of {size} "

@@ -6,10 +6,12 @@ mean are passed over.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.gptq import Form
 from qwen_jax.checkpoint import directory
 from qwen_jax.runtime import texts, values
 from qwen_jax.runtime.texts import read_json
@@ -19,25 +21,30 @@ _METHOD = "gptq"
 _FORMAT_KEYS = ("checkpoint_format", "format")
 _FORMATS = {"gptq": None, "gptq_v2": "v2"}
 # Keys that must agree where both places have them.
-_SHARED = ("bits", "group_size", "sym", "desc_act", "quant_method", *_FORMAT_KEYS)
+_SHARED = ("bits", "group_size", "sym", "desc_act", "quant_method", *_FORMAT_KEYS, "dynamic")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How the weights of a folder are quantised.
 
-    bits: 4 or 8.
-    group_size: the number of inputs that share a scale; -1 for all of them.
+    form: how most layers are: 4 or 8 bits, and the number of inputs that share a scale.
+    rules: what differs by layer (`dynamic`): patterns of names with the form of layers that they
+        match from the beginning, or None where these are floats. The first that matches holds.
     symmetric: whether every zero is 2^(bits - 1).
     desc_act: whether inputs may be of any group (act-order).
     zeros: "v1" or "v2", how qzeros holds zeros; None if the folder does not say.
     """
 
-    bits: int
-    group_size: int
+    form: Form
+    rules: tuple[tuple[re.Pattern[str], Form | None], ...]
     symmetric: bool
     desc_act: bool
     zeros: str | None
+
+    def form_of(self, name: str) -> Form | None:
+        """Return how a layer is quantised, by its name; None if it is not."""
+        return next((form for rule, form in self.rules if rule.match(name)), self.form)
 
 
 def read(source: Path) -> Settings | None:
@@ -77,6 +84,22 @@ def read(source: Path) -> Settings | None:
 
 def _checked(said: Mapping[str, Any]) -> Settings:
     """Return the settings in the merged contents of the two places; ValueError for others."""
+    form = _form(said)
+    formats = {said[key] for key in _FORMAT_KEYS if said.get(key)}
+    if len(formats) > 1:
+        told = " and ".join(f"{key} is {texts.shown(said[key])}" for key in _FORMAT_KEYS)
+        raise ValueError(f"{told}: put the files there that came with these weights")
+    return Settings(
+        form=form,
+        rules=tuple(_rules(said, form)),
+        symmetric=_flag(said, "sym", default=True),
+        desc_act=_flag(said, "desc_act", default=False),
+        zeros=_FORMATS[formats.pop()] if formats else None,
+    )
+
+
+def _form(said: Mapping[str, Any]) -> Form:
+    """Return the bits and the groups that settings name; ValueError for others than can be read."""
     bits = values.whole("bits is", values.from_file(said.get("bits")))
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits}: only 4 and 8 can be read")
@@ -84,17 +107,36 @@ def _checked(said: Mapping[str, Any]) -> Settings:
     size = values.whole("group_size is", values.from_file(said.get("group_size", -1)), least=-1)
     if size == 0 or (size > 0 and size % per_word):
         raise ValueError(f"group_size is {size}: must be -1 or a multiple of {per_word}")
-    formats = {said[key] for key in _FORMAT_KEYS if said.get(key)}
-    if len(formats) > 1:
-        told = " and ".join(f"{key} is {texts.shown(said[key])}" for key in _FORMAT_KEYS)
-        raise ValueError(f"{told}: put the files there that came with these weights")
-    return Settings(
-        bits=bits,
-        group_size=size,
-        symmetric=_flag(said, "sym", default=True),
-        desc_act=_flag(said, "desc_act", default=False),
-        zeros=_FORMATS[formats.pop()] if formats else None,
-    )
+    return Form(bits, size)
+
+
+def _rules(said: Mapping[str, Any], form: Form) -> Iterator[tuple[re.Pattern[str], Form | None]]:
+    """Yield the patterns of `dynamic`, each with the form of the layers that it matches.
+
+    A pattern with the prefix "-:" names layers of floats; one with "+:", or without prefix, layers
+    with other settings. form: that of the other layers.
+    """
+    dynamic = said.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(x, dict) for x in dynamic.values()):
+        raise ValueError(f"dynamic is {texts.shown(dynamic)}: must be objects by pattern")
+    for key, changes in dynamic.items():
+        try:
+            rule = re.compile(re.sub(r"^[+-]:", "", key))
+        except re.error as error:
+            raise ValueError(
+                f"dynamic has {texts.shown(key)}, which is no pattern: {error}"
+            ) from None
+        if key.startswith("-:"):
+            yield rule, None
+            continue
+        for name, value in changes.items():
+            same = name == "sym" and value == _flag(said, "sym", default=True)
+            if name not in ("bits", "group_size", "desc_act") and not same:
+                raise ValueError(
+                    f"dynamic has {name} {texts.shown(value)} for {texts.shown(key)}: only bits, "
+                    "group_size and desc_act can differ by layer"
+                )
+        yield rule, _form({**form._asdict(), **changes})
 
 
 def _refuse(said: Mapping[str, Any]) -> None:
@@ -117,7 +159,6 @@ def _refuse(said: Mapping[str, Any]) -> None:
             )
     options = {
         "is_marlin_format": "weights packed for Marlin: save the model in the format gptq",
-        "dynamic": "settings that differ by module",
         "lm_head": "a quantised head",
     }
     for key, why in options.items():

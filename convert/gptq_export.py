@@ -4,8 +4,10 @@ What a leaf and a tensor both hold is copied; the rest is computed. All bytes ar
 checkpoint from which the directory was made.
 """
 
+import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from jaxtyping import Int32
 
 from convert import copying, gptq, gptq_config
 from convert.copying import Made
-from convert.gptq import Linear
+from convert.gptq import Form, Linear
+from convert.gptq_config import Settings
 from convert.names import Expected
 from qwen_jax.checkpoint import directory, kinds
 from qwen_jax.checkpoint.store import Change, MatrixRows, StoredLeaf
@@ -29,12 +32,14 @@ class Tensors:
     made: functions that compute the rows of the other tensors, by name.
     dtypes: the dtype of each tensor, by name.
     linears: the quantised layers.
+    floats: the names of other linear layers.
     """
 
     wanted: dict[str, Expected]
     made: dict[str, Made]
     dtypes: dict[str, str]
     linears: list[Linear]
+    floats: list[str]
 
 
 def of(
@@ -57,7 +62,7 @@ def of(
     """
     of_kind = kinds.of_manifest(manifest)
     extra = manifest.get("quantisation", {}).get("biases", ())
-    result = Tensors({}, {}, {}, [])
+    result = Tensors({}, {}, {}, [], [])
     for name, tensor in wanted.items():
         found = {of_kind.get(part.path) for part in tensor.parts}
         if found & set(kinds.GROUPED):
@@ -74,6 +79,8 @@ def of(
                 result.dtypes[bias] = dtype
                 result.made[bias] = functools.partial(_none, linear.outputs)
             continue
+        if gptq.is_linear(tensor):
+            result.floats.append(name.removesuffix(".weight"))
         result.wanted[name], result.dtypes[name] = tensor, dtype
         if kinds.INT8 in found:
             (part,) = tensor.parts
@@ -95,12 +102,16 @@ def _linear(
     Raises ValueError if its leaves differ in bits or groups, so that one tensor cannot hold them.
     """
     forms = {
-        (kinds.GROUPED.get(of_kind.get(part.path, "")), leaves[f"{part.path}.scales"].shape[0])
+        (kinds.GROUPED[of_kind[part.path]], leaves[f"{part.path}.scales"].shape[0])
         for part in tensor.parts
+        if part.path in of_kind
     }
     (bits, groups), *others = forms
-    if others or bits is None:
-        raise ValueError(f"{name}: its leaves differ in bits or groups: they need a tensor each")
+    if others or any(part.path not in of_kind for part in tensor.parts):
+        raise ValueError(
+            f"{name}: its parts differ in bits or groups, and a checkpoint has one tensor for "
+            "them: `--dequantise` writes floats"
+        )
     size = tensor.shape[1] // groups
     return Linear(name.removesuffix(".weight"), tensor.parts, bits, size)
 
@@ -246,43 +257,60 @@ def described(
     Raises ValueError if a checkpoint cannot say how its layers are quantised, or if these files say
     something else.
     """
-    forms = {(linear.bits, linear.group_size, linear.groups) for linear in tensors.linears}
-    many = {bits for bits, _, _ in forms}, {size for _, size, _ in forms}
-    whole = all(groups == 1 for _, _, groups in forms)
-    if len(many[0]) > 1 or (len(many[1]) > 1 and not whole):
-        raise ValueError(
-            f"layers of {source} have {_listed(many[0])} bits and groups of {_listed(many[1])}: a "
-            "GPTQ checkpoint has one of each; `--dequantise` writes floats"
-        )
-    (bits, size, _), *_ = forms
-    size = -1 if whole and len(many[1]) > 1 else size
     names = manifest["shapes"]
+    symmetric = not any(name.endswith(f".{gptq.ZEROS}") for name in names)
+    said = gptq_config.read(source)
+    if said is not None:
+        _check_said(said, tensors, symmetric=symmetric, file=source / directory.CONFIG)
+        return None
+    forms = {x.name: Form(x.bits, x.group_size) for x in tensors.linears}
+    sizes = {form.group_size for form in forms.values()}
+    if len(sizes) > 1 and all(linear.groups == 1 for linear in tensors.linears):
+        forms = {name: Form(form.bits, -1) for name, form in forms.items()}
+    ((most, _),) = collections.Counter(forms.values()).most_common(1)
     made = {
-        "bits": bits,
-        "group_size": size,
-        "sym": not any(name.endswith(f".{gptq.ZEROS}") for name in names),
+        **most._asdict(),
+        "sym": symmetric,
         "desc_act": any(name.endswith(f".{gptq.ORDER}") for name in names),
         "quant_method": "gptq",
         "checkpoint_format": {"v1": "gptq", "v2": "gptq_v2"}[_convention(manifest)],
     }
-    said = gptq_config.read(source)
-    if said is None:
-        return made
-    size = -1 if said.group_size == -1 and whole else size
-    if (said.bits, said.group_size, said.symmetric) != (bits, size, made["sym"]):
-        raise ValueError(
-            f"{source / directory.CONFIG} says bits {said.bits}, group_size {said.group_size} and "
-            f"sym {said.symmetric}, the weights are of {bits}, {size} and {made['sym']}: put back "
-            "the file that they were converted with"
-        )
-    return None
+    rules = {
+        f"+:^{re.escape(name)}$": {
+            key: value for key, value in form._asdict().items() if value != getattr(most, key)
+        }
+        for name, form in forms.items()
+        if form != most
+    }
+    rules |= {f"-:^{re.escape(name)}$": {} for name in tensors.floats}
+    return made | ({"dynamic": rules} if rules else {})
+
+
+def _check_said(said: Settings, tensors: Tensors, *, symmetric: bool, file: Path) -> None:
+    """Raise ValueError if the settings that a directory carries say something else of its layers.
+
+    symmetric: whether no layer has zeros of its own. file: where settings are, for the message.
+    """
+    forms: dict[str, tuple[int, int] | None] = dict.fromkeys(tensors.floats)
+    forms |= {linear.name: (linear.bits, linear.group_size) for linear in tensors.linears}
+    inputs = {linear.name: linear.inputs for linear in tensors.linears}
+    for name, form in forms.items():
+        theirs = said.form_of(name)
+        if theirs is not None and theirs.group_size == -1:
+            theirs = Form(theirs.bits, inputs.get(name, -1))
+        if theirs != form or said.symmetric != symmetric:
+            raise ValueError(
+                f"{file} says of {name} {_shown(theirs)} and sym {said.symmetric}, its weights are "
+                f"of {_shown(form)} and {symmetric}: put back the file that they were converted "
+                "with"
+            )
+
+
+def _shown(form: tuple[int, int] | None) -> str:
+    """Return how a layer is quantised as text."""
+    return "floats" if form is None else f"bits {form[0]}, group_size {form[1]}"
 
 
 def _convention(manifest: Mapping[str, Any]) -> str:
     """Return how qzeros is to hold zeros: as it did in the checkpoint, or else as v2 does."""
     return manifest.get("quantisation", {}).get("zeros", "v2")
-
-
-def _listed(numbers: set[int]) -> str:
-    """Return numbers as text, in order."""
-    return " and ".join(map(str, sorted(numbers)))

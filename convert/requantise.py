@@ -5,6 +5,7 @@ goes on after a kill. (The quantiser: `python -m qwen_jax.quantise`.)
 """
 
 import argparse
+import collections
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,10 @@ def run(args: argparse.Namespace, *, plan_of: Callable[[argparse.Namespace], Exp
     src, dst = paths.absolute(args.src), paths.absolute(args.dst)
     target.check_apart(src, dst)
     made = dst.with_name(f"{dst.name}.requantised")
-    scheme = _scheme(args, checkpoint.verify_whole(src))
+    scheme, bits_of = _scheme(args, checkpoint.verify_whole(src))
     if not (made / directory.MANIFEST).exists():
         target.check_usable(dst, {})
-    figures = _quantised(args, src, made, scheme=scheme)
+    figures = _quantised(args, src, made, scheme=scheme, bits_of=bits_of)
     export = {"src": str(made), "adapter": None, "requantise": None, "bits": None}
     plan = plan_of(argparse.Namespace(**{**vars(args), **export}))
     if target.is_unfinished(dst) or plan.remaining(resumed=False).needed:
@@ -64,15 +65,18 @@ def _check_options(args: argparse.Namespace) -> None:
         )
 
 
-def _scheme(args: argparse.Namespace, manifest: Mapping[str, Any]) -> "Scheme":
-    """Return how matrices are rounded: as those of SRC, or of floats with --bits."""
+def _scheme(
+    args: argparse.Namespace, manifest: Mapping[str, Any]
+) -> "tuple[Scheme, dict[str, int]]":
+    """Return how matrices are rounded, as those of SRC or with --bits, and other bits by path."""
     from qwen_jax.quantise.algorithm import Order, Scheme
+    from qwen_jax.quantise.schemes import FLOAT
 
     found = {x: kind for x, kind in kinds.of_manifest(manifest).items() if kind in kinds.GROUPED}
     if not found:
         if args.bits is None:
             raise command.UsageError(f"--requantise: {args.src} is of floats: add --bits 4 or 8")
-        return Scheme(args.bits, order=Order.GROUPS)
+        return Scheme(args.bits, order=Order.GROUPS), {}
     if args.bits is not None:
         raise command.UsageError(
             f"--bits: {args.src} is quantised, and keeps its bits: leave it out, or give the "
@@ -81,25 +85,28 @@ def _scheme(args: argparse.Namespace, manifest: Mapping[str, Any]) -> "Scheme":
     shapes = kinds.shapes(manifest)
     matrices = {x for x, shape in shapes.items() if x.startswith("layers.") and len(shape) == 2}
     fields = [kinds.fields_of(path, manifest) for path in found]
-    bits = set(found.values())
     sizes = {shapes[x][1] // each["scales"][0] for x, each in zip(found, fields, strict=True)}
     if len(sizes) > 1 and all(each["scales"][0] == 1 for each in fields):
         sizes = {-1}
-    if len(bits) > 1 or len(sizes) > 1 or matrices - found.keys():
+    if len(sizes) > 1:
         raise ValueError(
-            f"the matrices of {args.src} differ in bits or groups: merge and quantise with `python "
-            "-m qwen_jax.quantise --adapter`, whose --bits-of chooses them"
+            f"the matrices of {args.src} have groups of {' and '.join(map(str, sorted(sizes)))}: "
+            "merge and quantise with `python -m qwen_jax.quantise --adapter`, which gives all the "
+            "same"
         )
-    return Scheme(
-        kinds.GROUPED[bits.pop()],
+    ((most, _),) = collections.Counter(found.values()).most_common(1)
+    bits_of = {path: kinds.GROUPED.get(found.get(path, ""), FLOAT) for path in sorted(matrices)}
+    scheme = Scheme(
+        kinds.GROUPED[most],
         sizes.pop(),
         symmetric=not any("zeros" in each for each in fields),
         order=Order.IMPORTANCE if any("order" in each for each in fields) else Order.GROUPS,
     )
+    return scheme, {path: bits for path, bits in bits_of.items() if bits != scheme.bits}
 
 
 def _quantised(
-    args: argparse.Namespace, src: Path, out: Path, *, scheme: "Scheme"
+    args: argparse.Namespace, src: Path, out: Path, *, scheme: "Scheme", bits_of: dict[str, int]
 ) -> dict[str, Any]:
     """Make a model directory, or go on with one, and return its figures."""
     from qwen_jax import meshes
@@ -113,6 +120,7 @@ def _quantised(
         ckpt=src,
         out=out,
         scheme=scheme,
+        bits_of=bits_of,
         dtype=backend.default_dtype(),
         resume=True,
         adapter=paths.absolute(args.adapter),

@@ -13,17 +13,19 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import qwen_jax
-from convert import from_hf, gptq, to_hf
-from convert.gptq import Linear
-from convert.names import TensorPart
+from convert import from_hf, gptq, gptq_export, to_hf
+from convert.gptq import Form, Linear
+from convert.names import Expected, TensorPart
 from qwen_jax import checkpoint
+from qwen_jax.checkpoint import directory
+from qwen_jax.checkpoint.store import StoredLeaf
 from qwen_jax.leaves import grouped, int8
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Weight, contract, named_leaves
 from tests.support.conversion import back, edit, last_line, same, tensors, there
 from tests.support.golden_figures import worst
-from tests.support.gptq import GPTQ, LINEARS, folder, settings
+from tests.support.gptq import GPTQ, LINEARS, folder, linear, settings
 from tests.support.tiny import on_mesh
 
 FORMS = {
@@ -48,6 +50,86 @@ def test_every_form_comes_back_byte_for_byte(tmp_path, form, mesh):
     assert same(tensors(tmp_path / "back"), tensors(source))
     for name in ("config.json", "quantize_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def mixed(path: Path) -> None:
+    """A folder with layers of 4 and of 8 bits, and one of floats, as GPTQModel writes it."""
+    folder(path, bits=4, group=64, v2=True, biases=False)
+    held, rng = load_file(path / "model.safetensors"), np.random.default_rng(1)
+    for name, shape in (("0.mlp.c_proj", (384, 256)), ("2.attn.c_attn", (256, 768))):
+        drawn, _ = linear(rng, shape, bits=8, group=128, v2=True)
+        held |= {f"transformer.h.{name}.{key}": array for key, array in drawn.items()}
+    for key in ("qweight", "qzeros", "scales", "g_idx"):
+        del held[f"transformer.h.1.mlp.w1.{key}"]
+    weight = rng.standard_normal((384, 256)).astype(np.float16)
+    held["transformer.h.1.mlp.w1.weight"] = weight
+    save_file(held, path / "model.safetensors", {"format": "pt"})
+    eight = {"bits": 8, "group_size": 128}
+    rules = {
+        "-:.*h\\.1\\.mlp\\.w1$": {},
+        "+:.*\\.0\\.mlp\\.c_proj": eight | {"desc_act": False},
+        "transformer\\.h\\.2\\.attn\\.c_attn": eight | {"sym": True},
+        ".*": {},
+        "+:.*mlp": {"bits": 8},  # not reached
+    }
+    settings(path, dynamic=rules, checkpoint_format="gptq_v2")
+
+
+def test_layers_that_differ_come_back_byte_for_byte(tmp_path):
+    """Of a folder, with its own rules; and without these, with rules that name the layers."""
+    mixed(tmp_path / "source")
+    there(tmp_path / "source", tmp_path / "model", "--verify")
+    found = checkpoint.load_kinds(tmp_path / "model")
+    assert found["layers.0.ffn.down"] == found["layers.2.attn.k"] == "grouped8"
+    assert sorted(found.values()).count("grouped4") == 21 - 1 - 4
+    (plain,) = {f"layers.1.ffn.{name}" for name in ("up", "gate")} - found.keys()
+    back(tmp_path / "model", tmp_path / "back", "--verify")
+    theirs = tensors(tmp_path / "source")
+    assert same(tensors(tmp_path / "back"), theirs)
+    for name in ("config.json", "quantize_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+    directory.forget_quantisation(tmp_path / "model")
+    back(tmp_path / "model", tmp_path / "named")
+    assert same(tensors(tmp_path / "named"), theirs)
+    made = json.loads((tmp_path / "named" / "config.json").read_text())["quantization_config"]
+    eight = {"bits": 8, "group_size": 128}
+    assert (made["bits"], made["group_size"]) == (4, 64)
+    assert made["dynamic"] == {
+        r"+:^transformer\.h\.0\.mlp\.c_proj$": eight,
+        r"+:^transformer\.h\.2\.attn\.c_attn$": eight,
+        r"-:^transformer\.h\.1\.mlp\.w1$": {},
+    }
+    there(tmp_path / "named", tmp_path / "again")
+    back(tmp_path / "again", tmp_path / "last")
+    assert same(tensors(tmp_path / "last"), theirs)
+    leaf = named_leaves(checkpoint.load(tmp_path / "again"))[plain]
+    assert np.array_equal(leaf[...], theirs["transformer.h.1.mlp.w1.weight"])
+
+
+@pytest.mark.parametrize("kinds", [{"q": "grouped4", "k": "grouped8"}, {"q": "grouped4"}])
+def test_parts_of_one_tensor_must_be_alike(tmp_path, kinds):
+    parts = tuple(TensorPart(f"layers.0.attn.{name}", (8, 128), 0) for name in "qk")
+    scales = {f"{part.path}.scales": (1, 8) for part in parts}
+    leaves = {path: StoredLeaf(path, shape, shape, "float16") for path, shape in scales.items()}
+    with pytest.raises(ValueError, match=r"^h\.c_attn\.weight: its parts differ in bits or groups"):
+        gptq_export.of(
+            tmp_path,
+            leaves,
+            manifest={"kinds": {f"layers.0.attn.{name}": kind for name, kind in kinds.items()}},
+            wanted={"h.c_attn.weight": Expected((16, 128), parts)},
+            dtype="float16",
+            changes=None,
+        )
+
+
+def test_settings_that_say_something_else_of_a_layer(tmp_path, capfd):
+    mixed(tmp_path / "source")
+    there(tmp_path / "source", tmp_path / "model")
+    settings(tmp_path / "model", dynamic={})
+    assert to_hf.main([str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    told = "h.1.mlp.w1 bits 4, group_size 64 and sym True, its weights are of floats"
+    assert told in last_line(capfd) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", ["int4", "int8"])
@@ -343,7 +425,19 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "awq": (said(quant_method="awq"), "quant_method is 'awq': only GPTQ"),
     "marlin": (said(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     "packed for marlin": (said(is_marlin_format=True), "is_marlin_format is True"),
-    "by module": (said(dynamic={"-:mlp": {}}), "dynamic is {'-:mlp': {}}"),
+    "dynamic": (said(dynamic="all"), "dynamic is 'all': must be objects by pattern"),
+    "a rule": (said(dynamic={"x": 8}), "dynamic is {'x': 8}: must be objects by pattern"),
+    "no pattern": (said(dynamic={"+:(": {}}), "dynamic has '+:(', which is no pattern: "),
+    "a rule's bits": (said(dynamic={".*mlp": {"bits": 3}}), "bits is 3: only 4 and 8 can be read"),
+    "a rule's sym": (
+        said(dynamic={"+:.*w1": {"bits": 8, "sym": False}}),
+        "dynamic has sym False for '+:.*w1': only bits, group_size and desc_act can differ",
+    ),
+    "no layer": (said(dynamic={"-:.*": {}}), "dynamic leaves no layer quantised"),
+    "by layer": (
+        said(dynamic={r".*1\.mlp\.w1": {"bits": 8}}),
+        "h.1.mlp.w1.qweight is [32, 384], expected [64, 384]",
+    ),
     "head": (said(lm_head=True), "lm_head is True, a quantised head"),
     "pack dtype": (said(pack_dtype="int64"), "pack_dtype is 'int64'"),
     "sym": (said(sym="yes"), "sym is 'yes': must be true or false"),
@@ -435,7 +529,7 @@ def test_layers_that_are_quantised():
     from convert import names
 
     shapes = {path: tuple(x.shape) for path, x in named_leaves(decoder).items()}
-    found = gptq.linears(names.expected(shapes), bits=4, group_size=128)
+    found = gptq.linears(names.expected(shapes), lambda _: Form(4, 128))
     assert [x.name for x in found[:5]] == [
         f"transformer.h.0.{name}"
         for name in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")

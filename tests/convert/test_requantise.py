@@ -226,22 +226,24 @@ def manifest(**linears: Any) -> dict[str, Any]:
     return found
 
 
-def scheme_of(**linears: Any) -> Scheme:
+def scheme_of(**linears: Any) -> tuple[Scheme, dict[str, int]]:
     args = to_hf.parser().parse_args(["src", "dst", "--requantise", "x"])
     return requantise._scheme(args, manifest(**linears))
 
 
 def test_the_scheme_of_the_source() -> None:
     up, down = (128, 4, 2), (256, 4, 4)
-    assert scheme_of(up=up, down=down) == Scheme(4, 64, order=Order.GROUPS)
-    assert scheme_of(up=(128, 8, 1)) == Scheme(8, 128, order=Order.GROUPS)
-    assert scheme_of(up=(128, 8, 1), down=(256, 8, 1)) == Scheme(8, -1, order=Order.GROUPS)
+    assert scheme_of(up=up, down=down) == (Scheme(4, 64, order=Order.GROUPS), {})
+    assert scheme_of(up=(128, 8, 1)) == (Scheme(8, 128, order=Order.GROUPS), {})
+    assert scheme_of(up=(128, 8, 1), down=(256, 8, 1)) == (Scheme(8, -1, order=Order.GROUPS), {})
     # Groups of one layer may lie in order by chance.
     found = scheme_of(up=(*up, "zeros"), down=(*down, "zeros", "order"))
-    assert found == Scheme(4, 64, symmetric=False, order=Order.IMPORTANCE)
-    for other in ((256, 8, 4), (256, 4, 8), (256, 0, 0)):
-        with pytest.raises(ValueError, match=r"^the matrices of src differ in bits or groups"):
-            scheme_of(up=up, down=other)
+    assert found == (Scheme(4, 64, symmetric=False, order=Order.IMPORTANCE), {})
+    found = scheme_of(up=up, gate=up, down=(256, 8, 4), other=(256, 0, 0))
+    others = {"layers.0.ffn.down": 8, "layers.0.ffn.other": 16}
+    assert found == (Scheme(4, 64, order=Order.GROUPS), others)
+    with pytest.raises(ValueError, match=r"^the matrices of src have groups of 32 and 64: "):
+        scheme_of(up=up, down=(256, 4, 8))
 
 
 BAD = {
