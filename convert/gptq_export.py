@@ -248,19 +248,20 @@ def _scaled(
 
 
 def described(
-    tensors: Tensors, manifest: Mapping[str, Any], *, source: Path
+    tensors: Tensors, manifest: Mapping[str, Any], *, source: Path | None
 ) -> dict[str, Any] | None:
     """Return the `quantization_config` that an exported config.json lacks; None if it has one.
 
-    source: the model directory, whose config.json or quantize_config.json may have it.
+    source: the model directory, whose config.json or quantize_config.json may have it; None if the
+        new folder gets neither.
 
     Raises ValueError if a checkpoint cannot say how its layers are quantised, or if these files say
     something else.
     """
     names = manifest["shapes"]
     symmetric = not any(name.endswith(f".{gptq.ZEROS}") for name in names)
-    said = gptq_config.read(source)
-    if said is not None:
+    said = None if source is None else gptq_config.read(source)
+    if source is not None and said is not None:
         _check_said(said, tensors, symmetric=symmetric, file=source / directory.CONFIG)
         return None
     forms = {x.name: Form(x.bits, x.group_size) for x in tensors.linears}

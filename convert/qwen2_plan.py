@@ -89,6 +89,7 @@ def of(plan: ExportPlan, config: Config) -> Qwen2Plan:
     vocabulary = plan.source / directory.TOKENIZER
     token_ids.check_fits(vocabulary, tokenizer, vocab_size=config.vocab_size)
     made = documents(config, tokenizer, settings=settings, dtype=plan.dtype)
+    made[directory.CONFIG] |= plan.config
     for line in lost(config, settings):
         command.say(f"warning: {line}")
     shared: dict[str, Any] = {**vars(plan), "facts": plan.facts | {"as": "qwen2"}}

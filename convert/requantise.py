@@ -56,7 +56,10 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.dequantise:
         raise command.UsageError("--requantise writes integers and --dequantise floats: choose one")
     if args.form != "qwen":
-        raise command.UsageError(f"--as {args.form}: --requantise writes the generation of SRC")
+        raise command.UsageError(
+            f"--as {args.form}: --requantise writes the generation of SRC: give what it writes to "
+            f"from_hf, and then to_hf --as {args.form}"
+        )
     several = (args.coordinator, args.processes, args.process)
     if args.distributed or several != (None, None, None):
         raise command.UsageError(

@@ -166,7 +166,8 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     )
     described = None
     if tensors.linears:
-        described = gptq_export.described(tensors, manifest, source=src)
+        kept = src if args.form == "qwen" else None
+        described = gptq_export.described(tensors, manifest, source=kept)
     sizes = {
         name: math.prod(tensor.shape) * store.ITEM_BYTES[tensors.dtypes[name]]
         for name, tensor in tensors.wanted.items()

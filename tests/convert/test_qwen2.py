@@ -22,6 +22,7 @@ from qwen_jax.checkpoint.generation_config import GenerationConfig
 from qwen_jax.config import RopeScaling, qwen2_config
 from qwen_jax.config.presets import PRESETS
 from tests.support.conversion import GOLDEN, back, edit, last_line, raises, same, tensors, there
+from tests.support.gptq import GPTQ, settings
 from tests.support.tiny import tiny_config
 from tests.support.vocabulary import qwen_tokenizer, tiny_ranks, write_tiny_vocab
 
@@ -114,6 +115,27 @@ def test_an_adapter_is_merged(tmp_path, model, capfd):
     settings = json.loads((tmp_path / "qwen2" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [263, 262, 261] and not settings["do_sample"]
     assert "the adapter merged into them" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("rules", [None, {"+:.*mlp.c_proj": {"bits": 4}}])
+def test_integers_are_said_to_be_integers(tmp_path, rules):
+    """By the layers' names there, and not by those of the first generation."""
+    there(GPTQ / "int4", tmp_path / "model")
+    if rules is not None:
+        settings(tmp_path / "model", dynamic=rules)
+    back(tmp_path / "model", tmp_path / "out", "--as", "qwen2", "--verify")
+    found, before = tensors(tmp_path / "out"), tensors(GPTQ / "int4")
+    for field in ("qweight", "qzeros", "scales"):
+        parts = [found[f"model.layers.1.self_attn.{x}_proj.{field}"] for x in "qkv"]
+        whole = before[f"transformer.h.1.attn.c_attn.{field}"]
+        assert np.array_equal(np.concatenate(parts, axis=1), whole)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said == {
+        **{"bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+        **{"quant_method": "gptq", "checkpoint_format": "gptq"},
+    }
+    back(tmp_path / "model", tmp_path / "floats", "--as", "qwen2", "--dequantise")
+    assert "quantization_config" not in json.loads((tmp_path / "floats/config.json").read_text())
 
 
 def test_files_of_a_qwen2_folder(tmp_path, model, capfd):
