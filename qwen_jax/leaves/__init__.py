@@ -1,1 +1,1 @@
-"""The kinds of leaves of a decoder, and how each is stored: plain weights, int8, integers in groups, and LoRA."""
+"""The kinds of leaves of a decoder, and how each is stored: plain, int8, in groups, LoRA."""
