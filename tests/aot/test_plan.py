@@ -1,5 +1,6 @@
 """Plans for a TPU slice and for GPUs of two hosts: the real compilers, on a small model."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import quantised
 from qwen_jax import PRESETS, meshes
 from qwen_jax.config import Config
 from tests.support.tiny import tiny_config
-from train.planning import estimate, topology
+from train.planning import attempts, estimate, stored_weights, topology
 from train.planning.estimate import Estimate
 from train.planning.programs import Setting
 from train.run import recipes
@@ -105,6 +107,32 @@ def test_fine_tuning_on_one_gpu(name: str, adapters: recipes.Recipe | None) -> N
     )
     x = estimate.training(setting, where, sizes=meshes.parse(None))
     assert x.fits and x.program.memory.needed < 80e9
+
+
+def on_integers(name: str, *, decode: bool = False, **options: Any) -> float:
+    """GB of one H100 that a model of 4 bits needs, as `train/plan.py --weights int4` says."""
+    kernel = stored_weights.KERNELS["cuda"]
+    setting = Setting(PRESETS[name], attention="auto", weights="int4", kernel=kernel, **options)
+    where, sizes = topology.parse("h100:1"), meshes.parse(None)
+    found = attempts.estimates(setting, where, sizes=sizes, decode=decode)
+    return max(x.program.memory.needed for x in found) / 1e9
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("name", quantised.FINE_TUNING)
+def test_adapters_on_integers_need_no_more_than_the_originals(name: str) -> None:
+    recipe = dataclasses.replace(recipes.sft_lora(), lora_rank=quantised.RANK)
+    rows = quantised.ROWS
+    for length, theirs in zip(quantised.LENGTHS, quantised.FINE_TUNING[name], strict=True):
+        ours = on_integers(name, batch=rows, accumulate=rows, length=length, adapters=recipe)
+        assert ours <= theirs, length
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("name", quantised.FINE_TUNING)
+def test_generation_from_integers_needs_no_more_than_the_originals(name: str) -> None:
+    ours = on_integers(name, batch=1, length=quantised.GENERATED, decode=True)
+    assert ours <= quantised.GENERATION[name, "int4"]
 
 
 def test_the_command_says_all_and_nothing_else(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gcsfs.retry import HttpError
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks import aot, device, fine_tuning, golden, kernel_cost, scaling
+from benchmarks import aot, device, fine_tuning, golden, kernel_cost, quantised, scaling
 from benchmarks import attention as attend
 from benchmarks import cache as cached
 from benchmarks import train as steps
@@ -430,6 +430,7 @@ def test_what_means_nothing_beside_the_rest(program, argv, message, capsys, monk
     [
         (scaling, ["--only", "qwen-7b", "qwen-8b"], "--only qwen-8b: choose from qwen-1.8b"),
         (fine_tuning, ["--only", "qwen-8b"], "invalid choice: 'qwen-8b'"),
+        (quantised, ["--only", "qwen-8b"], "invalid choice: 'qwen-8b'"),
         (cached, ["--task", "train"], "invalid choice: 'train'"),
         (kernel_cost, ["flush"], "flush: choose from flash"),
         (kernel_cost, ["--only", "flash"], "--only applies to a sweep"),

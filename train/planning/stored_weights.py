@@ -33,6 +33,8 @@ def decoder(config: Config, dtype: DTypeLike, *, form: str, kernel: str | None =
     dtype: of plain weights.
     form: how the matrices of layers are stored, one of `FORMS`.
     kernel: the kernel that multiplies by integers; None makes floats of them for each product.
+
+    Raises ValueError for a matrix whose inputs do not divide into groups.
     """
     plain, mesh = model.abstract(config, dtype), jax.sharding.get_abstract_mesh()
     if form == "float":
@@ -43,6 +45,11 @@ def decoder(config: Config, dtype: DTypeLike, *, form: str, kernel: str | None =
         if not path.startswith("layers.") or len(leaf.letters) != 2:
             return leaf
         outputs, inputs = leaf.shape
+        if inputs % _GROUP:
+            raise ValueError(
+                f"--weights {form}: {path} has {inputs} inputs, which do not divide into groups of "
+                f"{_GROUP}: leave it out"
+            )
         stored = {
             "codes": (inputs * bits // 32, outputs),
             "scales": (inputs // _GROUP, outputs),
