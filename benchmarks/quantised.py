@@ -4,11 +4,12 @@
 
 The original's figures were measured on one A100-80G (the 72B in bfloat16 and Int8: two): of
 generating 2,048 tokens, and of Q-LoRA on Int4 with batches of 8 rows one after the other. Ours are
-the compiler's figures for the same batch. Rows are kept in `--cache`. Needs the `aot` extra.
+the compiler's figures for the same batch, and for a prompt of 2,048 tokens, too. Rows are kept in
+`--cache`. Needs the `aot` extra.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if not __package__:  # started as a file: this folder has a `train`, too
@@ -56,14 +57,15 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/scaling.jsonl"))
     args = parser.parse_args()
     wanted = args.only or models
-    print(_line(["model", *(f"{x:,}" for x in LENGTHS)]), _line(["---"] * 7), sep="\n")
+    _print_head(["model", *(f"{x:,}" for x in LENGTHS)])
     for model in (x for x in models if x in wanted):
         found = (fine_tuning(model, length, cache=args.cache) for length in LENGTHS)
         cells = (_beside(x, y) for x, y in zip(found, FINE_TUNING[model], strict=True))
         print(_line([model, *cells]), flush=True)
     print()
-    head = ["model", "weights", "GPUs", "weights, GB", "cache, GB", "needed, GB", "original, GB"]
-    print(_line(head), _line(["---"] * len(head)), sep="\n")
+    head = ["model", "weights", "GPUs", "weights, GB", "cache, GB", "prefill, GB", "decoding, GB"]
+    head += ["original, GB"]
+    _print_head(head)
     for (model, weights), theirs in GENERATION.items():
         if model in wanted:
             print(_line(_generation_row(model, weights, theirs, args.cache)), flush=True)
@@ -79,22 +81,27 @@ def fine_tuning(model: str, length: int, *, cache: Path) -> float | None:
 
 
 def _generation_row(model: str, weights: str, theirs: float, cache: Path) -> list[str]:
-    """A row of the table of generation: sums over the GPUs, of the program that needs more."""
+    """A row of the table of generation, with sums over the GPUs. cache: of plans."""
     topology = _LARGER.get((model, weights), "h100:1")
     options = ["--model", model, "--topology", topology, "--weights", weights]
     options += ["--decode", "--length", str(GENERATED), "--batch", "1", "--json"]
     found = scaling.plans(options, cache)
     if not found:
         return [model, weights, topology, "the compiler failed"]
-    parts = max((x["memory"] for x in found), key=lambda memory: memory["needed"])
-    devices = found[0]["devices"]
-    sizes = [f"{devices * parts[x] / 1e9:.2f}" for x in ("weights", "cache", "needed")]
+    prefill, decoding = ({**x["memory"], "GPUs": x["devices"]} for x in found)
+    parts = (decoding, "weights"), (decoding, "cache"), (prefill, "needed"), (decoding, "needed")
+    sizes = [f"{memory['GPUs'] * memory[name] / 1e9:.2f}" for memory, name in parts]
     return [model, weights, topology, *sizes, f"{theirs:.2f}"]
 
 
 def _beside(ours: float | None, theirs: float) -> str:
     """Our figure and theirs."""
     return f"{'failed' if ours is None else f'{ours:.1f}'} / {theirs:.1f}"
+
+
+def _print_head(names: Sequence[str]) -> None:
+    """Print the head of a table."""
+    print(f"{_line(names)}\n|{'---|' * len(names)}")
 
 
 def _line(cells: Iterable[str]) -> str:
