@@ -51,8 +51,7 @@ class Setting:
     gradient_dtype: the dtype in which training sums gradients over devices.
     weights: how the matrices of layers are stored, one of `stored_weights.FORMS`; integers are not
         trained.
-    kernel: the kernel that multiplies by integers in prefill and decoding; None makes floats of
-        them for each product, as training does.
+    kernel: the kernel that multiplies by integers; None makes floats of them for each product.
     """
 
     config: Config
@@ -93,8 +92,7 @@ def training(setting: Setting, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         state, base = trained.abstract_state(optimizer), trained.abstract_base()
         if base is not None and setting.weights != "float":
-            # A run loads its base for no kernel: each product makes floats of its weight.
-            separate = dataclasses.replace(setting, kernel=None).decoder(jnp.bfloat16)
+            separate = setting.decoder(jnp.bfloat16)
             base = sharding.on_devices(mesh, jax.eval_shape(model.stack, separate))
     batch = step.abstract_batch(setting.batch, setting.length, mesh=mesh)
     run = step.make_step(

@@ -55,8 +55,7 @@ def test_the_originals_memory_holds_the_weights_and_the_state_of_adapters(name):
         assert (held + between) / 1e9 < theirs
 
 
-def test_training_is_planned_without_a_kernel_for_integers(monkeypatch):
-    """A run loads its base for none. Decoding has one."""
+def test_training_and_decoding_are_planned_with_a_kernel_for_integers(monkeypatch):
     monkeypatch.setattr(programs, "compile_program", lambda trace, mesh, **_: traced(trace, mesh))
     config = tiny_config(num_layers=1, hidden_size=128, head_dim=32, intermediate_size=256)
     setting = Setting(
@@ -64,8 +63,10 @@ def test_training_is_planned_without_a_kernel_for_integers(monkeypatch):
         weights="int4", kernel="pallas_triton",
     )  # fmt: skip
     mesh = meshes.make({}, jax.devices()[:1])
-    assert "pallas_call" not in programs.training(setting, mesh)
-    assert "pallas_call" in programs.decoding(setting, mesh)
+    for program in (programs.training, programs.decoding):
+        assert "pallas_call" in program(setting, mesh)
+        without = dataclasses.replace(setting, kernel=None)
+        assert "pallas_call" not in program(without, mesh)
 
 
 def traced(trace, mesh):
