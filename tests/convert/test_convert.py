@@ -27,13 +27,12 @@ from convert import (
     from_hf,
     import_plan,
     names,
-    peft,
     to_hf,
 )
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint, meshes
 from qwen_jax import model as model_
-from qwen_jax.checkpoint import adapter_config, directory, saving, store
+from qwen_jax.checkpoint import adapter_config, directory, peft, saving, store
 from qwen_jax.config.presets import PRESETS
 from qwen_jax.model import lora
 from qwen_jax.runtime import lock, paths
