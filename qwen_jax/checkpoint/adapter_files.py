@@ -106,7 +106,7 @@ def read(folder: Path, decoder: Decoder, *, whole: bool = True) -> Adapters:
     sizes = {name: shape for name, (_, shape) in lora.weights_of_block(decoder).items()}
     sizes["embedding"] = tuple(decoder.embedding.shape)
     if decoder.head is not None:
-        sizes["head"] = tuple(decoder.head.shape)
+        sizes["head"] = sizes["embedding"]  # [V, D], of whatever kind of leaf
     shape, tensors = read_tensors(folder, layers=len(layers), sizes=sizes)
     if shape.whole and not whole:
         raise ValueError(

@@ -22,11 +22,12 @@ from qwen_jax.checkpoint.directory import (
     CONFIG,
     MANIFEST,
     PARAMS,
+    QUANTIZATION,
+    QUANTIZE_CONFIG,
     SAVED_BY,
     UNFINISHED,
     CheckpointError,
     carried,
-    carry,
     differences,
     existing,
     file_sizes,
@@ -69,7 +70,8 @@ def save(
     config: the architecture of the decoder.
     decoder: a decoder with separate leaves for each layer, or with stacked layers.
     like: a model directory or checkpoint folder. Its tokenizer, generation_config.json and other
-        small files are copied, and its config.json if that describes the same `config`.
+        small files are copied, and its config.json if that describes the same `config`. What they
+        say of integers is left out where the decoder has floats in their place.
 
     Every process of a run calls this with the same arguments, on a shared file system. Each writes
     its own shards, holding a few chunks of the files at a time, and returns when all are written.
@@ -84,10 +86,10 @@ def save(
     paths.check_name(root)
     values.instance("config", config, kind=Config)
     values.instance("decoder", decoder, kind=Decoder)
-    settings = _settings(config, like)
     pieces = _pieces(config, decoder)
     leaves = {name: piece.leaf for name, piece in pieces.items()}
     quantised = _kinds(decoder)
+    small = _Small(config, like, in_groups=not kinds.GROUPED.keys().isdisjoint(quantised.values()))
     held = contextlib.ExitStack()
     check: Callable[[], None]  # assigned in `begin`, in the process that holds the lock
     facts = {
@@ -102,7 +104,7 @@ def save(
         nonlocal check
         _refuse_whole(root)
         check = held.enter_context(lock.alone(root))
-        _begin(root, settings, leaves=leaves, facts=facts, like=like)
+        _begin(root, small, leaves=leaves, facts=facts)
 
     def end() -> None:
         check()
@@ -114,27 +116,50 @@ def save(
         _together(end, alone=True)
 
 
+class _Small:
+    """The small files of a model directory that is saved.
+
+    settings: the contents of config.json: those of `like` if these describe `config`, or else new.
+    files: the files that are copied.
+    """
+
+    def __init__(self, config: Config, like: str | Path | None, *, in_groups: bool):
+        """Read the folder `like`, if there is one.
+
+        in_groups: whether weights are integers in groups. Otherwise what `like` says of its own
+            such integers is left out: they have become floats.
+        """
+        self.settings = config.to_hf()
+        self.files: list[Path] = []
+        if like is not None:
+            file = existing(like) / CONFIG
+            said = read_json(file)
+            same = Config.from_hf(said, file) == config
+            self.settings = said if same else self.settings | hf_config.generation(said)
+            self.files = carried(existing(like))
+        if not in_groups:
+            self.settings.pop(QUANTIZATION, None)
+            self.files = [file for file in self.files if file.name != QUANTIZE_CONFIG]
+
+
 def _begin(
     root: Path,
-    settings: Mapping[str, Any],
+    small: _Small,
     *,
     leaves: Mapping[str, store.StoredLeaf],
     facts: Mapping[str, Any],
-    like: str | Path | None,
 ) -> None:
     """Write the small files of a model directory, after removing an interrupted save's remains.
 
-    settings: the contents of config.json.
     leaves: the descriptions of the leaves, by path.
     facts: entries of the manifest, by which a later save knows these remains.
-    like: the folder of which the small files are copied, or None.
     """
     _clear(root)
-    files = [] if like is None else [file.name for file in carried(existing(like))]
+    files = [file.name for file in small.files]
     write_json(root / UNFINISHED, {**facts, "files": [*files, CONFIG]})
-    if like is not None:
-        carry(existing(like), root)
-    write_json(root / CONFIG, settings)
+    for file in small.files:
+        paths.copy(file, root / file.name)
+    write_json(root / CONFIG, small.settings)
     store.write_metadata(root / PARAMS, leaves)
 
 
@@ -294,17 +319,6 @@ def _clear(root: Path) -> None:
         (root / name).unlink()
     if PARAMS in left:
         paths.remove_tree(root / PARAMS)
-
-
-def _settings(config: Config, like: str | Path | None) -> dict[str, Any]:
-    """Return the new config.json's contents: `like`'s if these describe `config`, or else new."""
-    if like is not None:
-        file = existing(like) / CONFIG
-        said = read_json(file)
-        if Config.from_hf(said, file) == config:
-            return said
-        return config.to_hf() | hf_config.generation(said)
-    return config.to_hf()
 
 
 def _together(work: Callable[[], None], alone: bool = False) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import qwen_jax
-from convert import from_hf, gptq, gptq_export, to_hf
+from convert import from_hf, gptq, gptq_config, gptq_export, to_hf
 from convert.gptq import Form, Linear
 from convert.names import Expected, TensorPart
 from qwen_jax import checkpoint
@@ -283,6 +283,16 @@ def test_what_was_saved_is_exported_byte_for_byte(tmp_path):
     assert all(np.array_equal(theirs[name], ours[name]) for name in ours if "qzeros" not in name)
     extra = {f"{name}.bias" for name in theirs for name in [name.rpartition(".")[0]]}
     assert theirs.keys() - ours.keys() <= extra, "a save does not know of biases of zeros"
+
+
+def test_floats_that_are_saved_are_not_said_to_be_quantised(tmp_path):
+    there(GPTQ / "int4", tmp_path / "model")
+    loaded = qwen_jax.load(tmp_path / "model", dequantise=True)
+    checkpoint.save(tmp_path / "saved", loaded.config, loaded.decoder, like=tmp_path / "model")
+    back(tmp_path / "saved", tmp_path / "floats")
+    assert gptq_config.read(tmp_path / "floats") is None
+    there(tmp_path / "floats", tmp_path / "again")
+    assert checkpoint.verify_whole(tmp_path / "again")["format"] == 2
 
 
 def test_manifest_names_the_dtype_of_each_leaf(tmp_path):
