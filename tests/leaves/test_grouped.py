@@ -230,23 +230,51 @@ def test_products_of_the_published_sizes(name, sizes):
         np.testing.assert_allclose(many, one, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_act_order_of_eight_bits_at_the_published_sizes(name):
+    """With few outputs, as a mesh cuts groups and the order of inputs along the inputs alone."""
+    width, wide = SIZES[name]
+    rng, outputs = np.random.default_rng(1), 64
+    for letters, inputs in {"FD": width, "DF": wide, "DQ": width}.items():
+        words = rng.integers(0, 2**32, (inputs // 4, outputs), np.uint32)
+        scales = rng.uniform(0.001, 0.01, (inputs // 128, outputs)).astype(np.float16)
+        order = rng.permutation(inputs).astype(np.int32)
+        x = rng.standard_normal((8, 1, inputs)).astype(np.float32)
+        weight = grouped.unpack(words, 8).astype(np.float64) - 128
+        weight *= np.repeat(scales.astype(np.float64), 128, axis=0)
+        exact = x[:, :, order] @ weight
+        for axes in ({}, {"tp": 8}, {"fsdp": 8}):
+            with on_mesh(**axes):
+                parts = _parts(letters, axes)
+                found = product(letters, words, scales, x, parts=parts, bits=8, order=order)
+            np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
 def _parts(letters: str, sizes: dict[str, int]) -> int:
     """Among how many devices a mesh divides the inputs of a weight."""
     return sizes.get("fsdp" if letters[1] == "D" else "tp", 1)
 
 
 def product(
-    letters: str, words: np.ndarray, scales: np.ndarray, x: np.ndarray, *, parts: int
+    letters: str,
+    words: np.ndarray,
+    scales: np.ndarray,
+    x: np.ndarray,
+    *,
+    parts: int,
+    bits: int = 4,
+    order: np.ndarray | None = None,
 ) -> np.ndarray:
     inputs, inward = x.shape[-1], letters[::-1]
-    size = grouped.group_for(inputs, group_size=128, parts=parts, bits=4)
+    size = grouped.group_for(inputs, group_size=128, parts=parts, bits=bits)
     scales = np.repeat(scales, 128 // size, axis=0)
     leaf = Grouped(
         codes=Weight(place(words, inward), letters=inward),
         scales=Weight(place(scales, inward), letters=inward),
         zeros=None,
-        order=None,
-        bits=4,
+        order=None if order is None else Weight(place(order, "I"), letters="I"),
+        bits=bits,
     )
     outputs, contracted = letters
     split = contracted in "FQ"
