@@ -179,7 +179,7 @@ def model_name(config: Config) -> str | None:
 def _counted(item: tuple[str, int]) -> str:
     """Say how many weights are of a kind of quantised weights."""
     kind, count = item
-    return f"{count:,} weights in {_KIND_NAMES[kind]}"
+    return f"{count:,} weight{'' if count == 1 else 's'} in {_KIND_NAMES[kind]}"
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -157,6 +157,9 @@ class Field:
     repeat: int = 1
 
 
+Fields = Mapping[str, Field]
+
+
 def layout(
     kind: str,
     like: "Weight",
@@ -164,7 +167,7 @@ def layout(
     stored: Shapes,
     mesh: "MeshOrSizes",
     sizes: Mapping[str, int],
-) -> dict[str, Field]:
+) -> Fields:
     """Return the arrays of a quantised weight on a mesh, by field.
 
     kind: a kind of leaf.
@@ -175,6 +178,7 @@ def layout(
     Groups that the mesh would cut are made smaller, with their scales repeated, which changes no
     weight. Raises ValueError where the mesh cuts a word of codes.
     """
+    from qwen_jax import meshes
     from qwen_jax.leaves.grouped import group_for
     from qwen_jax.meshes import sharding
 
@@ -187,7 +191,11 @@ def layout(
     axes = sharding.entries(sharding.spec(inward, sizes, mesh=mesh)[0])
     parts = math.prod(sharding.axis_sizes(mesh)[axis] for axis in axes)
     inputs, (groups, outputs) = like.shape[1], stored["scales"]
-    size = group_for(inputs, group_size=inputs // groups, parts=parts, bits=GROUPED[kind])
+    try:
+        size = group_for(inputs, group_size=inputs // groups, parts=parts, bits=GROUPED[kind])
+    except ValueError as error:
+        named = meshes.describe(sharding.axis_sizes(mesh))
+        raise ValueError(f"mesh {named}: {error}: choose a mesh with a smaller axis") from None
     grid, repeat = (inputs // size, outputs), inputs // size // groups
     found = {
         "codes": Field(inward, stored["codes"], "uint32"),
@@ -214,25 +222,20 @@ def restore(
     path: str,
     *,
     kind: str,
-    like: "Weight",
-    stored: Shapes,
+    fields: Fields,
     mesh: "Mesh",
     sizes: Mapping[str, int],
 ) -> "Grouped | Int8[Weight]":
     """Restore a quantised weight, each process its own shards.
 
-    params: the params/ folder of the directory. The other arguments and errors are those of
-    `layout`.
+    params: the params/ folder of the directory. kind, mesh, sizes: those of `layout`, whose result
+    `fields` is.
     """
     import numpy as np
 
     from qwen_jax.leaves.weights import Weight
     from qwen_jax.meshes import sharding
 
-    try:
-        fields = layout(kind, like, stored=stored, mesh=mesh, sizes=sizes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}: choose a mesh with a smaller axis") from None
     arrays = {
         name: store.restore(
             params,

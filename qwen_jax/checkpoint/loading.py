@@ -141,6 +141,16 @@ def load(
     kinds.check_shapes(root, manifest, wanted=shapes)
     meshes.check(config.sizes, mesh)
     of_kind = kinds.of_manifest(manifest)
+    fields = {  # of all, before any weight is read
+        name: kinds.layout(
+            kind,
+            leaves[name],
+            stored=kinds.fields_of(name, manifest),
+            mesh=mesh,
+            sizes=config.sizes,
+        )
+        for name, kind in of_kind.items()
+    }
 
     def restore(name: str, leaf: Weight) -> Any:
         restored: Any
@@ -149,8 +159,7 @@ def load(
                 root / PARAMS,
                 name,
                 kind=of_kind[name],
-                like=leaf,
-                stored=kinds.fields_of(name, manifest),
+                fields=fields[name],
                 mesh=mesh,
                 sizes=config.sizes,
             )

@@ -12,10 +12,10 @@ import pytest
 import qwen_jax
 from qwen_jax import checkpoint
 from qwen_jax.attention import deadline, timing, verdicts
-from qwen_jax.checkpoint import adapter_files
+from qwen_jax.checkpoint import adapter_files, store
 from qwen_jax.generate import integer_products, integers
 from qwen_jax.kernels import choice
-from qwen_jax.leaves import grouped_calls
+from qwen_jax.leaves import grouped, grouped_calls
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Weight
@@ -215,3 +215,19 @@ def test_an_adapter_where_the_head_is_int8(rounded_head, own_head, tmp_path):
     expected = floats.logits(tokens)
     most = np.abs(expected).max()
     np.testing.assert_allclose(kept.logits(tokens), expected, rtol=0, atol=1e-5 * most)
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+def test_a_mesh_that_cuts_words_is_refused_before_weights_are_read(model, dequantise, monkeypatch):
+    """Whether or not integers would become floats, as they are read in words."""
+
+    def cuts(*_, **__):
+        raise ValueError("words are cut")
+
+    monkeypatch.setattr(grouped, "group_for", cuts)  # needs more devices than a test has
+    monkeypatch.setattr(store, "restore", None)
+    with (
+        on_mesh(tp=2),
+        pytest.raises(ValueError, match=r"^mesh tp=2: words are cut: choose a mesh"),
+    ):
+        qwen_jax.load(model, dequantise=dequantise)
