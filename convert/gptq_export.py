@@ -22,6 +22,7 @@ from convert.gptq_config import Settings
 from convert.names import Expected
 from qwen_jax.checkpoint import directory, kinds
 from qwen_jax.checkpoint.store import Change, MatrixRows, StoredLeaf
+from qwen_jax.runtime import texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +62,14 @@ def of(
         into the leaves at their paths (`peft.changes`).
     """
     of_kind = kinds.of_manifest(manifest)
+    convention = _convention(manifest)
     extra = manifest.get("quantisation", {}).get("biases", ())
     result = Tensors({}, {}, {}, [], [])
     for name, tensor in wanted.items():
         found = {of_kind.get(part.path) for part in tensor.parts}
         if found & set(kinds.GROUPED):
             linear = _linear(name, tensor, of_kind=of_kind, leaves=leaves)
-            read = _Stored(params, leaves, linear, _convention(manifest))
+            read = _Stored(params, leaves, linear, convention)
             if changes is not None:
                 result.wanted[name], result.dtypes[name] = Expected(tensor.shape, ()), dtype
                 result.made[name] = functools.partial(read.floats, changes)
@@ -313,5 +315,15 @@ def _shown(form: tuple[int, int] | None) -> str:
 
 
 def _convention(manifest: Mapping[str, Any]) -> str:
-    """Return how qzeros is to hold zeros: as it did in the checkpoint, or else as v2 does."""
-    return manifest.get("quantisation", {}).get("zeros", "v2")
+    """Return how qzeros is to hold zeros: as it did in the checkpoint, or else as v2 does.
+
+    Raises ValueError for a manifest that says something else.
+    """
+    said = manifest.get("quantisation", {})
+    found = said.get("zeros", "v2") if isinstance(said, dict) else said
+    if found not in ["v1", "v2"]:
+        raise ValueError(
+            f"{directory.MANIFEST} is damaged: its quantisation says zeros {texts.shown(found)}, "
+            "which are v1 or v2; convert again"
+        )
+    return found

@@ -305,6 +305,15 @@ def test_manifest_names_the_dtype_of_each_leaf(tmp_path):
     assert manifest["num_params"] == checkpoint.load_config(tmp_path / "model").num_params()
 
 
+@pytest.mark.parametrize("quantisation", [[], {"zeros": "v9"}], ids=str)
+def test_an_export_of_a_damaged_manifest(tmp_path, quantisation, capfd):
+    there(GPTQ / "int4", tmp_path / "model")
+    edit(tmp_path / "model" / "manifest.json", quantisation=quantisation)
+    assert to_hf.main([str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    assert "manifest.json is damaged: its quantisation says zeros" in last_line(capfd)
+    assert not (tmp_path / "out").exists()
+
+
 def of_query(**kinds_or_shapes: Any) -> Callable[[dict[str, Any]], None]:
     """A change of a manifest: of the kind of a weight, or of the shapes of its arrays."""
 
