@@ -1,11 +1,14 @@
 # Everything is made in .venv from the package index; nothing else is downloaded. What compiles for
-# accelerators that are not there has an environment of its own, .venv-aot, and so has what needs
-# torch, .venv-peft, what drives the server's page in a browser, .venv-page, clients of the server,
-# .venv-clients, Ray, .venv-ray, and what builds the documentation, .venv-docs.
+# accelerators that are not there has an environment of its own, .venv-aot, and so have what needs
+# torch, .venv-peft, the tools that make GPTQ files, .venv-gptq, llama.cpp, .venv-llama, what drives
+# the server's page in a browser, .venv-page, clients of the server, .venv-clients, Ray, .venv-ray,
+# and what builds the documentation, .venv-docs.
 PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
 PEFT_VENV ?= .venv-peft
+GPTQ_VENV ?= .venv-gptq
+LLAMA_VENV ?= .venv-llama
 PAGE_VENV ?= .venv-page
 CLIENTS_VENV ?= .venv-clients
 RAY_VENV ?= .venv-ray
@@ -21,10 +24,13 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 AOT_STAMP := $(AOT_VENV)/.installed
 PEFT_STAMP := $(PEFT_VENV)/.installed
+GPTQ_STAMP := $(GPTQ_VENV)/.installed
+LLAMA_STAMP := $(LLAMA_VENV)/.installed
 PAGE_STAMP := $(PAGE_VENV)/.installed
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 RAY_STAMP := $(RAY_VENV)/.installed
 DOCS_STAMP := $(DOCS_VENV)/.installed
+LLAMA_SOURCE := $(LLAMA_VENV)/llama_cpp_python-0.3.36
 
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -32,7 +38,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft test-page test-clients test-ray aot-smoke device demo demo-train docs format clean
+.PHONY: help venv lint pytest test test-slow test-all test-aot test-peft test-gptq test-llama test-page test-clients test-ray aot-smoke device demo demo-train docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +67,25 @@ $(AOT_STAMP): pyproject.toml
 $(PEFT_STAMP): pyproject.toml
 	test -x $(PEFT_VENV)/bin/python || $(PYTHON) -m venv $(PEFT_VENV)
 	$(PEFT_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peft]'
+	touch $@
+
+# Both tools ask for packages that their layers do not need, and AutoGPTQ for an old transformers,
+# so they come alone. AutoGPTQ has wheels up to Python 3.11, and is built without CUDA elsewhere.
+$(GPTQ_STAMP): pyproject.toml
+	test -x $(GPTQ_VENV)/bin/python || $(PYTHON) -m venv $(GPTQ_VENV)
+	$(GPTQ_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[gptq]'
+	BUILD_CUDA_EXT=0 $(GPTQ_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		auto-gptq==0.7.1 gptqmodel==7.7.0
+	touch $@
+
+# It is compiled, which takes half an hour on two cores. Its archive has the converter, too.
+$(LLAMA_STAMP): pyproject.toml
+	test -x $(LLAMA_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_VENV)
+	$(LLAMA_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[llama]'
+	$(LLAMA_VENV)/bin/pip download --quiet --disable-pip-version-check --dest $(LLAMA_VENV) --no-deps \
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36
+	tar -xzf $(LLAMA_SOURCE).tar.gz -C $(LLAMA_VENV)
+	$(LLAMA_VENV)/bin/pip install --quiet --disable-pip-version-check $(LLAMA_SOURCE).tar.gz
 	touch $@
 
 # axe-core is found beside the packages; without npm its tests are skipped.
@@ -101,13 +126,19 @@ test: lint ## all checks and the quick tests, on eight virtual CPU devices; kern
 test-slow: venv ## what `make test` leaves out: more meshes, more kills, notebooks, learning
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(MAKE) --no-print-directory pytest PYTEST_ARGS="-m slow"
 
-test-all: test test-slow test-aot test-peft test-page test-clients test-ray ## every test there is
+test-all: test test-slow test-aot test-peft test-gptq test-page test-clients test-ray ## every test there is, but for test-llama
 
 test-aot: $(AOT_STAMP) ## kernels compiled for all targets, sizes and lengths, and what they cost
 	$(AOT_VENV)/bin/python -m pytest -n $(WORKERS) $(AOT_ARGS) tests/aot
 
 test-peft: $(PEFT_STAMP) ## adapters in PEFT, and Qwen2 folders in transformers
 	$(PEFT_VENV)/bin/python -m pytest -n $(WORKERS) tests/peft
+
+test-gptq: $(GPTQ_STAMP) ## what we write in AutoGPTQ and GPTQModel
+	$(GPTQ_VENV)/bin/python -m pytest tests/gptq_tools
+
+test-llama: $(LLAMA_STAMP) ## a quantised model through llama.cpp's converter, and in llama.cpp
+	LLAMA_CPP=$(LLAMA_SOURCE)/vendor/llama.cpp $(LLAMA_VENV)/bin/python -m pytest tests/llama
 
 test-page: $(PAGE_STAMP) ## the server's page in Chromium, which `apt-get install chromium` brings
 	$(PAGE_VENV)/bin/python -m pytest -rs tests/page
@@ -142,7 +173,8 @@ format: venv ## format the code and mend what lint can mend
 	$(BIN)/ruff format
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-newest .venv-aot .venv-peft .venv-page .venv-clients .venv-ray .venv-docs
+	rm -rf .venv .venv-newest .venv-aot .venv-peft .venv-gptq .venv-llama
+	rm -rf .venv-page .venv-clients .venv-ray .venv-docs
 	rm -rf .cache .hypothesis .pytest_cache .ruff_cache
 	rm -rf build demo demo-train site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,14 +33,18 @@ def linear(
     sym: bool = True,
     act: bool = False,
     v2: bool = False,
+    lowest: int = 0,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Draw the tensors of a layer of `shape` = (in, out); also the weight [out, in] in float64."""
+    """Draw the tensors of a layer of `shape` = (in, out); also the weight [out, in] in float64.
+
+    lowest: the lowest zero of a layer that is not symmetric.
+    """
     inputs, outputs = shape
     groups = inputs // group
     codes = rng.integers(0, 2**bits, (inputs, outputs))
     zeros = np.full((groups, outputs), 2 ** (bits - 1))
     if not sym:
-        zeros = rng.integers(0, 2**bits, (groups, outputs))
+        zeros = rng.integers(lowest, 2**bits, (groups, outputs))
     scales = rng.uniform(0.002, 0.01, (groups, outputs)).astype(np.float16)
     g_idx = np.arange(inputs) // group
     if act:
