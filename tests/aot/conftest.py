@@ -30,6 +30,7 @@ COMPILED = [
     "test_engine_programs.py",
     "test_grouped_products.py",
     "test_pod.py",
+    "test_quantised_steps.py",
     "test_cuda.py",
     "test_plan.py",
     "test_tpu.py",
