@@ -66,7 +66,6 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
 
     from qwen_jax import meshes
     from qwen_jax.meshes import options
-    from qwen_jax.runtime import processes
 
     meshes.check(about.config.sizes, sizes)
     options.virtual_cpu_devices(sizes)
@@ -74,10 +73,5 @@ def mesh(args: argparse.Namespace, about: "Description", *, sizes: Mapping[str, 
         here, lengths = jax.devices(), {**about.config.sizes, "B": 1}  # one prompt at a time
         sizes = meshes.default(lengths, len(here), slices=meshes.count_slices(here))
     made = meshes.make(sizes)
-    used = {device.process_index for device in made.devices.flat}
-    if idle := [str(i) for i in range(processes.count()) if i not in used]:
-        raise command.UsageError(
-            f"mesh {meshes.describe(sizes)} uses no device of process {', '.join(idle)}: give a "
-            f"--mesh of {jax.device_count()} devices"
-        )
+    options.check_used(made)
     return made

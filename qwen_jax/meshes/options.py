@@ -3,10 +3,14 @@
 import math
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from qwen_jax.meshes import construction
 from qwen_jax.runtime import processes
 from qwen_jax.runtime.command import UsageError, say
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 _MOST = 512  # virtual CPU devices of a process
 
@@ -43,3 +47,16 @@ def virtual_cpu_devices(sizes: Mapping[str, int]) -> None:
         jax.config.update("jax_num_cpu_devices", own)
         if jax.default_backend() == "cpu":
             say(f"--mesh: {own} virtual devices share the cores of this CPU")
+
+
+def check_used(mesh: "Mesh") -> None:
+    """Raise UsageError if a process of this program has no device in a mesh."""
+    import jax
+
+    used = {device.process_index for device in mesh.devices.flat}
+    if idle := [str(i) for i in range(processes.count()) if i not in used]:
+        described = construction.describe(dict(mesh.shape))
+        raise UsageError(
+            f"mesh {described} uses no device of process {', '.join(idle)}: give a --mesh of "
+            f"{jax.device_count()} devices"
+        )

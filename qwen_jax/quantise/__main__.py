@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qwen_jax.quantise import calibration
-from qwen_jax.runtime import caches, command
+from qwen_jax.runtime import caches, command, process_options
 
 if TYPE_CHECKING:
     from qwen_jax.quantise.algorithm import Scheme
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     _compute_options(result.add_argument_group("computing"))
     add("--json", action="store_true", help="print a JSON object in place of the table")
     caches.add_compilation_cache(result)
+    process_options.add(result)
     command.add_debug(result)
     return result
 
@@ -184,6 +185,7 @@ def _compute_options(group: command.Group) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """Quantise a model as the command line says, and print what it cost."""
+    process_options.join(args)
     bits_of = _bits_of(args.bits_of)
     if args.held_out is not None and args.held_out < 0:
         raise command.UsageError(f"--held-out {args.held_out}: must be at least 0")
@@ -221,7 +223,9 @@ def work(args: argparse.Namespace) -> None:
         resume=args.resume,
         adapter=None if args.adapter is None else paths.absolute(args.adapter),
     )
-    with meshes.entered(meshes.make(sizes)):
+    mesh = meshes.make(sizes)
+    options.check_used(mesh)
+    with meshes.entered(mesh):
         figures = run(settings, rows, held_out=held_out)
     print(json.dumps(figures) if args.json else findings.table(figures))
     command.say(f"{args.out} is complete")

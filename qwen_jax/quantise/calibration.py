@@ -83,7 +83,8 @@ def of_model(
     samples: the number of rows to calibrate on; None for what there is, `SAMPLES` at most.
     held_out: the number of the others; None for an eighth of what there is, `HELD_OUT` at most.
 
-    Says in a line on stderr what was found. The errors are those of `read`.
+    Says in a line on stderr what was found. The errors are those of `read`; all processes must read
+    the same rows.
     """
     config, tokenizer = checkpoint.load_config(ckpt), checkpoint.load_tokenizer(ckpt)
     if tokenizer is None:
@@ -98,6 +99,7 @@ def of_model(
         seed=seed,
         field=field,
     )
+    processes.agree("calibration data", f"{len(rows)} rows of digest {rows.digest()}")
     if held_out is None:
         held_out = len(rows) - samples if samples else min(HELD_OUT, len(rows) // 8)
     count = len(rows) - held_out

@@ -110,12 +110,17 @@ class Output:
         with contextlib.ExitStack() as held:
             figures: dict[str, Any] = {}
             if processes.index() == 0:
-                going_on = self._check(resume)
+                going_on = self._check(resume=resume)
                 self._held: Callable[[], None] = held.enter_context(lock.alone(self.root))
                 if not going_on:
                     self._begin()
                 directory.remove_drafts(self.root)
             processes.barrier()
+            if processes.index() and not self._check(resume=True):
+                raise ValueError(
+                    f"{self.root} is not the folder that process 0 writes to: all hosts need one "
+                    "disk, or gs://"
+                )
             if (self.root / REPORT).exists():
                 figures = read_json(self.root / REPORT)
             yield figures
@@ -140,7 +145,7 @@ class Output:
         pairs = {key: (theirs.get(key), ours.get(key)) for key in keys}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
-    def _check(self, resume: bool) -> bool:
+    def _check(self, *, resume: bool) -> bool:
         """Return whether there is work to go on with; ValueError if something else is there."""
         if (self.root / MANIFEST).exists():
             raise ValueError(

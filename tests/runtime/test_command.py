@@ -611,6 +611,7 @@ def test_commands_are_spelled_in_one_way():
 JOINS = {
     "qwen_jax.generate.__main__": "--ckpt a --prompt b",
     "qwen_jax.serve.__main__": "--ckpt a",
+    "qwen_jax.quantise.__main__": "--ckpt a --data b --out c --bits 4",
     "convert.from_hf": "a b",
     "convert.to_hf": "a b",
     "train.sft": "--ckpt a --data b --out c",
