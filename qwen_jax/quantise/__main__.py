@@ -187,8 +187,9 @@ def work(args: argparse.Namespace) -> None:
     """Quantise a model as the command line says, and print what it cost."""
     process_options.join(args)
     bits_of = _bits_of(args.bits_of)
-    if args.held_out is not None and args.held_out < 0:
-        raise command.UsageError(f"--held-out {args.held_out}: must be at least 0")
+    for option, number in (("--held-out", args.held_out), ("--seed", args.seed)):
+        if number is not None and number < 0:
+            raise command.UsageError(f"{option} {number}: must be at least 0")
     from qwen_jax import attention, checkpoint, meshes
     from qwen_jax.generate import backend
     from qwen_jax.meshes import options

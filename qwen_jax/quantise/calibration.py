@@ -13,7 +13,7 @@ from qwen_jax import checkpoint
 from qwen_jax.chat import examples
 from qwen_jax.chat.prompt import DEFAULT_SYSTEM
 from qwen_jax.chat.tokenizer import Tokenizer
-from qwen_jax.runtime import command, records
+from qwen_jax.runtime import command, processes, records
 
 # What is taken where nothing is asked for: rows, rows that are held out, and tokens of a row.
 SAMPLES, HELD_OUT, LENGTH = 128, 16, 2048
@@ -145,7 +145,7 @@ def read(
         raise ValueError(
             f"the calibration data has {tokens:,} tokens, which are {len(found)} rows of {length}, "
             f"and {least} full ones are needed: give more data, or `python -m qwen_jax.quantise` a "
-            "smaller --length or --samples"
+            "smaller --length, --samples or --held-out"
         )
     order = np.random.default_rng(seed).permutation(len(found))[:most]
     return _filled([found[number] for number in order], length)

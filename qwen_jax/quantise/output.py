@@ -6,6 +6,7 @@ end. `manifest.json` comes last, as in every model directory.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,9 +111,9 @@ class Output:
         with contextlib.ExitStack() as held:
             figures: dict[str, Any] = {}
             if processes.index() == 0:
-                going_on = self._check(resume=resume)
+                self._check(resume=resume)
                 self._held: Callable[[], None] = held.enter_context(lock.alone(self.root))
-                if not going_on:
+                if not (self.root / REPORT).exists():  # an earlier start may have begun in part
                     self._begin()
                 directory.remove_drafts(self.root)
             processes.barrier()
@@ -141,12 +142,19 @@ class Output:
             "mesh": self._facts["mesh"],
         }
         theirs = {**said.get("run", {}), "made_by": said.get("made_by"), "mesh": said.get("mesh")}
-        keys = ours | theirs
-        pairs = {key: (theirs.get(key), ours.get(key)) for key in keys}
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        pairs = {key: (theirs.get(key), ours.get(key)) for key in ours | theirs}
+        # As texts, because the order of patterns counts: the last one holds.
+        return {key: pair for key, pair in pairs.items() if len(set(map(json.dumps, pair))) > 1}
 
     def _check(self, *, resume: bool) -> bool:
         """Return whether there is work to go on with; ValueError if something else is there."""
+        paths.check_name(self.root)
+        root, source = (
+            path if paths.is_remote(path) else path.resolve()
+            for path in (self.root, self._source.root)
+        )
+        if source in root.parents:
+            raise ValueError(f"{self.root} is within {self._source.root}: name another place")
         if (self.root / MANIFEST).exists():
             raise ValueError(
                 f"{self.root} is a whole model directory already: name another place, or remove it"

@@ -86,7 +86,8 @@ class _Run:
             raise ValueError("a context axis is for training: quantise with fsdp, tp and data")
         if settings.int8_head and config.tie_embeddings:
             raise ValueError(f"{settings.ckpt} has no head of its own: leave out --head int8")
-        _check_ids(config, rows)
+        compared = rows if held_out is None else held_out
+        _check_rows(config, rows, compared)
         shapes = {path: tuple(leaf.shape) for path, leaf in self.source.leaves.items()}
         self.schemes = schemes.by_path(shapes, settings.scheme, bits_of=settings.bits_of)
         parts = math.prod(sharding.axis_sizes(mesh)[axis] for axis in sharding.BATCH)
@@ -98,7 +99,6 @@ class _Run:
         self.compared_on = "calibration rows" if held_out is None else "held-out rows"
         cases = prove.passes(config, settings.dtype, rows=each, length=rows.length)
         self.attend: Attend = prove.resolve(settings.attention, cases)
-        compared = rows if held_out is None else held_out
         facts = {
             **self.source.facts,
             "scheme": findings.scheme_facts(settings.scheme),
@@ -174,6 +174,7 @@ class _Run:
             self.float_stream[i], self.stream[i] = x, y
             if i >= measured:
                 squares += moves.fetch(observing.difference(y, x, counted=batch.counted))
+        _check_finite(f"block {number}: its output", squares)
         if not done:
             self.figures["blocks"].append(_relative(*squares))
             self.output.note(self.figures)
@@ -233,12 +234,9 @@ class _Run:
         scheme = self.schemes[path]
         found = matrices.rounded(weight, hessian, scheme=scheme)
         damping = float(moves.fetch(found.damping))
-        if math.isnan(damping):
-            raise ValueError(
-                f"{path}: its inputs are not finite: quantise with --dtype float32, or look for "
-                "weights that are not finite"
-            )
         error, output = (float(x) for x in moves.fetch(found.squares))
+        _check_finite(f"{path}: its input", damping)
+        _check_finite(f"{path}: the matrix", output)
         self.figures["layers"][path] = {
             "bits": scheme.bits,
             "relative_output_error": _relative(error, output),
@@ -276,6 +274,7 @@ class _Run:
                 targets=_targets(batch),
             )
             totals += [float(moves.fetch(each)) for each in jax.tree.leaves(found)]
+        _check_finite("the head's output", totals)
         self.figures |= findings.comparison(*totals)
 
 
@@ -284,12 +283,29 @@ def _relative(error: float, output: float) -> float:
     return math.sqrt(error / output) if output else 0.0
 
 
-def _check_ids(config: Config, rows: Rows) -> None:
-    """Raise ValueError for token ids that the model has no embedding for."""
-    if (largest := int(rows.tokens.max())) >= config.vocab_size:
+def _check_finite(what: str, figures: float | np.ndarray) -> None:
+    """Raise ValueError if a figure of something is not finite."""
+    if not np.all(np.isfinite(figures)):
+        raise ValueError(
+            f"{what} is not finite: quantise with --dtype float32, or look for weights that are "
+            "not finite"
+        )
+
+
+def _check_rows(config: Config, rows: Rows, compared: Rows) -> None:
+    """Raise ValueError for token ids without an embedding, and for rows that predict no token.
+
+    compared: the rows on which the models are compared.
+    """
+    if (largest := max(int(part.tokens.max()) for part in (rows, compared))) >= config.vocab_size:
         raise ValueError(
             f"the calibration data has token {largest}, and the model's vocabulary ends before "
             f"{config.vocab_size}: take the tokenizer of this model"
+        )
+    if not np.any(compared.positions):
+        raise ValueError(
+            "no row on which the models are compared has two tokens of one text: give longer "
+            "texts, or a larger --length"
         )
 
 

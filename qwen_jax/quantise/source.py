@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import checkpoint, meshes
 from qwen_jax.checkpoint import kinds, peft, store
-from qwen_jax.checkpoint.directory import PARAMS
+from qwen_jax.checkpoint.directory import MANIFEST, PARAMS
 from qwen_jax.checkpoint.store import Change
 from qwen_jax.config import Config
 from qwen_jax.leaves import grouped
@@ -67,10 +67,12 @@ class Source:
     @property
     def facts(self) -> dict[str, Any]:
         """Values that identify the model."""
-        if self.adapter is None:
-            return {"source": str(self.root)}
-        stamps = {file.name: paths.stamp(file) for file in peft.files(self.adapter)}
-        return {"source": str(self.root), "adapter": {"folder": str(self.adapter), **stamps}}
+        changed_at = paths.stamp(self.root / MANIFEST)[1]
+        found: dict[str, Any] = {"source": str(self.root), "source_changed_at": changed_at}
+        if self.adapter is not None:
+            stamps = {file.name: paths.stamp(file) for file in peft.files(self.adapter)}
+            found["adapter"] = {"folder": str(self.adapter), **stamps}
+        return found
 
     def weight(self, path: str) -> Weight:
         """Read one weight: as it is stored, or in float32 where it is computed."""

@@ -142,6 +142,18 @@ def test_damping_rises_until_a_hessian_is_positive() -> None:
     assert float(quantised(6, Scheme()).damping) == pytest.approx(0.01)
 
 
+def test_the_damped_hessian_is_what_is_factorised() -> None:
+    """Where its diagonal is not 1, too: passes that choose codes again have the same damping."""
+    x = np.random.default_rng(0).standard_normal((100, 32)).astype(np.float32) * 30
+    hessian = x.T @ x / 100
+    damped, root, damping = factor.factorised(jnp.asarray(hessian), 0.02)
+    assert float(damping) == pytest.approx(0.02)
+    expected = hessian + 0.02 * np.trace(hessian) / 32 * np.eye(32)
+    np.testing.assert_allclose(damped, expected, rtol=1e-5, atol=1e-2)
+    root = np.triu(np.asarray(root, np.float64))
+    np.testing.assert_allclose(root @ root.T, expected, rtol=1e-4, atol=0.05)
+
+
 def test_a_hessian_that_is_not_finite_is_said() -> None:
     hessian = np.eye(64, dtype=np.float32)
     hessian[3, 3] = np.nan
@@ -183,6 +195,25 @@ def test_a_grid_covers_a_group_of_any_sign(bits: int, symmetric: bool) -> None:
     assert np.abs(values - rows).max() <= 0.55 * step
     assert not np.any(np.asarray(values[:, 2]))
     assert symmetric == bool(np.all(chosen.zero == 2 ** (bits - 1)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_grid_is_the_best_of_sixteen(symmetric: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_t(3, (32, 8)).astype(np.float32)
+    costs = rng.uniform(0.1, 1, 32).astype(np.float32)
+    low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+    if symmetric:
+        low, high = -np.maximum(high, -low), np.maximum(high, -low)
+    tried = []
+    for part in 1 - np.arange(17) / 32:
+        scale = ((high - low) * part / 15).astype(np.float16).astype(np.float32)
+        zero = np.full(8, 8.0) if symmetric else np.clip(np.round(-low * part / scale), 0, 15)
+        codes = np.clip(np.round(rows / scale) + zero, 0, 15)
+        tried.append(costs @ np.square(rows - (codes - zero) * scale))
+    chosen = grid.choose(jnp.asarray(rows), jnp.asarray(costs), bits=4, symmetric=symmetric)
+    left = rows - chosen.floats(chosen.nearest(jnp.asarray(rows)))
+    np.testing.assert_allclose(costs @ np.square(left), np.min(tried, axis=0), rtol=1e-4)
 
 
 def test_a_grid_leaves_out_weights_that_cost_less_than_the_others_gain() -> None:

@@ -1,5 +1,6 @@
 """Calibration data: which rows conversations and texts become."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def test_a_text_goes_on_in_the_next_row(tokenizer: Tokenizer, tmp_path: Path) ->
     again = read([tmp_path / "a.txt"], tokenizer, most=5)
     others = read([tmp_path / "a.txt"], tokenizer, most=5, seed=1)
     assert len(some) == 5 and some.digest() == again.digest() != others.digest()
+
+
+def test_rows_are_chosen_among_eight_times_as_many(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "".join(f"Line {number} of the text.\n" for number in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    ids = tokenizer.encode(text)
+    found = read([tmp_path / "a.txt"], tokenizer, most=3, seed=5)
+    first = [number * 64 for number in np.random.default_rng(5).permutation(24)[:3]]
+    assert len(ids) > 64 * 30 and max(first) >= 64 * 3
+    assert found.tokens.tolist() == [ids[at : at + 64] for at in first]
+
+
+def test_a_digest_is_of_all_that_a_pass_sees() -> None:
+    whole = calibration.of_tokens(np.arange(12, dtype=np.int32).reshape(2, 6))
+    others = [
+        dataclasses.replace(whole, **{name: getattr(whole, name) + 1})
+        for name in ("tokens", "positions", "segments")
+    ]
+    others += [whole.part(slice(1)), calibration.of_tokens(whole.tokens.reshape(3, 4))]
+    assert len({rows.digest() for rows in (whole, *others)}) == 6
 
 
 def test_records_are_texts_where_they_have_the_field(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Models quantised block by block: beside the released tool's, stopped and resumed, on a mesh."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,15 +12,21 @@ from safetensors.numpy import load_file
 
 import qwen_jax
 from convert import from_hf, to_hf
+from qwen_jax import checkpoint, meshes
 from qwen_jax.checkpoint import CheckpointError, directory
-from qwen_jax.quantise import calibration, output
-from qwen_jax.quantise.algorithm import Order, Scheme
+from qwen_jax.leaves.weights import Weight
+from qwen_jax.quantise import calibration, observing, output
+from qwen_jax.quantise import run as quantise_run
+from qwen_jax.quantise.algorithm import Hessian, Order, Scheme
 from qwen_jax.quantise.calibration import Rows
 from qwen_jax.quantise.run import Settings, run
+from qwen_jax.quantise.source import Source
+from tests.support.conversion import contents
 from tests.support.gptq import GPTQ
 from tests.support.tiny import on_mesh
 
 Figures = dict[str, Any]
+BY_IMPORTANCE = Scheme(group_size=64, symmetric=False, order=Order.IMPORTANCE)
 
 
 @functools.cache
@@ -102,15 +109,23 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    scheme = Scheme(group_size=64, symmetric=False, order=Order.IMPORTANCE)
-    few = {"bits_of": {"layers.2.*": 16, "layers.*.ffn.*": 16}, "int8_head": True}
+    few: Any = {"bits_of": {"layers.2.*": 16, "layers.*.ffn.*": 16}, "int8_head": True}
 
     def start(out: Path, **settings: Any) -> Figures:
         held_out = rows(2, first=4)
-        return run(Settings(floats, out, scheme, **few, **settings), rows(4), held_out=held_out)
+        found = Settings(floats, out, BY_IMPORTANCE, **few, **settings)
+        return run(found, rows(4), held_out=held_out)
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     expected = start(whole)
     note = output.Output.note
+    with monkeypatch.context() as patch:  # before all small files are there
+        patch.setattr(output.directory, "carry", dies)
+        with pytest.raises(KeyboardInterrupt):
+            start(stopped)
+    assert directory.names(stopped) == {directory.UNFINISHED}
 
     def dying(self: output.Output, figures: Figures) -> None:
         note(self, figures)
@@ -119,14 +134,21 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     with monkeypatch.context() as patch:
         patch.setattr(output.Output, "note", dying)
         with pytest.raises(KeyboardInterrupt):
-            start(stopped)
+            start(stopped, resume=True)
     with pytest.raises(CheckpointError, match=r"an unfinished quantisation: .* with --resume"):
         qwen_jax.load(stopped)
     with pytest.raises(ValueError, match="is an unfinished quantisation: add --resume"):
         start(stopped)
-    other = Settings(floats, stopped, Scheme(bits=8), **few, resume=True)
-    with pytest.raises(ValueError, match=r"was begun with scheme .*: give the command that began"):
-        run(other, rows(4), held_out=rows(2, first=4))
+    begun = json.loads((stopped / directory.UNFINISHED).read_text())
+    patterns = dict(reversed(few["bits_of"].items()))  # the last one that matches holds
+    for key in ("mesh", *begun["run"]):
+        other = {**begun, "run": {**begun["run"], "bits_of": patterns}}
+        if key != "bits_of":
+            other = {**begun, "run": {**begun["run"], key: 0}, key: 0}
+        directory.write_json(stopped / directory.UNFINISHED, other)
+        with pytest.raises(ValueError, match=f"was begun with {key} .*: give the command that beg"):
+            start(stopped, resume=True)
+    directory.write_json(stopped / directory.UNFINISHED, begun)
     found = start(stopped, resume=True)
     assert found == expected and found["complete"]
     assert json.loads((stopped / output.REPORT).read_text()) == found
@@ -139,12 +161,10 @@ def test_a_stopped_run_goes_on_to_the_same_model(
         scores = np.take_along_axis(log_softmax(logits)[:, :-1], tokens[:, 1:, None], -1)
         assert found["perplexity"][name] == pytest.approx(np.exp(-scores.mean()), rel=1e-4)
 
-    files = {path.relative_to(whole) for path in (whole / "params").rglob("*") if path.is_file()}
-    assert files == {p.relative_to(stopped) for p in (stopped / "params").rglob("*") if p.is_file()}
-    for path in files:
-        assert (whole / path).read_bytes() == (stopped / path).read_bytes()
-    kinds = json.loads((stopped / directory.MANIFEST).read_text())["kinds"]
-    assert kinds == {"head": "int8"} | {
+    assert contents(whole) == contents(stopped)
+    manifest = json.loads((stopped / directory.MANIFEST).read_text())
+    assert manifest["quantisation"]["zeros"] == "v2"
+    assert manifest["kinds"] == {"head": "int8"} | {
         f"layers.{i}.attn.{name}": "grouped4" for i in (0, 1) for name in "qkvo"
     }
     # Layers of floats among the others come back, too.
@@ -157,6 +177,53 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     for settings in ({}, {"resume": True, "dtype": "bfloat16"}):
         with pytest.raises(ValueError, match="is a whole model directory already"):
             start(stopped, **settings)
+
+
+def test_inputs_are_those_of_the_quantised_model(
+    floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is rounded so far, in earlier blocks and in the same one."""
+    observe, run_block = observing.observe, observing.run_block
+    observed: list[tuple[str, np.ndarray, np.ndarray]] = []
+    passed: list[np.ndarray] = []
+
+    def noted(hessian: Hessian, x: Any, block: Any, *, path: str, **more: Any) -> Hessian:
+        observed.append((path, np.asarray(x), np.asarray(block.attn.q[...])))
+        return observe(hessian, x, block, path=path, **more)
+
+    def moved(x: Any, block: Any, **more: Any) -> Any:
+        passed.append(np.asarray(run_block(x, block, **more)))
+        return run_block(x, block, **more)
+
+    monkeypatch.setattr(observing, "observe", noted)
+    monkeypatch.setattr(observing, "run_block", moved)
+    few = {"layers.2.*": 16, "layers.*.ffn.*": 16}
+    settings = Settings(floats, tmp_path / "out", BY_IMPORTANCE, bits_of=few)
+    run(settings, rows(4), held_out=None)
+    assert [path for path, *_ in observed] == ["attn.q", "attn.o"] * 2
+    originals = Source(floats, meshes.make())
+    for number, (path, x, q) in enumerate(observed):
+        layer, rounded = number // 2, path == "attn.o"
+        given = np.asarray(originals.weight(f"layers.{layer}.attn.q")[...], np.float32)
+        assert np.array_equal(q, given) == (not rounded)
+        if layer:
+            assert np.array_equal(x, passed[1]) and not np.array_equal(x, passed[0])
+
+
+def test_batches_are_filled_up_with_rows_that_do_not_count(floats: Path) -> None:
+    given = calibration.of_tokens(np.arange(15, dtype=np.int32).reshape(3, 5))
+    given.segments[:] = [[1, 1, 2, 2, 2], [1, 1, 1, 1, 0], [1, 2, 3, 0, 0]]
+    config = checkpoint.load_config(floats)
+    with on_mesh():
+        first, last = quantise_run._batches(given, config, size=2)
+        targets = [np.asarray(quantise_run._targets(batch)) for batch in (first, last)]
+    assert np.array_equal(first.tokens, given.tokens[:2])
+    assert np.array_equal(last.tokens[0], given.tokens[2])
+    assert np.array_equal(first.counted, given.segments[:2] > 0)
+    assert np.array_equal(last.counted, [[True] * 3 + [False] * 2, [False] * 5])
+    yes, no = True, False
+    assert np.array_equal(targets[0], [[yes, no, yes, yes, no], [yes, yes, yes, no, no]])
+    assert not targets[1].any()
 
 
 @pytest.mark.slow
@@ -176,9 +243,6 @@ def test_what_is_exported_is_what_was_made(order: Order, floats: Path, tmp_path:
         assert np.array_equal(*logits)
         said = json.loads((here / "hf/config.json").read_text())["quantization_config"]
         assert said["desc_act"] == (order is Order.IMPORTANCE) and said["sym"] == symmetric
-
-
-BY_IMPORTANCE = Scheme(symmetric=False, order=Order.IMPORTANCE)
 
 
 @pytest.mark.slow
@@ -221,8 +285,16 @@ def test_bad_input_is_refused_before_anything_is_written(floats: Path, tmp_path:
         with pytest.raises(ValueError, match=f"^{message}"):
             start(scheme, **settings)
     strange = calibration.of_tokens(np.full((2, 64), 512, np.int32))
-    with pytest.raises(ValueError, match="has token 512, and the model's vocabulary ends before"):
-        run(Settings(floats, out, Scheme()), strange, held_out=None)
+    for given in ({"rows": strange, "held_out": None}, {"rows": rows(2), "held_out": strange}):
+        with pytest.raises(ValueError, match="has token 512, and the model's vocabulary ends bef"):
+            run(Settings(floats, out, Scheme()), **given)
+    single = dataclasses.replace(rows(2), positions=np.zeros((2, 64), np.int32))
+    with pytest.raises(ValueError, match="no row on which the models are compared has two tokens"):
+        run(Settings(floats, out, Scheme()), rows(2), held_out=single)
+    inside = Settings(floats, floats / "a/b", Scheme())
+    with pytest.raises(ValueError, match=r"a/b is within .*ckpt: name another place"):
+        run(inside, rows(2), held_out=None)
+    assert not (floats / "a").exists()
     with on_mesh(context=2), pytest.raises(ValueError, match="a context axis is for training"):
         start(Scheme())
     assert not out.exists()
@@ -231,6 +303,34 @@ def test_bad_input_is_refused_before_anything_is_written(floats: Path, tmp_path:
     with pytest.raises(ValueError, match=r"holds notes\.txt, which no quantisation left there"):
         start(Scheme(), resume=True)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "what"),
+    [
+        ("layers.0.attn.k", "layers.0.attn.k: the matrix"),
+        ("layers.0.attn.v_bias", "layers.0.attn.o: its input"),
+        ("layers.0.ffn.down", "block 0: its output"),
+        ("head", "the head's output"),
+    ],
+)
+def test_weights_that_are_not_finite_are_said(
+    damaged: str, what: str, floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Source.weight
+
+    def weight(self: Source, path: str) -> Weight:
+        found = read(self, path)
+        if path != damaged:
+            return found
+        return Weight(found[...].at[..., 0].set(np.nan), letters=found.letters)
+
+    monkeypatch.setattr(Source, "weight", weight)
+    few = {"layers.[12].*": 16, "layers.0.ffn.*": 16}
+    settings = Settings(floats, tmp_path / "out", BY_IMPORTANCE, bits_of=few)
+    with pytest.raises(ValueError, match=f"^{what} is not finite: quantise with --dtype float32"):
+        run(settings, rows(4), held_out=None)
+    assert not (tmp_path / "out" / directory.MANIFEST).exists()
 
 
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
