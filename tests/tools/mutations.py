@@ -304,6 +304,54 @@ FAULTS = [
         "        if self._served.draining:",
         "tests/serve/test_server.py",
     ),
+    Fault(
+        "qwen_jax/quantise/factor.py",
+        "return hessian + last * mean * identity, root, known",
+        "return hessian + last * identity, root, known",
+        "tests/quantise/test_algorithm.py -k damped_hessian",
+    ),
+    Fault(
+        "qwen_jax/quantise/grid.py",
+        "/ 2 ** (bits + 1)",
+        "/ 2**bits",
+        "tests/quantise/test_algorithm.py -k best_of",
+    ),
+    Fault(
+        "qwen_jax/quantise/quality.py",
+        "start_index=start",
+        "start_index=0",
+        "tests/quantise/test_quality.py",
+    ),
+    Fault(
+        "qwen_jax/quantise/calibration.py",
+        "itertools.islice(packed, _CHOICE * most)",
+        "itertools.islice(packed, most)",
+        "tests/quantise/test_calibration.py",
+    ),
+    Fault(
+        "qwen_jax/quantise/run.py",
+        "zip(self.stream, self.calibration",
+        "zip(self.float_stream, self.calibration",
+        "tests/quantise/test_run.py -k inputs_are",
+    ),
+    Fault(
+        "qwen_jax/quantise/run.py",
+        "counted=moves.place(real & (part.segments > 0)",
+        "counted=moves.place(part.segments > 0",
+        "tests/quantise/test_run.py -k filled_up",
+    ),
+    Fault(
+        "qwen_jax/quantise/output.py",
+        "if not (self.root / REPORT).exists():",
+        "if not self._check(resume=True):",
+        "tests/quantise/test_run.py -k stopped",
+    ),
+    Fault(
+        "qwen_jax/quantise/__main__.py",
+        "found.pop(pattern, None)",
+        "pass",
+        "tests/quantise/test_quantise_command.py -k options",
+    ),
 ]
 
 
