@@ -24,6 +24,8 @@ from qwen_jax.checkpoint import directory, kinds
 from qwen_jax.checkpoint.store import Change, MatrixRows, StoredLeaf
 from qwen_jax.runtime import texts
 
+HEAD_NOTE = "note: the head has 8 bits here; lm_head.weight holds the floats they stand for"
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert import conversion, target
+from convert import conversion, gptq_export, target
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, kinds
@@ -32,7 +32,10 @@ def run(args: argparse.Namespace, *, plan_of: Callable[[argparse.Namespace], Exp
     src, dst = paths.absolute(args.src), paths.absolute(args.dst)
     target.check_apart(src, dst)
     made = dst.with_name(f"{dst.name}.requantised")
-    scheme, bits_of = _scheme(args, checkpoint.verify_whole(src))
+    manifest = checkpoint.verify_whole(src)
+    scheme, bits_of = _scheme(args, manifest)
+    if kinds.INT8 in kinds.of_manifest(manifest).values():
+        command.say(gptq_export.HEAD_NOTE)
     if not (made / directory.MANIFEST).exists():
         target.check_usable(dst, {})
     figures = _quantised(args, src, made, scheme=scheme, bits_of=bits_of)

@@ -211,9 +211,7 @@ def _check_integers(args: argparse.Namespace, found: set[str]) -> None:
             "give the floats that it was made from"
         )
     if kinds.INT8 in found:
-        command.say(
-            "note: the head has 8 bits here; lm_head.weight holds the floats they stand for"
-        )
+        command.say(gptq_export.HEAD_NOTE)
 
 
 if __name__ == "__main__":

@@ -466,8 +466,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "format": (said(format=["gptq"]), "format is ['gptq']: only gptq and gptq_v2"),
     "by module in one place": (
-        lambda path: edit(path / "quantize_config.json", dynamic={"+:mlp": {"bits": 8}}),
-        "quantize_config.json: dynamic is {'+:mlp': {'bits': 8}}",
+        lambda path: edit(path / "quantize_config.json", dynamic={"+:.*1.mlp.w1": {"bits": 8}}),
+        "h.1.mlp.w1.qweight is [32, 384], expected [64, 384]",
     ),
     "NaN": (element("mlp.w1.scales", (1, 3), np.nan), "scales is nan for group 1 of output 3"),
     "infinite": (element("mlp.w2.scales", (0, 5), -np.inf), "scales is -inf for group 0 of output"),

@@ -64,7 +64,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def integers(floats: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of 4 bits, as if converted from a file of AutoGPTQ; do not change it."""
     path = tmp_path_factory.mktemp("integers") / "ckpt"
-    options = ("--bits", 4, "--group-size", 64, "--act-order", "--asymmetric")
+    options = ("--bits", 4, "--group-size", 64, "--act-order", "--asymmetric", "--head", "int8")
     quantised("--ckpt", floats, "--data", text, "--out", path, *options)
     manifest = json.loads((path / "manifest.json").read_text())
     edit(path / "manifest.json", quantisation=manifest["quantisation"] | {"zeros": "v1"})
@@ -106,7 +106,10 @@ def test_integers(
     """As merged into floats, quantised and exported one after the other."""
     dst = tmp_path / "dst"
     assert main(integers, dst, "--adapter", adapter, "--requantise", text, "--verify") == 0
-    *_, whole, error, compared = capfd.readouterr().err.strip().splitlines()
+    *before, whole, error, compared = capfd.readouterr().err.strip().splitlines()
+    assert (
+        "note: the head has 8 bits here; lm_head.weight holds the floats they stand for" in before
+    )
     assert whole == f"{dst} is complete" and not beside(dst).exists()
     assert "4 bits: mean relative output error of the matrices 0." in error
     assert (
