@@ -113,15 +113,10 @@ class Source:
 
     def _floats(self, path: str) -> jax.Array:
         """Return the floats that a quantised weight stands for, float32."""
-        leaf = kinds.restore(
-            self.root / PARAMS,
-            path,
-            kind=self._kinds[path],
-            like=self.leaves[path],
-            stored=kinds.fields_of(path, self.manifest),
-            mesh=self._mesh,
-            sizes=self.config.sizes,
-        )
+        kind, place = self._kinds[path], {"mesh": self._mesh, "sizes": self.config.sizes}
+        stored = kinds.fields_of(path, self.manifest)
+        fields = kinds.layout(kind, self.leaves[path], stored=stored, **place)
+        leaf = kinds.restore(self.root / PARAMS, path, kind=kind, fields=fields, **place)
         if isinstance(leaf, Grouped):
             return grouped.plain(leaf, "float32").get_value()
         return leaf.dequantize("float32")
