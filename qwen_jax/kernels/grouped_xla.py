@@ -1,7 +1,7 @@
 """Products with weights of 4- and 8-bit integers in groups, as XLA computes them.
 
 Of a product written plainly (floats are made of the weight, then multiplied by), XLA writes these
-floats to memory, on every platform. Here are forms of which it does not.
+floats to memory, on every platform. Here are forms of which it does not, or of a part at a time.
 """
 
 import functools
@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8, UInt32
 
 _WORD = 32
+_COLUMNS = 1024  # outputs of a weight that `of_rows` makes floats of at a time
 # The arrays in bfloat16 whose sum is x, by x's dtype.
 PIECES: Mapping[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3}
 
@@ -92,6 +93,50 @@ def by_groups(
     )
     total, _ = lax.scan(step, jnp.zeros((x.shape[0], outputs)), parts)
     return total.astype(dtype or x.dtype)
+
+
+def of_rows(
+    dy: Float[Array, "B out"],
+    codes: UInt32[Array, "words out"],
+    *,
+    scales: Float[Array, "groups out"],
+    zeros: UInt8[Array, "groups out"] | None,
+    bits: int,
+) -> Float[Array, "B inputs"]:
+    """Multiply rows by the transpose of a weight: the gradient of a product's rows.
+
+    dy: [B, out]. The other arguments are those of `one_row`.
+
+    Of a block of outputs, each place of the words makes floats and a product of its own, so that no
+    integer is moved, and no more of the weight exists as floats. They are rounded to dy's dtype.
+    """
+    (groups, outputs), places = scales.shape, _WORD // bits
+    size = next(n for n in range(min(_COLUMNS, outputs), 0, -1) if outputs % n == 0)
+
+    def blocks(x: jax.Array) -> jax.Array:  # [rows, out] -> [blocks, rows, size]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size), 1, 0)
+
+    def step(total: jax.Array, some: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        dy, words, scale, zero = some
+        words = words.reshape(groups, -1, size)
+        added = []
+        for j in range(places):
+            weight = (_field(words, j, bits) - zero[:, None]) * scale[:, None]
+            weight = weight.reshape(-1, size).astype(dy.dtype)
+            given = {"precision": _precision(dy), "preferred_element_type": jnp.float32}
+            added.append(jnp.einsum("bo,wo->bw", dy, weight, **given))
+        return total + jnp.stack(added), None
+
+    zero = jnp.broadcast_to(_zeros(zeros, bits)[:, 0], (groups, outputs))
+    total = jnp.zeros((places, dy.shape[0], codes.shape[0]), jnp.float32)
+    given = (blocks(dy), blocks(codes), blocks(scales.astype(jnp.float32)), blocks(zero))
+    total, _ = lax.scan(step, total, given)
+    return jnp.moveaxis(total.astype(dy.dtype), 0, -1).reshape(dy.shape[0], -1)
+
+
+def _precision(x: jax.Array) -> lax.Precision:
+    """Return the precision of products of x: of all its bits."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def _field(codes: jax.Array, j: int, bits: int) -> jax.Array:

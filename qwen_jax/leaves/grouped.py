@@ -183,7 +183,6 @@ def _(weight: Grouped, equation: str, x: jax.Array, out: P | None, **kwargs: Any
                 kernel=weight.kernel,
                 out=out,
                 dtype=kwargs.get("preferred_element_type", x.dtype),
-                dequantise=functools.partial(floats, bits=weight.bits),
             )
         except NotImplementedError as declined:
             _say_once(f"{declined}: such products make floats of their weights")

@@ -6,7 +6,6 @@ block of its outputs at a time is dequantised. Weights in groups are never train
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -17,10 +16,8 @@ from jaxtyping import Array, Float, Int16, UInt8, UInt32
 
 from qwen_jax.kernels.grouped_tpu import tpu_product
 from qwen_jax.kernels.grouped_triton import triton_product
-from qwen_jax.kernels.grouped_xla import by_groups, one_row
+from qwen_jax.kernels.grouped_xla import by_groups, of_rows, one_row
 from qwen_jax.meshes import sharding
-
-_COLUMNS = 1024  # outputs of a weight that are dequantised at a time
 
 
 class Product(Protocol):
@@ -50,8 +47,6 @@ KERNELS: dict[str, Product] = {
     "pallas_triton": _on_gpus,
     "by_groups": by_groups,  # for CPUs
 }
-# Dequantises codes [W, out] with scales and zeros [groups, out] to floats [in, out] of a dtype.
-Dequantise = Callable[..., jax.Array]
 
 
 def multiply(
@@ -64,7 +59,6 @@ def multiply(
     kernel: str,
     out: P | None,
     dtype: DTypeLike,
-    dequantise: Dequantise,
 ) -> Float[Array, "B T out"]:
     """Multiply an activation by a weight in groups with a kernel. Returns [B, T, out].
 
@@ -72,15 +66,12 @@ def multiply(
     kernel: a name in `KERNELS`.
     out: the partitioning of the result where the inputs are divided over devices; else None.
     dtype: the dtype of the result.
-    dequantise: the function that makes floats of part of the weight, for the gradient.
     """
     *rows, inputs = jax.typeof(x).sharding.spec.partitions
     outputs = jax.typeof(codes).sharding.spec.partitions[1]
     divided = sharding.entries(inputs)
     result = P(*rows, outputs) if out is None else P(*out.partitions)
-    product = functools.partial(
-        _product, kernel=kernel, bits=bits, dtype=jnp.dtype(dtype), dequantise=dequantise
-    )
+    product = functools.partial(_product, kernel=kernel, bits=bits, dtype=jnp.dtype(dtype))
 
     @jax.shard_map(out_specs=result, check_vma=False)  # a kernel's type says no mesh axes
     def local(x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
@@ -96,14 +87,22 @@ def multiply(
 
 
 def _product(
-    x: jax.Array, codes: jax.Array, tables: list[jax.Array], **how: Any
+    x: jax.Array,
+    codes: jax.Array,
+    tables: list[jax.Array],
+    *,
+    kernel: str,
+    bits: int,
+    dtype: DTypeLike,
 ) -> Float[Array, "B out"]:
     """Multiply the rows of one device; differentiable in x alone."""
-    kernel, bits, dtype = how["kernel"], how["bits"], how["dtype"]
+
+    def of(tables: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        return tables[0], tables[1] if len(tables) == 2 else None
 
     @jax.custom_vjp
     def product(x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
-        scales, zeros = tables[0], tables[1] if len(tables) == 2 else None
+        scales, zeros = of(tables)
         return KERNELS[kernel](x, codes, scales=scales, zeros=zeros, bits=bits, dtype=dtype)
 
     def forward(x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> tuple[jax.Array, Any]:
@@ -111,32 +110,11 @@ def _product(
 
     def backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, None, None]:
         codes, tables, like = saved
-        return _of_rows(dy.astype(like.dtype), codes, tables, how["dequantise"]), None, None
+        scales, zeros = of(tables)
+        if scales.dtype == jnp.int16:
+            scales = jax.lax.bitcast_convert_type(scales, jnp.float16)
+        given = {"scales": scales, "zeros": zeros, "bits": bits}
+        return of_rows(dy.astype(like.dtype), codes, **given), None, None
 
     product.defvjp(forward, backward)
     return product(x, codes, tables)
-
-
-def _of_rows(
-    dy: jax.Array, codes: jax.Array, tables: list[jax.Array], dequantise: Dequantise
-) -> jax.Array:
-    """Return the gradient of the rows [B, in] from that of the result [B, out].
-
-    A block of outputs is dequantised at a time.
-    """
-    outputs = codes.shape[1]
-    size = next((n for n in range(min(_COLUMNS, outputs), 0, -1) if outputs % n == 0), outputs)
-
-    def blocks(x: jax.Array) -> jax.Array:  # [rows, out] -> [blocks, rows, size]
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size), 1, 0)
-
-    def step(total: jax.Array, some: tuple[jax.Array, jax.Array, list[jax.Array]]) -> Any:
-        dy, codes, tables = some
-        weight = dequantise(codes, *tables, dtype=dy.dtype)
-        added = jnp.einsum("bo,io->bi", dy, weight, preferred_element_type=jnp.float32)
-        return total + added, None
-
-    inputs = jax.eval_shape(functools.partial(dequantise, dtype=dy.dtype), codes, *tables).shape[0]
-    zero = jnp.zeros((dy.shape[0], inputs), jnp.float32)
-    given = (blocks(dy), blocks(codes), [blocks(table) for table in tables])
-    return jax.lax.scan(step, zero, given)[0].astype(dy.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.kernels import grouped_xla
-from tests.kernels.grouped_cases import Case, check, draw
+from tests.kernels.grouped_cases import Case, check, draw, reference
 
 CASES = [
     Case(1, 256, 384),
@@ -28,6 +28,21 @@ def test_agrees_with_float64(case: Case) -> None:
 def test_groups_of_many_rows() -> None:
     case = Case(9, 1376, 40, 32, asymmetric=True)
     check(functools.partial(grouped_xla.by_groups, bits=4, dtype="float32"), case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_of_rows_agrees_with_float64(case: Case) -> None:
+    """In float32; the weight is that of a product with the unit rows."""
+    drawn = draw(case)
+    x, codes = drawn.pop("x"), drawn.pop("codes")
+    unit = {**drawn, "x": np.eye(case.inputs), "codes": codes}
+    weight, _ = reference(case, unit)
+    dy = np.random.default_rng(1).standard_normal((3, case.outputs)).astype(np.float32)
+    run = jax.jit(functools.partial(grouped_xla.of_rows, bits=case.bits))
+    found = np.asarray(run(jnp.asarray(dy), codes, **drawn), np.float64)
+    assert found.shape == (3, x.shape[1])
+    terms = np.abs(dy.astype(np.float64)) @ np.abs(weight).T
+    assert np.max(np.abs(found - dy.astype(np.float64) @ weight.T) / terms) < 1e-6
 
 
 def test_one_row_declines_two() -> None:
