@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import section
 from qwen_jax import PRESETS
 from qwen_jax.attention import timing
-from qwen_jax.kernels import choice, grouped_tpu, grouped_triton, grouped_xla
+from qwen_jax.kernels import choice, grouped_hopper, grouped_tpu, grouped_triton, grouped_xla
 from qwen_jax.leaves import grouped
 from qwen_jax.runtime import caches, command
 
@@ -47,6 +47,7 @@ def by_floats(
 # By name, and the platforms for which each is meant.
 FORMS: dict[str, tuple[Callable[..., jax.Array], tuple[str, ...]]] = {
     grouped_tpu.NAME: (grouped_tpu.tpu_product, ("tpu",)),
+    grouped_hopper.NAME: (grouped_hopper.hopper_product, ("gpu",)),
     grouped_triton.NAME: (grouped_triton.triton_product, ("gpu",)),
     "one_row": (grouped_xla.one_row, ("gpu", "tpu", "cpu")),
     "by_groups": (grouped_xla.by_groups, ("gpu", "tpu", "cpu")),

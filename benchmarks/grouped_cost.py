@@ -9,6 +9,7 @@ all, the temporary memory of the program. The matrices are those of the 7B. Need
 """
 
 import datetime
+import functools
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from benchmarks import aot
 from benchmarks.kernel_cost import header, line
 from qwen_jax import PRESETS
-from qwen_jax.kernels import grouped_tpu, grouped_triton
+from qwen_jax.kernels import grouped_hopper, grouped_tpu, grouped_triton
 from qwen_jax.runtime import command
 
 GROUP = 128
@@ -70,18 +71,24 @@ def on_tpu(target: str, kind: str, bits: int, rows: int) -> None:
 
 
 def on_gpu(target: str, kind: str, bits: int, rows: int) -> None:
-    """Print a line for a product of the Triton kernel."""
-
-    def product(x: Any, codes: Any, scales: Any) -> jax.Array:
-        return grouped_triton.triton_product(x, codes, scales=scales, zeros=None, bits=bits)
-
+    """Print a line for a product of each kernel for GPUs."""
+    forms: dict[str, Any] = {grouped_triton.NAME: grouped_triton.triton_product}
+    if aot.GPUS[target].capability == 9:
+        forms[grouped_hopper.NAME] = grouped_hopper.hopper_product
     given = arguments(rows, *MATRICES[kind], bits, scales=jnp.float16)
-    compiled, kernels = aot.compile_gpu(product, given, target)
-    (ours,) = (x for x in kernels if grouped_triton.NAME in x.name)
-    line(
-        *(kind, target, f"int{bits}", rows, ours.registers, ours.threads),
-        *(f"{ours.shared / 1024:.0f} KiB", ours.spilled, f"{_temporary(compiled):.2f} MB"),
-    )
+    for name, form in forms.items():
+        product = functools.partial(_symmetric, form, bits)
+        compiled, kernels = aot.compile_gpu(product, given, target)
+        (ours,) = (x for x in kernels if name in x.name)
+        line(
+            *(f"{kind}, {name}", target, f"int{bits}", rows, ours.registers, ours.threads),
+            *(f"{ours.shared / 1024:.0f} KiB", ours.spilled, f"{_temporary(compiled):.2f} MB"),
+        )
+
+
+def _symmetric(form: Any, bits: int, x: Any, codes: Any, scales: Any) -> jax.Array:
+    """A product with a weight without zeros."""
+    return form(x, codes, scales=scales, zeros=None, bits=bits)
 
 
 def _temporary(compiled: jax.stages.Compiled) -> float:

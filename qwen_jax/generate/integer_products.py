@@ -1,8 +1,8 @@
 """Chooses the kernel that multiplies by integers in groups, as "auto" chooses one for attention.
 
 A kernel is tested on the user's device before it is used: it must be right there, and faster than
-products for which floats are made. With several processes, each tests it on a device of its own,
-and all take it or none.
+products for which floats are made. For Hopper GPUs there are two, and the fastest is used. With
+several processes, each tests them on a device of its own, and all take the same one or none.
 """
 
 import functools
@@ -21,10 +21,12 @@ from qwen_jax.kernels import choice
 from qwen_jax.leaves import grouped, grouped_calls
 from qwen_jax.runtime import processes
 
-# The kernel of each platform, a name of KERNELS.
+# The kernel of each platform, a name of KERNELS, and one that is tested on Hopper GPUs beside it.
+_ON_HOPPERS = "pallas_hopper"
 OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_triton", "cpu": "by_groups"}
 _GROUP = 128  # inputs that share a scale, as in the published checkpoints
 _SIDE, _WEIGHTS = 4096, 16  # inputs and outputs of a weight that is timed, and how many in turn
+_MANY = 256  # rows of a product that is timed where there are several kernels
 _ROUNDS = 5  # rounds in which a kernel and floats are timed in turns
 
 
@@ -34,11 +36,13 @@ class Trial(NamedTuple):
     wrong: why the kernel cannot be used there, in words; None if its products are right.
     own, floats: seconds of a decode step's product with the kernel, and with floats that are made
         for it; None where the kernel is wrong, and on a CPU, where nothing is timed.
+    many: seconds of products of many rows with the kernel; None where it is the only one.
     """
 
     wrong: str | None
     own: float | None = None
     floats: float | None = None
+    many: float | None = None
 
 
 def settled(bits: int, dtype: str) -> str | None:
@@ -46,20 +50,40 @@ def settled(bits: int, dtype: str) -> str | None:
 
     dtype: the dtype in which the model computes.
 
-    The choice and its reason are a line of the log. Every process must call this.
+    The choice and its reason are a line of the log for each kernel. Every process must call this.
     """
-    name = OF_PLATFORM.get(jax.default_backend())
-    if name is None:
+    names = _candidates()
+    if not names:
         return None
     if jax.process_count() == processes.count():
-        said = processes.gather(json.dumps(_trial(name, bits, dtype=dtype)))
-        taken, why = _decided([Trial(*json.loads(text)) for text in said])
+        mine = [_trial(name, bits, dtype=dtype, alone=len(names) == 1) for name in names]
+        said = [json.loads(text) for text in processes.gather(json.dumps(mine))]
+        found = {name: [Trial(*x[i]) for x in said] for i, name in enumerate(names)}
+        decided = {name: _decided(trials) for name, trials in found.items()}
     else:
-        taken, why = False, "processes that were not joined by qwen_jax.initialize cannot agree"
-    does = "products with" if taken else "floats are made for each product, and not by"
-    level = logging.INFO if taken else logging.WARNING
-    logging.getLogger("qwen_jax").log(level, "weights of %d bits: %s %s: %s", bits, does, name, why)
-    return name if taken else None
+        why = "processes that were not joined by qwen_jax.initialize cannot agree"
+        found, decided = {}, dict.fromkeys(names, (False, why))
+    right = [name for name, (taken, _) in decided.items() if taken]
+    best = min(right, key=lambda name: _seconds(found[name]), default=None)
+    instead = f"products with {best}" if best else "floats are made for each product"
+    for name, (taken, why) in decided.items():
+        does = instead if name == best else f"{instead}, and not by {name}"
+        level = logging.INFO if taken else logging.WARNING
+        logging.getLogger("qwen_jax").log(level, "weights of %d bits: %s: %s", bits, does, why)
+    return best
+
+
+def _candidates() -> list[str]:
+    """Return the names of the kernels that are tested here, the same ones on every process."""
+    name = OF_PLATFORM.get(jax.default_backend())
+    if name is None:
+        return []
+    return [_ON_HOPPERS, name] if choice.is_hopper(choice.device()) else [name]
+
+
+def _seconds(found: list[Trial]) -> float:
+    """Return the time by which kernels are compared, on the slowest process."""
+    return max((x.own or 0.0) + (x.many or 0.0) for x in found)
 
 
 def _decided(found: list[Trial]) -> tuple[bool, str]:
@@ -72,19 +96,25 @@ def _decided(found: list[Trial]) -> tuple[bool, str]:
     own, floats = (max(getattr(x, field) or 0.0 for x in found) for field in ("own", "floats"))
     if not floats:
         return True, "it is right here"
-    times = f"({1e3 * own:.3g} ms, with floats {1e3 * floats:.3g} ms)"
+    many = max(x.many or 0.0 for x in found)
+    more = f"; {_MANY} rows {1e3 * many:.3g} ms" if many else ""
+    times = f"({1e3 * own:.3g} ms, with floats {1e3 * floats:.3g} ms{more})"
     if own < floats:
         return True, f"it is right on this {device}, and faster {times}"
     return False, f"it is slower on this {device} {times}"
 
 
-def _trial(name: str, bits: int, *, dtype: str) -> Trial:
-    """Test a kernel on this process's first device, within a limit of time."""
+def _trial(name: str, bits: int, *, dtype: str, alone: bool) -> Trial:
+    """Test a kernel on this process's first device, within a limit of time.
+
+    alone: whether there is no other to compare it with.
+    """
     with verdicts.begun(_mark(name, bits, dtype=dtype)) as should:
         if not should:
             return Trial("programs have died while it was tested")
         try:
-            return deadline.within(deadline.LIMIT, functools.partial(_tested, name, bits, dtype))
+            test = functools.partial(_tested, name, bits, dtype, alone)
+            return deadline.within(deadline.LIMIT, test)
         except TimeoutError:
             return Trial(f"its test was not done after {deadline.LIMIT:g} s")
         except Exception as error:  # whatever the compiler or the device raises
@@ -98,14 +128,14 @@ def _mark(name: str, bits: int, *, dtype: str) -> Path:
     return verdicts.folder() / f"{name}-int{bits}-{dtype}-{digest}.json"
 
 
-def _tested(name: str, bits: int, dtype: str) -> Trial:
+def _tested(name: str, bits: int, dtype: str, alone: bool) -> Trial:
     """Test a kernel: whether it is right, and on an accelerator how fast it is."""
     if wrong := amiss(name, bits=bits, dtype=dtype):
         return Trial(wrong)
     if choice.device().platform == "cpu":
         return Trial(None)
-    times = timing.medians(_programs(name, bits, dtype=dtype), _ROUNDS)
-    return Trial(None, times["kernel"], times["floats"])
+    times = timing.medians(_programs(name, bits, dtype=dtype, alone=alone), _ROUNDS)
+    return Trial(None, times["kernel"], times["floats"], times.get("many"))
 
 
 def amiss(name: str, *, bits: int, dtype: str) -> str | None:
@@ -138,10 +168,11 @@ def amiss(name: str, *, bits: int, dtype: str) -> str | None:
     return None
 
 
-def _programs(name: str, bits: int, *, dtype: str) -> dict[str, timing.TimedCall]:
+def _programs(name: str, bits: int, *, dtype: str, alone: bool) -> dict[str, timing.TimedCall]:
     """Return the products of one row that are timed, with the kernel and with floats.
 
-    Each multiplies by several weights in turn, which together fit no cache.
+    Each multiplies by several weights in turn, which together fit no cache. Unless the kernel is
+    alone, there is one of many rows with it, too.
     """
     x = jnp.ones((1, _SIDE), dtype)
     words, scales, _ = map(jnp.asarray, _drawn(_SIDE, _SIDE, bits=bits, group=_GROUP))
@@ -156,7 +187,10 @@ def _programs(name: str, bits: int, *, dtype: str) -> dict[str, timing.TimedCall
         made = (grouped.floats(*each, bits=bits, dtype=dtype) for each in held)
         return [jnp.dot(x, weight, precision=precision) for weight in made]
 
-    return {run.__name__: timing.compiled(run, x, held) for run in (kernel, floats)}
+    programs = {run.__name__: timing.compiled(run, x, held) for run in (kernel, floats)}
+    if not alone:
+        programs["many"] = timing.compiled(kernel, jnp.ones((_MANY, _SIDE), dtype), held)
+    return programs
 
 
 def _drawn(inputs: int, outputs: int, *, bits: int, group: int) -> tuple[np.ndarray, ...]:

@@ -13,6 +13,7 @@ from typing import NotRequired, Protocol, TypedDict
 import jax
 
 TABLE = Path(__file__).with_name("measured.json")
+_HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
 KEYS = ("device", "kernel", "task", "head_dim", "dtype", "length")  # the keys of a line
 
 
@@ -91,6 +92,19 @@ def need_gpu(name: str, newest_refused: float) -> None:
         capability = getattr(here, "compute_capability", None)
         if here.device_kind == kind and capability and float(capability) <= newest_refused:
             raise NotImplementedError(f"{name}: {kind}, only A100 and newer")
+
+
+def is_hopper(device: Device) -> bool:
+    """Return whether a device is a Hopper GPU, by compute capability.
+
+    A device for which programs are only compiled has no compute capability, and is known by name.
+    """
+    if device.platform != "gpu":
+        return False
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        return any(name in device.device_kind for name in _HOPPERS)
+    return str(capability).startswith("9.")
 
 
 @functools.cache

@@ -28,7 +28,6 @@ from qwen_jax.kernels.mask import Mask
 NAME = "pallas_hopper"
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (128,)
-_NAMES = ("H100", "H200", "H800", "H20", "GH200")
 _ROWS = 64  # rows of a computing warpgroup: the height of a wgmma
 _TILE = 2 * _ROWS  # rows of a thread block
 _EMPTY, _PARTLY, _FULL = 0, 1, 2
@@ -236,23 +235,12 @@ def hopper_attention(
     Raises NotImplementedError, with the reason, for calls that the kernel does not support.
     """
     here = choice.device()
-    if here.platform != "gpu" or not _is_hopper(here):
+    if not choice.is_hopper(here):
         raise NotImplementedError(f"{NAME} is for Hopper GPUs, this is {here.device_kind}")
     flash.decline(NAME, q, k=k, dtypes=DTYPES, head_dims=HEAD_DIMS)
     what: choice.Call = {"head_dim": q.shape[-1], "dtype": q.dtype.name, "length": k.shape[1]}
     sizes = choice.blocks(NAME, "forward", **what) | choice.blocks(NAME, "backward", **what)
     return flash.attend_through(Hopper(**sizes), q, k, v, mask, scale, return_lse, known)
-
-
-def _is_hopper(device: choice.Device) -> bool:
-    """Return whether a device is a Hopper GPU, by compute capability.
-
-    A device for which programs are only compiled has no compute capability, and is known by name.
-    """
-    capability = getattr(device, "compute_capability", None)
-    if capability is None:
-        return any(name in device.device_kind for name in _NAMES)
-    return str(capability).startswith("9.")
 
 
 class _Plan(NamedTuple):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int16, UInt8, UInt32
 
+from qwen_jax.kernels.grouped_hopper import hopper_product, shape_of
 from qwen_jax.kernels.grouped_tpu import tpu_product
 from qwen_jax.kernels.grouped_triton import triton_product
 from qwen_jax.kernels.grouped_xla import by_groups, of_rows, one_row
@@ -42,8 +43,18 @@ def _on_gpus(x: jax.Array, codes: jax.Array, **given: Any) -> jax.Array:
     return (one_row if x.shape[0] == 1 else triton_product)(x, codes, **given)
 
 
+def _on_hoppers(x: jax.Array, codes: jax.Array, **given: Any) -> jax.Array:
+    """Multiply rows on a Hopper GPU; by Triton where the Hopper kernel declines the shape."""
+    try:
+        shape_of(x, codes, given["scales"], bits=given["bits"])
+    except NotImplementedError:
+        return _on_gpus(x, codes, **given)
+    return (one_row if x.shape[0] == 1 else hopper_product)(x, codes, **given)
+
+
 KERNELS: dict[str, Product] = {
     "pallas_tpu": tpu_product,
+    "pallas_hopper": _on_hoppers,
     "pallas_triton": _on_gpus,
     "by_groups": by_groups,  # for CPUs
 }

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import aot
 from qwen_jax import PRESETS
-from qwen_jax.kernels import grouped_tpu, grouped_triton, grouped_xla
+from qwen_jax.kernels import grouped_hopper, grouped_tpu, grouped_triton, grouped_xla
 from tests.aot.conftest import parameter
 
 GROUP = 128
@@ -168,6 +168,39 @@ def test_compiles_for_gpus(target: str, name: str, tp: int, bits: int) -> None:
             results = splits * rows * outputs * 4
             # Results of all splits, x in the kernel's order, and sums of x over groups of 16.
             assert temporary(compiled) <= results + max(rows, 16) * inputs * 3 + 2**16
+
+
+def hopper_case(name: str, tp: int, bits: int, rows: int) -> Any:
+    smoke = (name, bits, rows) == ("qwen-1.8b", 4, 8)
+    often = smoke or (name, bits, rows) == ("qwen-7b", 8, 256)
+    return parameter(name, tp, bits, rows, smoke=smoke, release=not often)
+
+
+HOPPER = [
+    hopper_case(name, tp, bits, rows)
+    for name, tp in (("qwen-1.8b", 2), ("qwen-7b", 1), ("qwen-14b", 2), ("qwen-72b", 8))
+    for bits in (4, 8)
+    for rows in ((8, 256, 2048) if name == "qwen-7b" else (8, 256))
+]
+
+
+@pytest.mark.parametrize(("name", "tp", "bits", "rows"), HOPPER)
+def test_compiles_for_hopper(name: str, tp: int, bits: int, rows: int) -> None:
+    def product(x: Any, codes: Any, scales: Any, zeros: Any = None) -> jax.Array:
+        return grouped_hopper.hopper_product(x, codes, scales=scales, zeros=zeros, bits=bits)
+
+    for matrix in sorted({*matrices(name, tp).values()}):
+        for zeros in (False, True):
+            outputs = matrix[1]
+            given = arguments(matrix, bits, rows=rows, scales=jnp.float16, zeros=zeros)
+            compiled, kernels = aot.compile_gpu(product, given, "h100")
+            (ours,) = (kernel for kernel in kernels if grouped_hopper.NAME in kernel.name)
+            assert not ours.spilled and ours.shared <= 227 * 1024
+            shape = grouped_hopper.shape_of(*given[:3], bits=bits)
+            # Results of all splits, and x in the kernel's order, as often as groups need it.
+            results = shape.splits * rows * outputs * 4 if shape.splits > 1 else 0
+            arranged = rows * shape.steps * shape.parts * shape.width * 2
+            assert temporary(compiled) <= results + arranged + 2**16
 
 
 @pytest.mark.parametrize("target", ["h100", "a100"])

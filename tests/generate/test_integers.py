@@ -153,10 +153,40 @@ def test_all_processes_take_a_kernel_or_none(monkeypatch, caplog):
         ([(None, 1.0, 2.0), (None, 3.0, 2.0)], "slower on this cpu (3e+03 ms, with floats 2e+03"),
         ([(None, 1.0, 2.0), (None, 2.0, 3.0)], None),
     ):
-        found["said"] = said
+        found["said"] = [[trial] for trial in said]
         taken = integer_products.settled(4, "float32")
         assert taken == ("by_groups" if told is None else None)
         assert told is None or told in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("hopper", "triton", "best"),
+    [
+        ((None, 1.0, 9.0, 3.0), (None, 1.0, 9.0, 4.0), "pallas_hopper"),
+        ((None, 1.0, 9.0, 4.0), (None, 1.0, 9.0, 3.0), "pallas_triton"),
+        (("it is wrong",), (None, 1.0, 9.0, 3.0), "pallas_triton"),
+        (("it is wrong",), (None, 9.0, 1.0, 3.0), None),
+    ],
+)
+def test_the_fastest_kernel_that_is_right_is_used(hopper, triton, best, monkeypatch, caplog):
+    """On a Hopper GPU, where one row and many are timed with both kernels."""
+    trials = {"pallas_hopper": hopper, "pallas_triton": triton}
+    asked = []
+
+    def tested(name, bits, dtype, alone):
+        asked.append((name, alone))
+        return integer_products.Trial(*trials[name])
+
+    monkeypatch.setattr(integer_products, "_tested", tested)
+    monkeypatch.setitem(integer_products.OF_PLATFORM, "cpu", "pallas_triton")
+    monkeypatch.setattr(choice, "is_hopper", lambda _: True)
+    with caplog.at_level("INFO", "qwen_jax"):
+        assert integer_products.settled(4, "bfloat16") == best
+    assert asked == [(name, False) for name in trials]
+    used = f"products with {best}" if best else "floats are made for each product"
+    assert len(caplog.messages) == 2 and all(used in line for line in caplog.messages)
+    assert caplog.text.count("it is wrong, on this cpu") == (len(hopper) == 1)
+    assert caplog.text.count("; 256 rows 4e+03 ms)") == (len(hopper) > 1)
 
 
 def test_a_kernel_that_ends_programs_is_not_tested_again(monkeypatch, caplog):
