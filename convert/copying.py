@@ -300,7 +300,6 @@ def run(what: str, jobs: Iterable[Job], *, done: int = 0, workers: int = 2) -> N
             _stop.set()  # before this worker can take the next job
             raise
 
-    _stop.clear()
     executor = ThreadPoolExecutor(workers)
     if processes.count() > 1:
         what = f"{what} (share of process 0)"
@@ -320,5 +319,6 @@ def run(what: str, jobs: Iterable[Job], *, done: int = 0, workers: int = 2) -> N
             bar.update(sizes[future])
     finally:
         _stop.set()
-        executor.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)  # waits for the jobs that run
+        _stop.clear()
         bar.close()

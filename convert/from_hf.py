@@ -146,7 +146,7 @@ def make_plan(args: argparse.Namespace) -> ImportPlan:
     }
     manifest: dict[str, Any] = {}
     if quantised.kinds:
-        manifest = {kinds.KINDS: quantised.kinds, "quantisation": quantised.facts}
+        manifest = {kinds.KINDS: quantised.kinds, directory.QUANTISATION: quantised.facts}
     if args.dequantise:
         facts["dequantise"] = True
     if args.head is not None:

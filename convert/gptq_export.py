@@ -20,7 +20,7 @@ from convert.copying import Made
 from convert.gptq import Form, Linear
 from convert.gptq_config import Settings
 from convert.names import Expected
-from qwen_jax.checkpoint import directory, kinds
+from qwen_jax.checkpoint import directory, kinds, store
 from qwen_jax.checkpoint.store import Change, MatrixRows, StoredLeaf
 from qwen_jax.runtime import texts
 
@@ -52,6 +52,7 @@ def of(
     manifest: Mapping[str, Any],
     wanted: Mapping[str, Expected],
     dtype: str,
+    convention: str,
     changes: Mapping[str, Change] | None,
 ) -> Tensors:
     """Return the tensors that hold the leaves of a model directory.
@@ -60,12 +61,12 @@ def of(
     manifest: its manifest.
     wanted: the tensors of the same checkpoint in floats, by name.
     dtype: the dtype of tensors of floats.
+    convention: how zeros are written (`convention`).
     changes: None keeps integers. Otherwise they become floats, and these functions merge an adapter
         into the leaves at their paths (`peft.changes`).
     """
     of_kind = kinds.of_manifest(manifest)
-    convention = _convention(manifest)
-    extra = manifest.get("quantisation", {}).get("biases", ())
+    extra = manifest.get(directory.QUANTISATION, {}).get("biases", ())
     result = Tensors({}, {}, {}, [], [])
     for name, tensor in wanted.items():
         found = {of_kind.get(part.path) for part in tensor.parts}
@@ -87,7 +88,12 @@ def of(
             result.floats.append(name.removesuffix(".weight"))
         result.wanted[name], result.dtypes[name] = tensor, dtype
         if kinds.INT8 in found:
-            (part,) = tensor.parts
+            part, *others = tensor.parts
+            if others or part.path != "head":
+                raise ValueError(
+                    f"{name} is made of int8 weights, which no checkpoint holds in layers: save "
+                    "the decoder as floats"
+                )
             result.wanted[name] = Expected(tensor.shape, ())
             arrays = [leaves[f"{part.path}.{field}"] for field in ("values", "scale")]
             result.made[name] = functools.partial(_scaled, params, *arrays)
@@ -252,10 +258,11 @@ def _scaled(
 
 
 def described(
-    tensors: Tensors, manifest: Mapping[str, Any], *, source: Path | None
+    tensors: Tensors, manifest: Mapping[str, Any], *, convention: str, source: Path | None
 ) -> dict[str, Any] | None:
     """Return the `quantization_config` that an exported config.json lacks; None if it has one.
 
+    convention: how zeros are written (`convention`).
     source: the model directory, whose config.json or quantize_config.json may have it; None if the
         new folder gets neither.
 
@@ -278,7 +285,7 @@ def described(
         "sym": symmetric,
         "desc_act": any(name.endswith(f".{gptq.ORDER}") for name in names),
         "quant_method": "gptq",
-        "checkpoint_format": {"v1": "gptq", "v2": "gptq_v2"}[_convention(manifest)],
+        "checkpoint_format": {"v1": "gptq", "v2": "gptq_v2"}[convention],
     }
     rules = {
         f"+:^{re.escape(name)}$": {
@@ -316,16 +323,37 @@ def _shown(form: tuple[int, int] | None) -> str:
     return "floats" if form is None else f"bits {form[0]}, group_size {form[1]}"
 
 
-def _convention(manifest: Mapping[str, Any]) -> str:
-    """Return how qzeros is to hold zeros: as it did in the checkpoint, or else as v2 does.
+def metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the notes that the headers of files had when a model directory was converted."""
+    return manifest.get(directory.QUANTISATION, {}).get("metadata", {})
+
+
+def convention(src: Path, manifest: Mapping[str, Any]) -> str:
+    """Return how the qzeros of a model directory are to hold its zeros: "v1" or "v2".
+
+    It is what its manifest says, or else the settings that it carries. Without either it is v1,
+    which every tool reads, unless a zero is 0: of v1, AutoGPTQ then misreads others beside it.
+
+    src: the model directory.
 
     Raises ValueError for a manifest that says something else.
     """
-    said = manifest.get("quantisation", {})
-    found = said.get("zeros", "v2") if isinstance(said, dict) else said
-    if found not in ["v1", "v2"]:
+    said = manifest.get(directory.QUANTISATION, {})
+    found = said.get("zeros", "") if isinstance(said, dict) else said
+    if found not in ["v1", "v2", ""]:
         raise ValueError(
             f"{directory.MANIFEST} is damaged: its quantisation says zeros {texts.shown(found)}, "
             "which are v1 or v2; convert again"
         )
-    return found
+    if found:
+        return found
+    if (settings := gptq_config.read(src)) is not None:
+        return settings.zeros or "v1"
+    params = src / directory.PARAMS
+    leaves = store.read_leaves(params)
+    for path, leaf in leaves.items():
+        if path.endswith(f".{gptq.ZEROS}"):
+            zeros = copying.stored_rows(leaf, params, first=0, count=leaf.shape[0])
+            if not zeros.all():
+                return "v2"
+    return "v1"

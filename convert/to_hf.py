@@ -156,18 +156,20 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     if args.dequantise:
         facts["dequantise"] = True
     leaves = store.read_leaves(src / directory.PARAMS)
+    convention = gptq_export.convention(src, manifest)
     tensors = gptq_export.of(
         src / directory.PARAMS,
         leaves,
         manifest=manifest,
         wanted=names.expected(shapes, FORMS[args.form]),
         dtype=dtype,
+        convention=convention,
         changes=changes if args.dequantise else None,
     )
     described = None
     if tensors.linears:
         kept = src if args.form == "qwen" else None
-        described = gptq_export.described(tensors, manifest, source=kept)
+        described = gptq_export.described(tensors, manifest, convention=convention, source=kept)
     sizes = {
         name: math.prod(tensor.shape) * store.ITEM_BYTES[tensors.dtypes[name]]
         for name, tensor in tensors.wanted.items()
@@ -184,7 +186,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
         dtype=dtype,
         dtypes=tensors.dtypes,
         config={} if described is None else {directory.QUANTIZATION: described},
-        metadata={} if args.dequantise else manifest.get("quantisation", {}).get("metadata", {}),
+        metadata={} if args.dequantise else gptq_export.metadata(manifest),
         facts=facts,
         changes=changes,
         settings=settings,

@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 PARAMS = "params"
 TOKENIZER = "qwen.tiktoken"
 RUN = "run.json"  # marks the folder of a training run and its results
+QUANTISATION = "quantisation"  # manifest key: what GPTQ files hold and the weights do not
 QUANTIZATION = "quantization_config"  # key of config.json that says how weights are quantised
 QUANTIZE_CONFIG = "quantize_config.json"  # a file that says the same
 _ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter in PEFT's format

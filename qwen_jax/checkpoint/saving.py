@@ -22,6 +22,7 @@ from qwen_jax.checkpoint.directory import (
     CONFIG,
     MANIFEST,
     PARAMS,
+    QUANTISATION,
     QUANTIZATION,
     QUANTIZE_CONFIG,
     SAVED_BY,
@@ -33,6 +34,7 @@ from qwen_jax.checkpoint.directory import (
     file_sizes,
     mismatch,
     names,
+    read_manifest,
     remove_drafts,
     write_json,
     write_manifest,
@@ -96,6 +98,7 @@ def save(
         "made_by": SAVED_BY,
         "dtype": leaves["final_norm"].dtype,
         **({kinds.KINDS: quantised} if quantised else {}),
+        **({QUANTISATION: small.quantisation} if small.quantisation else {}),
         "mesh": _mesh_sizes(decoder),
         "id": uuid.uuid4().hex,  # makes the manifests of two saves differ
     }
@@ -121,6 +124,7 @@ class _Small:
 
     settings: the contents of config.json: those of `like` if these describe `config`, or else new.
     files: the files that are copied.
+    quantisation: what the manifest of `like` says that the way back to its checkpoint needs.
     """
 
     def __init__(self, config: Config, like: str | Path | None, *, in_groups: bool):
@@ -131,12 +135,15 @@ class _Small:
         """
         self.settings = config.to_hf()
         self.files: list[Path] = []
+        self.quantisation: dict[str, Any] = {}
         if like is not None:
             file = existing(like) / CONFIG
             said = read_json(file)
             same = Config.from_hf(said, file) == config
             self.settings = said if same else self.settings | hf_config.generation(said)
             self.files = carried(existing(like))
+            if in_groups and (existing(like) / MANIFEST).exists():
+                self.quantisation = read_manifest(existing(like)).get(QUANTISATION, {})
         if not in_groups:
             self.settings.pop(QUANTIZATION, None)
             self.files = [file for file in self.files if file.name != QUANTIZE_CONFIG]

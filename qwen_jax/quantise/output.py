@@ -64,14 +64,13 @@ class Output:
         if int8_head:
             self._kinds[HEAD] = kinds.INT8
         self._leaves = self._described(mesh)
-        symmetric = all(scheme.symmetric for scheme in schemes.values())
         self._facts = {
             "made_by": directory.QUANTISED_BY,
             "dtype": source.dtype,
             kinds.KINDS: self._kinds,
             "mesh": sharding.axis_sizes(mesh),
             # Zeros less 1, which every program reads, unless a zero may be 0.
-            "quantisation": {"zeros": "v1" if symmetric else "v2", "biases": [], "metadata": {}},
+            directory.QUANTISATION: {"biases": [], "metadata": {}},
             # Weights that were trained since are of no checkpoint.
             directory.ORIGIN: {} if source.adapter else directory.origin(source.root),
             "run": dict(facts),

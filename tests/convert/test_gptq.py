@@ -23,7 +23,7 @@ from qwen_jax.leaves import grouped, int8
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.weights import Weight, contract, named_leaves
-from tests.support.conversion import back, edit, last_line, same, tensors, there
+from tests.support.conversion import back, contents, edit, last_line, same, tensors, there
 from tests.support.golden_figures import worst
 from tests.support.gptq import GPTQ, LINEARS, folder, linear, settings
 from tests.support.tiny import on_mesh
@@ -270,19 +270,42 @@ def test_a_head_of_8_bits(tmp_path, source, capfd):
     assert np.array_equal(found, decoder.head.dequantize("float32"))
 
 
-def test_what_was_saved_is_exported_byte_for_byte(tmp_path):
-    """A decoder that was loaded, and saved from a mesh, still holds every byte."""
-    folder(tmp_path / "source", **FORMS["act-order8-asymmetric"])
+@pytest.mark.parametrize("form", ["act-order8-asymmetric", "act-order-asymmetric-v2"])
+def test_what_was_saved_is_exported_byte_for_byte(tmp_path, form):
+    """A decoder that was loaded, and saved again, still holds every byte."""
+    folder(tmp_path / "source", **FORMS[form])
     there(tmp_path / "source", tmp_path / "model")
     config = checkpoint.load_config(tmp_path / "model")
     decoder = checkpoint.load(tmp_path / "model")
     checkpoint.save(tmp_path / "saved", config, decoder, like=tmp_path / "model")
     assert checkpoint.verify_whole(tmp_path / "saved")["format"] == 3
     back(tmp_path / "saved", tmp_path / "back")
-    theirs, ours = tensors(tmp_path / "source"), tensors(tmp_path / "back")
-    assert all(np.array_equal(theirs[name], ours[name]) for name in ours if "qzeros" not in name)
-    extra = {f"{name}.bias" for name in theirs for name in [name.rpartition(".")[0]]}
-    assert theirs.keys() - ours.keys() <= extra, "a save does not know of biases of zeros"
+    assert same(tensors(tmp_path / "source"), tensors(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_zeros_whose_convention_nothing_says(tmp_path, zero):
+    """As in what the quantiser makes: v1 is read by all tools, unless a zero is 0."""
+    folder(tmp_path / "source", **FORMS["asymmetric"])
+    held = load_file(tmp_path / "source" / "model.safetensors")
+    for name, words in held.items():
+        if name.endswith(".qzeros"):
+            found = gptq.zeros_of(words.view(np.uint32), bits=4, convention="v1")
+            found = np.maximum(found, zero)
+            found[0, 0] = zero
+            made = gptq.qzeros_of(found, bits=4, convention="v1")
+            held[name] = made.view(np.int32)
+    save_file(held, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    there(tmp_path / "source", tmp_path / "model")
+    edit(tmp_path / "model" / "manifest.json", quantisation={})
+    directory.forget_quantisation(tmp_path / "model")
+    back(tmp_path / "model", tmp_path / "back")
+    said = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
+    assert said["checkpoint_format"] == ("gptq" if zero else "gptq_v2")
+    there(tmp_path / "back", tmp_path / "again")
+    for path in ("layers.0.attn.q.zeros", "layers.1.ffn.down.zeros"):
+        whole = [contents(tmp_path / x / "params" / path) for x in ("model", "again")]
+        assert whole[0] and whole[0] == whole[1]
 
 
 def test_floats_that_are_saved_are_not_said_to_be_quantised(tmp_path):
