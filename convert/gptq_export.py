@@ -20,7 +20,7 @@ from convert.copying import Made
 from convert.gptq import Form, Linear
 from convert.gptq_config import Settings
 from convert.names import Expected
-from qwen_jax.checkpoint import directory, kinds, store
+from qwen_jax.checkpoint import directory, kinds
 from qwen_jax.checkpoint.store import Change, MatrixRows, StoredLeaf
 from qwen_jax.runtime import texts
 
@@ -328,32 +328,29 @@ def metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
     return manifest.get(directory.QUANTISATION, {}).get("metadata", {})
 
 
-def convention(src: Path, manifest: Mapping[str, Any]) -> str:
+def convention(src: Path, manifest: Mapping[str, Any], *, asked: str | None) -> str:
     """Return how the qzeros of a model directory are to hold its zeros: "v1" or "v2".
 
-    It is what its manifest says, or else the settings that it carries. Without either it is v1,
-    which every tool reads, unless a zero is 0: of v1, AutoGPTQ then misreads others beside it.
+    It is what its manifest says, or the settings that it carries. Where neither says it, it is what
+    is asked for, or else v2 if layers have zeros of their own, and v1 if not.
 
-    src: the model directory.
+    src: the model directory. asked: "v1", "v2", or None.
 
-    Raises ValueError for a manifest that says something else.
+    Raises ValueError for a manifest that says something else, and if another one is asked for than
+    the directory says.
     """
     said = manifest.get(directory.QUANTISATION, {})
-    found = said.get("zeros", "") if isinstance(said, dict) else said
-    if found not in ["v1", "v2", ""]:
+    found = said.get("zeros") if isinstance(said, dict) else said
+    if found not in ["v1", "v2", None]:
         raise ValueError(
             f"{directory.MANIFEST} is damaged: its quantisation says zeros {texts.shown(found)}, "
             "which are v1 or v2; convert again"
         )
-    if found:
-        return found
-    if (settings := gptq_config.read(src)) is not None:
-        return settings.zeros or "v1"
-    params = src / directory.PARAMS
-    leaves = store.read_leaves(params)
-    for path, leaf in leaves.items():
-        if path.endswith(f".{gptq.ZEROS}"):
-            zeros = copying.stored_rows(leaf, params, first=0, count=leaf.shape[0])
-            if not zeros.all():
-                return "v2"
-    return "v1"
+    if found is None and (settings := gptq_config.read(src)) is not None:
+        found = settings.zeros or "v1"
+    if found is None:
+        own = any(name.endswith(f".{gptq.ZEROS}") for name in manifest["shapes"])
+        return asked or ("v2" if own else "v1")
+    if asked not in (None, found):
+        raise ValueError(f"zeros {asked}: {src} says {found}, and keeps it: leave it out")
+    return found

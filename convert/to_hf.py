@@ -82,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
         help="bits of a weight with --requantise, where SRC is of floats (default: those of SRC)",
     )
     add(
+        "--zeros",
+        choices=("v1", "v2"),
+        help="convention of zeros that asymmetric layers have in files: v2, which GPTQModel loads, "
+        "or v1, which AutoGPTQ reads if no zero is 0 (default: as SRC came, else v2)",
+    )
+    add(
         "--as",
         dest="form",
         choices=FORMS,
@@ -156,7 +162,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     if args.dequantise:
         facts["dequantise"] = True
     leaves = store.read_leaves(src / directory.PARAMS)
-    convention = gptq_export.convention(src, manifest)
+    convention = gptq_export.convention(src, manifest, asked=args.zeros)
     tensors = gptq_export.of(
         src / directory.PARAMS,
         leaves,

@@ -283,25 +283,20 @@ def test_what_was_saved_is_exported_byte_for_byte(tmp_path, form):
     assert same(tensors(tmp_path / "source"), tensors(tmp_path / "back"))
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_zeros_whose_convention_nothing_says(tmp_path, zero):
-    """As in what the quantiser makes: v1 is read by all tools, unless a zero is 0."""
+@pytest.mark.parametrize("asked", [None, "v1", "v2"])
+def test_zeros_whose_convention_nothing_says(tmp_path, asked):
+    """As in what the quantiser makes."""
     folder(tmp_path / "source", **FORMS["asymmetric"])
-    held = load_file(tmp_path / "source" / "model.safetensors")
-    for name, words in held.items():
-        if name.endswith(".qzeros"):
-            found = gptq.zeros_of(words.view(np.uint32), bits=4, convention="v1")
-            found = np.maximum(found, zero)
-            found[0, 0] = zero
-            made = gptq.qzeros_of(found, bits=4, convention="v1")
-            held[name] = made.view(np.int32)
-    save_file(held, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     there(tmp_path / "source", tmp_path / "model")
+    args = [] if asked is None else ["--zeros", asked]
+    if asked == "v2":
+        assert to_hf.main([str(tmp_path / "model"), str(tmp_path / "back"), *args]) == 1
+        assert not (tmp_path / "back").exists(), "the source is of v1"
     edit(tmp_path / "model" / "manifest.json", quantisation={})
     directory.forget_quantisation(tmp_path / "model")
-    back(tmp_path / "model", tmp_path / "back")
+    back(tmp_path / "model", tmp_path / "back", *args)
     said = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
-    assert said["checkpoint_format"] == ("gptq" if zero else "gptq_v2")
+    assert said["checkpoint_format"] == ("gptq" if asked == "v1" else "gptq_v2")
     there(tmp_path / "back", tmp_path / "again")
     for path in ("layers.0.attn.q.zeros", "layers.1.ffn.down.zeros"):
         whole = [contents(tmp_path / x / "params" / path) for x in ("model", "again")]

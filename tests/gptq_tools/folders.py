@@ -35,12 +35,12 @@ class Layer:
     bound: np.ndarray
 
 
-def quantised(path: Path, scheme: Scheme) -> Path:
-    """Quantise the golden model of floats, and write it as a GPTQ folder."""
+def quantised(path: Path, scheme: Scheme, *options: str) -> Path:
+    """Quantise the golden model of floats, and write it as a GPTQ folder. options: of to_hf."""
     rows = calibration.of_tokens(load_file(GPTQ / "model.safetensors")["calibration.tokens"][:4])
     _command(from_hf, GPTQ / "float16", path / "floats")
     run(Settings(path / "floats", path / "model", scheme), rows, held_out=None)
-    _command(to_hf, path / "model", path / "gptq")
+    _command(to_hf, path / "model", path / "gptq", *options)
     return path / "gptq"
 
 
