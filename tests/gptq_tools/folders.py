@@ -99,5 +99,5 @@ def _layer(held: dict[str, np.ndarray], parts: list[Any], bias: np.ndarray) -> L
     )
 
 
-def _command(module: Any, *paths: Path) -> None:
-    assert module.main([str(path) for path in paths]) == 0
+def _command(module: Any, *arguments: Path | str) -> None:
+    assert module.main([str(x) for x in arguments]) == 0
