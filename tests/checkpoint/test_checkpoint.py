@@ -145,7 +145,7 @@ def test_the_rest_of_the_directory(converted, copied):
     config = checkpoint.load_generation_config(copied)
     assert config.sampler == Greedy(1.5) and config.stops == ((7,),) and config.pad_id == 3
     other = checkpoint.load_config(copied).with_overrides({"seq_length": 9})
-    saved = saving._settings(other, copied)
+    saved = saving._Small(other, copied, in_groups=False).settings
     assert saved == other.to_hf() | {
         "repetition_penalty": 1.5, "eos_token_id": 7, "pad_token_id": 3
     }  # fmt: skip

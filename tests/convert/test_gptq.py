@@ -132,7 +132,7 @@ def test_settings_that_say_something_else_of_a_layer(tmp_path, capfd):
     assert told in last_line(capfd) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["int4", "int8"])
+@pytest.mark.parametrize("case", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_the_tools_own_folders(tmp_path, case):
     """Logits, greedy tokens and bytes are those of auto-gptq's own checkpoint."""
     there(GPTQ / case, tmp_path / "model")

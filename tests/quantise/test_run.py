@@ -105,6 +105,7 @@ def test_the_model_is_nearer_than_that_of_the_tool(bits: int, floats: Path, tmp_
     assert found["kl"] < 0.95 * kl(before, theirs)[:, :-1].mean()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_model(
     floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
