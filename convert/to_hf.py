@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the root of the checkout is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert import conversion, export_plan, gptq_export, names, target
+from convert import conversion, export_plan, gptq_export, gptq_settings, names, target
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, inspection, kinds, store
@@ -162,7 +162,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     if args.dequantise:
         facts["dequantise"] = True
     leaves = store.read_leaves(src / directory.PARAMS)
-    convention = gptq_export.convention(src, manifest, asked=args.zeros)
+    convention = gptq_settings.convention(src, manifest, asked=args.zeros)
     tensors = gptq_export.of(
         src / directory.PARAMS,
         leaves,
@@ -175,7 +175,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     described = None
     if tensors.linears:
         kept = src if args.form == "qwen" else None
-        described = gptq_export.described(tensors, manifest, convention=convention, source=kept)
+        described = gptq_settings.described(tensors, manifest, convention=convention, source=kept)
     sizes = {
         name: math.prod(tensor.shape) * store.ITEM_BYTES[tensors.dtypes[name]]
         for name, tensor in tensors.wanted.items()
@@ -192,7 +192,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
         dtype=dtype,
         dtypes=tensors.dtypes,
         config={} if described is None else {directory.QUANTIZATION: described},
-        metadata={} if args.dequantise else gptq_export.metadata(manifest),
+        metadata={} if args.dequantise else gptq_settings.metadata(manifest),
         facts=facts,
         changes=changes,
         settings=settings,

@@ -123,15 +123,13 @@ class _Small:
     """The small files of a model directory that is saved.
 
     settings: the contents of config.json: those of `like` if these describe `config`, or else new.
-    files: the files that are copied.
-    quantisation: what the manifest of `like` says that the way back to its checkpoint needs.
+    files: the files that are copied. quantisation: of the manifest of `like`.
     """
 
     def __init__(self, config: Config, like: str | Path | None, *, in_groups: bool):
         """Read the folder `like`, if there is one.
 
-        in_groups: whether weights are integers in groups. Otherwise what `like` says of its own
-            such integers is left out: they have become floats.
+        in_groups: whether weights are integers in groups; else those of `like` have become floats.
         """
         self.settings = config.to_hf()
         self.files: list[Path] = []
@@ -139,8 +137,8 @@ class _Small:
         if like is not None:
             file = existing(like) / CONFIG
             said = read_json(file)
-            same = Config.from_hf(said, file) == config
-            self.settings = said if same else self.settings | hf_config.generation(said)
+            others = self.settings | hf_config.generation(said)
+            self.settings = said if Config.from_hf(said, file) == config else others
             self.files = carried(existing(like))
             if in_groups and (existing(like) / MANIFEST).exists():
                 self.quantisation = read_manifest(existing(like)).get(QUANTISATION, {})
