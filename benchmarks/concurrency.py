@@ -165,7 +165,8 @@ def parser() -> argparse.ArgumentParser:
 def loaded(args: argparse.Namespace) -> LanguageModel:
     """A model of random weights, whose attention is chosen as for a model that is read."""
     dtype = "float32" if choice.device().platform == "cpu" else "bfloat16"
-    decoder = decoding.random_decoder(decoding.shape(args.model, args.layers, args.vocab), dtype)
+    shape = decoding.shape(args.model, args.layers, args.vocab)
+    decoder = decoding.random_decoder(shape, dtype)
     jax.block_until_ready(jax.tree.leaves(decoder))  # else the first program would wait for it
     length = 2 * max(args.prompt, args.new)
     return decoding.made(decoder, args.attention, args.cache, length)

@@ -79,14 +79,18 @@ def shape(size: str, layers: int | None, vocab: int | None) -> Config:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def random_decoder(config: Config, dtype: str, weights: str) -> Decoder:
-    """A decoder with random weights. weights: how its layers' matrices are stored, of FORMS."""
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("weights", "kernel"))
+def random_decoder(
+    config: Config, dtype: str, *, weights: str = "float", kernel: str | None = None
+) -> Decoder:
+    """A decoder with random weights.
+
+    weights: how its layers' matrices are stored, of FORMS; kernel: of integers.
+    """
     key = jax.random.key(0)
     plain = model.create(config, key, dtype=dtype)
     if weights == "float":
         return plain
-    kernel = integer_products.OF_PLATFORM[choice.device().platform]
     stored: dict[str, Any] = {}
     form = stored_weights.decoder(config, dtype, form=weights, kernel=kernel)
     map_leaves(lambda path, leaf: stored.setdefault(path, leaf), form)
@@ -223,7 +227,10 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     bar = progress.bar(total=len(models) * len(cells), unit="line", smoothing=0)
     with meshes.entered(meshes.make()), bar:
         for size, weights in models:
-            decoder = random_decoder(shape(size, args.layers, args.vocab), dtype, weights)
+            bits = stored_weights.BITS.get(weights)
+            kernel = None if bits is None else integer_products.settled(bits, dtype)
+            made_as = {"weights": weights, "kernel": kernel}
+            decoder = random_decoder(shape(size, args.layers, args.vocab), dtype, **made_as)
             for cache, batch, name in cells:
                 bar.update()
                 line = f"{size}, {weights} weights, {cache} cache, {batch} rows, {name}"

@@ -118,6 +118,7 @@ def _begun(plan: Conversion) -> Remaining:
     with target.explained(plan.target, left.needed):
         paths.make_folder(plan.target)
         directory.write_json(plan.target / directory.UNFINISHED, plan.facts)
-        directory.carry(plan.source, plan.target, plan.carried)
+        for file in directory.carried(plan.source, plan.carried):
+            paths.copy(file, plan.target / file.name)
         plan.begin()
     return left

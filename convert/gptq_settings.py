@@ -93,8 +93,8 @@ def convention(src: Path, manifest: Mapping[str, Any], *, asked: str | None) -> 
 
     src: the model directory. asked: "v1", "v2", or None.
 
-    Raises ValueError for a manifest that says something else, and if another one is asked for than
-    the directory says.
+    Raises ValueError for a manifest that says something else, if another one is asked for than the
+    directory says, and if one is asked for that no layer has zeros for.
     """
     said = manifest.get(directory.QUANTISATION, {})
     found = said.get("zeros") if isinstance(said, dict) else said
@@ -107,7 +107,11 @@ def convention(src: Path, manifest: Mapping[str, Any], *, asked: str | None) -> 
         found = settings.zeros or "v1"
     if found is None:
         own = any(name.endswith(f".{gptq.ZEROS}") for name in manifest["shapes"])
+        if asked is not None and not own:
+            raise ValueError(
+                f"--zeros {asked}: no layer of {src} has zeros of its own: leave it out"
+            )
         return asked or ("v2" if own else "v1")
     if asked not in (None, found):
-        raise ValueError(f"zeros {asked}: {src} says {found}, and keeps it: leave it out")
+        raise ValueError(f"--zeros {asked}: {src} says {found}, and keeps it: leave it out")
     return found

@@ -14,7 +14,7 @@ from convert import conversion, gptq_export, target
 from convert.export_plan import ExportPlan
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, kinds
-from qwen_jax.runtime import command, paths
+from qwen_jax.runtime import command, paths, process_options
 
 if TYPE_CHECKING:
     from qwen_jax.quantise.algorithm import Scheme
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace, *, plan_of: Callable[[argparse.Namespace], Exp
     if target.is_unfinished(dst) or plan.remaining(resumed=False).needed:
         conversion.run(plan, verify=args.verify)
     else:  # an earlier start was stopped after its end
+        if args.verify:
+            plan.verify()
         command.say(f"{dst} is complete")
     paths.remove_tree(made)
     _say_costs(figures)
@@ -69,6 +71,7 @@ def _check_options(args: argparse.Namespace) -> None:
             "--requantise runs as one process: `python -m qwen_jax.quantise --adapter` takes "
             "--mesh, and to_hf exports what it makes as several"
         )
+    process_options.join(args)
 
 
 def _scheme(

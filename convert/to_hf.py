@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
         "--bits",
         type=int,
         choices=(4, 8),
-        help="bits of a weight with --requantise, where SRC is of floats (default: those of SRC)",
+        help="bits of a weight; with --requantise where SRC is of floats, and then required (a "
+        "quantised SRC keeps its own)",
     )
     add(
         "--zeros",
@@ -174,6 +175,7 @@ def make_plan(args: argparse.Namespace) -> ExportPlan:
     )
     described = None
     if tensors.linears:
+        facts["zeros"] = convention
         kept = src if args.form == "qwen" else None
         described = gptq_settings.described(tensors, manifest, convention=convention, source=kept)
     sizes = {
@@ -212,6 +214,8 @@ def _check_integers(args: argparse.Namespace, found: set[str]) -> None:
     integers = bool(found & set(kinds.GROUPED))
     if args.dequantise and not integers:
         raise command.UsageError(f"--dequantise: {args.src} is not quantised: leave it out")
+    if args.zeros is not None and (args.dequantise or not integers):
+        raise command.UsageError("--zeros applies to integers of 4 or 8 bits: leave it out")
     if args.adapter is not None and integers and not args.dequantise:
         raise command.UsageError(
             f"--adapter: {args.src} is quantised, and an adapter cannot be merged into integers: "

@@ -23,6 +23,8 @@ RUN = "run.json"  # marks the folder of a training run and its results
 QUANTISATION = "quantisation"  # manifest key: what GPTQ files hold and the weights do not
 QUANTIZATION = "quantization_config"  # key of config.json that says how weights are quantised
 QUANTIZE_CONFIG = "quantize_config.json"  # a file that says the same
+REPORT = "quantisation.json"  # what the quantiser found of the directory that it made
+OF_QUANTISED = (QUANTIZE_CONFIG, REPORT)  # files that say nothing of floats
 _ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter in PEFT's format
 _NESTED = 3  # levels above a path at which the intended model or run is looked for
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"  # OWNER/NAME of a model on the Hugging Face hub
@@ -302,18 +304,13 @@ def carried(source: Path, patterns: Sequence[str] = CARRIED) -> list[Path]:
     return sorted(kept)
 
 
-def carry(source: Path, target: Path, patterns: Sequence[str] = CARRIED) -> None:
-    """Copy a checkpoint's tokenizer, licence and other small files (`carried`) to a folder."""
-    for file in carried(source, patterns):
-        paths.copy(file, target / file.name)
-
-
 def forget_quantisation(root: Path) -> None:
     """Remove what the JSON files of a directory say of weights that were quantised elsewhere."""
     said = read_json(root / CONFIG)
     if said.pop(QUANTIZATION, None) is not None:
         write_json(root / CONFIG, said)
-    (root / QUANTIZE_CONFIG).unlink(missing_ok=True)
+    for name in OF_QUANTISED:
+        (root / name).unlink(missing_ok=True)
 
 
 def names(folder: Path) -> set[str]:

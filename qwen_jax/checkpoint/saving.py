@@ -21,10 +21,10 @@ from qwen_jax.checkpoint import kinds, store
 from qwen_jax.checkpoint.directory import (
     CONFIG,
     MANIFEST,
+    OF_QUANTISED,
     PARAMS,
     QUANTISATION,
     QUANTIZATION,
-    QUANTIZE_CONFIG,
     SAVED_BY,
     UNFINISHED,
     CheckpointError,
@@ -144,7 +144,7 @@ class _Small:
                 self.quantisation = read_manifest(existing(like)).get(QUANTISATION, {})
         if not in_groups:
             self.settings.pop(QUANTIZATION, None)
-            self.files = [file for file in self.files if file.name != QUANTIZE_CONFIG]
+            self.files = [file for file in self.files if file.name not in OF_QUANTISED]
 
 
 def _begin(

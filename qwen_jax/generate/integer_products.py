@@ -56,9 +56,10 @@ def settled(bits: int, dtype: str) -> str | None:
     if not names:
         return None
     if jax.process_count() == processes.count():
-        mine = [_trial(name, bits, dtype=dtype, alone=len(names) == 1) for name in names]
+        mine = {name: _trial(name, bits, dtype=dtype, alone=len(names) == 1) for name in names}
         said = [json.loads(text) for text in processes.gather(json.dumps(mine))]
-        found = {name: [Trial(*x[i]) for x in said] for i, name in enumerate(names)}
+        absent = ["another process has no such device"]
+        found = {name: [Trial(*x.get(name, absent)) for x in said] for name in names}
         decided = {name: _decided(trials) for name, trials in found.items()}
     else:
         why = "processes that were not joined by qwen_jax.initialize cannot agree"
@@ -67,7 +68,9 @@ def settled(bits: int, dtype: str) -> str | None:
     best = min(right, key=lambda name: _seconds(found[name]), default=None)
     instead = f"products with {best}" if best else "floats are made for each product"
     for name, (taken, why) in decided.items():
-        does = instead if name == best else f"{instead}, and not by {name}"
+        does = instead if name == best else f"{instead}, and not {name}"
+        if taken and name != best:
+            does = f"{best} is used, and {name} is slower"
         level = logging.INFO if taken else logging.WARNING
         logging.getLogger("qwen_jax").log(level, "weights of %d bits: %s: %s", bits, does, why)
     return best

@@ -212,7 +212,8 @@ def for_kernel(weight: Grouped, kernel: str) -> Grouped:
 
     What a TPU's kernel does not take as it is, each pass would copy, of all layers: float16, so
     that scales are stored as its bits; and words that lie inputs last, as XLA lays them out by
-    itself where that needs less padding (outputs on a device that are no multiple of 128).
+    itself where that needs less padding (outputs on a device that are no multiple of 128). Stacked
+    layers lose that layout (`model.stack`).
     """
     if kernel != "pallas_tpu":
         return dataclasses.replace(weight, kernel=kernel)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from qwen_jax import checkpoint
 from qwen_jax.checkpoint import directory, kinds, store
-from qwen_jax.checkpoint.directory import CONFIG, MANIFEST, PARAMS, UNFINISHED
+from qwen_jax.checkpoint.directory import CONFIG, MANIFEST, PARAMS, REPORT, UNFINISHED
 from qwen_jax.leaves import int8
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
@@ -31,7 +31,6 @@ from qwen_jax.quantise.source import Source
 from qwen_jax.runtime import lock, paths, processes
 from qwen_jax.runtime.texts import read_json
 
-REPORT = "quantisation.json"
 HEAD = "head"
 
 
@@ -69,7 +68,6 @@ class Output:
             "dtype": source.dtype,
             kinds.KINDS: self._kinds,
             "mesh": sharding.axis_sizes(mesh),
-            # Zeros less 1, which every program reads, unless a zero may be 0.
             directory.QUANTISATION: {"biases": [], "metadata": {}},
             # Weights that were trained since are of no checkpoint.
             directory.ORIGIN: {} if source.adapter else directory.origin(source.root),
@@ -185,10 +183,11 @@ class Output:
     def _begin(self) -> None:
         """Write all small files but the figures and the manifest."""
         directory.write_json(self.root / UNFINISHED, self._facts)
-        directory.carry(self._source.root, self.root)
+        for file in directory.carried(self._source.root):
+            if file.name not in directory.OF_QUANTISED:
+                paths.copy(file, self.root / file.name)
         paths.copy(self._source.root / CONFIG, self.root / CONFIG)
         directory.forget_quantisation(self.root)
-        (self.root / REPORT).unlink(missing_ok=True)  # of the run that made the source
         if (settings := self._source.generation_config) is not None:
             paths.copy(settings, self.root / directory.GENERATION_CONFIG)
         store.write_metadata(self.root / PARAMS, self._leaves)

@@ -52,6 +52,16 @@ class Source:
         shapes = {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
         kinds.check_shapes(root, self.manifest, wanted=shapes)
         meshes.check(self.config.sizes, mesh)
+        self._place = {"mesh": mesh, "sizes": self.config.sizes}
+        self._fields = {
+            path: kinds.layout(
+                kind,
+                self.leaves[path],
+                stored=kinds.fields_of(path, self.manifest),
+                **self._place,
+            )
+            for path, kind in self._kinds.items()
+        }
         self._mesh, self.adapter = mesh, adapter
         self._changes: dict[str, Change] = {}
         self.generation_config: Path | None = None
@@ -113,10 +123,8 @@ class Source:
 
     def _floats(self, path: str) -> jax.Array:
         """Return the floats that a quantised weight stands for, float32."""
-        kind, place = self._kinds[path], {"mesh": self._mesh, "sizes": self.config.sizes}
-        stored = kinds.fields_of(path, self.manifest)
-        fields = kinds.layout(kind, self.leaves[path], stored=stored, **place)
-        leaf = kinds.restore(self.root / PARAMS, path, kind=kind, fields=fields, **place)
+        how = {"kind": self._kinds[path], "fields": self._fields[path], **self._place}
+        leaf = kinds.restore(self.root / PARAMS, path, **how)
         if isinstance(leaf, Grouped):
             return grouped.plain(leaf, "float32").get_value()
         return leaf.dequantize("float32")

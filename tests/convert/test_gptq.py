@@ -119,6 +119,7 @@ def test_parts_of_one_tensor_must_be_alike(tmp_path, kinds):
             manifest={"kinds": {f"layers.0.attn.{name}": kind for name, kind in kinds.items()}},
             wanted={"h.c_attn.weight": Expected((16, 128), parts)},
             dtype="float16",
+            convention="v1",
             changes=None,
         )
 
@@ -292,8 +293,17 @@ def test_zeros_whose_convention_nothing_says(tmp_path, asked):
     if asked == "v2":
         assert to_hf.main([str(tmp_path / "model"), str(tmp_path / "back"), *args]) == 1
         assert not (tmp_path / "back").exists(), "the source is of v1"
+    there(GPTQ / "int4", tmp_path / "symmetric")
+    edit(tmp_path / "symmetric" / "manifest.json", quantisation={})
+    directory.forget_quantisation(tmp_path / "symmetric")
+    for more in ([], ["--dequantise"]):
+        bad = [str(tmp_path / "symmetric"), str(tmp_path / "no"), "--zeros", "v2", *more]
+        assert to_hf.main(bad) == 1 + bool(more) and not (tmp_path / "no").exists()
     edit(tmp_path / "model" / "manifest.json", quantisation={})
     directory.forget_quantisation(tmp_path / "model")
+    command = [str(tmp_path / "model"), str(tmp_path / "back"), *args]
+    facts = to_hf.make_plan(to_hf.parser().parse_args(command)).facts
+    assert facts["zeros"] == (asked or "v2"), "work of another convention is not gone on with"
     back(tmp_path / "model", tmp_path / "back", *args)
     said = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
     assert said["checkpoint_format"] == ("gptq" if asked == "v1" else "gptq_v2")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_the_model_is_nearer_than_that_of_the_tool(bits: int, floats: Path, tmp_
     assert found["kl"] < 0.95 * kl(before, theirs)[:, :-1].mean()
 
 
+def test_a_run_that_died_early_has_no_figures_of_another(
+    floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that the quantiser made has its own."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(floats, source)
+    (source / output.REPORT).write_text("{}")
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output.store, "write_metadata", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(Settings(source, out, BY_IMPORTANCE), rows(4), held_out=None)
+    assert directory.CONFIG in directory.names(out) and not (out / output.REPORT).exists()
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_model(
     floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,7 +141,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     expected = start(whole)
     note = output.Output.note
     with monkeypatch.context() as patch:  # before all small files are there
-        patch.setattr(output.directory, "carry", dies)
+        patch.setattr(output.directory, "carried", dies)
         with pytest.raises(KeyboardInterrupt):
             start(stopped)
     assert directory.names(stopped) == {directory.UNFINISHED}

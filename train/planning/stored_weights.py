@@ -20,7 +20,7 @@ from qwen_jax.model import Decoder
 
 FORMS = ("float", "int4", "int8")
 _Tree = TypeVar("_Tree")
-_BITS = {"int4": 4, "int8": 8}
+BITS = {"int4": 4, "int8": 8}
 _GROUP = 128  # inputs that share a scale, as in the published checkpoints
 _SCALE_BYTES = 2
 # The kernel that multiplies by integers on each platform, if there is one.
@@ -39,7 +39,7 @@ def decoder(config: Config, dtype: DTypeLike, *, form: str, kernel: str | None =
     plain, mesh = model.abstract(config, dtype), jax.sharding.get_abstract_mesh()
     if form == "float":
         return plain
-    bits = _BITS[form]
+    bits = BITS[form]
 
     def one(path: str, leaf: Weight) -> Any:
         if not path.startswith("layers.") or len(leaf.letters) != 2:
@@ -85,7 +85,7 @@ def size(config: Config, item_bytes: int, *, form: str) -> float:
         return config.num_params() * item_bytes
     layers = config.num_params() - _outside(config)
     matrices = layers - config.num_layers * _vectors(config)
-    each = _BITS[form] / 8 + _SCALE_BYTES / _GROUP
+    each = BITS[form] / 8 + _SCALE_BYTES / _GROUP
     return (config.num_params() - matrices) * item_bytes + matrices * each
 
 
