@@ -118,9 +118,10 @@ def test_a_run_that_died_early_has_no_figures_of_another(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(output.store, "write_metadata", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(Settings(source, out, BY_IMPORTANCE), rows(4), held_out=None)
-    assert directory.CONFIG in directory.names(out) and not (out / output.REPORT).exists()
+    for resume in (False, True):  # which begins again
+        with pytest.raises(KeyboardInterrupt):
+            run(Settings(source, out, BY_IMPORTANCE, resume=resume), rows(4), held_out=None)
+        assert directory.CONFIG in directory.names(out) and not (out / output.REPORT).exists()
 
 
 @pytest.mark.slow
