@@ -214,11 +214,15 @@ SIZES = {"1.8b": (2048, 5504), "7b": (4096, 11008), "14b": (5120, 13696), "72b":
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"tp": 4}, {"tp": 8}, {"fsdp": 8}], ids=str)
 @pytest.mark.parametrize("name", SIZES)
 def test_products_of_the_published_sizes(name, sizes):
-    """One layer's products, on one device and on a mesh, where groups are cut smaller."""
+    """One layer's products, on one device and on a mesh, where groups are cut smaller.
+
+    Of the two largest, an eighth of the outputs.
+    """
     width, wide = SIZES[name]
     shapes = {"FD": (wide, width), "DF": (width, wide), "QD": (width, width), "DQ": (width, width)}
     rng = np.random.default_rng(0)
     for letters, (outputs, inputs) in shapes.items():
+        outputs //= 8 if name in ("14b", "72b") else 1
         words = rng.integers(0, 2**32, (inputs // 8, outputs), np.uint32)
         scales = rng.uniform(0.001, 0.01, (inputs // 128, outputs)).astype(np.float16)
         x = rng.standard_normal((8, 1, inputs)).astype(np.float32)
