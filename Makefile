@@ -14,9 +14,10 @@ CLIENTS_VENV ?= .venv-clients
 RAY_VENV ?= .venv-ray
 DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
-PYTEST_ARGS ?= -m 'not slow'
+PYTEST_ARGS ?= -m 'not slow and not release'
+SLOW_ARGS ?= -m slow
 AOT_ARGS ?=
-PART ?= 1 2 3 4 5 6
+PART ?= 1 2 3 4 5 6 7
 PROMPT ?= The whale
 
 BIN := $(VENV)/bin
@@ -124,7 +125,7 @@ test: lint ## all checks and the quick tests, on eight virtual CPU devices; kern
 	$(MAKE) --no-print-directory aot-smoke
 
 test-slow: venv ## what `make test` leaves out: more meshes, more kills, notebooks, learning
-	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(MAKE) --no-print-directory pytest PYTEST_ARGS="-m slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(MAKE) --no-print-directory pytest PYTEST_ARGS="$(SLOW_ARGS)"
 
 test-all: test test-slow test-aot test-peft test-gptq test-page test-clients test-ray ## every test there is, but for test-llama
 

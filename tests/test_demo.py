@@ -82,6 +82,7 @@ def test_the_recipe_is_whole(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_recipe_learns_from_random_weights(tmp_path):
     """Smaller than the model that comes along, so that it takes a minute: it passes the model of
     pairs of tokens that has seen the same text.
@@ -114,6 +115,7 @@ def test_the_recipe_learns_from_random_weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_adapters_teach_a_format(demo, tmp_path):
     """Prompts that were never seen are answered in it, of which before none was; what the adapters
     are attached to stays as it was.

@@ -56,7 +56,7 @@ def being_written(out: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.release)])
 def test_killed_again_and_again(given, whole, tmp_path, count):
     """Figures of every step, evaluations and weights equal those of a run that nothing stopped, to
     the bit; some kills come at any step, some while a checkpoint is half written.
