@@ -263,3 +263,15 @@ def test_a_mesh_that_cuts_words_is_refused_before_weights_are_read(model, dequan
         pytest.raises(ValueError, match=r"^mesh tp=2: words are cut: choose a mesh"),
     ):
         qwen_jax.load(model, dequantise=dequantise)
+
+
+def test_groups_that_a_mesh_cuts(model):
+    """They are smaller there, and the model is the same."""
+    tokens = np.arange(20)[None] * 7 % 512
+    expected = qwen_jax.load(model, dequantise=True).logits(tokens)
+    with on_mesh(tp=2):
+        cut = qwen_jax.load(model, dequantise=False)
+        assert cut.decoder.layers[0].ffn.down.group_size == 64
+        assert cut.decoder.layers[0].ffn.up.group_size == 128
+        found = cut.logits(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
