@@ -34,6 +34,8 @@ def run(args: argparse.Namespace, *, plan_of: Callable[[argparse.Namespace], Exp
     made = dst.with_name(f"{dst.name}.requantised")
     manifest = checkpoint.verify_whole(src)
     scheme, bits_of = _scheme(args, manifest)
+    if args.zeros is not None and scheme.symmetric:
+        raise command.UsageError(f"--zeros: {args.src} has no zeros of its own: leave it out")
     if kinds.INT8 in kinds.of_manifest(manifest).values():
         command.say(gptq_export.HEAD_NOTE)
     if not (made / directory.MANIFEST).exists():

@@ -255,6 +255,7 @@ BAD = {
     "processes": ("integers", {"--distributed": ()}, "--requantise runs as one process"),
     "no bits": ("floats", {}, "is of floats: add --bits 4 or 8"),
     "bits": ("integers", {"--bits": ("8",)}, "is quantised, and keeps its bits: leave it out"),
+    "zeros": ("floats", {"--bits": ("4",), "--zeros": ("v2",)}, "has no zeros of its own"),
     "no data": ("integers", {"--requantise": ("none.txt",)}, "none.txt"),
     "little data": ("integers", {"--requantise": ("few.txt",)}, "which are 1 rows of 32"),
     "no adapter": ("integers", {"--adapter": ("nowhere",)}, "nowhere"),
